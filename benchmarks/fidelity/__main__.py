@@ -1,0 +1,115 @@
+"""Fidelity of the predicted learning rate: run what is not finished yet, then write tables and figures.
+
+python -m benchmarks.fidelity --budget 60        # minutes; goes on where the last run stopped
+python -m benchmarks.fidelity --quick            # under two minutes, nothing is written
+python -m benchmarks.fidelity --report           # tables and figures from what is there
+python -m benchmarks.fidelity --tune             # learning rates of the workloads
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.fidelity import procedure, report, secants
+from benchmarks.fidelity.cells import Cell, Store, run_cells
+from benchmarks.fidelity.decay import decay
+from benchmarks.fidelity.live import live
+from benchmarks.fidelity.one_step import one_step
+from benchmarks.fidelity.ramp import FIXED_RULES, RULES, ramp
+from benchmarks.fidelity.switch import BATCH_SIZES, SEEDS, sweep
+from benchmarks.fidelity.tuning import tune
+from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
+
+RESULTS = Path(__file__).parent / "results"
+BETAS = (0.95, 0.999)
+OVERHEADS = (0.05, 0.01, 0.25)
+OBJECTIVES = ("step", "progress", "edge")
+
+
+def product(**axes: Any) -> list[dict[str, Any]]:
+    """All combinations, as keyword arguments."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def grid() -> list[Cell]:
+    """Every cell of the study, the most telling first."""
+    cells = []
+    names = list(WORKLOADS)
+    for key in product(
+        seed=SEEDS, phase=("late", "early", "start", "cooled"), beta_2=BETAS, workload=names
+    ):
+        cells.append(Cell("one_step", key, one_step, priority=1 + key["seed"]))
+    for key in product(phase=("late", "early", "cooled"), beta_2=BETAS, batch_size=BATCH_SIZES, workload=names):
+        cells.append(Cell("sweep", key, sweep, priority=1 if key["phase"] != "cooled" else 4))
+    for key in product(
+        max_overhead=OVERHEADS,
+        phase=("late", "early", "cooled"),
+        beta_2=BETAS,
+        objective=OBJECTIVES,
+        seed=SEEDS,
+        workload=names,
+    ):
+        late = key["phase"] == "cooled" or key["max_overhead"] != OVERHEADS[0]
+        cells.append(Cell("live", key, live, priority=4 if late else 2))
+    for key in product(seed=SEEDS, workload=names, beta_2=BETAS[:1]):
+        cells.append(Cell("decay", key, decay, priority=2 + key["seed"]))
+    for key in product(seed=SEEDS, budget=("short", "long"), rule=RULES, workload=names, beta_2=BETAS[:1]):
+        overhead = 0.0 if key["rule"] in ("fixed batch", *FIXED_RULES) else OVERHEADS[0]
+        cells.append(Cell("ramp", key | {"max_overhead": overhead}, ramp, priority=3))
+    for key in product(workload=names, beta_2=BETAS, batch_size=(BATCH_SIZES[0], BATCH_SIZES[-1])):
+        correction = key | {"phase": "late", "correct_lag": True}
+        cells.append(Cell("lag", correction, sweep, priority=3))
+    return [*cells, *procedure.cells(), *secants.cells()]
+
+
+def quick() -> list[Cell]:
+    """One cell of each kind, on the smallest workload."""
+    point: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "start"}
+    return [
+        Cell("one_step", point | {"seed": 0}, one_step),
+        Cell("sweep", point | {"batch_size": 16 * BASE_BATCH_SIZE}, sweep),
+        Cell("live", point | {"seed": 0, "max_overhead": 0.05, "objective": "step"}, live),
+    ]
+
+
+def main() -> None:
+    """Run, then report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--budget", type=float, default=60.0, help="minutes after which no cell is started")
+    parser.add_argument("--quick", action="store_true", help="one cell of each kind, nothing is written")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--tune", action="store_true", help="print final losses by base learning rate")
+    parser.add_argument("--only", nargs="*", help="kinds of cells to run")
+    parser.add_argument("--workload", nargs="*", help="workloads to run")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.tune:
+        for name, beta_2 in itertools.product(options.workload or WORKLOADS, BETAS):
+            print(json.dumps({"workload": name, "beta_2": beta_2, **tune(name, beta_2)}), flush=True)
+        return
+    if options.quick:
+        run_cells(quick(), None, options.budget * 60)
+        return
+    store = Store(RESULTS)
+    if not options.report:
+        cells = [
+            cell
+            for cell in grid()
+            if (not options.only or cell.kind in options.only)
+            and (not options.workload or cell.key.get("workload") in options.workload)
+        ]
+        left = run_cells(cells, store, options.budget * 60)
+        print(f"{left} cells are left" if left else "every cell is finished", flush=True)
+    report.write_report(store, RESULTS, {cell.kind: 0 for cell in grid()})
+
+
+if __name__ == "__main__":
+    main()

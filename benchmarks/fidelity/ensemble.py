@@ -1,0 +1,140 @@
+"""Many copies of one network trained at once, each with a learning rate and batches of its own.
+
+A sweep of small models is bound by the cost of calling operators, so copies that differ only in their numbers
+are stacked and share the calls (`torch.func.vmap`). Adam is elementwise: on the stack it is Adam for each copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+from benchmarks.fidelity.workloads import Batch, Workload
+
+__all__ = ["Ensemble", "Snapshot"]
+
+# Examples of all copies together in one vectorised call: beyond it the arithmetic costs, not the calls.
+EXAMPLES_PER_CALL = 256
+EPS = 1e-8
+
+
+class Snapshot(NamedTuple):
+    """One training at one moment: weights and buffers, and Adam's averages by parameter name."""
+
+    weights: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    step: int
+
+    @classmethod
+    def fresh(cls, network: nn.Module) -> Snapshot:
+        """The network before training."""
+        weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
+        return cls(weights, zeros, {name: zero.clone() for name, zero in zeros.items()}, 0)
+
+
+class Ensemble:
+    """Copies of snapshots, trained with Adam.
+
+    Args:
+        workload: what they are.
+        snapshots: one start per copy.
+        betas: Adam's; `(0, 0)` makes it a sign step, as in the paper's experiments.
+    """
+
+    def __init__(self, workload: Workload, snapshots: Sequence[Snapshot], betas: tuple[float, float]) -> None:
+        self.workload = workload
+        self.betas = betas
+        self.copies = len(snapshots)
+        self._skeleton = copy.deepcopy(workload.network()).to("meta")
+        networks = []
+        for snapshot in snapshots:
+            network = workload.network()
+            network.load_state_dict(snapshot.weights)
+            networks.append(network)
+        self.parameters, self.buffers = stack_module_state(networks)
+        self.parameters = {name: tensor.detach() for name, tensor in self.parameters.items()}
+        self._names = list(self.parameters)
+        self._exp_avg = [torch.stack([s.exp_avg[name] for s in snapshots]) for name in self._names]
+        self._exp_avg_sq = [torch.stack([s.exp_avg_sq[name] for s in snapshots]) for name in self._names]
+        self._step = torch.tensor([float(snapshot.step) for snapshot in snapshots])
+        self._gradient = vmap(grad(self._loss), randomness="error")
+
+    def _loss(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch) -> Tensor:
+        def network(*inputs: Tensor) -> Tensor:
+            return functional_call(self._skeleton, (parameters, buffers), inputs)  # type: ignore[no-any-return]
+
+        return self.workload.loss(network, batch)  # type: ignore[arg-type]
+
+    def step(self, batch: Batch, lr: Tensor) -> None:
+        """One Adam step of every copy.
+
+        Args:
+            batch: tensors of shape `(copies, batch size, ...)`.
+            lr: one per copy.
+        """
+        size = batch[0].shape[1]
+        group = max(1, EXAMPLES_PER_CALL // size)
+        gradients: dict[str, list[Tensor]] = {name: [] for name in self._names}
+        for start in range(0, self.copies, group):
+            part = slice(start, start + group)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # kernels without a batching rule fall back to a loop
+                found = self._gradient(
+                    {name: tensor[part] for name, tensor in self.parameters.items()},
+                    {name: tensor[part] for name, tensor in self.buffers.items()},
+                    tuple(tensor[part] for tensor in batch),
+                )
+            for name in self._names:
+                gradients[name].append(found[name])
+        self._adam([torch.cat(gradients[name]) for name in self._names], lr)
+
+    @torch.no_grad()
+    def _adam(self, gradients: list[Tensor], lr: Tensor) -> None:
+        beta_1, beta_2 = self.betas
+        self._step += 1
+        torch._foreach_lerp_(self._exp_avg, gradients, 1.0 - beta_1)
+        torch._foreach_mul_(self._exp_avg_sq, beta_2)
+        torch._foreach_addcmul_(self._exp_avg_sq, gradients, gradients, value=1.0 - beta_2)
+        step_size = lr / (1.0 - beta_1**self._step)
+        root = (1.0 - beta_2**self._step).sqrt()
+        for name, first, second in zip(self._names, self._exp_avg, self._exp_avg_sq, strict=True):
+            shape = (-1, *[1] * (first.dim() - 1))
+            divisor = second.sqrt().div_(root.view(shape)).add_(EPS)
+            self.parameters[name].sub_(first.div(divisor).mul_(step_size.view(shape)))
+
+    @torch.no_grad()
+    def losses(self, sample: Batch, chunk: int = 1024) -> Tensor:
+        """Loss of every copy on one sample, with BatchNorm's running statistics as in use after training."""
+        network = self.workload.network().eval()
+        result = torch.zeros(self.copies)
+        for index in range(self.copies):
+            state = {
+                name: tensor[index] for name, tensor in (*self.parameters.items(), *self.buffers.items())
+            }
+            network.load_state_dict(state)
+            parts = zip(*(tensor.split(chunk) for tensor in sample), strict=True)
+            result[index] = sum(
+                float(self.workload.loss(network, part)) * len(part[0]) for part in parts
+            ) / len(sample[0])
+        return result
+
+    def snapshot(self, index: int) -> Snapshot:
+        """One copy as it stands."""
+        weights = {**self.parameters, **self.buffers}
+        return Snapshot(
+            {name: tensor[index].clone() for name, tensor in weights.items()},
+            {name: tensor[index].clone() for name, tensor in zip(self._names, self._exp_avg, strict=True)},
+            {name: tensor[index].clone() for name, tensor in zip(self._names, self._exp_avg_sq, strict=True)},
+            int(self._step[index]),
+        )
+
+
+Schedule = Callable[[int], float]

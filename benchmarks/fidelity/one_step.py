@@ -1,0 +1,253 @@
+"""The best length of one step, by line search, against what every law says of it.
+
+A model trains to a point and is held there. The callback measures from batches of the active size; the truth is
+found from scratch, with fresh batches for the directions and the loss on a large fixed sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import erf
+from torch import Tensor
+
+from benchmarks.fidelity.switch import fixed_sample
+from benchmarks.fidelity.training import Batches, Study, fit, train_to
+from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, Batch, draw
+from lightning_surge import SurgeLRCallback
+from lightning_surge.estimates import EstimatedLaw, estimate, fit_sign_law
+from lightning_surge.laws import Law
+from lightning_surge.noise import NoiseHistory
+
+__all__ = ["ACTIVE", "COUNTS", "SIZES", "best_step", "measure", "one_step"]
+
+ACTIVE = 64
+SIZES = (1, 4, 16, 64, 256, 1024, 4096)
+# Measurements behind each prediction; the last one is all that are taken.
+COUNTS = (3, 6, 12, 25, 50)
+# Averaging windows under which the same measurements are looked at: the default, and all alike.
+HALF_LIVES = (8.0, 1e4)
+THEOREM_MEASUREMENTS = 12
+PROBE_EXAMPLES = 256
+# The line search looks at this many octaves below and above the learning rate of the run.
+OCTAVES = range(-9, 6)
+# So many directions look at all octaves, the others only around the best one.
+SCOUTS = 3
+AROUND = 2
+# Directions behind a true value: those of small batches scatter most.
+DIRECTIONS = {1: 32, 4: 32, 16: 24, 64: 12, 256: 8, 1024: 4, 4096: 4}
+NEGATIVE_CURVATURE_DELTA = 0.01
+
+Kind = str
+KINDS: tuple[Kind, ...] = ("sign", "preconditioned", "update")
+
+
+def measure(study: Study, *, law: str, count: int, seed: int) -> SurgeLRCallback:
+    """Let the callback measure so often at a point where the model is held."""
+    study.optimizer.held = True
+    callback = SurgeLRCallback(
+        base_batch_size=BASE_BATCH_SIZE,
+        law=law,  # type: ignore[arg-type]
+        dry_run=True,
+        probe_every=1,
+        probe_examples=PROBE_EXAMPLES,
+        half_life=float(count),
+    )
+    steps = count * PROBE_EXAMPLES // ACTIVE
+    fit(study, Batches(study.workload.data(), ACTIVE, steps, 77_000 + seed), [callback], steps=steps)
+    return callback
+
+
+def predictions(law: Law | None) -> dict[str, Any] | None:
+    """A law's learning rates and ratios at all sizes, with standard errors of their logarithms."""
+    if law is None:
+        return None
+    entry: dict[str, Any] = {"lr": [law.lr(size) for size in SIZES]}
+    if isinstance(law, EstimatedLaw):
+        for name, quantity in (("lr", _log_lr), ("ratio", _log_ratio)):
+            entry[f"{name}_error"] = [
+                math.hypot(law.standard_error(quantity(size)), law.extrapolation_error(size))
+                for size in SIZES
+            ]
+    return entry
+
+
+def _log_lr(size: float) -> Callable[[Law], float]:
+    return lambda law: math.log2(law.lr(size))
+
+
+def _log_ratio(size: float) -> Callable[[Law], float]:
+    return lambda law: math.log2(law.lr(size) / law.lr(BASE_BATCH_SIZE))
+
+
+def one_step(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any]:
+    """Truth and predictions at one point of training.
+
+    Args:
+        workload: its name.
+        beta_2: Adam's.
+        phase: where to stop.
+        seed: of the training, the measurements and the directions.
+
+    Returns:
+        Line searches by kind of direction and batch size; laws by number of measurements; the theorems; exact
+        alignments and what the saturation formulas need.
+    """
+    what = WORKLOADS[workload]
+    study, _ = train_to(what, beta_2=beta_2, phase=phase, seed=seed)
+    callback = measure(study, law="measured", count=COUNTS[-1], seed=seed)
+    records = callback.history.state_dict()["records"]
+    laws: dict[str, Any] = {}
+    for half_life in HALF_LIVES:
+        for count in COUNTS:
+            history = NoiseHistory(half_life)
+            history.load_state_dict({"num_measurements": count, "records": records[:count]})
+            laws[f"{half_life:g}/{count}"] = predictions(estimate(history, fit_sign_law))
+    result: dict[str, Any] = {"measured": laws, "noise_scale_measured": callback.history.stats().noise_scale}
+    for law in ("theorem2", "theorem3"):
+        found = measure(study, law=law, count=THEOREM_MEASUREMENTS, seed=seed).law
+        entry = predictions(found)
+        result[law] = None if entry is None else {"lr": entry["lr"]}
+    return result | truths(study, seed)
+
+
+def truths(study: Study, seed: int) -> dict[str, Any]:
+    """Line searches and exact statistics."""
+    generator = torch.Generator().manual_seed(55_000 + seed)
+    sample = fixed_sample(study.workload)
+    parameters = list(study.network.parameters())
+    buffers = [buffer.clone() for buffer in study.network.buffers()]
+    study.network.train()
+
+    def gradient(batch: Batch) -> list[Tensor]:
+        return list(torch.autograd.grad(study.workload.loss(study.network, batch), parameters))
+
+    full = gradient(sample)
+    result: dict[str, Any] = {kind: {} for kind in KINDS}
+    result["grad_sq_of_batches"] = {}
+    small_batches = []
+    for size in SIZES:
+        directions = DIRECTIONS[size]
+        batches = [gradient(draw(study.workload.data(), size, generator)) for _ in range(directions)]
+        if size == BASE_BATCH_SIZE:
+            small_batches = batches
+        result["grad_sq_of_batches"][size] = float(np.mean([_dot(g, g) for g in batches]))
+        for kind in KINDS:
+            steps = [_direction(study, kind, g) for g in batches]
+            alignment = [_dot(step, full) for step in steps]
+            lr, error = best_step(study, steps, sample)
+            result[kind][size] = {
+                "lr": lr,
+                "log2_error": error,
+                "alignment": float(np.mean(alignment)),
+                "alignment_error": float(np.std(alignment, ddof=1) / math.sqrt(directions)),
+            }
+            if kind == "sign":
+                result[kind][size]["curvature"] = _curvature(study, steps[:4], sample, full)
+    result["grad_sq"] = _dot(full, full)
+    result["erf_alignment"] = _erf_alignment(small_batches, full)
+    for buffer, value in zip(study.network.buffers(), buffers, strict=True):
+        buffer.copy_(value)
+    return result
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    return float(sum(torch.sum(a.double() * b.double()) for a, b in zip(left, right, strict=True)))
+
+
+def _direction(study: Study, kind: Kind, gradient: list[Tensor]) -> list[Tensor]:
+    """A step of length 1 per unit of learning rate, from this gradient and Adam's averages before it."""
+    if kind == "sign":
+        return [g.sign() for g in gradient]
+    group = study.optimizer.param_groups[0]
+    beta_1, beta_2 = group["betas"]
+    steps = []
+    for parameter, g in zip(study.network.parameters(), gradient, strict=True):
+        state = study.optimizer.state[parameter]
+        step = float(state["step"]) + 1
+        second = torch.lerp(state["exp_avg_sq"], g.square(), 1 - beta_2) / (1 - beta_2**step)
+        first = torch.lerp(state["exp_avg"], g, 1 - beta_1) / (1 - beta_1**step) if kind == "update" else g
+        steps.append(first / (second.sqrt() + group["eps"]))
+    return steps
+
+
+@torch.no_grad()
+def best_step(
+    study: Study, directions: Sequence[list[Tensor]], sample: Batch
+) -> tuple[float | None, float | None]:
+    """The learning rate that lowers the sample's loss most on average, by a search over octaves and a parabola.
+
+    Args:
+        study: at the point; left as it was.
+        directions: steps of length 1 per unit of learning rate.
+        sample: what the loss is of.
+
+    Returns:
+        The learning rate, None if every step raises the loss; and the standard error of its log2 over
+        directions (jackknife).
+    """
+    parameters = list(study.network.parameters())
+    start = [parameter.detach().clone() for parameter in parameters]
+    lrs = study.workload.lr * 2.0 ** np.array(OCTAVES)
+
+    def loss_at(direction: list[Tensor], lr: float) -> float:
+        for parameter, origin, step in zip(parameters, start, direction, strict=True):
+            torch.add(origin, step, alpha=-lr, out=parameter)
+        return float(study.workload.loss(study.network, sample))
+
+    scouts = [[loss_at(direction, lr) for lr in lrs] for direction in directions[:SCOUTS]]
+    valley = int(np.argmin(np.mean(scouts, axis=0)))
+    lrs = lrs[max(valley - AROUND, 0) : valley + AROUND + 1]
+    losses = np.array([[loss_at(direction, lr) for lr in lrs] for direction in directions])
+    for parameter, origin in zip(parameters, start, strict=True):
+        parameter.copy_(origin)
+    origin_loss = float(study.workload.loss(study.network, sample))
+    best = _vertex(lrs, losses.mean(0), origin_loss)
+    count = len(directions)
+    left_out = [_vertex(lrs, np.delete(losses, index, 0).mean(0), origin_loss) for index in range(count)]
+    if best is None or any(value is None for value in left_out):
+        return best, None
+    logs = np.log2(np.array(left_out, dtype=float))
+    return best, float(math.sqrt((count - 1) * np.mean((logs - logs.mean()) ** 2)))
+
+
+def _vertex(lrs: np.ndarray, losses: np.ndarray, origin: float) -> float | None:
+    """Minimum of the parabola through the lowest loss and its neighbours; at the low end, through the origin."""
+    index = int(np.argmin(losses))
+    if losses[index] >= origin or index == len(lrs) - 1:
+        return None
+    left = (0.0, origin) if index == 0 else (lrs[index - 1], losses[index - 1])
+    x = np.array([left[0], lrs[index], lrs[index + 1]])
+    y = np.array([left[1], losses[index], losses[index + 1]])
+    a, b, _ = np.polyfit(x / x[1], y - y[1], 2)
+    return float(-b / (2 * a) * x[1])
+
+
+def _curvature(study: Study, directions: Sequence[list[Tensor]], sample: Batch, full: list[Tensor]) -> float:
+    """V'HV of the sample's loss over a step so short that the loss is quadratic."""
+    parameters = list(study.network.parameters())
+    delta = NEGATIVE_CURVATURE_DELTA * study.workload.lr
+    total = 0.0
+    for direction in directions:
+        with torch.no_grad():
+            origins = [parameter.clone() for parameter in parameters]
+            for parameter, step in zip(parameters, direction, strict=True):
+                parameter.sub_(step, alpha=delta)
+        moved = torch.autograd.grad(study.workload.loss(study.network, sample), parameters)
+        with torch.no_grad():
+            for parameter, origin in zip(parameters, origins, strict=True):
+                parameter.copy_(origin)
+        total += (_dot(direction, full) - _dot(direction, moved)) / delta
+    return total / len(directions)
+
+
+def _erf_alignment(batches: Sequence[list[Tensor]], full: Sequence[Tensor]) -> dict[int, float]:
+    """Theorem 2's alignment, `sum_i mu_i erf(sqrt(B / 2) mu_i / sigma_i)`, with `mu` of the whole sample."""
+    mu = torch.cat([g.flatten() for g in full]).double().numpy()
+    stacked = torch.stack([torch.cat([g.flatten() for g in batch]) for batch in batches]).double()
+    sigma = (stacked.var(0) * BASE_BATCH_SIZE).sqrt().clamp_(min=1e-30).numpy()
+    return {size: float(np.sum(mu * erf(math.sqrt(size / 2) * mu / sigma))) for size in SIZES}
