@@ -454,6 +454,22 @@ class TestResume:
         again = fresh.state_dict()
         assert repr(again) == repr(state)
 
+    @pytest.mark.parametrize("longer", [False, True])
+    def test_on_a_shorter_loader_comes_to_an_end(
+        self, make_trainer: MakeTrainer, tmp_path: Path, longer: bool
+    ) -> None:
+        # Lightning goes on counting batches where the checkpoint stopped, here past the end of the new loader.
+        def run(batches: int, max_epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
+            callback = SurgeLRCallback(4, probe_every=1)
+            trainer = make_trainer(callback, max_steps=-1, max_epochs=max_epochs)
+            trainer.fit(Regression(), data(16 * batches, 16), ckpt_path=ckpt_path)
+            return trainer
+
+        checkpoint = tmp_path / "first.ckpt"
+        run(8, 1).save_checkpoint(checkpoint)
+        resumed = run(20 if longer else 3, 3, checkpoint)
+        assert resumed.global_step > 8
+
     def test_from_a_checkpoint_of_another_version_starts_afresh(self) -> None:
         callback = SurgeLRCallback(4)
         with pytest.warns(UserWarning, match="version 1 in the checkpoint, got 0: .* afresh"):

@@ -41,12 +41,13 @@ def grid() -> list[Cell]:
     """Every cell of the study, the most telling first."""
     cells = []
     names = list(WORKLOADS)
+    for key in product(seed=SEEDS, phase=("late", "early", "start", "cooled"), beta_2=BETAS, workload=names):
+        cells.append(Cell("one_step", key, one_step, priority=1 + key["seed"] + (key["beta_2"] != BETAS[0])))
     for key in product(
-        seed=SEEDS, phase=("late", "early", "start", "cooled"), beta_2=BETAS, workload=names
+        phase=("late", "early", "cooled"), beta_2=BETAS, batch_size=BATCH_SIZES, workload=names
     ):
-        cells.append(Cell("one_step", key, one_step, priority=1 + key["seed"]))
-    for key in product(phase=("late", "early", "cooled"), beta_2=BETAS, batch_size=BATCH_SIZES, workload=names):
-        cells.append(Cell("sweep", key, sweep, priority=1 if key["phase"] != "cooled" else 4))
+        later = (key["phase"] == "cooled") + (key["beta_2"] != BETAS[0])
+        cells.append(Cell("sweep", key, sweep, priority=later + later // 2))
     for key in product(
         max_overhead=OVERHEADS,
         phase=("late", "early", "cooled"),
@@ -55,8 +56,10 @@ def grid() -> list[Cell]:
         seed=SEEDS,
         workload=names,
     ):
-        late = key["phase"] == "cooled" or key["max_overhead"] != OVERHEADS[0]
-        cells.append(Cell("live", key, live, priority=4 if late else 2))
+        later = (
+            (key["phase"] == "cooled") + (key["beta_2"] != BETAS[0]) + (key["max_overhead"] != OVERHEADS[0])
+        )
+        cells.append(Cell("live", key, live, priority=1 + later + later // 2))
     for key in product(seed=SEEDS, workload=names, beta_2=BETAS[:1]):
         cells.append(Cell("decay", key, decay, priority=2 + key["seed"]))
     for key in product(seed=SEEDS, budget=("short", "long"), rule=RULES, workload=names, beta_2=BETAS[:1]):

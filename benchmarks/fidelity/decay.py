@@ -85,9 +85,7 @@ def _factor(step: int) -> float:
 
 def _refit(records: list[tuple[int, dict[str, Any]]], half_life: float) -> Any:
     history = NoiseHistory(half_life)
-    history.load_state_dict(
-        {"num_measurements": len(records), "records": [record for _, record in records]}
-    )
+    history.load_state_dict({"num_measurements": len(records), "records": [record for _, record in records]})
     return estimate(history, fit_sign_law)
 
 

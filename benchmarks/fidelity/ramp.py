@@ -23,7 +23,9 @@ FIXED_RULES = ("constant", "sqrt", "linear")
 RAMP_STEPS = {"short": 256, "long": 1024}
 
 
-def ramp(workload: str, beta_2: float, budget: str, rule: str, seed: int, max_overhead: float) -> dict[str, Any]:
+def ramp(
+    workload: str, beta_2: float, budget: str, rule: str, seed: int, max_overhead: float
+) -> dict[str, Any]:
     """Train over equal examples, from the base batch size to 16 times it, with a decay to zero.
 
     Args:

@@ -1,2 +1,4 @@
 """Stub."""
+
+
 def write_report(store, results, kinds): ...

@@ -19,7 +19,7 @@ from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, Workload, 
 
 __all__ = ["BATCH_SIZES", "SEEDS", "fixed_sample", "multipliers", "sweep"]
 
-BATCH_SIZES = tuple(int(BASE_BATCH_SIZE * factor) for factor in (1 / 8, 1 / 2, 1, 4, 16))
+BATCH_SIZES = tuple(int(BASE_BATCH_SIZE * factor) for factor in (1 / 8, 1, 4, 16))
 SEEDS = (0, 1, 2)
 
 
@@ -29,11 +29,11 @@ def fixed_sample(workload: Workload) -> tuple[torch.Tensor, ...]:
 
 
 def multipliers(batch_size: int) -> list[float]:
-    """Nine to eleven learning rates, half an octave apart, that reach from below constant to linear scaling."""
+    """Seven to nine learning rates, that reach from below constant to linear scaling."""
     ratio = batch_size / BASE_BATCH_SIZE
     low = math.log2(min(ratio / 2, 0.5) if ratio < 1 else 0.25)
     high = math.log2(max(ratio, 2.0 if ratio < 1 else 4.0))
-    count = round(2 * (high - low)) + 1
+    count = max(round(1.4 * (high - low)) + 1, 7)
     return [2.0 ** (low + (high - low) * index / (count - 1)) for index in range(count)]
 
 

@@ -135,6 +135,6 @@ WORKLOADS = {
         Workload("perceptron", perceptron, classification, shifted_digits, 5.6e-3, 4096),
         Workload("convnet", convnet, classification, shifted_digits, 1.6e-2, 4096),
         Workload("autoencoder", autoencoder, reconstruction, shifted_digits, 6.8e-3, 4096, False),
-        Workload("transformer", transformer, next_byte, text_windows, 4e-3, 512),
+        Workload("transformer", transformer, next_byte, text_windows, 4.8e-3, 512),
     )
 }
