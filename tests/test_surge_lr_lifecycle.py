@@ -461,7 +461,7 @@ class TestResume:
         # Lightning goes on counting batches where the checkpoint stopped, here past the end of the new loader.
         def run(batches: int, max_epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
             callback = SurgeLRCallback(4, probe_every=1)
-            trainer = make_trainer(callback, max_steps=-1, max_epochs=max_epochs)
+            trainer = make_trainer(callback, max_steps=40, max_epochs=max_epochs)
             trainer.fit(Regression(), data(16 * batches, 16), ckpt_path=ckpt_path)
             return trainer
 
