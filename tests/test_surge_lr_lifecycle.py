@@ -462,7 +462,7 @@ class TestResume:
         def run(batches: int, max_epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
             callback = SurgeLRCallback(4, probe_every=1)
             trainer = make_trainer(callback, max_steps=40, max_epochs=max_epochs)
-            trainer.fit(Regression(), data(16 * batches, 16), ckpt_path=ckpt_path)
+            trainer.fit(Regression(), data(16 * batches, 16, Resumable), ckpt_path=ckpt_path)
             return trainer
 
         checkpoint = tmp_path / "first.ckpt"
