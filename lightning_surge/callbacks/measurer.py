@@ -55,6 +55,9 @@ FIRST_DELTA = 0.125
 # multiple of the base.
 FAR_ENOUGH = 2.0
 FAR = 4.0
+# The edge is about curvature at the point itself. A search for the largest over longer moves finds cliffs
+# nearby: on the demo it told up to twice the limit at the secants' distance, and at this share the limit.
+SHARPNESS_DELTA = 0.03
 
 # Checkpoints in a row that may interrupt a measurement before the user is told.
 PATIENCE = 3
@@ -317,7 +320,7 @@ class Measurer:
                 inverse_root=partial(moments.inverse_root, self._optimizer, self.parameters, self._scales),
                 gradient=gradient,
                 gradient_at_displaced=gradient_now,
-                delta=self._delta(),
+                delta=self._delta(SHARPNESS_DELTA),
             )
 
         return follow
@@ -464,11 +467,11 @@ class Measurer:
             stride=stride,
         )
 
-    def _delta(self) -> float:
+    def _delta(self, share: float = 1.0) -> float:
         """Distance of the secants: the optimal step as far as it is known, within the schedule's scale."""
         lr = max(*self._writer.scheduled(), SMALLEST_DELTA * self._largest_lr)
         wanted = FIRST_DELTA * lr if self._delta_wanted is None else self._delta_wanted
-        return probe_distance(self.parameters, min(max(wanted, SMALLEST_DELTA * lr), lr))
+        return probe_distance(self.parameters, share * min(max(wanted, SMALLEST_DELTA * lr), lr))
 
     def _guarded(self, work: Callable[[], Measurement | None]) -> Measurement | None:
         """Run a part of a measurement without leaving a trace, and survive its failure."""
