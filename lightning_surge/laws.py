@@ -96,6 +96,14 @@ class Law(ABC):
         """
         return 2.0 * self.gain(batch_size) / self.lr(batch_size)
 
+    def edge_lr(self, batch_size: float) -> float:
+        """Learning rate above which steps become unstable; NaN for a law that does not know it.
+
+        Args:
+            batch_size: examples behind the step.
+        """
+        return math.nan
+
     def gain(self, batch_size: float) -> float:
         """Expected decrease of the loss in one step at the best learning rate.
 

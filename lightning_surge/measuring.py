@@ -8,14 +8,14 @@ The order of work keeps the memory at four gradient-sized buffers, whatever the 
    reference half is recomputed at a displaced point (buffers 3 and 4: the gradient, the parameters).
 
 Two sizes of direction, measured on the same examples, separate the curvature that noise pays from
-the curvature of the signal.
+the curvature of the signal. Where Adam's sharpness is asked for, its secants follow on the same examples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,25 @@ from lightning_surge.curvature import secant_curvature
 from lightning_surge.gradients import ChunkStatistics, ChunkStream, Direction, SizedValue
 from lightning_surge.replay import Chunk, Piece, RandomState
 
-__all__ = ["CoordinateSums", "LawMeasurement", "Measurement", "Replay", "pass_chunk", "slices_for"]
+__all__ = [
+    "CoordinateSums",
+    "LawMeasurement",
+    "Measurement",
+    "MoreSecants",
+    "Replay",
+    "pass_chunk",
+    "slices_for",
+]
 
 Replay = Callable[[Piece, float], None]
 """Adds `weight` times the mean gradient of a piece, at the parameters as they are, to `.grad`."""
+
+GradientNow = Callable[[], Sequence[Tensor | None]]
+
+MoreSecants = Callable[[Sequence[Tensor], GradientNow], tuple[SizedValue, ...]]
+"""Takes the reference half's gradient, and what computes it again at the parameters as they are."""
+
+T = TypeVar("T")
 
 MAX_SLICES = 16
 MIN_SLICES = 4
@@ -58,6 +73,8 @@ class Measurement(NamedTuple):
         passes: examples passed forward and backward beyond training's own.
         num_chunks: chunks behind it.
         coordinate_sums: what the theorems need, if it was asked for.
+        sharpness: `w' P^-1/2 H P^-1/2 w` with Adam's preconditioner of two batch sizes, the base first, if
+            it was asked for.
     """
 
     statistics: ChunkStatistics
@@ -65,6 +82,7 @@ class Measurement(NamedTuple):
     passes: float
     num_chunks: int = 0
     coordinate_sums: CoordinateSums | None = None
+    sharpness: tuple[SizedValue, ...] = ()
 
     def unscaled(self, scale: float, *, direction_power: int = 0) -> Measurement:
         """What would have been measured, had the loss not been multiplied by `scale`.
@@ -88,6 +106,7 @@ class Measurement(NamedTuple):
             curvatures=tuple(SizedValue(b, value / of_curvature) for b, value in self.curvatures),
             # u = mu / sigma has no unit, the Hessian and mu have the loss's.
             coordinate_sums=sums and CoordinateSums(*(value / scale for value in sums)),
+            sharpness=tuple(SizedValue(b, value / scale) for b, value in self.sharpness),
         )
 
 
@@ -195,51 +214,64 @@ class LawMeasurement:
     def measure_curvature(self) -> None:
         """Measure `D` along the prefix as it stands, on the examples of the reference half."""
         stream = self._stream
+
+        def secant(reference: Sequence[Tensor], gradient_now: GradientNow) -> float:
+            return secant_curvature(
+                self._parameters,
+                direction=stream.prefix_direction,
+                gradient=reference,
+                gradient_at_displaced=gradient_now,
+                delta=self._delta,
+            )
+
+        self._curvatures.append(SizedValue(float(stream.prefix_size), self._on_reference(secant)))
+
+    def _on_reference(self, work: Callable[[Sequence[Tensor], GradientNow], T]) -> T:
+        """Let secants use the examples of the reference half."""
         # The replays rewind the random streams; later chunks must not draw the same numbers again.
         random_state = RandomState.capture()
 
-        def reference_gradient() -> list[Tensor | None]:
-            for parameter in self._parameters:
-                parameter.grad = None
+        def gradient_now() -> list[Tensor | None]:
+            self._drop_gradients()
             for chunk in self._reference_chunks:
-                self._pass(chunk, chunk.size / stream.reference_size)
+                self._pass(chunk, chunk.size / self._stream.reference_size)
             return [parameter.grad for parameter in self._parameters]
 
-        curvature = secant_curvature(
-            self._parameters,
-            direction=stream.prefix_direction,
-            gradient=stream.reference,
-            gradient_at_displaced=reference_gradient,
-            delta=self._delta,
-        )
+        result = work(self._stream.reference, gradient_now)
+        self._drop_gradients()
+        random_state.restore()
+        return result
+
+    def _drop_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
-        random_state.restore()
-        self._curvatures.append(SizedValue(float(stream.prefix_size), curvature))
 
     def _pass(self, chunk: Chunk, weight: float = 1.0) -> Chunk:
         self._passes += chunk.size
         return pass_chunk(chunk, self._replay, weight)
 
-    def run(self, chunks: Sequence[Chunk]) -> Measurement:
+    def run(self, chunks: Sequence[Chunk], sharpness: MoreSecants | None = None) -> Measurement:
         """Measure from chunks whose gradients have yet to be computed.
 
         Args:
             chunks: as many as announced.
+            sharpness: measures Adam's sharpness.
 
         Returns:
             The measurement.
         """
         for chunk in chunks:
             due = self.add(self._pass(chunk), [parameter.grad for parameter in self._parameters])
-            for parameter in self._parameters:
-                parameter.grad = None
+            self._drop_gradients()
             if due:
                 self.measure_curvature()
-        return self.finish()
+        return self.finish(sharpness)
 
-    def finish(self) -> Measurement:
+    def finish(self, sharpness: MoreSecants | None = None) -> Measurement:
         """Close the measurement.
+
+        Args:
+            sharpness: measures Adam's sharpness.
 
         Returns:
             What was measured.
@@ -250,5 +282,11 @@ class LawMeasurement:
         if self._curvatures and self._curvatures[-1].batch_size < self._stream.prefix_size:
             # The window ended early, so its whole prefix has not been measured along.
             self.measure_curvature()
-        statistics = self._stream.statistics()
-        return Measurement(statistics, tuple(self._curvatures), self._passes, self._stream.num_added)
+        measured = Measurement(
+            self._stream.statistics(), tuple(self._curvatures), self._passes, self._stream.num_added
+        )
+        if sharpness is None:
+            return measured
+        self._stream.prefix.clear()  # one buffer less beside the vectors of the iteration
+        values = self._on_reference(sharpness)
+        return measured._replace(sharpness=values, passes=self._passes)

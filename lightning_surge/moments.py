@@ -7,19 +7,28 @@ of `B` examples with per-example mean `mu` and variance `sigma^2`, and bias-corr
     E[v]   = mu^2 + a sigma^2       a: average of 1 / B with the weights of v
 
 so two numbers that follow the batch size from step to step turn them into `mu^2` and `sigma^2`, with
-no memory and no pass. At a constant batch size `b / a` is `(1 - beta_1) / (1 + beta_1)`.
+no memory and no pass. At a constant batch size `b / a` is `(1 - beta_1) / (1 + beta_1)`. The two say what
+`v` would be at any other batch size, `v_B = mu^2 + sigma^2 / B`, and with it how Adam would step there.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["AdamMoments"]
+from lightning_surge.gradients import blocks
+
+__all__ = ["LEAST_BETA_1", "AdamMoments", "has_coupled_decay"]
+
+# `b` must be less than half of `a`, or their difference drowns in noise. In the long run that takes a beta_1
+# above 1/3.
+LARGEST_SHARE = 0.5
+LEAST_BETA_1 = (1.0 - LARGEST_SHARE) / (1.0 + LARGEST_SHARE)
 
 
 class AdamMoments:
@@ -84,14 +93,16 @@ class AdamMoments:
         Returns:
             False where the class says it declines.
         """
-        for group in optimizer.param_groups:
-            coupled = group.get("weight_decay", 0.0) != 0.0 and not _decoupled(optimizer, group)
-            if coupled or tuple(group.get("betas", ()))[:2] != self._betas:
-                return False
+        if has_coupled_decay(optimizer):
+            return False
+        if any(tuple(group.get("betas", ()))[:2] != self._betas for group in optimizer.param_groups):
+            return False
         if self._steps < 2 or not any("exp_avg_sq" in state for state in optimizer.state.values()):
             return False
         memory = 1.0 / (1.0 - self._betas[1]) if self._betas[1] < 1.0 else math.inf
-        return (self._seen_from_start or self._steps > 3.0 * memory) and self.first < 0.5 * self.second
+        return (
+            self._seen_from_start or self._steps > 3.0 * memory
+        ) and self.first < LARGEST_SHARE * self.second
 
     def variance(self, optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
         """Per-coordinate variance of one example's gradient, debiased and not below zero.
@@ -106,11 +117,55 @@ class AdamMoments:
         state = optimizer.state.get(parameter)
         if not state or "exp_avg_sq" not in state:
             return None
-        steps = float(state["step"])
-        mean = state["exp_avg"] / (1.0 - self._betas[0] ** steps)
-        square = state["exp_avg_sq"] / (1.0 - self._betas[1] ** steps)
-        noise: Tensor = square.addcmul(mean, mean, value=-1.0)
-        return noise.div_(self.second - self.first).clamp_(min=0.0)
+        return self._split(state["exp_avg"], state["exp_avg_sq"], float(state["step"]))[1]
+
+    def _split(self, mean: Tensor, square: Tensor, steps: float) -> tuple[Tensor, Tensor]:
+        """`mu^2` and `sigma^2`, neither below zero, from averages not yet corrected for their start."""
+        mean_sq = (mean / (1.0 - self._betas[0] ** steps)).square_()
+        variance = (square / (1.0 - self._betas[1] ** steps)).sub_(mean_sq)
+        variance = variance.div_(self.second - self.first).clamp_(min=0.0)
+        return mean_sq.sub_(variance, alpha=self.first).clamp_(min=0.0), variance
+
+    def inverse_root(
+        self, optimizer: Optimizer, parameters: Sequence[Tensor], scales: Sequence[float], batch_size: float
+    ) -> Iterator[Tensor]:
+        r"""Walk `P^-1/2` as it would be had Adam taken batches of another size all along.
+
+        With `w_1 = (1 - beta_2) / (1 - beta_2^t)`, the weight of one gradient in `v`, and `mean` over the
+        coordinates of a parameter tensor,
+
+            P = (sqrt(v_B + w_1 mean(v_B)) + eps) / scale        v_B = mu^2 + sigma^2 / B
+
+        The damping is what one more gradient of the tensor's typical size would add. A coordinate that few
+        gradients have touched has a `v` that says nothing about the next one that does, and Adam divides by
+        a `v` with that one in it; without the damping such coordinates make up the largest eigenvalues.
+
+        Args:
+            optimizer: whose averages to read; `readable` must hold.
+            parameters: of the optimizer, in the order of the walk.
+            scales: per parameter, its learning rate relative to the run's.
+            batch_size: examples.
+
+        Yields:
+            Flat blocks as of `gradients.blocks`; zeros for parameters that have no averages.
+        """
+        epsilon = {id(p): group["eps"] for group in optimizer.param_groups for p in group["params"]}
+        for parameter, scale in zip(parameters, scales, strict=True):
+            state = optimizer.state.get(parameter)
+            if not state or "exp_avg_sq" not in state:
+                yield from (torch.zeros_like(block) for (block,) in blocks(parameter))
+                continue
+            steps = float(state["step"])
+            one = (1.0 - self._betas[1]) / (1.0 - self._betas[1] ** steps)
+            total = sum(float(block.sum()) for block in self._squares(state, steps, batch_size))
+            floor = one * total / parameter.numel()
+            for square in self._squares(state, steps, batch_size):
+                yield square.add_(floor).sqrt_().add_(epsilon[id(parameter)]).div_(scale).rsqrt_()
+
+    def _squares(self, state: dict[str, Any], steps: float, batch_size: float) -> Iterator[Tensor]:
+        for mean, square in blocks(state["exp_avg"], state["exp_avg_sq"]):
+            mean_sq, variance = self._split(mean, square, steps)
+            yield mean_sq.add_(variance, alpha=1.0 / batch_size)
 
     def deviation_l1(self, optimizer: Optimizer) -> float:
         """`sum_i sigma_i` over all coordinates that have averages; NaN where `readable` does not hold."""
@@ -134,6 +189,17 @@ class AdamMoments:
         self._betas = (state["_betas"][0], state["_betas"][1])
 
 
-def _decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    """Whether weight decay bypasses the gradient."""
-    return bool(group.get("decoupled_weight_decay", type(optimizer).__name__ == "AdamW"))
+def has_coupled_decay(optimizer: Optimizer) -> bool:
+    """Whether weight decay goes through the gradient, and so through the averages.
+
+    Args:
+        optimizer: of the Adam family.
+
+    Returns:
+        True if it does in any parameter group.
+    """
+    by_class = type(optimizer).__name__ == "AdamW"
+    return any(
+        group.get("weight_decay", 0.0) != 0.0 and not group.get("decoupled_weight_decay", by_class)
+        for group in optimizer.param_groups
+    )

@@ -44,10 +44,10 @@ class Bin(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """The curvatures of one measurement, along directions of two sizes at one point of training.
+    """Two curvatures of one measurement, for two batch sizes at one point of training.
 
     Attributes:
-        sizes: of the directions, examples, smaller one first.
+        sizes: examples; of directions, the smaller one first.
         values: the curvatures.
         weight: of the measurement.
         alignments: along directions of the same sizes.
@@ -71,6 +71,8 @@ class NoiseStats(NamedTuple):
         contrasts: the curvatures measurement by measurement, to fit.
         grad_sq_error: standard error of `grad_sq`, from its scatter.
         coordinate_sums: what the theorems need, if measured.
+        sharpness: of Adam's preconditioned Hessian at the base and another batch size, in this order,
+            measurement by measurement.
     """
 
     num_measurements: int
@@ -81,6 +83,7 @@ class NoiseStats(NamedTuple):
     contrasts: tuple[Contrast, ...] = ()
     grad_sq_error: float = 0.0
     coordinate_sums: CoordinateSums | None = None
+    sharpness: tuple[Contrast, ...] = ()
 
     @property
     def noise_scale(self) -> float:
@@ -142,7 +145,8 @@ class NoiseHistory:
             ValueError: if one of its numbers is not finite; nothing is added then.
         """
         statistics = measurement.statistics
-        values = [value for sized in (*statistics.alignments, *measurement.curvatures) for value in sized]
+        sized = (*statistics.alignments, *measurement.curvatures, *measurement.sharpness)
+        values = [value for pair in sized for value in pair]
         if not all(map(math.isfinite, (*statistics[:3], *values, *(measurement.coordinate_sums or ())))):
             raise ValueError(
                 f"Expected finite gradient statistics, got {measurement}: this measurement is left out."
@@ -197,6 +201,9 @@ class NoiseHistory:
             curvatures=_bins((record.curvatures, weight) for record, weight in records),
             contrasts=tuple(_contrast(record, weight) for record, weight in records if record.curvatures),
             coordinate_sums=_mean_sums(records, total),
+            sharpness=tuple(
+                _pair(record.sharpness, weight) for record, weight in records if record.sharpness
+            ),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,6 +218,7 @@ class NoiseHistory:
                     "passes": record.passes,
                     "num_chunks": record.num_chunks,
                     "coordinate_sums": list(record.coordinate_sums) if record.coordinate_sums else None,
+                    "sharpness": [list(sized) for sized in record.sharpness],
                 }
                 for record in self._records
             ],
@@ -231,9 +239,15 @@ class NoiseHistory:
                     record["passes"],
                     record["num_chunks"],
                     None if sums is None else CoordinateSums(*sums),
+                    _sized(record.get("sharpness", ())),
                 )
             )
         self.num_measurements = state["num_measurements"]
+
+
+def _pair(sized: Sequence[SizedValue], weight: float) -> Contrast:
+    first, second = sized
+    return Contrast((first.batch_size, second.batch_size), (first.value, second.value), weight)
 
 
 def _contrast(record: Measurement, weight: float) -> Contrast:

@@ -14,19 +14,29 @@ from typing import Any, NamedTuple
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import Law
 
-__all__ = ["ANCHORS", "OBJECTIVES", "Decision", "Objective", "Policy", "progress_ratio", "step_ratio"]
+__all__ = [
+    "ANCHORS",
+    "OBJECTIVES",
+    "Decision",
+    "Objective",
+    "Policy",
+    "edge_ratio",
+    "progress_ratio",
+    "step_ratio",
+]
 
-Objective = Callable[[Law, float, float], float]
-"""Maps a law, a batch size and the base batch size to the wanted ratio of learning rates."""
+Objective = Callable[[Law, float, float, float], float]
+"""Maps a law, a batch size, the base batch size and the scheduled learning rate to the wanted ratio."""
 
 
-def step_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
+def step_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
     """Ratio that keeps every step as good as it can be: `lr(B) / lr(base)` of the law.
 
     Args:
         law: any law.
         batch_size: examples per optimizer step.
         base_batch_size: examples at which the scheduled learning rate was tuned.
+        lr: scheduled learning rate, without influence here.
 
     Returns:
         The ratio; it falls beyond the law's peak.
@@ -37,7 +47,7 @@ def step_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
     return law.lr(batch_size) / law.lr(base_batch_size)
 
 
-def progress_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
+def progress_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
     """Ratio that keeps the expected progress per example: `(B / base) N(base) / N(B)`.
 
     Square-root scaling while noise dominates the alignment N, linear scaling beyond. It has no falling
@@ -47,6 +57,7 @@ def progress_ratio(law: Law, batch_size: float, base_batch_size: float) -> float
         law: any law whose gain is in the unit of its learning rate.
         batch_size: examples per optimizer step.
         base_batch_size: examples at which the scheduled learning rate was tuned.
+        lr: scheduled learning rate, without influence here.
 
     Returns:
         The ratio.
@@ -62,7 +73,45 @@ def progress_ratio(law: Law, batch_size: float, base_batch_size: float) -> float
     return batch_size / base_batch_size * progress
 
 
-OBJECTIVES: dict[str, Objective] = {"step": step_ratio, "progress": progress_ratio}
+def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:
+    """Progress per example, capped smoothly by the edge of stability.
+
+        R = h(B) / h(base)        1 / h(B) = 1 / (lr R_progress(B)) + 1 / edge_lr(B)
+
+    Its limits are `progress_ratio` where the learning rate is far below the edge, and the ratio of the edges
+    far above. Where noise is all there is, the two are `sqrt(B / base)` and its inverse, and `h` has the
+    form of Theorem 3, with the peak where `lr R_progress` meets the edge.
+
+    Args:
+        law: a law that knows the edge.
+        batch_size: examples per optimizer step.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+        lr: scheduled learning rate; 0 leaves the progress alone.
+
+    Returns:
+        The ratio; NaN for a law that knows no edge.
+
+    Example:
+        >>> from lightning_surge.edge import EdgeLaw
+        >>> law = EdgeLaw(
+        ...     alignment_limit=1.0, alignment_scale=1e12, noise_curvature=1.0, signal_curvature=0.0,
+        ...     edge_limit=0.0, edge_sq_slope=16.0,
+        ... )
+        >>> [round(edge_ratio(law, 64.0, 16.0, lr), 4) for lr in (0.0, 0.5, 1.0)]
+        [2.0, 1.0, 0.8]
+
+    References:
+        Cohen et al. 2022, arXiv:2207.14484, for the edge. That the two limits add like resistances is a
+        choice, which has the form of Theorem 3 of Li et al. 2024, arXiv:2405.14578 (Eq. 13).
+    """
+    progress = progress_ratio(law, batch_size, base_batch_size)
+    at_base, here = lr / law.edge_lr(base_batch_size), lr / law.edge_lr(batch_size)
+    return (1.0 + at_base) / (1.0 / progress + here)
+
+
+OBJECTIVES: dict[str, Objective] = {"step": step_ratio, "progress": progress_ratio, "edge": edge_ratio}
+# Those that follow the scheduled learning rate at every step.
+FOLLOW_LR = frozenset({"edge"})
 ANCHORS = ("schedule", "law")
 
 # Under anchor="law" the level follows the law too; one standard deviation of what is believed of that
@@ -97,8 +146,8 @@ class Policy:
       `log R = w log R_measured + (1 - w) log R_sqrt`, `w = t^2 / (t^2 + se^2)`, with the width `t`
       of what is believed beforehand: one standard deviation reaches from sqrt to 1 and to B / base.
     * It stays inside bounds.
-    * At a fixed batch size it rises by at most `max_drift_per_step` a step. A change of the batch size
-      acts at once, and downward moves always do.
+    * At a fixed batch size it rises by at most `max_drift_per_step` a step after a measurement. A change of
+      the batch size or of the schedule acts at once, and downward moves always do.
     * A law that cannot be evaluated is not used: the last good one is held.
 
     Args:
@@ -130,6 +179,7 @@ class Policy:
         self.base_batch_size = base_batch_size
         self.law: EstimatedLaw | None = None
         self._objective = OBJECTIVES[objective]
+        self._follows_lr = objective in FOLLOW_LR
         self._anchored = anchor == "law"
         self.fixed_law = fixed_law
         self._bounds = bounds
@@ -139,57 +189,62 @@ class Policy:
         self._lag = 1.0
         self._lag_at: float | None = None
         self._held: str | None = None
-        self._answers: dict[float, tuple[float, float, float, str]] = {}
+        self._answers: dict[tuple[float, float], tuple[float, float, float, str]] = {}
 
-    def update(self, law: EstimatedLaw | None, batch_size: float) -> None:
+    def update(self, law: EstimatedLaw | None, batch_size: float, lr: float = math.nan) -> None:
         """Take over a new law, or hold the last one if there is none.
 
         Args:
             law: the law as estimated now; None if the measurements do not determine one.
             batch_size: the batch size in force, at which the ratio must not jump up.
+            lr: the scheduled learning rate, for objectives that follow it.
         """
-        if law is None or not self._usable(law, batch_size):
-            self.hold("the measurements do not determine a law")
+        if law is None or not self._usable(law, batch_size, lr):
+            no_edge = law is not None and self._follows_lr and math.isnan(law.edge_lr(batch_size))
+            what = "an edge of stability" if no_edge else "a law"
+            self.hold(f"the measurements do not determine {what}")
             return
-        before = self.lr_scale(batch_size)
+        before = self.lr_scale(batch_size, lr)
         self._held = None
         self.law = law
         self._answers.clear()
         if self._anchored and self._anchor_lr is None and self._trusted(law):
             self._anchor_lr = law.lr(self.base_batch_size)
-        self._lag, self._lag_at = min(1.0, before / self._target(batch_size)[2]), batch_size
+        self._lag, self._lag_at = min(1.0, before / self._target(batch_size, lr)[2]), batch_size
 
     def hold(self, reason: str) -> None:
         """Keep the last law because measuring failed."""
         self._held = f"held: {reason}"
         self._answers.clear()
 
-    def decide(self, batch_size: float) -> Decision:
+    def decide(self, batch_size: float, lr: float = math.nan) -> Decision:
         """The ratio for the next step; one step of the limit on drift passes.
 
         Args:
             batch_size: examples behind the step.
+            lr: the scheduled learning rate, for objectives that follow it.
 
         Returns:
             The decision.
         """
-        predicted, error, _, reason = self._target(batch_size)
+        predicted, error, _, reason = self._target(batch_size, lr)
         if self._lag < 1.0:
             self._lag = min(1.0, self._lag * (1.0 + self._max_drift))
             if self._lag < 1.0 and self._is_lagging(batch_size):
                 reason = "rising: limited by max_drift_per_step"
-        return Decision(predicted, error, self.lr_scale(batch_size), reason)
+        return Decision(predicted, error, self.lr_scale(batch_size, lr), reason)
 
-    def lr_scale(self, batch_size: float) -> float:
+    def lr_scale(self, batch_size: float, lr: float = math.nan) -> float:
         """The ratio that would be applied at a batch size now, with no step passing.
 
         Args:
             batch_size: examples per optimizer step.
+            lr: the scheduled learning rate, for objectives that follow it.
 
         Returns:
             The ratio to the scheduled learning rate.
         """
-        target = self._target(batch_size)[2]
+        target = self._target(batch_size, lr)[2]
         if not self._is_lagging(batch_size):
             return target
         # The lag was taken at a neighbouring size, whose bounds may be wider.
@@ -204,16 +259,14 @@ class Policy:
             return False
         return round(math.log2(batch_size / self._lag_at)) == 0
 
-    def _wanted(self, law: Law, batch_size: float) -> float:
-        ratio = self._objective(law, batch_size, self.base_batch_size)
-        if self._anchor_lr is not None:
-            ratio *= law.lr(self.base_batch_size) / self._anchor_lr
-        return ratio
+    def _wanted(self, law: Law, batch_size: float, lr: float) -> float:
+        level = 1.0 if self._anchor_lr is None else law.lr(self.base_batch_size) / self._anchor_lr
+        return level * self._objective(law, batch_size, self.base_batch_size, level * lr)
 
-    def _usable(self, law: EstimatedLaw, batch_size: float) -> bool:
+    def _usable(self, law: EstimatedLaw, batch_size: float, lr: float) -> bool:
         try:
             sizes = (batch_size, self.base_batch_size)
-            ratios = [self._objective(law, size, self.base_batch_size) for size in sizes]
+            ratios = [self._objective(law, size, self.base_batch_size, lr) for size in sizes]
             return all(
                 math.isfinite(ratio) and ratio > 0.0 for ratio in (*ratios, law.lr(self.base_batch_size))
             )
@@ -224,16 +277,17 @@ class Policy:
         error = law.standard_error(lambda law: math.log(law.lr(self.base_batch_size)))
         return error < ANCHOR_LOG_WIDTH
 
-    def _target(self, batch_size: float) -> tuple[float, float, float, str]:
+    def _target(self, batch_size: float, lr: float) -> tuple[float, float, float, str]:
         """Predicted ratio, its standard error, the ratio after shrinkage and bounds, and the reason."""
         # The law changes every hundred steps, the question is asked at every one.
-        if batch_size not in self._answers:
+        question = (batch_size, lr if self._follows_lr else 0.0)
+        if question not in self._answers:
             if len(self._answers) > MOST_ANSWERS:
                 self._answers.clear()
-            self._answers[batch_size] = self._compute_target(batch_size)
-        return self._answers[batch_size]
+            self._answers[question] = self._compute_target(*question)
+        return self._answers[question]
 
-    def _compute_target(self, batch_size: float) -> tuple[float, float, float, str]:
+    def _compute_target(self, batch_size: float, lr: float) -> tuple[float, float, float, str]:
         quotient = batch_size / self.base_batch_size
         if self.fixed_law is not None:
             predicted = step_ratio(self.fixed_law, batch_size, self.base_batch_size)
@@ -243,14 +297,14 @@ class Policy:
             used, reason = self._bounded(math.sqrt(quotient), quotient, "sqrt: nothing measured yet")
             return math.sqrt(quotient), math.inf, used, self._held or reason
         try:
-            predicted = self._wanted(self.law, batch_size)
+            predicted = self._wanted(self.law, batch_size, lr)
             log_predicted = math.log(predicted)
         except (ArithmeticError, ValueError):
             predicted, log_predicted = math.nan, math.nan
         if not math.isfinite(log_predicted):
             used, reason = self._bounded(math.sqrt(quotient), quotient, "sqrt: no law at this batch size")
             return math.sqrt(quotient), math.inf, used, reason
-        error = self._log_standard_error(batch_size)
+        error = self._log_standard_error(batch_size, lr)
         log_sqrt = 0.5 * math.log(quotient)
         width_sq = log_sqrt**2 + (ANCHOR_LOG_WIDTH**2 if self._anchor_lr is not None else 0.0)
         weight = width_sq / (width_sq + error**2) if width_sq > 0.0 else 1.0
@@ -259,10 +313,10 @@ class Policy:
         used, reason = self._bounded(shrunk, quotient, reason)
         return predicted, predicted * error, used, self._held or reason
 
-    def _log_standard_error(self, batch_size: float) -> float:
+    def _log_standard_error(self, batch_size: float, lr: float) -> float:
         if self.law is None or (batch_size == self.base_batch_size and self._anchor_lr is None):
             return 0.0
-        scatter = self.law.standard_error(lambda law: math.log(self._wanted(law, batch_size)))
+        scatter = self.law.standard_error(lambda law: math.log(self._wanted(law, batch_size, lr)))
         return math.hypot(
             scatter,
             self.law.extrapolation_error(batch_size),

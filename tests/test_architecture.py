@@ -16,14 +16,13 @@ ROWS = [
         "gradients",
         "laws",
         "lr_writer",
-        "moments",
         "optimizers",
         "plots",
         "replay",
         "schedules",
     ],
-    ["curvature", "step_noise", "theorems", "tradeoff"],
-    ["measuring"],
+    ["curvature", "edge", "moments", "step_noise", "theorems", "tradeoff"],
+    ["measuring", "sharpness"],
     ["coordinates", "noise", "probing"],
     ["estimates"],
     ["policy"],
@@ -34,7 +33,7 @@ ROWS = [
     ["callbacks"],
     [""],
 ]
-ALONE = ["batches", "budget", "laws", "lr_writer", "moments", "optimizers", "plots", "replay", "schedules"]
+ALONE = ["batches", "budget", "laws", "lr_writer", "optimizers", "plots", "replay", "schedules"]
 ROW_OF = {room: index for index, row in enumerate(ROWS) for room in row}
 
 
@@ -112,7 +111,8 @@ def test_the_graph_between_measuring_and_deciding() -> None:
     assert rooms_of("step_noise") == {"gradients"}
     assert rooms_of("measuring") == {"curvature", "gradients", "replay"}
     assert rooms_of("noise") == {"gradients", "measuring"}
-    assert rooms_of("estimates") == {"laws", "noise", "theorems"}
+    assert rooms_of("sharpness") == {"curvature", "gradients"}
+    assert rooms_of("estimates") == {"edge", "laws", "noise", "theorems"}
     assert rooms_of("policy") == {"estimates", "laws"}
 
 
@@ -123,7 +123,8 @@ def test_only_callbacks_import_lightning(room: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["policy", "laws", "theorems", "tradeoff", "estimates", "noise", "schedules", "budget", "plots"]
+    "room",
+    ["policy", "laws", "edge", "theorems", "tradeoff", "estimates", "noise", "schedules", "budget", "plots"],
 )
 def test_rooms_of_floats_import_no_torch(room: str) -> None:
     assert packages_of(room) & {"torch", "torchmetrics", "lightning"} == set()

@@ -1,6 +1,8 @@
 """One measurement on a quadratic whose gradients, noise and curvature are known."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +98,21 @@ class TestExact:
         got = quadratic.measurement(5).run([chunk(batch) for batch in noise([3, 1, 8, 2, 5])])
         # All once, and the reference half (3 + 1) again for each of two secants.
         assert got.passes == quadratic.passes == 19 + 2 * 4
+
+    def test_more_secants_share_the_examples_of_the_reference_half_and_are_counted(self) -> None:
+        quadratic, batches = Quadratic(), noise([3, 1, 8, 2, 5])
+        seen = []
+
+        def more(reference: Sequence[Tensor], gradient_now: Any) -> tuple[SizedValue, ...]:
+            seen.extend([reference[0].clone(), gradient_now()[0].clone()])
+            return (SizedValue(8.0, 3.0), SizedValue(32.0, 5.0))
+
+        plain = quadratic.measurement(5).run([chunk(batch) for batch in batches])
+        got = quadratic.measurement(5).run([chunk(batch) for batch in batches], more)
+        expected = quadratic.gradient(torch.cat(batches[:2]))
+        assert all(torch.allclose(gradient, expected) for gradient in seen)
+        assert got == plain._replace(passes=plain.passes + 4, sharpness=(SizedValue(8, 3), SizedValue(32, 5)))
+        assert quadratic.theta.grad is None
 
     def test_curvature_uses_the_examples_of_the_reference_half(self) -> None:
         """Each example has a Hessian of its own, so the ones behind `D` show."""
@@ -295,6 +312,7 @@ class TestProperties:
             passes=8.0,
             num_chunks=4,
             coordinate_sums=CoordinateSums(4.0, 8.0, 12.0, 16.0),
+            sharpness=(SizedValue(2.0, 12.0),),
         )
         assert measurement.unscaled(4.0) == Measurement(
             ChunkStatistics(8.0, 1.0, 2.0, (SizedValue(2.0, 1.0),)),
@@ -302,6 +320,7 @@ class TestProperties:
             passes=8.0,
             num_chunks=4,
             coordinate_sums=CoordinateSums(1.0, 2.0, 3.0, 4.0),
+            sharpness=(SizedValue(2.0, 3.0),),
         )
 
     @given(batch_size=st.floats(1, 1e6), base=st.floats(1, 1e6))

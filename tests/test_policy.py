@@ -78,7 +78,7 @@ class TestObjectives:
     @pytest.mark.parametrize("name", OBJECTIVES)
     def test_ratio_is_one_at_the_base(self, name: str, law: Law, base: float) -> None:
         try:
-            ratio = OBJECTIVES[name](law, base, base)
+            ratio = OBJECTIVES[name](law, base, base, 0.1)
         except ArithmeticError:
             return  # the policy holds then
         assert ratio == 1.0 or math.isnan(ratio)

@@ -150,8 +150,8 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Decision]]:
     taken: list[tuple[float, Decision]] = []
     decide = Policy.decide
 
-    def noted(self: Policy, batch_size: float) -> Decision:
-        decision = decide(self, batch_size)
+    def noted(self: Policy, batch_size: float, lr: float) -> Decision:
+        decision = decide(self, batch_size, lr)
         taken.append((batch_size, decision))
         return decision
 
@@ -350,6 +350,11 @@ def plain(value: Any) -> bool:
     return value is None or type(value) in (str, int, float, bool)
 
 
+def without_vectors(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without the only tensors in it, which `objective="edge"` keeps."""
+    return state | {"measurer": state["measurer"] | {"sharpness": None}}
+
+
 RESUMED: dict[str, dict[str, Any]] = {
     "sliced": {"batch_size": 16, "options": {"probe_examples": 16}},
     # Of four batches, so that one pool is always under way where a checkpoint is written.
@@ -362,6 +367,12 @@ RESUMED: dict[str, dict[str, Any]] = {
     },
     "anchored": {"batch_size": 16, "options": {"probe_examples": 16, "anchor": "law"}},
     "progress": {"batch_size": 16, "options": {"probe_examples": 16, "objective": "progress"}},
+    "edge": {"batch_size": 16, "options": {"probe_examples": 16, "objective": "edge"}},
+    "edge from micro-batches": {
+        "batch_size": 4,
+        "trainer": {"accumulate_grad_batches": 4},
+        "options": {"objective": "edge"},
+    },
     "theorem2": {"batch_size": 16, "options": {"probe_examples": 16, "law": "theorem2"}},
     "theorem3": {"batch_size": 16, "options": {"probe_examples": 16, "law": "theorem3"}},
     "budget": {"batch_size": 16, "options": {"probe_every": None, "max_overhead": 1.0}},
@@ -438,14 +449,14 @@ class TestResume:
         _, without = self._run(make_trainer, tmp_path / "b", **RESUMED["pooled"])
         assert with_checkpoints.history.num_measurements < without.history.num_measurements
 
-    @pytest.mark.parametrize("case", ["sliced", "theorem3", "sgd", "anchored"])
+    @pytest.mark.parametrize("case", ["sliced", "theorem3", "sgd", "anchored", "edge"])
     def test_state_is_plain_and_loads_safely(
         self, make_trainer: MakeTrainer, tmp_path: Path, case: str
     ) -> None:
         _, callback = self._run(make_trainer, tmp_path, **RESUMED[case])
         (path,) = tmp_path.glob("*step=21.ckpt")
         state = torch.load(path, weights_only=True)["callbacks"][callback.state_key]
-        assert plain(state)
+        assert plain(without_vectors(state))
         assert len(state["history"]["records"]) >= 10
         fresh = SurgeLRCallback(
             4, **{k: v for k, v in RESUMED[case]["options"].items() if k != "probe_examples"}
@@ -453,6 +464,8 @@ class TestResume:
         fresh.load_state_dict(state)
         again = fresh.state_dict()
         assert repr(again) == repr(state)
+        vectors = state["measurer"]["sharpness"]["vectors"]
+        assert [len(vector) for vector in vectors] == ([4, 4] if case == "edge" else [])
 
     @pytest.mark.parametrize("longer", [False, True])
     def test_on_a_shorter_loader_comes_to_an_end(
@@ -558,7 +571,11 @@ class TestErrors:
         ("arguments", "message"),
         [
             ({"law": "teorem3"}, r"law to be one of measured, theorem2, .*constant, got law='teorem3'"),
-            ({"objective": "speed"}, r"objective to be one of step, progress, got objective='speed'"),
+            ({"objective": "speed"}, r"objective to be one of step, progress, edge, got objective='speed'"),
+            (
+                {"objective": "edge", "law": "theorem2"},
+                r"law='measured' with objective='edge', got law='theorem2'",
+            ),
             ({"anchor": "ship"}, r"anchor to be one of schedule, law, got anchor='ship'"),
             ({"base_batch_size": 0}, r"0 < base_batch_size < inf, got base_batch_size=0: count examples"),
             ({"base_batch_size": -8}, r"got base_batch_size=-8"),

@@ -9,12 +9,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.settings import REFERENCE_RULES
-from lightning_surge.optimizers import optimizer_kind
+from lightning_surge.moments import LEAST_BETA_1, has_coupled_decay
+from lightning_surge.optimizers import optimizer_kind, stability_constant
 
-__all__ = ["check_optimizer", "check_trainer", "trained_optimizers"]
+__all__ = ["check_edge", "check_optimizer", "check_trainer", "clips_gradients", "trained_optimizers"]
 
 
 def check_trainer(
@@ -92,6 +94,51 @@ def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, name: st
             "law='measured', which takes the gradient-noise law for it."
         )
     _check_parameters(optimizer, name)
+
+
+def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse what keeps Adam's edge of stability at other batch sizes from being told.
+
+    Args:
+        trainer: at `on_fit_start`, with its one optimizer.
+        pl_module: the module to train.
+
+    Raises:
+        MisconfigurationException: with the rule, what was found, and the remedy.
+    """
+    (optimizer,) = trained_optimizers(trainer.optimizers)
+    try:
+        stability_constant(optimizer)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+    name = type(optimizer).__name__
+    if has_coupled_decay(optimizer):
+        raise MisconfigurationException(
+            f"Expected decoupled weight decay for objective='edge', got {name}, whose averages hold the "
+            "decay too: use AdamW or decoupled_weight_decay=True, weight_decay=0, or objective='progress'."
+        )
+    beta_1, beta_2 = optimizer.param_groups[0]["betas"][:2]
+    if any(tuple(group["betas"][:2]) != (beta_1, beta_2) for group in optimizer.param_groups):
+        raise MisconfigurationException(
+            "Expected the same betas in all parameter groups for objective='edge', got several: one batch "
+            "size is followed through one pair of averages. Use objective='progress'."
+        )
+    if beta_1 <= LEAST_BETA_1:
+        raise MisconfigurationException(
+            f"Expected beta_1 > 1/3 for objective='edge', got {name} with beta_1={beta_1}: its averages then "
+            "hardly tell the mean gradient from its noise. Use objective='progress'."
+        )
+    if clips_gradients(trainer, pl_module):
+        raise MisconfigurationException(
+            "Expected no gradient clipping for objective='edge', got gradient_clip_val="
+            f"{trainer.gradient_clip_val} or an own configure_gradient_clipping: Adam's averages of clipped "
+            "gradients do not tell those at other batch sizes. Use objective='progress'."
+        )
+
+
+def clips_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Whether the optimizer sees other gradients than the loss's."""
+    return bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", pl_module)
 
 
 def _check_parameters(optimizer: Optimizer, name: str) -> None:

@@ -76,6 +76,8 @@ def law_metrics(
         "curvature": lambda law: law.alignment(batch_size) / law.lr(batch_size),
         "lr_optimal": lambda law: law.lr(batch_size),
     }
+    if not math.isnan(law.edge_lr(batch_size)):
+        quantities["edge_lr"] = lambda law: law.edge_lr(batch_size)
     for name, quantity in quantities.items():
         metrics[f"{PREFIX}{name}"] = quantity(law)
         error = law.standard_error(quantity)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -29,11 +29,14 @@ from lightning_surge.budget import ProbeBudget
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.coordinates import CoordinateMeasurement
 from lightning_surge.curvature import probe_distance
+from lightning_surge.gradients import SizedValue
 from lightning_surge.lr_writer import LearningRateWriter
-from lightning_surge.measuring import MIN_SLICES, LawMeasurement, Measurement
+from lightning_surge.measuring import MIN_SLICES, LawMeasurement, Measurement, MoreSecants
+from lightning_surge.moments import AdamMoments
 from lightning_surge.optimizers import OptimizerKind, lr_scales
 from lightning_surge.probing import Prober, examples_wanted
 from lightning_surge.replay import Chunk, Piece, RandomState, TraceError, no_trace
+from lightning_surge.sharpness import Sharpness
 
 __all__ = ["LossFn", "Measurer"]
 
@@ -47,6 +50,14 @@ FREE_CHUNK_PASSES = 0.25
 SMALLEST_DELTA = 0.03
 # The curvature wanted is that over the optimal step. Until it is known, this share of the learning rate.
 FIRST_DELTA = 0.125
+
+# A second batch size for the sharpness: the one in force if it is far enough from the base, else this
+# multiple of the base.
+FAR_ENOUGH = 2.0
+FAR = 4.0
+# The edge is about curvature at the point itself. A search for the largest over longer moves finds cliffs
+# nearby: on the demo it told up to twice the limit at the secants' distance, and at this share the limit.
+SHARPNESS_DELTA = 0.03
 
 # Checkpoints in a row that may interrupt a measurement before the user is told.
 PATIENCE = 3
@@ -98,6 +109,7 @@ class Measurer:
         self._dropped_pools = 0
         self._slices_checked = False
         self._largest_lr = 0.0
+        self._sharpness = Sharpness()
         self.budget = ProbeBudget(settings.max_overhead, settings.probe_every)
         self.seconds = 0.0
         self.failure: str | None = None
@@ -202,6 +214,7 @@ class Measurer:
         planned = self._planned_examples(typical, batch_size, batch_idx)
         if free:
             self._cost_under_way = (1.0 + FREE_CHUNK_PASSES) * batch_size
+            self._cost_under_way += self._sharpness_cost(batch_size, self._sharpness.rounds)
             # A shorter window would start a pool, which the next ones need not wait for.
             if window >= FREE_CHUNKS and self.budget.due(self._cost_under_way, planned):
                 # Directions of a base batch, if two sizes of them fit into half of the window.
@@ -216,6 +229,7 @@ class Measurer:
             smallest=self._fewest_chunks * max(base or batch_size, 1.0 if self._may_split else typical),
         )
         self._cost_under_way = self._cost(wanted)
+        self._cost_under_way += self._sharpness_cost(wanted, self._sharpness.rounds - 1)
         if self.budget.due(self._cost_under_way, planned):
             self._pool_target = wanted
             self.budget.start()
@@ -271,28 +285,46 @@ class Measurer:
         elif size > 0.0:
             self._pool.append(Piece(batch, batch_idx, size))
 
-    def collect(
-        self, base: float, variance_of: Callable[[Tensor], Tensor | None] | None = None
-    ) -> Measurement | None:
+    def collect(self, base: float, batch_size: float, moments: AdamMoments | None) -> Measurement | None:
         """Finish the measurement at the end of a window, if one is complete.
 
         Args:
             base: base batch size.
-            variance_of: per-coordinate variance of one example's gradient, if the optimizer knows it.
+            batch_size: examples behind the step about to be taken.
+            moments: of the optimizer; None if they are not readable now.
 
         Returns:
             The measurement; None if there is none. `failure` says if one failed.
         """
+        sharpness = None
+        if self._settings.follows_edge and moments is not None:
+            sharpness = self._follow_sharpness(moments, base, batch_size)
         if self._live is not None:
             live, self._live = self._live, None
             if not live.complete:
                 # Somebody ended the window early; its examples have been trained on all the same.
                 self.budget.charge(self._cost_under_way, measured=False)
                 return None
-            return self._finished(self._guarded(live.finish), free=True)
+            return self._finished(self._guarded(partial(live.finish, sharpness)), free=True)
         if not self._pool_target or sum(piece.size for piece in self._pool) < self._pool_target:
             return None
-        return self._finished(self._guarded(partial(self._probe, base, variance_of)), free=False)
+        return self._finished(self._guarded(partial(self._probe, base, moments, sharpness)), free=False)
+
+    def _follow_sharpness(self, moments: AdamMoments, base: float, batch_size: float) -> MoreSecants:
+        far = max(batch_size / base, base / batch_size) >= FAR_ENOUGH
+        sizes = (base, batch_size if far else FAR * base)
+
+        def follow(gradient: Sequence[Tensor], gradient_now: Callable[[], Any]) -> tuple[SizedValue, ...]:
+            return self._sharpness.measure(
+                self.parameters,
+                sizes=sizes,
+                inverse_root=partial(moments.inverse_root, self._optimizer, self.parameters, self._scales),
+                gradient=gradient,
+                gradient_at_displaced=gradient_now,
+                delta=self._delta(SHARPNESS_DELTA),
+            )
+
+        return follow
 
     def _finished(self, measurement: Measurement | None, *, free: bool) -> Measurement | None:
         if measurement is None:
@@ -339,7 +371,7 @@ class Measurer:
     # ------------------------------------------------------------------ probes
 
     def _probe(
-        self, base: float, variance_of: Callable[[Tensor], Tensor | None] | None
+        self, base: float, moments: AdamMoments | None, sharpness: MoreSecants | None
     ) -> Measurement | None:
         """Measure from pooled batches, after making sure once that cutting them changes nothing."""
         pieces = self._pool
@@ -359,9 +391,9 @@ class Measurer:
                 sizes=CoordinateMeasurement.sizes_for(chunks, base),
                 law=self._settings.law,
                 seed=self._trainer.global_step,
-                variance_of=variance_of,
+                variance_of=None if moments is None else partial(moments.variance, self._optimizer),
             ).run(chunks)
-        return self._new_measurement(len(chunks)).run(chunks)
+        return self._new_measurement(len(chunks)).run(chunks, sharpness)
 
     def _slices_agree(self, pieces: list[Piece], chunks: list[Chunk]) -> bool:
         agree, passes = self._prober.slices_agree(
@@ -393,7 +425,11 @@ class Measurer:
         """Passes of a probe: its slices once, and the reference half for each of two secants."""
         if self._by_coordinates:
             return CoordinateMeasurement.cost(examples, self._settings.law)
-        return 2.0 * examples
+        return 2.0 * examples + self._sharpness_cost(examples, 1)
+
+    def _sharpness_cost(self, examples: float, rounds: int) -> float:
+        """Passes of the sharpness: the reference half for each of two batch sizes and each iteration."""
+        return rounds * examples if self._settings.follows_edge else 0.0
 
     def _planned_examples(self, typical: float, batch_size: float, batch_idx: int) -> float:
         """Examples of the whole run as far as the Trainer knows; infinite if it does not."""
@@ -432,11 +468,11 @@ class Measurer:
             stride=stride,
         )
 
-    def _delta(self) -> float:
+    def _delta(self, share: float = 1.0) -> float:
         """Distance of the secants: the optimal step as far as it is known, within the schedule's scale."""
         lr = max(*self._writer.scheduled(), SMALLEST_DELTA * self._largest_lr)
         wanted = FIRST_DELTA * lr if self._delta_wanted is None else self._delta_wanted
-        return probe_distance(self.parameters, min(max(wanted, SMALLEST_DELTA * lr), lr))
+        return probe_distance(self.parameters, share * min(max(wanted, SMALLEST_DELTA * lr), lr))
 
     def _guarded(self, work: Callable[[], Measurement | None]) -> Measurement | None:
         """Run a part of a measurement without leaving a trace, and survive its failure."""
@@ -504,7 +540,10 @@ class Measurer:
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers. Batches being pooled are dropped, here as in a run that resumes."""
+        """Plain numbers, and the tensors of the sharpness.
+
+        Batches being pooled are dropped, here as in a run that resumes.
+        """
         if self._pool:
             self._dropped_pools += 1
             if self._dropped_pools == PATIENCE:
@@ -520,6 +559,7 @@ class Measurer:
             "slices_checked": self._slices_checked,
             "may_split": self._may_split,
             "seen": [self._seen_batches, self._seen_examples],
+            "sharpness": self._sharpness.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -529,6 +569,8 @@ class Measurer:
         self._slices_checked = state["slices_checked"]
         self._may_split = state["may_split"]
         self._seen_batches, self._seen_examples = state["seen"]
+        if self._settings.follows_edge and "sharpness" in state:
+            self._sharpness.load_state_dict(state["sharpness"])
 
 
 def _identity(gradient: Tensor) -> Tensor:

@@ -51,6 +51,11 @@ class SurgeSettings:
                 f"Expected objective='step' and anchor='schedule' with a rule that measures nothing, got "
                 f"law={self.law!r}, objective={self.objective!r}, anchor={self.anchor!r}: use law='measured'."
             )
+        if self.follows_edge and self.law != "measured":
+            raise ValueError(
+                f"Expected law='measured' with objective='edge', got law={self.law!r}: only its measurements "
+                "look for the edge of stability."
+            )
         _positive(
             "base_batch_size", self.base_batch_size, "count examples per optimizer step, or leave it out"
         )
@@ -61,6 +66,11 @@ class SurgeSettings:
         _whole("probe_examples", self.probe_examples, 4, "4 examples make the smallest measurement")
         if self.lr_scale_bounds is not None:
             self._check_bounds(self.lr_scale_bounds)
+
+    @property
+    def follows_edge(self) -> bool:
+        """Whether measurements must find Adam's edge of stability too."""
+        return self.objective == "edge"
 
     @staticmethod
     def _check_bounds(bounds: tuple[float, float]) -> None:

@@ -21,16 +21,30 @@ from torch.optim import Optimizer
 
 from lightning_surge.batches import SplitBatch, shared_copy
 from lightning_surge.callbacks.batch_size_warmup import BatchSizeWarmup
-from lightning_surge.callbacks.checks import check_optimizer, check_trainer, trained_optimizers
+from lightning_surge.callbacks.checks import (
+    check_edge,
+    check_optimizer,
+    check_trainer,
+    clips_gradients,
+    trained_optimizers,
+)
 from lightning_surge.callbacks.logging import add_tensorboard_layout, law_metrics, lr_metrics
 from lightning_surge.callbacks.measurer import LossFn, Measurer
 from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
-from lightning_surge.estimates import EstimatedLaw, estimate, fit_sgd_law, fit_sign_law, fit_theorem3_law
+from lightning_surge.estimates import (
+    EstimatedLaw,
+    Fit,
+    estimate,
+    fit_edge_law,
+    fit_sgd_law,
+    fit_sign_law,
+    fit_theorem3_law,
+)
 from lightning_surge.laws import Law
 from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.moments import AdamMoments
 from lightning_surge.noise import NoiseHistory, NoiseStats
-from lightning_surge.optimizers import OptimizerKind, optimizer_kind
+from lightning_surge.optimizers import OptimizerKind, optimizer_kind, stability_constant
 from lightning_surge.policy import Decision, Policy
 from lightning_surge.step_noise import StepNoise
 
@@ -90,7 +104,10 @@ class SurgeLRCallback(pl.Callback):
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
         objective: `"step"` makes every step as good as it can be, and can fall with the batch size.
-            `"progress"` keeps the expected progress per example, and cannot.
+            `"progress"` keeps the expected progress per example, and cannot. `"edge"` is progress capped by
+            Adam's edge of stability, which falls with the batch size: near the edge the factor falls too, and
+            as the schedule decays it becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam with
+            decoupled weight decay, without clipping; it holds two more buffers of the size of the parameters.
         anchor: `"schedule"`: the scheduled learning rate is right at `base_batch_size`. `"law"`: from the
             first trusted estimate on, the level follows the law too.
         dry_run: Measure and log, never touch the learning rate.
@@ -135,7 +152,7 @@ class SurgeLRCallback(pl.Callback):
         self,
         base_batch_size: float | None = None,
         law: Literal["measured", "theorem2", "theorem3", "sqrt", "linear", "constant"] = "measured",
-        objective: Literal["step", "progress"] = "step",
+        objective: Literal["step", "progress", "edge"] = "step",
         anchor: Literal["schedule", "law"] = "schedule",
         *,
         dry_run: bool = False,
@@ -202,6 +219,7 @@ class SurgeLRCallback(pl.Callback):
         self._policy = None if base is None else self._make_policy(base)
         self.decision: Decision | None = None
         self._law_metrics: dict[str, float] = {}
+        self._scheduled_lr = math.nan
 
     def _forget_run(self) -> None:
         self._optimizer: Optimizer | None = None
@@ -238,11 +256,13 @@ class SurgeLRCallback(pl.Callback):
             return None
         return self._policy.law or self._policy.fixed_law
 
-    def lr_scale(self, batch_size: float) -> float:
+    def lr_scale(self, batch_size: float, lr: float | None = None) -> float:
         """The factor on the scheduled learning rate that would be applied at a batch size now.
 
         Args:
             batch_size: examples per optimizer step, positive and finite.
+            lr: the scheduled learning rate, which only `objective="edge"` follows; None for the latest one,
+                of the group where it is largest.
 
         Returns:
             The factor; 1 while the base batch size is not known.
@@ -254,7 +274,9 @@ class SurgeLRCallback(pl.Callback):
             raise ValueError(
                 f"Expected 0 < batch_size < inf, got batch_size={batch_size}: count the examples of a step."
             )
-        return 1.0 if self._policy is None else self._policy.lr_scale(batch_size)
+        if self._policy is None:
+            return 1.0
+        return self._policy.lr_scale(batch_size, self._scheduled_lr if lr is None else lr)
 
     @property
     def overhead(self) -> float:
@@ -296,6 +318,8 @@ class SurgeLRCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizer, before any time is spent on training."""
         check_optimizer(trainer, pl_module, type(self).__name__, self.settings.law)
+        if self.settings.follows_edge:
+            check_edge(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the hook that takes the factor off again."""
@@ -358,6 +382,7 @@ class SurgeLRCallback(pl.Callback):
         size = self._examples_in(batch)
         # The containers are copied: a training_step may take things out of its batch.
         self._batch, self._batch_idx = shared_copy(batch), batch_idx
+        self._read_schedule()
         self._apply(self.lr_scale(size * trainer.accumulate_grad_batches))
         if not self._window_open:
             self._window_open = True
@@ -400,10 +425,11 @@ class SurgeLRCallback(pl.Callback):
         if self._policy is None:
             self._base_batch_size = batch_size
             self._policy = self._make_policy(batch_size)
+        self._read_schedule()
         if self._measures:
             self._measure(trainer, optimizer, self._policy, batch_size)
         self._measurer.budget.train(batch_size)
-        decision = self._policy.decide(batch_size)
+        decision = self._policy.decide(batch_size, self._scheduled_lr)
         if self.decision is None or decision.reason != self.decision.reason:
             log.info("step %d, %g examples: %s", trainer.global_step, batch_size, decision.reason)
         self.decision = decision
@@ -439,6 +465,10 @@ class SurgeLRCallback(pl.Callback):
             return None
         return self._policy.law.lr(self._policy.base_batch_size)
 
+    def _read_schedule(self) -> None:
+        if self._writer is not None:
+            self._scheduled_lr = max(self._writer.scheduled())
+
     def _apply(self, factor: float) -> None:
         if self._writer is not None and not self.settings.dry_run:
             self._writer.apply(factor)
@@ -471,12 +501,10 @@ class SurgeLRCallback(pl.Callback):
         """Take what this step tells of the noise, and the window's measurement if it has one."""
         begin = time.perf_counter()
         self._follow_noise(optimizer, batch_size)
-        clipped = trainer.gradient_clip_val or is_overridden(
-            "configure_gradient_clipping", trainer.lightning_module
-        )
+        clipped = clips_gradients(trainer, trainer.lightning_module)
         readable = not clipped and self._moments.readable(optimizer)
-        variance_of = partial(self._moments.variance, optimizer) if readable else None
-        measurement = self._measurer.collect(policy.base_batch_size, variance_of)
+        moments = self._moments if readable else None
+        measurement = self._measurer.collect(policy.base_batch_size, batch_size, moments)
         if self._measurer.failure is not None:
             policy.hold(self._measurer.failure)
             self._measurer.failure = None
@@ -485,6 +513,8 @@ class SurgeLRCallback(pl.Callback):
             try:
                 self.history.add(measurement)
                 self._learn(trainer.global_step, policy, batch_size, self._deviation_l1(optimizer, readable))
+                if self.settings.follows_edge and not readable:
+                    policy.hold("Adam's averages do not tell the gradient from its noise now")
             except Exception as error:
                 policy.hold(f"fitting failed with {type(error).__name__}")
                 rank_zero_warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
@@ -514,13 +544,21 @@ class SurgeLRCallback(pl.Callback):
 
     def _learn(self, step: int, policy: Policy, batch_size: float, deviation_l1: float) -> None:
         """Fit the law to the measurements, with the one just added."""
-        sign_fit = fit_theorem3_law if self.settings.law == "theorem3" else fit_sign_law
-        law = estimate(self.history, fit_sgd_law if self._kind == "gradient" else sign_fit)
-        policy.update(law, batch_size)
+        law = estimate(self.history, self._fit())
+        policy.update(law, batch_size, self._scheduled_lr)
         if law is not None:
             self.law_history.append(LawRecord(step, law, self.history.stats()))
         self._law_metrics = law_metrics(self.history, law, batch_size, deviation_l1)
         self._noise_at_measurement = self._step_noise.trace_cov
+
+    def _fit(self) -> Fit:
+        """Which law the measurements are fitted with."""
+        if self._kind == "gradient":
+            return fit_sgd_law
+        if self.settings.follows_edge:
+            assert self._optimizer is not None
+            return partial(fit_edge_law, stability=stability_constant(self._optimizer))
+        return fit_theorem3_law if self.settings.law == "theorem3" else fit_sign_law
 
     # ------------------------------------------------------------------ logging
 
@@ -580,7 +618,10 @@ class SurgeLRCallback(pl.Callback):
         self._forget_run()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on with the same learning rates, as plain numbers."""
+        """Everything that a resumed run needs to go on with the same learning rates.
+
+        Plain numbers, and with `objective="edge"` two tensors per parameter.
+        """
         return {
             "version": STATE_VERSION,
             "base_batch_size": self._base_batch_size,
