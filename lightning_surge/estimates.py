@@ -274,13 +274,14 @@ def fit_edge_law(stats: NoiseStats, stability: float) -> MeasuredLaw | None:
     law = fit_sign_law(stats)
     if law is None or not stats.sharpness:
         return law
-    weights = np.array([entry.weight for entry in stats.sharpness])
-    at_base = float(np.average([entry.values[0] for entry in stats.sharpness], weights=weights))
+    base = stats.sharpness[-1].sizes[0]
+    # A resumed run may have been given another base.
+    pairs = [pair for pair in stats.sharpness if pair.sizes[0] == base]
+    at_base = float(np.average([pair.values[0] for pair in pairs], weights=[pair.weight for pair in pairs]))
     if at_base <= 0.0:
         return law
-    base = stats.sharpness[-1].sizes[0]
     edge_sq = (stability / at_base) ** 2
-    share = _signal_share(stats.sharpness)
+    share = _signal_share(pairs)
     return EdgeLaw(
         **asdict(law), edge_limit=math.sqrt(share * edge_sq), edge_sq_slope=(1.0 - share) * base * edge_sq
     )
@@ -295,7 +296,8 @@ def _signal_share(pairs: Sequence[Contrast]) -> float:
     total = norm = 0.0
     for group in by_size.values():
         weights = [pair.weight for pair in group]
-        first, second = np.average([pair.values for pair in group], axis=0, weights=weights)
+        # Plain numbers: a checkpoint holds no numpy scalars.
+        first, second = np.average([pair.values for pair in group], axis=0, weights=weights).tolist()
         if first <= 0.0 or second <= 0.0:
             continue
         quotient = float(np.average([pair.sizes[0] / pair.sizes[1] for pair in group], weights=weights))

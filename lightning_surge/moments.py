@@ -157,7 +157,8 @@ class AdamMoments:
                 continue
             steps = float(state["step"])
             one = (1.0 - self._betas[1]) / (1.0 - self._betas[1] ** steps)
-            total = sum(float(block.sum()) for block in self._squares(state, steps, batch_size))
+            # Stays on the device, so that no walk waits for it.
+            total = torch.stack([block.sum() for block in self._squares(state, steps, batch_size)]).sum()
             floor = one * total / parameter.numel()
             for square in self._squares(state, steps, batch_size):
                 yield square.add_(floor).sqrt_().add_(epsilon[id(parameter)]).div_(scale).rsqrt_()

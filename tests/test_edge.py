@@ -143,6 +143,19 @@ class TestFit:
         assert law is not None
         assert law.edge_lr(256.0) == pytest.approx(STABILITY / sharpness_at(256.0, share)[1])
 
+    def test_pairs_of_another_base_are_passed_over(self) -> None:
+        rows = [
+            measured((32.0, 1.0), (64.0, 1.0)),
+            measured(sharpness_at(BASE, 0.3), sharpness_at(64.0, 0.3)),
+        ]
+        law = fit_edge_law(history_of(rows).stats(), STABILITY)
+        assert law is not None
+        assert law.edge_lr(64.0) == pytest.approx(STABILITY / sharpness_at(64.0, 0.3)[1])
+
+    def test_its_numbers_are_plain(self) -> None:
+        law = fit_edge_law(history_of([measured((BASE, 380.0), (64.0, 500.0))]).stats(), STABILITY)
+        assert {type(number) for number in vars(law).values()} == {float}
+
     def test_the_rest_is_the_sign_law(self) -> None:
         stats = history_of([measured((BASE, 380.0), (64.0, 500.0))]).stats()
         law, plain = fit_edge_law(stats, STABILITY), fit_sign_law(stats)

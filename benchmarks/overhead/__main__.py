@@ -15,7 +15,7 @@ import statistics
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -35,6 +35,13 @@ LEVELS = (0.01, 0.05, 0.25)
 BOOKKEEPING = "statistics and bookkeeping of every step at B=8, no probe"
 WIDTH = 2048
 LAYERS = 5
+FOLLOWING = "during a probe that follows the edge"
+PHASES: list[tuple[str, int, Literal["step", "edge"]]] = [
+    ("between probes", 10**6, "step"),
+    ("during a probe", 1, "step"),
+    (FOLLOWING, 1, "edge"),
+]
+BUFFERS = {"between probes": 1.0, "during a probe": 4.0, FOLLOWING: 6.0}
 
 
 def quiet_trainer(
@@ -149,15 +156,20 @@ def peak_bytes(callback: SurgeLRCallback | None, accumulation: int, steps: int) 
 
 
 def measure_memory() -> list[dict[str, Any]]:
-    """Parameter-sized buffers above training without the callback, between probes and during one."""
+    """Parameter-sized buffers above training without the callback, between probes and during one.
+
+    With `objective="edge"` two vectors are kept between probes; the phase is named for it.
+    """
     size = sum(p.numel() * p.element_size() for p in Wide().parameters())
     records = []
     for accumulation in (1, 8):
-        steps = 4
-        plain = peak_bytes(None, accumulation, steps)
-        for phase, every in (("between probes", 10**6), ("during a probe", 1)):
-            callback = SurgeLRCallback(base_batch_size=2, probe_every=every, probe_examples=8)
-            peak = peak_bytes(callback, accumulation, steps)
+        plain = peak_bytes(None, accumulation, steps=4)
+        for phase, every, objective in PHASES:
+            callback = SurgeLRCallback(
+                base_batch_size=2, probe_every=every, probe_examples=8, objective=objective
+            )
+            # Adam's averages tell mean and variance apart after three steps; one more makes the vectors.
+            peak = peak_bytes(callback, accumulation, steps=6 if objective == "edge" else 4)
             records.append(
                 {
                     "phase": phase,
@@ -202,7 +214,7 @@ def main() -> None:
         row(
             f"memory {record['phase']}, accumulation {record['accumulation']}, in parameter-sized buffers",
             record["buffers"],
-            1.0 if record["phase"] == "between probes" else 4.0,
+            BUFFERS[record["phase"]],
             COMMAND,
         )
         for record in memory
