@@ -237,7 +237,7 @@ class CoordinateMeasurement:
         curvature = secant_curvature(
             self._parameters,
             direction=direction,
-            gradient=None,
+            slope=0.0,
             gradient_at_displaced=difference,
             delta=self._delta,
             against=against,

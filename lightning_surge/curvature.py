@@ -89,27 +89,27 @@ def secant_curvature(
     parameters: Sequence[Tensor],
     *,
     direction: Displacement,
-    gradient: Sequence[Tensor] | None,
+    slope: float,
     gradient_at_displaced: Callable[[], Sequence[Tensor | None]],
     delta: float,
     against: Displacement | None = None,
 ) -> float:
     r"""Curvature `W' H V` by a secant, `W = V` unless `against` is given.
 
-    With the displacement that floating point really made, `d = theta - theta_delta`,
+    With the displacement that floating point really made, `d = theta - theta_delta`, which also stands in for
+    `V` so that nothing has to keep it,
 
-        D = W . (g - g_delta) |V|^2 / (V . d)
+        D = (W . g - W . g_delta) |V|^2 / (V . d)        V . g_delta = d . g_delta |V|^2 / (V . d)
 
     which is `W . (g - g_delta) / delta` in exact arithmetic. It is the curvature averaged over the
     segment, so `delta` should be the length of step whose cost is asked for. Unbiased for the
-    Hessian of the examples behind `gradient`; independent of the noise in `V` only if `V` comes
+    Hessian of the examples behind `g`; independent of the noise in `V` only if `V` comes
     from other examples.
 
     Args:
         parameters: the point `theta`; bit-identical on return.
-        direction: walks `V`.
-        gradient: the gradient at `theta`, one tensor per parameter; None if `gradient_at_displaced` returns
-            the difference `g_delta - g` itself, which saves holding it.
+        direction: walks `V`; not needed any more once `gradient_at_displaced` is called.
+        slope: `W . g` at `theta`; 0 if `gradient_at_displaced` returns the difference `g_delta - g` itself.
         gradient_at_displaced: computes the gradient at the current parameters on the same examples
             with the same random numbers; None counts as zero.
         delta: distance of the displacement, positive.
@@ -117,7 +117,7 @@ def secant_curvature(
 
     Returns:
         The curvature, in units of loss per squared unit of `V`; negative along a direction in which the
-        loss curves down.
+        loss curves down; NaN if the parameters could not be moved.
 
     Example:
         The quadratic `theta' H theta / 2` with `H = diag(2, 6)`, along `V = (1, 1)`: 2 + 6 = 8.
@@ -126,7 +126,7 @@ def secant_curvature(
         >>> secant_curvature(
         ...     [theta],
         ...     direction=lambda: iter([torch.ones(2)]),
-        ...     gradient=[hessian * theta],
+        ...     slope=8.0,
         ...     gradient_at_displaced=lambda: [hessian * theta],
         ...     delta=0.5,
         ... )
@@ -135,21 +135,24 @@ def secant_curvature(
     References:
         Lemma 1 (Eq. 6, 7) of Li et al. 2024, arXiv:2405.14578, for the role of `V' H V`.
     """
+    device = parameters[0].device
+    change, length_sq, realised = torch.zeros(3, dtype=torch.float64, device=device)
     with displaced(parameters, direction, delta) as originals:
-        moved = gradient_at_displaced()
-        device = parameters[0].device
-        change, length_sq, realised = torch.zeros(3, dtype=torch.float64, device=device)
         walk = direction()
-        other = None if against is None else against()
-        for index, (parameter, original, after) in enumerate(zip(parameters, originals, moved, strict=True)):
-            after = torch.zeros_like(parameter) if after is None else dense(after)
-            before = after if gradient is None else gradient[index]
-            for theta, theta_0, g, g_delta in blocks(parameter, original, before, after):
-                v = next(walk).to(g.dtype)
-                w = v if other is None else next(other).to(g.dtype)
-                change += torch.dot(w, -g_delta if gradient is None else g - g_delta.to(g.dtype))
+        for parameter, original in zip(parameters, originals, strict=True):
+            for theta, theta_0 in blocks(parameter, original):
+                v = next(walk)
                 length_sq += torch.dot(v, v)
-                realised += torch.dot(v, (theta_0 - theta).to(g.dtype))
+                realised += torch.dot(v, (theta_0 - theta).to(v.dtype))
         if realised.item() == 0.0:
             return math.nan
-        return float((change * length_sq / realised).item())
+        moved = gradient_at_displaced()
+        other = None if against is None else against()
+        for parameter, original, after in zip(parameters, originals, moved, strict=True):
+            after = torch.zeros_like(parameter) if after is None else dense(after)
+            for theta, theta_0, g_delta in blocks(parameter, original, after):
+                w = theta_0 - theta if other is None else next(other)
+                g = g_delta.to(torch.promote_types(g_delta.dtype, torch.float32))
+                change += torch.dot(w.to(g.dtype), g)
+    per_length = length_sq / realised
+    return float((per_length * (slope - (per_length * change if against is None else change))).item())

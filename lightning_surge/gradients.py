@@ -4,14 +4,14 @@ A *chunk* is a group of examples and its *chunk gradient* the mean of their grad
 taken at one point of parameter space. Chunks come from anywhere (slices of a batch,
 micro-batches of an accumulation window); this module sees tensors and sizes only.
 
-Chunks arrive one at a time and are folded into two running sums, whatever their number:
+Chunks arrive one at a time and are folded into running sums, whatever their number. They take turns:
 
-* the first half, the *reference* half, becomes an estimate of the true gradient;
-* the second half is summed into a growing *prefix*. The direction that an optimizer would
-  take from the prefix is compared with the reference half, which shares no example with it.
+* one makes a *direction*, the step that an optimizer would take from it;
+* the next one, which shares no example with it, says what that direction is worth.
 
-That separation is what makes the alignment unbiased: a sign dotted with a gradient that went
-into it tends to a function of the batch size alone as soon as noise dominates.
+The former add up to the *prefix*, whose direction is that of a large batch, the latter to the *reference*, an
+estimate of the true gradient. That separation is what makes the alignment unbiased: a sign dotted with a
+gradient that went into it tends to a function of the batch size alone as soon as noise dominates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ChunkStatistics", "ChunkStream", "Direction", "SizedValue", "blocks", "dense", "dot", "zeros"]
+__all__ = [
+    "ChunkStatistics",
+    "ChunkStream",
+    "Direction",
+    "SizedValue",
+    "blocks",
+    "dense",
+    "weighted_mean",
+    "zeros",
+]
 
 # Elementwise arithmetic on whole gradients works through blocks of this many elements, so that its
 # temporaries stay small beside a gradient even where one parameter holds most of the model.
@@ -70,27 +79,6 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(tensor[start : start + BLOCK_ELEMENTS] for tensor in flat)
 
 
-def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Inner product of two lists of tensors, summed in float64.
-
-    Args:
-        left: tensors of any shapes.
-        right: tensors of the same shapes.
-
-    Returns:
-        A scalar float64 tensor on the device of the first tensor.
-
-    Example:
-        >>> dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])]).item()
-        11.0
-    """
-    total = torch.zeros((), dtype=torch.float64, device=left[0].device)
-    for a, b in zip(left, right, strict=True):
-        for a_block, b_block in blocks(a, b):
-            total += torch.dot(a_block.to(b_block.dtype), b_block)
-    return total
-
-
 class ChunkStream:
     r"""Folds chunk gradients into `|G|^2`, `tr Sigma` and alignments, in two buffers.
 
@@ -101,8 +89,9 @@ class ChunkStream:
         |G|^2    = |g|^2 - tr Sigma / n
 
     Both are unbiased because `E|g_k|^2 = |G|^2 + tr Sigma / n_k` for independent examples. The
-    alignment `N(b)` is the direction of a chunk, or of a prefix of chunks, of the second half
-    dotted with the mean of the first half; it is unbiased because the halves are independent.
+    alignment `N(b)` is the direction of a group of chunks dotted with the mean of the group after it,
+    averaged over such pairs, and for the largest size the direction of the whole prefix dotted with the
+    whole reference; both are unbiased because the examples are independent.
 
     Args:
         parameters: the parameters whose gradients will be added.
@@ -110,8 +99,7 @@ class ChunkStream:
         scales: per parameter, its learning rate relative to the run's; 1 if not given. A step
             moves parameter `i` by `lr * scales[i] * direction(g_i)`.
         direction: elementwise update direction, `torch.sign` for Adam-style optimizers.
-        stride: take directions from so many chunks of the second half and multiples of it, where single
-            chunks are smaller than any direction of interest.
+        stride: chunks that make one group, where single chunks are smaller than any direction of interest.
 
     Raises:
         ValueError: if fewer than two chunks are announced.
@@ -148,28 +136,34 @@ class ChunkStream:
             )
         self.scales = [1.0] * len(parameters) if scales is None else list(scales)
         self.direction = direction
-        self.num_reference = num_chunks // 2
-        self.num_chunks = num_chunks
         self.stride = stride
+        self.prefix = [zeros(parameter) for parameter in parameters]
         self.reference = [zeros(parameter) for parameter in parameters]
-        self.prefix: list[Tensor] = []
-        self.reference_size = 0.0
         self.prefix_size = 0.0
+        self.reference_size = 0.0
         self.num_added = 0
+        # The group that makes a direction, a sum, and what the group after it has said of it.
+        self.group: list[Tensor] = []
+        self.group_size = 0.0
+        self.partner_size = 0.0
+        self._group_slope = torch.zeros(())
         self._weighted_squares: list[tuple[float, Tensor]] = []
-        self._alignments: list[tuple[float, Tensor]] = []
+        self._pairs: list[tuple[float, float, Tensor]] = []
 
     @property
     def in_reference(self) -> bool:
-        """Whether the next chunk belongs to the reference half."""
-        return self.num_added < self.num_reference
+        """Whether the next chunk belongs to the reference."""
+        return self.num_added // self.stride % 2 == 1
 
-    def add(self, gradient: Sequence[Tensor | None], size: float) -> None:
+    def add(self, gradient: Sequence[Tensor | None], size: float) -> bool:
         """Fold in the next chunk; `gradient` is read, not kept.
 
         Args:
             gradient: mean gradient over the chunk, one tensor per parameter; None counts as zero.
             size: examples in the chunk, any positive number.
+
+        Returns:
+            Whether this chunk completes a pair of groups: `group_direction` and `group_slope` are there now.
 
         Raises:
             ValueError: if `size` is not positive and finite.
@@ -180,47 +174,62 @@ class ChunkStream:
                 "check batch_size_fn, which must count the examples of every slice."
             )
         self._weighted_squares.append((size, _squared_norm(gradient, self.reference)))
+        first = self.num_added % self.stride == 0
+        last = (self.num_added + 1) % self.stride == 0
         if self.in_reference:
+            if first:
+                self.partner_size, self._group_slope = 0.0, torch.zeros_like(self._weighted_squares[0][1])
+            self._group_slope = self._group_slope + size * self._along(self.group, gradient, self.group_size)
+            self.partner_size += size
             _add_scaled(self.reference, gradient, size)
             self.reference_size += size
-            if self.num_added + 1 == self.num_reference:
-                for total in self.reference:
-                    total.div_(self.reference_size)
+            if last:
+                self._pairs.append(
+                    (self.group_size, self.partner_size, self._group_slope / self.partner_size)
+                )
         else:
-            first = not self.prefix
             if first:
-                self.prefix = [torch.zeros_like(total) for total in self.reference]
+                self.group = [torch.zeros_like(total) for total in self.prefix]
+                self.group_size = 0.0
+            _add_scaled(self.group, gradient, size)
+            self.group_size += size
             _add_scaled(self.prefix, gradient, size)
             self.prefix_size += size
-            count = self.num_added + 1 - self.num_reference
-            if count % self.stride == 0 or self.num_added + 1 == self.num_chunks:
-                self._align(self.prefix, self.prefix_size, total=True)
-            if not first and self.stride == 1:
-                # The chunk on its own is one more direction, of its own size.
-                self._align(gradient, size)
+        complete = self.in_reference and last
         self.num_added += 1
+        return complete
 
-    def _align(self, gradient: Sequence[Tensor | None], size: float, *, total: bool = False) -> None:
-        factor = 1.0 / size if total else 1.0
-        self._alignments.append((size, self.along(gradient, self.reference, factor)))
+    @property
+    def group_slope(self) -> float:
+        """`V . g` of the latest pair: a group's direction dotted with the mean of the group after it."""
+        return float(self._pairs[-1][2].item())
 
-    def along(
-        self, gradient: Sequence[Tensor | None], other: Sequence[Tensor], factor: float = 1.0
-    ) -> Tensor:
-        """Dot the scaled direction of `factor * gradient` with `other`: `sum_i scale_i V_i . other_i`."""
-        total = torch.zeros((), dtype=torch.float64, device=other[0].device)
-        for grad, tensor, scale in zip(gradient, other, self.scales, strict=True):
-            if grad is None:
-                continue
-            for grad_block, block in blocks(dense(grad), tensor):
-                total += scale * torch.dot(self.direction(grad_block * factor).to(block.dtype), block)
-        return total
+    @property
+    def prefix_slope(self) -> float:
+        """`V . g` of the direction of the whole prefix and the mean of the whole reference."""
+        return float(self._along(self.prefix, self.reference, self.prefix_size).item() / self.reference_size)
+
+    def group_direction(self) -> Iterator[Tensor]:
+        """Walk the scaled direction of the latest group, in flat blocks."""
+        return self._walk(self.group, self.group_size)
 
     def prefix_direction(self) -> Iterator[Tensor]:
-        """Walk the scaled direction of the chunks added since the reference half, in flat blocks."""
-        for tensor, scale in zip(self.prefix, self.scales, strict=True):
+        """Walk the scaled direction of the prefix, in flat blocks."""
+        return self._walk(self.prefix, self.prefix_size)
+
+    def _walk(self, total: Sequence[Tensor], size: float) -> Iterator[Tensor]:
+        for tensor, scale in zip(total, self.scales, strict=True):
             for (block,) in blocks(tensor):
-                yield self.direction(block / self.prefix_size).mul(scale)
+                yield self.direction(block / size).mul(scale)
+
+    def _along(self, total: Sequence[Tensor], other: Sequence[Tensor | None], size: float) -> Tensor:
+        """Dot the scaled direction of a sum over `size` examples with `other`: `sum_i scale_i V_i . other_i`."""
+        result = torch.zeros((), dtype=torch.float64, device=total[0].device)
+        for tensor, gradient, scale in zip(total, other, self.scales, strict=True):
+            if gradient is not None:
+                for block, grad_block in blocks(tensor, dense(gradient)):
+                    result += scale * torch.dot(self.direction(block / size), grad_block.to(block.dtype))
+        return result
 
     def statistics(self) -> ChunkStatistics:
         """Close the stream and return what it measured.
@@ -229,20 +238,26 @@ class ChunkStream:
             The debiased statistics of all chunks added.
 
         Raises:
-            ValueError: if fewer than two chunks, or no chunk after the reference half, came.
+            ValueError: if not even one pair of groups came.
         """
-        if self.num_added < 2 or not self.prefix:
+        if not self._pairs:
             raise ValueError(
-                f"Expected at least {self.num_reference + 1} chunks, got {self.num_added}: the window "
+                f"Expected at least {2 * self.stride} chunks, got {self.num_added}: the window "
                 "ended early; a longer one will be measured next time."
             )
         size = self.reference_size + self.prefix_size
         mean_sq = self._mean_squared_norm(size)
         weighted = sum(chunk_size * square.item() for chunk_size, square in self._weighted_squares)
         trace_cov = (weighted - size * mean_sq) / (self.num_added - 1)
-        # The reverse pair is free: the direction of the reference half against the other half.
-        reverse = self.along(self.reference, self.prefix).item() / self.prefix_size
-        alignments = [SizedValue(float(b), value.item()) for b, value in self._alignments]
+        alignments = [SizedValue(float(self.prefix_size), self.prefix_slope)]
+        if len(self._pairs) > 1:
+            # One pair is the prefix and the reference themselves.
+            pairs = [
+                (group_size, partner_size, value.item()) for group_size, partner_size, value in self._pairs
+            ]
+            alignments.insert(0, weighted_mean(pairs))
+        # The reverse pair is free: the direction of the reference against the prefix.
+        reverse = self._along(self.reference, self.prefix, self.reference_size).item() / self.prefix_size
         return ChunkStatistics(
             batch_size=float(size),
             grad_sq=mean_sq - trace_cov / size,
@@ -254,9 +269,18 @@ class ChunkStream:
         total = torch.zeros((), dtype=torch.float64, device=self.reference[0].device)
         for reference, prefix in zip(self.reference, self.prefix, strict=True):
             for reference_block, prefix_block in blocks(reference, prefix):
-                mean = (reference_block * self.reference_size + prefix_block) / size
+                mean = (reference_block + prefix_block) / size
                 total += torch.dot(mean, mean)
         return float(total.item())
+
+
+def weighted_mean(rows: Sequence[tuple[float, float, float]]) -> SizedValue:
+    """Mean size and mean value of rows of size, weight and value."""
+    total = sum(weight for _, weight, _ in rows)
+    return SizedValue(
+        sum(weight * size for size, weight, _ in rows) / total,
+        sum(weight * value for _, weight, value in rows) / total,
+    )
 
 
 def zeros(parameter: Tensor) -> Tensor:

@@ -2,26 +2,30 @@
 
 The order of work keeps the memory at four gradient-sized buffers, whatever the number of chunks:
 
-1. the reference half of the chunks is averaged (buffer 1);
-2. the other half is summed into a prefix (buffer 2) while each chunk's gradient passes by (buffer 3);
-3. along the direction of the first prefix chunk, and again of the whole prefix, the gradient of the
-   reference half is recomputed at a displaced point (buffers 3 and 4: the gradient, the parameters).
+1. a chunk makes a direction: it is kept (buffer 1) and added to the prefix (buffer 2);
+2. the next one is added to the reference (buffer 3) while its gradient passes by (buffer 4), and tells the slope
+   along that direction; then its gradient is recomputed at a displaced point (the parameters' copy takes the place
+   of buffer 1), which tells the curvature: a secant;
+3. in the end the same is done once for the direction of the whole prefix, on the whole reference.
 
 Two sizes of direction, measured on the same examples, separate the curvature that noise pays from
-the curvature of the signal. Where Adam's sharpness is asked for, its secants follow on the same examples.
+the curvature of the signal. The small ones scatter most, so there are as many of them as chunks allow, each on
+examples of its own: that costs no more passes than a single one on all examples. Where Adam's sharpness is asked
+for, its secants follow on the examples of the reference.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_surge.curvature import secant_curvature
-from lightning_surge.gradients import ChunkStatistics, ChunkStream, Direction, SizedValue
+from lightning_surge.curvature import Displacement, secant_curvature
+from lightning_surge.gradients import ChunkStatistics, ChunkStream, Direction, SizedValue, weighted_mean
 from lightning_surge.replay import Chunk, Piece, RandomState
 
 __all__ = [
@@ -163,7 +167,7 @@ class LawMeasurement:
         delta: distance of the secant, a learning rate.
         scales: per parameter, its learning rate relative to the run's.
         direction: the optimizer's elementwise direction.
-        stride: chunks of the second half that make the smallest direction.
+        stride: chunks that make the smallest direction.
     """
 
     def __init__(
@@ -180,25 +184,24 @@ class LawMeasurement:
         self._parameters = parameters
         self._replay = replay
         self._delta = delta
-        self._num_chunks = num_chunks
-        self._stride = stride
         self._stream = ChunkStream(
             parameters, num_chunks=num_chunks, scales=scales, direction=direction, stride=stride
         )
         self._reference_chunks: list[Chunk] = []
-        self._curvatures: list[SizedValue] = []
+        # Of the pairs of groups: size of the direction, examples it was measured on, curvature.
+        self._pairs: list[tuple[float, float, float]] = []
         self._passes = 0.0
 
     @property
     def complete(self) -> bool:
-        """Whether chunks of both halves have come, so that there is something to measure."""
-        return bool(self._curvatures)
+        """Whether a pair of groups has come, so that there is something to measure."""
+        return bool(self._pairs)
 
     def add(self, chunk: Chunk, gradient: Sequence[Tensor | None]) -> bool:
         """Fold in a chunk and its mean gradient at the current parameters.
 
         Args:
-            chunk: kept until the end if it belongs to the reference half.
+            chunk: kept until the end if it belongs to the reference.
             gradient: read, not kept.
 
         Returns:
@@ -207,37 +210,51 @@ class LawMeasurement:
         """
         if self._stream.in_reference:
             self._reference_chunks.append(chunk)
-        self._stream.add(gradient, chunk.size)
-        after_reference = self._stream.num_added - self._stream.num_reference
-        return after_reference == self._stride or self._stream.num_added == self._num_chunks
+        return self._stream.add(gradient, chunk.size)
 
     def measure_curvature(self) -> None:
-        """Measure `D` along the prefix as it stands, on the examples of the reference half."""
+        """Measure `D` along the latest small direction, on the examples of the group after it."""
         stream = self._stream
+        chunks = self._reference_chunks[-stream.stride :]
+        curvature = self._secant(chunks, stream.group_direction, stream.group_slope, release=stream.group)
+        self._pairs.append((stream.group_size, stream.partner_size, curvature))
 
-        def secant(reference: Sequence[Tensor], gradient_now: GradientNow) -> float:
-            return secant_curvature(
+    def _secant(
+        self,
+        chunks: Sequence[Chunk],
+        direction: Displacement,
+        slope: float,
+        release: list[Tensor] | None = None,
+    ) -> float:
+        def gradient_at_displaced(gradient_now: GradientNow) -> Sequence[Tensor | None]:
+            if release is not None:
+                release.clear()  # the parameters' copy has taken its place
+            return gradient_now()
+
+        return self._replaying(
+            chunks,
+            lambda gradient_now: secant_curvature(
                 self._parameters,
-                direction=stream.prefix_direction,
-                gradient=reference,
-                gradient_at_displaced=gradient_now,
+                direction=direction,
+                slope=slope,
+                gradient_at_displaced=lambda: gradient_at_displaced(gradient_now),
                 delta=self._delta,
-            )
+            ),
+        )
 
-        self._curvatures.append(SizedValue(float(stream.prefix_size), self._on_reference(secant)))
-
-    def _on_reference(self, work: Callable[[Sequence[Tensor], GradientNow], T]) -> T:
-        """Let secants use the examples of the reference half."""
+    def _replaying(self, chunks: Sequence[Chunk], work: Callable[[GradientNow], T]) -> T:
+        """Let secants compute the mean gradient of these chunks again."""
         # The replays rewind the random streams; later chunks must not draw the same numbers again.
         random_state = RandomState.capture()
+        size = sum(chunk.size for chunk in chunks)
 
         def gradient_now() -> list[Tensor | None]:
             self._drop_gradients()
-            for chunk in self._reference_chunks:
-                self._pass(chunk, chunk.size / self._stream.reference_size)
+            for chunk in chunks:
+                self._pass(chunk, chunk.size / size)
             return [parameter.grad for parameter in self._parameters]
 
-        result = work(self._stream.reference, gradient_now)
+        result = work(gradient_now)
         self._drop_gradients()
         random_state.restore()
         return result
@@ -279,14 +296,17 @@ class LawMeasurement:
         Raises:
             ValueError: if too few chunks came.
         """
-        if self._curvatures and self._curvatures[-1].batch_size < self._stream.prefix_size:
-            # The window ended early, so its whole prefix has not been measured along.
-            self.measure_curvature()
-        measured = Measurement(
-            self._stream.statistics(), tuple(self._curvatures), self._passes, self._stream.num_added
-        )
+        stream = self._stream
+        statistics = stream.statistics()
+        curvatures = [weighted_mean(self._pairs)]
+        if len(self._pairs) > 1:
+            value = self._secant(self._reference_chunks, stream.prefix_direction, stream.prefix_slope)
+            curvatures.append(SizedValue(stream.prefix_size, value))
+        measured = Measurement(statistics, tuple(curvatures), self._passes, stream.num_added)
         if sharpness is None:
             return measured
-        self._stream.prefix.clear()  # one buffer less beside the vectors of the iteration
-        values = self._on_reference(sharpness)
+        for buffers in (stream.prefix, stream.group):
+            buffers.clear()  # one buffer less beside the vectors of the iteration
+        reference = [total.div_(stream.reference_size) for total in stream.reference]
+        values = self._replaying(self._reference_chunks, partial(sharpness, reference))
         return measured._replace(sharpness=values, passes=self._passes)

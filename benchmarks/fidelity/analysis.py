@@ -1,8 +1,8 @@
 """From the records of finished cells to numbers: pure functions, which read and write nothing.
 
-A record is one line of `results/<kind>.jsonl`. Most functions return rows, flat dicts that a table or a figure
-groups. Errors are log2 of predicted over true. Where a law does not exist its error is infinite, and where no truth
-exists there is no error, None; so that neither can get lost.
+A record is one line of `results/<kind>.jsonl`. Most functions return rows, flat dicts that a table or a
+figure groups. Errors are log2 of predicted over true. Where a law does not exist its error is infinite, and
+where no truth exists there is no error, None; so that neither can get lost.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
 from scipy.stats import t as student
 
-from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
+from benchmarks.fidelity.decay import RATIO_SIZES
+from benchmarks.fidelity.ramp import FIXED_RULES
 
 Array = NDArray[np.float64]
 Record = dict[str, Any]
@@ -29,13 +29,13 @@ class Summary(NamedTuple):
     """Absolute errors.
 
     Attributes:
-        count: with a truth.
+        n: errors with a truth.
         missing: of these, without a law; their error is infinite.
         median: of all.
         high: 90th percentile of all.
     """
 
-    count: int
+    n: int
     missing: int
     median: float
     high: float
@@ -46,7 +46,7 @@ class Mean(NamedTuple):
 
     value: float
     half_width: float
-    count: int
+    n: int
 
 
 def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -74,6 +74,13 @@ def unique(records: Iterable[Record], expected: Sequence[str]) -> list[Record]:
     return list({tuple(record.get(name) for name in expected): record for record in records}.values())
 
 
+def joined(left: Iterable[Record], right: Iterable[Record], keys: Sequence[str]) -> list[Record]:
+    """Both records of every key that both have, as one."""
+    found = {tuple(record[key] for key in keys): record for record in right}
+    pairs = [(record, found.get(tuple(record[key] for key in keys))) for record in left]
+    return [one | other for one, other in pairs if other is not None]
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """Interpolated linearly, infinite where an infinite value takes part; NaN of nothing."""
     if not values:
@@ -92,13 +99,19 @@ def summary(errors: Iterable[float | None]) -> Summary:
 
 
 def mean(values: Iterable[float]) -> Mean:
-    """With a half-width that is infinite for a single value; NaN of nothing."""
+    """With an infinite half-width for a single value or beside an infinite one; NaN of nothing."""
     found = list(values)
     count = len(found)
-    if count < 2:
-        return Mean(found[0] if found else math.nan, math.inf, count)
+    if count < 2 or not all(map(math.isfinite, found)):
+        return Mean(sum(found) / count if found else math.nan, math.inf, count)
     width = student.ppf(0.975, count - 1) * np.std(found, ddof=1) / math.sqrt(count)
     return Mean(float(np.mean(found)), float(width), count)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation; NaN below two values or beside an infinite one."""
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    return float(np.std(values, ddof=1)) if known else math.nan
 
 
 def rms(values: Iterable[float]) -> float:
@@ -124,121 +137,6 @@ def difference(left: float | None, right: float | None) -> float | None:
     return None if left is None or right is None else left - right
 
 
-class Sweep(NamedTuple):
-    """Final losses of one cell.
-
-    Attributes:
-        x: log2 of the multipliers, increasing, without those at which some seed has diverged.
-        losses: by seed and multiplier.
-        seeds: of the rows.
-    """
-
-    x: Array
-    losses: Array
-    seeds: tuple[int, ...]
-
-    @classmethod
-    def of(cls, record: Record) -> Sweep:
-        """The losses of a record."""
-        losses = np.array(record["losses"], dtype=float)
-        finite = np.isfinite(losses).all(axis=0)
-        return cls(np.log2(record["multipliers"])[finite], losses[:, finite], tuple(record["seeds"]))
-
-    @property
-    def mean(self) -> Array:
-        """Over seeds."""
-        return np.asarray(self.losses.mean(axis=0))
-
-    @property
-    def best(self) -> float:
-        """log2 of the best multiplier of the mean over seeds."""
-        return vertex(self.x, self.mean)
-
-    @property
-    def bests(self) -> Array:
-        """The same of each seed."""
-        return np.array([vertex(self.x, row) for row in self.losses])
-
-    @property
-    def censored(self) -> bool:
-        """Whether the lowest mean is at an end of the grid, beyond which the best may be."""
-        return int(np.argmin(self.mean)) in (0, len(self.x) - 1)
-
-    def regret(self, seed: int, x: float) -> float:
-        """Loss of a seed at a multiplier minus its loss at the multiplier that is best on average."""
-        row = self.losses[self.seeds.index(seed)]
-        inside = min(max(x, self.x[0]), self.x[-1])
-        return float(PchipInterpolator(self.x, row)(inside)) - self.reference(seed)
-
-    def reference(self, seed: int) -> float:
-        """Loss of a seed at the multiplier of the grid that is best on average."""
-        return float(self.losses[self.seeds.index(seed), int(np.argmin(self.mean))])
-
-    def beyond(self, x: float) -> bool:
-        """Whether a multiplier is outside the grid."""
-        return bool(x < self.x[0] - 1e-9 or x > self.x[-1] + 1e-9)
-
-
-def vertex(x: Array, losses: Array) -> float:
-    """Minimum of the least-squares parabola through five points around the lowest, or exactly through three.
-
-    Three where five put it further off than a neighbour of the lowest point; that point itself where it is at an
-    end of the grid and the parabola does not turn inside.
-    """
-    low = int(np.argmin(losses))
-    left, right = x[max(low - 1, 0)], x[min(low + 1, len(x) - 1)]
-    for reach in (2, 1):
-        near = slice(max(low - reach, 0), low + reach + 1)
-        if len(x[near]) >= 3:
-            square, linear, _ = np.polyfit(x[near] - x[low], losses[near] - losses[low], 2)
-            if square > 0.0 and left <= x[low] - linear / (2 * square) <= right:
-                return float(x[low] - linear / (2 * square))
-    return float(x[low])
-
-
-def sweeps_of(records: Iterable[Record]) -> dict[tuple[Any, ...], Sweep]:
-    """By workload, beta_2, phase and batch size."""
-    return {tuple(record[name] for name in (*POINT, "batch_size")): Sweep.of(record) for record in records}
-
-
-def truth_rows(sweeps: dict[tuple[Any, ...], Sweep]) -> list[Row]:
-    """log2 of R_true by point and batch size, with its standard deviation over seeds."""
-    rows = []
-    for (*point, size), found in sweeps.items():
-        base = sweeps.get((*point, BASE_BATCH_SIZE))
-        if base is None or size == BASE_BATCH_SIZE:
-            continue
-        row = dict(zip(POINT, point, strict=True)) | {"batch_size": size, "ratio": found.best - base.best}
-        row |= {"spread": float(np.std(found.bests - base.bests, ddof=1)), "base": base.best}
-        rows.append(row | {"censored": found.censored or base.censored})
-    return rows
-
-
-def mccandlish(noise_scale: float, batch_size: int) -> float:
-    """log2 of sqrt((1 + B_s / base) / (1 + B_s / B)): square-root scaling where the scale is infinite."""
-    if math.isinf(noise_scale):
-        return 0.5 * math.log2(batch_size / BASE_BATCH_SIZE)
-    return 0.5 * math.log2((1 + noise_scale / BASE_BATCH_SIZE) / (1 + noise_scale / batch_size))
-
-
-def fixed_ratios(batch_size: int, lives: Sequence[Record], one_steps: Sequence[Record]) -> dict[str, float]:
-    """log2 of the ratio by rules that measure nothing during the run, from the records of one point.
-
-    Those of the formulas are averaged in log over the seeds there are.
-    """
-    octaves = math.log2(batch_size / BASE_BATCH_SIZE)
-    found = {"constant": 0.0, "sqrt": octaves / 2, "linear": octaves}
-    scales = {live["seed"]: live["noise_scale"] for live in lives if "noise_scale" in live}
-    logs = [mccandlish(math.inf if scale is None else scale, batch_size) for scale in scales.values()]
-    if logs:
-        found["McCandlish"] = float(np.mean(logs))
-    laws = [record["theorem3"]["lr"] for record in one_steps if record["theorem3"] is not None]
-    if laws and batch_size in SIZES:
-        at, base = SIZES.index(batch_size), SIZES.index(BASE_BATCH_SIZE)
-        found["theorem 3"] = float(np.mean([math.log2(lr[at] / lr[base]) for lr in laws]))
-    return found
-
-
 def decay_rows(records: Iterable[Record]) -> list[Row]:
     """log2 R by a half-life minus the reference of the held model, and how far the reference has moved."""
     rows = []
@@ -248,11 +146,36 @@ def decay_rows(records: Iterable[Record]) -> list[Row]:
             for name, ratios in point.items():
                 if name == "lr_factor":
                     continue
-                for index, size in enumerate((64, 256)):
+                for index, size in enumerate(RATIO_SIZES):
                     start = None if first is None else first[index]
                     goal = start if name == "reference" else None if reference is None else reference[index]
                     value = math.inf if ratios is None else ratios[index]
                     row = {field: record[field] for field in ("workload", "beta_2", "seed")}
                     row |= {"mark": float(mark), "half_life": name, "batch_size": size}
                     rows.append(row | {"error": difference(value, goal)})
+    return rows
+
+
+def ramp_rows(records: Iterable[Record]) -> list[Row]:
+    """By workload, beta_2, budget and rule: loss over seeds, and the difference to the best fixed rule.
+
+    That is the one with the lowest mean loss among the fixed batch and the fixed scalings. Differences are
+    paired over seeds.
+    """
+    rows = []
+    # JSON has no number for a run that has diverged.
+    runs_of_all = [r | {"loss": math.inf if r["loss"] is None else r["loss"]} for r in records]
+    for key, found in groups(runs_of_all, "workload", "beta_2", "budget").items():
+        by_rule = {rule: runs for (rule,), runs in groups(found, "rule").items()}
+        # Of those that have as many seeds as any, so that a rule with one lucky seed is not the best.
+        most = max(len(runs) for runs in by_rule.values())
+        fixed = [r for r in ("fixed batch", *FIXED_RULES) if len(by_rule.get(r, ())) == most]
+        losses = {rule: mean(run["loss"] for run in runs) for rule, runs in by_rule.items()}
+        best = min(fixed, key=lambda rule: losses[rule].value) if fixed else None
+        for rule, runs in by_rule.items():
+            row = dict(zip(("workload", "beta_2", "budget"), key, strict=True)) | {"rule": rule, "best": best}
+            row |= {"loss": losses[rule].value, "steps": mean(run["steps"] for run in runs).value}
+            row |= {"spread": deviation([run["loss"] for run in runs])}
+            against = by_rule[best] if best is not None else []
+            rows.append(row | {"count": len(runs), "difference": paired(runs, against, "loss", ("seed",))})
     return rows

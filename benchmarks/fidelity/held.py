@@ -1,4 +1,4 @@
-"""What the records of one step say: points of training at which the model was held. Pure functions, as in `analysis`."""
+"""What the records of one step say, at points of training where the model was held. Pure functions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ BASE = SIZES.index(BASE_BATCH_SIZE)
 
 
 def exact_noise_scale(record: Record) -> float | None:
-    """B_simple from mean |g_B|^2 = |G|^2 + tr Sigma / B at the base size and the largest; None without a signal."""
+    """B_simple, from mean |g_B|^2 = |G|^2 + tr Sigma / B at the base size and the largest.
+
+    None without a signal.
+    """
     small, large = (record["grad_sq_of_batches"][str(size)] for size in (BASE_BATCH_SIZE, SIZES[-1]))
     trace = (small - large) / (1 / BASE_BATCH_SIZE - 1 / SIZES[-1])
     signal = large - trace / SIZES[-1]
@@ -35,7 +38,7 @@ def exact_noise_scale(record: Record) -> float | None:
 
 
 def exact_law(record: Record) -> MeasuredLaw | None:
-    """The measured law's form through exact N at 16 and 64, D = N / lr_true there, and the exact noise scale."""
+    """The measured law's form from exact N at 16 and 64, D = N / lr_true there, and the exact noise scale."""
     scale, sizes = exact_noise_scale(record), (BASE_BATCH_SIZE, 4 * BASE_BATCH_SIZE)
     truths = [record["sign"][str(size)] for size in sizes]
     if scale is None or any(truth["lr"] is None or truth["alignment"] <= 0.0 for truth in truths):
@@ -84,9 +87,10 @@ def one_step_rows(records: Iterable[Record]) -> list[Row]:
 
 
 def calibration_rows(records: Iterable[Record]) -> list[Row]:
-    """Whether the truth is inside the 68 % interval, its own error in quadrature: `lr` and `ratio`, None unknown.
+    """Whether the truth is inside the 68 % interval, to which its own error is added in quadrature.
 
-    `infinite` tells of an interval without bounds, in which every truth is.
+    For `lr` and `ratio`; None where the law, the truth or its error is unknown. `infinite` tells of an
+    interval without bounds, in which every truth is.
     """
     rows = []
     for record in records:
@@ -190,7 +194,7 @@ def _log2_h(scale: float) -> Array:
 
 
 def fitted_scale(log2_alignment: Sequence[float | None], errors: Array) -> float | None:
-    """B_phi of N(B) = N_inf / sqrt(1 + B_phi / B), least squares in log2 N; None with fewer than three sizes."""
+    """B_phi of N(B) = N_inf / sqrt(1 + B_phi / B), by least squares in log2 N; None below three sizes."""
     used = [index for index, value in enumerate(log2_alignment) if value is not None]
     if len(used) < 3:
         return None

@@ -23,7 +23,7 @@ from lightning_surge.estimates import EstimatedLaw, estimate, fit_sign_law
 from lightning_surge.laws import Law
 from lightning_surge.noise import NoiseHistory
 
-__all__ = ["ACTIVE", "COUNTS", "SIZES", "best_step", "measure", "one_step"]
+__all__ = ["ACTIVE", "COUNTS", "SIZES", "best_step", "laws", "measure", "truths"]
 
 ACTIVE = 64
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)
@@ -84,39 +84,51 @@ def _log_ratio(size: float) -> Callable[[Law], float]:
     return lambda law: math.log2(law.lr(size) / law.lr(BASE_BATCH_SIZE))
 
 
-def one_step(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any]:
-    """Truth and predictions at one point of training.
+def laws(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any]:
+    """What every law predicts at one point of training.
 
     Args:
         workload: its name.
         beta_2: Adam's.
         phase: where to stop.
-        seed: of the training, the measurements and the directions.
+        seed: of the training and the measurements.
 
     Returns:
-        Line searches by kind of direction and batch size; laws by number of measurements; the theorems; exact
-        alignments and what the saturation formulas need.
+        The measured law by half-life and number of measurements; the theorems.
     """
-    what = WORKLOADS[workload]
-    study, _ = train_to(what, beta_2=beta_2, phase=phase, seed=seed)
+    study, _ = train_to(WORKLOADS[workload], beta_2=beta_2, phase=phase, seed=seed)
     callback = measure(study, law="measured", count=COUNTS[-1], seed=seed)
     records = callback.history.state_dict()["records"]
-    laws: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for half_life in HALF_LIVES:
         for count in COUNTS:
             history = NoiseHistory(half_life)
             history.load_state_dict({"num_measurements": count, "records": records[:count]})
-            laws[f"{half_life:g}/{count}"] = predictions(estimate(history, fit_sign_law))
-    result: dict[str, Any] = {"measured": laws, "noise_scale_measured": callback.history.stats().noise_scale}
+            measured[f"{half_life:g}/{count}"] = predictions(estimate(history, fit_sign_law))
+    result: dict[str, Any] = {
+        "measured": measured,
+        "noise_scale_measured": callback.history.stats().noise_scale,
+    }
     for law in ("theorem2", "theorem3"):
         found = measure(study, law=law, count=THEOREM_MEASUREMENTS, seed=seed).law
         entry = predictions(found)
         result[law] = None if entry is None else {"lr": entry["lr"]}
-    return result | truths(study, seed)
+    return result
 
 
-def truths(study: Study, seed: int) -> dict[str, Any]:
-    """Line searches and exact statistics."""
+def truths(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any]:
+    """Line searches and exact statistics at one point of training.
+
+    Args:
+        workload: its name.
+        beta_2: Adam's.
+        phase: where to stop.
+        seed: of the training and the directions.
+
+    Returns:
+        Line searches by kind of direction and batch size, exact alignments, and what the saturation formulas need.
+    """
+    study, _ = train_to(WORKLOADS[workload], beta_2=beta_2, phase=phase, seed=seed)
     generator = torch.Generator().manual_seed(55_000 + seed)
     sample = fixed_sample(study.workload)
     parameters = list(study.network.parameters())

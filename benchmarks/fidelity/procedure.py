@@ -1,10 +1,10 @@
 """The paper's own procedure: grids of batch size and learning rate, run to a target loss.
 
-From runs with constant learning rates come the steps S and examples E to a loss, for every batch size the best
-learning rate on the way there, and B_noise from the line of 1/S against 1/E (Li et al., arXiv:2405.14578, Eq. 22
-and Figures 2 and 3). From a point of a training come the best learning rate over the steps that follow, and what
-the callback says there. The paper claims that the optimum rises and falls with the batch size, and that its peak
-moves to larger batch sizes as the loss falls.
+From runs with constant learning rates come the steps S and examples E to a loss, the best learning rate on
+the way there for every batch size, and B_noise from the line of 1/S against 1/E (Li et al., arXiv:2405.14578,
+Eq. 22, Figures 2 and 3). From a point of a training come the best learning rate over the steps that follow,
+and what the callback says there. The paper claims that the optimum rises and falls with the batch size, and
+that its peak moves to larger batch sizes as the loss falls.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ BETAS = ((0.0, 0.0), (0.9, 0.999))
 SIGN_FACTOR = 0.5
 """On a workload's learning rate if the step is the sign of the gradient, which no average makes calmer."""
 REFERENCE_STEPS = {"transformer": 384}
-DEFAULT_REFERENCE_STEPS = 768
-TARGETS = (0.1, 0.35, 1.0)
+DEFAULT_REFERENCE_STEPS = 512
+TARGETS = (0.15, 0.4, 1.0)
 """Parts of the reference run after which its losses are the targets."""
 GRID_FACTORS = tuple(2.0**exponent for exponent in range(-3, 5))
-FOLLOWING_FACTORS = tuple(2.0**exponent for exponent in range(-6, 4))
+FOLLOWING_FACTORS = tuple(2.0**exponent for exponent in range(-4, 4))
 FOLLOWING_STEPS = 16
 MEASUREMENTS = 40
 PROBE_EXAMPLES = 256
+DOUBLED_AT = {"transformer": 256}
+DEFAULT_DOUBLED_AT = 128
+"""Batch size at which a grid goes on for twice the examples of a small batch."""
 PATIENCE = 1.6
 """A grid goes on for so many times the steps in which its first learning rate has reached the last target."""
 MOVED = 2.0
@@ -140,7 +143,8 @@ def grid(workload: str, beta_1: float, beta_2: float, batch_size: int) -> dict[s
     lrs = [what.lr * factor for factor in GRID_FACTORS]
     seeds = seeds_of(workload)
     length = REFERENCE_STEPS.get(workload, DEFAULT_REFERENCE_STEPS) * BASE_BATCH_SIZE
-    last = round(length * (2 + batch_size / 256) / batch_size)
+    growth = 1.0 + batch_size / DOUBLED_AT.get(workload, DEFAULT_DOUBLED_AT)
+    last = round(2 * length * growth / batch_size)
     marks = sorted({round(step) for step in np.geomspace(max(1, last / 100), last, 28)})
     sample = small_sample(what)
     losses: list[list[list[float]]] = []
@@ -165,7 +169,7 @@ def grid(workload: str, beta_1: float, beta_2: float, batch_size: int) -> dict[s
 
 
 def following(workload: str, beta_1: float, beta_2: float, target: int) -> dict[str, Any]:
-    """The best learning rate over the steps that follow a point of training, and what the callback says there.
+    """The best learning rate over the steps that follow a point, and what the callback says there.
 
     Adam's averages start anew, so that their lag behind the batch size has no part in it.
 
@@ -446,7 +450,8 @@ def table(records: Records) -> str:
     ]
 
     def add(case: Case, source: str, lrs: Mapping[int, str], peak: str, scale: str) -> None:
-        cut = [lrs.get(size, "not reached" if source.startswith("runs") else "-") for size in BATCH_SIZES]
+        tried = {record["batch_size"] for record in case.grid} if source == "runs to the loss" else set()
+        cut = [lrs.get(size, "not reached" if size in tried else "-") for size in BATCH_SIZES]
         start = [case.workload, f"{case.betas[0]:g}, {case.betas[1]:g}", f"{case.loss:.3f}", source]
         lines.append("| " + " | ".join([*start, *cut, peak, scale]) + " |")
 
@@ -490,9 +495,10 @@ def claims(records: Records) -> dict[str, dict[str, int]]:
     """The two claims, counted.
 
     Returns:
-        By source, "runs", "following" and "callback": `cases`, those where the optimum `rises_and_falls`
-        within the batch sizes tried, and of the `pairs` of neighbouring targets those from whose higher to whose
-        lower loss the peak `moves_up`, `moves_down` or `stays`, to within a factor of two or beyond the range.
+        By source, "runs", "following" and "callback": `cases`, and how many of them have an optimum that
+        `rises_and_falls` within the batch sizes tried; `pairs` of neighbouring targets, and in how many of
+        them the peak `moves_up`, `moves_down` or `stays` as the loss falls, to within a factor of two. A
+        peak below or above the range counts as one place each.
     """
     shapes: dict[str, dict[tuple[Any, ...], Shape]] = {"runs": {}, "following": {}, "callback": {}}
     for case in cases(records):
@@ -524,10 +530,11 @@ def claims(records: Records) -> dict[str, dict[str, int]]:
 # ---------------------------------------------------------------------- figures
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#bbbbbb"
+SIZE_COLORS = dict(zip(BATCH_SIZES, ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7"), strict=True))
 
 
 def figures(records: Records, directory: Path) -> list[Path]:
-    """Draw `procedure_{grid,tradeoff,following}.png`, with a row per workload and betas, a column per target."""
+    """Draw `procedure_{grid,tradeoff,following}.png`, by workload, betas and target."""
     from matplotlib.figure import Figure
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -538,7 +545,7 @@ def figures(records: Records, directory: Path) -> list[Path]:
         rows = list(dict.fromkeys((case.workload, case.betas) for case in shown))
         if not rows:
             continue
-        figure = Figure(figsize=(12.0, 3.3 * len(rows)), dpi=100, layout="constrained")
+        figure = Figure(figsize=(11.0, 2.9 * len(rows) + 0.4), dpi=90, layout="constrained")
         panels = figure.subplots(len(rows), len(TARGETS), squeeze=False)
         for axes in panels.flat:
             axes.set_visible(False)
@@ -547,6 +554,9 @@ def figures(records: Records, directory: Path) -> list[Path]:
             axes.set_visible(True)
             axes.set_title(case.title, fontsize=10)
             painter(axes, case)
+        drawn = [axes.get_legend_handles_labels() for axes in panels.flat]
+        unique = {label: handle for found in drawn for handle, label in zip(*found, strict=True)}
+        figure.legend(unique.values(), unique, loc="outside lower center", ncols=len(unique), frameon=False)
         paths.append(directory / f"procedure_{name}.png")
         figure.savefig(paths[-1])
     return paths
@@ -558,11 +568,12 @@ def batch_size_axis(axes: Any) -> None:
     axes.set_xticks(BATCH_SIZES, [str(size) for size in BATCH_SIZES])
     axes.set_xlabel("batch size B (examples)")
     axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter("")
     axes.set_ylabel("learning rate (per step)")
 
 
 def draw_grid(axes: Any, case: Case) -> None:
-    """Steps to the target over batch size and learning rate, as a multiple of the fewest at the batch size."""
+    """Steps to the target by batch size and learning rate, as a multiple of the fewest at that size."""
     lrs = np.array(case.grid[0]["lrs"])
     excess = np.full((len(lrs), len(BATCH_SIZES)), np.nan)
     for record in case.grid:
@@ -579,7 +590,7 @@ def draw_grid(axes: Any, case: Case) -> None:
     bar.ax.set_yticklabels(["1", "2", "4"])
     bar.set_label("steps / fewest at this B\n(grey: loss not reached)", fontsize=8)
     batch_size_axis(axes)
-    draw_optima(axes, case.optima, "white")
+    draw_optima(axes, case.optima, "black")
 
 
 def draw_optima(axes: Any, optima: Sequence[Optimum], color: str) -> None:
@@ -598,19 +609,18 @@ def draw_tradeoff(axes: Any, case: Case) -> None:
     steps = {each.batch_size: math.exp(np.mean(each.values)) for each in case.optima}
     x = np.array([1 / (size * count) for size, count in steps.items()])
     y = np.array([1 / count for count in steps.values()])
-    axes.plot(1e3 * x, y, "o", color=BLUE, markersize=5)
     for size, across, up in zip(steps, x, y, strict=True):
-        axes.annotate(f" B = {size}", (1e3 * across, up), fontsize=8, va="bottom")
-    if len(steps) > 1:
-        found = line_of(case.optima)
+        axes.plot(1e3 * across, up, "o", color=SIZE_COLORS[size], markersize=7, label=f"B = {size}")
+    found = line_of(case.optima)
+    if math.isnan(found["noise_scale"][0]):
+        axes.set_title(f"{case.title}\nno falling line", fontsize=9)
+    else:
+        axes.set_title(f"{case.title}\nB_noise = {plus_minus(found['noise_scale'])} examples", fontsize=9)
         ends = np.array([0.0, 1.05 / found["min_examples"][0]])
-        label = f"B_noise = {plus_minus(found['noise_scale'])} examples"
-        axes.plot(
-            1e3 * ends, 1 / found["min_steps"][0] - found["noise_scale"][0] * ends, color=ORANGE, label=label
-        )
-        axes.legend(fontsize=8, frameon=False, loc="upper right")
-    axes.set_xlim(0, 1.35e3 * x.max())
-    axes.set_ylim(0, 1.35 * y.max())
+        line = 1 / found["min_steps"][0] - found["noise_scale"][0] * ends
+        axes.plot(1e3 * ends, line, color=GREY, zorder=0, label="Eq. 22")
+    axes.set_xlim(0, 1.1e3 * x.max())
+    axes.set_ylim(0, 1.1 * y.max())
     axes.set_xlabel("1/E (per 1,000 examples)")
     axes.set_ylabel("1/S (per step)")
 
@@ -636,5 +646,4 @@ def draw_following(axes: Any, case: Case) -> None:
             axes.axvline(peak, color=ORANGE, linewidth=0.8, linestyle="--", label="callback's peak")
     batch_size_axis(axes)
     low, high = axes.get_ylim()
-    axes.set_ylim(low / (high / low) ** 0.7, high)  # room for the legend
-    axes.legend(fontsize=7, frameon=False, loc="lower right", ncols=2)
+    axes.set_ylim(min(low, 0.9 * 10 ** math.floor(math.log10(high))), high)  # a power of ten in sight

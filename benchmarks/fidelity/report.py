@@ -1,4 +1,164 @@
-"""Stub."""
+"""Tables as Markdown, a summary with one row per target, and figures, from whatever cells are finished."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fidelity import figures, held_tables, procedure, run_tables, secants
+from benchmarks.fidelity.analysis import POINT, Record, joined, mean, pick, quantile, summary, unique
+from benchmarks.fidelity.cells import Store
+from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
+from benchmarks.fidelity.markdown import share, table
+from benchmarks.fidelity.one_step import COUNTS
+from benchmarks.fidelity.regrets import FIXED, best_fixed, shared
+from benchmarks.results import finite, machine
+
+__all__ = ["targets", "write_report"]
+
+KEYS = {
+    "truths": (*POINT, "seed"),
+    "laws": (*POINT, "seed"),
+    "sweep": (*POINT, "batch_size"),
+    "lag": (*POINT, "batch_size", "correct_lag"),
+    "live": (*POINT, "seed", "objective", "max_overhead"),
+    "decay": ("workload", "beta_2", "seed"),
+    "ramp": ("workload", "beta_2", "budget", "rule", "seed", "max_overhead"),
+    "secants": ("workload", "phase", "seed"),
+    "procedure_grid": ("workload", "beta_1", "beta_2", "batch_size"),
+    "procedure_following": ("workload", "beta_1", "beta_2", "target"),
+}
+"""What tells the cells of a kind apart."""
+Records = Mapping[str, Sequence[Record]]
+PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
+    "one_step": (("one_step",), held_tables.one_step),
+    "calibration": (("one_step",), held_tables.calibration),
+    "alignment": (("truths",), held_tables.alignment),
+    "direction": (("truths",), held_tables.direction),
+    "negative": (("truths", "live"), held_tables.negative),
+    "switch": (("sweep",), run_tables.switch),
+    "switch_points": (("sweep",), run_tables.switch_points),
+    "switch_settings": (("sweep",), run_tables.switch_settings),
+    "decay": (("decay",), run_tables.decay),
+    "lag": (("lag",), run_tables.lag),
+    "ramp": (("ramp",), run_tables.ramp),
+    "procedure": (("procedure_grid", "procedure_following"), procedure.table),
+    "secants": (("secants",), lambda records: secants.table(records["secants"])),
+}
+"""By file: the kinds of cells of which any is something to show, and what makes the page."""
 
 
-def write_report(store, results, kinds): ...
+def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> None:
+    """Write tables, figures and summary.
+
+    Args:
+        store: of the finished cells.
+        results: directory to write to.
+        expected: number of cells of each kind in the full grid.
+    """
+    records = read(store)
+    results.mkdir(parents=True, exist_ok=True)
+    for name, (kinds, page) in PAGES.items():
+        text = page(records) if any(records[kind] for kind in kinds) else "No cell is finished."
+        (results / f"{name}.md").write_text(text + "\n")
+    (results / "coverage.md").write_text(coverage(records, expected) + "\n")
+    figures.draw(records, results)
+    procedure.figures(records, results)
+    found = targets(records)
+    raw = {"machine": machine(), "cells": {kind: len(records[kind]) for kind in KEYS}}
+    raw["procedure"] = procedure.claims(records)
+    (results / "raw.json").write_text(json.dumps(finite(raw), indent=1) + "\n")
+    (results / "summary.json").write_text(json.dumps(finite(found), indent=1) + "\n")
+    for entry in found:
+        sign = "at most" if entry["better"] == "lower" else "at least"
+        verdict = "met" if entry["met"] else "MISSED"
+        print(f"{entry['value']:9.4f}  {sign} {entry['bound']:<6g} {verdict:7} {entry['name']}")
+    print(f"written to {results}")
+
+
+def read(store: Store) -> dict[str, list[Record]]:
+    """The records of each kind, and as `one_step` the points with both a truth and laws."""
+    records = {kind: unique(store.records(kind), keys) for kind, keys in KEYS.items()}
+    return records | {"one_step": joined(records["truths"], records["laws"], KEYS["truths"])}
+
+
+def coverage(records: Records, expected: Mapping[str, int]) -> str:
+    """Finished cells of all cells."""
+    lines = [
+        [
+            kind,
+            share(len(records.get(kind, ())), count),
+            sum(r["seconds"] for r in records.get(kind, ())) / 60,
+        ]
+        for kind, count in expected.items()
+    ]
+    return table(
+        ["cells", "finished", "minutes they took"],
+        [[kind, finished, f"{minutes:.0f}"] for kind, finished, minutes in lines],
+    )
+
+
+def target(name: str, value: float, bound: float, better: str = "lower") -> dict[str, Any]:
+    """A row of the summary; NaN, nothing measured, meets nothing."""
+    met = value <= bound if better == "lower" else value >= bound
+    rounded = round(value, 4) if math.isfinite(value) else value
+    return {
+        "name": name,
+        "value": rounded,
+        "bound": bound,
+        "better": better,
+        "met": bool(met),
+        "command": "make fidelity",
+    }
+
+
+def targets(records: Records) -> list[dict[str, Any]]:
+    """Every target of which something is measured."""
+    return [*held_targets(records["one_step"]), *switch_targets(run_tables.all_rows(records))]
+
+
+def held_targets(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
+    """Those at points where the model was held."""
+    if not records:
+        return
+    rows = pick(one_step_rows(records), law="measured, 50", batch_size=held_tables.NEAR)
+    known = pick(calibration_rows(records), half_life="8", count=COUNTS[-1], batch_size=held_tables.NEAR)
+    for what, name in (("lr", "lr"), ("ratio", "R")):
+        found = summary(row[what] for row in rows)
+        title = f"one step, |log2| of {name} within 16 times the active batch size, measured law"
+        yield target(f"{title}, median", found.median, 0.25)
+        yield target(f"{title}, 90th percentile", found.high, 0.6)
+    for what, name in (("lr", "lr"), ("ratio", "R")):
+        inside = [row[what] for row in known if row[what] is not None]
+        part = sum(inside) / len(inside) if inside else math.nan
+        for bound, better in ((0.55, "higher"), (0.8, "lower")):
+            yield target(f"share of true {name} inside the 68 % interval", part, bound, better)
+    settled = pick(settling_rows(records), half_life="8")
+    for goal, name in (("average", "their long average"), ("truth", "the truth")):
+        count = quantile([row[goal] for row in settled], 0.5)
+        yield target(f"measurements until R(64), R(256) are within 10 % of {name}, median", count, 50)
+
+
+def switch_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Those after a change of the batch size, with the default objective at its default cost."""
+    for how, name in (("used", "frozen"), ("live", "live")):
+        rule = f"step, {how}"
+        same = shared(run_tables.at_default(rows), (*FIXED, rule))
+        if not same:
+            continue
+        title = f"change of the batch size, {name} ratio"
+        errors = mean(abs(row["error"]) for row in pick(same, rule=rule))
+        yield target(f"{title}, mean |log2(R / R_true)|", errors.value, 0.25)
+        for nats, unit in ((True, "cross-entropy"), (False, "autoencoder")):
+            part = run_tables.of_unit(same, nats=nats)
+            own, best = mean(row["regret"] for row in pick(part, rule=rule)), best_fixed(part)
+            if best is None:
+                continue
+            # A fixed rule that loses nothing leaves nothing to be a quarter of.
+            quotient = own.value / best[1] if best[1] > 0.0 else math.inf
+            yield target(f"{title}, regret over that of {best[0]}, {unit}", quotient, 0.25)
+            if nats:
+                yield target(f"{title}, mean regret (nats)", own.value, 0.005)

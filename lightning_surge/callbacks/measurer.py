@@ -207,8 +207,8 @@ class Measurer:
             self.budget.hurry()
         if self._pool_target:
             return  # still pooling
-        # The last window of an epoch ends with the epoch. After resuming on a shorter loader, Lightning counts
-        # past its end.
+        # The last window of an epoch ends with the epoch. After resuming on a shorter loader, Lightning
+        # counts past its end.
         window = min(accumulation, max(self._trainer.num_training_batches - batch_idx, 1))
         batch_size = typical * window
         planned = self._planned_examples(typical, batch_size, batch_idx)

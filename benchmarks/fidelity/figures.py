@@ -1,0 +1,199 @@
+"""Pictures of the fidelity study, as small PNGs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.fidelity.analysis import POINT, Record, Row, groups, mean, pick, quantile
+from benchmarks.fidelity.held import LAWS, calibration_rows, one_step_rows
+from benchmarks.fidelity.held_tables import NEAR
+from benchmarks.fidelity.one_step import COUNTS, SIZES
+from benchmarks.fidelity.regrets import sweeps_of, truth_rows
+from benchmarks.fidelity.run_tables import NATS, all_rows, at_default
+from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
+
+__all__ = ["draw"]
+
+Records = Mapping[str, Sequence[Record]]
+BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    "#000000", "#8c8c8c", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+LAW_COLOURS = dict(zip(LAWS, (VERMILION, ORANGE, BLACK, BLUE, GREEN), strict=True))
+SWITCH_RULES = {
+    "constant": (GREY, ":"),
+    "sqrt": (GREY, "--"),
+    "linear": (GREY, "-"),
+    "McCandlish": (PURPLE, "-"),
+    "theorem 3": (GREEN, "-"),
+    "step, used": (VERMILION, "-"),
+    "progress, used": (BLUE, "-"),
+    "edge, used": (ORANGE, "-"),
+}
+PHASES = ("early", "late", "cooled")
+SHOWN_BETA = 0.95
+SWEEP = "sweep, sd of seeds"
+
+
+def draw(records: Records, directory: Path) -> list[Path]:
+    """Draw what there are records for.
+
+    Args:
+        records: of each kind of cell.
+        directory: to write to.
+
+    Returns:
+        The files.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    wanted = {
+        "one_step": (records["one_step"], draw_one_step),
+        "calibration": (records["one_step"], draw_calibration),
+        "switch": (truth_rows(sweeps_of(records["sweep"])), draw_switch),
+        "regret": (truth_rows(sweeps_of(records["sweep"])), draw_regret),
+    }
+    paths = []
+    for name, (needed, painter) in wanted.items():
+        if needed:
+            paths.append(directory / f"{name}.png")
+            painter(records).savefig(paths[-1], metadata={"Software": None})
+    return paths
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width * columns, height * rows + 0.5), dpi=90, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _batch_size_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+    axes.minorticks_off()
+    axes.set_xlabel("batch size B (examples)")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = min(int(figure.get_figwidth() / 1.7), len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def draw_one_step(records: Records) -> Figure:
+    """Predicted over true lr by batch size: medians, with the 10th and 90th percentile."""
+    rows = [row for row in one_step_rows(records["one_step"]) if row["lr"] is not None]
+    panels = groups(rows, "workload")
+    figure, grid = _figure(1, len(panels), 3.4, 3.0)
+    for axes, ((name,), found) in zip(grid.flat, panels.items(), strict=True):
+        axes.axhline(1.0, color=GREY, linewidth=0.8)
+        for index, law in enumerate(LAWS):
+            drawn = [row for row in pick(found, law=law) if math.isfinite(row["lr"])]
+            by_size = {size: [r["lr"] for r in pick(drawn, batch_size=size)] for size in SIZES}
+            by_size = {size: errors for size, errors in by_size.items() if errors}
+            # Next to one another, so that the bars of one batch size can be told apart.
+            x = np.array(list(by_size)) * 2.0 ** (0.24 * (index - 2))
+            low, middle, high = (
+                np.array([2 ** quantile(errors, share) for errors in by_size.values()])
+                for share in (0.1, 0.5, 0.9)
+            )
+            bars, style = (middle - low, high - middle), {"capsize": 2, "markersize": 4, "linewidth": 1.2}
+            axes.errorbar(x, middle, bars, fmt="o-", color=LAW_COLOURS[law], label=law, **style)
+        points = len(groups(found, "beta_2", "phase", "seed"))
+        axes.set_title(f"{name}, {points} point{'s' if points > 1 else ''}", fontsize=10)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _batch_size_axis(axes, SIZES)
+    grid[0, 0].set_ylabel("predicted / true best lr of one step\nmedian, 10th to 90th percentile", fontsize=9)
+    _legend(figure, grid[0, 0])
+    return figure
+
+
+def draw_calibration(records: Records) -> Figure:
+    """Share of truths inside the 68 % interval by number of measurements."""
+    rows = pick(calibration_rows(records["one_step"]), batch_size=NEAR)
+    figure, grid = _figure(1, 2, 3.6, 2.8)
+    for axes, what, name in zip(grid.flat, ("lr", "ratio"), ("lr(B)", "R(B)"), strict=True):
+        axes.axhspan(55, 80, color=GREY, alpha=0.2, linewidth=0, label="target")
+        axes.axhline(68, color=GREY, linewidth=0.8)
+        for (half_life,), found in groups(rows, "half_life").items():
+            inside = [[r[what] for r in pick(found, count=n) if r[what] is not None] for n in COUNTS]
+            shares = [100 * sum(entry) / len(entry) if entry else math.nan for entry in inside]
+            axes.plot(COUNTS, shares, "o-", label=f"half-life {half_life}", markersize=4)
+        axes.set_title(f"{name}, B = {NEAR[0]} to {NEAR[-1]}", fontsize=10)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("measurements")
+    grid[0, 0].set_ylabel("truths inside the 68 % interval (%)", fontsize=9)
+    _legend(figure, grid[0, 0])
+    return figure
+
+
+def draw_switch(records: Records) -> Figure:
+    """R against B: the truth with its spread over seeds, and the rules."""
+    truths = pick(truth_rows(sweeps_of(records["sweep"])), beta_2=SHOWN_BETA)
+    rows = pick(at_default(all_rows(records)), beta_2=SHOWN_BETA)
+    names = [name for name in WORKLOADS if pick(truths, workload=name)]
+    phases = [phase for phase in PHASES if pick(truths, phase=phase)]
+    if not names:
+        return Figure(figsize=(3, 2))
+    figure, grid = _figure(len(names), len(phases), 3.3, 2.5)
+    for line, name in zip(grid, names, strict=True):
+        for axes, phase in zip(line, phases, strict=True):
+            found = sorted(pick(truths, workload=name, phase=phase), key=lambda row: row["batch_size"])
+            if not found:
+                axes.set_visible(False)
+                continue
+            for rule, (colour, style) in SWITCH_RULES.items():
+                said = pick(rows, workload=name, phase=phase, rule=rule)
+                logs = {BASE_BATCH_SIZE: 0.0} | {
+                    size: mean(row["ratio"] for row in part if row["ratio"] is not None).value
+                    for (size,), part in groups(said, "batch_size").items()
+                }
+                sizes = sorted(logs)
+                axes.plot(sizes, [2 ** logs[size] for size in sizes], style, color=colour, label=rule)
+            sizes = [row["batch_size"] for row in found]
+            best = np.array([2 ** row["ratio"] for row in found])
+            factor = np.array([2 ** row["spread"] for row in found])
+            bars = (best - best / factor, best * factor - best)
+            axes.errorbar(sizes, best, bars, fmt="o", color=BLACK, capsize=3, label=SWEEP, zorder=5)
+            axes.set_title(f"{name}, {phase}", fontsize=10)
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            _batch_size_axis(axes, sorted({*sizes, BASE_BATCH_SIZE}))
+            if not any(other.get_ylabel() for other in line):
+                axes.set_ylabel("R = lr(B) / lr(16)")
+    visible = next(axes for axes in grid.flat if axes.get_visible())
+    _legend(figure, visible)
+    return figure
+
+
+def draw_regret(records: Records) -> Figure:
+    """Mean regret by rule with 95 % half-widths."""
+    rows = [row for row in at_default(all_rows(records)) if row["regret"] is not None]
+    units = {"nats": pick(rows, workload=NATS), "%": [r for r in rows if r["workload"] not in NATS]}
+    shown: dict[str, list[Row]] = {unit: found for unit, found in units.items() if found}
+    rules = [rule for (rule,) in groups(rows, "rule")]
+    figure = Figure(figsize=(4.6 * len(shown), 0.28 * len(rules) + 1.2), dpi=90, layout="constrained")
+    grid = figure.subplots(1, len(shown), squeeze=False, sharey=True)
+    for axes, (unit, found) in zip(grid.flat, shown.items(), strict=True):
+        means = [mean(row["regret"] for row in pick(found, rule=rule)) for rule in rules]
+        values = [entry.value if math.isfinite(entry.value) else 0.0 for entry in means]
+        widths = [entry.half_width if math.isfinite(entry.half_width) else 0.0 for entry in means]
+        colours = [SWITCH_RULES.get(f"{rule.partition(',')[0]}, used", (GREY, ""))[0] for rule in rules]
+        axes.barh(rules, values, xerr=widths, color=colours, error_kw={"capsize": 2, "linewidth": 1})
+        axes.set_xscale("symlog", linthresh=0.01 if unit == "nats" else 1.0)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.axvline(0.0, color=BLACK, linewidth=0.8)
+        axes.grid(axis="x", color=GREY, alpha=0.3, linewidth=0.6)
+        axes.set_axisbelow(True)
+        changes = len(groups(found, *POINT, "batch_size"))
+        kind = "cross-entropy" if unit == "nats" else ", ".join(dict.fromkeys(r["workload"] for r in found))
+        axes.set_title(f"{kind}, {changes} changes of B", fontsize=10)
+        unit = "nats, linear below 0.01" if unit == "nats" else "% of the best loss, linear below 1"
+        axes.set_xlabel(f"mean regret ({unit})")
+    grid[0, 0].invert_yaxis()
+    return figure

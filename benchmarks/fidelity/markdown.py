@@ -1,0 +1,40 @@
+"""Numbers and tables as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from benchmarks.fidelity.analysis import Mean, Summary
+
+__all__ = ["average", "number", "share", "spread", "table"]
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; what is in the cells is written as it is."""
+    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """`-` for what is unknown, `inf` for what has no bound."""
+    if value is None or math.isnan(value):
+        return "-"
+    # Adding 0 takes the sign off a rounded zero.
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def share(part: int, whole: int) -> str:
+    """Percent, with the counts."""
+    return f"{100 * part / whole:.0f} % ({part} of {whole})" if whole else "-"
+
+
+def average(found: Mean, digits: int = 3) -> str:
+    """A mean and its half-width, the latter only where there is one."""
+    width = f" ± {found.half_width:.{digits}f}" if math.isfinite(found.half_width) else ""
+    return number(found.value, digits) + width
+
+
+def spread(found: Summary) -> str:
+    """Median and 90th percentile."""
+    return f"{number(found.median)}, {number(found.high)}" if found.n else "-"

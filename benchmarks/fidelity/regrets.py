@@ -1,0 +1,237 @@
+"""The best learning rate after a change of the batch size, and what rules lose against it. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from benchmarks.fidelity.analysis import POINT, Array, Mean, Record, Row, groups, mean, pick
+from benchmarks.fidelity.one_step import SIZES
+from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
+
+DEFAULT = {"objective": "step", "max_overhead": 0.05}
+"""The callback as users have it."""
+CELL = (*POINT, "batch_size", "seed")
+FIXED = ("constant", "sqrt", "linear")
+
+
+class Sweep(NamedTuple):
+    """Final losses of one cell.
+
+    Attributes:
+        x: log2 of the multipliers, increasing, without those at which some seed has diverged.
+        losses: by seed and multiplier.
+        seeds: of the rows.
+    """
+
+    x: Array
+    losses: Array
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, record: Record) -> Sweep:
+        """The losses of a record."""
+        losses = np.array(record["losses"], dtype=float)
+        finite = np.isfinite(losses).all(axis=0)
+        return cls(np.log2(record["multipliers"])[finite], losses[:, finite], tuple(record["seeds"]))
+
+    @property
+    def mean(self) -> Array:
+        """Over seeds."""
+        return np.asarray(self.losses.mean(axis=0))
+
+    @property
+    def best(self) -> float:
+        """log2 of the best multiplier of the mean over seeds."""
+        return vertex(self.x, self.mean)
+
+    @property
+    def bests(self) -> Array:
+        """The same of each seed."""
+        return np.array([vertex(self.x, row) for row in self.losses])
+
+    @property
+    def censored(self) -> bool:
+        """Whether the lowest mean is at an end of the grid, beyond which the best may be."""
+        return int(np.argmin(self.mean)) in (0, len(self.x) - 1)
+
+    def regret(self, seed: int, x: float) -> float:
+        """Loss of a seed at a multiplier minus its loss at the multiplier that is best on average."""
+        row = self.losses[self.seeds.index(seed)]
+        inside = min(max(x, self.x[0]), self.x[-1])
+        return float(PchipInterpolator(self.x, row)(inside)) - self.reference(seed)
+
+    def reference(self, seed: int) -> float:
+        """Loss of a seed at the multiplier of the grid that is best on average."""
+        return float(self.losses[self.seeds.index(seed), int(np.argmin(self.mean))])
+
+    def beyond(self, x: float) -> bool:
+        """Whether a multiplier is outside the grid."""
+        return bool(x < self.x[0] - 1e-9 or x > self.x[-1] + 1e-9)
+
+
+def vertex(x: Array, losses: Array) -> float:
+    """Minimum of the least-squares parabola through five points around the lowest, fewer at an end.
+
+    Of the parabola through three where the two differ by more than half a step of the grid, as they do
+    beside a wall of runs that almost diverged. The lowest point itself where it is at an end and nothing
+    turns inside.
+    """
+    low = int(np.argmin(losses))
+    left, right = x[max(low - 1, 0)], x[min(low + 1, len(x) - 1)]
+    found = []
+    for reach in (1, 2):
+        near = slice(max(low - reach, 0), low + reach + 1)
+        if len(x[near]) >= 3:
+            square, linear, _ = np.polyfit(x[near] - x[low], losses[near] - losses[low], 2)
+            if square > 0.0 and left <= x[low] - linear / (2 * square) <= right:
+                found.append(float(x[low] - linear / (2 * square)))
+    if not found:
+        return float(x[low])
+    step = (right - left) / (2 if 0 < low < len(x) - 1 else 1)
+    return found[-1] if abs(found[-1] - found[0]) <= step / 2 else found[0]
+
+
+def sweeps_of(records: Iterable[Record]) -> dict[tuple[Any, ...], Sweep]:
+    """By workload, beta_2, phase and batch size; without those that diverged at nearly every multiplier."""
+    found = {tuple(record[name] for name in (*POINT, "batch_size")): Sweep.of(record) for record in records}
+    return {key: sweep for key, sweep in found.items() if len(sweep.x) >= 3}
+
+
+def truth_rows(sweeps: dict[tuple[Any, ...], Sweep]) -> list[Row]:
+    """log2 of R_true by point and batch size, with its standard deviation over seeds."""
+    rows = []
+    for (*point, size), found in sweeps.items():
+        base = sweeps.get((*point, BASE_BATCH_SIZE))
+        if base is None or size == BASE_BATCH_SIZE:
+            continue
+        row = dict(zip(POINT, point, strict=True)) | {"batch_size": size, "ratio": found.best - base.best}
+        row |= {"spread": float(np.std(found.bests - base.bests, ddof=1)), "base": base.best}
+        rows.append(row | {"censored": found.censored or base.censored})
+    return rows
+
+
+def mccandlish(noise_scale: float, batch_size: int) -> float:
+    """log2 of sqrt((1 + B_s / base) / (1 + B_s / B)): square-root scaling where the scale is infinite."""
+    if math.isinf(noise_scale):
+        return 0.5 * math.log2(batch_size / BASE_BATCH_SIZE)
+    return 0.5 * math.log2((1 + noise_scale / BASE_BATCH_SIZE) / (1 + noise_scale / batch_size))
+
+
+def theorem3(lrs: Sequence[float], batch_size: float) -> float:
+    """log2 of lr(B) / lr(base) of the law `1 / lr = a / sqrt(B) + b sqrt(B)` through values at `SIZES`."""
+    ends = np.array([SIZES[0], SIZES[-1]], dtype=float)
+    columns = np.stack([ends**-0.5, ends**0.5], axis=1)
+    a, b = np.linalg.solve(columns, 1 / np.array([lrs[0], lrs[-1]]))
+
+    def inverse(size: float) -> float:
+        return float(a * size**-0.5 + b * size**0.5)
+
+    return math.log2(inverse(BASE_BATCH_SIZE) / inverse(batch_size))
+
+
+def fixed_ratios(batch_size: int, lives: Sequence[Record], laws: Sequence[Record]) -> dict[str, float]:
+    """log2 of the ratio by rules that measure nothing during the run, from the records of one point.
+
+    Those of the formulas are averaged in log over the seeds there are.
+    """
+    octaves = math.log2(batch_size / BASE_BATCH_SIZE)
+    found = {"constant": 0.0, "sqrt": octaves / 2, "linear": octaves}
+    scales = {live["seed"]: live["noise_scale"] for live in lives if "noise_scale" in live}
+    logs = [mccandlish(math.inf if scale is None else scale, batch_size) for scale in scales.values()]
+    if logs:
+        found["McCandlish"] = float(np.mean(logs))
+    logs = [
+        theorem3(record["theorem3"]["lr"], batch_size) for record in laws if record["theorem3"] is not None
+    ]
+    if logs:
+        found["theorem 3"] = float(np.mean(logs))
+    return found
+
+
+def switch_rows(
+    sweeps: dict[tuple[Any, ...], Sweep], lives: Iterable[Record], laws: Iterable[Record]
+) -> list[Row]:
+    """One row by rule, point, batch size and seed.
+
+    `error` is log2(R / R_true), with R_true of the mean over seeds. `regret` is the loss of the seed's run at
+    the rule's lr, interpolated, minus the same seed's loss at the lr that is best on average: nats, or
+    percent of the best loss where the loss is no cross-entropy. `tuned` is the same with the rule's ratio
+    applied to the best base lr. For "live" the loss is the run's own, and the ratio the mean over its steps.
+    `beyond` tells of an lr outside the sweep, at whose edge the loss is then taken; `censored` of an R_true
+    that is a bound. `overhead` is None for rules that need no callback.
+    """
+    rows = []
+    live_of, laws_of = groups(lives, *POINT), groups(laws, *POINT)
+    for truth in truth_rows(sweeps):
+        point, size = tuple(truth[name] for name in POINT), truth["batch_size"]
+        found, records = sweeps[*point, size], live_of.get(point, [])
+        best = float(found.mean.min())
+        unit = 1.0 if WORKLOADS[truth["workload"]].cross_entropy else 100.0 / best
+        fixed = fixed_ratios(size, pick(records, **DEFAULT), laws_of.get(point, []))
+        for seed in found.seeds:
+            rules: list[tuple[str, float | None, float | None, float | None]] = [
+                (name, None, ratio, None) for name, ratio in fixed.items()
+            ]
+            for record in pick(records, seed=seed):
+                run = record["by_batch_size"][str(size)]
+                objective, overhead = record["objective"], record["max_overhead"]
+                for name in ("predicted", "used"):
+                    ratio = math.log2(run[name]) if run[name] else None
+                    rules.append((f"{objective}, {name}", overhead, ratio, None))
+                loss = math.inf if run["loss"] is None else run["loss"]
+                rules.append((f"{objective}, live", overhead, run["mean_log2_ratio"], loss))
+            for rule, overhead, ratio, loss in rules:
+                row = {name: truth[name] for name in (*POINT, "batch_size", "censored")}
+                row |= {"seed": seed, "rule": rule}
+                row |= {"overhead": overhead, "ratio": ratio, "error": None, "regret": None, "tuned": None}
+                row["beyond"] = False
+                if ratio is not None:
+                    row["error"] = ratio - truth["ratio"]
+                    own = None if loss is None else loss - found.reference(seed)
+                    row["regret"] = unit * (found.regret(seed, ratio) if own is None else own)
+                    row["tuned"] = unit * found.regret(seed, ratio + truth["base"]) if own is None else None
+                    row["beyond"] = own is None and found.beyond(ratio)
+                rows.append(row)
+    return rows
+
+
+def shared(rows: Iterable[Row], rules: Sequence[str]) -> list[Row]:
+    """The rows of those cells of which every one of the rules has a regret."""
+    wanted = [row for row in rows if row["rule"] in rules and row["regret"] is not None]
+    complete = {
+        key for key, found in groups(wanted, *CELL).items() if len({r["rule"] for r in found}) == len(rules)
+    }
+    return [row for row in wanted if tuple(row[name] for name in CELL) in complete]
+
+
+def best_fixed(rows: Sequence[Row]) -> tuple[str, float] | None:
+    """The fixed rule with the smallest mean regret, and that regret; None of nothing."""
+    means = {name: mean(row["regret"] for row in pick(rows, rule=name)) for name in FIXED}
+    known = {name: found.value for name, found in means.items() if found.n}
+    return min(known.items(), key=lambda item: item[1]) if known else None
+
+
+def lag_rows(sweeps: Iterable[Record], corrected: Iterable[Record]) -> list[Row]:
+    """By key: the best multiplier and loss of the sweep with and without the correction.
+
+    `difference` of the losses, corrected minus not, is paired over seeds, each at the multiplier that is best
+    on average.
+    """
+    plain = sweeps_of(sweeps)
+    rows = []
+    for key, found in sweeps_of(corrected).items():
+        if key not in plain:
+            continue
+        both = {"without": plain[key], "with": found}
+        row = dict(zip((*POINT, "batch_size"), key, strict=True))
+        for name, entry in both.items():
+            row |= {f"loss {name}": float(entry.mean.min()), f"multiplier {name}": 2.0**entry.best}
+        seeds = [seed for seed in found.seeds if seed in plain[key].seeds]
+        gaps: Mean = mean(found.reference(seed) - plain[key].reference(seed) for seed in seeds)
+        rows.append(row | {"difference": gaps})
+    return rows

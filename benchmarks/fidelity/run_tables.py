@@ -1,0 +1,232 @@
+"""Tables of whole runs: changes of the batch size, decays, ramps, and the lag of Adam's average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.fidelity.analysis import (
+    POINT,
+    Mean,
+    Record,
+    Row,
+    decay_rows,
+    groups,
+    mean,
+    paired,
+    pick,
+    ramp_rows,
+    rms,
+)
+from benchmarks.fidelity.decay import RATIO_SIZES
+from benchmarks.fidelity.markdown import average, number, table
+from benchmarks.fidelity.regrets import CELL, DEFAULT, lag_rows, sweeps_of, switch_rows, truth_rows
+from benchmarks.fidelity.workloads import WORKLOADS
+
+__all__ = ["at_default", "decay", "lag", "of_unit", "ramp", "switch", "switch_points", "switch_settings"]
+
+Records = Mapping[str, Sequence[Record]]
+NATS = tuple(name for name, workload in WORKLOADS.items() if workload.cross_entropy)
+PERCENT = tuple(name for name in WORKLOADS if name not in NATS)
+REFERENCE = "step, used"
+
+
+def all_rows(records: Records) -> list[Row]:
+    """Of every rule at every change of the batch size."""
+    return switch_rows(sweeps_of(records["sweep"]), records["live"], records["laws"])
+
+
+def at_default(rows: Sequence[Row]) -> list[Row]:
+    """Rules without a callback, and the callback at its default cost."""
+    return pick(rows, overhead=(None, DEFAULT["max_overhead"]))
+
+
+def of_unit(rows: Sequence[Row], *, nats: bool) -> list[Row]:
+    """Those whose regret is in nats, or those in percent."""
+    return pick(rows, workload=NATS if nats else PERCENT)
+
+
+def _mean(rows: Sequence[Row], field: str) -> Mean:
+    return mean(abs(row[field]) if field == "error" else row[field] for row in rows if row[field] is not None)
+
+
+def switch(records: Records) -> str:
+    """What each rule loses after a change of the batch size."""
+    rows = all_rows(records)
+    default = at_default(rows)
+    truths = truth_rows(sweeps_of(records["sweep"]))
+    by_rule = groups(default, "rule")
+    parts = [
+        "The batch size changes from 16 to 2, 64 or 256 and the lr decays to zero over equal examples. "
+        "A sweep finds the best ratio R_true of the new lr to the best lr at 16, by a parabola through "
+        "the mean over seeds, and the loss of every other lr. `predicted`: the law at the change, "
+        "frozen; `used`: with the callback's shrinkage and bounds, frozen; `live`: a run with the "
+        "callback, its ratio averaged over steps. Regret: loss minus the same seed's loss at the lr "
+        "that is best on average; in nats, for the autoencoder in percent of the best loss. Means ± 95 "
+        "% half-widths over cells of workload, phase, beta_2, B and seed, n of them; the seeds of one "
+        f"change share its R_true. {len(truths)} changes have a sweep at both sizes, "
+        f"{sum(t['censored'] for t in truths)} of them with a minimum at an end of a sweep, so that R_true "
+        f"is a bound. The callback is at its default cost of {DEFAULT['max_overhead']:.0%}.",
+    ]
+    blocks: list[tuple[str, str, Sequence[Row]]] = [
+        ("error", "Mean absolute log2(R / R_true)", default),
+        ("regret", "Mean regret, ratio times the base lr of the run", default),
+        ("tuned", "Mean regret, ratio times the best base lr", default),
+    ]
+    for field, title, shown in blocks:
+        lines = []
+        for (rule,), found in groups(shown, "rule").items():
+            known = [row for row in found if row[field] is not None]
+            if not known:
+                continue
+            columns = [pick(found, workload=name) for name in WORKLOADS]
+            columns.append(found if field == "error" else of_unit(found, nats=True))
+            columns += [pick(found, censored=False)] if field == "error" else []
+            beyond = [sum(row["beyond"] for row in found)] if field == "regret" else []
+            lines.append([rule, len(known), *(average(_mean(part, field)) for part in columns), *beyond])
+        headers = ["rule", "n", *WORKLOADS, "all" if field == "error" else "cross-entropy, all"]
+        headers += {"error": ["all but bounds"], "regret": ["lr beyond the sweep"]}.get(field, [])
+        parts += [f"**{title}**", table(headers, lines)]
+    lines = []
+    for (rule,), found in by_rule.items():
+        gaps = [
+            paired(of_unit(found, nats=nats), by_rule.get((REFERENCE,), []), "regret", CELL)
+            for nats in (True, False)
+        ]
+        lines.append([rule, *(entry for gap in gaps for entry in (average(gap), gap.n))])
+    parts += [
+        f"**Regret minus that of `{REFERENCE}`, same cells**",
+        table(["rule", "nats", "n", "percent", "n"], lines),
+    ]
+    return "\n\n".join(parts)
+
+
+def switch_settings(records: Records) -> str:
+    """The same by cost of the callback, beta_2, phase and batch size."""
+    rows = all_rows(records)
+    default = at_default(rows)
+    lines = []
+    for field in ("overhead", "beta_2", "phase", "batch_size"):
+        shown = pick(rows, rule=_measured(rows)) if field == "overhead" else default
+        for (value, rule), found in groups(shown, field, "rule").items():
+            units = [average(_mean(of_unit(found, nats=nats), "regret")) for nats in (True, False)]
+            label = value if field == "phase" else f"{field} {value:g}"
+            lines.append([label, rule, len(found), average(_mean(found, "error")), *units])
+    headers = ["cells", "rule", "n", "mean absolute log2(R / R_true)", "regret, nats", "regret, percent"]
+    note = "Means ± 95 % half-widths as in `switch.md`, of the ratio times the base lr of the run."
+    return "\n\n".join([note, table(headers, lines)])
+
+
+def _measured(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row["rule"] for row in rows if row["overhead"] is not None))
+
+
+def switch_points(records: Records) -> str:
+    """R and regret by change of the batch size."""
+    rows = at_default(all_rows(records))
+    rules = [rule for (rule,) in groups(rows, "rule")]
+    truths = truth_rows(sweeps_of(records["sweep"]))
+    ratios, regrets = [], []
+    for truth in truths:
+        point: dict[str, Any] = {name: truth[name] for name in (*POINT, "batch_size")}
+        mark = "*" if truth["censored"] else ""
+        found = [pick(rows, rule=rule, **point) for rule in rules]
+        logs = [mean(row["ratio"] for row in part if row["ratio"] is not None) for part in found]
+        losses = [mean(row["regret"] for row in part if row["regret"] is not None) for part in found]
+        edges = ["*" if any(row["beyond"] for row in part) else "" for part in found]
+        spread = number(2 ** truth["spread"])
+        ratios.append(
+            [*point.values(), f"{2 ** truth['ratio']:.2f}{mark} ({spread})"]
+            + [f"{2**log.value:.2f}" if log.n else "-" for log in logs]
+        )
+        regrets.append(
+            [*point.values(), "nats" if truth["workload"] in NATS else "%"]
+            + [f"{number(loss.value, 3)}{edge}" for loss, edge in zip(losses, edges, strict=True)]
+        )
+    return "\n\n".join(
+        [
+            "Ratio R of the lr after a change of the batch size to B, as means over seeds in the "
+            "logarithm; after R_true, its standard deviation over seeds as a factor. `*`: a lowest loss "
+            "is at an end of a sweep, so that R_true is a bound.",
+            table([*POINT, "B", "R_true", *rules], ratios),
+            "Mean regret over seeds. `*`: the lr is beyond the sweep, and the loss that of its end.",
+            table([*POINT, "B", "unit", *rules], regrets),
+        ]
+    )
+
+
+def decay(records: Records) -> str:
+    """Which averaging window follows the ratio through a decay."""
+    rows = decay_rows(records["decay"])
+    marks = list(dict.fromkeys(row["mark"] for row in rows))
+    blocks = []
+    for (half_life, size), found in groups(rows, "half_life", "batch_size").items():
+        entries = []
+        for chosen in [(mark,) for mark in marks] + [tuple(marks)]:
+            errors = [row["error"] for row in pick(found, mark=chosen) if row["error"] is not None]
+            finite = [error for error in errors if math.isfinite(error)]
+            lost = len(errors) - len(finite)
+            entries.append(f"{number(rms(finite))} (n {len(finite)}{f', {lost} no law' if lost else ''})")
+        name = "reference, moved since the start" if half_life == "reference" else f"half-life {half_life}"
+        blocks.append((size, name, entries))
+    order = [block for size in RATIO_SIZES for block in blocks if block[0] == size]
+    return "\n\n".join(
+        [
+            "Root mean square of log2 R(B) by averaging window minus that of a long measurement with "
+            f"the model held, at parts of a linear decay of the lr to zero. {len(records['decay'])} "
+            "runs. The last column is over all marks.",
+            table(
+                ["B", "window (measurements)", *(f"at {mark:g}" for mark in marks), "all"],
+                [[size, name, *entries] for size, name, entries in order],
+            ),
+        ]
+    )
+
+
+def lag(records: Records) -> str:
+    """What undoing the lag of Adam's second average is worth."""
+    lines = [
+        [
+            *(row[name] for name in ("workload", "beta_2", "batch_size")),
+            *(number(row[f"multiplier {name}"]) for name in ("without", "with")),
+            *(number(row[f"loss {name}"], 4) for name in ("without", "with")),
+            average(row["difference"], 4),
+            row["difference"].n,
+        ]
+        for row in lag_rows(records["sweep"], records["lag"])
+    ]
+    headers = ["workload", "beta_2", "B", "best multiplier", "corrected", "loss there", "corrected"]
+    return "\n\n".join(
+        [
+            "Sweeps after a change of the batch size in the late phase, with Adam's step and with a "
+            "step from which the lag of v behind the new batch size is taken out. Losses are the lowest "
+            "mean over seeds; differences, corrected minus not, are paired over seeds, ± 95 % "
+            "half-widths.",
+            table([*headers, "difference", "seeds"], lines),
+        ]
+    )
+
+
+def ramp(records: Records) -> str:
+    """Final losses of ramps."""
+    lines = [
+        [
+            *(row[name] for name in ("workload", "beta_2", "budget", "rule")),
+            row["count"],
+            number(row["loss"], 4),
+            number(row["spread"], 4),
+            number(row["steps"], 0),
+            "best fixed" if row["rule"] == row["best"] else average(row["difference"], 4),
+        ]
+        for row in ramp_rows(records["ramp"])
+    ]
+    headers = ["workload", "beta_2", "budget", "rule", "seeds", "final loss", "standard deviation", "steps"]
+    return "\n\n".join(
+        [
+            "Final loss of a gradual ramp from 16 to 256 examples over equal examples, mean over seeds; "
+            "nats, for the autoencoder squared error per image. Differences to the best rule without a "
+            "callback are paired over seeds, ± 95 % half-widths.",
+            table([*headers, "minus the best fixed"], lines),
+        ]
+    )
