@@ -63,16 +63,14 @@ def measure(study: Study, *, law: str, count: int, seed: int) -> SurgeLRCallback
 
 
 def predictions(law: Law | None) -> dict[str, Any] | None:
-    """A law's learning rates and ratios at all sizes, with standard errors of their logarithms."""
+    """A law's learning rates at all sizes; standard errors of their log2 and that of their ratios to the base."""
     if law is None:
         return None
     entry: dict[str, Any] = {"lr": [law.lr(size) for size in SIZES]}
     if isinstance(law, EstimatedLaw):
-        for name, quantity in (("lr", _log_lr), ("ratio", _log_ratio)):
-            entry[f"{name}_error"] = [
-                math.hypot(law.standard_error(quantity(size)), law.extrapolation_error(size))
-                for size in SIZES
-            ]
+        entry["lr_error"] = [law.standard_error(_log_lr(size)) for size in SIZES]
+        entry["ratio_error"] = [law.standard_error(_log_ratio(size)) for size in SIZES]
+        entry["extrapolation"] = [law.extrapolation_error(size) / math.log(2.0) for size in SIZES]
     return entry
 
 
