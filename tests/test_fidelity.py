@@ -368,6 +368,17 @@ def test_regrets_of_rules_frozen_and_live_runs() -> None:
     assert pick(rows, rule="step, live", seed=0) == []
 
 
+def test_regret_is_against_the_common_best_and_not_each_seeds_luck() -> None:
+    record = sweep_record(64, 1.0)
+    slope = [0.04 * math.log2(multiplier) for multiplier in GRID]
+    record["losses"][0] = [loss + more for loss, more in zip(record["losses"][0], slope, strict=True)]
+    found = regrets.Sweep.of(record)
+    # The mean is lowest at 2, the first seed half an octave before.
+    assert found.regret(0, 1.0) == 0.0
+    assert found.regret(0, 0.5) == pytest.approx(0.05 * (0.4**2 - 0.1**2) - 0.5 * 0.04)
+    assert found.regret(0, 0.5) < 0.0
+
+
 def test_regret_of_no_cross_entropy_is_a_percentage() -> None:
     other = {"workload": "autoencoder"}
     records = [sweep_record(size, 0.0, level=3.9, **other) for size in (16, 64)]

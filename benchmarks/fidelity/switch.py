@@ -32,7 +32,7 @@ def multipliers(batch_size: int) -> list[float]:
     """Seven to nine learning rates, that reach from below constant to linear scaling."""
     ratio = batch_size / BASE_BATCH_SIZE
     low = math.log2(min(ratio / 2, 0.5) if ratio < 1 else 0.25)
-    high = math.log2(max(ratio, 2.0 if ratio < 1 else 4.0))
+    high = math.log2(2.0 if ratio < 1 else 4.0 if ratio == 1 else 16.0)
     count = max(round(1.4 * (high - low)) + 1, 7)
     return [2.0 ** (low + (high - low) * index / (count - 1)) for index in range(count)]
 
