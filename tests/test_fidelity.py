@@ -47,7 +47,8 @@ GRID = [2.0 ** (index / 2) for index in range(-6, 7)]
 def one_step_record(**changes: Any) -> dict[str, Any]:
     """A point of training at which `LAW` holds exactly and every law says so."""
     right: dict[str, Any] = {"lr": [LAW.lr(size) for size in SIZES]}
-    measured = right | {f"{what}_error": [0.1] * len(SIZES) for what in ("lr", "ratio")}
+    errors = {f"{what}_error": [0.1] * len(SIZES) for what in ("lr", "ratio")}
+    measured = right | errors | {"extrapolation": [0.0] * len(SIZES)}
     step = {
         str(size): {
             "lr": LAW.lr(size),
@@ -201,19 +202,18 @@ def test_without_a_truth_there_is_no_error() -> None:
     assert all(row["lr_known"] == math.inf for row in rows)
 
 
-@pytest.mark.parametrize(("factor", "inside"), [(1.07, True), (1.09, False)])
-def test_truths_inside_the_interval(factor: float, inside: bool) -> None:
-    """0.1 and the truth's own 0.05 make 0.112 in log2, a factor of 1.08."""
+@pytest.mark.parametrize(
+    ("factor", "lr", "ratio"), [(1.076, True, True), (1.085, False, True), (1.09, False, False)]
+)
+def test_truths_inside_the_interval(factor: float, lr: bool, ratio: bool) -> None:
+    """0.1 and the truth's 0.05 make 0.112 in log2, a factor of 1.081; the base's 0.05 makes it 1.089."""
     record = one_step_record()
     entry = record["measured"]["8/50"]
-    shifted = entry | {
-        "lr": [lr if size == 16 else factor * lr for lr, size in zip(entry["lr"], SIZES, strict=True)]
-    }
+    shifted = entry | {"lr": [LAW.lr(size) * (1.0 if size == 16 else factor) for size in SIZES]}
     record["measured"] = record["measured"] | {"8/50": shifted, "8/3": None}
     rows = calibration_rows([record])
     (row,) = pick(rows, half_life="8", count=50, batch_size=64)
-    assert row["lr"] is inside
-    assert row["ratio"] is (math.log2(factor) <= math.hypot(0.1, 0.05, 0.05))
+    assert (row["lr"], row["ratio"]) == (lr, ratio)
     (at_base,) = pick(rows, half_life="8", count=50, batch_size=16)
     assert (at_base["lr"], at_base["ratio"]) == (True, None)
     (without,) = pick(rows, half_life="8", count=3, batch_size=64)
@@ -222,8 +222,8 @@ def test_truths_inside_the_interval(factor: float, inside: bool) -> None:
 
 def test_an_interval_without_bounds_holds_everything_and_is_marked() -> None:
     record = one_step_record()
-    far = {"lr": [100 * LAW.lr(size) for size in SIZES], "lr_error": [None] * 7, "ratio_error": [0.1] * 7}
-    record["measured"] = record["measured"] | {"8/50": far}
+    far = {"lr": [100 * LAW.lr(size) for size in SIZES], "lr_error": [None] * len(SIZES)}
+    record["measured"] = record["measured"] | {"8/50": record["measured"]["8/50"] | far}
     (row,) = pick(calibration_rows([record]), half_life="8", count=50, batch_size=64)
     assert (row["lr"], row["infinite"]) == (True, True)
 
@@ -241,6 +241,18 @@ def test_an_interval_without_bounds_holds_everything_and_is_marked() -> None:
 )
 def test_measurements_until_errors_stay_within_a_bound(errors: tuple[float, ...], count: float) -> None:
     assert measurements_until(errors, 0.2) == pytest.approx(count)
+
+
+def test_extrapolation_widens_the_interval_at_both_ends_of_a_ratio() -> None:
+    """Off by 0.4: outside hypot(0.1, 0.05, 0.05) = 0.12 and hypot with 0.3, inside with 0.3 at both ends."""
+    record = one_step_record()
+    entry = record["measured"]["8/50"]
+    off = entry | {"lr": [LAW.lr(size) * (1.0 if size == 16 else 2**0.4) for size in SIZES]}
+    for allowed, inside in (([0.3] * len(SIZES), True), ([0.3 * (size != 16) for size in SIZES], False)):
+        record["measured"] = {"8/50": off | {"extrapolation": allowed}}
+        (row,) = pick(calibration_rows([record]), batch_size=64)
+        assert (row["lr"], row["lr_alone"]) == (False, False)
+        assert (row["ratio"], row["ratio_alone"]) == (inside, False)
 
 
 def test_ratios_settle_towards_their_average_and_the_truth() -> None:

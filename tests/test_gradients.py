@@ -1,6 +1,7 @@
 """Streamed chunk statistics against slow references, and against known distributions."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.special import erf
 from torch import Tensor, nn
 
 from lightning_surge import gradients
-from lightning_surge.gradients import ChunkStatistics, ChunkStream, SizedValue, blocks, dense, dot
+from lightning_surge.gradients import ChunkStatistics, ChunkStream, SizedValue, blocks, dense, weighted_mean
 
 many = settings(max_examples=60, deadline=None)
 
@@ -36,19 +37,35 @@ def streamed(
     direction: gradients.Direction = torch.sign,
     scales: list[float] = SCALES,
     parameters: list[Tensor] | None = None,
+    stride: int = 1,
 ) -> ChunkStatistics:
     if parameters is None:
         parameters = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
-    stream = ChunkStream(parameters, num_chunks=num_chunks or len(chunks), scales=scales, direction=direction)
+    stream = ChunkStream(
+        parameters,
+        num_chunks=num_chunks or len(chunks),
+        scales=scales,
+        direction=direction,
+        stride=stride,
+    )
     for gradient, size in zip(chunks, sizes, strict=True):
         stream.add(gradient, size)
     return stream.statistics()
 
 
+def turns(count: int, stride: int = 1) -> list[tuple[range, range]]:
+    """Which chunks make a direction and which ones it is measured on, group by group; the last may be short."""
+    starts = range(0, count, 2 * stride)
+    return [
+        (range(k, min(k + stride, count)), range(min(k + stride, count), min(k + 2 * stride, count)))
+        for k in starts
+    ]
+
+
 def slow_statistics(
     chunks: list[list[Tensor]],
     sizes: list[float],
-    num_reference: int,
+    stride: int = 1,
     direction: gradients.Direction = torch.sign,
 ) -> ChunkStatistics:
     """All chunks held at once; the covariance from differences of pairs of chunks."""
@@ -57,26 +74,31 @@ def slow_statistics(
         [torch.full((math.prod(s),), c, dtype=torch.float64) for s, c in zip(SHAPES, SCALES, strict=True)]
     )
     n, count = sum(sizes), len(sizes)
-    pairs = [sizes[k] * sizes[j] * (flat[k] - flat[j]).square().sum() for k in range(count) for j in range(k)]
-    trace_cov = float(sum(pairs)) / (n * (count - 1))
+    squares = [
+        sizes[k] * sizes[j] * (flat[k] - flat[j]).square().sum() for k in range(count) for j in range(k)
+    ]
+    trace_cov = float(sum(squares)) / (n * (count - 1))
 
-    def mean(indices: range) -> Tensor:
-        return sum(sizes[k] * flat[k] for k in indices) / sum(sizes[k] for k in indices)
+    def size(indices: list[int]) -> float:
+        return float(sum(sizes[k] for k in indices))
 
-    def aligned(vector: Tensor, target: Tensor) -> float:
-        return float((weights * direction(vector)) @ target)
+    def mean(indices: list[int]) -> Tensor:
+        return sum(sizes[k] * flat[k] for k in indices) / size(indices)
 
-    first, second = range(num_reference), range(num_reference, count)
-    alignments = []
-    for k in second:
-        prefix = range(num_reference, k + 1)
-        alignments.append((float(sum(sizes[j] for j in prefix)), aligned(mean(prefix), mean(first))))
-        if k > num_reference:
-            alignments.append((float(sizes[k]), aligned(flat[k], mean(first))))
-    alignments.append((float(sum(sizes[k] for k in first)), aligned(mean(first), mean(second))))
-    mean_sq = float(mean(range(count)).square().sum())
+    def aligned(indices: list[int], target: list[int]) -> float:
+        return float((weights * direction(mean(indices))) @ mean(target))
+
+    groups = [(list(first), list(second)) for first, second in turns(count, stride)]
+    pairs = [(first, second) for first, second in groups if len(second) == stride]
+    prefix, reference = (sum(part, []) for part in zip(*groups, strict=True))
+    alignments = [(size(prefix), aligned(prefix, reference)), (size(reference), aligned(reference, prefix))]
+    if len(pairs) > 1:
+        rows = np.array([(size(first), aligned(first, second)) for first, second in pairs])
+        averaged = np.average(rows, axis=0, weights=[size(second) for _, second in pairs])
+        alignments.append((float(averaged[0]), float(averaged[1])))
+    mean_sq = float(mean(list(range(count))).square().sum())
     return ChunkStatistics(
-        float(n), mean_sq - trace_cov / n, trace_cov, tuple(SizedValue(*pair) for pair in alignments)
+        n, mean_sq - trace_cov / n, trace_cov, tuple(SizedValue(*pair) for pair in alignments)
     )
 
 
@@ -86,7 +108,7 @@ def assert_equal_statistics(got: ChunkStatistics, wanted: ChunkStatistics, rel: 
     assert got.trace_cov == pytest.approx(wanted.trace_cov, rel=rel)
     assert len(got.alignments) == len(wanted.alignments)
     for mine, theirs in zip(sorted(got.alignments), sorted(wanted.alignments), strict=True):
-        assert mine.batch_size == theirs.batch_size
+        assert mine.batch_size == pytest.approx(theirs.batch_size, rel=1e-12)
         assert mine.value == pytest.approx(theirs.value, rel=rel, abs=rel)
 
 
@@ -97,18 +119,22 @@ class TestExact:
         self, sizes: list[float], direction: gradients.Direction
     ) -> None:
         chunks = chunk_gradients(len(sizes))
-        wanted = slow_statistics(chunks, sizes, len(sizes) // 2, direction)
+        wanted = slow_statistics(chunks, sizes, direction=direction)
         assert_equal_statistics(streamed(chunks, sizes, direction=direction), wanted)
 
     def test_blocks_do_not_change_the_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
         chunks = chunk_gradients(len(UNEQUAL))
         monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", 4)
-        assert_equal_statistics(streamed(chunks, UNEQUAL), slow_statistics(chunks, UNEQUAL, 2))
+        assert_equal_statistics(streamed(chunks, UNEQUAL), slow_statistics(chunks, UNEQUAL))
 
-    def test_an_early_end_keeps_the_announced_reference(self) -> None:
-        chunks = chunk_gradients(5)
-        got = streamed(chunks, UNEQUAL, num_chunks=8)
-        assert_equal_statistics(got, slow_statistics(chunks, UNEQUAL, num_reference=4))
+    @pytest.mark.parametrize(("stride", "stop"), [(1, 5), (2, 4), (2, 8), (2, 9), (2, 10), (2, 11), (3, 12)])
+    def test_groups_of_chunks_and_windows_that_end_early_at_any_place(self, stride: int, stop: int) -> None:
+        chunks, sizes = (
+            chunk_gradients(stop),
+            [3.0, 1.0, 8.0, 2.0, 5.0, 4.0, 1.0, 7.0, 2.0, 6.0, 3.0, 9.0][:stop],
+        )
+        got = streamed(chunks, sizes, num_chunks=16, stride=stride)
+        assert_equal_statistics(got, slow_statistics(chunks, sizes, stride))
 
     def test_single_examples_give_the_sample_covariance(self) -> None:
         torch.manual_seed(0)
@@ -131,7 +157,7 @@ class TestExact:
         for index, parameter in ((0, 1), (1, 1), (2, 1), (2, 0), (3, 1)):
             chunks[index][parameter] = torch.zeros_like(chunks[index][parameter])
             missing[index][parameter] = None
-        assert_equal_statistics(streamed(missing, EQUAL), slow_statistics(chunks, EQUAL, 2))
+        assert_equal_statistics(streamed(missing, EQUAL), slow_statistics(chunks, EQUAL))
 
     def test_sparse_gradients_of_an_embedding(self) -> None:
         embedding = nn.Embedding(6, 2, sparse=True, dtype=torch.float64)
@@ -169,7 +195,7 @@ class TestExact:
         halves = [[g.to(dtype) for g in chunk] for chunk in chunks]
         parameters = [torch.zeros(shape, dtype=dtype) for shape in SHAPES]
         got = streamed(halves, [1.0] * 64, parameters=parameters)
-        wanted = slow_statistics([[g.double() for g in chunk] for chunk in halves], [1.0] * 64, 32)
+        wanted = slow_statistics([[g.double() for g in chunk] for chunk in halves], [1.0] * 64)
         assert_equal_statistics(got, wanted, rel=2e-4)
 
     def test_gradients_are_read_not_kept(self) -> None:
@@ -186,27 +212,64 @@ class TestExact:
                 g.fill_(math.nan)
         assert stream.statistics() == wanted
 
-    def test_prefix_direction_is_scaled_and_averaged(self) -> None:
-        chunks = chunk_gradients(4)
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_a_pair_is_a_group_and_the_group_after_it(self, stride: int) -> None:
+        """Directions are scaled and averaged; `add` says when one is there, with its slope."""
+        sizes = [1, 3, 2, 6, 5, 4, 7, 2, 3]
+        chunks = chunk_gradients(len(sizes))
         stream = ChunkStream(
             [torch.zeros(s, dtype=torch.float64) for s in SHAPES],
-            num_chunks=4,
+            num_chunks=len(sizes),
             scales=SCALES,
             direction=lambda gradient: gradient,
+            stride=stride,
         )
-        for chunk, size in zip(chunks, [1, 1, 2, 6], strict=True):
-            stream.add(chunk, size)
-        for got, index in zip(stream.prefix_direction(), range(3), strict=True):
-            wanted = SCALES[index] * (2 * chunks[2][index] + 6 * chunks[3][index]) / 8
-            torch.testing.assert_close(got, wanted.reshape(-1))
 
-    def test_in_reference_turns_at_half(self) -> None:
-        stream = ChunkStream([torch.zeros(1)], num_chunks=5)
-        seen = []
+        def mean(indices: list[int], parameter: int) -> Tensor:
+            return sum(sizes[k] * chunks[k][parameter] for k in indices) / sum(sizes[k] for k in indices)
+
+        def check(walk: Iterator[Tensor], slope: float, made_of: list[int], measured_on: list[int]) -> None:
+            total = 0.0
+            for got, index in zip(walk, range(3), strict=True):
+                wanted = SCALES[index] * mean(made_of, index)
+                torch.testing.assert_close(got, wanted.reshape(-1), rtol=1e-12, atol=0.0)
+                total += float((wanted * mean(measured_on, index)).sum())
+            assert slope == pytest.approx(total, rel=1e-12)
+
+        ends = {second[-1]: (first, second) for first, second in turns(len(sizes), stride) if second}
+        for index, (chunk, size) in enumerate(zip(chunks, sizes, strict=True)):
+            complete = stream.add(chunk, size)
+            assert complete == (index in ends)
+            if complete:
+                group, partner = (list(indices) for indices in ends[index])
+                assert stream.group_size == sum(sizes[k] for k in group)
+                assert stream.partner_size == sum(sizes[k] for k in partner)
+                check(stream.group_direction(), stream.group_slope, group, partner)
+        prefix, reference = (
+            [k for group in part for k in group] for part in zip(*turns(len(sizes), stride), strict=True)
+        )
+        check(stream.prefix_direction(), stream.prefix_slope, prefix, reference)
+
+    @pytest.mark.parametrize(("stride", "wanted"), [(1, "drdrd"), (2, "ddrrd"), (3, "dddrr")])
+    def test_directions_and_the_reference_take_turns(self, stride: int, wanted: str) -> None:
+        stream = ChunkStream([torch.zeros(1)], num_chunks=5, stride=stride)
+        seen = ""
         for _ in range(5):
-            seen.append(stream.in_reference)
+            seen += "r" if stream.in_reference else "d"
             stream.add([torch.ones(1)], 1)
-        assert seen == [True, True, False, False, False]
+        assert seen == wanted
+
+    def test_sums_over_blocks_are_in_float64(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", 1)
+        stream = ChunkStream([torch.zeros(3)], num_chunks=2)
+        stream.add([torch.ones(3)], 1)
+        # In float32 the ones would vanish beside 2^30.
+        stream.add([torch.tensor([2.0**30, 1.0, 1.0])], 1)
+        assert stream.group_slope == stream.prefix_slope == 2.0**30 + 2
+
+    def test_weighted_mean_is_of_sizes_and_values(self) -> None:
+        # Weights 1 and 3: (2 + 3 * 6) / 4 and (8 - 3 * 4) / 4.
+        assert weighted_mean([(2.0, 1.0, 8.0), (6.0, 3.0, -4.0)]) == SizedValue(5.0, -1.0)
 
 
 class TestErrors:
@@ -224,12 +287,12 @@ class TestErrors:
             stream.add([torch.ones(1)], size)
         assert stream.num_added == 0
 
-    @pytest.mark.parametrize("added", [0, 1, 2])
-    def test_too_few_chunks(self, added: int) -> None:
-        stream = ChunkStream([torch.zeros(1)], num_chunks=4)
+    @pytest.mark.parametrize(("stride", "added"), [(1, 0), (1, 1), (2, 3)])
+    def test_too_few_chunks(self, stride: int, added: int) -> None:
+        stream = ChunkStream([torch.zeros(1)], num_chunks=8, stride=stride)
         for _ in range(added):
-            stream.add([torch.ones(1)], 1)
-        with pytest.raises(ValueError, match=f"at least 3 chunks, got {added}: "):
+            assert not stream.add([torch.ones(1)], 1)
+        with pytest.raises(ValueError, match=f"at least {2 * stride} chunks, got {added}: "):
             stream.statistics()
 
 
@@ -244,7 +307,7 @@ class TestStatistical:
         deviation = np.sqrt(np.diag(covariance))
         scales = np.array([1.0, 1.0, 0.5, 0.5, 0.5])
         parameters = [torch.zeros(2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
-        norms, aligned = [], {}
+        norms, aligned = [], []
         for _ in range(700):
             stream = ChunkStream(parameters, num_chunks=len(sizes), scales=[1.0, 0.5])
             for size in sizes:
@@ -252,11 +315,11 @@ class TestStatistical:
                 stream.add([g[:2], g[2:]], size)
             statistics = stream.statistics()
             norms.append(statistics[1:3])
-            per_size: dict[float, list[float]] = {}
-            for b, value in statistics.alignments:
-                per_size.setdefault(b, []).append(value)
-            for b, values in per_size.items():
-                aligned.setdefault(b, []).append(np.mean(values))
+            aligned.append([value for _, value in statistics.alignments])
+
+        def expected(b: float) -> float:
+            # The mean of a Gaussian coordinate's sign is exact, correlated or not.
+            return float(np.sum(scales * erf(math.sqrt(b / 2) * mean / deviation) * mean))
 
         def check(samples: list[float], truth: float) -> None:
             error = np.std(samples, ddof=1) / math.sqrt(len(samples))
@@ -265,10 +328,11 @@ class TestStatistical:
         grad_sq, trace_cov = (list(column) for column in zip(*norms, strict=True))
         check(grad_sq, float(mean @ mean))
         check(trace_cov, float(np.trace(covariance)))
-        for b, samples in aligned.items():
-            # The mean of a Gaussian coordinate's sign is exact, correlated or not.
-            truth = float(np.sum(scales * erf(math.sqrt(b / 2) * mean / deviation) * mean))
-            check(samples, truth)
+        pairs = list(zip(sizes[::2], sizes[1::2], strict=False))
+        small = np.average([expected(b) for b, _ in pairs], weights=[partner for _, partner in pairs])
+        truths = [float(small), expected(sum(sizes[::2])), expected(sum(sizes[1::2]))]
+        for samples, truth in zip(zip(*aligned, strict=True), truths, strict=True):
+            check(list(samples), truth)
             # A direction dotted with a gradient that holds it would give this much more; it must be seen.
             error = np.std(samples, ddof=1) / math.sqrt(len(samples))
             assert float(np.sum(scales * deviation)) * math.sqrt(2 / math.pi / sum(sizes)) > 8 * error
@@ -316,12 +380,6 @@ class TestPieces:
         for (block,) in blocks(tensor):
             block.fill_(1.0)
         assert torch.equal(tensor, torch.ones(2, 3))
-
-    def test_dot_sums_blocks_in_float64(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", 1)
-        # In float32 the ones would vanish beside 2^30.
-        ones, weights = torch.ones(3), torch.tensor([2.0**30, 1.0, 1.0])
-        assert dot([ones], [weights]).item() == 2.0**30 + 2
 
     def test_dense_leaves_strided_tensors_alone(self) -> None:
         tensor = torch.eye(3)

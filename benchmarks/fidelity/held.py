@@ -89,7 +89,8 @@ def one_step_rows(records: Iterable[Record]) -> list[Row]:
 def calibration_rows(records: Iterable[Record]) -> list[Row]:
     """Whether the truth is inside the 68 % interval, to which its own error is added in quadrature.
 
-    For `lr` and `ratio`; None where the law, the truth or its error is unknown. `infinite` tells of an
+    For `lr` and `ratio`; None where the law, the truth or its error is unknown. The interval is the callback's,
+    with what it allows for extrapolation; `lr_alone` and `ratio_alone` are without that. `infinite` tells of an
     interval without bounds, in which every truth is.
     """
     rows = []
@@ -100,7 +101,7 @@ def calibration_rows(records: Iterable[Record]) -> list[Row]:
             for index, size in enumerate(SIZES):
                 row = {name: record[name] for name in (*POINT, "seed")}
                 row |= {"half_life": half_life, "count": int(count), "batch_size": size, "infinite": False}
-                row |= {"lr": None, "ratio": None}
+                row |= dict.fromkeys(("lr", "ratio", "lr_alone", "ratio_alone"))
                 for what in ("lr", "ratio") if entry is not None else ():
                     ends = (index,) if what == "lr" else (index, BASE)
                     errors = [truths[end]["log2_error"] for end in ends]
@@ -109,7 +110,9 @@ def calibration_rows(records: Iterable[Record]) -> list[Row]:
                     gaps = [math.log2(entry["lr"][end] / truths[end]["lr"]) for end in ends]
                     own = entry[f"{what}_error"][index]
                     width = math.inf if own is None else math.hypot(own, *errors)
-                    row[what] = abs(gaps[0] - sum(gaps[1:])) <= width
+                    allowed = math.hypot(*(entry["extrapolation"][end] for end in ends))
+                    row[f"{what}_alone"] = abs(gaps[0] - sum(gaps[1:])) <= width
+                    row[what] = abs(gaps[0] - sum(gaps[1:])) <= math.hypot(width, allowed)
                     row["infinite"] |= own is None
                 rows.append(row)
     return rows

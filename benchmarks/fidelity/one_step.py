@@ -23,7 +23,7 @@ from lightning_surge.estimates import EstimatedLaw, estimate, fit_sign_law
 from lightning_surge.laws import Law
 from lightning_surge.noise import NoiseHistory
 
-__all__ = ["ACTIVE", "COUNTS", "SIZES", "best_step", "laws", "measure", "truths"]
+__all__ = ["ACTIVE", "COUNTS", "SIZES", "best_step", "fresh_directions", "laws", "measure", "truths"]
 
 ACTIVE = 64
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)
@@ -133,16 +133,15 @@ def truths(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any
     buffers = [buffer.clone() for buffer in study.network.buffers()]
     study.network.train()
 
-    def gradient(batch: Batch) -> list[Tensor]:
-        return list(torch.autograd.grad(study.workload.loss(study.network, batch), parameters))
-
-    full = gradient(sample)
+    full = gradient_of(study, sample)
     result: dict[str, Any] = {kind: {} for kind in KINDS}
     result["grad_sq_of_batches"] = {}
     small_batches = []
     for size in SIZES:
         directions = DIRECTIONS[size]
-        batches = [gradient(draw(study.workload.data(), size, generator)) for _ in range(directions)]
+        batches = [
+            gradient_of(study, draw(study.workload.data(), size, generator)) for _ in range(directions)
+        ]
         if size == BASE_BATCH_SIZE:
             small_batches = batches
         result["grad_sq_of_batches"][size] = float(np.mean([_dot(g, g) for g in batches]))
@@ -163,6 +162,20 @@ def truths(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any
     for buffer, value in zip(study.network.buffers(), buffers, strict=True):
         buffer.copy_(value)
     return result
+
+
+def fresh_directions(study: Study, size: int, count: int, seed: int) -> list[list[Tensor]]:
+    """Signs of the gradients of fresh batches."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = [draw(study.workload.data(), size, generator) for _ in range(count)]
+    return [[g.sign() for g in gradient_of(study, batch)] for batch in batches]
+
+
+def gradient_of(study: Study, batch: Batch) -> list[Tensor]:
+    """Gradient of a batch's mean loss."""
+    return list(
+        torch.autograd.grad(study.workload.loss(study.network, batch), list(study.network.parameters()))
+    )
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -247,7 +260,7 @@ def _curvature(study: Study, directions: Sequence[list[Tensor]], sample: Batch, 
             origins = [parameter.clone() for parameter in parameters]
             for parameter, step in zip(parameters, direction, strict=True):
                 parameter.sub_(step, alpha=delta)
-        moved = torch.autograd.grad(study.workload.loss(study.network, sample), parameters)
+        moved = gradient_of(study, sample)
         with torch.no_grad():
             for parameter, origin in zip(parameters, origins, strict=True):
                 parameter.copy_(origin)
