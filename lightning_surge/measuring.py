@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_surge.curvature import secant_curvature
+from lightning_surge.curvature import Sample, secant_curvature
 from lightning_surge.gradients import ChunkStatistics, ChunkStream, Direction, SizedValue
 from lightning_surge.replay import Chunk, Piece, RandomState
 
@@ -37,12 +37,8 @@ __all__ = [
 Replay = Callable[[Piece, float], None]
 """Adds `weight` times the mean gradient of a piece, at the parameters as they are, to `.grad`."""
 
-GradientNow = Callable[[], Sequence[Tensor | None]]
-
-MoreSecants = Callable[[Sequence[Tensor], GradientNow], tuple[SizedValue, ...]]
-"""Takes the reference half's gradient, and what computes it again at the parameters as they are."""
-
-T = TypeVar("T")
+MoreSecants = Callable[[Sample, Sample], tuple[SizedValue, ...]]
+"""Takes the half after the reference half, and the reference half."""
 
 MAX_SLICES = 16
 MIN_SLICES = 4
@@ -164,6 +160,7 @@ class LawMeasurement:
         scales: per parameter, its learning rate relative to the run's.
         direction: the optimizer's elementwise direction.
         stride: chunks of the second half that make the smallest direction.
+        keep_all: whether more secants will ask for the second half's examples too.
     """
 
     def __init__(
@@ -176,6 +173,7 @@ class LawMeasurement:
         scales: Sequence[float],
         direction: Direction = torch.sign,
         stride: int = 1,
+        keep_all: bool = False,
     ) -> None:
         self._parameters = parameters
         self._replay = replay
@@ -185,7 +183,9 @@ class LawMeasurement:
         self._stream = ChunkStream(
             parameters, num_chunks=num_chunks, scales=scales, direction=direction, stride=stride
         )
+        self._keep_all = keep_all
         self._reference_chunks: list[Chunk] = []
+        self._other_chunks: list[Chunk] = []
         self._curvatures: list[SizedValue] = []
         self._passes = 0.0
 
@@ -198,7 +198,7 @@ class LawMeasurement:
         """Fold in a chunk and its mean gradient at the current parameters.
 
         Args:
-            chunk: kept until the end if it belongs to the reference half.
+            chunk: kept until the end if it belongs to the reference half, or all are.
             gradient: read, not kept.
 
         Returns:
@@ -207,40 +207,41 @@ class LawMeasurement:
         """
         if self._stream.in_reference:
             self._reference_chunks.append(chunk)
+        elif self._keep_all:
+            self._other_chunks.append(chunk)
         self._stream.add(gradient, chunk.size)
         after_reference = self._stream.num_added - self._stream.num_reference
         return after_reference == self._stride or self._stream.num_added == self._num_chunks
 
     def measure_curvature(self) -> None:
         """Measure `D` along the prefix as it stands, on the examples of the reference half."""
-        stream = self._stream
-
-        def secant(reference: Sequence[Tensor], gradient_now: GradientNow) -> float:
-            return secant_curvature(
-                self._parameters,
-                direction=stream.prefix_direction,
-                gradient=reference,
-                gradient_at_displaced=gradient_now,
-                delta=self._delta,
-            )
-
-        self._curvatures.append(SizedValue(float(stream.prefix_size), self._on_reference(secant)))
-
-    def _on_reference(self, work: Callable[[Sequence[Tensor], GradientNow], T]) -> T:
-        """Let secants use the examples of the reference half."""
         # The replays rewind the random streams; later chunks must not draw the same numbers again.
         random_state = RandomState.capture()
+        reference = self._reference()
+        curvature = secant_curvature(
+            self._parameters,
+            direction=self._stream.prefix_direction,
+            gradient=reference.gradient,
+            gradient_at_displaced=reference.gradient_now,
+            delta=self._delta,
+        )
+        self._drop_gradients()
+        random_state.restore()
+        self._curvatures.append(SizedValue(float(self._stream.prefix_size), curvature))
+
+    def _reference(self) -> Sample:
+        return self._sample(self._stream.reference, self._reference_chunks)
+
+    def _sample(self, gradient: Sequence[Tensor], chunks: Sequence[Chunk]) -> Sample:
+        size = sum(chunk.size for chunk in chunks)
 
         def gradient_now() -> list[Tensor | None]:
             self._drop_gradients()
-            for chunk in self._reference_chunks:
-                self._pass(chunk, chunk.size / self._stream.reference_size)
+            for chunk in chunks:
+                self._pass(chunk, chunk.size / size)
             return [parameter.grad for parameter in self._parameters]
 
-        result = work(self._stream.reference, gradient_now)
-        self._drop_gradients()
-        random_state.restore()
-        return result
+        return Sample(gradient, gradient_now)
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:
@@ -287,6 +288,8 @@ class LawMeasurement:
         )
         if sharpness is None:
             return measured
-        self._stream.prefix.clear()  # one buffer less beside the vectors of the iteration
-        values = self._on_reference(sharpness)
+        for total in self._stream.prefix:
+            total.div_(self._stream.prefix_size)
+        values = sharpness(self._sample(self._stream.prefix, self._other_chunks), self._reference())
+        self._drop_gradients()
         return measured._replace(sharpness=values, passes=self._passes)
