@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_surge.curvature import Displacement, secant_curvature
+from lightning_surge.curvature import Displacement, Sample, secant_curvature
 from lightning_surge.gradients import ChunkStatistics, ChunkStream, Direction, SizedValue, weighted_mean
 from lightning_surge.replay import Chunk, Piece, RandomState
 
@@ -41,12 +40,8 @@ __all__ = [
 Replay = Callable[[Piece, float], None]
 """Adds `weight` times the mean gradient of a piece, at the parameters as they are, to `.grad`."""
 
-GradientNow = Callable[[], Sequence[Tensor | None]]
-
-MoreSecants = Callable[[Sequence[Tensor], GradientNow], tuple[SizedValue, ...]]
-"""Takes the reference half's gradient, and what computes it again at the parameters as they are."""
-
-T = TypeVar("T")
+MoreSecants = Callable[[Sample, Sample], tuple[SizedValue, ...]]
+"""Takes the examples of the prefix, and those of the reference."""
 
 MAX_SLICES = 16
 MIN_SLICES = 4
@@ -168,6 +163,7 @@ class LawMeasurement:
         scales: per parameter, its learning rate relative to the run's.
         direction: the optimizer's elementwise direction.
         stride: chunks that make the smallest direction.
+        keep_all: whether more secants will ask for the prefix's examples too.
     """
 
     def __init__(
@@ -180,6 +176,7 @@ class LawMeasurement:
         scales: Sequence[float],
         direction: Direction = torch.sign,
         stride: int = 1,
+        keep_all: bool = False,
     ) -> None:
         self._parameters = parameters
         self._replay = replay
@@ -187,6 +184,8 @@ class LawMeasurement:
         self._stream = ChunkStream(
             parameters, num_chunks=num_chunks, scales=scales, direction=direction, stride=stride
         )
+        self._keep_all = keep_all
+        self._prefix_chunks: list[Chunk] = []
         self._reference_chunks: list[Chunk] = []
         # Of the pairs of groups: size of the direction, examples it was measured on, curvature.
         self._pairs: list[tuple[float, float, float]] = []
@@ -201,7 +200,7 @@ class LawMeasurement:
         """Fold in a chunk and its mean gradient at the current parameters.
 
         Args:
-            chunk: kept until the end if it belongs to the reference.
+            chunk: kept until the end if it belongs to the reference, or all are.
             gradient: read, not kept.
 
         Returns:
@@ -210,6 +209,8 @@ class LawMeasurement:
         """
         if self._stream.in_reference:
             self._reference_chunks.append(chunk)
+        elif self._keep_all:
+            self._prefix_chunks.append(chunk)
         return self._stream.add(gradient, chunk.size)
 
     def measure_curvature(self) -> None:
@@ -226,38 +227,35 @@ class LawMeasurement:
         slope: float,
         release: list[Tensor] | None = None,
     ) -> float:
-        def gradient_at_displaced(gradient_now: GradientNow) -> Sequence[Tensor | None]:
-            if release is not None:
-                release.clear()  # the parameters' copy has taken its place
-            return gradient_now()
-
-        return self._replaying(
-            chunks,
-            lambda gradient_now: secant_curvature(
-                self._parameters,
-                direction=direction,
-                slope=slope,
-                gradient_at_displaced=lambda: gradient_at_displaced(gradient_now),
-                delta=self._delta,
-            ),
-        )
-
-    def _replaying(self, chunks: Sequence[Chunk], work: Callable[[GradientNow], T]) -> T:
-        """Let secants compute the mean gradient of these chunks again."""
         # The replays rewind the random streams; later chunks must not draw the same numbers again.
         random_state = RandomState.capture()
-        size = sum(chunk.size for chunk in chunks)
 
-        def gradient_now() -> list[Tensor | None]:
-            self._drop_gradients()
-            for chunk in chunks:
-                self._pass(chunk, chunk.size / size)
-            return [parameter.grad for parameter in self._parameters]
+        def gradient_at_displaced() -> list[Tensor | None]:
+            if release is not None:
+                release.clear()  # the parameters' copy has taken its place
+            return self._gradient_now(chunks)
 
-        result = work(gradient_now)
+        curvature = secant_curvature(
+            self._parameters,
+            direction=direction,
+            slope=slope,
+            gradient_at_displaced=gradient_at_displaced,
+            delta=self._delta,
+        )
         self._drop_gradients()
         random_state.restore()
-        return result
+        return curvature
+
+    def _gradient_now(self, chunks: Sequence[Chunk]) -> list[Tensor | None]:
+        """Mean gradient of chunks at the parameters as they are."""
+        self._drop_gradients()
+        size = sum(chunk.size for chunk in chunks)
+        for chunk in chunks:
+            self._pass(chunk, chunk.size / size)
+        return [parameter.grad for parameter in self._parameters]
+
+    def _sample(self, total: Sequence[Tensor], size: float, chunks: Sequence[Chunk]) -> Sample:
+        return Sample([tensor.div_(size) for tensor in total], lambda: self._gradient_now(chunks))
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:
@@ -305,8 +303,10 @@ class LawMeasurement:
         measured = Measurement(statistics, tuple(curvatures), self._passes, stream.num_added)
         if sharpness is None:
             return measured
-        for buffers in (stream.prefix, stream.group):
-            buffers.clear()  # one buffer less beside the vectors of the iteration
-        reference = [total.div_(stream.reference_size) for total in stream.reference]
-        values = self._replaying(self._reference_chunks, partial(sharpness, reference))
+        stream.group.clear()
+        values = sharpness(
+            self._sample(stream.prefix, stream.prefix_size, self._prefix_chunks),
+            self._sample(stream.reference, stream.reference_size, self._reference_chunks),
+        )
+        self._drop_gradients()
         return measured._replace(sharpness=values, passes=self._passes)

@@ -2,9 +2,10 @@
 
 Adam steps with `g / P`, `P = sqrt(v) + eps`, and becomes unstable where its learning rate times the
 largest eigenvalue of `A = P^-1/2 H P^-1/2` exceeds a constant. One step of the iteration costs one
-gradient: `A w` is a secant along `d = P^-1/2 w`. The vector `w` found on the examples of one measurement
-starts the next one, and the value that counts is taken before it moves: `w' A w` on examples that had no
-part in `w`, so that it does not follow their noise upward.
+gradient: `A w` is a secant along `d = P^-1/2 w`. The vector `w` is kept from measurement to measurement. Each
+turns it by one step on one half of its examples, because the sharpest direction moves while a model
+trains, and takes `w' A w` on the other half, which had no part in `w`: a sample's own largest eigenvalue
+would follow its noise upward.
 """
 
 from __future__ import annotations
@@ -17,40 +18,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_surge.curvature import Displacement, displaced
+from lightning_surge.curvature import Displacement, Sample, displaced
 from lightning_surge.gradients import SizedValue, blocks, dense, zeros
 
 __all__ = ["Sharpness"]
 
-# Iterations on the first examples seen, none of which counts: they start from the gradient.
-FIRST_ROUNDS = 4
+# Secants of a measurement that finds a vector: a turn, and the value. Of one that has to start from the
+# gradient: turns, none of which counts.
+SECANTS = 2
+FIRST_SECANTS = 4
 
 
 class Sharpness:
-    """Follows `lambda_max(P^-1/2 H P^-1/2)` for preconditioners of several batch sizes.
+    """Follows `lambda_max(P^-1/2 H P^-1/2)` for the preconditioners of several batch sizes.
 
-    One vector of the size of the parameters per batch size, kept between measurements, is the only memory.
-    The first measurement starts from the gradient, which lies mostly along large curvature, runs a few
-    iterations and tells nothing. From then on each measurement makes one. A Rayleigh quotient never exceeds
-    the largest eigenvalue on average, so what is left of the cold start is an underestimate that dies out
-    at the rate of the iteration, and with it leaves the decayed averages.
+    One vector of the size of the parameters, kept between measurements, is the only memory. The first
+    measurement starts it from the gradient, which lies mostly along large curvature, and tells nothing. A
+    Rayleigh quotient never exceeds the largest eigenvalue on average, so what a vector lacks makes an
+    underestimate, which dies out at the rate of the iteration.
+
+    The sharpest direction `d` in the parameters hardly depends on the batch size, since `P` changes in much
+    the same proportion everywhere. So it is searched with the first preconditioner, and the same secant
+    tells `d' H d / d' P d` for each.
 
     Example:
-        `H = diag(2, 6)` and `P = diag(1, 4)`: the eigenvalues are 2 and 6 / 4.
+        `H = diag(2, 6)` and `P = diag(1, 4)`: the eigenvalues are 2 and 6 / 4. With half of that `P`, 4.
 
         >>> theta, hessian = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 6.0])
+        >>> sample = Sample([hessian * theta], lambda: [hessian * theta])
         >>> sharpness = Sharpness()
         >>> for _ in range(30):
         ...     values = sharpness.measure(
         ...         [theta],
-        ...         sizes=[8.0],
-        ...         inverse_root=lambda size: iter([torch.tensor([1.0, 0.5])]),
-        ...         gradient=[hessian * theta],
-        ...         gradient_at_displaced=lambda: [hessian * theta],
+        ...         sizes=[8.0, 32.0],
+        ...         inverse_root=lambda size: iter([torch.tensor([1.0, 0.5]) * (size / 8.0) ** 0.25]),
+        ...         search=sample,
+        ...         judge=sample,
         ...         delta=0.5,
         ...     )
-        >>> values[0].batch_size, round(values[0].value, 4)
-        (8.0, 2.0)
+        >>> [(size, round(value, 4)) for size, value in values]
+        [(8.0, 2.0), (32.0, 4.0)]
 
     References:
         Cohen et al. 2022, arXiv:2207.14484, section 3, for the preconditioned Hessian; Gur-Ari et al. 2018,
@@ -58,12 +65,12 @@ class Sharpness:
     """
 
     def __init__(self) -> None:
-        self._vectors: list[list[Tensor]] = []
+        self._vector: list[Tensor] = []
 
     @property
-    def rounds(self) -> int:
-        """Iterations, one gradient each, that the next measurement makes for each batch size."""
-        return 1 if self._vectors else FIRST_ROUNDS
+    def secants(self) -> int:
+        """Gradients of half of the examples that the next measurement will take."""
+        return SECANTS if self._vector else FIRST_SECANTS
 
     def measure(
         self,
@@ -71,70 +78,65 @@ class Sharpness:
         *,
         sizes: Sequence[float],
         inverse_root: Callable[[float], Iterator[Tensor]],
-        gradient: Sequence[Tensor],
-        gradient_at_displaced: Callable[[], Sequence[Tensor | None]],
+        search: Sample,
+        judge: Sample,
         delta: float,
     ) -> tuple[SizedValue, ...]:
-        """Iterate once for every batch size.
+        """Turn the vector towards the sharpest direction, then take the sharpness along it.
 
         Args:
             parameters: the point `theta`; bit-identical on return.
-            sizes: batch sizes behind the preconditioners, as many on every call.
+            sizes: batch sizes behind the preconditioners; the first one's is searched with.
             inverse_root: walks `P^-1/2` of a batch size in the flat blocks of `gradients.blocks`, 0 for
                 coordinates to leave alone.
-            gradient: the gradient at `theta`.
-            gradient_at_displaced: computes it again at the current parameters, on the same examples with the
-                same random numbers; None counts as zero.
+            search: examples that turn the vector before its sharpness is taken.
+            judge: other examples, which tell it, and turn the vector for the next time.
             delta: root mean square of the secants' displacement, in units of the parameters.
 
         Returns:
-            `w' A w` of the vectors as they were before, one per batch size: loss per squared unit of
-            learning rate times gradient. Nothing from vectors that have just been started.
+            `d' H d / d' P d` for each size: loss per squared learning rate, over gradient per learning rate.
+            Nothing from a vector that has just been started.
 
         Raises:
             ValueError: if a product is zero or not finite; the next measurement starts afresh.
         """
-        rounds = self.rounds
-        if not self._fits(parameters, sizes):
-            rounds, self._vectors = FIRST_ROUNDS, [_copies(gradient) for _ in sizes]
-            for vector, size in zip(self._vectors, sizes, strict=True):
-                _times(vector, inverse_root(size))
-        values = []
+        root = partial(inverse_root, sizes[0])
+        cold = [w.shape for w in self._vector] != [parameter.shape for parameter in parameters]
+        if cold:
+            self._vector = [zeros(g).copy_(g) for g in search.gradient]
+            for w, r in zip(_flat(self._vector), root(), strict=True):
+                w.mul_(r)
+        # Where a checkpoint was loaded.
+        self._vector = [w.to(p.device) for w, p in zip(self._vector, parameters, strict=True)]
         try:
-            for vector, size in zip(self._vectors, sizes, strict=True):
-                root = partial(inverse_root, size)
-                for index in range(rounds):
-                    value = _iterate(parameters, vector, root, gradient, gradient_at_displaced, delta)
-                    if index == 0:
-                        values.append(SizedValue(float(size), value))
+            for _ in range(FIRST_SECANTS if cold else SECANTS - 1):
+                _iterate(parameters, self._vector, root, search, delta)
+            if cold:
+                return ()
+            lengths = [self._length_sq(root, partial(inverse_root, size)) for size in sizes]
+            curvature = _iterate(parameters, self._vector, root, judge, delta)
         except BaseException:
-            self._vectors = []
+            self._vector = []
             raise
-        return () if rounds > 1 else tuple(values)
+        return tuple(
+            SizedValue(float(size), curvature / length) for size, length in zip(sizes, lengths, strict=True)
+        )
 
-    def _fits(self, parameters: Sequence[Tensor], sizes: Sequence[float]) -> bool:
-        """Whether there are vectors for these parameters; fine-tuning callbacks unfreeze some."""
-        shapes = [parameter.shape for parameter in parameters]
-        if len(self._vectors) != len(sizes) or [w.shape for w in self._vectors[0]] != shapes:
-            return False
-        if self._vectors[0][0].device != parameters[0].device:  # loaded from a checkpoint
-            self._vectors = [
-                [w.to(parameter.device) for w, parameter in zip(vector, parameters, strict=True)]
-                for vector in self._vectors
-            ]
-        return True
+    def _length_sq(self, root: Displacement, other: Displacement) -> float:
+        """`d' P d` of `d = r w` with the preconditioner whose inverse root is `other`."""
+        total = torch.zeros((), dtype=torch.float64, device=self._vector[0].device)
+        for w, r, r_other in zip(_flat(self._vector), root(), other(), strict=True):
+            scaled = torch.where(r_other > 0.0, w * (r / r_other), 0.0)
+            total += torch.dot(scaled, scaled)
+        return float(total.item())
 
     def state_dict(self) -> dict[str, Any]:
-        """The vectors themselves, as tensors."""
-        return {"vectors": self._vectors}
+        """The vector itself, as tensors."""
+        return {"vector": self._vector}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over copies of the vectors of `state_dict`."""
-        self._vectors = [_copies(vector) for vector in state["vectors"]]
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [zeros(tensor).copy_(tensor) for tensor in tensors]
+        """Take over a copy of the vector of `state_dict`."""
+        self._vector = [w.clone() for w in state["vector"]]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -143,36 +145,25 @@ def _flat(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
             yield block
 
 
-def _times(vector: Sequence[Tensor], walk: Iterator[Tensor]) -> None:
-    for block, factor in zip(_flat(vector), walk, strict=True):
-        block.mul_(factor)
-
-
 def _iterate(
-    parameters: Sequence[Tensor],
-    vector: Sequence[Tensor],
-    root: Displacement,
-    gradient: Sequence[Tensor],
-    gradient_at_displaced: Callable[[], Sequence[Tensor | None]],
-    delta: float,
+    parameters: Sequence[Tensor], vector: Sequence[Tensor], root: Displacement, sample: Sample, delta: float
 ) -> float:
-    """Replace `w` by `A w / |A w|` in place, and return `w' A w / |w|^2` of the old one."""
+    """Replace `w` by `A w / |A w|` in place, and return `w' A w` of the old one."""
 
     def direction() -> Iterator[Tensor]:
         for w, r in zip(_flat(vector), root(), strict=True):
             yield w * r
 
     device = parameters[0].device
-    length_sq, norm_sq, change, realised, new_norm_sq = torch.zeros(5, dtype=torch.float64, device=device)
-    for w, d in zip(_flat(vector), direction(), strict=True):
-        norm_sq += torch.dot(w, w)
+    length_sq, change, realised, norm_sq = torch.zeros(4, dtype=torch.float64, device=device)
+    for d in direction():
         length_sq += torch.dot(d, d)
     step = delta * math.sqrt(sum(parameter.numel() for parameter in parameters) / length_sq.item())
     with displaced(parameters, direction, step) as originals:
-        moved = gradient_at_displaced()
+        moved = sample.gradient_now()
         roots = root()
         for parameter, original, before, after, w in zip(
-            parameters, originals, gradient, moved, vector, strict=True
+            parameters, originals, sample.gradient, moved, vector, strict=True
         ):
             after = torch.zeros_like(parameter) if after is None else dense(after)
             for theta, theta_0, g, g_delta, w_block in blocks(parameter, original, before, after, w):
@@ -182,14 +173,14 @@ def _iterate(
                 change += torch.dot(d, difference)
                 realised += torch.dot(d, (theta_0 - theta).to(d.dtype))
                 torch.mul(difference, r, out=w_block)
-                new_norm_sq += torch.dot(w_block, w_block)
-    value = float((change * length_sq / (realised * norm_sq)).item())
-    norm = math.sqrt(new_norm_sq.item())
-    if not (math.isfinite(value) and 0.0 < norm < math.inf):
+                norm_sq += torch.dot(w_block, w_block)
+    curvature = float((change * length_sq / realised).item())
+    norm = math.sqrt(norm_sq.item())
+    if not (math.isfinite(curvature) and 0.0 < norm < math.inf):
         raise ValueError(
-            f"Expected a finite curvature along Adam's sharpest direction, got {value} with |A w| = {norm}: "
-            "the next measurement starts its search afresh."
+            f"Expected a finite curvature along Adam's sharpest direction, got {curvature} with |A w| = "
+            f"{norm}: the next measurement starts its search afresh."
         )
     for block in _flat(vector):
         block.div_(norm)
-    return value
+    return curvature

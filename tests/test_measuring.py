@@ -1,8 +1,6 @@
 """One measurement on a quadratic whose gradients, noise and curvature are known."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from scipy.special import erf
 from scipy.stats import multivariate_normal, norm
 from torch import Tensor
 
+from lightning_surge.curvature import Sample
 from lightning_surge.estimates import fit_sgd_law
 from lightning_surge.gradients import ChunkStatistics, Direction, SizedValue
 from lightning_surge.measuring import CoordinateSums, LawMeasurement, Measurement, slices_for
@@ -48,7 +47,13 @@ class Quadratic:
         self.theta.grad = gradient if self.theta.grad is None else self.theta.grad + gradient
 
     def measurement(
-        self, num_chunks: int, *, direction: Direction = torch.sign, delta: float = 0.01, scale: float = 1.0
+        self,
+        num_chunks: int,
+        *,
+        direction: Direction = torch.sign,
+        delta: float = 0.01,
+        scale: float = 1.0,
+        keep_all: bool = False,
     ) -> LawMeasurement:
         return LawMeasurement(
             [self.theta],
@@ -57,6 +62,7 @@ class Quadratic:
             delta=delta,
             scales=[scale],
             direction=direction,
+            keep_all=keep_all,
         )
 
 
@@ -99,19 +105,21 @@ class TestExact:
         # All once, and the reference half (3 + 1) again for each of two secants.
         assert got.passes == quadratic.passes == 19 + 2 * 4
 
-    def test_more_secants_share_the_examples_of_the_reference_half_and_are_counted(self) -> None:
+    def test_more_secants_get_the_examples_of_both_halves_and_are_counted(self) -> None:
         quadratic, batches = Quadratic(), noise([3, 1, 8, 2, 5])
         seen = []
 
-        def more(reference: Sequence[Tensor], gradient_now: Any) -> tuple[SizedValue, ...]:
-            seen.extend([reference[0].clone(), gradient_now()[0].clone()])
+        def more(*halves: Sample) -> tuple[SizedValue, ...]:
+            seen.extend([(half.gradient[0].clone(), half.gradient_now()[0].clone()) for half in halves])
             return (SizedValue(8.0, 3.0), SizedValue(32.0, 5.0))
 
         plain = quadratic.measurement(5).run([chunk(batch) for batch in batches])
-        got = quadratic.measurement(5).run([chunk(batch) for batch in batches], more)
-        expected = quadratic.gradient(torch.cat(batches[:2]))
-        assert all(torch.allclose(gradient, expected) for gradient in seen)
-        assert got == plain._replace(passes=plain.passes + 4, sharpness=(SizedValue(8, 3), SizedValue(32, 5)))
+        got = quadratic.measurement(5, keep_all=True).run([chunk(batch) for batch in batches], more)
+        for half, gradients in zip((batches[2:], batches[:2]), seen, strict=True):
+            expected = quadratic.gradient(torch.cat(half))
+            assert all(torch.allclose(gradient, expected) for gradient in gradients)
+        pair = (SizedValue(8.0, 3.0), SizedValue(32.0, 5.0))
+        assert got == plain._replace(passes=plain.passes + 4 + 15, sharpness=pair)
         assert quadratic.theta.grad is None
 
     def test_curvature_uses_the_examples_of_the_reference_half(self) -> None:

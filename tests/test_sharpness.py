@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_surge import gradients
+from lightning_surge.curvature import Sample
 from lightning_surge.gradients import SizedValue
 from lightning_surge.optimizers import stability_constant
-from lightning_surge.sharpness import FIRST_ROUNDS, Sharpness
+from lightning_surge.sharpness import FIRST_SECANTS, SECANTS, Sharpness
 
 SIZE = 12
-ROOTS = {8.0: torch.linspace(0.5, 2.0, SIZE).double(), 32.0: torch.linspace(2.0, 1.0, SIZE).double()}
+ROOTS = {8.0: torch.linspace(0.5, 2.0, SIZE).double(), 32.0: torch.linspace(0.8, 2.5, SIZE).double()}
+ROOTS[128.0] = 2.0 * ROOTS[8.0]
 
 
 def hessian(seed: int = 0, noise: float = 0.0) -> Tensor:
@@ -28,6 +30,12 @@ def hessian(seed: int = 0, noise: float = 0.0) -> Tensor:
 def largest(batch_size: float, matrix: Tensor) -> float:
     root = ROOTS[batch_size]
     return float(torch.linalg.eigvalsh(root[:, None] * matrix * root)[-1])
+
+
+def direction(batch_size: float, matrix: Tensor) -> Tensor:
+    """The sharpest one, in the parameters."""
+    root = ROOTS[batch_size]
+    return root * torch.linalg.eigh(root[:, None] * matrix * root).eigenvectors[:, -1]
 
 
 class Quadratic:
@@ -50,14 +58,23 @@ class Quadratic:
                 yield block
 
     def measure(
-        self, sharpness: Sharpness, matrix: Tensor, sizes: tuple[float, ...] = (8.0, 32.0), delta: float = 0.1
+        self,
+        sharpness: Sharpness,
+        matrix: Tensor,
+        sizes: tuple[float, ...] = (8.0, 32.0),
+        delta: float = 0.1,
+        judge: Tensor | None = None,
     ) -> tuple[SizedValue, ...]:
+        samples = [
+            Sample(self.gradient(each), lambda each=each: self.gradient(each))  # type: ignore[misc]
+            for each in (matrix, matrix if judge is None else judge)
+        ]
         return sharpness.measure(
             self.parameters,
             sizes=sizes,
             inverse_root=self.walk,
-            gradient=self.gradient(matrix),
-            gradient_at_displaced=lambda: self.gradient(matrix),
+            search=samples[0],
+            judge=samples[1],
             delta=delta,
         )
 
@@ -65,38 +82,51 @@ class Quadratic:
 class TestExact:
     @pytest.mark.parametrize("delta", [1e-6, 0.1, 10.0])
     @pytest.mark.parametrize("block", [3, 1 << 20])
-    def test_converges_to_the_largest_eigenvalue_of_each_size(
+    def test_converges_to_the_largest_eigenvalue(
         self, delta: float, block: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", block)
         quadratic, sharpness = Quadratic(), Sharpness()
-        for _ in range(300):
+        for _ in range(150):
             values = quadratic.measure(sharpness, hessian(), delta=delta)
         assert [value.batch_size for value in values] == [8.0, 32.0]
-        for size, value in values:
-            assert value == pytest.approx(largest(size, hessian()), rel=1e-6)
+        assert values[0].value == pytest.approx(largest(8.0, hessian()), rel=1e-6)
+        # Along the same direction, with the other preconditioner.
+        d = direction(8.0, hessian())
+        other = float(d @ hessian() @ d / torch.sum((d / ROOTS[32.0]) ** 2))
+        assert values[1].value == pytest.approx(other, rel=1e-5)
+        assert other <= largest(32.0, hessian())
 
-    def test_one_measurement_is_one_step_of_a_dense_power_iteration(self) -> None:
+    def test_a_preconditioner_that_changes_in_proportion_has_the_same_direction(self) -> None:
+        quadratic, sharpness = Quadratic(), Sharpness()
+        for _ in range(150):
+            values = quadratic.measure(sharpness, hessian(), (8.0, 128.0))
+        assert values[1].value == pytest.approx(4.0 * values[0].value)
+        assert values[1].value == pytest.approx(largest(128.0, hessian()), rel=1e-6)
+
+    def test_one_measurement_is_two_steps_of_a_dense_power_iteration(self) -> None:
+        """On one sample, then, from which the value comes, on the other."""
         quadratic, sharpness = Quadratic(), Sharpness()
         root = ROOTS[8.0]
-        product = root[:, None] * hessian() * root
-        w = root * torch.cat([g.reshape(-1) for g in quadratic.gradient(hessian())])
-        for _ in range(FIRST_ROUNDS):
-            w = product @ w
-        assert quadratic.measure(sharpness, hessian(), (8.0,)) == ()
+        search, judge = (root[:, None] * hessian(seed, 1.0) * root for seed in (1, 2))
+        w = root * torch.cat([g.reshape(-1) for g in quadratic.gradient(hessian(1, 1.0))])
+        for _ in range(FIRST_SECANTS):
+            w = search @ w
+        assert quadratic.measure(sharpness, hessian(1, 1.0), (8.0,), judge=hessian(2, 1.0)) == ()
         for _ in range(3):
-            (value,) = quadratic.measure(sharpness, hessian(), (8.0,))
-            assert value.value == pytest.approx(float(w @ product @ w / (w @ w)), rel=1e-8)
-            w = product @ w
+            (value,) = quadratic.measure(sharpness, hessian(1, 1.0), (8.0,), judge=hessian(2, 1.0))
+            w = search @ w
+            assert value.value == pytest.approx(float(w @ judge @ w / (w @ w)), rel=1e-8)
+            w = judge @ w
 
-    def test_a_cold_vector_tells_nothing_and_a_warm_one_costs_one_gradient_per_size(self) -> None:
+    def test_a_cold_vector_tells_nothing_and_a_warm_one_costs_two_gradients(self) -> None:
         quadratic, sharpness = Quadratic(), Sharpness()
-        assert sharpness.rounds == FIRST_ROUNDS
+        assert sharpness.secants == FIRST_SECANTS
         assert quadratic.measure(sharpness, hessian()) == ()
-        assert quadratic.calls == 1 + 2 * FIRST_ROUNDS
-        assert sharpness.rounds == 1
+        assert quadratic.calls == 2 + FIRST_SECANTS
+        assert sharpness.secants == SECANTS
         assert len(quadratic.measure(sharpness, hessian())) == 2
-        assert quadratic.calls == 2 + 2 * FIRST_ROUNDS + 2
+        assert quadratic.calls == 2 + FIRST_SECANTS + 2 + SECANTS
 
     def test_underestimates_die_out(self) -> None:
         """From below, and faster than the averages of `NoiseHistory` forget at their half-life of 8."""
@@ -120,14 +150,16 @@ class TestExact:
         matrix = hessian()
         matrix[8:] = matrix[:, 8:] = 0.0
         for _ in range(200):
+            sample = Sample(quadratic.gradient(matrix), lambda: [quadratic.gradient(matrix)[0], None])
             values = sharpness.measure(
                 quadratic.parameters,
-                sizes=[8.0],
+                sizes=[8.0, 32.0],
                 inverse_root=lambda size: iter([ROOTS[size][:8], torch.zeros(4).double()]),
-                gradient=quadratic.gradient(matrix),
-                gradient_at_displaced=lambda: [quadratic.gradient(matrix)[0], None],
+                search=sample,
+                judge=sample,
                 delta=0.1,
             )
+        assert math.isfinite(values[1].value)
         assert values[0].value == pytest.approx(largest(8.0, matrix), rel=1e-6)
 
 
@@ -139,14 +171,14 @@ class TestNoise:
         quadratic.measure(sharpness, hessian())
         values = torch.tensor(
             [
-                [value for _, value in quadratic.measure(sharpness, hessian(seed, noise))]
+                quadratic.measure(
+                    sharpness, hessian(seed, noise), (8.0,), judge=hessian(count + seed, noise)
+                )[0].value
                 for seed in range(1, count)
             ]
         )
         own = [largest(8.0, hessian(seed, noise)) for seed in range(1, count)]
-        errors = values.std(dim=0) / math.sqrt(count)
-        for size, mean, error in zip((8.0, 32.0), values.mean(dim=0), errors, strict=True):
-            assert mean < largest(size, hessian()) + 4 * error
+        assert values.mean() < largest(8.0, hessian()) + 4 * values.std() / math.sqrt(count)
         # What each sample would have told of itself is far above.
         assert sum(own) / len(own) > 1.3 * largest(8.0, hessian())
 
@@ -173,12 +205,13 @@ class TestState:
         quadratic, sharpness = Quadratic(), Sharpness()
         quadratic.measure(sharpness, hessian())
         theta = torch.ones(3)
+        sample = Sample([theta * 1.0], lambda: [theta * 1.0])
         values = sharpness.measure(
             [theta],
             sizes=[8.0, 32.0],
             inverse_root=lambda size: iter([torch.ones(3)]),
-            gradient=[theta * 1.0],
-            gradient_at_displaced=lambda: [theta * 1.0],
+            search=sample,
+            judge=sample,
             delta=0.1,
         )
         assert values == ()
@@ -189,7 +222,7 @@ class TestState:
         quadratic.measure(sharpness, hessian())
         with pytest.raises(ValueError, match="starts its search afresh"):
             quadratic.measure(sharpness, torch.full((SIZE, SIZE), bad, dtype=torch.float64))
-        assert sharpness.rounds == FIRST_ROUNDS
+        assert sharpness.secants == FIRST_SECANTS
         assert quadratic.measure(sharpness, hessian()) == ()
 
 

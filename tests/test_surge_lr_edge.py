@@ -17,7 +17,7 @@ from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.edge import EdgeLaw
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.policy import edge_ratio
-from lightning_surge.sharpness import FIRST_ROUNDS
+from lightning_surge.sharpness import FIRST_SECANTS, SECANTS
 
 MakeTrainer = Callable[..., pl.Trainer]
 
@@ -164,7 +164,7 @@ class TestCost:
         with_edge = len(callback.history.stats().sharpness)
         # The averages tell mean and variance apart from the fourth step on.
         assert 0 < with_edge < measured
-        secants = 2 * measured + 2 * (with_edge + FIRST_ROUNDS)
+        secants = 2 * measured + SECANTS * with_edge + FIRST_SECANTS
         charged = 1.25 * (0.25 * 16 * measured + 8 * secants)
         assert callback.overhead == pytest.approx(charged / (16 * 12))
 
@@ -179,7 +179,7 @@ class TestCost:
     def test_other_objectives_keep_no_vector(self, make_trainer: MakeTrainer) -> None:
         callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
         make_trainer(callback).fit(Regression(), data(16 * 12, 16))
-        assert callback.state_dict()["measurer"]["sharpness"] == {"vectors": []}
+        assert callback.state_dict()["measurer"]["sharpness"] == {"vector": []}
 
 
 class Failing(Regression):

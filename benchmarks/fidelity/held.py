@@ -89,9 +89,9 @@ def one_step_rows(records: Iterable[Record]) -> list[Row]:
 def calibration_rows(records: Iterable[Record]) -> list[Row]:
     """Whether the truth is inside the 68 % interval, to which its own error is added in quadrature.
 
-    For `lr` and `ratio`; None where the law, the truth or its error is unknown. The interval is the callback's,
-    with what it allows for extrapolation; `lr_alone` and `ratio_alone` are without that. `infinite` tells of an
-    interval without bounds, in which every truth is.
+    For `lr` and `ratio`; None where the law, the truth or its error is unknown. The interval is the
+    callback's, with what it allows for extrapolation; `lr_alone` and `ratio_alone` are without that.
+    `infinite` tells of an interval without bounds, in which every truth is.
     """
     rows = []
     for record in records:

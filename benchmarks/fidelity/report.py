@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fidelity import figures, held_tables, procedure, run_tables, secants
-from benchmarks.fidelity.analysis import POINT, Record, joined, mean, pick, quantile, summary, unique
+from benchmarks.fidelity.analysis import POINT, Record, groups, joined, mean, pick, quantile, summary, unique
 from benchmarks.fidelity.cells import Store
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
 from benchmarks.fidelity.markdown import share, table
@@ -137,9 +137,10 @@ def held_targets(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
         for bound, better in ((0.55, "higher"), (0.8, "lower")):
             yield target(f"share of true {name} inside the 68 % interval", part, bound, better)
     settled = pick(settling_rows(records), half_life="8")
-    for goal, name in (("average", "their long average"), ("truth", "the truth")):
-        count = quantile([row[goal] for row in settled], 0.5)
-        yield target(f"measurements until R(64), R(256) are within 10 % of {name}, median", count, 50)
+    for (size,), found in groups(settled, "batch_size").items():
+        for goal, name in (("average", "its long average"), ("truth", "the truth")):
+            count = quantile([row[goal] for row in found], 0.5)
+            yield target(f"measurements until R({size}) stays within 10 % of {name}, median", count, 50)
 
 
 def switch_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -137,7 +137,7 @@ def switch_points(records: Records) -> str:
         edges = ["*" if any(row["beyond"] for row in part) else "" for part in found]
         spread = number(2 ** truth["spread"])
         ratios.append(
-            [*point.values(), f"{2 ** truth['ratio']:.2f}{mark} ({spread})"]
+            [*point.values(), f"{2 ** truth['base']:.2f}", f"{2 ** truth['ratio']:.2f}{mark} ({spread})"]
             + [f"{2**log.value:.2f}" if log.n else "-" for log in logs]
         )
         regrets.append(
@@ -149,7 +149,7 @@ def switch_points(records: Records) -> str:
             "Ratio R of the lr after a change of the batch size to B, as means over seeds in the "
             "logarithm; after R_true, its standard deviation over seeds as a factor. `*`: a lowest loss "
             "is at an end of a sweep, so that R_true is a bound.",
-            table([*POINT, "B", "R_true", *rules], ratios),
+            table([*POINT, "B", "best multiplier at 16", "R_true", *rules], ratios),
             "Mean regret over seeds. `*`: the lr is beyond the sweep, and the loss that of its end.",
             table([*POINT, "B", "unit", *rules], regrets),
         ]

@@ -41,7 +41,7 @@ PHASES: list[tuple[str, int, Literal["step", "edge"]]] = [
     ("during a probe", 1, "step"),
     (FOLLOWING, 1, "edge"),
 ]
-BUFFERS = {"between probes": 1.0, "during a probe": 4.0, FOLLOWING: 6.0}
+BUFFERS = {"between probes": 1.0, "during a probe": 4.0, FOLLOWING: 5.0}
 
 
 def quiet_trainer(
@@ -158,7 +158,7 @@ def peak_bytes(callback: SurgeLRCallback | None, accumulation: int, steps: int) 
 def measure_memory() -> list[dict[str, Any]]:
     """Parameter-sized buffers above training without the callback, between probes and during one.
 
-    With `objective="edge"` two vectors are kept between probes; the phase is named for it.
+    With `objective="edge"` a vector is kept between probes, and counted during one.
     """
     size = sum(p.numel() * p.element_size() for p in Wide().parameters())
     records = []
@@ -168,7 +168,7 @@ def measure_memory() -> list[dict[str, Any]]:
             callback = SurgeLRCallback(
                 base_batch_size=2, probe_every=every, probe_examples=8, objective=objective
             )
-            # Adam's averages tell mean and variance apart after three steps; one more makes the vectors.
+            # Adam's averages tell mean and variance apart after three steps; one more makes the vector.
             peak = peak_bytes(callback, accumulation, steps=6 if objective == "edge" else 4)
             records.append(
                 {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from lightning_surge.batches import (
 from lightning_surge.budget import ProbeBudget
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.coordinates import CoordinateMeasurement
-from lightning_surge.curvature import probe_distance
+from lightning_surge.curvature import Sample, probe_distance
 from lightning_surge.gradients import SizedValue
 from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.measuring import MIN_SLICES, LawMeasurement, Measurement, MoreSecants
@@ -36,7 +36,7 @@ from lightning_surge.moments import AdamMoments
 from lightning_surge.optimizers import OptimizerKind, lr_scales
 from lightning_surge.probing import Prober, examples_wanted
 from lightning_surge.replay import Chunk, Piece, RandomState, TraceError, no_trace
-from lightning_surge.sharpness import Sharpness
+from lightning_surge.sharpness import SECANTS, Sharpness
 
 __all__ = ["LossFn", "Measurer"]
 
@@ -214,7 +214,7 @@ class Measurer:
         planned = self._planned_examples(typical, batch_size, batch_idx)
         if free:
             self._cost_under_way = (1.0 + FREE_CHUNK_PASSES) * batch_size
-            self._cost_under_way += self._sharpness_cost(batch_size, self._sharpness.rounds)
+            self._cost_under_way += self._sharpness_cost(batch_size, self._sharpness.secants)
             # A shorter window would start a pool, which the next ones need not wait for.
             if window >= FREE_CHUNKS and self.budget.due(self._cost_under_way, planned):
                 # Directions of a base batch, if two sizes of them fit into half of the window.
@@ -229,7 +229,7 @@ class Measurer:
             smallest=self._fewest_chunks * max(base or batch_size, 1.0 if self._may_split else typical),
         )
         self._cost_under_way = self._cost(wanted)
-        self._cost_under_way += self._sharpness_cost(wanted, self._sharpness.rounds - 1)
+        self._cost_under_way += self._sharpness_cost(wanted, self._sharpness.secants - SECANTS)
         if self.budget.due(self._cost_under_way, planned):
             self._pool_target = wanted
             self.budget.start()
@@ -314,13 +314,13 @@ class Measurer:
         far = max(batch_size / base, base / batch_size) >= FAR_ENOUGH
         sizes = (base, batch_size if far else FAR * base)
 
-        def follow(gradient: Sequence[Tensor], gradient_now: Callable[[], Any]) -> tuple[SizedValue, ...]:
+        def follow(search: Sample, judge: Sample) -> tuple[SizedValue, ...]:
             return self._sharpness.measure(
                 self.parameters,
                 sizes=sizes,
                 inverse_root=partial(moments.inverse_root, self._optimizer, self.parameters, self._scales),
-                gradient=gradient,
-                gradient_at_displaced=gradient_now,
+                search=search,
+                judge=judge,
                 delta=self._delta(SHARPNESS_DELTA),
             )
 
@@ -425,11 +425,11 @@ class Measurer:
         """Passes of a probe: its slices once, and the reference half for each of two secants."""
         if self._by_coordinates:
             return CoordinateMeasurement.cost(examples, self._settings.law)
-        return 2.0 * examples + self._sharpness_cost(examples, 1)
+        return 2.0 * examples + self._sharpness_cost(examples, SECANTS)
 
-    def _sharpness_cost(self, examples: float, rounds: int) -> float:
-        """Passes of the sharpness: the reference half for each of two batch sizes and each iteration."""
-        return rounds * examples if self._settings.follows_edge else 0.0
+    def _sharpness_cost(self, examples: float, secants: int) -> float:
+        """Passes of the sharpness: one half of the examples for each secant."""
+        return 0.5 * secants * examples if self._settings.follows_edge else 0.0
 
     def _planned_examples(self, typical: float, batch_size: float, batch_idx: int) -> float:
         """Examples of the whole run as far as the Trainer knows; infinite if it does not."""
@@ -466,6 +466,7 @@ class Measurer:
             scales=self._scales,
             direction=_identity if self._kind == "gradient" else torch.sign,
             stride=stride,
+            keep_all=self._settings.follows_edge,
         )
 
     def _delta(self, share: float = 1.0) -> float:

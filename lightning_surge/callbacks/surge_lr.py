@@ -107,7 +107,7 @@ class SurgeLRCallback(pl.Callback):
             `"progress"` keeps the expected progress per example, and cannot. `"edge"` is progress capped by
             Adam's edge of stability, which falls with the batch size: near the edge the factor falls too, and
             as the schedule decays it becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam with
-            decoupled weight decay, without clipping; it holds two more buffers of the size of the parameters.
+            decoupled weight decay, without clipping; it holds one more buffer of the size of the parameters.
         anchor: `"schedule"`: the scheduled learning rate is right at `base_batch_size`. `"law"`: from the
             first trusted estimate on, the level follows the law too.
         dry_run: Measure and log, never touch the learning rate.
@@ -620,7 +620,7 @@ class SurgeLRCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on with the same learning rates.
 
-        Plain numbers, and with `objective="edge"` two tensors per parameter.
+        Plain numbers, and with `objective="edge"` one tensor per parameter.
         """
         return {
             "version": STATE_VERSION,
