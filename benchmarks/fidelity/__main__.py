@@ -50,7 +50,7 @@ def grid() -> list[Cell]:
         phase=("late", "early", "cooled"), beta_2=BETAS, batch_size=BATCH_SIZES, workload=names
     ):
         later = (key["phase"] == "cooled") + (key["beta_2"] != BETAS[0])
-        cells.append(Cell("sweep", key, sweep, priority=later + later // 2))
+        cells.append(Cell("sweep", key, sweep, priority=2 * later))
     for key in product(
         max_overhead=OVERHEADS,
         phase=("late", "early", "cooled"),
