@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo digits test lint format bench bench-demo clean
+.PHONY: help demo digits test lint format bench bench-demo fidelity fidelity-quick clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -33,14 +33,20 @@ format: $(STAMP)  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## measure accuracy of a step, overhead and memory; writes benchmarks/*/results
+bench: $(STAMP)  ## measure overhead and memory; writes benchmarks/overhead/results
 	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.one_step
 	$(BIN)/python -m benchmarks.publish
 
 bench-demo: $(STAMP)  ## the demo with every rule, two seeds: half an hour
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.publish
+
+fidelity: $(STAMP)  ## predicted learning rates against sweeps: goes on for BUDGET minutes (60) where it stopped
+	$(BIN)/python -m benchmarks.fidelity --budget $(or $(BUDGET),60)
+	$(BIN)/python -m benchmarks.publish
+
+fidelity-quick: $(STAMP)  ## one cell of each kind, under two minutes; writes nothing
+	$(BIN)/python -m benchmarks.fidelity --quick
 
 clean:  ## remove the environment and what the examples wrote
 	rm -rf $(VENV) runs

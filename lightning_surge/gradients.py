@@ -223,7 +223,7 @@ class ChunkStream:
                 yield self.direction(block / size).mul(scale)
 
     def _along(self, total: Sequence[Tensor], other: Sequence[Tensor | None], size: float) -> Tensor:
-        """Dot the scaled direction of a sum over `size` examples with `other`: `sum_i scale_i V_i . other_i`."""
+        """`sum_i scale_i V_i . other_i` with the direction `V` of a sum over `size` examples."""
         result = torch.zeros((), dtype=torch.float64, device=total[0].device)
         for tensor, gradient, scale in zip(total, other, self.scales, strict=True):
             if gradient is not None:

@@ -3,15 +3,15 @@
 The order of work keeps the memory at four gradient-sized buffers, whatever the number of chunks:
 
 1. a chunk makes a direction: it is kept (buffer 1) and added to the prefix (buffer 2);
-2. the next one is added to the reference (buffer 3) while its gradient passes by (buffer 4), and tells the slope
-   along that direction; then its gradient is recomputed at a displaced point (the parameters' copy takes the place
-   of buffer 1), which tells the curvature: a secant;
+2. the next one is added to the reference (buffer 3) while its gradient passes by (buffer 4), and tells the
+   slope along that direction; then its gradient is recomputed at a displaced point (the parameters' copy
+   takes the place of buffer 1), which tells the curvature: a secant;
 3. in the end the same is done once for the direction of the whole prefix, on the whole reference.
 
 Two sizes of direction, measured on the same examples, separate the curvature that noise pays from
-the curvature of the signal. The small ones scatter most, so there are as many of them as chunks allow, each on
-examples of its own: that costs no more passes than a single one on all examples. Where Adam's sharpness is asked
-for, its secants follow on the examples of the reference.
+the curvature of the signal. The small ones scatter most, so there are as many of them as chunks allow, each
+on examples of its own: that costs no more passes than a single one on all examples. Where Adam's sharpness is
+asked for, its secants follow on the examples of the reference.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """One measurement on a quadratic whose gradients, noise and curvature are known."""
 
 import math
+from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -31,15 +33,22 @@ def identity(gradient: Tensor) -> Tensor:
 
 
 class Quadratic:
-    """Loss of one example x: `theta' H theta / 2 + x . theta`; its gradient is `H theta + x`."""
+    """Loss of one example x: `theta' H theta / 2 + x . theta` with a Hessian `H` of its own.
 
-    def __init__(self, loss_scale: float = 1.0) -> None:
+    That is `HESSIAN + spread * diag(x)`, so that the examples behind a curvature show.
+    """
+
+    def __init__(self, loss_scale: float = 1.0, spread: float = 0.0) -> None:
         self.theta = THETA.clone()
         self.loss_scale = loss_scale
+        self.spread = spread
         self.passes = 0.0
 
+    def hessian(self, batch: Tensor) -> Tensor:
+        return self.loss_scale * (HESSIAN + self.spread * torch.diag(batch.mean(0)))
+
     def gradient(self, batch: Tensor) -> Tensor:
-        return self.loss_scale * (HESSIAN @ self.theta + batch.mean(0))
+        return self.hessian(batch) @ self.theta + self.loss_scale * batch.mean(0)
 
     def replay(self, piece: Piece, weight: float) -> None:
         self.passes += piece.size
@@ -53,6 +62,7 @@ class Quadratic:
         direction: Direction = torch.sign,
         delta: float = 0.01,
         scale: float = 1.0,
+        stride: int = 1,
         keep_all: bool = False,
     ) -> LawMeasurement:
         return LawMeasurement(
@@ -62,8 +72,31 @@ class Quadratic:
             delta=delta,
             scales=[scale],
             direction=direction,
+            stride=stride,
             keep_all=keep_all,
         )
+
+    def slow_curvatures(
+        self, batches: list[Tensor], stride: int, direction: Direction, scale: float
+    ) -> list[SizedValue]:
+        """From all examples at once, where they were drawn: the parameters at the start."""
+        groups = [batches[k : k + stride] for k in range(0, len(batches), stride)]
+        made_of, measured_on = groups[::2], groups[1::2]
+
+        def curvature(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
+            v = scale * direction(self.gradient(torch.cat(first)))
+            return float(sum(map(len, first))), float(v @ self.hessian(torch.cat(second)) @ v)
+
+        rows = [
+            (curvature(first, second), sum(map(len, second)))
+            for first, second in zip(made_of, measured_on, strict=False)
+            if len(second) == stride
+        ]
+        size, value = np.average([row for row, _ in rows], axis=0, weights=[weight for _, weight in rows])
+        wanted = [SizedValue(float(size), float(value))]
+        if len(rows) > 1:
+            wanted.append(SizedValue(*curvature(list(chain(*made_of)), list(chain(*measured_on)))))
+        return wanted
 
 
 def noise(sizes: list[int], seed: int = 0) -> list[Tensor]:
@@ -75,35 +108,58 @@ def chunk(batch: Tensor) -> Chunk:
     return Chunk((Piece(batch, 0, float(len(batch))),))
 
 
+def assert_close(got: Sequence[SizedValue], wanted: Sequence[SizedValue]) -> None:
+    assert len(got) == len(wanted)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.batch_size == pytest.approx(theirs.batch_size, rel=1e-12)
+        assert mine.value == pytest.approx(theirs.value, rel=1e-9)
+
+
 class TestExact:
-    @pytest.mark.parametrize("sizes", [[4, 4, 4, 4], [3, 1, 8, 2, 5], [2, 6], [1, 2, 3], [2] * 8], ids=str)
+    @pytest.mark.parametrize(
+        "sizes", [[4, 4, 4, 4], [3, 1, 8, 2, 5], [2, 6], [1, 2, 3], [2] * 8, [3, 1, 8, 2, 5, 4, 1]], ids=str
+    )
     @pytest.mark.parametrize("direction", [torch.sign, identity])
     @pytest.mark.parametrize("delta", [1e-4, 0.3])
-    def test_curvatures_are_quadratic_forms_of_two_prefixes(
+    def test_curvatures_are_quadratic_forms_on_the_examples_of_the_next_chunk(
         self, sizes: list[int], direction: Direction, delta: float
     ) -> None:
-        quadratic, batches = Quadratic(), noise(sizes)
+        quadratic, batches = Quadratic(spread=2.0), noise(sizes)
         measurement = quadratic.measurement(len(sizes), direction=direction, delta=delta, scale=0.5)
         got = measurement.run([chunk(batch) for batch in batches])
-        half = len(sizes) // 2
-        wanted = []
-        for stop in sorted({half + 1, len(sizes)}):
-            prefix = torch.cat(batches[half:stop])
-            v = 0.5 * direction(quadratic.gradient(prefix))
-            wanted.append((len(prefix), float(v @ HESSIAN @ v)))
-        assert [b for b, _ in got.curvatures] == [b for b, _ in wanted]
-        for mine, (_, theirs) in zip(got.curvatures, wanted, strict=True):
-            assert mine.value == pytest.approx(theirs, rel=1e-9)
+        assert_close(got.curvatures, quadratic.slow_curvatures(batches, 1, direction, 0.5))
         assert got.num_chunks == len(sizes)
         assert got.statistics.batch_size == sum(sizes)
         assert torch.equal(quadratic.theta, THETA)
         assert quadratic.theta.grad is None
 
-    def test_passes_count_every_replayed_example(self) -> None:
+    @pytest.mark.parametrize("stop", [4, 5, 6, 7, 8, 9, 10, 11, 12])
+    def test_groups_of_chunks_and_windows_that_end_early_at_any_place(self, stop: int) -> None:
+        quadratic, batches = Quadratic(spread=2.0), noise([3, 1, 8, 2, 5, 4, 1, 7, 2, 6, 3, 9][:stop])
+        measurement = quadratic.measurement(16, stride=2)
+        for index, batch in enumerate(batches):
+            due = measurement.add(chunk(batch), [quadratic.gradient(batch)])
+            assert due == (index % 4 == 3)
+            if due:
+                measurement.measure_curvature()
+            assert measurement.complete == (index >= 3)
+        got = measurement.finish()
+        assert_close(got.curvatures, quadratic.slow_curvatures(batches, 2, torch.sign, 1.0))
+        assert got.num_chunks == stop
+
+    @pytest.mark.parametrize("sizes", [[2] * 4, [2] * 16, [3, 1, 8, 2], [3, 1, 8, 2, 5]], ids=str)
+    def test_passes_count_every_replayed_example(self, sizes: list[int]) -> None:
         quadratic = Quadratic()
-        got = quadratic.measurement(5).run([chunk(batch) for batch in noise([3, 1, 8, 2, 5])])
-        # All once, and the reference half (3 + 1) again for each of two secants.
-        assert got.passes == quadratic.passes == 19 + 2 * 4
+        got = quadratic.measurement(len(sizes)).run([chunk(batch) for batch in noise(sizes)])
+        # All once; the reference again in pairs, and again as a whole. Twice in all where chunks are equal.
+        assert got.passes == quadratic.passes == sum(sizes) + 2 * sum(sizes[1::2])
+        if len(set(sizes)) == 1:
+            assert got.passes == 2 * sum(sizes)
+
+    def test_one_pair_costs_one_secant(self) -> None:
+        quadratic = Quadratic()
+        got = quadratic.measurement(2).run([chunk(batch) for batch in noise([3, 5])])
+        assert got.passes == quadratic.passes == 8 + 5
 
     def test_more_secants_get_the_examples_of_both_halves_and_are_counted(self) -> None:
         quadratic, batches = Quadratic(), noise([3, 1, 8, 2, 5])
@@ -115,45 +171,20 @@ class TestExact:
 
         plain = quadratic.measurement(5).run([chunk(batch) for batch in batches])
         got = quadratic.measurement(5, keep_all=True).run([chunk(batch) for batch in batches], more)
-        for half, gradients in zip((batches[2:], batches[:2]), seen, strict=True):
+        for half, gradients in zip((batches[::2], batches[1::2]), seen, strict=True):
             expected = quadratic.gradient(torch.cat(half))
             assert all(torch.allclose(gradient, expected) for gradient in gradients)
         pair = (SizedValue(8.0, 3.0), SizedValue(32.0, 5.0))
-        assert got == plain._replace(passes=plain.passes + 4 + 15, sharpness=pair)
+        assert got == plain._replace(passes=plain.passes + 16 + 3, sharpness=pair)
         assert quadratic.theta.grad is None
-
-    def test_curvature_uses_the_examples_of_the_reference_half(self) -> None:
-        """Each example has a Hessian of its own, so the ones behind `D` show."""
-        theta = torch.tensor([0.5, -0.5], dtype=torch.float64)
-
-        def replay(piece: Piece, weight: float) -> None:
-            gradient = weight * piece.batch.mean() * theta
-            theta.grad = gradient if theta.grad is None else theta.grad + gradient
-
-        measurement = LawMeasurement([theta], num_chunks=4, replay=replay, delta=0.01, scales=[1.0])
-        batches = [torch.tensor(row, dtype=torch.float64) for row in ([1.0, 2.0], [3.0], [40.0], [50.0])]
-        got = measurement.run([chunk(batch) for batch in batches])
-        assert [value for _, value in got.curvatures] == pytest.approx([2 * 2.0] * 2)
-
-    @pytest.mark.parametrize("stop", [5, 6, 7])
-    def test_a_window_that_ends_early_is_measured_along_all_it_has(self, stop: int) -> None:
-        quadratic, batches = Quadratic(), noise([2] * 8)
-        measurement = quadratic.measurement(8)
-        for batch in batches[:stop]:
-            if measurement.add(chunk(batch), [quadratic.gradient(batch)]):
-                measurement.measure_curvature()
-        got = measurement.finish()
-        sizes = [2.0] if stop == 5 else [2.0, 2.0 * (stop - 4)]
-        assert [b for b, _ in got.curvatures] == sizes
-        v = torch.sign(quadratic.gradient(torch.cat(batches[4:stop])))
-        assert got.curvatures[-1].value == pytest.approx(float(v @ HESSIAN @ v), rel=1e-9)
-        assert got.num_chunks == stop
 
     def test_too_few_chunks_is_an_error(self) -> None:
         quadratic = Quadratic()
-        measurement = quadratic.measurement(8)
-        measurement.add(chunk(torch.zeros(1, 4)), [GRADIENT])
-        with pytest.raises(ValueError, match="at least 5 chunks, got 1"):
+        measurement = quadratic.measurement(8, stride=2)
+        for _ in range(3):
+            assert not measurement.add(chunk(torch.zeros(1, 4)), [GRADIENT])
+        assert not measurement.complete
+        with pytest.raises(ValueError, match="at least 4 chunks, got 3"):
             measurement.finish()
 
     def test_a_chunk_of_several_pieces_is_their_weighted_mean(self) -> None:
@@ -182,15 +213,19 @@ class TestRandomStreams:
         torch.manual_seed(0)
         measurement = LawMeasurement([theta], num_chunks=6, replay=replay, delta=1e-3, scales=[1.0])
         got = measurement.run([Chunk((Piece(None, 0, 1.0),)) for _ in range(6)])
-        # Passes: chunks 1 to 4, the reference (1, 2, 3) again, chunks 5 and 6, the reference again.
+        # Passes: three times a direction, its partner and the partner again; then all partners again.
         assert len(masks) == 12
-        for first, again in zip([0, 1, 2] * 2, [4, 5, 6, 9, 10, 11], strict=True):
+        partners = [1, 4, 7]
+        for first, again in zip(partners * 2, [2, 5, 8, 9, 10, 11], strict=True):
             assert torch.equal(masks[first], masks[again])
-        own = [masks[k] for k in (0, 1, 2, 3, 7, 8)]
+        own = [masks[k] for k in (0, 1, 3, 4, 6, 7)]
         assert all(not torch.equal(own[j], own[k]) for j in range(6) for k in range(j))
-        # sign(theta) is the direction of every prefix, so D is the sum of the mean mask.
-        wanted = float(torch.stack(masks[:3]).mean(0).sum())
+        # sign(theta) is every direction, so D is the sum of the mean mask.
+        wanted = float(torch.stack([masks[k] for k in partners]).mean(0).sum())
         assert [value for _, value in got.curvatures] == pytest.approx([wanted, wanted], rel=1e-9)
+        # Nothing was drawn for the replays.
+        torch.manual_seed(0)
+        assert all(torch.equal(torch.rand(3, dtype=torch.float64), mask) for mask in own)
 
     def test_live_chunks_are_replayed_with_the_streams_they_were_made_with(self) -> None:
         theta = torch.ones(2, dtype=torch.float64)
@@ -210,7 +245,7 @@ class TestRandomStreams:
                 measurement.measure_curvature()
                 assert torch.equal(torch.get_rng_state(), before)
         got = measurement.finish()
-        wanted = float((0.5 * (masks[0] + masks[1])).sum())
+        wanted = float((0.5 * (masks[1] + masks[3])).sum())
         assert [value for _, value in got.curvatures] == pytest.approx([wanted, wanted], rel=1e-9)
         assert got.passes == 2 * 2
 

@@ -104,7 +104,7 @@ def main() -> None:
             print(json.dumps({"workload": name, "beta_2": beta_2, **tune(name, beta_2)}), flush=True)
         return
     if options.quick:
-        run_cells(quick(), None, options.budget * 60)
+        run_cells(quick(), None, options.budget * 60, strict=True)
         return
     store = Store(RESULTS)
     if not options.report:

@@ -1,7 +1,7 @@
 """A grid of experiments as cells: each one is run once, and its result is one line of a file.
 
-The full grid is hours of work. Finished cells are kept in `results/<kind>.jsonl`, so that a later run goes on where
-an earlier one stopped, whether it ran out of its budget or was killed.
+The full grid is hours of work. Finished cells are kept in `results/<kind>.jsonl`, so that a later run goes on
+where an earlier one stopped, whether it ran out of its budget or was killed.
 """
 
 from __future__ import annotations
@@ -82,13 +82,16 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def run_cells(cells: Iterable[Cell], store: Store | None, budget_seconds: float) -> int:
+def run_cells(
+    cells: Iterable[Cell], store: Store | None, budget_seconds: float, *, strict: bool = False
+) -> int:
     """Run what is not finished, by priority, until the budget is used up.
 
     Args:
         cells: the grid.
         store: where results go; None prints them only.
         budget_seconds: no cell starts after so long.
+        strict: whether a failing cell ends it all, instead of being left for the next time.
 
     Returns:
         Cells still to do.
@@ -111,6 +114,8 @@ def run_cells(cells: Iterable[Cell], store: Store | None, budget_seconds: float)
         try:
             values = cell.measure(**cell.key)
         except Exception as error:  # one broken cell must not cost the night
+            if strict:
+                raise
             print(f"failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             continue
         if store is None:

@@ -1,8 +1,8 @@
 """The ratio through a decay of the learning rate: how fast it moves, and which averaging window follows it.
 
-The law belongs to a state of training, and cooling changes that state. A run is measured all the way through a decay
-at a generous cost; at marks on the way the model is held and measured until the ratio is known well. Windows are then
-compared offline, on the same measurements.
+The law belongs to a state of training, and cooling changes that state. A run is measured all the way through
+a decay at a generous cost; at marks on the way the model is held and measured until the ratio is known well.
+Windows are then compared offline, on the same measurements.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def decay(workload: str, beta_2: float, seed: int) -> dict[str, Any]:
         seed: of the training.
 
     Returns:
-        At each mark of the decay: log2 of the ratios of a long measurement with the model held, and of the callback's
-        with every half-life.
+        At each mark of the decay: log2 of the ratios of a long measurement with the model held, and of the
+        callback's with every half-life.
     """
     what = WORKLOADS[workload]
     points = {}

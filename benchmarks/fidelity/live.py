@@ -52,8 +52,8 @@ def live(
         objective: of the callback.
 
     Returns:
-        Measurements before the change; by batch size, the ratio predicted at the change with its standard error,
-        the one that was used in the first step, and the final loss and the mean ratio of the live run.
+        Measurements before the change; by batch size, the ratio predicted at the change with its standard
+        error, the one that was used in the first step, and the final loss and the mean ratio of the live run.
     """
     what = WORKLOADS[workload]
     settings: dict[str, Any] = {"objective": objective, "max_overhead": max_overhead}

@@ -1,7 +1,7 @@
 """The best length of one step, by line search, against what every law says of it.
 
-A model trains to a point and is held there. The callback measures from batches of the active size; the truth is
-found from scratch, with fresh batches for the directions and the loss on a large fixed sample.
+A model trains to a point and is held there. The callback measures from batches of the active size; the truth
+is found from scratch, with fresh batches for the directions and the loss on a large fixed sample.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measure(study: Study, *, law: str, count: int, seed: int) -> SurgeLRCallback
 
 
 def predictions(law: Law | None) -> dict[str, Any] | None:
-    """A law's learning rates at all sizes; standard errors of their log2 and that of their ratios to the base."""
+    """A law's learning rates at all sizes, and standard errors of log2 of them and of their ratios."""
     if law is None:
         return None
     entry: dict[str, Any] = {"lr": [law.lr(size) for size in SIZES]}
@@ -124,12 +124,12 @@ def truths(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any
         seed: of the training and the directions.
 
     Returns:
-        Line searches by kind of direction and batch size, exact alignments, and what the saturation formulas need.
+        Line searches by kind of direction and batch size, exact alignments, and what the saturation formulas
+        need.
     """
     study, _ = train_to(WORKLOADS[workload], beta_2=beta_2, phase=phase, seed=seed)
     generator = torch.Generator().manual_seed(55_000 + seed)
     sample = fixed_sample(study.workload)
-    parameters = list(study.network.parameters())
     buffers = [buffer.clone() for buffer in study.network.buffers()]
     study.network.train()
 
@@ -202,7 +202,7 @@ def _direction(study: Study, kind: Kind, gradient: list[Tensor]) -> list[Tensor]
 def best_step(
     study: Study, directions: Sequence[list[Tensor]], sample: Batch
 ) -> tuple[float | None, float | None]:
-    """The learning rate that lowers the sample's loss most on average, by a search over octaves and a parabola.
+    """The learning rate that lowers the sample's loss most on average: octaves, then a parabola.
 
     Args:
         study: at the point; left as it was.
@@ -239,7 +239,7 @@ def best_step(
 
 
 def _vertex(lrs: np.ndarray, losses: np.ndarray, origin: float) -> float | None:
-    """Minimum of the parabola through the lowest loss and its neighbours; at the low end, through the origin."""
+    """Minimum of the parabola through the lowest loss and its neighbours, one of them the origin at the end."""
     index = int(np.argmin(losses))
     if losses[index] >= origin or index == len(lrs) - 1:
         return None

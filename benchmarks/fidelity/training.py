@@ -156,7 +156,7 @@ def continue_run(
     batch_size: int,
     callbacks: Sequence[pl.Callback],
 ) -> Study:
-    """Go on from a phase at another batch size, with the learning rate decaying to zero over equal examples."""
+    """Go on from a phase at another batch size over equal examples, with a decay to zero."""
     steps = CONTINUED_EXAMPLES // batch_size
     change = PHASES[phase]
     study = Study(workload, (0.9, beta_2), schedule(phase, steps))
