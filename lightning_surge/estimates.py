@@ -82,6 +82,10 @@ class EstimatedLaw(Law):
         """The law's critical batch size, examples."""
         return self.law.critical_batch_size
 
+    def isotropic_lr(self, batch_size: float) -> float:
+        """The law's learning rate for constant curvature, up to a factor."""
+        return self.law.isotropic_lr(batch_size)
+
     def edge_lr(self, batch_size: float) -> float:
         """The law's edge of stability, a learning rate; NaN if it does not know it."""
         return self.law.edge_lr(batch_size)

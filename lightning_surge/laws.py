@@ -96,6 +96,16 @@ class Law(ABC):
         """
         return 2.0 * self.gain(batch_size) / self.lr(batch_size)
 
+    def isotropic_lr(self, batch_size: float) -> float:
+        """Optimal learning rate, up to a factor, if the curvature per squared length of a step were constant.
+
+        Steps along a sign all have the same length, which leaves the alignment.
+
+        Args:
+            batch_size: examples behind the step.
+        """
+        return self.alignment(batch_size)
+
     def edge_lr(self, batch_size: float) -> float:
         """Learning rate above which steps become unstable; NaN for a law that does not know it.
 
@@ -306,6 +316,10 @@ class SGDLaw(Law):
     def critical_batch_size(self) -> float:
         """The noise scale, in examples."""
         return self.noise_scale
+
+    def isotropic_lr(self, batch_size: float) -> float:
+        """The same law: a gradient's squared length is `|G|^2 (1 + noise_scale / B)`."""
+        return 1 / (1 + self.noise_scale / checked_batch_size(batch_size))
 
     def _lr(self, batch_size: float) -> float:
         return float(self.max_lr / (1 + self.noise_scale / batch_size) ** self.exponent)

@@ -20,6 +20,7 @@ __all__ = [
     "Decision",
     "Objective",
     "Policy",
+    "alignment_ratio",
     "edge_ratio",
     "progress_ratio",
     "step_ratio",
@@ -73,6 +74,36 @@ def progress_ratio(law: Law, batch_size: float, base_batch_size: float, lr: floa
     return batch_size / base_batch_size * progress
 
 
+def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
+    """Ratio of what a step gains: `N(B) / N(base)`, as if its cost were the same at every batch size.
+
+    Square-root scaling while noise dominates the alignment N, constant beyond. For plain gradients, whose
+    length changes with the batch size, it is the ratio of their law. Where `step_ratio` takes the curvature
+    as it is found, this one counts on training to adapt it to the learning rate that comes.
+
+    Args:
+        law: any law.
+        batch_size: examples per optimizer step.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+        lr: scheduled learning rate, without influence here.
+
+    Returns:
+        The ratio; it rises with the batch size and saturates.
+
+    Example:
+        >>> from lightning_surge.laws import MeasuredLaw
+        >>> law = MeasuredLaw(
+        ...     alignment_limit=2.0, alignment_scale=48.0, noise_curvature=1.0, signal_curvature=1.0
+        ... )
+        >>> round(alignment_ratio(law, 144.0, 16.0), 6)  # sqrt((1 + 48 / 16) / (1 + 48 / 144))
+        1.732051
+
+    References:
+        McCandlish et al. 2018, arXiv:1812.06162, section 2.2, for `alpha = 1/2` with a measured noise scale.
+    """
+    return law.isotropic_lr(batch_size) / law.isotropic_lr(base_batch_size)
+
+
 def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:
     """Progress per example, capped smoothly by the edge of stability.
 
@@ -109,7 +140,12 @@ def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -
     return (1.0 + at_base) / (1.0 / progress + here)
 
 
-OBJECTIVES: dict[str, Objective] = {"step": step_ratio, "progress": progress_ratio, "edge": edge_ratio}
+OBJECTIVES: dict[str, Objective] = {
+    "step": step_ratio,
+    "alignment": alignment_ratio,
+    "progress": progress_ratio,
+    "edge": edge_ratio,
+}
 # Those that follow the scheduled learning rate at every step.
 FOLLOW_LR = frozenset({"edge"})
 ANCHORS = ("schedule", "law")

@@ -1,6 +1,7 @@
 """The secant against the exact quadratic form, and the parameters afterwards."""
 
 import math
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_surge import gradients
-from lightning_surge.curvature import displaced, probe_distance, secant_curvature
+from lightning_surge.curvature import Displacement, displaced, probe_distance, secant_curvature
 
 many = settings(max_examples=50, deadline=None)
 
@@ -57,8 +58,11 @@ V = torch.tensor([1.0, -1.0, 1.0, 1.0, -0.5, 0.5], dtype=torch.float64)
 W = torch.tensor([1.0, 1.0, -1.0, 0.5, 1.0, 2.0], dtype=torch.float64)
 
 
-def slope(vector: Tensor, gradient: list[Tensor]) -> float:
-    return float(vector.double() @ torch.cat([g.reshape(-1) for g in gradient]).double())
+def slope_along(
+    parameters: list[Tensor], direction: Displacement, delta: float, gradient: list[Tensor]
+) -> float:
+    flat = zip(direction(), (block for g in gradient for (block,) in gradients.blocks(g)), strict=True)
+    return sum(float(torch.dot(v.double(), g.double())) for v, g in flat)
 
 
 class TestSecant:
@@ -74,7 +78,7 @@ class TestSecant:
         curvature = secant_curvature(
             quadratic.parameters,
             direction=lambda: walk(V),
-            slope=slope(V, quadratic.gradient()),
+            slope=slope_along(quadratic.parameters, lambda: walk(V), delta, quadratic.gradient()),
             gradient_at_displaced=quadratic.gradient,
             delta=delta,
         )
@@ -88,7 +92,7 @@ class TestSecant:
         curvature = secant_curvature(
             quadratic.parameters,
             direction=lambda: walk(V),
-            slope=slope(W, quadratic.gradient()),
+            slope=float(W @ torch.cat([g.reshape(-1) for g in quadratic.gradient()])),
             gradient_at_displaced=quadratic.gradient,
             delta=delta,
             against=lambda: walk(W),
@@ -116,7 +120,7 @@ class TestSecant:
         curvature = secant_curvature(
             [theta],
             direction=lambda: iter([torch.ones(1, dtype=torch.float64)]),
-            slope=1.0,
+            slope=slope_along([theta], lambda: iter([torch.ones(1, dtype=torch.float64)]), 0.5, [theta**3]),
             gradient_at_displaced=lambda: [theta**3],
             delta=0.5,
         )
@@ -128,7 +132,7 @@ class TestSecant:
         curvature = secant_curvature(
             [theta],
             direction=lambda: iter([torch.ones(3)]),
-            slope=6.0,
+            slope=slope_along([theta], lambda: iter([torch.ones(3)]), 1e-7, [2 * theta]),
             gradient_at_displaced=lambda: [2 * theta],
             delta=1e-7,
         )
@@ -143,21 +147,22 @@ class TestSecant:
     def test_a_missing_gradient_is_zero(self) -> None:
         # The loss reads the second parameter only where it was; its gradient there was (1, 1).
         parameters = [torch.zeros(1, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
+        ones = [torch.ones(1, dtype=torch.float64), torch.ones(2, dtype=torch.float64)]
         curvature = secant_curvature(
             parameters,
-            direction=lambda: iter([torch.ones(1, dtype=torch.float64), torch.ones(2, dtype=torch.float64)]),
-            slope=2.0,
+            direction=lambda: iter(ones),
+            slope=slope_along(parameters, lambda: iter(ones), 0.5, [0.0 * ones[0], ones[1]]),
             gradient_at_displaced=lambda: [5 * parameters[0], None],
             delta=0.5,
         )
         assert curvature == pytest.approx((5 * 0.5 + 2.0) / 0.5)
 
     def test_sparse_gradients(self) -> None:
-        theta = torch.arange(6.0, dtype=torch.float64).reshape(3, 2)
+        theta, ones = torch.arange(6.0, dtype=torch.float64).reshape(3, 2), torch.ones(6, dtype=torch.float64)
         curvature = secant_curvature(
             [theta],
-            direction=lambda: iter([torch.ones(6, dtype=torch.float64)]),
-            slope=45.0,
+            direction=lambda: iter([ones]),
+            slope=slope_along([theta], lambda: iter([ones]), 0.25, [3 * theta]),
             gradient_at_displaced=lambda: [(3 * theta).to_sparse()],
             delta=0.25,
         )
@@ -170,12 +175,56 @@ class TestSecant:
         curvature = secant_curvature(
             [theta],
             direction=lambda: iter([torch.ones(5)]),
-            slope=4 * float(theta.float().sum()),
+            slope=slope_along([theta], lambda: iter([torch.ones(5)]), 0.5, [4 * theta.float()]),
             gradient_at_displaced=lambda: [4 * theta.float()],
             delta=0.5,
         )
         assert curvature == pytest.approx(20.0, rel=1e-3)
         assert torch.equal(theta, before)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_smallest_probe_distance_is_enough(self, dtype: torch.dtype) -> None:
+        """The slope itself is 10^5 times what changes of it along the way: rounding must not enter twice."""
+        generator = torch.Generator().manual_seed(0)
+        theta = torch.randn(1000, generator=generator).to(dtype)
+        v = torch.randn(1000, generator=generator).sign()
+        stiffness, push = 0.5 + torch.rand(1000, generator=generator), torch.randn(1000, generator=generator)
+
+        def gradient() -> list[Tensor]:
+            return [(stiffness * theta.float() + push).double()]
+
+        delta = probe_distance([theta], lr=0.0)
+        curvature = secant_curvature(
+            [theta],
+            direction=lambda: iter([v]),
+            slope=slope_along([theta], lambda: iter([v]), delta, gradient()),
+            gradient_at_displaced=gradient,
+            delta=delta,
+        )
+        # RESOLUTION_STEPS promises about 3 % of the displacement.
+        assert curvature == pytest.approx(float(stiffness.sum()), rel=0.03)
+
+    def test_nothing_of_the_direction_is_held_while_the_gradient_is_computed(self) -> None:
+        """Its buffers may be given up then: the copy of the parameters takes their place."""
+        parameters = [torch.ones(3), torch.ones(4)]
+        made_of = [torch.ones(3), torch.ones(4)]
+        references = [weakref.ref(tensor) for tensor in made_of]
+        held = []
+
+        def direction() -> Iterator[Tensor]:
+            for tensor in made_of:
+                for (block,) in gradients.blocks(tensor):
+                    yield block.sign()
+
+        def gradient() -> list[Tensor]:
+            made_of.clear()
+            held.extend(reference() is not None for reference in references)
+            return [2 * parameter for parameter in parameters]
+
+        secant_curvature(
+            parameters, direction=direction, slope=0.0, gradient_at_displaced=gradient, delta=0.5
+        )
+        assert held == [False, False]
 
     @many
     @given(
@@ -196,7 +245,7 @@ class TestSecant:
         curvature = secant_curvature(
             [theta],
             direction=lambda: iter([v]),
-            slope=slope(v, gradient()),
+            slope=slope_along([theta], lambda: iter([v]), 10.0**log_delta, gradient()),
             gradient_at_displaced=gradient,
             delta=10.0**log_delta,
         )
@@ -230,7 +279,7 @@ class TestDisplaced:
             secant_curvature(
                 quadratic.parameters,
                 direction=lambda: walk(V),
-                slope=slope(V, quadratic.gradient()),
+                slope=0.0,
                 gradient_at_displaced=fail,
                 delta=0.1,
             )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def streamed(
 
 
 def turns(count: int, stride: int = 1) -> list[tuple[range, range]]:
-    """Which chunks make a direction and which ones it is measured on, group by group; the last may be short."""
+    """Which chunks make a direction and which ones it is measured on; the last ones may be short, or none."""
     starts = range(0, count, 2 * stride)
     return [
         (range(k, min(k + stride, count)), range(min(k + stride, count), min(k + 2 * stride, count)))
@@ -90,7 +91,7 @@ def slow_statistics(
 
     groups = [(list(first), list(second)) for first, second in turns(count, stride)]
     pairs = [(first, second) for first, second in groups if len(second) == stride]
-    prefix, reference = (sum(part, []) for part in zip(*groups, strict=True))
+    prefix, reference = (list(chain(*part)) for part in zip(*groups, strict=True))
     alignments = [(size(prefix), aligned(prefix, reference)), (size(reference), aligned(reference, prefix))]
     if len(pairs) > 1:
         rows = np.array([(size(first), aligned(first, second)) for first, second in pairs])
@@ -245,9 +246,7 @@ class TestExact:
                 assert stream.group_size == sum(sizes[k] for k in group)
                 assert stream.partner_size == sum(sizes[k] for k in partner)
                 check(stream.group_direction(), stream.group_slope, group, partner)
-        prefix, reference = (
-            [k for group in part for k in group] for part in zip(*turns(len(sizes), stride), strict=True)
-        )
+        prefix, reference = (list(chain(*part)) for part in zip(*turns(len(sizes), stride), strict=True))
         check(stream.prefix_direction(), stream.prefix_slope, prefix, reference)
 
     @pytest.mark.parametrize(("stride", "wanted"), [(1, "drdrd"), (2, "ddrrd"), (3, "dddrr")])

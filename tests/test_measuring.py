@@ -1,5 +1,6 @@
 """One measurement on a quadratic whose gradients, noise and curvature are known."""
 
+import gc
 import math
 from collections.abc import Sequence
 from itertools import chain
@@ -199,6 +200,39 @@ class TestExact:
                 assert mine == pytest.approx(theirs, rel=1e-9)
 
 
+def alive(nbytes: int) -> int:
+    """Tensors of that size that Python can reach, views of the same memory counted once."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return len({t.data_ptr() for t in tensors if t.untyped_storage().nbytes() == nbytes and t.numel() > 0})
+
+
+class TestMemory:
+    @pytest.mark.parametrize(("count", "stride"), [(2, 1), (4, 1), (5, 1), (6, 1), (8, 2), (9, 2), (11, 2)])
+    def test_is_four_buffers_for_any_number_of_chunks(self, count: int, stride: int) -> None:
+        """The gradient, and three more beside the parameters at every pass."""
+        parameters = [torch.full((1009,), share, dtype=torch.float64) for share in (0.5, -0.5)]
+        nbytes = parameters[0].untyped_storage().nbytes()
+        seen = []
+
+        def replay(piece: Piece, weight: float) -> None:
+            held = parameters[0].grad is not None
+            seen.append((alive(nbytes) - before) / len(parameters) - held)
+            for parameter in parameters:
+                if held:
+                    parameter.grad.add_(parameter * weight)  # type: ignore[union-attr]
+                else:
+                    parameter.grad = parameter * weight
+
+        before = alive(nbytes)
+        measurement = LawMeasurement(
+            parameters, num_chunks=count, replay=replay, delta=0.1, scales=[1.0, 1.0], stride=stride
+        )
+        got = measurement.run([Chunk((Piece(None, 0, 1.0),)) for _ in range(count)])
+        assert [value for _, value in got.curvatures] == pytest.approx([2018.0] * len(got.curvatures))
+        assert len(seen) == got.passes
+        assert max(seen) == 3
+
+
 class TestRandomStreams:
     def test_a_mask_repeats_at_the_displaced_point_and_later_chunks_draw_afresh(self) -> None:
         """Loss `sum_i m_i theta_i^2 / 2` with a random mask m per pass, as dropout makes."""
@@ -263,9 +297,11 @@ class TestStatistical:
 
     def measurements(self, count: int, direction: Direction, sizes: list[int]) -> list[Measurement]:
         rng = np.random.default_rng(11)
-        quadratic, result = Quadratic(), []
+        quadratic, result = Quadratic(spread=0.5), []
+        # An example's own Hessian, 0.5 diag(x) above the mean one, adds to its gradient.
+        share = 1.0 + 0.5 * THETA
         for _ in range(count):
-            batches = [torch.from_numpy(rng.normal(size=(size, 4)) @ self.ROOT.T) for size in sizes]
+            batches = [torch.from_numpy(rng.normal(size=(size, 4)) @ self.ROOT.T) / share for size in sizes]
             measurement = quadratic.measurement(len(sizes), direction=direction)
             result.append(measurement.run([chunk(batch) for batch in batches]))
         return result

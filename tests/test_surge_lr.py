@@ -642,10 +642,10 @@ class TestMeasuring:
         assert 4 in asked
         assert {1, 13, 16} == set(sizes)
         assert callback.history.num_measurements == 4
-        # Chunks of 1, 1 | 1, 13 examples.
+        # Directions of 1 and 1 examples, measured on 1 and 13.
         latest = callback.history.latest
         assert latest is not None
-        assert [size for size, _ in latest.curvatures] == [1.0, 14.0]
+        assert [size for size, _ in latest.curvatures] == [1.0, 2.0]
 
     def test_without_cutting_pools_whole_batches(self, make_trainer: MakeTrainer) -> None:
         class Noting(Regression):

@@ -30,7 +30,7 @@ from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 RESULTS = Path(__file__).parent / "results"
 BETAS = (0.95, 0.999)
 OVERHEADS = (0.05, 0.01, 0.25)
-OBJECTIVES = ("step", "progress", "edge")
+OBJECTIVES = ("step", "alignment", "progress", "edge")
 
 
 def product(**axes: Any) -> list[dict[str, Any]]:

@@ -104,7 +104,8 @@ class SurgeLRCallback(pl.Callback):
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
         objective: `"step"` makes every step as good as it can be, and can fall with the batch size.
-            `"progress"` keeps the expected progress per example, and cannot. `"edge"` is progress capped by
+            `"alignment"` counts what a step gains and takes its cost as the same at every batch size: sqrt
+            scaling that saturates where the noise does. `"progress"` keeps the expected progress per example, and cannot. `"edge"` is progress capped by
             Adam's edge of stability, which falls with the batch size: near the edge the factor falls too, and
             as the schedule decays it becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam with
             decoupled weight decay, without clipping; it holds one more buffer of the size of the parameters.
@@ -152,7 +153,7 @@ class SurgeLRCallback(pl.Callback):
         self,
         base_batch_size: float | None = None,
         law: Literal["measured", "theorem2", "theorem3", "sqrt", "linear", "constant"] = "measured",
-        objective: Literal["step", "progress", "edge"] = "step",
+        objective: Literal["step", "alignment", "progress", "edge"] = "step",
         anchor: Literal["schedule", "law"] = "schedule",
         *,
         dry_run: bool = False,
