@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import ConstantLaw, Law, LinearLaw, MeasuredLaw, SGDLaw, SqrtLaw
-from lightning_surge.policy import OBJECTIVES, Policy, progress_ratio, step_ratio
+from lightning_surge.policy import OBJECTIVES, Policy, alignment_ratio, progress_ratio, step_ratio
 from lightning_surge.theorems import Theorem3Law
 
 many = settings(max_examples=80, deadline=None)
@@ -103,6 +103,28 @@ class TestObjectives:
         assert ratio * law.alignment(batch_size) / batch_size == pytest.approx(
             law.alignment(base) / base, rel=1e-9
         )
+
+    @many
+    @given(law=measured_laws, batch_size=sizes, base=sizes)
+    def test_alignment_is_the_best_step_at_constant_curvature(
+        self, law: MeasuredLaw, batch_size: float, base: float
+    ) -> None:
+        ratio = alignment_ratio(law, batch_size, base)
+        flat = MeasuredLaw(
+            alignment_limit=law.alignment_limit,
+            alignment_scale=law.alignment_scale,
+            noise_curvature=law.noise_curvature,
+            signal_curvature=0.0,
+        )
+        assert ratio == pytest.approx(step_ratio(flat, batch_size, base), rel=1e-9)
+        # Together with the progress per example, whatever the noise: B / base.
+        assert ratio * progress_ratio(law, batch_size, base) == pytest.approx(batch_size / base, rel=1e-9)
+
+    def test_alignment_of_plain_gradient_steps_is_their_law(self) -> None:
+        # Steps with isotropic noise on H = 1: N = |G|^2, and D = E|V|^2 = |G|^2 (1 + 300 / B).
+        law = SGDLaw(max_lr=0.1, noise_scale=300.0)
+        assert alignment_ratio(law, 64.0, 16.0) == pytest.approx((1 + 300 / 16) / (1 + 300 / 64))
+        assert alignment_ratio(law, 64.0, 16.0) == pytest.approx(step_ratio(law, 64.0, 16.0))
 
     def test_progress_of_plain_gradient_steps_is_linear(self) -> None:
         assert progress_ratio(SGDLaw(max_lr=0.1, noise_scale=300.0), 64.0, 16.0) == pytest.approx(4.0)

@@ -55,13 +55,12 @@ def grid() -> list[Cell]:
         max_overhead=OVERHEADS,
         phase=("late", "early", "cooled"),
         beta_2=BETAS,
-        objective=OBJECTIVES,
         seed=SEEDS,
+        objective=OBJECTIVES,
         workload=names,
     ):
-        later = (
-            (key["phase"] == "cooled") + (key["beta_2"] != BETAS[0]) + (key["max_overhead"] != OVERHEADS[0])
-        )
+        unusual = [key["phase"] == "cooled", key["beta_2"] != BETAS[0], key["max_overhead"] != OVERHEADS[0]]
+        later = sum(unusual) + (key["seed"] == SEEDS[-1])
         cells.append(Cell("live", key, live, priority=1 + later + later // 2))
     for key in product(seed=SEEDS, workload=names, beta_2=BETAS[:1]):
         cells.append(Cell("decay", key, decay, priority=2 + key["seed"]))
