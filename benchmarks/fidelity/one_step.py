@@ -239,7 +239,7 @@ def best_step(
 
 
 def _vertex(lrs: np.ndarray, losses: np.ndarray, origin: float) -> float | None:
-    """Minimum of the parabola through the lowest loss and its neighbours, one of them the origin at the end."""
+    """Minimum of the parabola through the lowest loss and its neighbours, at the low end the origin."""
     index = int(np.argmin(losses))
     if losses[index] >= origin or index == len(lrs) - 1:
         return None

@@ -45,10 +45,7 @@ def ramp(
     fixed = rule == "fixed batch"
     steps = examples // BASE_BATCH_SIZE if fixed else total_steps(sizes, examples)
     pl.seed_everything(seed, verbose=False)
-    # Constant for two thirds of the examples would heat large batches for too few steps: a cosine, as people
-    use.study = Study(
-        what, (0.9, beta_2), lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
-    )
+    study = Study(what, (0.9, beta_2), lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
     callbacks: list[pl.Callback] = []
     if not fixed:
         settings: dict[str, Any] = {"law": rule} if rule in FIXED_RULES else {"objective": rule}
