@@ -245,21 +245,23 @@ class TestRandomStreams:
             theta.grad = gradient if theta.grad is None else theta.grad + gradient
 
         torch.manual_seed(0)
-        measurement = LawMeasurement([theta], num_chunks=6, replay=replay, delta=1e-3, scales=[1.0])
-        got = measurement.run([Chunk((Piece(None, 0, 1.0),)) for _ in range(6)])
-        # Passes: three times a direction, its partner and the partner again; then all partners again.
-        assert len(masks) == 12
+        measurement = LawMeasurement([theta], num_chunks=7, replay=replay, delta=1e-3, scales=[1.0])
+        got = measurement.run([Chunk((Piece(None, 0, 1.0),)) for _ in range(7)])
+        # Passes: three times a direction, its partner and the partner again; a direction; all partners again.
+        assert len(masks) == 13
         partners = [1, 4, 7]
-        for first, again in zip(partners * 2, [2, 5, 8, 9, 10, 11], strict=True):
+        for first, again in zip(partners * 2, [2, 5, 8, 10, 11, 12], strict=True):
             assert torch.equal(masks[first], masks[again])
-        own = [masks[k] for k in (0, 1, 3, 4, 6, 7)]
-        assert all(not torch.equal(own[j], own[k]) for j in range(6) for k in range(j))
+        own = [masks[k] for k in (0, 1, 3, 4, 6, 7, 9)]
+        assert all(not torch.equal(own[j], own[k]) for j in range(7) for k in range(j))
         # sign(theta) is every direction, so D is the sum of the mean mask.
         wanted = float(torch.stack([masks[k] for k in partners]).mean(0).sum())
         assert [value for _, value in got.curvatures] == pytest.approx([wanted, wanted], rel=1e-9)
-        # Nothing was drawn for the replays.
+        # The streams stand where the chunks left them: nothing was drawn for the replays, or is drawn again.
+        after = torch.rand(3, dtype=torch.float64)
         torch.manual_seed(0)
-        assert all(torch.equal(torch.rand(3, dtype=torch.float64), mask) for mask in own)
+        for mask in (*own, after):
+            assert torch.equal(torch.rand(3, dtype=torch.float64), mask)
 
     def test_live_chunks_are_replayed_with_the_streams_they_were_made_with(self) -> None:
         theta = torch.ones(2, dtype=torch.float64)
@@ -275,6 +277,7 @@ class TestRandomStreams:
             piece = Piece(None, 0, 1.0, RandomState.capture())
             masks.append(torch.rand(2, dtype=torch.float64))
             if measurement.add(Chunk((piece,)), [masks[-1] * theta]):
+                torch.rand(1)  # by whoever trains
                 before = torch.get_rng_state()
                 measurement.measure_curvature()
                 assert torch.equal(torch.get_rng_state(), before)

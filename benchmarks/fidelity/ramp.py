@@ -50,7 +50,9 @@ def ramp(
     if not fixed:
         settings: dict[str, Any] = {"law": rule} if rule in FIXED_RULES else {"objective": rule}
         surge = SurgeLRCallback(BASE_BATCH_SIZE, max_overhead=max_overhead, **settings)
-        warmup = BatchSizeWarmup(start=BASE_BATCH_SIZE, end=LARGEST, num_steps=RAMP_STEPS[budget])
+        warmup = BatchSizeWarmup(
+            BASE_BATCH_SIZE, LARGEST, RAMP_STEPS[budget], micro_batch_size=BASE_BATCH_SIZE
+        )
         callbacks = [warmup, surge]
     batches = Batches(what.data(), BASE_BATCH_SIZE, examples // BASE_BATCH_SIZE, seed)
     trainer = fit(study, batches, callbacks, steps=-1)

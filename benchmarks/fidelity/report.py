@@ -14,7 +14,7 @@ from benchmarks.fidelity.cells import Store
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
 from benchmarks.fidelity.markdown import share, table
 from benchmarks.fidelity.one_step import COUNTS
-from benchmarks.fidelity.regrets import FIXED, best_fixed, shared
+from benchmarks.fidelity.regrets import DEFAULT, FIXED, best_fixed, shared
 from benchmarks.results import finite, machine
 
 __all__ = ["targets", "write_report"]
@@ -39,6 +39,7 @@ PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "alignment": (("truths",), held_tables.alignment),
     "direction": (("truths",), held_tables.direction),
     "negative": (("truths", "live"), held_tables.negative),
+    "rules": (("live",), run_tables.rules),
     "switch": (("sweep",), run_tables.switch),
     "switch_points": (("sweep",), run_tables.switch_points),
     "switch_settings": (("sweep",), run_tables.switch_settings),
@@ -68,6 +69,7 @@ def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> No
     figures.draw(records, results)
     procedure.figures(records, results)
     found = targets(records)
+    (results / "summary.md").write_text(summary_table(found) + "\n")
     raw = {"machine": machine(), "cells": {kind: len(records[kind]) for kind in KEYS}}
     raw["procedure"] = procedure.claims(records)
     (results / "raw.json").write_text(json.dumps(finite(raw), indent=1) + "\n")
@@ -77,6 +79,15 @@ def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> No
         verdict = "met" if entry["met"] else "MISSED"
         print(f"{entry['value']:9.4f}  {sign} {entry['bound']:<6g} {verdict:7} {entry['name']}")
     print(f"written to {results}")
+
+
+def summary_table(found: Iterable[Mapping[str, Any]]) -> str:
+    """The targets, a line each."""
+    lines = []
+    for entry in found:
+        bound = f"at {'most' if entry['better'] == 'lower' else 'least'} {entry['bound']:g}"
+        lines.append([entry["name"], f"{entry['value']:.3g}", bound, "met" if entry["met"] else "missed"])
+    return table(["what", "value", "target", ""], lines)
 
 
 def read(store: Store) -> dict[str, list[Record]]:
@@ -146,7 +157,7 @@ def held_targets(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
 def switch_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Those after a change of the batch size, with the default objective at its default cost."""
     for how, name in (("used", "frozen"), ("live", "live")):
-        rule = f"step, {how}"
+        rule = f"{DEFAULT['objective']}, {how}"
         same = shared(run_tables.at_default(rows), (*FIXED, rule))
         if not same:
             continue

@@ -21,15 +21,25 @@ from benchmarks.fidelity.analysis import (
 )
 from benchmarks.fidelity.decay import RATIO_SIZES
 from benchmarks.fidelity.markdown import average, number, table
-from benchmarks.fidelity.regrets import CELL, DEFAULT, lag_rows, sweeps_of, switch_rows, truth_rows
+from benchmarks.fidelity.regrets import CELL, DEFAULT, lag_rows, shared, sweeps_of, switch_rows, truth_rows
 from benchmarks.fidelity.workloads import WORKLOADS
 
-__all__ = ["at_default", "decay", "lag", "of_unit", "ramp", "switch", "switch_points", "switch_settings"]
+__all__ = [
+    "at_default",
+    "decay",
+    "lag",
+    "of_unit",
+    "ramp",
+    "rules",
+    "switch",
+    "switch_points",
+    "switch_settings",
+]
 
 Records = Mapping[str, Sequence[Record]]
 NATS = tuple(name for name, workload in WORKLOADS.items() if workload.cross_entropy)
 PERCENT = tuple(name for name in WORKLOADS if name not in NATS)
-REFERENCE = "step, used"
+REFERENCE = f"{DEFAULT['objective']}, used"
 
 
 def all_rows(records: Records) -> list[Row]:
@@ -38,7 +48,7 @@ def all_rows(records: Records) -> list[Row]:
 
 
 def at_default(rows: Sequence[Row]) -> list[Row]:
-    """Rules without a callback, and the callback at its default cost."""
+    """Rules without a callback, and the callback at the cost of most of its runs."""
     return pick(rows, overhead=(None, DEFAULT["max_overhead"]))
 
 
@@ -67,7 +77,7 @@ def switch(records: Records) -> str:
         "% half-widths over cells of workload, phase, beta_2, B and seed, n of them; the seeds of one "
         f"change share its R_true. {len(truths)} changes have a sweep at both sizes, "
         f"{sum(t['censored'] for t in truths)} of them with a minimum at an end of a sweep, so that R_true "
-        f"is a bound. The callback is at its default cost of {DEFAULT['max_overhead']:.0%}.",
+        f"is a bound. The callback has max_overhead={DEFAULT['max_overhead']:g}.",
     ]
     blocks: list[tuple[str, str, Sequence[Row]]] = [
         ("error", "Mean absolute log2(R / R_true)", default),
@@ -100,6 +110,21 @@ def switch(records: Records) -> str:
         table(["rule", "nats", "n", "percent", "n"], lines),
     ]
     return "\n\n".join(parts)
+
+
+def rules(records: Records) -> str:
+    """Every rule on the cells that all of them have, in few columns."""
+    rows = at_default(all_rows(records))
+    names = [rule for (rule,) in groups(rows, "rule")]
+    same = shared(rows, names)
+    lines = []
+    for (rule,), found in groups(same, "rule").items():
+        units = [average(_mean(of_unit(found, nats=nats), "regret")) for nats in (True, False)]
+        lines.append([rule, average(_mean(found, "error")), *units])
+    headers = ["rule", "mean absolute log2(R / R_true)", "mean regret, nats", "mean regret, percent"]
+    return "\n\n".join(
+        [f"{len(same) // max(len(names), 1)} cells that every rule has.", table(headers, lines)]
+    )
 
 
 def switch_settings(records: Records) -> str:
