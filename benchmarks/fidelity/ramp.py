@@ -34,7 +34,7 @@ def ramp(
         budget: key of `BUDGETS`.
         rule: fixed rule or objective; `"fixed batch"` stays at the base batch size.
         seed: of the training.
-        max_overhead: of the callback.
+        max_overhead: of the callback, where it measures.
 
     Returns:
         Final loss and optimizer steps.
@@ -48,8 +48,9 @@ def ramp(
     study = Study(what, (0.9, beta_2), lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
     callbacks: list[pl.Callback] = []
     if not fixed:
-        settings: dict[str, Any] = {"law": rule} if rule in FIXED_RULES else {"objective": rule}
-        surge = SurgeLRCallback(BASE_BATCH_SIZE, max_overhead=max_overhead, **settings)
+        measured = {"objective": rule, "max_overhead": max_overhead}
+        settings: dict[str, Any] = {"law": rule} if rule in FIXED_RULES else measured
+        surge = SurgeLRCallback(BASE_BATCH_SIZE, **settings)
         warmup = BatchSizeWarmup(
             BASE_BATCH_SIZE, LARGEST, RAMP_STEPS[budget], micro_batch_size=BASE_BATCH_SIZE
         )
