@@ -107,7 +107,7 @@ class ProbeBudget:
         total = self.max_overhead * planned_examples
         left = planned_examples - self.trained
         known = math.isfinite(planned_examples)
-        if known and (left <= 0.0 or self.spent + cost > total):
+        if known and (left <= 0.0 or not self.has_room(passes, planned_examples)):
             return False
         early = self.measurements < EARLY_MEASUREMENTS and not (
             known and self.spent + cost > EARLY_SHARE * total
@@ -121,6 +121,16 @@ class ProbeBudget:
         else:
             return False
         return self.trained - self._trained_at_last >= self._spacing * cost / rate
+
+    def has_room(self, passes: float, planned_examples: float) -> bool:
+        """Whether a probe of this cost stays within what the whole run may spend.
+
+        Args:
+            passes: examples it will pass forward and backward.
+            planned_examples: examples of the whole run; infinite if unknown.
+        """
+        free = self.probe_every is not None
+        return free or self.spent + SAFETY * passes <= self.max_overhead * planned_examples
 
     def affordable(self, passes: float, planned_examples: float) -> float:
         """How many probes of this cost a whole run can pay for; 0 if `probe_every` asks for small ones."""

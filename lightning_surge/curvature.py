@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_surge.gradients import blocks, dense
 
-__all__ = ["Displacement", "Sample", "displaced", "probe_distance", "secant_curvature"]
+__all__ = ["Displacement", "Sample", "displaced", "probe_distance", "realised_slope", "secant_curvature"]
 
 Displacement = Callable[[], Iterator[Tensor]]
 """Yields the direction `V` in the flat blocks of `gradients.blocks`, parameter by parameter, on each call.
@@ -94,10 +94,42 @@ def displaced(parameters: Sequence[Tensor], direction: Displacement, delta: floa
                 # A flat view does not exist; such parameters (channels_last weights) are small.
                 flat = torch.cat([next(walk) for _ in blocks(parameter)])
                 parameter.data.add_(flat.view(parameter.shape).to(parameter.dtype), alpha=-delta)
+        del walk  # it would keep hold of the last tensor behind the direction
         yield originals
     finally:
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.data.copy_(original)
+
+
+def realised_slope(
+    parameters: Sequence[Tensor], direction: Displacement, delta: float, gradient: Sequence[Tensor | None]
+) -> Tensor:
+    """`d . g` with the displacement `d = theta - theta_delta` that `displaced` is going to make.
+
+    Args:
+        parameters: the point `theta`, left as it is.
+        direction: walks `V`.
+        delta: distance, in units of the parameters per unit of `V`.
+        gradient: the gradient at `theta`; None counts as zero.
+
+    Returns:
+        A scalar float64 tensor, on the device of the parameters.
+
+    Example:
+        In float32, `1 - 1e-7` is really `1 - 2^-23`.
+
+        >>> slope = realised_slope([torch.ones(1)], lambda: iter([torch.ones(1)]), 1e-7, [torch.ones(1)])
+        >>> slope.item() == 2.0**-23
+        True
+    """
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    walk = direction()
+    for parameter, grad in zip(parameters, gradient, strict=True):
+        for theta, g in blocks(parameter, parameter if grad is None else dense(grad)):
+            moved = theta.add(next(walk).to(theta.dtype), alpha=-delta)
+            if grad is not None:
+                total += torch.dot(_difference(theta, moved), g.double())
+    return total
 
 
 def secant_curvature(
@@ -112,19 +144,21 @@ def secant_curvature(
     r"""Curvature `W' H V` by a secant, `W = V` unless `against` is given.
 
     With the displacement that floating point really made, `d = theta - theta_delta`, which also stands in for
-    `V` so that nothing has to keep it,
+    `V` where that is `W`, so that nothing has to keep it,
 
-        D = (W . g - W . g_delta) |V|^2 / (V . d)        V . g_delta = d . g_delta |V|^2 / (V . d)
+        D = (W . g - W . g_delta) |V|^2 / (V . d)        V' H V = (d . g - d . g_delta) (|V|^2 / (V . d))^2
 
-    which is `W . (g - g_delta) / delta` in exact arithmetic. It is the curvature averaged over the
-    segment, so `delta` should be the length of step whose cost is asked for. Unbiased for the
-    Hessian of the examples behind `g`; independent of the noise in `V` only if `V` comes
-    from other examples.
+    which is `W . (g - g_delta) / delta` in exact arithmetic. Both slopes are along the same vector: their
+    difference is far smaller than either, so what rounding makes of `V` must not enter only one of them.
+    `D` is the curvature averaged over the segment, so `delta` should be the length of step whose cost is
+    asked for. Unbiased for the Hessian of the examples behind `g`; independent of the noise in `V` only if
+    `V` comes from other examples.
 
     Args:
         parameters: the point `theta`; bit-identical on return.
         direction: walks `V`; not needed any more once `gradient_at_displaced` is called.
-        slope: `W . g` at `theta`; 0 if `gradient_at_displaced` returns the difference `g_delta - g` itself.
+        slope: at `theta`, the `realised_slope`, or `W . g` if `against` is given; 0 if
+            `gradient_at_displaced` returns the difference `g_delta - g` itself.
         gradient_at_displaced: computes the gradient at the current parameters on the same examples
             with the same random numbers; None counts as zero.
         delta: distance of the displacement, positive.
@@ -141,7 +175,7 @@ def secant_curvature(
         >>> secant_curvature(
         ...     [theta],
         ...     direction=lambda: iter([torch.ones(2)]),
-        ...     slope=8.0,
+        ...     slope=0.5 * 8.0,
         ...     gradient_at_displaced=lambda: [hessian * theta],
         ...     delta=0.5,
         ... )
@@ -158,16 +192,23 @@ def secant_curvature(
             for theta, theta_0 in blocks(parameter, original):
                 v = next(walk)
                 length_sq += torch.dot(v, v)
-                realised += torch.dot(v, (theta_0 - theta).to(v.dtype))
+                realised += torch.dot(v.double(), _difference(theta_0, theta))
+        del walk, v  # likewise
         if realised.item() == 0.0:
-            return math.nan
+            # A direction of zeros, as from examples without a gradient, has no curvature; one that rounding
+            # swallowed has an unknown one.
+            return 0.0 if length_sq.item() == 0.0 else math.nan
         moved = gradient_at_displaced()
         other = None if against is None else against()
         for parameter, original, after in zip(parameters, originals, moved, strict=True):
             after = torch.zeros_like(parameter) if after is None else dense(after)
             for theta, theta_0, g_delta in blocks(parameter, original, after):
-                w = theta_0 - theta if other is None else next(other)
-                g = g_delta.to(torch.promote_types(g_delta.dtype, torch.float32))
-                change += torch.dot(w.to(g.dtype), g)
+                w = _difference(theta_0, theta) if other is None else next(other)
+                change += torch.dot(w.double(), g_delta.double())
     per_length = length_sq / realised
-    return float((per_length * (slope - (per_length * change if against is None else change))).item())
+    return float(((slope - change) * (per_length.square() if against is None else per_length)).item())
+
+
+def _difference(left: Tensor, right: Tensor) -> Tensor:
+    """In float64: two slopes are subtracted that may agree to all digits of float32."""
+    return left.double() - right.double()

@@ -111,7 +111,9 @@ class ChunkStream:
 
         >>> stream = ChunkStream([torch.zeros(2)], num_chunks=2)
         >>> stream.add([torch.tensor([3.0, 0.0])], size=1)
+        False
         >>> stream.add([torch.tensor([1.0, 0.0])], size=1)
+        True
         >>> stream.statistics()._replace(alignments=())
         ChunkStatistics(batch_size=2.0, grad_sq=3.0, trace_cov=2.0, alignments=())
 
@@ -163,7 +165,7 @@ class ChunkStream:
             size: examples in the chunk, any positive number.
 
         Returns:
-            Whether this chunk completes a pair of groups: `group_direction` and `group_slope` are there now.
+            Whether this chunk completes a pair of groups.
 
         Raises:
             ValueError: if `size` is not positive and finite.
@@ -200,14 +202,9 @@ class ChunkStream:
         return complete
 
     @property
-    def group_slope(self) -> float:
-        """`V . g` of the latest pair: a group's direction dotted with the mean of the group after it."""
-        return float(self._pairs[-1][2].item())
-
-    @property
-    def prefix_slope(self) -> float:
-        """`V . g` of the direction of the whole prefix and the mean of the whole reference."""
-        return float(self._along(self.prefix, self.reference, self.prefix_size).item() / self.reference_size)
+    def more_than_a_pair(self) -> bool:
+        """Whether the prefix or the reference has grown beyond the first pair of groups."""
+        return self.num_added > 2 * self.stride
 
     def group_direction(self) -> Iterator[Tensor]:
         """Walk the scaled direction of the latest group, in flat blocks."""
@@ -249,9 +246,9 @@ class ChunkStream:
         mean_sq = self._mean_squared_norm(size)
         weighted = sum(chunk_size * square.item() for chunk_size, square in self._weighted_squares)
         trace_cov = (weighted - size * mean_sq) / (self.num_added - 1)
-        alignments = [SizedValue(float(self.prefix_size), self.prefix_slope)]
-        if len(self._pairs) > 1:
-            # One pair is the prefix and the reference themselves.
+        whole = self._along(self.prefix, self.reference, self.prefix_size).item() / self.reference_size
+        alignments = [SizedValue(float(self.prefix_size), whole)]
+        if self.more_than_a_pair:
             pairs = [
                 (group_size, partner_size, value.item()) for group_size, partner_size, value in self._pairs
             ]

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_surge.curvature import Displacement, Sample, secant_curvature
+from lightning_surge.curvature import Displacement, Sample, realised_slope, secant_curvature
 from lightning_surge.gradients import ChunkStatistics, ChunkStream, Direction, SizedValue, weighted_mean
 from lightning_surge.replay import Chunk, Piece, RandomState
 
@@ -187,6 +187,8 @@ class LawMeasurement:
         self._keep_all = keep_all
         self._prefix_chunks: list[Chunk] = []
         self._reference_chunks: list[Chunk] = []
+        # Of each of these chunks, its size times the slope along the small direction before it.
+        self._slopes: list[Tensor] = []
         # Of the pairs of groups: size of the direction, examples it was measured on, curvature.
         self._pairs: list[tuple[float, float, float]] = []
         self._passes = 0.0
@@ -209,6 +211,7 @@ class LawMeasurement:
         """
         if self._stream.in_reference:
             self._reference_chunks.append(chunk)
+            self._slopes.append(chunk.size * self._slope(self._stream.group_direction, gradient))
         elif self._keep_all:
             self._prefix_chunks.append(chunk)
         return self._stream.add(gradient, chunk.size)
@@ -217,8 +220,12 @@ class LawMeasurement:
         """Measure `D` along the latest small direction, on the examples of the group after it."""
         stream = self._stream
         chunks = self._reference_chunks[-stream.stride :]
-        curvature = self._secant(chunks, stream.group_direction, stream.group_slope, release=stream.group)
+        slope = sum(value.item() for value in self._slopes[-stream.stride :]) / stream.partner_size
+        curvature = self._secant(chunks, stream.group_direction, slope, release=stream.group)
         self._pairs.append((stream.group_size, stream.partner_size, curvature))
+
+    def _slope(self, direction: Displacement, gradient: Sequence[Tensor | None]) -> Tensor:
+        return realised_slope(self._parameters, direction, self._delta, gradient)
 
     def _secant(
         self,
@@ -297,13 +304,14 @@ class LawMeasurement:
         stream = self._stream
         statistics = stream.statistics()
         curvatures = [weighted_mean(self._pairs)]
-        if len(self._pairs) > 1:
-            value = self._secant(self._reference_chunks, stream.prefix_direction, stream.prefix_slope)
+        stream.group.clear()  # of a group that none came after
+        if stream.more_than_a_pair:
+            slope = self._slope(stream.prefix_direction, stream.reference).item() / stream.reference_size
+            value = self._secant(self._reference_chunks, stream.prefix_direction, slope)
             curvatures.append(SizedValue(stream.prefix_size, value))
         measured = Measurement(statistics, tuple(curvatures), self._passes, stream.num_added)
         if sharpness is None:
             return measured
-        stream.group.clear()
         values = sharpness(
             self._sample(stream.prefix, stream.prefix_size, self._prefix_chunks),
             self._sample(stream.reference, stream.reference_size, self._reference_chunks),

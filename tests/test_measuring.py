@@ -95,7 +95,7 @@ class Quadratic:
         ]
         size, value = np.average([row for row, _ in rows], axis=0, weights=[weight for _, weight in rows])
         wanted = [SizedValue(float(size), float(value))]
-        if len(rows) > 1:
+        if len(batches) > 2 * stride:
             wanted.append(SizedValue(*curvature(list(chain(*made_of)), list(chain(*measured_on)))))
         return wanted
 

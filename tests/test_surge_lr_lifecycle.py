@@ -470,7 +470,7 @@ class TestResume:
     def test_on_a_shorter_loader_comes_to_an_end(
         self, make_trainer: MakeTrainer, tmp_path: Path, longer: bool
     ) -> None:
-        # Lightning goes on counting batches where the checkpoint stopped, here past the end of the new loader.
+        # Lightning counts on where the checkpoint stopped, here past the end of the new loader.
         def run(batches: int, max_epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
             callback = SurgeLRCallback(4, probe_every=1)
             trainer = make_trainer(callback, max_steps=40, max_epochs=max_epochs)
@@ -570,7 +570,10 @@ class TestErrors:
         ("arguments", "message"),
         [
             ({"law": "teorem3"}, r"law to be one of measured, theorem2, .*constant, got law='teorem3'"),
-            ({"objective": "speed"}, r"objective to be one of step, progress, edge, got objective='speed'"),
+            (
+                {"objective": "speed"},
+                r"objective to be one of step, alignment, progress, edge, got objective='speed'",
+            ),
             (
                 {"objective": "edge", "law": "theorem2"},
                 r"law='measured' with objective='edge', got law='theorem2'",

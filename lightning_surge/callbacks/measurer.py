@@ -87,6 +87,7 @@ class Measurer:
     parameters: list[Tensor]
     _scales: list[float]
     _delta_wanted: float | None
+    _planned: float
 
     def __init__(
         self,
@@ -211,7 +212,7 @@ class Measurer:
         # counts past its end.
         window = min(accumulation, max(self._trainer.num_training_batches - batch_idx, 1))
         batch_size = typical * window
-        planned = self._planned_examples(typical, batch_size, batch_idx)
+        planned = self._planned = self._planned_examples(typical, batch_size, batch_idx)
         if free:
             self._cost_under_way = (1.0 + FREE_CHUNK_PASSES) * batch_size
             self._cost_under_way += self._sharpness_cost(batch_size, self._sharpness.secants)
@@ -379,6 +380,8 @@ class Measurer:
         if len(chunks) < self._fewest_chunks:
             return None  # too few whole batches, or examples: go on pooling
         self.forget_pool()
+        if not self.budget.has_room(self._cost(sum(piece.size for piece in pieces)), self._planned):
+            return None  # the last batch was far larger than those the plan was made with
         self._prober.loss_scale = self._scaler_scale()
         if not self._slices_checked and len(chunks) > len(pieces) and not self._slices_agree(pieces, chunks):
             return None
@@ -396,9 +399,10 @@ class Measurer:
         return self._new_measurement(len(chunks)).run(chunks, sharpness)
 
     def _slices_agree(self, pieces: list[Piece], chunks: list[Chunk]) -> bool:
-        agree, passes = self._prober.slices_agree(
-            max(pieces, key=lambda piece: piece.size), len(chunks) // len(pieces)
-        )
+        num_slices = len(chunks) // len(pieces)
+        # The cheapest that can be cut like that; batches differ in size where tokens are counted.
+        cuttable = [piece for piece in pieces if piece.size >= num_slices] or pieces
+        agree, passes = self._prober.slices_agree(min(cuttable, key=lambda piece: piece.size), num_slices)
         self._slices_checked = True
         self.budget.charge(passes, measured=False)
         if not agree:
@@ -422,7 +426,7 @@ class Measurer:
             ) from error
 
     def _cost(self, examples: float) -> float:
-        """Passes of a probe: its slices once, and the reference half for each of two secants."""
+        """Passes of a probe: its slices once, and half of them for each of two sizes of direction."""
         if self._by_coordinates:
             return CoordinateMeasurement.cost(examples, self._settings.law)
         return 2.0 * examples + self._sharpness_cost(examples, SECANTS)

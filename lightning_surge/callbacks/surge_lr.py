@@ -105,10 +105,11 @@ class SurgeLRCallback(pl.Callback):
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
         objective: `"step"` makes every step as good as it can be, and can fall with the batch size.
             `"alignment"` counts what a step gains and takes its cost as the same at every batch size: sqrt
-            scaling that saturates where the noise does. `"progress"` keeps the expected progress per example, and cannot. `"edge"` is progress capped by
-            Adam's edge of stability, which falls with the batch size: near the edge the factor falls too, and
-            as the schedule decays it becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam with
-            decoupled weight decay, without clipping; it holds one more buffer of the size of the parameters.
+            scaling that saturates where the noise does. `"progress"` keeps the expected progress per
+            example, and cannot fall. `"edge"` is progress capped by Adam's edge of stability, which falls
+            with the batch size: near the edge the factor falls too, and as the schedule decays it becomes
+            that of `"progress"`. For Adam, AdamW, NAdam and RAdam with decoupled weight decay, without
+            clipping; it holds one more buffer of the size of the parameters.
         anchor: `"schedule"`: the scheduled learning rate is right at `base_batch_size`. `"law"`: from the
             first trusted estimate on, the level follows the law too.
         dry_run: Measure and log, never touch the learning rate.
