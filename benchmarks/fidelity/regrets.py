@@ -214,9 +214,9 @@ def shared(rows: Iterable[Row], rules: Sequence[str]) -> list[Row]:
     return [row for row in wanted if tuple(row[name] for name in CELL) in complete]
 
 
-def best_fixed(rows: Sequence[Row]) -> tuple[str, float] | None:
+def best_fixed(rows: Sequence[Row], field: str = "regret") -> tuple[str, float] | None:
     """The fixed rule with the smallest mean regret, and that regret; None of nothing."""
-    means = {name: mean(row["regret"] for row in pick(rows, rule=name)) for name in FIXED}
+    means = {name: mean(row[field] for row in pick(rows, rule=name)) for name in FIXED}
     known = {name: found.value for name, found in means.items() if found.n}
     return min(known.items(), key=lambda item: item[1]) if known else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -164,13 +165,17 @@ def switch_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         title = f"change of the batch size, {name} ratio"
         errors = mean(abs(row["error"]) for row in pick(same, rule=rule))
         yield target(f"{title}, mean |log2(R / R_true)|", errors.value, 0.25)
-        for nats, unit in ((True, "cross-entropy"), (False, "autoencoder")):
+        # A live run knows its own base lr only; a frozen ratio can also be judged at the best one.
+        fields = {"regret": "", "tuned": ", at the best base lr"} if how == "used" else {"regret": ""}
+        for (field, base), (nats, unit) in itertools.product(
+            fields.items(), ((True, "cross-entropy"), (False, "autoencoder"))
+        ):
             part = run_tables.of_unit(same, nats=nats)
-            own, best = mean(row["regret"] for row in pick(part, rule=rule)), best_fixed(part)
+            own, best = mean(row[field] for row in pick(part, rule=rule)), best_fixed(part, field)
             if best is None:
                 continue
             # A fixed rule that loses nothing leaves nothing to be a quarter of.
             quotient = own.value / best[1] if best[1] > 0.0 else math.inf
-            yield target(f"{title}, regret over that of {best[0]}, {unit}", quotient, 0.25)
-            if nats:
-                yield target(f"{title}, mean regret (nats)", own.value, 0.005)
+            yield target(f"{title}, regret over that of {best[0]}, {unit}{base}", quotient, 0.25)
+            bound, scale = (0.005, "nats") if nats else (0.5, "% of the loss")
+            yield target(f"{title}, mean regret{base} ({scale})", own.value, bound)

@@ -119,9 +119,16 @@ def rules(records: Records) -> str:
     same = shared(rows, names)
     lines = []
     for (rule,), found in groups(same, "rule").items():
-        units = [average(_mean(of_unit(found, nats=nats), "regret")) for nats in (True, False)]
+        units = [
+            average(_mean(of_unit(found, nats=nats), field))
+            for field in ("tuned", "regret")
+            for nats in (True, False)
+        ]
         lines.append([rule, average(_mean(found, "error")), *units])
-    headers = ["rule", "mean absolute log2(R / R_true)", "mean regret, nats", "mean regret, percent"]
+    headers = ["rule", "mean absolute log2(R / R_true)"]
+    headers += [
+        f"regret {base}, {unit}" for base in ("at the best base lr", "as run") for unit in ("nats", "%")
+    ]
     return "\n\n".join(
         [f"{len(same) // max(len(names), 1)} cells that every rule has.", table(headers, lines)]
     )
