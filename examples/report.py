@@ -33,7 +33,7 @@ def parse_arguments(
     )
     parser.add_argument("--max-overhead", type=float, help="share of the work spent on probes")
     parser.add_argument("--law", default="measured", help="or sqrt, linear, constant, to compare")
-    parser.add_argument("--objective", default="step", choices=OBJECTIVES, help="what the factor keeps")
+    parser.add_argument("--objective", choices=OBJECTIVES, help="what the factor keeps")
     options = parser.parse_args(arguments)
     if options.max_overhead is None:
         # These runs are short. At the default of 1 % a probe would come too rarely to follow them; a run of

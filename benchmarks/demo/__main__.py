@@ -8,7 +8,6 @@ python -m benchmarks.demo --quick                # every rule on the demo's few-
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import shutil
 import statistics
@@ -28,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 FIXED = {"constant": "constant lr", "sqrt": "sqrt", "linear": "linear"}
 MEASURED = {objective: f'measured, objective="{objective}"' for objective in OBJECTIVES}
 RULES = FIXED | MEASURED
-DEFAULT = MEASURED[inspect.signature(SurgeLRCallback).parameters["objective"].default]
+DEFAULT = MEASURED[SurgeLRCallback().settings.objective]
 SEEDS = (0, 1)
 
 

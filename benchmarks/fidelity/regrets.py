@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,10 +14,7 @@ from benchmarks.fidelity.one_step import SIZES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
 
-DEFAULT = {
-    "objective": inspect.signature(SurgeLRCallback).parameters["objective"].default,
-    "max_overhead": 0.05,
-}
+DEFAULT = {"objective": SurgeLRCallback().settings.objective, "max_overhead": 0.05}
 """The callback's default objective. Its default cost is for longer runs than these."""
 CELL = (*POINT, "batch_size", "seed")
 FIXED = ("constant", "sqrt", "linear")

@@ -9,7 +9,7 @@ from numbers import Real
 from lightning_surge.laws import ConstantLaw, LinearLaw, SqrtLaw
 from lightning_surge.policy import ANCHORS, OBJECTIVES
 
-__all__ = ["LAWS", "REFERENCE_RULES", "SurgeSettings"]
+__all__ = ["LAWS", "REFERENCE_RULES", "SurgeSettings", "default_objective"]
 
 REFERENCE_RULES: dict[str, type[ConstantLaw] | type[SqrtLaw] | type[LinearLaw]] = {
     "sqrt": SqrtLaw,
@@ -17,6 +17,20 @@ REFERENCE_RULES: dict[str, type[ConstantLaw] | type[SqrtLaw] | type[LinearLaw]] 
     "constant": ConstantLaw,
 }
 LAWS = ("measured", "theorem2", "theorem3", *REFERENCE_RULES)
+
+
+def default_objective(law: str) -> str:
+    """What a law is followed for unless the user says otherwise.
+
+    Args:
+        law: key of `LAWS`.
+
+    Returns:
+        `"alignment"` for the measured law, which loses least after a change of the batch size
+        (docs/theory.md, section 8); `"step"` for the paper's closed forms and for fixed rules, which are
+        followed to the letter.
+    """
+    return "alignment" if law == "measured" else "step"
 
 
 @dataclass(frozen=True, kw_only=True)

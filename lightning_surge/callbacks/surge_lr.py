@@ -30,7 +30,7 @@ from lightning_surge.callbacks.checks import (
 )
 from lightning_surge.callbacks.logging import add_tensorboard_layout, law_metrics, lr_metrics
 from lightning_surge.callbacks.measurer import LossFn, Measurer
-from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
+from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings, default_objective
 from lightning_surge.estimates import (
     EstimatedLaw,
     Fit,
@@ -103,13 +103,14 @@ class SurgeLRCallback(pl.Callback):
         law: `"measured"` (Lemma 1 with measured terms; for SGD the gradient-noise law), `"theorem2"` or
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
-        objective: `"step"` makes every step as good as it can be, and can fall with the batch size.
-            `"alignment"` counts what a step gains and takes its cost as the same at every batch size: sqrt
-            scaling that saturates where the noise does. `"progress"` keeps the expected progress per
-            example, and cannot fall. `"edge"` is progress capped by Adam's edge of stability, which falls
-            with the batch size: near the edge the factor falls too, and as the schedule decays it becomes
-            that of `"progress"`. For Adam, AdamW, NAdam and RAdam with decoupled weight decay, without
-            clipping; it holds one more buffer of the size of the parameters.
+        objective: `"alignment"` follows what a step gains and takes its cost as the same at every batch
+            size: sqrt scaling that saturates where the noise does. `"step"` is the paper's: it makes every
+            step as good as it can be, and can fall with the batch size. `"progress"` keeps the expected
+            progress per example, and cannot fall. `"edge"` is progress capped by Adam's edge of stability,
+            which falls with the batch size: near the edge the factor falls too, and as the schedule decays it
+            becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam with decoupled weight decay,
+            without clipping; it holds one more buffer of the size of the parameters. None takes
+            `"alignment"`, or `"step"` with a law that is not measured.
         anchor: `"schedule"`: the scheduled learning rate is right at `base_batch_size`. `"law"`: from the
             first trusted estimate on, the level follows the law too.
         dry_run: Measure and log, never touch the learning rate.
@@ -154,7 +155,7 @@ class SurgeLRCallback(pl.Callback):
         self,
         base_batch_size: float | None = None,
         law: Literal["measured", "theorem2", "theorem3", "sqrt", "linear", "constant"] = "measured",
-        objective: Literal["step", "alignment", "progress", "edge"] = "step",
+        objective: Literal["step", "alignment", "progress", "edge"] | None = None,
         anchor: Literal["schedule", "law"] = "schedule",
         *,
         dry_run: bool = False,
@@ -173,7 +174,7 @@ class SurgeLRCallback(pl.Callback):
         self.settings = SurgeSettings(
             base_batch_size=base_batch_size,
             law=law,
-            objective=objective,
+            objective=default_objective(law) if objective is None else objective,
             anchor=anchor,
             dry_run=dry_run,
             max_overhead=max_overhead,
