@@ -39,11 +39,10 @@ def table(records: list[dict[str, Any]]) -> str:
         "|---|" + "---|" * (len(seeds) + 1),
     ]
     for rule in RULES.values():
-        losses = [record["val_loss"] for record in records if record["rule"] == rule]
-        if not losses:
-            continue
-        cells = [f"{loss:.4f}" for loss in [*losses, statistics.mean(losses)]]
-        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+        losses = {record["seed"]: record["val_loss"] for record in records if record["rule"] == rule}
+        if losses:
+            cells = [f"{losses[seed]:.4f}" if seed in losses else "-" for seed in seeds]
+            lines.append(f"| {rule} | " + " | ".join(cells) + f" | {statistics.mean(losses.values()):.4f} |")
     return "\n".join(lines)
 
 
@@ -62,6 +61,17 @@ def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def save(records: list[dict[str, Any]]) -> None:
+    """Write what there is, after every run: half an hour is long."""
+    RESULTS.mkdir(exist_ok=True)
+    records.sort(key=lambda record: (record["seed"], list(RULES.values()).index(record["rule"])))
+    raw = finite({"machine": machine(), "records": records})
+    (RESULTS / "raw.json").write_text(json.dumps(raw, indent=1, allow_nan=False) + "\n")
+    (RESULTS / "table.md").write_text(table(records) + "\n")
+    if {record["rule"] for record in records} >= {*FIXED.values(), DEFAULT}:
+        (RESULTS / "summary.json").write_text(json.dumps(summary(records), indent=1) + "\n")
+
+
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -70,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     wanted = options.rules or list(RULES)
     records: list[dict[str, Any]] = []
-    if not options.quick and len(wanted) < len(RULES) and (RESULTS / "raw.json").exists():
+    if not options.quick and (RESULTS / "raw.json").exists():
         kept = json.loads((RESULTS / "raw.json").read_text())["records"]
         records = [record for record in kept if record["rule"] not in {RULES[name] for name in wanted}]
     with tempfile.TemporaryDirectory() as directory:
@@ -91,16 +101,11 @@ def main() -> None:
                         "stages": [row._asdict() for row in rows],
                     }
                 )
-                if not options.quick and seed == 0 and RULES[name] == DEFAULT:
-                    RESULTS.mkdir(exist_ok=True)
-                    shutil.copy(picture, RESULTS / "surge.png")
-    records.sort(key=lambda record: (record["seed"], list(RULES.values()).index(record["rule"])))
+                if not options.quick:
+                    save(records)
+                    if seed == 0 and RULES[name] == DEFAULT:
+                        shutil.copy(picture, RESULTS / "surge.png")
     print("\nFinal validation loss, nats per byte\n\n" + table(records))
-    if not options.quick:
-        raw = finite({"machine": machine(), "records": records})
-        (RESULTS / "raw.json").write_text(json.dumps(raw, indent=1, allow_nan=False) + "\n")
-        (RESULTS / "summary.json").write_text(json.dumps(summary(records), indent=1) + "\n")
-        (RESULTS / "table.md").write_text(table(records) + "\n")
 
 
 if __name__ == "__main__":
