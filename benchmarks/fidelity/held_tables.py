@@ -19,7 +19,7 @@ from benchmarks.fidelity.markdown import number, share, spread, table
 from benchmarks.fidelity.one_step import COUNTS, KINDS, SIZES
 from benchmarks.fidelity.regrets import DEFAULT, sweeps_of, truth_rows
 
-__all__ = ["NEAR", "alignment", "calibration", "direction", "negative", "one_step"]
+__all__ = ["NEAR", "alignment", "calibration", "direction", "laws", "negative", "one_step"]
 
 Records = Mapping[str, Sequence[Record]]
 NEAR = tuple(size for size in SIZES if 4 <= size <= 1024)
@@ -63,6 +63,21 @@ def one_step(records: Records) -> str:
             table(["points", "n", *LAWS], lines),
         ]
     return "\n\n".join(parts)
+
+
+def laws(records: Records) -> str:
+    """The same in few lines, for pages: by law, and by workload."""
+    rows = pick(one_step_rows(records["one_step"]), batch_size=NEAR)
+    lines = []
+    for law in LAWS:
+        found = pick(rows, law=law)
+        by_workload = [summary(row["ratio"] for row in part) for _, part in groups(found, "workload").items()]
+        whole = [summary(row[what] for row in found) for what in ("lr", "ratio")]
+        lines.append([law, *map(spread, whole), *map(spread, by_workload)])
+    names = [name for (name,) in groups(rows, "workload")]
+    headers = ["law", "lr: median, 90th percentile", "R", *(f"R, {name}" for name in names)]
+    note = f"{len(records['one_step'])} points of training, B = {NEAR[0]} to {NEAR[-1]}, 64 in force."
+    return "\n\n".join([table(headers, lines), note])
 
 
 def calibration(records: Records) -> str:

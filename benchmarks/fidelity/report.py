@@ -36,6 +36,7 @@ KEYS = {
 Records = Mapping[str, Sequence[Record]]
 PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "one_step": (("one_step",), held_tables.one_step),
+    "laws": (("one_step",), held_tables.laws),
     "calibration": (("one_step",), held_tables.calibration),
     "alignment": (("truths",), held_tables.alignment),
     "direction": (("truths",), held_tables.direction),
