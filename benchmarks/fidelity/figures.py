@@ -32,6 +32,7 @@ SWITCH_RULES = {
     "linear": (GREY, "-"),
     "McCandlish": (PURPLE, "-"),
     "theorem 3": (GREEN, "-"),
+    "alignment, used": (SKY, "-"),
     "step, used": (VERMILION, "-"),
     "progress, used": (BLUE, "-"),
     "edge, used": (ORANGE, "-"),
@@ -144,7 +145,7 @@ def draw_switch(records: Records) -> Figure:
     for line, name in zip(grid, names, strict=True):
         for axes, phase in zip(line, phases, strict=True):
             found = sorted(pick(truths, workload=name, phase=phase), key=lambda row: row["batch_size"])
-            if not found:
+            if len(found) < 2:
                 axes.set_visible(False)
                 continue
             for rule, (colour, style) in SWITCH_RULES.items():
