@@ -135,7 +135,10 @@ def draw_calibration(records: Records) -> Figure:
 
 def draw_switch(records: Records) -> Figure:
     """R against B: the truth with its spread over seeds, and the rules."""
-    truths = pick(truth_rows(sweeps_of(records["sweep"])), beta_2=SHOWN_BETA)
+    every = pick(truth_rows(sweeps_of(records["sweep"])), beta_2=SHOWN_BETA)
+    # One size makes no curve.
+    panels = [part for part in groups(every, "workload", "phase").values() if len(part) > 1]
+    truths = [row for part in panels for row in part]
     rows = pick(at_default(all_rows(records)), beta_2=SHOWN_BETA)
     names = [name for name in WORKLOADS if pick(truths, workload=name)]
     phases = [phase for phase in PHASES if pick(truths, phase=phase)]
@@ -145,7 +148,7 @@ def draw_switch(records: Records) -> Figure:
     for line, name in zip(grid, names, strict=True):
         for axes, phase in zip(line, phases, strict=True):
             found = sorted(pick(truths, workload=name, phase=phase), key=lambda row: row["batch_size"])
-            if len(found) < 2:
+            if not found:
                 axes.set_visible(False)
                 continue
             for rule, (colour, style) in SWITCH_RULES.items():
