@@ -190,3 +190,14 @@ def test_a_loss_without_any_gradient_trains_on(make_trainer: MakeTrainer) -> Non
     assert not callback._noise_has_changed()
     # No law follows from nothing: the factor stays at the square root.
     assert callback.lr_scale(32) == 2.0
+
+
+def test_a_batch_that_cannot_be_cut_does_not_vouch_for_those_that_can(make_trainer: MakeTrainer) -> None:
+    # The sum over a batch's rows, in batches of one row that counts many tokens and of many rows.
+    class Summed(Linear):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return len(batch) * super().training_step(batch, batch_idx)
+
+    callback = SurgeLRCallback(4, probe_every=1, batch_size_fn=lambda batch: 2.0 * len(batch))
+    with pytest.warns(UserWarning, match="The mean gradient of a batch's slices is not the gradient"):
+        make_trainer(callback).fit(Summed(), batches([1, 16] * 20))

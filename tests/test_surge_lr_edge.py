@@ -271,6 +271,33 @@ class TestRefusals:
         assert callback.law is not None
         assert 0.0 < callback.law.edge_lr(16.0) < math.inf
 
+    def test_of_16_bit_weights(self, make_trainer: MakeTrainer) -> None:
+        module = Regression()
+        with pytest.raises(MisconfigurationException, match=r"32-true' or higher .* got 'bf16-mixed'"):
+            make_trainer(surge(), precision="bf16-mixed").fit(module, data(32, 8))
+        assert module.calls == 0
+
+    def test_of_a_schedule_that_moves_beta_1(self, make_trainer: MakeTrainer) -> None:
+        class Cycled(Regression):
+            def configure_optimizers(self) -> Any:
+                optimizer = super().configure_optimizers()["optimizer"]
+                schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=100)
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+        module = Cycled()
+        with pytest.raises(MisconfigurationException, match="cycle_momentum=False"):
+            make_trainer(surge()).fit(module, data(32, 8))
+        assert module.calls == 0
+
+    def test_a_callback_loaded_from_its_state_answers_as_before(self, make_trainer: MakeTrainer) -> None:
+        callback, loaded = surge(), surge()
+        make_trainer(callback).fit(Regression(), data(16 * 20, 16))
+        loaded.load_state_dict(callback.state_dict())
+        assert loaded.lr_scale(64) == callback.lr_scale(64)
+        for lr in (-1.0, math.inf):
+            with pytest.raises(ValueError, match="0 <= lr < inf"):
+                loaded.lr_scale(64, lr=lr)
+
     def test_of_clipping(self, make_trainer: MakeTrainer) -> None:
         module = Regression()
         with pytest.raises(MisconfigurationException, match=r"no gradient clipping .* gradient_clip_val=0.5"):

@@ -259,7 +259,7 @@ def negative(records: Records) -> str:
             "quadratic, and the measured law after 50 measurements, whose secants are as long as a step "
             "of training. Batch sizes at which the curvature is always positive are not listed.",
             table([*headers, "absolute log2(predicted / true) of lr there: median, 90th percentile"], lines),
-            "**Reasons of the first decision after the change of the batch size**, default settings",
+            "**Reasons of the first decision after the change of the batch size**, default objective",
             table(["phase", "runs", "of these without a measurement", "reasons, by run and B"], reasons),
         ]
     )

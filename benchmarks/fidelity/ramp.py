@@ -19,7 +19,7 @@ BUDGETS = {"short": 16_384, "long": 65_536}
 LARGEST = 16 * BASE_BATCH_SIZE
 RULES = ("fixed batch", "constant", "sqrt", "linear", "step", "alignment", "progress", "edge")
 FIXED_RULES = ("constant", "sqrt", "linear")
-# The ramp takes this share of the examples; a geometric ramp spends most steps at small sizes.
+# Optimizer steps of the ramp, which leaves a sixtieth of them for the largest size.
 RAMP_STEPS = {"short": 256, "long": 1024}
 
 

@@ -163,8 +163,8 @@ def switch_rows(
     the rule's lr, interpolated, minus the same seed's loss at the lr that is best on average: nats, or
     percent of the best loss where the loss is no cross-entropy. `tuned` is the same with the rule's ratio
     applied to the best base lr. For "live" the loss is the run's own, and the ratio the mean over its steps.
-    `beyond` tells of an lr outside the sweep, at whose edge the loss is then taken; `censored` of an R_true
-    that is a bound. `overhead` is None for rules that need no callback.
+    `beyond` and `tuned_beyond` tell of an lr outside the sweep, at whose edge the loss is then taken;
+    `censored` of an R_true that is a bound. `overhead` is None for rules that need no callback.
     """
     rows = []
     live_of, laws_of = groups(lives, *POINT), groups(laws, *POINT)
@@ -190,13 +190,14 @@ def switch_rows(
                 row = {name: truth[name] for name in (*POINT, "batch_size", "censored")}
                 row |= {"seed": seed, "rule": rule}
                 row |= {"overhead": overhead, "ratio": ratio, "error": None, "regret": None, "tuned": None}
-                row["beyond"] = False
+                row["beyond"] = row["tuned_beyond"] = False
                 if ratio is not None:
                     row["error"] = ratio - truth["ratio"]
                     own = None if loss is None else loss - found.reference(seed)
                     row["regret"] = unit * (found.regret(seed, ratio) if own is None else own)
                     row["tuned"] = unit * found.regret(seed, ratio + truth["base"]) if own is None else None
                     row["beyond"] = own is None and found.beyond(ratio)
+                    row["tuned_beyond"] = own is None and found.beyond(ratio + truth["base"])
                 rows.append(row)
     return rows
 

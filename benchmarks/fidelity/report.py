@@ -49,7 +49,10 @@ PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "lag": (("lag",), run_tables.lag),
     "ramp": (("ramp",), run_tables.ramp),
     "procedure": (("procedure_grid", "procedure_following"), procedure.table),
-    "secants": (("secants",), lambda records: secants.table(records["secants"])),
+    "secants": (
+        ("secants",),
+        lambda records: secants.table(records["secants"]).replace("(package)", "(one small)"),
+    ),
 }
 """By file: the kinds of cells of which any is something to show, and what makes the page."""
 

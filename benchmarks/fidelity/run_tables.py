@@ -93,10 +93,11 @@ def switch(records: Records) -> str:
             columns = [pick(found, workload=name) for name in WORKLOADS]
             columns.append(found if field == "error" else of_unit(found, nats=True))
             columns += [pick(found, censored=False)] if field == "error" else []
-            beyond = [sum(row["beyond"] for row in found)] if field == "regret" else []
+            mark = {"regret": "beyond", "tuned": "tuned_beyond"}.get(field)
+            beyond = [sum(row[mark] for row in found)] if mark else []
             lines.append([rule, len(known), *(average(_mean(part, field)) for part in columns), *beyond])
         headers = ["rule", "n", *WORKLOADS, "all" if field == "error" else "cross-entropy, all"]
-        headers += {"error": ["all but bounds"], "regret": ["lr beyond the sweep"]}.get(field, [])
+        headers += ["all but bounds" if field == "error" else "lr beyond the sweep"]
         parts += [f"**{title}**", table(headers, lines)]
     lines = []
     for (rule,), found in by_rule.items():

@@ -141,9 +141,8 @@ def train_to(
     study = Study(workload, (0.9, beta_2), before)
     batches = Batches(workload.data(), BASE_BATCH_SIZE, PHASES[phase], seed)
     callbacks = [] if callback is None else [callback]
-    # The callback plans its probes for the whole run, of which the rest comes after the change.
-    steps = PHASES[phase] + CONTINUED_EXAMPLES // BASE_BATCH_SIZE
-    return study, fit(study, batches, callbacks, steps=steps)
+    # The callback plans its probes for this part alone: it cannot know what comes after the change.
+    return study, fit(study, batches, callbacks, steps=PHASES[phase] + 1)
 
 
 def continue_run(

@@ -128,6 +128,17 @@ def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             f"Expected beta_1 > 1/3 for objective='edge', got {name} with beta_1={beta_1}: its averages then "
             "hardly tell the mean gradient from its noise. Use objective='progress'."
         )
+    if "16" in str(trainer.precision):
+        raise MisconfigurationException(
+            f"Expected precision='32-true' or higher for objective='edge', got {trainer.precision!r}: its "
+            "secants are so short that 16-bit copies of the weights would not move. Use objective='progress'."
+        )
+    if any(getattr(config.scheduler, "cycle_momentum", False) for config in trainer.lr_scheduler_configs):
+        raise MisconfigurationException(
+            "Expected a constant beta_1 for objective='edge', got a scheduler with cycle_momentum=True: "
+            "Adam's averages then do not tell the gradient from its noise. Pass cycle_momentum=False, or use "
+            "objective='progress'."
+        )
     if clips_gradients(trainer, pl_module):
         raise MisconfigurationException(
             "Expected no gradient clipping for objective='edge', got gradient_clip_val="

@@ -316,14 +316,19 @@ class Measurer:
         sizes = (base, batch_size if far else FAR * base)
 
         def follow(search: Sample, judge: Sample) -> tuple[SizedValue, ...]:
-            return self._sharpness.measure(
-                self.parameters,
-                sizes=sizes,
-                inverse_root=partial(moments.inverse_root, self._optimizer, self.parameters, self._scales),
-                search=search,
-                judge=judge,
-                delta=self._delta(SHARPNESS_DELTA),
-            )
+            try:
+                return self._sharpness.measure(
+                    self.parameters,
+                    sizes=sizes,
+                    inverse_root=partial(
+                        moments.inverse_root, self._optimizer, self.parameters, self._scales
+                    ),
+                    search=search,
+                    judge=judge,
+                    delta=self._delta(SHARPNESS_DELTA),
+                )
+            except (ArithmeticError, ValueError):
+                return ()  # gradients of zero; the rest of the measurement is good
 
         return follow
 
@@ -399,10 +404,19 @@ class Measurer:
         return self._new_measurement(len(chunks)).run(chunks, sharpness)
 
     def _slices_agree(self, pieces: list[Piece], chunks: list[Chunk]) -> bool:
-        num_slices = len(chunks) // len(pieces)
-        # The cheapest that can be cut like that; batches differ in size where tokens are counted.
-        cuttable = [piece for piece in pieces if piece.size >= num_slices] or pieces
-        agree, passes = self._prober.slices_agree(min(cuttable, key=lambda piece: piece.size), num_slices)
+        num_slices = max(len(chunks) // len(pieces), 2)
+        # The cheapest that can be cut: a size may count tokens, and a batch be a single row.
+        piece = next(
+            (
+                piece
+                for piece in sorted(pieces, key=lambda piece: piece.size)
+                if len(self._prober.cut(piece, num_slices)) > 1
+            ),
+            None,
+        )
+        if piece is None:
+            return True  # nothing was cut
+        agree, passes = self._prober.slices_agree(piece, num_slices)
         self._slices_checked = True
         self.budget.charge(passes, measured=False)
         if not agree:

@@ -271,8 +271,11 @@ class SurgeLRCallback(pl.Callback):
             The factor; 1 while the base batch size is not known.
 
         Raises:
-            ValueError: if the batch size is not positive and finite.
+            ValueError: if the batch size is not positive and finite, or the learning rate is negative or not
+                finite.
         """
+        if lr is not None and not 0.0 <= lr < math.inf:
+            raise ValueError(f"Expected 0 <= lr < inf, got lr={lr}: pass the scheduled learning rate.")
         if not (batch_size > 0 and math.isfinite(batch_size)):
             raise ValueError(
                 f"Expected 0 < batch_size < inf, got batch_size={batch_size}: count the examples of a step."
@@ -634,6 +637,7 @@ class SurgeLRCallback(pl.Callback):
             "step_noise": self._step_noise.state_dict(),
             "noise_at_measurement": self._noise_at_measurement,
             "moments": self._moments.state_dict(),
+            "scheduled_lr": self._scheduled_lr,
             "law_metrics": dict(self._law_metrics),
         }
 
@@ -662,4 +666,5 @@ class SurgeLRCallback(pl.Callback):
         self._step_noise.load_state_dict(state_dict["step_noise"])
         self._noise_at_measurement = state_dict["noise_at_measurement"]
         self._moments.load_state_dict(state_dict["moments"])
+        self._scheduled_lr = state_dict.get("scheduled_lr", math.nan)
         self._law_metrics = dict(state_dict["law_metrics"])
