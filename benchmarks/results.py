@@ -51,12 +51,20 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that was measured, with a mark if files differed from it; None outside a clone."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit that was measured, with a mark if code differed from it; None outside a clone.
+
+    Results do not count: writing them is what a benchmark does.
+    """
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    code = [".", ":(exclude,glob)benchmarks/*/results/**"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", *code], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return name.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 def processor_name() -> str:
