@@ -92,6 +92,17 @@ class Study(pl.LightningModule):
         )
 
 
+class StopAt(pl.Callback):
+    """Ends a run before its planned end."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """After one optimizer step."""
+        trainer.should_stop = trainer.global_step >= self._step
+
+
 class Batches:
     """So many fresh random batches. Its length counts those that an earlier part of the run has used."""
 
@@ -139,10 +150,11 @@ def train_to(
     """Train at the base batch size to a phase."""
     pl.seed_everything(seed, verbose=False)
     study = Study(workload, (0.9, beta_2), before)
-    batches = Batches(workload.data(), BASE_BATCH_SIZE, PHASES[phase], seed)
-    callbacks = [] if callback is None else [callback]
-    # The callback plans its probes for this part alone: it cannot know what comes after the change.
-    return study, fit(study, batches, callbacks, steps=PHASES[phase] + 1)
+    # The callback plans its probes for the whole run, of which the rest comes after the change.
+    steps = PHASES[phase] + CONTINUED_EXAMPLES // BASE_BATCH_SIZE
+    batches = Batches(workload.data(), BASE_BATCH_SIZE, steps, seed)
+    callbacks: list[pl.Callback] = [] if callback is None else [callback]
+    return study, fit(study, batches, [*callbacks, StopAt(PHASES[phase])], steps=steps)
 
 
 def continue_run(
