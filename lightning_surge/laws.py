@@ -318,8 +318,8 @@ class SGDLaw(Law):
         return self.noise_scale
 
     def isotropic_lr(self, batch_size: float) -> float:
-        """The same law: a gradient's squared length is `|G|^2 (1 + noise_scale / B)`."""
-        return 1 / (1 + self.noise_scale / checked_batch_size(batch_size))
+        """The same law: its curvature is that of gradients whose length shrinks as their noise does."""
+        return self.lr(batch_size)
 
     def _lr(self, batch_size: float) -> float:
         return float(self.max_lr / (1 + self.noise_scale / batch_size) ** self.exponent)

@@ -569,7 +569,7 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, capsys: pytest.
         raise ZeroDivisionError("of course")
 
     store, ran = Store(tmp_path), []
-    run_cells([Cell("kind", {"index": 9}, fail, -1), cell(0, ran)], store, 60.0)
+    assert run_cells([Cell("kind", {"index": 9}, fail, -1), cell(0, ran)], store, 60.0) == 1
     assert ran == [0]
     assert [record["index"] for record in store.records("kind")] == [0]
     assert "failed: ZeroDivisionError: of course" in capsys.readouterr().err

@@ -69,9 +69,16 @@ class Store:
         with path.open("a") as file:
             file.write(("\n" if torn else "") + json.dumps(line) + "\n")
 
-    def has(self, cell: Cell) -> bool:
-        """Whether a cell is finished."""
-        return any(all(record.get(k) == v for k, v in cell.key.items()) for record in self.records(cell.kind))
+    def unfinished(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Those of some cells that are not finished, in their order; every file is read once."""
+        records: dict[str, list[dict[str, Any]]] = {}
+        left = []
+        for cell in cells:
+            if cell.kind not in records:
+                records[cell.kind] = self.records(cell.kind)
+            if not any(cell.key.items() <= record.items() for record in records[cell.kind]):
+                left.append(cell)
+        return left
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -94,17 +101,16 @@ def run_cells(
         strict: whether a failing cell ends it all, instead of being left for the next time.
 
     Returns:
-        Cells still to do.
+        Cells still to do, those that failed among them.
     """
     begin = time.monotonic()
-    todo = sorted(
-        (cell for cell in cells if store is None or not store.has(cell)), key=lambda cell: cell.priority
-    )
+    failed = 0
+    todo = sorted(cells if store is None else store.unfinished(cells), key=lambda cell: cell.priority)
     for index, cell in enumerate(todo):
         spent = time.monotonic() - begin
         if spent > budget_seconds:
-            return len(todo) - index
-        if store is not None and store.has(cell):
+            return failed + len(todo) - index
+        if store is not None and not store.unfinished([cell]):
             continue  # another process was faster
         print(
             f"[{spent / 60:6.1f} of {budget_seconds / 60:.0f} min, {index}/{len(todo)}] {cell.name}",
@@ -117,9 +123,10 @@ def run_cells(
             if strict:
                 raise
             print(f"failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            failed += 1
             continue
         if store is None:
             print(json.dumps(finite(values))[:200], flush=True)
         else:
             store.add(cell, values, time.monotonic() - start)
-    return 0
+    return failed

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from benchmarks.fidelity.workloads import Batch, Workload
+from benchmarks.fidelity.workloads import Batch, Workload, draw
 
-__all__ = ["Ensemble", "Snapshot"]
+__all__ = ["Ensemble", "Snapshot", "shared_batch"]
 
 # Examples of all copies together in one vectorised call: beyond it the arithmetic costs, not the calls.
 EXAMPLES_PER_CALL = 256
@@ -138,4 +138,17 @@ class Ensemble:
         )
 
 
-Schedule = Callable[[int], float]
+def shared_batch(data: Batch, size: int, generators: Sequence[torch.Generator], copies: int) -> Batch:
+    """A fresh batch for each generator, each seen by so many copies in a row, which then compare alike.
+
+    Args:
+        data: tensors with the examples along their first dimension.
+        size: examples.
+        generators: one per seed.
+        copies: of each seed.
+
+    Returns:
+        Tensors of shape `(generators times copies, size, ...)`.
+    """
+    drawn = [draw(data, size, generator) for generator in generators]
+    return tuple(torch.stack(tensors).repeat_interleave(copies, 0) for tensors in zip(*drawn, strict=True))

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from benchmarks.fidelity.cells import Cell
-from benchmarks.fidelity.ensemble import Ensemble, Snapshot
+from benchmarks.fidelity.ensemble import Ensemble, Snapshot, shared_batch
 from benchmarks.fidelity.switch import fixed_sample
 from benchmarks.fidelity.training import Batches, Study, fit
-from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, Workload, draw
+from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, Workload
 from lightning_surge import SurgeLRCallback, tradeoff
 from lightning_surge.laws import Law
 
@@ -92,9 +92,7 @@ def train(
     ]
     rates = torch.tensor(list(lrs) * len(starts))
     for step in range(1, marks[-1] + 1):
-        drawn = [draw(what.data(), batch_size, generator) for generator in generators]
-        batch = tuple(torch.stack(t).repeat_interleave(len(lrs), 0) for t in zip(*drawn, strict=True))
-        ensemble.step(batch, rates)
+        ensemble.step(shared_batch(what.data(), batch_size, generators, len(lrs)), rates)
         if step in marks:
             yield ensemble
 

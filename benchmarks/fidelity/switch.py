@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.fidelity.ensemble import Ensemble
+from benchmarks.fidelity.ensemble import Ensemble, shared_batch
 from benchmarks.fidelity.training import (
     CONTINUED_EXAMPLES,
     PHASES,
@@ -63,10 +63,7 @@ def sweep(
     peak_lr = what.lr * torch.tensor(factors * len(SEEDS))
     inverse_size = 1.0 / BASE_BATCH_SIZE
     for step in range(steps):
-        drawn = [draw(what.data(), batch_size, generator) for generator in generators]
-        batch = tuple(
-            torch.stack(tensors).repeat_interleave(len(factors), 0) for tensors in zip(*drawn, strict=True)
-        )
+        batch = shared_batch(what.data(), batch_size, generators, len(factors))
         lr = peak_lr * lr_of(PHASES[phase] + step)
         if correct_lag:
             inverse_size = beta_2 * inverse_size + (1.0 - beta_2) / batch_size

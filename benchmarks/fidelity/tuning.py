@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.fidelity.ensemble import Ensemble, Snapshot
+from benchmarks.fidelity.ensemble import Ensemble, Snapshot, shared_batch
 from benchmarks.fidelity.switch import SEEDS, fixed_sample
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES, PHASES, schedule
-from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, draw
+from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 
 __all__ = ["tune"]
 
@@ -29,7 +29,6 @@ def tune(workload: str, beta_2: float) -> dict[str, Any]:
     factor = schedule("late", steps_after)
     lr = torch.tensor(LRS * len(SEEDS))
     for step in range(PHASES["late"] + steps_after):
-        drawn = [draw(what.data(), BASE_BATCH_SIZE, generator) for generator in generators]
-        batch = tuple(torch.stack(t).repeat_interleave(len(LRS), 0) for t in zip(*drawn, strict=True))
+        batch = shared_batch(what.data(), BASE_BATCH_SIZE, generators, len(LRS))
         ensemble.step(batch, lr * factor(step))
     return {"lrs": LRS, "losses": ensemble.losses(fixed_sample(what)).view(len(SEEDS), -1).tolist()}

@@ -286,6 +286,13 @@ class Measurer:
         elif size > 0.0:
             self._pool.append(Piece(batch, batch_idx, size))
 
+    @property
+    def ready(self) -> bool:
+        """Whether the window that ends has a measurement to finish, so that `collect` has something to do."""
+        if self._live is not None:
+            return True
+        return self._pool_target > 0.0 and sum(piece.size for piece in self._pool) >= self._pool_target
+
     def collect(self, base: float, batch_size: float, moments: AdamMoments | None) -> Measurement | None:
         """Finish the measurement at the end of a window, if one is complete.
 
@@ -297,6 +304,8 @@ class Measurer:
         Returns:
             The measurement; None if there is none. `failure` says if one failed.
         """
+        if not self.ready:
+            return None
         sharpness = None
         if self._settings.follows_edge and moments is not None:
             sharpness = self._follow_sharpness(moments, base, batch_size)
@@ -307,8 +316,6 @@ class Measurer:
                 self.budget.charge(self._cost_under_way, measured=False)
                 return None
             return self._finished(self._guarded(partial(live.finish, sharpness)), free=True)
-        if not self._pool_target or sum(piece.size for piece in self._pool) < self._pool_target:
-            return None
         return self._finished(self._guarded(partial(self._probe, base, moments, sharpness)), free=False)
 
     def _follow_sharpness(self, moments: AdamMoments, base: float, batch_size: float) -> MoreSecants:

@@ -507,8 +507,12 @@ class SurgeLRCallback(pl.Callback):
         """Take what this step tells of the noise, and the window's measurement if it has one."""
         begin = time.perf_counter()
         self._follow_noise(optimizer, batch_size)
-        clipped = clips_gradients(trainer, trainer.lightning_module)
-        readable = not clipped and self._moments.readable(optimizer)
+        # Asking whether the averages can be read walks the optimizer's state: not at every step.
+        readable = (
+            self._measurer.ready
+            and not clips_gradients(trainer, trainer.lightning_module)
+            and self._moments.readable(optimizer)
+        )
         moments = self._moments if readable else None
         measurement = self._measurer.collect(policy.base_batch_size, batch_size, moments)
         if self._measurer.failure is not None:
@@ -528,9 +532,9 @@ class SurgeLRCallback(pl.Callback):
 
     def _deviation_l1(self, optimizer: Optimizer, readable: bool) -> float:
         """`sum_i sigma_i` from the measurements or Adam's averages; NaN if `|mu|_1` is not plain."""
-        sums = self.history.stats().coordinate_sums
         if not self._measurer.one_lr:
             return math.nan  # the alignment is then weighted by the groups' learning rates
+        sums = self.history.stats().coordinate_sums
         if sums is not None:
             return sums.deviation_l1
         return self._moments.deviation_l1(optimizer) if readable else math.nan
