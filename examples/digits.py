@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from examples.report import parse_arguments, prepare, print_report, progress_bar, run_loggers
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
-from lightning_surge.schedules import AccumulatedSchedule, GeometricRamp, total_steps
+from lightning_surge.schedules import GeometricRamp
+from lightning_surge.windows import AccumulatedSchedule, total_steps
 
 MICRO_BATCH_SIZE = 8
 
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     prepare(options.seed)
 
     data = Digits()
-    ramp = GeometricRamp(start=8, end=128, num_steps=plan.ramp_steps)
+    ramp = GeometricRamp(start=8, end=128, duration=plan.ramp_steps)
     # Large batches mean fewer steps: the cosine is as long as the ramp makes the run.
     sizes = AccumulatedSchedule(ramp, MICRO_BATCH_SIZE, examples_per_epoch=data.TRAINING_EXAMPLES)
     model = ConvolutionalClassifier(

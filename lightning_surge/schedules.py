@@ -1,27 +1,59 @@
-"""Batch-size schedules: pure functions from the optimizer step to a number of examples.
+"""Batch-size schedules: pure functions from the progress of a training to a number of examples.
 
-A *schedule* says how many examples the optimizer step number ``step`` should average over. What a
-step really gets is decided by the mechanism that carries the schedule out. Gradient accumulation
-can only offer the micro-batch times a whole number, so ``AccumulatedSchedule`` turns a requested
-schedule into the sizes that accumulation delivers, and ``total_steps`` and ``total_examples``
-count over either. Everything here is integers and floats: a learning-rate schedule can be sized
-before a Trainer or a DataLoader exists.
+A *schedule* says how many examples the next optimizer step should average over. It looks at one of
+three clocks: optimizer steps, examples (or tokens, if batches are counted so), or epochs. What a step
+really gets is decided by the mechanism that carries the schedule out (``windows.py``). Everything here
+is integers and floats: a learning-rate schedule can be sized before a Trainer or a DataLoader exists.
 """
 
 import math
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count, islice
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple, get_args
+
+__all__ = [
+    "BatchSizeRule",
+    "ConstantSize",
+    "CosineRamp",
+    "GeometricRamp",
+    "LinearRamp",
+    "Milestones",
+    "Phase",
+    "Phases",
+    "Progress",
+    "Schedule",
+    "Unit",
+    "whole_number",
+]
+
+Unit = Literal["steps", "examples", "epochs"]
 
 
-class BatchSizeSchedule(Protocol):
-    """Anything that maps an optimizer step, counted from 0, to a requested number of examples."""
+class Progress(NamedTuple):
+    """How far a training has come when a step begins.
 
-    def __call__(self, step: int, /) -> int:
-        """The number of examples, over all data-parallel replicas, requested for ``step``."""
-        ...
+    Attributes:
+        step: optimizer steps taken.
+        examples: examples, or tokens, behind them, over all data-parallel replicas.
+        epoch: epochs, with the share of the present one.
+    """
+
+    step: int = 0
+    examples: float = 0.0
+    epoch: float = 0.0
+
+    def on(self, unit: Unit) -> float:
+        """The reading of one clock.
+
+        Example:
+            >>> Progress(step=3, examples=48.0, epoch=0.5).on("examples")
+            48.0
+        """
+        return {"steps": float(self.step), "examples": self.examples, "epochs": self.epoch}[unit]
 
 
 def whole_number(name: str, value: Any, *, minimum: int) -> int:
@@ -55,229 +87,419 @@ def whole_number(name: str, value: Any, *, minimum: int) -> int:
     return number
 
 
-@dataclass(frozen=True)
-class GeometricRamp:
-    """A batch size that grows by the same factor at every step, from ``start`` to ``end``.
+def _plain(value: Any) -> float | None:
+    """A real number without its NumPy type; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
 
-    ``B(t) = start * (end / start) ** (t / num_steps)``, rounded down to whole examples, while
-    ``t < num_steps``, and ``end`` from then on. Each doubling takes equally many steps.
+
+def _check_unit(unit: Any) -> None:
+    if unit not in get_args(Unit):
+        raise ValueError(
+            f"Expected unit to be one of {', '.join(get_args(Unit))}, got unit={unit!r}; tokens are"
+            " examples that batch_size_fn= counts."
+        )
+
+
+class BatchSizeRule(ABC):
+    """Whatever can decide the batch size of a step: a `Schedule`, or `FollowPeak`."""
+
+    @property
+    @abstractmethod
+    def first_size(self) -> int:
+        """Examples of the first step."""
+
+    @property
+    @abstractmethod
+    def named_sizes(self) -> dict[str, int]:
+        """The sizes that the user wrote, by argument: each must be one that steps can have."""
+
+
+class Schedule(BatchSizeRule):
+    """A pure function from progress to the requested number of examples."""
+
+    unit: Unit = "steps"
+
+    @abstractmethod
+    def __call__(self, progress: Progress, /) -> int:
+        """Examples requested, over all data-parallel replicas, for the step that begins at ``progress``."""
+
+    @property
+    def first_size(self) -> int:
+        """Examples of the first step."""
+        return self(Progress())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Limits:
+    """What every schedule of its own shape can be told besides.
+
+    Attributes:
+        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: sizes are rounded down to a multiple of it.
+        minimum: no size is smaller.
+        maximum: no size is larger; None for no limit.
+    """
+
+    unit: Unit = "steps"
+    multiple_of: int = 1
+    minimum: int | None = None
+    maximum: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_unit(self.unit)
+        self._make_whole("multiple_of")
+        for name in ("minimum", "maximum"):
+            size = getattr(self, name)
+            if size is None:
+                continue
+            self._make_whole(name)
+            if size % self.multiple_of:
+                raise ValueError(
+                    f"Expected {name} to be a multiple of multiple_of={self.multiple_of}, got {name}={size}:"
+                    f" use {name}={max(size // self.multiple_of, 1) * self.multiple_of}."
+                )
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise ValueError(
+                f"Expected minimum <= maximum, got minimum={self.minimum}, maximum={self.maximum}: swap them."
+            )
+
+    def _make_whole(self, *names: str) -> None:
+        for name in names:
+            # Frozen: converting in place is the only way to keep NumPy integers out of checkpoints.
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
+
+    def _limited(self, size: float) -> int:
+        # Down, as accumulation rounds too; the slack keeps a doubling that came out as 31.99999999999
+        # from being a step late. Whole numbers stay what they are, however large.
+        near = round(size)
+        whole = near if abs(near - size) <= 1e-9 * size else math.floor(size)
+        whole = max(whole // self.multiple_of * self.multiple_of, self.multiple_of, self.minimum or 1)
+        return whole if self.maximum is None else min(whole, self.maximum)
+
+
+@dataclass(frozen=True)
+class ConstantSize(_Limits, Schedule):
+    """The same number of examples at every step.
 
     Args:
-        start: Examples at step 0.
-        end: Examples from step ``num_steps`` on; at least ``start``.
-        num_steps: Length of the ramp, in optimizer steps.
+        size: Examples per optimizer step.
 
     Raises:
-        ValueError: If an argument is no positive whole number, or ``end < start``.
+        ValueError: If ``size`` is no positive whole number.
 
     Example:
-        >>> ramp = GeometricRamp(start=16, end=64, num_steps=4)
-        >>> [ramp(step) for step in range(6)]
-        [16, 22, 32, 45, 64, 64]
+        >>> ConstantSize(16)(Progress(step=1000))
+        16
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._make_whole("size")
+
+    @property
+    def named_sizes(self) -> dict[str, int]:
+        """``size``, after rounding and limits."""
+        return {"size": self._limited(self.size)}
+
+    def __call__(self, progress: Progress, /) -> int:
+        """The size."""
+        return self._limited(self.size)
+
+
+@dataclass(frozen=True)
+class _Ramp(_Limits, Schedule):
+    """From ``start`` to ``end`` within ``duration``, and ``end`` from then on.
+
+    Args:
+        start: Examples at first.
+        end: Examples from ``duration`` on; at least ``start``.
+        duration: Length of the ramp, in ``unit``.
+
+    Raises:
+        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
     """
 
     start: int
     end: int
-    num_steps: int
+    duration: float
 
     def __post_init__(self) -> None:
-        for name in ("start", "end", "num_steps"):
-            # Frozen: converting in place is the only way to keep NumPy integers out of checkpoints.
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
+        super().__post_init__()
+        self._make_whole("start", "end")
+        duration = _plain(self.duration)
+        if duration is None or not 0 < duration < math.inf:
+            raise ValueError(
+                f"Expected 0 < duration < inf, got duration={self.duration!r}: count {self.unit}."
+            )
+        object.__setattr__(self, "duration", duration)
         if self.end < self.start:
             raise ValueError(
                 f"Expected start <= end, got start={self.start}, end={self.end}: a ramp only grows; swap the"
                 f" two, or use end={self.start} for a constant size."
             )
 
-    def __call__(self, step: int, /) -> int:
-        """The requested number of examples at optimizer step ``step >= 0``."""
-        step = whole_number("step", step, minimum=0)
-        if step >= self.num_steps:
-            return self.end
-        size = self.start * math.pow(self.end / self.start, step / self.num_steps)
-        # Down, as accumulation rounds too; the slack keeps a doubling that came out as 31.99999999999
-        # from being a step late.
-        return min(self.end, math.floor(size * (1 + 1e-9)))
+    @property
+    def named_sizes(self) -> dict[str, int]:
+        """``start`` and ``end``, after rounding and limits."""
+        return {"start": self._limited(self.start), "end": self._limited(self.end)}
 
+    def __call__(self, progress: Progress, /) -> int:
+        """The requested number of examples; ``start`` at 0, ``end`` from ``duration`` on."""
+        share = min(max(progress.on(self.unit) / self.duration, 0.0), 1.0)
+        return self._limited(self.end if share == 1.0 else self._between(share))
 
-def accumulation_for(requested: int, micro_batch_size: int, *, limit: int | None = None) -> int:
-    """The largest power of two of micro-batches that does not exceed the requested size.
-
-    Powers of two, because any of them can follow a smaller one after at most one extra window
-    (see ``aligned_accumulation``); a change from 7 to 8 could wait for dozens of micro-batches.
-
-    Args:
-        requested: Examples per optimizer step.
-        micro_batch_size: Examples per micro-batch, summed over data-parallel replicas.
-        limit: Micro-batches in an epoch. A window cannot be longer, since Lightning steps at the
-            end of every epoch. ``None`` when the epoch's length is unknown.
-
-    Returns:
-        The accumulation, at least 1 even where a single micro-batch exceeds the request.
-
-    Raises:
-        ValueError: If an argument is no positive whole number.
-
-    Example:
-        >>> [accumulation_for(size, micro_batch_size=8) for size in (4, 8, 31, 32, 100)]
-        [1, 1, 2, 4, 8]
-        >>> accumulation_for(100, micro_batch_size=8, limit=5)
-        4
-    """
-    requested = whole_number("requested", requested, minimum=1)
-    most = max(1, requested // whole_number("micro_batch_size", micro_batch_size, minimum=1))
-    if limit is not None:
-        most = min(most, whole_number("limit", limit, minimum=1))
-    return 1 << (most.bit_length() - 1)
-
-
-def aligned_accumulation(target: int, batch_idx: int) -> int:
-    """The accumulation closest to ``target`` that may begin at micro-batch ``batch_idx``.
-
-    Lightning zeroes gradients where ``batch_idx % accumulation == 0`` and steps where
-    ``(batch_idx + 1) % accumulation == 0``, both counted from the start of the epoch. A window of
-    ``a`` micro-batches that begins anywhere but at a multiple of ``a`` would therefore either step
-    on gradients that were never zeroed or be cut short. For ``target`` a power of two, the largest
-    power of two that divides both is ``gcd(target, batch_idx)``. Where a window of ``a`` has just
-    ended, ``batch_idx`` is a multiple of ``a``, so the result is at least ``min(a, target)``: the
-    size never falls while waiting, and reaches ``2 a`` after at most one more window of ``a``.
-
-    Args:
-        target: Wanted accumulation, a power of two.
-        batch_idx: Index of the micro-batch in its epoch, at which a window begins.
-
-    Returns:
-        A power of two that divides ``batch_idx`` and is at most ``target``.
-
-    Example:
-        At micro-batch 6 a window of 2 fits, but not one of 4; at 8 it does.
-
-        >>> [aligned_accumulation(4, batch_idx) for batch_idx in (0, 6, 8)]
-        [4, 2, 4]
-    """
-    return math.gcd(target, batch_idx)
+    def _between(self, share: float) -> float:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class AccumulatedSchedule:
-    """The sizes that optimizer steps really have when a schedule is carried out by accumulation.
-
-    It replays, in integers, what ``BatchSizeWarmup`` and Lightning's loop do: sizes are the
-    micro-batch times a power of two, a larger window waits for an aligned micro-batch, and the
-    last window of an epoch takes whatever is left and steps.
+class LinearRamp(_Ramp):
+    """A batch size that grows by equal amounts: ``B = start + (end - start) t / duration``.
 
     Args:
-        schedule: Requested examples per optimizer step.
-        micro_batch_size: Examples per micro-batch on one replica (the DataLoader's ``batch_size``).
-        replicas: Number of data-parallel replicas.
-        examples_per_epoch: Length of the training set over all replicas; with ``drop_last=True``
-            without the dropped rest. Each replica gets an equal share, rounded up, as from a
-            ``DistributedSampler``. ``None``: one pass without an end.
+        start: Examples at first.
+        end: Examples from ``duration`` on; at least ``start``.
+        duration: Length of the ramp, in ``unit``.
+        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: sizes are rounded down to a multiple of it.
+        minimum: no size is smaller.
+        maximum: no size is larger; None for no limit.
 
     Raises:
-        ValueError: If a number is not positive and whole.
+        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
 
     Example:
-        Micro-batches of 2 and an epoch of 26. The request for 8 comes at step 4, which begins at
-        micro-batch 6: it waits for micro-batch 8. Step 6 gets the 2 examples that are left.
-
-        >>> actual = AccumulatedSchedule(GeometricRamp(2, 8, num_steps=4), 2, examples_per_epoch=26)
-        >>> [actual(step) for step in range(9)]
-        [2, 2, 4, 4, 4, 8, 2, 8, 8]
-        >>> total_steps(actual, examples=2 * 26), total_examples(actual, steps=7)
-        (11, 26)
+        >>> ramp = LinearRamp(16, 64, duration=4, multiple_of=8)
+        >>> [ramp(Progress(step=step)) for step in range(6)]
+        [16, 24, 40, 48, 64, 64]
     """
 
-    schedule: BatchSizeSchedule
-    micro_batch_size: int
-    replicas: int = 1
-    examples_per_epoch: int | None = None
+    def _between(self, share: float) -> float:
+        return self.start + (self.end - self.start) * share
+
+
+@dataclass(frozen=True)
+class GeometricRamp(_Ramp):
+    """A batch size that grows by equal factors: ``B = start (end / start)^(t / duration)``.
+
+    Each doubling takes equally long.
+
+    Args:
+        start: Examples at first.
+        end: Examples from ``duration`` on; at least ``start``.
+        duration: Length of the ramp, in ``unit``.
+        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: sizes are rounded down to a multiple of it.
+        minimum: no size is smaller.
+        maximum: no size is larger; None for no limit.
+
+    Raises:
+        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
+
+    Example:
+        >>> ramp = GeometricRamp(start=16, end=64, duration=4)
+        >>> [ramp(Progress(step=step)) for step in range(6)]
+        [16, 22, 32, 45, 64, 64]
+    """
+
+    def _between(self, share: float) -> float:
+        return self.start * math.pow(self.end / self.start, share)
+
+
+@dataclass(frozen=True)
+class CosineRamp(_Ramp):
+    """A batch size that grows slowly, fast, and slowly again, along half a wave of a cosine.
+
+    ``B = start + (end - start) (1 - cos(pi t / duration)) / 2``.
+
+    Args:
+        start: Examples at first.
+        end: Examples from ``duration`` on; at least ``start``.
+        duration: Length of the ramp, in ``unit``.
+        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: sizes are rounded down to a multiple of it.
+        minimum: no size is smaller.
+        maximum: no size is larger; None for no limit.
+
+    Raises:
+        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
+
+    Example:
+        >>> ramp = CosineRamp(16, 64, duration=4)
+        >>> [ramp(Progress(step=step)) for step in range(6)]
+        [16, 23, 40, 56, 64, 64]
+    """
+
+    def _between(self, share: float) -> float:
+        return self.start + (self.end - self.start) * (1 - math.cos(math.pi * share)) / 2
+
+
+@dataclass(frozen=True)
+class Milestones(_Limits, Schedule):
+    """Explicit sizes, each from one point of the clock to the next.
+
+    Args:
+        sizes: Examples per step, by the point from which they hold. One of the points is 0.
+        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: sizes are rounded down to a multiple of it.
+        minimum: no size is smaller.
+        maximum: no size is larger; None for no limit.
+
+    Raises:
+        ValueError: If a size is no positive whole number, a point is negative, or none is 0.
+
+    Example:
+        >>> schedule = Milestones({0: 16, 2: 32, 3: 128})
+        >>> [schedule(Progress(step=step)) for step in range(5)]
+        [16, 16, 32, 128, 128]
+    """
+
+    sizes: Mapping[float, int] = field(hash=False)
 
     def __post_init__(self) -> None:
-        names = ["micro_batch_size", "replicas"]
-        if self.examples_per_epoch is not None:
-            names.append("examples_per_epoch")
-        for name in names:
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
+        super().__post_init__()
+        given = dict(self.sizes) if isinstance(self.sizes, Mapping) else {}
+        points = {_plain(point): size for point, size in given.items()}
+        if 0 not in points or not all(point is not None and 0 <= point < math.inf for point in points):
+            raise ValueError(
+                f"Expected milestones that begin at 0, got sizes={self.sizes!r}: say the size of the first"
+                " step too, as in {0: 16, 1000: 64}."
+            )
+        sizes = {
+            point: whole_number(self._name(point), size, minimum=1) for point, size in sorted(points.items())
+        }
+        object.__setattr__(self, "sizes", sizes)
 
-    def __call__(self, step: int, /) -> int:
-        """The actual number of examples at ``step``, by replaying from step 0: iterate ``sizes`` instead."""
-        return next(islice(self.sizes(), whole_number("step", step, minimum=0), None))
+    @staticmethod
+    def _name(point: float | None) -> str:
+        # All digits: two points that look alike would be one size to check.
+        return f"sizes[{point:.15g}]"
 
-    def sizes(self) -> Iterator[int]:
-        """Yields the actual number of examples of step 0, 1, 2, ... without end."""
-        micro = self.micro_batch_size
-        share = None if self.examples_per_epoch is None else -(-self.examples_per_epoch // self.replicas)
-        batches = None if share is None else -(-share // micro)
-        batch_idx = 0
-        for step in count():
-            target = accumulation_for(self.schedule(step), micro * self.replicas, limit=batches)
-            window_end = batch_idx + aligned_accumulation(target, batch_idx)
-            if share is None or batches is None:
-                yield (window_end - batch_idx) * micro * self.replicas
-                batch_idx = window_end
-            else:
-                # The last window may lack micro-batches, and the last micro-batch examples.
-                yield (min(window_end * micro, share) - batch_idx * micro) * self.replicas
-                batch_idx = window_end if window_end < batches else 0
+    @property
+    def named_sizes(self) -> dict[str, int]:
+        """Every size, after rounding and limits."""
+        return {self._name(point): self._limited(size) for point, size in self.sizes.items()}
 
-
-def _step_sizes(schedule: BatchSizeSchedule) -> Iterator[int]:
-    sizes = schedule.sizes() if isinstance(schedule, AccumulatedSchedule) else map(schedule, count())
-    for step, size in enumerate(sizes):
-        # A size of zero would make the count below run for ever.
-        yield whole_number(f"schedule({step})", size, minimum=1)
+    def __call__(self, progress: Progress, /) -> int:
+        """The size of the last point reached."""
+        now = progress.on(self.unit)
+        return self._limited([size for point, size in self.sizes.items() if point <= max(now, 0.0)][-1])
 
 
-def total_steps(schedule: BatchSizeSchedule, examples: int) -> int:
-    """Counts the optimizer steps that a schedule takes to consume a number of examples.
-
-    The length for a learning-rate schedule that should end with the data. The count is exact for
-    the sizes given: under ``BatchSizeWarmup`` pass an ``AccumulatedSchedule``, since the requested
-    sizes are rounded down and their sum would promise too few steps.
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training with a schedule of its own.
 
     Args:
-        schedule: Examples per optimizer step.
-        examples: Examples to consume.
-
-    Returns:
-        The smallest ``n`` for which the first ``n`` steps hold at least ``examples``.
+        begin: When it begins, on the clock of `Phases`.
+        end: When it ends; None for never, which only the last phase may.
+        schedule: What holds in it. Its clock is the same and starts at 0 where the phase begins.
 
     Raises:
-        ValueError: If ``examples`` is no whole number >= 0, or the schedule returns a size below 1.
-
-    Example:
-        2 + 4 + 8 = 14 examples in three steps, so 15 need a fourth.
-
-        >>> ramp = GeometricRamp(start=2, end=8, num_steps=2)
-        >>> total_steps(ramp, examples=14), total_steps(ramp, examples=15)
-        (3, 4)
+        ValueError: If ``begin`` or ``end`` is no number, or ``schedule`` no `Schedule`.
     """
-    remaining = whole_number("examples", examples, minimum=0)
-    sizes = _step_sizes(schedule)
-    steps = 0
-    while remaining > 0:
-        remaining -= next(sizes)
-        steps += 1
-    return steps
+
+    begin: float
+    end: float | None
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        for name in ("begin", "end"):
+            value = getattr(self, name)
+            if name == "end" and value is None:
+                continue
+            number = _plain(value)
+            if number is None or not number >= 0:
+                raise ValueError(
+                    f"Expected {name} >= 0, got {name}={value!r}: count on the clock of Phases from the start"
+                    " of training."
+                )
+            object.__setattr__(self, name, number)
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(
+                f"Expected the schedule of a phase to be a Schedule, got {self.schedule!r}: use"
+                " ConstantSize(16) for a constant size."
+            )
 
 
-def total_examples(schedule: BatchSizeSchedule, steps: int) -> int:
-    """Counts the examples that the first ``steps`` optimizer steps of a schedule consume.
+@dataclass(frozen=True)
+class Phases(Schedule):
+    """Schedules one after the other.
 
     Args:
-        schedule: Examples per optimizer step; an ``AccumulatedSchedule`` under ``BatchSizeWarmup``.
-        steps: Number of optimizer steps.
-
-    Returns:
-        The sum of the first ``steps`` sizes.
+        phases: The parts, which must meet: the first begins at 0 and each other one where its predecessor
+            ends.
+        unit: the clock that `begin` and `end` are on, and the clock of every schedule within.
 
     Raises:
-        ValueError: If ``steps`` is no whole number >= 0, or the schedule returns a size below 1.
+        ValueError: If there is no phase, a gap, an overlap, or a schedule on another clock; or if ``unit`` is
+            no clock.
 
     Example:
-        >>> total_examples(GeometricRamp(start=2, end=8, num_steps=2), steps=4)
-        22
+        A thousand steps at 16, then four thousand from 16 to 256.
+
+        >>> ramp = GeometricRamp(16, 256, duration=4000)
+        >>> schedule = Phases([Phase(0, 1000, ConstantSize(16)), Phase(1000, None, ramp)])
+        >>> [schedule(Progress(step=step)) for step in (0, 999, 3000, 9000)]
+        [16, 16, 64, 256]
     """
-    return sum(islice(_step_sizes(schedule), whole_number("steps", steps, minimum=0)))
+
+    phases: Sequence[Phase]
+    unit: Unit = "steps"
+
+    def __post_init__(self) -> None:
+        _check_unit(self.unit)
+        object.__setattr__(self, "phases", tuple(self.phases))
+        if not self.phases:
+            raise ValueError("Expected at least one phase, got none: use ConstantSize for a constant size.")
+        for index, phase in enumerate(self.phases):
+            if not isinstance(phase, Phase):
+                raise ValueError(
+                    f"Expected phases of type Phase, got phases[{index}]={phase!r}: use"
+                    " Phase(begin, end, schedule)."
+                )
+        if self.phases[0].begin != 0:
+            raise ValueError(
+                f"Expected the first phase to begin at 0, got begin={self.phases[0].begin}: the first steps"
+                " need a size too."
+            )
+        for index, (phase, later) in enumerate(pairwise(self.phases)):
+            if phase.end is None or phase.end != later.begin:
+                what = "a gap" if phase.end is not None and phase.end < later.begin else "an overlap"
+                raise ValueError(
+                    f"Expected each phase to begin where its predecessor ends, got {what} between"
+                    f" phases[{index}] with end={phase.end} and phases[{index + 1}] with"
+                    f" begin={later.begin}: make the two equal."
+                )
+        for index, phase in enumerate(self.phases):
+            if phase.end is not None and phase.end <= phase.begin:
+                raise ValueError(
+                    f"Expected begin < end, got begin={phase.begin}, end={phase.end} in phases[{index}]:"
+                    " remove the phase or make it longer."
+                )
+            constant = isinstance(phase.schedule, ConstantSize)
+            if phase.schedule.unit != self.unit and not constant:
+                raise ValueError(
+                    f"Expected all phases on the clock unit={self.unit!r}, got"
+                    f" unit={phase.schedule.unit!r} in phases[{index}]: use the same unit."
+                )
+
+    @property
+    def named_sizes(self) -> dict[str, int]:
+        """Those of all phases."""
+        return {
+            f"phases[{index}].{name}": size
+            for index, phase in enumerate(self.phases)
+            for name, size in phase.schedule.named_sizes.items()
+        }
+
+    def __call__(self, progress: Progress, /) -> int:
+        """What the phase in force requests; the last one goes on after its end."""
+        now = max(progress.on(self.unit), 0.0)
+        phase = [phase for phase in self.phases if phase.begin <= now][-1]
+        since = now - phase.begin
+        return phase.schedule(Progress(step=math.floor(since), examples=since, epoch=since))

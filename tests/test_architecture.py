@@ -13,6 +13,7 @@ ROWS = [
     [
         "batches",
         "budget",
+        "clocks",
         "gradients",
         "laws",
         "lr_writer",
@@ -21,19 +22,19 @@ ROWS = [
         "replay",
         "schedules",
     ],
-    ["curvature", "edge", "moments", "step_noise", "theorems", "tradeoff"],
-    ["measuring", "sharpness"],
+    ["curvature", "edge", "moments", "step_noise", "theorems", "tradeoff", "windows"],
+    ["measuring", "sampling", "sharpness"],
     ["coordinates", "noise", "probing"],
     ["estimates"],
-    ["policy"],
-    ["callbacks.settings", "callbacks.logging", "callbacks.batch_size_warmup"],
-    ["callbacks.checks"],
+    ["follow_peak", "policy"],
+    ["callbacks.counting", "callbacks.loaders", "callbacks.logging", "callbacks.resuming", "callbacks.settings"],
+    ["callbacks.batch_size_scheduler", "callbacks.checks"],
     ["callbacks.measurer"],
     ["callbacks.surge_lr"],
     ["callbacks"],
     [""],
 ]
-ALONE = ["batches", "budget", "laws", "lr_writer", "optimizers", "plots", "replay", "schedules"]
+ALONE = ["batches", "budget", "clocks", "laws", "lr_writer", "optimizers", "plots", "replay", "schedules"]
 ROW_OF = {room: index for index, row in enumerate(ROWS) for room in row}
 
 

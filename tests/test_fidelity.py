@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.cells import Cell, Store, run_cells
 from benchmarks.fidelity import regrets
 from benchmarks.fidelity.analysis import (
     decay_rows,
@@ -21,7 +22,6 @@ from benchmarks.fidelity.analysis import (
     summary,
     unique,
 )
-from benchmarks.fidelity.cells import Cell, Store, run_cells
 from benchmarks.fidelity.held import (
     alignment_rows,
     calibration_rows,
@@ -551,7 +551,7 @@ def test_a_line_torn_only_of_its_end_still_counts(tmp_path: Path) -> None:
 
 def test_no_cell_starts_after_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, ran = [0.0], []
-    monkeypatch.setattr("benchmarks.fidelity.cells.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("benchmarks.cells.time.monotonic", lambda: now[0])
 
     def slow(index: int) -> dict[str, Any]:
         ran.append(index)

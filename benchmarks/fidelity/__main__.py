@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.cells import Cell, Store, run_cells
 from benchmarks.fidelity import procedure, report, secants
-from benchmarks.fidelity.cells import Cell, Store, run_cells
 from benchmarks.fidelity.decay import decay
 from benchmarks.fidelity.live import live
 from benchmarks.fidelity.one_step import laws, truths

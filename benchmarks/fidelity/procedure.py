@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from benchmarks.fidelity.cells import Cell
+from benchmarks.cells import Cell
 from benchmarks.fidelity.ensemble import Ensemble, Snapshot, shared_batch
 from benchmarks.fidelity.switch import fixed_sample
 from benchmarks.fidelity.training import Batches, Study, fit

@@ -11,7 +11,8 @@ from benchmarks.fidelity.live import loss_of
 from benchmarks.fidelity.training import Batches, Study, fit
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
-from lightning_surge.schedules import AccumulatedSchedule, GeometricRamp, total_steps
+from lightning_surge.schedules import GeometricRamp
+from lightning_surge.windows import AccumulatedSchedule, total_steps
 
 __all__ = ["BUDGETS", "RULES", "ramp"]
 
@@ -40,7 +41,7 @@ def ramp(
         Final loss and optimizer steps.
     """
     what, examples = WORKLOADS[workload], BUDGETS[budget]
-    schedule = GeometricRamp(start=BASE_BATCH_SIZE, end=LARGEST, num_steps=RAMP_STEPS[budget])
+    schedule = GeometricRamp(start=BASE_BATCH_SIZE, end=LARGEST, duration=RAMP_STEPS[budget])
     sizes = AccumulatedSchedule(schedule, BASE_BATCH_SIZE, examples_per_epoch=examples)
     fixed = rule == "fixed batch"
     steps = examples // BASE_BATCH_SIZE if fixed else total_steps(sizes, examples)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cells import Store
 from benchmarks.fidelity import figures, held_tables, procedure, run_tables, secants
 from benchmarks.fidelity.analysis import POINT, Record, groups, joined, mean, pick, quantile, summary, unique
-from benchmarks.fidelity.cells import Store
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
 from benchmarks.fidelity.markdown import share, table
 from benchmarks.fidelity.one_step import COUNTS

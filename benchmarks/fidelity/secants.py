@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from benchmarks.fidelity.cells import Cell
+from benchmarks.cells import Cell
 from benchmarks.fidelity.training import PHASES, Study, train_to
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, Batch, Workload, draw
 

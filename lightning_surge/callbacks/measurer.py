@@ -261,13 +261,14 @@ class Measurer:
             self._stashed = [parameter.grad for parameter in self.parameters]
             self._drop_gradients()
 
-    def after_backward(self, batch: Any, batch_idx: int, size: float) -> None:
+    def after_backward(self, batch: Any, batch_idx: int, size: float, weight: float = 1.0) -> None:
         """Fold in, or keep, a micro-batch whose gradients have just been computed.
 
         Args:
             batch: the micro-batch.
             batch_idx: its index in the epoch.
             size: examples in it; 0 if it was counted before in this window.
+            weight: factor that somebody put on its loss.
         """
         if size > 0.0:
             self._seen_batches += 1
@@ -282,7 +283,7 @@ class Measurer:
             self._put_back_stash()
             self.fail(error)
         elif self._live is not None:
-            self._add_live(Piece(batch, batch_idx, size, self._random_state))
+            self._add_live(Piece(batch, batch_idx, size, self._random_state), weight)
         elif size > 0.0:
             self._pool.append(Piece(batch, batch_idx, size))
 
@@ -356,7 +357,7 @@ class Measurer:
 
     # ------------------------------------------------------------------ live, from accumulation
 
-    def _add_live(self, piece: Piece) -> None:
+    def _add_live(self, piece: Piece, weight: float) -> None:
         """Give the measurement this micro-batch's own gradient, then put the accumulated one back."""
         live = self._live
         assert live is not None
@@ -364,15 +365,19 @@ class Measurer:
         due = False
         try:
             # No name for the gradients: it would keep them alive during the secant.
-            due = piece.size > 0.0 and live.add(
-                Chunk((piece,)), [parameter.grad for parameter in self.parameters]
-            )
+            due = piece.size > 0.0 and live.add(Chunk((piece,)), self._gradients_without(weight))
         except Exception as error:
             self.fail(error)
         self._put_back_stash()
         if due:
             self._guarded(live.measure_curvature)
         self.seconds += time.perf_counter() - begin
+
+    def _gradients_without(self, weight: float) -> list[Tensor | None]:
+        gradients = [parameter.grad for parameter in self.parameters]
+        if weight == 1.0:
+            return gradients
+        return [None if gradient is None else gradient / weight for gradient in gradients]
 
     def _put_back_stash(self) -> None:
         for parameter, stashed in zip(self.parameters, self._stashed, strict=False):

@@ -14,13 +14,12 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.batches import SplitBatch, shared_copy
-from lightning_surge.callbacks.batch_size_warmup import BatchSizeWarmup
+from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.callbacks.checks import (
     check_edge,
     check_optimizer,
@@ -28,6 +27,7 @@ from lightning_surge.callbacks.checks import (
     clips_gradients,
     trained_optimizers,
 )
+from lightning_surge.callbacks.counting import BatchCounter
 from lightning_surge.callbacks.logging import add_tensorboard_layout, law_metrics, lr_metrics
 from lightning_surge.callbacks.measurer import LossFn, Measurer
 from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings, default_objective
@@ -186,15 +186,14 @@ class SurgeLRCallback(pl.Callback):
             custom_scalars=custom_scalars,
             prog_bar=prog_bar,
         )
-        for name, function in (("batch_size_fn", batch_size_fn), ("loss_fn", loss_fn)):
-            if function is not None and not callable(function):
-                raise ValueError(f"Expected {name} to be a function or None, got {name}={function!r}.")
+        if loss_fn is not None and not callable(loss_fn):
+            raise ValueError(f"Expected loss_fn to be a function or None, got loss_fn={loss_fn!r}.")
         if not (split_batch is None or split_batch is False or callable(split_batch)):
             raise ValueError(
                 f"Expected split_batch to be a function of (batch, num_slices), None or False, got "
                 f"split_batch={split_batch!r}."
             )
-        self._batch_size_fn = batch_size_fn or extract_batch_size
+        self._examples_in = BatchCounter(batch_size_fn, type(self).__name__)
         self._loss_fn = loss_fn
 
         self._split_batch = split_batch
@@ -232,6 +231,7 @@ class SurgeLRCallback(pl.Callback):
         self._batch: Any = None
         self._batch_idx = 0
         self._watched: pl.LightningModule | None = None
+        self._scheduler: BatchSizeScheduler | None = None
         self._measurer.detach()
         self._close_window()
 
@@ -316,10 +316,14 @@ class SurgeLRCallback(pl.Callback):
             )
         # Monitors must see the learning rate of the step, so they come after; schedules of the batch size
         # must have spoken, so they come before. A new list: Lightning iterates over the old one now.
-        schedules = (BatchSizeWarmup, GradientAccumulationScheduler)
+        schedules = (BatchSizeScheduler, GradientAccumulationScheduler)
         first = [callback for callback in callbacks if isinstance(callback, schedules)]
         rest = [callback for callback in callbacks if callback not in first and callback is not self]
         trainer.callbacks = [*first, self, *rest]  # type: ignore[attr-defined]
+        if self._measures:
+            for callback in first:
+                if isinstance(callback, BatchSizeScheduler):
+                    callback.expect_law()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizer, before any time is spent on training."""
@@ -334,6 +338,9 @@ class SurgeLRCallback(pl.Callback):
         self._forget_run()
         (self._optimizer,) = trained_optimizers(trainer.optimizers)
         self._kind = optimizer_kind(self._optimizer)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        schedulers = [callback for callback in callbacks if isinstance(callback, BatchSizeScheduler)]
+        self._scheduler = schedulers[0] if schedulers else None
         self._writer = LearningRateWriter(self._optimizer)
         self._hook = self._optimizer.register_step_post_hook(self._after_step)
         self._moments.begin(self._optimizer)
@@ -411,7 +418,8 @@ class SurgeLRCallback(pl.Callback):
         size = 0.0 if again else self._examples_in(self._batch)
         self._counted_batch = self._batch_idx
         self._window_examples += size
-        self._measurer.after_backward(self._batch, self._batch_idx, size)
+        weight = 1.0 if self._scheduler is None else self._scheduler.loss_weight
+        self._measurer.after_backward(self._batch, self._batch_idx, size, weight)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -479,21 +487,6 @@ class SurgeLRCallback(pl.Callback):
         if self._writer is not None and not self.settings.dry_run:
             self._writer.apply(factor)
 
-    def _examples_in(self, batch: Any) -> float:
-        try:
-            size = self._batch_size_fn(batch)
-        except MisconfigurationException as error:
-            raise MisconfigurationException(
-                f"{type(self).__name__} cannot tell how many examples a {type(batch).__name__} holds: pass "
-                "batch_size_fn=, a function that counts them."
-            ) from error
-        if not (size > 0 and math.isfinite(size)):
-            raise ValueError(
-                f"Expected batch_size_fn to count a positive, finite number of examples, got {size}: it must "
-                "count what one batch of the training DataLoader holds."
-            )
-        return float(size)
-
     def _step_is_skipped(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is None:
@@ -557,6 +550,8 @@ class SurgeLRCallback(pl.Callback):
         law = estimate(self.history, self._fit())
         policy.update(law, batch_size, self._scheduled_lr)
         if law is not None:
+            if self._scheduler is not None:
+                self._scheduler.learn(law)
             self.law_history.append(LawRecord(step, law, self.history.stats()))
         self._law_metrics = law_metrics(self.history, law, batch_size, deviation_l1)
         self._noise_at_measurement = self._step_noise.trace_cov

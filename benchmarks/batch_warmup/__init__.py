@@ -1,0 +1,1 @@
+"""Batch-size warm-up against constant batch sizes, over equal examples."""

@@ -1,0 +1,77 @@
+"""Batch-size warm-up against constant batch sizes: run what is not finished, then write tables and a figure.
+
+python -m benchmarks.batch_warmup --budget 60                  # minutes; goes on where the last run stopped
+python -m benchmarks.batch_warmup --workload text --run-only   # beside another process for digits
+python -m benchmarks.batch_warmup --quick                      # under a minute, nothing is written
+python -m benchmarks.batch_warmup --report                     # tables and a figure from what is there
+
+Speeds (`--only throughput`) are best measured alone; they are left out where `--workload` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from benchmarks.batch_warmup import grid
+from benchmarks.batch_warmup.report import write_report
+from benchmarks.batch_warmup.rules import BASE_BATCH_SIZE, LARGE_BATCH_SIZE
+from benchmarks.batch_warmup.workloads import WORKLOADS
+from benchmarks.cells import Cell, Store, run_cells
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def run(store: Store, options: argparse.Namespace) -> str:
+    """Two phases: tuning at the small batch size, and what needs its outcome."""
+
+    def wanted(cells: Iterable[Cell]) -> list[Cell]:
+        return [
+            cell
+            for cell in cells
+            if (not options.only or cell.kind in options.only)
+            and (not options.workload or cell.key.get("workload") in options.workload)
+        ]
+
+    end = time.monotonic() + 60 * options.budget
+    left = run_cells(wanted(grid.constants(BASE_BATCH_SIZE)), store, 60 * options.budget)
+    growing = grid.ramps(store.records("constant"))
+    cells = wanted([*growing, *grid.constants(LARGE_BATCH_SIZE), *grid.speeds()])
+    left += run_cells(cells, store, end - time.monotonic())
+    # Cells whose learning rate is not known yet are left too, and cannot be counted one by one.
+    untuned = len(growing) < grid.sizes()["ramp"]
+    return (f"{left} cells are left" if left else "every cell that is known is finished") + (
+        "; ramps of what is not tuned yet come on top" if untuned else ""
+    )
+
+
+def main() -> None:
+    """Run, then report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--budget", type=float, default=60.0, help="minutes after which no cell is started")
+    parser.add_argument("--quick", action="store_true", help="some cells of each kind, nothing is written")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--run-only", action="store_true", help="leave tables and figure as they are")
+    parser.add_argument("--only", nargs="*", choices=list(grid.sizes()), help="kinds of cells to run")
+    parser.add_argument("--workload", nargs="*", choices=list(WORKLOADS), help="workloads to run")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.quick:
+        run_cells(grid.quick(), None, options.budget * 60, strict=True)
+        return
+    store = Store(RESULTS)
+    if not options.report:
+        print(run(store, options), flush=True)
+        if options.run_only:
+            return
+    write_report(store, RESULTS, grid.sizes())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Which cells there are.
+
+A ramp starts at the small batch size, with the learning rate that was tuned there for the same workload and
+budget. So its cells are known once the runs at the small batch size are finished.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from benchmarks.batch_warmup.analysis import Record, runs, tuned
+from benchmarks.batch_warmup.rules import (
+    BASE_BATCH_SIZE,
+    BUDGETS,
+    DEFAULT,
+    DEFAULT_OVERHEAD,
+    FOLLOW,
+    LARGE_BATCH_SIZE,
+    MULTIPLIERS,
+    RULES,
+    SEEDS,
+    Rule,
+)
+from benchmarks.batch_warmup.throughput import BATCH_SIZES, MODELS, throughput
+from benchmarks.batch_warmup.training import constant, ramp
+from benchmarks.batch_warmup.workloads import WORKLOADS
+from benchmarks.cells import Cell
+
+__all__ = ["constants", "quick", "ramps", "sizes", "speeds"]
+
+
+def constants(batch_size: int) -> list[Cell]:
+    """Tuning of a constant batch size, the short budget first."""
+    return [
+        Cell(
+            "constant",
+            {
+                "workload": workload,
+                "budget": budget,
+                "batch_size": batch_size,
+                "multiplier": factor,
+                "seed": seed,
+            },
+            constant,
+            priority=2 * BUDGETS.index(budget),
+        )
+        for workload, budget, factor, seed in itertools.product(
+            WORKLOADS, BUDGETS, MULTIPLIERS[batch_size], SEEDS
+        )
+    ]
+
+
+def ramps(records: Sequence[Record]) -> list[Cell]:
+    """Growing batch sizes, for every workload and budget of which the small batch size is tuned.
+
+    Args:
+        records: of the kind `"constant"`.
+    """
+    cells, found = [], runs(records, "constant")
+    for workload, budget in itertools.product(WORKLOADS, BUDGETS):
+        best = tuned(found, workload, budget, BASE_BATCH_SIZE)
+        if best is None or not best.complete:
+            continue
+        for seed, rule in itertools.product(SEEDS, RULES):
+            key = {"workload": workload, "budget": budget, **rule._asdict()}
+            later = 2 * BUDGETS.index(budget) + (rule.max_overhead == DEFAULT_OVERHEAD)
+            cells.append(Cell("ramp", key | {"multiplier": best.multiplier, "seed": seed}, ramp, later))
+    return cells
+
+
+def speeds() -> list[Cell]:
+    """What the sampler costs; best measured while nothing else runs."""
+    keys = itertools.product(MODELS, BATCH_SIZES)
+    return [Cell("throughput", {"model": model, "batch_size": size}, throughput) for model, size in keys]
+
+
+def sizes() -> dict[str, int]:
+    """Number of cells of each kind in the full grid."""
+    constant_cells = sum(len(constants(size)) for size in (BASE_BATCH_SIZE, LARGE_BATCH_SIZE))
+    ramp_cells = len(WORKLOADS) * len(BUDGETS) * len(RULES) * len(SEEDS)
+    return {"constant": constant_cells, "ramp": ramp_cells, "throughput": len(speeds())}
+
+
+def quick() -> list[Cell]:
+    """A few cells of each kind, on the least there is."""
+    cells = []
+    for workload, size in (("text", BASE_BATCH_SIZE), ("digits", LARGE_BATCH_SIZE)):
+        key = {"workload": workload, "budget": "quick", "batch_size": size, "multiplier": 1.0, "seed": 0}
+        cells.append(Cell("constant", key, constant))
+    # The run is short: a cost that no real one would bear makes it measure at all.
+    for workload, rule in (
+        ("digits", Rule("fast", "constant", 0.0)),
+        ("text", Rule("slow", "sqrt", 0.0)),
+        ("text", Rule("fast", DEFAULT, 0.5)),
+        ("digits", Rule(FOLLOW, DEFAULT, 0.5)),
+    ):
+        key = {"workload": workload, "budget": "quick", **rule._asdict(), "multiplier": 1.0, "seed": 0}
+        cells.append(Cell("ramp", key, ramp))
+    tiny = {"model": "tiny", "batch_size": LARGE_BATCH_SIZE, "examples": 16_384, "pairs": 2}
+    return [*cells, Cell("throughput", tiny, throughput)]

@@ -1,0 +1,148 @@
+"""Tables as Markdown, a summary with one row per target, and a figure, from whatever cells are finished."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.batch_warmup.analysis import KEYS, Line, Record, Tuned, lines, runs, tuned
+from benchmarks.batch_warmup.figure import draw
+from benchmarks.batch_warmup.rules import BUDGETS, MULTIPLIERS, SEEDS
+from benchmarks.batch_warmup.targets import targets
+from benchmarks.batch_warmup.workloads import WORKLOADS, Workload
+from benchmarks.cells import Store
+from benchmarks.fidelity.analysis import unique
+from benchmarks.fidelity.markdown import number, table
+from benchmarks.results import finite, machine
+
+__all__ = ["main_table", "summary_table", "tuning_table", "write_report"]
+
+
+def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> None:
+    """Write tables, figure and summary.
+
+    Args:
+        store: of the finished cells.
+        results: directory to write to.
+        expected: number of cells of each kind in the full grid.
+    """
+    constants, ramps = (runs(store.records(kind), kind) for kind in ("constant", "ramp"))
+    speeds = unique(store.records("throughput"), KEYS["throughput"])
+    results.mkdir(parents=True, exist_ok=True)
+    tables = [main_table(workload, constants, ramps) for workload in WORKLOADS.values()]
+    (results / "table.md").write_text("\n\n".join(tables) + "\n")
+    (results / "tuning.md").write_text(tuning_table(constants) + "\n")
+    draw(constants, ramps, results / "figure.png")
+    found = targets(constants, ramps, speeds)
+    (results / "summary.md").write_text(summary_table(found) + "\n")
+    (results / "summary.json").write_text(json.dumps(finite(found), indent=1) + "\n")
+    counts = {"constant": len(constants), "ramp": len(ramps), "throughput": len(speeds)}
+    raw = {"machine": machine(), "finished": counts, "expected": dict(expected)}
+    (results / "raw.json").write_text(json.dumps(finite(raw), indent=1) + "\n")
+    for entry in found:
+        verdict = "met" if entry["met"] else "MISSED"
+        print(f"{entry['value']:9.4f}  at most {entry['bound']:<7g} {verdict:7} {entry['name']}")
+    print(", ".join(f"{counts[kind]} of {expected[kind]} {kind}" for kind in counts), "cells are finished")
+    print(f"written to {results}")
+
+
+def main_table(workload: Workload, constants: Sequence[Record], ramps: Sequence[Record]) -> str:
+    """One workload: a row for each rule, three columns for each budget.
+
+    Args:
+        workload: which one.
+        constants: `runs` of the kind `"constant"`.
+        ramps: `runs` of the kind `"ramp"`.
+    """
+    by_budget = {budget: lines(constants, ramps, workload.name, budget) for budget in BUDGETS}
+    budgets = ", ".join(f"{name} {workload.examples[name]:,} examples" for name in BUDGETS)
+    title = workload.title[0].upper() + workload.title[1:]
+    head = (
+        f"**{title}**: {budgets}. Validation loss at the end, nats, mean ± standard deviation over "
+        f"{len(SEEDS)} seeds; optimizer steps and wall time of training relative to the constant small batch."
+    )
+    if not any(by_budget.values()):
+        return f"{head}\n\nNo row is finished."
+    # A tuned learning rate differs between budgets, the row is the same.
+    found: dict[tuple[str, str], dict[str, Line]] = {}
+    for budget, here in by_budget.items():
+        for line in here:
+            found.setdefault(_names(line.rule), {})[budget] = line
+    fields = [f"{budget}: {what}" for budget in BUDGETS for what in ("loss", "steps", "time")]
+    rows = [
+        [*names, *(cell for budget in BUDGETS for cell in _cells(of_row.get(budget)))]
+        for names, of_row in found.items()
+    ]
+    notes = "; ".join(
+        _note(workload, budget, line.rule)
+        for budget, here in by_budget.items()
+        for line in here
+        if isinstance(line.rule, Tuned)
+    )
+    body = table(["batch size", "learning rate", *fields], rows)
+    return f"{head}\n\n{body}\n\nTuned learning rates: {notes}. Growing batch sizes use that of B = 8."
+
+
+def _names(rule: Any) -> tuple[str, str]:
+    return (f"constant {rule.batch_size}", "tuned") if isinstance(rule, Tuned) else (rule.growth, rule.label)
+
+
+def _cells(line: Line | None) -> list[str]:
+    if line is None:
+        return ["-"] * 3
+    spread = f" ± {line.spread:.4f}" if math.isfinite(line.spread) else ""
+    missing = "" if len(line.runs) == len(SEEDS) else f" ({len(line.runs)} of {len(SEEDS)} seeds)"
+    return [
+        number(line.loss, 4) + spread + missing,
+        f"{100 * line.step_share:.1f} %",
+        f"{100 * line.time_share:.0f} %",
+    ]
+
+
+def _note(workload: Workload, budget: str, best: Tuned) -> str:
+    edge = ", at the edge of the grid: the best one may lie outside" if best.edge else ""
+    part = "" if best.complete else ", of an unfinished grid"
+    lr = workload.base_lr * best.multiplier
+    return f"B = {best.batch_size} {budget} {lr:.2g} ({best.multiplier:g} x {workload.base_lr:g}{edge}{part})"
+
+
+def tuning_table(constants: Sequence[Record]) -> str:
+    """Final losses of constant batch sizes by learning rate, the best in bold.
+
+    Args:
+        constants: `runs` of the kind `"constant"`.
+    """
+    factors = sorted({factor for grid in MULTIPLIERS.values() for factor in grid})
+    rows = []
+    for workload, budget, size in itertools.product(WORKLOADS, BUDGETS, MULTIPLIERS):
+        best = tuned(constants, workload, budget, size)
+        if best is not None:
+            values = {factor: number(loss, 4) for factor, loss in best.losses.items()}
+            values[best.multiplier] = f"**{values[best.multiplier]}**"
+            rows.append([workload, budget, size, *(values.get(factor, "-") for factor in factors)])
+    headers = ["workload", "budget", "B", *(f"{factor:g} x" for factor in factors)]
+    lrs = ", ".join(f"{workload.base_lr:g} for {name}" for name, workload in WORKLOADS.items())
+    head = (
+        f"Final validation loss, nats, mean over {len(SEEDS)} seeds, by the learning rate in units of the "
+        f"example's ({lrs})."
+    )
+    return f"{head}\n\n{table(headers, rows)}" if rows else "No learning rate is tried with every seed."
+
+
+def summary_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """The targets, a line each; differences of losses with their 95 % half-widths over seeds."""
+    rows = []
+    for entry in found:
+        value = number(entry["value"], 4)
+        if math.isfinite(entry.get("half_width", math.nan)):
+            value += f" ± {entry['half_width']:.4f}"
+        if "range" in entry:
+            value += " ({:.4f} to {:.4f})".format(*entry["range"])
+        rows.append(
+            [entry["name"], value, f"at most {entry['bound']:g}", "met" if entry["met"] else "missed"]
+        )
+    return table(["what", "value", "target", ""], rows)

@@ -1,0 +1,91 @@
+"""What is compared: constant batch sizes, and ramps with a rule for the learning rate."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lightning_surge import SurgeLRCallback
+from lightning_surge.policy import OBJECTIVES
+
+__all__ = [
+    "BASE_BATCH_SIZE",
+    "BUDGETS",
+    "CANDIDATES",
+    "DEFAULT",
+    "DEFAULT_OVERHEAD",
+    "FIXED_RULES",
+    "FOLLOW",
+    "LARGE_BATCH_SIZE",
+    "LARGE_OVERHEAD",
+    "MULTIPLIERS",
+    "RAMPS",
+    "RULES",
+    "SEEDS",
+    "Rule",
+]
+
+BASE_BATCH_SIZE = 8
+LARGE_BATCH_SIZE = 128
+BUDGETS = ("short", "long")
+SEEDS = (0, 1, 2)
+MULTIPLIERS = {
+    BASE_BATCH_SIZE: (0.5, 0.71, 1.0, 1.41, 2.0),
+    LARGE_BATCH_SIZE: (1.0, 1.41, 2.0, 2.83, 4.0, 5.66),
+}
+"""Of the example's learning rate, to tune it at a constant batch size."""
+
+RAMPS = {"slow": 1.0, "fast": 0.25}
+"""Share of the examples of a run over which the batch size grows geometrically."""
+FOLLOW = "FollowPeak"
+FIXED_RULES = ("constant", "sqrt", "linear")
+DEFAULT = SurgeLRCallback().settings.objective
+DEFAULT_OVERHEAD = SurgeLRCallback().settings.max_overhead
+# These runs are short: at the default cost a probe comes too rarely to follow them.
+LARGE_OVERHEAD = 0.05
+
+
+class Rule(NamedTuple):
+    """A growing batch size with a rule for the learning rate.
+
+    Attributes:
+        ramp: key of `RAMPS`, or `FOLLOW`, which decides the size from what is measured.
+        rule: fixed rule, or objective of the callback.
+        max_overhead: of the callback; 0 with a fixed rule.
+    """
+
+    ramp: str
+    rule: str
+    max_overhead: float
+
+    @property
+    def measures(self) -> bool:
+        """Whether the learning rate follows measurements."""
+        return self.rule not in FIXED_RULES
+
+    @property
+    def growth(self) -> str:
+        """How the batch size grows, for tables."""
+        return self.ramp if self.ramp == FOLLOW else f"{self.ramp} ramp"
+
+    @property
+    def label(self) -> str:
+        """The learning rate's rule, for tables."""
+        if not self.measures:
+            return "constant lr" if self.rule == "constant" else self.rule
+        default = " (default)" if self.rule == DEFAULT else ""
+        return f"SurgeLR {self.rule}{default}, overhead {100 * self.max_overhead:g} %"
+
+
+def _of_ramp(ramp: str) -> list[Rule]:
+    fixed = [Rule(ramp, rule, 0.0) for rule in FIXED_RULES]
+    measured = [Rule(ramp, objective, LARGE_OVERHEAD) for objective in OBJECTIVES]
+    return [*fixed, *measured, Rule(ramp, DEFAULT, DEFAULT_OVERHEAD)]
+
+
+RULES = [
+    *(rule for ramp in RAMPS for rule in _of_ramp(ramp)),
+    Rule(FOLLOW, DEFAULT, LARGE_OVERHEAD),
+    Rule(FOLLOW, DEFAULT, DEFAULT_OVERHEAD),
+]
+CANDIDATES = [rule for rule in RULES if rule.rule == DEFAULT and rule.max_overhead == LARGE_OVERHEAD]
+"""Of which the best one is held against the best constant batch size."""

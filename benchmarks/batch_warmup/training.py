@@ -1,0 +1,162 @@
+"""One run: a constant batch size, a ramp, or a batch size that follows the measured law."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader
+
+from benchmarks.batch_warmup.rules import BASE_BATCH_SIZE, FIXED_RULES, FOLLOW, LARGE_BATCH_SIZE, RAMPS
+from benchmarks.batch_warmup.workloads import WORKLOADS
+from lightning_surge import SurgeLRCallback
+from lightning_surge.callbacks import BatchSizeScheduler
+from lightning_surge.follow_peak import FollowPeak
+from lightning_surge.sampling import ScheduledBatchSampler
+from lightning_surge.schedules import ConstantSize, GeometricRamp
+
+__all__ = ["constant", "quiet_trainer", "ramp"]
+
+MOST_SIZES = 24
+
+
+class StepSizes(pl.Callback):
+    """The examples behind every optimizer step, counted apart from what the package counts."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._window = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """One micro-batch."""
+        self._window += len(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        """The end of a window."""
+        self.sizes.append(self._window)
+        self._window = 0
+
+    def over_time(self) -> list[list[int]]:
+        """`[examples consumed, size]` wherever the size changes, thinned to a short list."""
+        changes, consumed = [], 0
+        for size in self.sizes:
+            if not changes or changes[-1][1] != size:
+                changes.append([consumed, size])
+            consumed += size
+        return changes[:: -(-len(changes) // MOST_SIZES)]
+
+
+def quiet_trainer(callbacks: Sequence[pl.Callback], epochs: int) -> pl.Trainer:
+    """A Trainer that only trains."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    return pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+
+
+def constant(workload: str, budget: str, batch_size: int, multiplier: float, seed: int) -> dict[str, Any]:
+    """Train at one batch size.
+
+    Args:
+        workload: its name.
+        budget: key of the workload's examples.
+        batch_size: examples per optimizer step.
+        multiplier: of the example's learning rate.
+        seed: of the weights and of the order of the data.
+
+    Returns:
+        Final validation loss, optimizer steps, times.
+    """
+    sampler = WORKLOADS[workload].sampler(budget, seed)
+    loader = DataLoader(WORKLOADS[workload].data()[0], batch_size=batch_size, sampler=sampler)
+    return _run(workload, budget, multiplier, seed, loader, BatchSizeScheduler(ConstantSize(batch_size)))
+
+
+def ramp(
+    workload: str, budget: str, ramp: str, rule: str, max_overhead: float, multiplier: float, seed: int
+) -> dict[str, Any]:
+    """Train with a growing batch size.
+
+    Args:
+        workload: its name.
+        budget: key of the workload's examples.
+        ramp: key of `RAMPS`, or `FOLLOW`.
+        rule: fixed rule for the learning rate, or an objective of the callback.
+        max_overhead: of the callback; 0 with a fixed rule.
+        multiplier: of the example's learning rate.
+        seed: of the weights and of the order of the data.
+
+    Returns:
+        Final validation loss, optimizer steps, times; what was measured, and the factor at the end.
+    """
+    what = WORKLOADS[workload]
+    sampler = what.sampler(budget, seed)
+    if ramp == FOLLOW:
+        loader = DataLoader(what.data()[0], batch_size=BASE_BATCH_SIZE, sampler=sampler)
+        scheduler = BatchSizeScheduler(FollowPeak(start=BASE_BATCH_SIZE, maximum=LARGE_BATCH_SIZE))
+    else:
+        batches = ScheduledBatchSampler(sampler, LARGE_BATCH_SIZE, drop_last=False)
+        loader = DataLoader(what.data()[0], batch_sampler=batches)
+        duration = RAMPS[ramp] * what.examples[budget]
+        schedule = GeometricRamp(BASE_BATCH_SIZE, LARGE_BATCH_SIZE, duration, unit="examples")
+        scheduler = BatchSizeScheduler(schedule)
+    settings: dict[str, Any] = {"objective": rule, "max_overhead": max_overhead}
+    if rule in FIXED_RULES:
+        settings = {"law": rule}
+    # The rule that leaves the learning rate alone is what there is without the callback.
+    surge = None if rule == "constant" else SurgeLRCallback(BASE_BATCH_SIZE, **settings)
+    return _run(workload, budget, multiplier, seed, loader, scheduler, surge)
+
+
+def _run(
+    workload: str,
+    budget: str,
+    multiplier: float,
+    seed: int,
+    loader: DataLoader[Any],
+    scheduler: BatchSizeScheduler,
+    surge: SurgeLRCallback | None = None,
+) -> dict[str, Any]:
+    what, examples = WORKLOADS[workload], WORKLOADS[workload].examples[budget]
+    pl.seed_everything(seed, verbose=False)
+    module = what.module(multiplier * what.base_lr, examples)
+    counted = StepSizes()
+    callbacks = [scheduler, counted] if surge is None else [scheduler, surge, counted]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = quiet_trainer(callbacks, what.epochs(budget))
+        wall, processor = time.perf_counter(), time.process_time()
+        trainer.fit(module, loader)
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        validation = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        (metrics,) = validation.validate(module, what.data()[1], verbose=False)
+    if sum(counted.sizes) != examples:
+        raise RuntimeError(
+            f"Expected {examples} examples, got {sum(counted.sizes)}: rows would not be comparable."
+        )
+    result = {
+        "val_loss": metrics["val_loss"],
+        "steps": trainer.global_step,
+        "mean_batch_size": examples / trainer.global_step,
+        "fit_seconds": round(wall, 2),
+        "processor_seconds": round(processor, 2),
+        "sizes": counted.over_time(),
+    }
+    if surge is not None and surge.decision is not None:
+        result |= {"final_factor": surge.decision.used, "reason": surge.decision.reason}
+    if surge is not None and surge.settings.law == "measured":
+        result |= {"measurements": surge.history.num_measurements, "overhead": surge.overhead}
+    return result

@@ -1,0 +1,566 @@
+"""Changes the number of examples per optimizer step while a model trains.
+
+Two mechanisms. *Accumulation* works with every loader: Lightning decides with two different counts when to
+zero the gradients (``batch_idx % accumulation`` before a backward) and when to step
+(``(batch_idx + 1) % accumulation`` after it). They agree only if a window of ``a`` micro-batches begins at a
+multiple of ``a``: going from 2 to 3 at micro-batch 2 steps right away, on gradients that were never zeroed.
+So the accumulation is written in one place, ``on_train_batch_start``, where the old window has ended and the
+new one is aligned. A *batch sampler* gives steps of any size, if the loader has a `ScheduledBatchSampler`.
+"""
+
+import inspect
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import accumulate
+from operator import itemgetter
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_surge.callbacks.counting import BatchCounter
+from lightning_surge.callbacks.loaders import (
+    batches_per_epoch,
+    loader_batch_size,
+    refresh_epoch_length,
+    replicas_of,
+    scheduled_sampler,
+)
+from lightning_surge.clocks import ExamplesClock
+from lightning_surge.estimates import EstimatedLaw
+from lightning_surge.follow_peak import FollowPeak
+from lightning_surge.sampling import Itinerary, ScheduledBatchSampler, follow, unfollow
+from lightning_surge.schedules import BatchSizeRule, GeometricRamp, Progress, Schedule, whole_number
+from lightning_surge.windows import Window, accumulation_for, aligned_accumulation
+
+__all__ = ["BatchSizeScheduler", "BatchSizeWarmup"]
+
+STATE_VERSION = 1
+# Weights that differ from 1 by rounding alone are not worth a pass over the gradients.
+ROUNDING = 1e-9
+
+
+class BatchSizeScheduler(pl.Callback):
+    """Sets the number of examples per optimizer step, at any step, by a schedule or by the measured law.
+
+    How it does that is chosen when training starts, and reported once:
+
+    * By accumulation, for every kind of loader: a step gets the micro-batch, times the data-parallel
+      replicas, times the largest power of two that does not exceed the request. A larger window
+      begins at the first micro-batch that it divides, at most one window later when the size doubles.
+    * By the batch sampler, if the training DataLoader was given a `ScheduledBatchSampler` and the sizes are
+      known beforehand (a `Schedule`): steps have exactly the sizes requested, in as few micro-batches as the
+      sampler's `batch_size` and `max_micro_batch_size` allow; only what does not fit is accumulated.
+
+    Micro-batches of unequal size, and the shorter window at an epoch's end, are weighted so that the gradient
+    of a step is the mean over its examples.
+
+    Logs ``surge/batch_size_requested`` and ``surge/batch_size_scheduled`` at every optimizer step, and moves
+    every learning-rate schedule that counts examples (`clocks.by_examples`).
+
+    Caveats:
+        * ``trainer.estimated_stepping_batches`` assumes that the accumulation never changes, so a
+          learning-rate schedule sized by it has the wrong length. Use `windows.total_steps`, or a schedule
+          that counts examples.
+        * An accumulation longer than the epoch is capped, with a warning.
+        * A checkpoint taken between two optimizer steps has no gradients in it: after resuming,
+          Lightning finishes that window with the micro-batches that are left. Save with
+          ``every_n_train_steps`` or at the end of an epoch.
+        * The loss of a micro-batch must be the mean over its examples for the weights to be right.
+
+    Args:
+        schedule: A `Schedule` (`ConstantSize`, `LinearRamp`, `GeometricRamp`, `CosineRamp`, `Milestones`,
+            `Phases`), or `FollowPeak`, which needs a `SurgeLRCallback` that measures.
+        micro_batch_size: Examples per micro-batch on one replica, for accumulation. ``None`` reads the
+            ``batch_size`` of the training DataLoader, or of its batch sampler.
+        max_micro_batch_size: Examples that a micro-batch may have on one replica. A `ScheduledBatchSampler`
+            heeds it beside its own ``batch_size``; a loader of larger batches is refused.
+        batch_size_fn: Counts the examples, or tokens, in a batch; None takes the leading dimension of its
+            first tensor. Schedules in examples and clocks count with it.
+        weight_micro_batches: Whether micro-batches count by their examples; False leaves Lightning's mean
+            over micro-batches.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: In ``setup``, for what cannot be combined with a changing
+            accumulation; in ``on_train_start``, for sizes that steps cannot have.
+
+    Example:
+        >>> from lightning_surge.schedules import LinearRamp
+        >>> scheduler = BatchSizeScheduler(LinearRamp(16, 512, duration=1_000_000, unit="examples"))
+        >>> scheduler.requested_batch_size, scheduler.scheduled_batch_size
+        (16, 16)
+    """
+
+    def __init__(
+        self,
+        schedule: BatchSizeRule,
+        *,
+        micro_batch_size: int | None = None,
+        max_micro_batch_size: int | None = None,
+        batch_size_fn: Callable[[Any], float] | None = None,
+        weight_micro_batches: bool = True,
+    ) -> None:
+        if not isinstance(schedule, BatchSizeRule):
+            raise ValueError(
+                f"Expected schedule to be a Schedule or FollowPeak, got {schedule!r}: use"
+                " ConstantSize(16) for a constant size."
+            )
+        self.schedule = schedule
+        self._micro_batch_size = _optional("micro_batch_size", micro_batch_size)
+        self._max_micro_batch_size = _optional("max_micro_batch_size", max_micro_batch_size)
+        self._count = BatchCounter(batch_size_fn, type(self).__name__)
+        self._counts_tokens = batch_size_fn is not None
+        self._weights = weight_micro_batches
+        self._itinerary = (
+            Itinerary(schedule, largest=self._max_micro_batch_size)
+            if isinstance(schedule, Schedule)
+            else None
+        )
+        self._law_comes = False
+        self._begin_afresh()
+        self._forget_run()
+
+    def _begin_afresh(self) -> None:
+        """Know nothing of any training."""
+        self._requested = self._scheduled = self._followed = self.schedule.first_size
+        self._accumulation = 1  # what this callback last wrote
+        self._examples = 0.0
+        self._begin = Progress()
+
+    def _forget_run(self) -> None:
+        self._sampler: ScheduledBatchSampler | None = None
+        self._windows: list[Window] = []
+        self._window_starts: list[int] = []
+        self._examples_before: list[int] = []
+        self._replicas = 1
+        self._reference = 1.0  # examples on one replica of a micro-batch that has weight 1
+        self._original_accumulation: int | None = None  # None while the Trainer's value is untouched
+        self._warned_of_other_writer = False
+        self._batch_idx = 0
+        self._batch_examples = 0.0
+        self._close_window()
+
+    def _close_window(self) -> None:
+        self._consumed = 0.0  # examples of the micro-batches in the window ...
+        self._trained = 0.0  # ... and of those that had a loss
+        self._window_ends = False
+        self._counted: int | None = None
+
+    # ------------------------------------------------------------------ what users ask
+
+    @property
+    def requested_batch_size(self) -> int:
+        """Examples that the schedule asks for at the current optimizer step."""
+        return self._requested
+
+    @property
+    def scheduled_batch_size(self) -> int:
+        """Examples of the window now in force, over all replicas, if the loader fills its micro-batches."""
+        return self._scheduled
+
+    @property
+    def examples(self) -> float:
+        """Examples, or tokens, behind the optimizer steps taken, over all replicas."""
+        return self._examples
+
+    @property
+    def follows_law(self) -> bool:
+        """Whether the sizes come from the measured law."""
+        return isinstance(self.schedule, FollowPeak)
+
+    def expect_law(self) -> None:
+        """Told by whoever will call `learn`, before training starts."""
+        self._law_comes = True
+
+    def learn(self, law: EstimatedLaw) -> None:
+        """Take note of a law just measured.
+
+        Args:
+            law: as estimated now.
+        """
+        if isinstance(self.schedule, FollowPeak):
+            self._followed = self.schedule.next_size(self._followed, law)
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse whatever cannot be combined with an accumulation that changes."""
+        if stage != "fit":
+            return
+        self._check(trainer, pl_module)
+        # Before a batch-size finder, whose trials step the learning-rate schedules without callbacks. A new
+        # list: Lightning iterates over the old one now.
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks if callback is not self]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+        if trainer.global_step == 0:
+            self._begin_afresh()
+        self._replicas = replicas_of(trainer)
+        if self._micro_batch_size is not None:
+            self._check_sizes(self._micro_batch_size)
+        if self._itinerary is not None:
+            # Before the loaders exist: Lightning asks for their length, and workers for the first batches,
+            # before any other hook runs.
+            self._itinerary.replicas = self._replicas
+            self._itinerary.begin = self._begin
+            follow(self._itinerary)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let learning-rate schedules that count examples know that somebody counts."""
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ExamplesClock):
+                if config.interval != "step":
+                    raise MisconfigurationException(
+                        "Expected interval='step' for a learning-rate schedule that counts examples, got"
+                        f" interval={config.interval!r}: return"
+                        " {'scheduler': by_examples(...), 'interval': 'step'} from configure_optimizers."
+                    )
+                config.scheduler.advance(0.0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the mechanism, and put the (possibly restored) accumulation in force."""
+        if self.follows_law and not self._law_comes:
+            raise MisconfigurationException(
+                "Expected a SurgeLRCallback that measures beside FollowPeak, got none: add"
+                f" SurgeLRCallback(base_batch_size={self.schedule.first_size}), with dry_run=True to leave"
+                " the learning rate alone."
+            )
+        self._original_accumulation = trainer.accumulate_grad_batches
+        self._sampler = None if self._itinerary is None else scheduled_sampler(trainer.train_dataloader)
+        if self._sampler is None:
+            self._start_accumulating(trainer)
+        else:
+            self._start_sampling(self._sampler)
+        # Before the first micro-batch, since Lightning reads it when it restores its counters.
+        trainer.accumulate_grad_batches = self._accumulation
+        if self._sampler is None:
+            self._scheduled = round(self._reference * self._replicas * self._accumulation)
+
+    def _start_sampling(self, sampler: ScheduledBatchSampler) -> None:
+        if self._counts_tokens and self.schedule.unit == "examples":  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "Expected a schedule in steps or epochs with a ScheduledBatchSampler and batch_size_fn=, got"
+                " unit='examples': a sampler cannot know how many tokens an example will have. Use"
+                " unit='steps', or DataLoader(batch_size=...), whose batches are accumulated."
+            )
+        largest = min(sampler.batch_size, self._max_micro_batch_size or sampler.batch_size)
+        for name, size in self.schedule.named_sizes.items():
+            if size % self._replicas:
+                below = max(size // self._replicas, 1) * self._replicas
+                raise MisconfigurationException(
+                    f"Expected {name} to be a multiple of the {self._replicas} data-parallel replicas, got"
+                    f" {name}={size}: use {name}={below}."
+                )
+        self._plan_epoch(sampler)
+        rank_zero_info(
+            f"Batch sizes are set by the batch sampler, exactly: micro-batches of at most {largest} examples"
+            " on each replica, the rest by accumulation."
+        )
+
+    def _plan_epoch(self, sampler: ScheduledBatchSampler) -> None:
+        self._windows = sampler.windows() or []
+        self._window_starts = [0, *accumulate(map(len, self._windows))]
+        self._examples_before = [0, *accumulate(map(sum, self._windows))]
+
+    def _start_accumulating(self, trainer: pl.Trainer) -> None:
+        # Not earlier: a batch-size finder may have changed the loader in on_fit_start.
+        micro = self._micro_batch_size or loader_batch_size(trainer.train_dataloader)
+        if self._max_micro_batch_size is not None and micro > self._max_micro_batch_size:
+            raise MisconfigurationException(
+                f"Expected micro-batches of at most max_micro_batch_size={self._max_micro_batch_size}, got"
+                f" {micro}: use a DataLoader with batch_size={self._max_micro_batch_size}."
+            )
+        self._check_sizes(micro)
+        self._reference = float(micro)
+        unit, limit = micro * self._replicas, batches_per_epoch(trainer)
+        name, largest = max(reversed(self.schedule.named_sizes.items()), key=itemgetter(1))
+        longest = accumulation_for(largest, unit)
+        if limit is not None and limit < longest and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            capped = accumulation_for(largest, unit, limit=limit)
+            rank_zero_warn(
+                f"{name}={largest} needs {longest} micro-batches per optimizer step, got an epoch of"
+                f" {limit}: the size stays at {capped * unit} or below."
+                f" Use a smaller {name}, or a larger DataLoader batch_size."
+            )
+        rank_zero_info(
+            f"Batch sizes are set by accumulation, in powers of two of micro-batch {micro} x replicas"
+            f" {self._replicas}."
+        )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let Lightning know how many micro-batches this epoch has."""
+        if self._sampler is not None:
+            self._plan_epoch(self._sampler)
+            refresh_epoch_length(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Move the itinerary on, before loaders are asked for the next epoch."""
+        self._begin = Progress(trainer.global_step, self._examples, trainer.current_epoch + 1.0)
+        if self._itinerary is not None:
+            self._itinerary.begin = self._begin
+
+    # ------------------------------------------------------------------ one optimizer step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Change the accumulation where a window begins."""
+        if trainer.accumulate_grad_batches != self._accumulation:
+            # Somebody else's value: StochasticWeightAveraging, say, stretches one window over the
+            # pass in which it recomputes BatchNorm. Overwriting it would break that pass.
+            self._warn_of_other_writer(trainer.accumulate_grad_batches)
+        elif self._sampler is not None:
+            self._begin_sampled_window(trainer, batch_idx)
+        elif batch_idx % self._accumulation == 0:
+            self._begin_accumulated_window(trainer, batch_idx)
+        self._scheduled = round(self._reference * self._replicas * trainer.accumulate_grad_batches)
+        self._batch_idx = batch_idx
+        self._batch_examples = self._count(batch)
+        self._consumed += self._batch_examples
+
+    def _begin_sampled_window(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        index = bisect_right(self._window_starts, batch_idx) - 1
+        if index >= len(self._windows) or self._window_starts[index] != batch_idx:
+            return
+        self._trained = 0.0  # what a skipped epoch has left behind was zeroed
+        window = self._windows[index]
+        done = self._examples_before[index]
+        share = done / len(self._sampler.sampler)  # type: ignore[union-attr, arg-type]
+        self._request(trainer, share, self._begin.examples + done * self._replicas)
+        self._accumulation = trainer.accumulate_grad_batches = len(window)
+        self._reference = sum(window) / len(window)
+
+    def _begin_accumulated_window(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        self._trained = 0.0  # what a skipped epoch has left behind was zeroed
+        limit = batches_per_epoch(trainer)
+        self._request(trainer, 0.0 if limit is None else batch_idx / limit, self._examples)
+        target = accumulation_for(self._requested, round(self._reference) * self._replicas, limit=limit)
+        self._accumulation = trainer.accumulate_grad_batches = aligned_accumulation(target, batch_idx)
+
+    def _request(self, trainer: pl.Trainer, share_of_epoch: float, examples: float) -> None:
+        if isinstance(self.schedule, Schedule):
+            epoch = trainer.current_epoch + share_of_epoch
+            self._requested = self.schedule(Progress(trainer.global_step, examples, epoch))
+        else:
+            self._requested = self._followed
+
+    @property
+    def loss_weight(self) -> float:
+        """The factor on the loss of the micro-batch in hand, besides Lightning's 1 / accumulation."""
+        return self._batch_examples / self._reference if self._weights else 1.0
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Let the micro-batch count by its examples."""
+        weight = self.loss_weight
+        if abs(weight - 1.0) > ROUNDING:
+            # In place, since Lightning goes on with this very tensor, which is not the one that was logged.
+            loss.mul_(weight)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the examples whose gradient the step will have."""
+        # Some optimizers ask for the same gradient several times in a step; the examples are the same.
+        if self._counted != self._batch_idx:
+            self._counted = self._batch_idx
+            self._trained += self._batch_examples
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Make the gradient the mean over the examples of the step, count them, log."""
+        trained, consumed = self._over_replicas(trainer, pl_module)
+        self._correct(trainer, optimizer, trained)
+        if self._window_ends:
+            return
+        self._window_ends = True
+        self._examples += consumed
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ExamplesClock):
+                config.scheduler.advance(consumed)
+        if trainer.barebones:
+            return  # logging would only warn, at every step
+        pl_module.log("surge/batch_size_requested", float(self._requested), batch_size=1)
+        pl_module.log("surge/batch_size_scheduled", float(self._scheduled), batch_size=1)
+
+    def _over_replicas(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float, float]:
+        """Examples trained on and consumed in this window, by all replicas."""
+        if self._replicas == 1:
+            return self._trained, self._consumed
+        local = torch.tensor([self._trained, self._consumed], dtype=torch.float64, device=pl_module.device)
+        summed: Any = trainer.strategy.reduce(local, reduce_op="sum")
+        # Ranks of one replica, as under tensor parallelism, have counted the same examples.
+        trained, consumed = (summed * (self._replicas / trainer.world_size)).tolist()
+        return trained, consumed
+
+    def _correct(self, trainer: pl.Trainer, optimizer: Optimizer, trained: float) -> None:
+        """Replace Lightning's divisor, accumulation times micro-batch, by the examples there were."""
+        if not self._weights or trained == 0.0:
+            return
+        factor = trainer.accumulate_grad_batches * self._reference * self._replicas / trained
+        if abs(factor - 1.0) > ROUNDING:
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            parameter.grad.mul_(factor)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Close the window if the optimizer has stepped."""
+        if self._window_ends:
+            self._close_window()
+
+    # ------------------------------------------------------------------ the end, and state
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the Trainer its own accumulation back."""
+        self._restore(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the Trainer its own accumulation back."""
+        self._restore(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the Trainer its own accumulation back, whatever other callbacks wrote at the end."""
+        self._restore(trainer)
+        self._forget_run()
+        self._law_comes = False
+
+    def _restore(self, trainer: pl.Trainer) -> None:
+        # self._accumulation stays: a checkpoint may still be written in on_train_end or on_exception.
+        if self._original_accumulation is not None:
+            trainer.accumulate_grad_batches = self._original_accumulation
+        if self._itinerary is not None:
+            unfollow(self._itinerary)
+
+    @property
+    def state_key(self) -> str:
+        """The same for every schedule: a run may be resumed with another one, and goes on counting."""
+        return "BatchSizeScheduler"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stands; the optimizer steps are the Trainer's ``global_step``."""
+        return {
+            "version": STATE_VERSION,
+            "accumulation": self._accumulation,
+            "examples": self._examples,
+            "epoch_begin": list(self._begin),
+            "followed": self._followed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        if state_dict.get("version") != STATE_VERSION:
+            rank_zero_warn(
+                f"Expected state of version {STATE_VERSION} in the checkpoint, got"
+                f" {state_dict.get('version')!r}: {type(self).__name__} counts examples from 0."
+            )
+            return
+        self._accumulation = int(state_dict["accumulation"])
+        self._examples = state_dict["examples"]
+        step, examples, epoch = state_dict["epoch_begin"]
+        self._begin = Progress(step, examples, epoch)
+        if self._itinerary is not None:
+            self._itinerary.begin = self._begin
+        if isinstance(self.schedule, FollowPeak):
+            self._followed = min(max(state_dict["followed"], self.schedule.smallest), self.schedule.maximum)
+
+    # ------------------------------------------------------------------ checks
+
+    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        name = type(self).__name__
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{name} needs automatic optimization, got automatic_optimization=False in"
+                f" {type(pl_module).__name__}: Lightning accumulates no gradients in manual optimization."
+                " Remove the callback, or set automatic_optimization=True."
+            )
+        if trainer.strategy.handles_gradient_accumulation:
+            raise MisconfigurationException(
+                f"{name} needs a strategy that lets Lightning accumulate gradients, got"
+                f" strategy={type(trainer.strategy).__name__}, which fixes the accumulation when it starts:"
+                " use strategy='ddp', or remove the callback."
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                f"{name} sets the accumulation itself and needs Trainer(accumulate_grad_batches=1), got"
+                f" accumulate_grad_batches={trainer.accumulate_grad_batches}: remove it from the Trainer;"
+                " the schedule sets the first size."
+            )
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks:
+            if isinstance(other, GradientAccumulationScheduler):
+                raise MisconfigurationException(
+                    f"Expected one callback that changes the accumulation, got {name} and"
+                    f" {type(other).__name__}: remove one of the two."
+                )
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            # Lightning knows the index of such a batch only after the step, so it zeroes gradients
+            # one micro-batch late and drops the first of every window.
+            raise MisconfigurationException(
+                f"{name} needs training_step(batch, batch_idx), got training_step(dataloader_iter) in"
+                f" {type(pl_module).__name__}, where Lightning accumulates wrongly: take the batch as an"
+                " argument."
+            )
+
+    def _check_sizes(self, micro_batch_size: int) -> None:
+        unit = micro_batch_size * self._replicas
+        for name, size in self.schedule.named_sizes.items():
+            below = unit * accumulation_for(size, unit)
+            if size != below:
+                remedy = f"{name}={below}" if size < unit else f"{name}={below} or {name}={2 * below}"
+                raise MisconfigurationException(
+                    f"Expected {name} to be micro-batch size x replicas ({micro_batch_size} x {self._replicas})"
+                    f" times a power of two, got {name}={size}: use {remedy}, or change the DataLoader's"
+                    " batch_size. A ScheduledBatchSampler in the DataLoader allows any size."
+                )
+
+    def _warn_of_other_writer(self, found: int) -> None:
+        if not self._warned_of_other_writer:
+            self._warned_of_other_writer = True
+            rank_zero_warn(
+                f"{type(self).__name__} expected accumulate_grad_batches={self._accumulation}, got {found}:"
+                " another callback or the LightningModule changed it. The schedule rests until it is set"
+                " back."
+            )
+
+
+class BatchSizeWarmup(BatchSizeScheduler):
+    """Ramps the number of examples per optimizer step from ``start`` to ``end``, by equal factors.
+
+    At optimizer step t (``trainer.global_step``) the ramp requests
+    ``start * (end / start) ** (t / num_steps)`` examples: `BatchSizeScheduler` with a `GeometricRamp`.
+
+    Args:
+        start: Examples per optimizer step at first. Where a DataLoader's batches are accumulated: the
+            micro-batch size times the replicas, times a power of two.
+        end: Examples per optimizer step from ``num_steps`` on, of the same form, at least ``start``.
+        num_steps: Length of the ramp in optimizer steps.
+        micro_batch_size: Examples per micro-batch on one replica. ``None`` reads the ``batch_size``
+            of the training DataLoader, or of its batch sampler.
+
+    Raises:
+        ValueError: If an argument is no positive whole number, or ``end < start``.
+        MisconfigurationException: As for `BatchSizeScheduler`.
+
+    Example:
+        >>> warmup = BatchSizeWarmup(start=16, end=512, num_steps=2000)
+        >>> warmup.requested_batch_size, warmup.scheduled_batch_size
+        (16, 16)
+        >>> warmup.schedule
+        GeometricRamp(unit='steps', multiple_of=1, minimum=None, maximum=None, start=16, end=512, duration=2000)
+    """
+
+    def __init__(self, start: int, end: int, num_steps: int, *, micro_batch_size: int | None = None) -> None:
+        num_steps = whole_number("num_steps", num_steps, minimum=1)
+        super().__init__(GeometricRamp(start, end, num_steps), micro_batch_size=micro_batch_size)
+
+
+def _optional(name: str, size: int | None) -> int | None:
+    return None if size is None else whole_number(name, size, minimum=1)
