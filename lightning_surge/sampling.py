@@ -204,7 +204,7 @@ class _MicroBatches(Iterator[list[int]]):
         found = sum(self._sizes[:drawn])
         if left and (left, examples) != (len(self._sizes) - drawn, found):
             raise ValueError(
-                f"Expected an epoch of {drawn + left} micro-batches, {examples} examples in the first {drawn}, as"
-                f" when the checkpoint was saved, got {len(self._sizes)} with {found}: resume with the same"
-                " schedule, batch_size and replicas, or from a checkpoint of an epoch's end."
+                f"Expected an epoch of {drawn + left} micro-batches with {examples} examples in the first"
+                f" {drawn}, as when the checkpoint was saved, got {len(self._sizes)} with {found}: resume with"
+                " the same schedule, batch_size and replicas, or from a checkpoint of an epoch's end."
             )

@@ -103,7 +103,7 @@ def plan_windows(
     Every example of the epoch is in exactly one micro-batch. A window has the size requested, in the
     fewest micro-batches, a power of two, that memory allows; where twice as many begin to be needed it may
     have to wait for an aligned micro-batch, at the largest size that fits meanwhile. Micro-batches of one
-    window differ by at most one example.
+    window differ by at most one example. Where memory allows one example only, sizes are powers of two.
 
     Args:
         schedule: Examples per optimizer step, over all replicas.
@@ -197,7 +197,9 @@ class AccumulatedSchedule:
     examples_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        _make_whole(self, "micro_batch_size", "replicas", "examples_per_epoch")
+        _make_whole(self, "micro_batch_size", "replicas")
+        if self.examples_per_epoch is not None:
+            _make_whole(self, "examples_per_epoch")
 
     def sizes(self) -> Iterator[int]:
         """Yields the actual number of examples of step 0, 1, 2, ... without end."""
@@ -290,8 +292,7 @@ class SampledSchedule:
 
 def _make_whole(replay: AccumulatedSchedule | SampledSchedule, *names: str) -> None:
     for name in names:
-        if getattr(replay, name) is not None:
-            object.__setattr__(replay, name, whole_number(name, getattr(replay, name), minimum=1))
+        object.__setattr__(replay, name, whole_number(name, getattr(replay, name), minimum=1))
 
 
 def _step_sizes(schedule: Schedule | Replay) -> Iterator[int]:

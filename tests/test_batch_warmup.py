@@ -285,13 +285,14 @@ def test_the_report_is_written_from_nothing_and_from_something(tmp_path: Path) -
 
 
 def test_ramps_wait_for_the_tuning_and_carry_its_multiplier() -> None:
-    assert grid.ramps(SMALL[:-1]) == []
-    cells = grid.ramps([*SMALL, *LARGE])
+    assert grid.ramps(SMALL[:-1]) == ([], ["text short", "text long", "digits short", "digits long"])
+    cells, untuned = grid.ramps([*SMALL, *LARGE])
+    assert untuned == ["text long", "digits short", "digits long"]
     assert len(cells) == len(RULES) * len(SEEDS)
     assert {cell.key["multiplier"] for cell in cells} == {1.0}
     assert {cell.key["workload"] for cell in cells} == {"text"}
     shifted = constants(BASE_BATCH_SIZE, best=1.41, level=2.0, workload="digits", budget="long")
-    assert {cell.key["multiplier"] for cell in grid.ramps(shifted)} == {1.41}
+    assert {cell.key["multiplier"] for cell in grid.ramps(shifted)[0]} == {1.41}
 
 
 def test_the_grid_has_the_cells_that_it_says() -> None:
@@ -302,7 +303,7 @@ def test_the_grid_has_the_cells_that_it_says() -> None:
         for budget in ("short", "long")
         for record in constants(BASE_BATCH_SIZE, 1.0, 2.0, workload, budget)
     ]
-    cells = [*tuning, *grid.ramps(everything), *grid.speeds()]
+    cells = [*tuning, *grid.ramps(everything)[0], *grid.speeds()]
     kinds = [cell.kind for cell in cells]
     assert {kind: kinds.count(kind) for kind in grid.sizes()} == grid.sizes()
     assert len({(cell.kind, *sorted(cell.key.items())) for cell in cells}) == len(cells)
@@ -313,7 +314,7 @@ def test_the_grid_has_the_cells_that_it_says() -> None:
 
 
 def test_a_run_goes_on_with_the_ramps_once_the_small_batch_is_tuned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[str] = []
 
@@ -322,19 +323,27 @@ def test_a_run_goes_on_with_the_ramps_once_the_small_batch_is_tuned(
         away = abs(math.log2(key["multiplier"] / 1.41))
         return {"val_loss": 2.0 + away, "steps": 1, "fit_seconds": 1.0}
 
+    def run(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["batch_warmup", "--workload", "digits", "--run-only", *flags])
+        command.main()
+        return capsys.readouterr().out.splitlines()[-1]
+
     monkeypatch.setattr(grid, "constant", fake)
     monkeypatch.setattr(grid, "ramp", fake)
     monkeypatch.setattr(command, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["batch_warmup", "--workload", "digits", "--run-only"])
-    command.main()
-    first_ramp = next(index for index, name in enumerate(ran) if not name.startswith("B"))
-    assert set(ran[:first_ramp]) == {"B 8"}
-    assert {name.partition(" ")[2] for name in ran[first_ramp:] if not name.startswith("B")} == {"1.41"}
-    assert len(ran) == (sum(grid.sizes().values()) - grid.sizes()["throughput"]) / len(WORKLOADS)
-    command.main()
-    assert len(ran) == len(set(map(tuple, map(dict.items, Store(tmp_path).records("constant"))))) + len(
-        Store(tmp_path).records("ramp")
-    )
+    monkeypatch.setattr("benchmarks.cells.commit", lambda: "abc")
+    said = run("--length", "short")
+    assert said.endswith("finished; ramps wait for the tuning of text short, text long, digits long")
+    tuning = len(SEEDS) * len(MULTIPLIERS[BASE_BATCH_SIZE])
+    assert set(ran[:tuning]) == {"B 8"}
+    assert {name.partition(" ")[2] for name in ran[tuning:] if not name.startswith("B")} == {"1.41"}
+    assert len(ran) == tuning + len(SEEDS) * (len(RULES) + len(MULTIPLIERS[LARGE_BATCH_SIZE]))
+    run()
+    assert len(ran) == 2 * (tuning + len(SEEDS) * (len(RULES) + len(MULTIPLIERS[LARGE_BATCH_SIZE])))
+    assert len(Store(tmp_path).records("ramp")) == 2 * len(SEEDS) * len(RULES)
+    finished = len(ran)
+    run()
+    assert len(ran) == finished
 
 
 def test_the_learning_rate_rises_to_one_and_ends_at_zero() -> None:

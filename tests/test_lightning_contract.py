@@ -275,3 +275,70 @@ def test_a_batch_hook_may_skip_the_epoch_after_callbacks_have_started_the_batch(
 
     make_trainer(Look()).fit(Skipping(), batches(3))
     assert events == ["start", "schedule", "end", "start", "schedule"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_the_loss_before_backward_may_be_changed_in_place(make_trainer: MakeTrainer, precision: str) -> None:
+    class Threefold(Callback):
+        def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
+            loss.mul_(3.0)
+
+    class Biased(Slope):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx) + 5.0
+            self.log("loss", loss)
+            self.returned = loss
+            return loss
+
+    module = Biased()
+    gradients = AtEachStep(lambda _, module, __: module.weight.grad.item())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # type: ignore[attr-defined]
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if precision == "16-mixed" else []
+    trainer = make_trainer(Threefold(), gradients, plugins=plugins)
+    trainer.fit(module, batches(1))
+    assert gradients.seen == [3.0]
+    # What was returned, and logged, is another tensor.
+    assert module.returned.item() == trainer.callback_metrics["loss"].item() == 5.0
+
+
+@pytest.mark.parametrize("lengths", [(2, 5, 3), (5, 2, 4)])
+def test_an_epoch_may_be_given_another_length_when_it_starts(
+    make_trainer: MakeTrainer, lengths: tuple[int, int, int]
+) -> None:
+    seen: list[str] = []
+
+    class Uneven:
+        """Batches of one index, another number of them in every epoch."""
+
+        batch_size, drop_last = 1, False
+        epoch = 0
+
+        def __len__(self) -> int:
+            return lengths[self.epoch]
+
+        def __iter__(self) -> Any:
+            return iter([[0]] * len(self))
+
+    sampler = Uneven()
+
+    class Lengths(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            sampler.epoch = trainer.current_epoch
+            combined = trainer.fit_loop._combined_loader
+            assert combined is not None
+            combined.limits = [len(sampler)]
+            trainer.fit_loop.max_batches = trainer.val_check_batch = len(sampler)
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            seen.append("batch")
+
+        def on_validation_epoch_end(self, *args: Any) -> None:
+            seen.append("validation")
+
+    class Validated(Slope):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            pass
+
+    loader = DataLoader(torch.ones(1, 1), batch_sampler=sampler)  # type: ignore[arg-type, var-annotated]
+    make_trainer(Lengths(), max_epochs=3, num_sanity_val_steps=0).fit(Validated(), loader, batches(1))
+    assert seen == [event for length in lengths for event in [*["batch"] * length, "validation"]]

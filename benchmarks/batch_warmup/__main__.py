@@ -2,10 +2,11 @@
 
 python -m benchmarks.batch_warmup --budget 60                  # minutes; goes on where the last run stopped
 python -m benchmarks.batch_warmup --workload text --run-only   # beside another process for digits
+python -m benchmarks.batch_warmup --length long --run-only     # or one for the long runs, one for the short
 python -m benchmarks.batch_warmup --quick                      # under a minute, nothing is written
 python -m benchmarks.batch_warmup --report                     # tables and a figure from what is there
 
-Speeds (`--only throughput`) are best measured alone; they are left out where `--workload` is given.
+Speeds (`--only throughput`) are best measured alone: they are left out with `--workload` or `--length`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks.batch_warmup import grid
 from benchmarks.batch_warmup.report import write_report
-from benchmarks.batch_warmup.rules import BASE_BATCH_SIZE, LARGE_BATCH_SIZE
+from benchmarks.batch_warmup.rules import BASE_BATCH_SIZE, BUDGETS, LARGE_BATCH_SIZE
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.cells import Cell, Store, run_cells
 
@@ -35,18 +36,17 @@ def run(store: Store, options: argparse.Namespace) -> str:
             for cell in cells
             if (not options.only or cell.kind in options.only)
             and (not options.workload or cell.key.get("workload") in options.workload)
+            and (not options.length or cell.key.get("budget") in options.length)
         ]
 
     end = time.monotonic() + 60 * options.budget
     left = run_cells(wanted(grid.constants(BASE_BATCH_SIZE)), store, 60 * options.budget)
-    growing = grid.ramps(store.records("constant"))
+    growing, untuned = grid.ramps(store.records("constant"))
     cells = wanted([*growing, *grid.constants(LARGE_BATCH_SIZE), *grid.speeds()])
     left += run_cells(cells, store, end - time.monotonic())
-    # Cells whose learning rate is not known yet are left too, and cannot be counted one by one.
-    untuned = len(growing) < grid.sizes()["ramp"]
-    return (f"{left} cells are left" if left else "every cell that is known is finished") + (
-        "; ramps of what is not tuned yet come on top" if untuned else ""
-    )
+    said = f"{left} cells are left" if left else "every cell that could be run is finished"
+    # Their cells cannot be counted: the learning rate that is part of their key is not known.
+    return said + (f"; ramps wait for the tuning of {', '.join(untuned)}" if untuned else "")
 
 
 def main() -> None:
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--run-only", action="store_true", help="leave tables and figure as they are")
     parser.add_argument("--only", nargs="*", choices=list(grid.sizes()), help="kinds of cells to run")
     parser.add_argument("--workload", nargs="*", choices=list(WORKLOADS), help="workloads to run")
+    parser.add_argument("--length", nargs="*", choices=BUDGETS, help="short or long runs only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quick:

@@ -95,9 +95,9 @@ def tuned(constants: Sequence[Record], workload: str, budget: str, batch_size: i
         constants: `runs` of the kind `"constant"`.
         workload: its name.
         budget: its name.
-        batch_size: key of `MULTIPLIERS`.
+        batch_size: the small or the large one.
     """
-    grid = MULTIPLIERS[batch_size]
+    grid = MULTIPLIERS[budget, batch_size]
     found = groups(
         pick(constants, workload=workload, budget=budget, batch_size=batch_size, seed=SEEDS), "multiplier"
     )

@@ -7,19 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from benchmarks.batch_warmup.analysis import Line, Record, Tuned, lines
+from benchmarks.batch_warmup.analysis import Line, Tuned, lines
 from benchmarks.batch_warmup.rules import (
     BASE_BATCH_SIZE,
     BUDGETS,
     DEFAULT_OVERHEAD,
     FOLLOW,
     LARGE_BATCH_SIZE,
+    LARGE_OVERHEAD,
+    RULES,
+    growth,
 )
 from benchmarks.batch_warmup.targets import LOSS_BOUND
 from benchmarks.batch_warmup.workloads import WORKLOADS
+from benchmarks.fidelity.analysis import Record
 
 __all__ = ["draw"]
 
@@ -36,6 +42,7 @@ COLOURS = {
     "edge": ORANGE,
 }
 MARKERS = {"slow": "o", "fast": "s", FOLLOW: "D"}
+HOLLOW = {"markerfacecolor": "none"}
 CONSTANTS = {BASE_BATCH_SIZE: "*", LARGE_BATCH_SIZE: "P"}
 LINEAR_BELOW = 0.02  # nats
 
@@ -63,7 +70,8 @@ def draw(constants: Sequence[Record], ramps: Sequence[Record], path: Path) -> No
         for line in found:
             if math.isfinite(line.loss):
                 spread = line.spread if math.isfinite(line.spread) else 0.0
-                axes.errorbar(line.steps, line.difference.value, spread, capsize=2, **_style(line))
+                x = line.steps * 2.0 ** _offset(line)
+                axes.errorbar(x, line.difference.value, spread, capsize=2, elinewidth=1, **_style(line))
         lost = sum(not math.isfinite(line.loss) for line in found)
         title = f"{workload}, {WORKLOADS[workload].examples[budget]:,} examples"
         axes.set_title(title + (f" ({lost} diverged, not shown)" if lost else ""), fontsize=10)
@@ -78,27 +86,39 @@ def draw(constants: Sequence[Record], ramps: Sequence[Record], path: Path) -> No
     for axes in grid[:, 0]:
         label = f"final loss minus constant small batch\n(nats, linear below {LINEAR_BELOW:g}; sd of seeds)"
         axes.set_ylabel(label, fontsize=9)
-    every = [line for found in panels.values() for line in found]
-    figure.legend(handles=_legend(every), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Software": None})
 
 
 def _style(line: Line) -> dict[str, Any]:
     if isinstance(line.rule, Tuned):
-        marker = CONSTANTS[line.rule.batch_size]
-        return {"color": BLACK, "marker": marker, "markersize": 9, "linestyle": "none"}
-    style = {"color": COLOURS[line.rule.rule], "marker": MARKERS[line.rule.ramp], "markersize": 5.5}
-    # Hollow: at the default cost of measuring.
-    hollow = {"markerfacecolor": "none"} if line.rule.max_overhead == DEFAULT_OVERHEAD else {}
-    return style | hollow | {"linestyle": "none"}
+        return _marks(BLACK, CONSTANTS[line.rule.batch_size], size=9)
+    style = _marks(COLOURS[line.rule.rule], MARKERS[line.rule.ramp])
+    return style | HOLLOW if line.rule.max_overhead == DEFAULT_OVERHEAD else style
 
 
-def _legend(found: Sequence[Line]) -> list[Line2D]:
-    handles: dict[str, Line2D] = {}
-    for line in found:
-        if isinstance(line.rule, Tuned):
-            name = f"constant B = {line.rule.batch_size}, tuned lr"
-        else:
-            name = f"{line.rule.growth}, {line.rule.label}"
-        handles.setdefault(name, Line2D([], [], label=name, **_style(line)))
-    return list(handles.values())
+def _marks(colour: str, marker: str, size: float = 5.5) -> dict[str, Any]:
+    return {"color": colour, "marker": marker, "markersize": size, "linestyle": "none"}
+
+
+def _offset(line: Line) -> float:
+    # Rules on the same ramp take equally many steps; next to one another they can be told apart.
+    if isinstance(line.rule, Tuned) or line.rule.ramp == FOLLOW:
+        return 0.0
+    return 0.07 * (list(COLOURS).index(line.rule.rule) - (len(COLOURS) - 1) / 2)
+
+
+def _legend() -> list[Artist]:
+    constants = {f"constant B = {size}, tuned lr": _marks(BLACK, CONSTANTS[size], 9) for size in CONSTANTS}
+    ramps = {growth(ramp): _marks(BLACK, marker) for ramp, marker in MARKERS.items()}
+    rules = {
+        rule.label.partition(",")[0]: _marks(COLOURS[rule.rule], "o")
+        for rule in RULES
+        if rule.ramp == next(iter(MARKERS)) and rule.max_overhead != DEFAULT_OVERHEAD
+    }
+    cost = {
+        f"overhead {100 * DEFAULT_OVERHEAD:g} %, not {100 * LARGE_OVERHEAD:g} %": _marks(BLACK, "o") | HOLLOW
+    }
+    every = constants | ramps | rules | cost
+    band = Patch(color=GREY, alpha=0.2, linewidth=0, label=f"within {LOSS_BOUND:g} nats")
+    return [*(Line2D([], [], label=label, **style) for label, style in every.items()), band]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from benchmarks.batch_warmup.analysis import Record, runs, tuned
+from benchmarks.batch_warmup.analysis import runs, tuned
 from benchmarks.batch_warmup.rules import (
     BASE_BATCH_SIZE,
     BUDGETS,
@@ -26,47 +26,41 @@ from benchmarks.batch_warmup.throughput import BATCH_SIZES, MODELS, throughput
 from benchmarks.batch_warmup.training import constant, ramp
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.cells import Cell
+from benchmarks.fidelity.analysis import Record
 
 __all__ = ["constants", "quick", "ramps", "sizes", "speeds"]
 
 
 def constants(batch_size: int) -> list[Cell]:
     """Tuning of a constant batch size, the short budget first."""
-    return [
-        Cell(
-            "constant",
-            {
-                "workload": workload,
-                "budget": budget,
-                "batch_size": batch_size,
-                "multiplier": factor,
-                "seed": seed,
-            },
-            constant,
-            priority=2 * BUDGETS.index(budget),
-        )
-        for workload, budget, factor, seed in itertools.product(
-            WORKLOADS, BUDGETS, MULTIPLIERS[batch_size], SEEDS
-        )
+    keys = [
+        {"workload": workload, "budget": budget, "batch_size": batch_size, "multiplier": factor, "seed": seed}
+        for workload, budget in itertools.product(WORKLOADS, BUDGETS)
+        for factor, seed in itertools.product(MULTIPLIERS[budget, batch_size], SEEDS)
     ]
+    return [Cell("constant", key, constant, priority=2 * BUDGETS.index(key["budget"])) for key in keys]
 
 
-def ramps(records: Sequence[Record]) -> list[Cell]:
+def ramps(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
     """Growing batch sizes, for every workload and budget of which the small batch size is tuned.
 
     Args:
         records: of the kind `"constant"`.
+
+    Returns:
+        Their cells, and the names of workloads and budgets that are not tuned yet.
     """
-    cells, found = [], runs(records, "constant")
+    cells, untuned, found = [], [], runs(records, "constant")
     for workload, budget in itertools.product(WORKLOADS, BUDGETS):
         best = tuned(found, workload, budget, BASE_BATCH_SIZE)
         if best is None or not best.complete:
+            untuned.append(f"{workload} {budget}")
             continue
         for seed, rule in itertools.product(SEEDS, RULES):
             key = {"workload": workload, "budget": budget, **rule._asdict()}
             later = 2 * BUDGETS.index(budget) + (rule.max_overhead == DEFAULT_OVERHEAD)
             cells.append(Cell("ramp", key | {"multiplier": best.multiplier, "seed": seed}, ramp, later))
-    return cells
+    return cells, untuned
 
 
 def speeds() -> list[Cell]:
@@ -91,7 +85,7 @@ def quick() -> list[Cell]:
     # The run is short: a cost that no real one would bear makes it measure at all.
     for workload, rule in (
         ("digits", Rule("fast", "constant", 0.0)),
-        ("text", Rule("slow", "sqrt", 0.0)),
+        ("digits", Rule("slow", "sqrt", 0.0)),
         ("text", Rule("fast", DEFAULT, 0.5)),
         ("digits", Rule(FOLLOW, DEFAULT, 0.5)),
     ):

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.batch_warmup.analysis import KEYS, Line, Record, Tuned, lines, runs, tuned
+from benchmarks.batch_warmup.analysis import KEYS, Line, Tuned, lines, runs, tuned
 from benchmarks.batch_warmup.figure import draw
-from benchmarks.batch_warmup.rules import BUDGETS, MULTIPLIERS, SEEDS
+from benchmarks.batch_warmup.rules import BUDGETS, MULTIPLIERS, SEEDS, growth
 from benchmarks.batch_warmup.targets import targets
 from benchmarks.batch_warmup.workloads import WORKLOADS, Workload
 from benchmarks.cells import Store
-from benchmarks.fidelity.analysis import unique
+from benchmarks.fidelity.analysis import Record, unique
 from benchmarks.fidelity.markdown import number, table
 from benchmarks.results import finite, machine
 
@@ -88,7 +88,11 @@ def main_table(workload: Workload, constants: Sequence[Record], ramps: Sequence[
 
 
 def _names(rule: Any) -> tuple[str, str]:
-    return (f"constant {rule.batch_size}", "tuned") if isinstance(rule, Tuned) else (rule.growth, rule.label)
+    return (
+        (f"constant {rule.batch_size}", "tuned")
+        if isinstance(rule, Tuned)
+        else (growth(rule.ramp), rule.label)
+    )
 
 
 def _cells(line: Line | None) -> list[str]:
@@ -118,7 +122,7 @@ def tuning_table(constants: Sequence[Record]) -> str:
     """
     factors = sorted({factor for grid in MULTIPLIERS.values() for factor in grid})
     rows = []
-    for workload, budget, size in itertools.product(WORKLOADS, BUDGETS, MULTIPLIERS):
+    for workload, (budget, size) in itertools.product(WORKLOADS, MULTIPLIERS):
         best = tuned(constants, workload, budget, size)
         if best is not None:
             values = {factor: number(loss, 4) for factor, loss in best.losses.items()}

@@ -22,6 +22,7 @@ __all__ = [
     "RULES",
     "SEEDS",
     "Rule",
+    "growth",
 ]
 
 BASE_BATCH_SIZE = 8
@@ -29,8 +30,10 @@ LARGE_BATCH_SIZE = 128
 BUDGETS = ("short", "long")
 SEEDS = (0, 1, 2)
 MULTIPLIERS = {
-    BASE_BATCH_SIZE: (0.5, 0.71, 1.0, 1.41, 2.0),
-    LARGE_BATCH_SIZE: (1.0, 1.41, 2.0, 2.83, 4.0, 5.66),
+    ("short", BASE_BATCH_SIZE): (0.71, 1.0, 1.41, 2.0, 2.83, 4.0),
+    ("short", LARGE_BATCH_SIZE): (1.0, 1.41, 2.0, 2.83, 4.0, 5.66),
+    ("long", BASE_BATCH_SIZE): (0.71, 1.0, 1.41),
+    ("long", LARGE_BATCH_SIZE): (1.0, 1.41, 2.0, 2.83, 4.0),
 }
 """Of the example's learning rate, to tune it at a constant batch size."""
 
@@ -63,17 +66,17 @@ class Rule(NamedTuple):
         return self.rule not in FIXED_RULES
 
     @property
-    def growth(self) -> str:
-        """How the batch size grows, for tables."""
-        return self.ramp if self.ramp == FOLLOW else f"{self.ramp} ramp"
-
-    @property
     def label(self) -> str:
         """The learning rate's rule, for tables."""
         if not self.measures:
             return "constant lr" if self.rule == "constant" else self.rule
         default = " (default)" if self.rule == DEFAULT else ""
         return f"SurgeLR {self.rule}{default}, overhead {100 * self.max_overhead:g} %"
+
+
+def growth(ramp: str) -> str:
+    """How the batch size grows, for tables."""
+    return ramp if ramp == FOLLOW else f"{ramp} ramp"
 
 
 def _of_ramp(ramp: str) -> list[Rule]:

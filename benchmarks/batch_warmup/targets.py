@@ -9,7 +9,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.batch_warmup.analysis import Line, Tuned, lines, pooled_deviation
-from benchmarks.batch_warmup.rules import BUDGETS, CANDIDATES, DEFAULT, LARGE_OVERHEAD, RAMPS, SEEDS, Rule
+from benchmarks.batch_warmup.rules import (
+    BUDGETS,
+    CANDIDATES,
+    DEFAULT,
+    LARGE_OVERHEAD,
+    RAMPS,
+    SEEDS,
+    Rule,
+    growth,
+)
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.fidelity.analysis import Mean, Record, paired
 from benchmarks.results import row
@@ -79,7 +88,7 @@ def _against_constant(here: Sequence[Line], where: str) -> Iterable[dict[str, An
         return
     assert isinstance(result.best.rule, Rule)
     assert isinstance(result.constant.rule, Tuned)
-    who = f"{result.best.rule.growth} with SurgeLR"
+    who = f"{growth(result.best.rule.ramp)} with SurgeLR"
     constant = f"constant B = {result.constant.rule.batch_size} at its tuned lr"
     yield row(
         f"{where}: final loss, {who} minus {constant}, nats", result.difference.value, LOSS_BOUND, COMMAND

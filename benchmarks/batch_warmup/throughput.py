@@ -26,7 +26,7 @@ from lightning_surge.callbacks import BatchSizeScheduler
 from lightning_surge.sampling import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules import ConstantSize
 
-__all__ = ["BATCH_SIZES", "EXAMPLES", "MODELS", "throughput"]
+__all__ = ["BATCH_SIZES", "EXAMPLES", "LOADER", "MODELS", "throughput"]
 
 BATCH_SIZES = (BASE_BATCH_SIZE, LARGE_BATCH_SIZE)
 LOADER = "loader alone"

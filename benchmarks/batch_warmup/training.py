@@ -44,7 +44,8 @@ class StepSizes(pl.Callback):
 
     def over_time(self) -> list[list[int]]:
         """`[examples consumed, size]` wherever the size changes, thinned to a short list."""
-        changes, consumed = [], 0
+        changes: list[list[int]] = []
+        consumed = 0
         for size in self.sizes:
             if not changes or changes[-1][1] != size:
                 changes.append([consumed, size])
@@ -141,7 +142,9 @@ def _run(
         wall, processor = time.perf_counter(), time.process_time()
         trainer.fit(module, loader)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
-        validation = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        validation = pl.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
         (metrics,) = validation.validate(module, what.data()[1], verbose=False)
     if sum(counted.sizes) != examples:
         raise RuntimeError(

@@ -140,7 +140,7 @@ WORKLOADS = {
             "text",
             "byte-level transformer on the standard library",
             stdlib_transformer.BASE_LR,
-            {"short": 16_384, "long": 65_536, "quick": 2_048},
+            {"short": 16_384, "long": 65_536, "quick": 1_024},
             None,
             Text,
             text,

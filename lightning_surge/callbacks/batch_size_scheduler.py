@@ -28,6 +28,7 @@ from lightning_surge.callbacks.loaders import (
     batches_per_epoch,
     loader_batch_size,
     refresh_epoch_length,
+    refuse_scheduled_validation,
     replicas_of,
     scheduled_sampler,
 )
@@ -139,7 +140,9 @@ class BatchSizeScheduler(pl.Callback):
         self._window_starts: list[int] = []
         self._examples_before: list[int] = []
         self._replicas = 1
-        self._reference = 1.0  # examples on one replica of a micro-batch that has weight 1
+        self._reference = 1.0  # examples that the micro-batches of a window should have, on average
+        self._first = 1.0  # ... and its first one
+        self._unit = 1.0  # examples on one replica of a micro-batch that has weight 1
         self._original_accumulation: int | None = None  # None while the Trainer's value is untouched
         self._warned_of_other_writer = False
         self._batch_idx = 0
@@ -149,6 +152,7 @@ class BatchSizeScheduler(pl.Callback):
     def _close_window(self) -> None:
         self._consumed = 0.0  # examples of the micro-batches in the window ...
         self._trained = 0.0  # ... and of those that had a loss
+        self._window_begins = True
         self._window_ends = False
         self._counted: int | None = None
 
@@ -232,15 +236,19 @@ class BatchSizeScheduler(pl.Callback):
                 " the learning rate alone."
             )
         self._original_accumulation = trainer.accumulate_grad_batches
-        self._sampler = None if self._itinerary is None else scheduled_sampler(trainer.train_dataloader)
+        self._sampler = self._sampler_of(trainer)
         if self._sampler is None:
             self._start_accumulating(trainer)
         else:
+            refuse_scheduled_validation(trainer)
             self._start_sampling(self._sampler)
         # Before the first micro-batch, since Lightning reads it when it restores its counters.
         trainer.accumulate_grad_batches = self._accumulation
         if self._sampler is None:
             self._scheduled = round(self._reference * self._replicas * self._accumulation)
+
+    def _sampler_of(self, trainer: pl.Trainer) -> ScheduledBatchSampler | None:
+        return None if self._itinerary is None else scheduled_sampler(trainer.train_dataloader)
 
     def _start_sampling(self, sampler: ScheduledBatchSampler) -> None:
         if self._counts_tokens and self.schedule.unit == "examples":  # type: ignore[attr-defined]
@@ -257,6 +265,12 @@ class BatchSizeScheduler(pl.Callback):
                     f"Expected {name} to be a multiple of the {self._replicas} data-parallel replicas, got"
                     f" {name}={size}: use {name}={below}."
                 )
+            epoch = len(sampler.sampler) * self._replicas  # type: ignore[arg-type]
+            if sampler.drop_last and size > epoch:
+                raise MisconfigurationException(
+                    f"Expected {name} to be at most the {epoch} examples of an epoch, which drop_last=True"
+                    f" would leave without a step, got {name}={size}: use drop_last=False, or {name}={epoch}."
+                )
         self._plan_epoch(sampler)
         rank_zero_info(
             f"Batch sizes are set by the batch sampler, exactly: micro-batches of at most {largest} examples"
@@ -270,14 +284,8 @@ class BatchSizeScheduler(pl.Callback):
 
     def _start_accumulating(self, trainer: pl.Trainer) -> None:
         # Not earlier: a batch-size finder may have changed the loader in on_fit_start.
-        micro = self._micro_batch_size or loader_batch_size(trainer.train_dataloader)
-        if self._max_micro_batch_size is not None and micro > self._max_micro_batch_size:
-            raise MisconfigurationException(
-                f"Expected micro-batches of at most max_micro_batch_size={self._max_micro_batch_size}, got"
-                f" {micro}: use a DataLoader with batch_size={self._max_micro_batch_size}."
-            )
+        micro = self._read_micro_batch_size(trainer)
         self._check_sizes(micro)
-        self._reference = float(micro)
         unit, limit = micro * self._replicas, batches_per_epoch(trainer)
         name, largest = max(reversed(self.schedule.named_sizes.items()), key=itemgetter(1))
         longest = accumulation_for(largest, unit)
@@ -293,17 +301,29 @@ class BatchSizeScheduler(pl.Callback):
             f" {self._replicas}."
         )
 
+    def _read_micro_batch_size(self, trainer: pl.Trainer) -> int:
+        micro = self._micro_batch_size or loader_batch_size(trainer.train_dataloader)
+        if self._max_micro_batch_size is not None and micro > self._max_micro_batch_size:
+            raise MisconfigurationException(
+                f"Expected micro-batches of at most max_micro_batch_size={self._max_micro_batch_size}, got"
+                f" {micro}: use a DataLoader with batch_size={self._max_micro_batch_size}."
+            )
+        self._reference = self._first = float(micro)
+        return micro
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let Lightning know how many micro-batches this epoch has."""
+        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            self._sampler = self._sampler_of(trainer)
+            if self._sampler is None:
+                self._read_micro_batch_size(trainer)
         if self._sampler is not None:
             self._plan_epoch(self._sampler)
             refresh_epoch_length(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move the itinerary on, before loaders are asked for the next epoch."""
-        self._begin = Progress(trainer.global_step, self._examples, trainer.current_epoch + 1.0)
-        if self._itinerary is not None:
-            self._itinerary.begin = self._begin
+        self._move_to(Progress(trainer.global_step, self._examples, trainer.current_epoch + 1.0))
 
     # ------------------------------------------------------------------ one optimizer step
 
@@ -323,21 +343,36 @@ class BatchSizeScheduler(pl.Callback):
         self._batch_idx = batch_idx
         self._batch_examples = self._count(batch)
         self._consumed += self._batch_examples
+        if self._window_begins:
+            self._window_begins = False
+            self._unit = self._weighted_as_one()
+
+    def _drop_gradients(self) -> None:
+        """Lightning zeroes them here: also those of a window without an end, as in an epoch cut short."""
+        self._trained = 0.0
+        self._window_begins = True
+
+    def _weighted_as_one(self) -> float:
+        # One replica is free to choose: where batches are counted in tokens, say, which the loader does not
+        # know, weights stay near 1, and steps of one micro-batch or of equal ones are left as they are.
+        return self._reference if self._replicas > 1 else self._reference * self._batch_examples / self._first
 
     def _begin_sampled_window(self, trainer: pl.Trainer, batch_idx: int) -> None:
         index = bisect_right(self._window_starts, batch_idx) - 1
-        if index >= len(self._windows) or self._window_starts[index] != batch_idx:
+        if index >= len(self._windows):
             return
-        self._trained = 0.0  # what a skipped epoch has left behind was zeroed
         window = self._windows[index]
+        self._reference, self._first = sum(window) / len(window), float(window[0])
+        if self._window_starts[index] != batch_idx:
+            return  # in the middle, where a run may have been resumed
+        self._drop_gradients()
         done = self._examples_before[index]
         share = done / len(self._sampler.sampler)  # type: ignore[union-attr, arg-type]
         self._request(trainer, share, self._begin.examples + done * self._replicas)
         self._accumulation = trainer.accumulate_grad_batches = len(window)
-        self._reference = sum(window) / len(window)
 
     def _begin_accumulated_window(self, trainer: pl.Trainer, batch_idx: int) -> None:
-        self._trained = 0.0  # what a skipped epoch has left behind was zeroed
+        self._drop_gradients()
         limit = batches_per_epoch(trainer)
         self._request(trainer, 0.0 if limit is None else batch_idx / limit, self._examples)
         target = accumulation_for(self._requested, round(self._reference) * self._replicas, limit=limit)
@@ -353,7 +388,7 @@ class BatchSizeScheduler(pl.Callback):
     @property
     def loss_weight(self) -> float:
         """The factor on the loss of the micro-batch in hand, besides Lightning's 1 / accumulation."""
-        return self._batch_examples / self._reference if self._weights else 1.0
+        return self._batch_examples / self._unit if self._weights else 1.0
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let the micro-batch count by its examples."""
@@ -401,7 +436,7 @@ class BatchSizeScheduler(pl.Callback):
         """Replace Lightning's divisor, accumulation times micro-batch, by the examples there were."""
         if not self._weights or trained == 0.0:
             return
-        factor = trainer.accumulate_grad_batches * self._reference * self._replicas / trained
+        factor = trainer.accumulate_grad_batches * self._unit * self._replicas / trained
         if abs(factor - 1.0) > ROUNDING:
             with torch.no_grad():
                 for group in optimizer.param_groups:
@@ -454,6 +489,18 @@ class BatchSizeScheduler(pl.Callback):
             "followed": self._followed,
         }
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Learn where a run stands that was saved without this callback; ``load_state_dict`` knows better."""
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        self._move_to(Progress(checkpoint["global_step"], 0.0, epochs))
+
+    def _move_to(self, begin: Progress) -> None:
+        self._begin = begin
+        if self._itinerary is not None:
+            self._itinerary.begin = begin
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken."""
         if state_dict.get("version") != STATE_VERSION:
@@ -465,9 +512,7 @@ class BatchSizeScheduler(pl.Callback):
         self._accumulation = int(state_dict["accumulation"])
         self._examples = state_dict["examples"]
         step, examples, epoch = state_dict["epoch_begin"]
-        self._begin = Progress(step, examples, epoch)
-        if self._itinerary is not None:
-            self._itinerary.begin = self._begin
+        self._move_to(Progress(step, examples, epoch))
         if isinstance(self.schedule, FollowPeak):
             self._followed = min(max(state_dict["followed"], self.schedule.smallest), self.schedule.maximum)
 
@@ -516,9 +561,9 @@ class BatchSizeScheduler(pl.Callback):
             if size != below:
                 remedy = f"{name}={below}" if size < unit else f"{name}={below} or {name}={2 * below}"
                 raise MisconfigurationException(
-                    f"Expected {name} to be micro-batch size x replicas ({micro_batch_size} x {self._replicas})"
-                    f" times a power of two, got {name}={size}: use {remedy}, or change the DataLoader's"
-                    " batch_size. A ScheduledBatchSampler in the DataLoader allows any size."
+                    f"Expected {name} to be micro-batch size x replicas ({micro_batch_size} x"
+                    f" {self._replicas}) times a power of two, got {name}={size}: use {remedy}, or change the"
+                    " DataLoader's batch_size. A ScheduledBatchSampler in the DataLoader allows any size."
                 )
 
     def _warn_of_other_writer(self, found: int) -> None:
@@ -544,6 +589,8 @@ class BatchSizeWarmup(BatchSizeScheduler):
         num_steps: Length of the ramp in optimizer steps.
         micro_batch_size: Examples per micro-batch on one replica. ``None`` reads the ``batch_size``
             of the training DataLoader, or of its batch sampler.
+        batch_size_fn: Counts the examples, or tokens, in a batch; None takes the leading dimension of its
+            first tensor.
 
     Raises:
         ValueError: If an argument is no positive whole number, or ``end < start``.
@@ -553,13 +600,25 @@ class BatchSizeWarmup(BatchSizeScheduler):
         >>> warmup = BatchSizeWarmup(start=16, end=512, num_steps=2000)
         >>> warmup.requested_batch_size, warmup.scheduled_batch_size
         (16, 16)
-        >>> warmup.schedule
-        GeometricRamp(unit='steps', multiple_of=1, minimum=None, maximum=None, start=16, end=512, duration=2000)
+        >>> [warmup.schedule(Progress(step=step)) for step in (0, 400, 2000)]
+        [16, 32, 512]
     """
 
-    def __init__(self, start: int, end: int, num_steps: int, *, micro_batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        start: int,
+        end: int,
+        num_steps: int,
+        *,
+        micro_batch_size: int | None = None,
+        batch_size_fn: Callable[[Any], float] | None = None,
+    ) -> None:
         num_steps = whole_number("num_steps", num_steps, minimum=1)
-        super().__init__(GeometricRamp(start, end, num_steps), micro_batch_size=micro_batch_size)
+        super().__init__(
+            GeometricRamp(start, end, num_steps),
+            micro_batch_size=micro_batch_size,
+            batch_size_fn=batch_size_fn,
+        )
 
 
 def _optional(name: str, size: int | None) -> int | None:

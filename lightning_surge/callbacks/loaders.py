@@ -13,6 +13,7 @@ __all__ = [
     "batches_per_epoch",
     "loader_batch_size",
     "refresh_epoch_length",
+    "refuse_scheduled_validation",
     "replicas_of",
     "scheduled_sampler",
 ]
@@ -56,16 +57,35 @@ def scheduled_sampler(loader: Any) -> ScheduledBatchSampler | None:
         MisconfigurationException: if it sits in one of several loaders.
     """
     if isinstance(loader, (list, tuple, dict)):
-        parts = list(loader.values()) if isinstance(loader, dict) else list(loader)
-        if any(scheduled_sampler(part) is not None for part in parts):
+        if _has_scheduled_sampler(loader):
             raise MisconfigurationException(
-                f"Expected one training DataLoader with a ScheduledBatchSampler, got {len(parts)} loaders:"
+                f"Expected one training DataLoader with a ScheduledBatchSampler, got {len(loader)} loaders:"
                 " Lightning puts their batches together. Use DataLoader(batch_size=...) in each, and pass"
                 " micro_batch_size= to BatchSizeScheduler, which then accumulates."
             )
         return None
     sampler = getattr(loader, "batch_sampler", None)
     return sampler if isinstance(sampler, ScheduledBatchSampler) else None
+
+
+def _has_scheduled_sampler(loaders: Any) -> bool:
+    if isinstance(loaders, (list, tuple, dict)):
+        parts = loaders.values() if isinstance(loaders, dict) else loaders
+        return any(_has_scheduled_sampler(part) for part in parts)
+    return isinstance(getattr(loaders, "batch_sampler", None), ScheduledBatchSampler)
+
+
+def refuse_scheduled_validation(trainer: pl.Trainer) -> None:
+    """Refuse a sampler that would cut validation into the micro-batches of training, and leave out the rest.
+
+    Raises:
+        MisconfigurationException: if a validation loader has a `ScheduledBatchSampler`.
+    """
+    if _has_scheduled_sampler(trainer.val_dataloaders):
+        raise MisconfigurationException(
+            "Expected a ScheduledBatchSampler in the training DataLoader only, got one for validation, whose"
+            " batches would follow the sizes of training: use DataLoader(batch_size=...) there."
+        )
 
 
 def refresh_epoch_length(trainer: pl.Trainer) -> None:
@@ -78,7 +98,8 @@ def refresh_epoch_length(trainer: pl.Trainer) -> None:
         trainer: in `on_train_epoch_start`, with one training DataLoader that has a length.
     """
     length, limit = len(trainer.train_dataloader), trainer.limit_train_batches  # type: ignore[arg-type]
-    batches = min(length, limit) if isinstance(limit, int) else int(length * limit)
+    # At least one, where the first epoch had one: without a batch Lightning ends the training.
+    batches = min(length, limit) if isinstance(limit, int) else max(1, int(length * limit))
     combined = trainer.fit_loop._combined_loader
     assert combined is not None
     combined.limits = [batches]
