@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo digits test lint format bench bench-demo fidelity fidelity-quick clean
+.PHONY: help demo digits test lint format bench bench-demo bench-batch-warmup \
+	bench-batch-warmup-quick fidelity fidelity-quick clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -40,6 +41,13 @@ bench: $(STAMP)  ## measure overhead and memory; writes benchmarks/overhead/resu
 bench-demo: $(STAMP)  ## the demo with every rule, two seeds: half an hour
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.publish
+
+bench-batch-warmup: $(STAMP)  ## ramps against tuned constant batch sizes: goes on for BUDGET minutes (60)
+	$(BIN)/python -m benchmarks.batch_warmup --budget $(or $(BUDGET),60)
+	$(BIN)/python -m benchmarks.publish
+
+bench-batch-warmup-quick: $(STAMP)  ## some cells of each kind, under a minute; writes nothing
+	$(BIN)/python -m benchmarks.batch_warmup --quick
 
 fidelity: $(STAMP)  ## predicted learning rates against sweeps: goes on for BUDGET minutes (60) where it stopped
 	$(BIN)/python -m benchmarks.fidelity --budget $(or $(BUDGET),60)

@@ -31,9 +31,9 @@ BUDGETS = ("short", "long")
 SEEDS = (0, 1, 2)
 MULTIPLIERS = {
     ("short", BASE_BATCH_SIZE): (0.71, 1.0, 1.41, 2.0, 2.83, 4.0),
-    ("short", LARGE_BATCH_SIZE): (1.0, 1.41, 2.0, 2.83, 4.0, 5.66),
+    ("short", LARGE_BATCH_SIZE): (1.41, 2.0, 2.83, 4.0, 5.66, 8.0),
     ("long", BASE_BATCH_SIZE): (0.71, 1.0, 1.41),
-    ("long", LARGE_BATCH_SIZE): (1.0, 1.41, 2.0, 2.83, 4.0),
+    ("long", LARGE_BATCH_SIZE): (1.41, 2.0, 2.83, 4.0, 5.66, 8.0),
 }
 """Of the example's learning rate, to tune it at a constant batch size."""
 

@@ -417,8 +417,9 @@ class BatchSizeScheduler(pl.Callback):
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ExamplesClock):
                 config.scheduler.advance(consumed)
-        if trainer.barebones:
-            return  # logging would only warn, at every step
+        # Lightning would throw away what is logged at other steps, after half a millisecond each.
+        if trainer.barebones or not trainer._logger_connector.should_update_logs:
+            return
         pl_module.log("surge/batch_size_requested", float(self._requested), batch_size=1)
         pl_module.log("surge/batch_size_scheduled", float(self._scheduled), batch_size=1)
 
