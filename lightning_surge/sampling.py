@@ -205,6 +205,6 @@ class _MicroBatches(Iterator[list[int]]):
         if left and (left, examples) != (len(self._sizes) - drawn, found):
             raise ValueError(
                 f"Expected an epoch of {drawn + left} micro-batches with {examples} examples in the first"
-                f" {drawn}, as when the checkpoint was saved, got {len(self._sizes)} with {found}: resume with"
-                " the same schedule, batch_size and replicas, or from a checkpoint of an epoch's end."
+                f" {drawn}, as when the checkpoint was saved, got {len(self._sizes)} with {found}: resume"
+                " with the same schedule, batch_size and replicas, or from a checkpoint of an epoch's end."
             )
