@@ -70,7 +70,7 @@ def run_ramp(
 ) -> float:
     """Processor seconds of a run on the demo's ramp, or at its smallest batch size."""
     pl.seed_everything(seed, verbose=False)
-    ramp = GeometricRamp(start=8, end=end, num_steps=examples // 80)
+    ramp = GeometricRamp(start=8, end=end, duration=examples // 80)
     sizes = AccumulatedSchedule(ramp, MICRO_BATCH_SIZE, examples_per_epoch=examples)
     model = ByteTransformer(total_steps(sizes, examples), warmup_steps=20)
     callbacks: list[pl.Callback] = [BatchSizeWarmup(start=8, end=end, num_steps=examples // 80)]
