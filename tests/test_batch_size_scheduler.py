@@ -371,6 +371,7 @@ class TestManners:
         assert trainer.accumulate_grad_batches == 1
         assert (warmup.requested_batch_size, warmup.scheduled_batch_size) == (8, 8)
 
+    @pytest.mark.filterwarnings("ignore:Expected a training loader with state_dict")
     def test_trainer_gets_its_accumulation_back_after_an_exception(self) -> None:
         warmup = BatchSizeWarmup(2, 8, 4)
         trainer = trainer_with(warmup)

@@ -32,6 +32,7 @@ from lightning_surge.callbacks.loaders import (
     replicas_of,
     scheduled_sampler,
 )
+from lightning_surge.callbacks.resuming import Resumption
 from lightning_surge.clocks import ExamplesClock
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.follow_peak import FollowPeak
@@ -124,6 +125,8 @@ class BatchSizeScheduler(pl.Callback):
             else None
         )
         self._law_comes = False
+        self._resumption = Resumption()
+        self._trainer: pl.Trainer | None = None
         self._begin_afresh()
         self._forget_run()
 
@@ -203,6 +206,8 @@ class BatchSizeScheduler(pl.Callback):
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [callback for callback in callbacks if callback is not self]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+        self._trainer = trainer
+        self._resumption.setup()
         if trainer.global_step == 0:
             self._begin_afresh()
         self._replicas = replicas_of(trainer)
@@ -235,6 +240,7 @@ class BatchSizeScheduler(pl.Callback):
                 f" SurgeLRCallback(base_batch_size={self.schedule.first_size}), with dry_run=True to leave"
                 " the learning rate alone."
             )
+        self._resumption.on_train_start(trainer)
         self._original_accumulation = trainer.accumulate_grad_batches
         self._sampler = self._sampler_of(trainer)
         if self._sampler is None:
@@ -454,6 +460,11 @@ class BatchSizeScheduler(pl.Callback):
         """Close the window if the optimizer has stepped."""
         if self._window_ends:
             self._close_window()
+        self._resumption.on_train_batch_end(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the random numbers of validation from training, which would not see them when resumed."""
+        self._resumption.on_validation_end(trainer)
 
     # ------------------------------------------------------------------ the end, and state
 
@@ -472,6 +483,7 @@ class BatchSizeScheduler(pl.Callback):
         self._restore(trainer)
         self._forget_run()
         self._law_comes = False
+        self._trainer = None
 
     def _restore(self, trainer: pl.Trainer) -> None:
         # self._accumulation stays: a checkpoint may still be written in on_train_end or on_exception.
@@ -493,12 +505,14 @@ class BatchSizeScheduler(pl.Callback):
             "examples": self._examples,
             "epoch_begin": list(self._begin),
             "followed": self._followed,
+            "resumption": None if self._trainer is None else self._resumption.state_dict(self._trainer),
         }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Learn where a run stands that was saved without this callback; ``load_state_dict`` knows better."""
+        self._resumption.on_load_checkpoint(trainer, checkpoint)
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         self._move_to(Progress(checkpoint["global_step"], 0.0, epochs))
 
@@ -519,6 +533,8 @@ class BatchSizeScheduler(pl.Callback):
         self._examples = state_dict["examples"]
         step, examples, epoch = state_dict["epoch_begin"]
         self._move_to(Progress(step, examples, epoch))
+        if state_dict["resumption"] is not None:
+            self._resumption.load_state_dict(state_dict["resumption"])
         if isinstance(self.schedule, FollowPeak):
             self._followed = min(max(state_dict["followed"], self.schedule.smallest), self.schedule.maximum)
 

@@ -570,11 +570,8 @@ class Measurer:
 
     # ------------------------------------------------------------------ state
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, and the tensors of the sharpness.
-
-        Batches being pooled are dropped, here as in a run that resumes.
-        """
+    def drop_pool(self) -> None:
+        """Drop batches being pooled when a checkpoint is saved, as a run that resumes from it has none."""
         if self._pool:
             self._dropped_pools += 1
             if self._dropped_pools == PATIENCE:
@@ -584,6 +581,9 @@ class Measurer:
                     "probe_examples= lower."
                 )
         self.forget_pool()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, and the tensors of the sharpness."""
         return {
             "budget": self.budget.state_dict(),
             "largest_lr": self._largest_lr,

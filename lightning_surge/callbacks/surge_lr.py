@@ -627,6 +627,10 @@ class SurgeLRCallback(pl.Callback):
 
         Plain numbers, and with `objective="edge"` one tensor per parameter.
         """
+        # Within a window a checkpoint has lost gradients anyway, and `ModelCheckpoint` saves one right after
+        # resuming: dropping the pool there would make the resumed run another one.
+        if not self._window_open:
+            self._measurer.drop_pool()
         return {
             "version": STATE_VERSION,
             "base_batch_size": self._base_batch_size,
