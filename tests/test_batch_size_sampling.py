@@ -328,6 +328,18 @@ class TestTrainerOptions:
         ]
         assert [sum(e == epoch for e, _ in model.validated) for epoch in range(4)] == validations
 
+    def test_an_epoch_shorter_than_the_interval_is_validated_at_its_end(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        model = Validated()
+        trainer = make_trainer(
+            BatchSizeScheduler(Milestones({0: 3, 17: 40})), max_epochs=3, val_check_interval=15
+        )
+        trainer.fit(model, sampled())
+        assert model.epoch_lengths[0] == 17
+        assert max(model.epoch_lengths[1:]) < 15
+        assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2]
+
     def test_validation_by_batches_of_the_whole_training(self, make_trainer: MakeTrainer) -> None:
         model = Validated()
         trainer = make_trainer(
@@ -424,16 +436,16 @@ class TestLoaders:
         assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
 
     def test_reloaded_every_epoch_with_another_length(self, make_trainer: MakeTrainer) -> None:
-        class Shrinks(Validated):
+        class Grows(Validated):
             def train_dataloader(self) -> DataLoader[Any]:
-                data: Any = torch.eye(SIZE)[: SIZE - 15 * self.trainer.current_epoch]
+                data: Any = torch.eye(SIZE)[: 20 + 15 * self.trainer.current_epoch]
                 return DataLoader(data, batch_sampler=ScheduledBatchSampler(RandomSampler(data), LARGEST))
 
-        model = Shrinks()
-        scheduler = BatchSizeScheduler(Milestones({0: 3, 20: 11, 24: 8}))
+        model = Grows()
+        scheduler = BatchSizeScheduler(Milestones({0: 3, 7: 12, 12: 16}))
         make_trainer(scheduler, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(model)
-        assert [model.seen(epoch) for epoch in range(3)] == [list(range(size)) for size in (50, 35, 20)]
-        assert model.sizes == [*[3] * 16, 2, 3, 3, 3, 8, 11, 7, 11, 8, 1]
+        assert [model.seen(epoch) for epoch in range(3)] == [list(range(size)) for size in (20, 35, 50)]
+        assert model.sizes == [*[3] * 6, 2, 12, 12, 11, 12, 12, 16, 10]
         assert scheduler.examples == 105
         assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2]
 
@@ -441,7 +453,7 @@ class TestLoaders:
         class Mixed(OneHot):
             def train_dataloader(self) -> DataLoader[Any]:
                 if self.trainer.current_epoch == 1:
-                    return DataLoader(torch.eye(SIZE), batch_size=5)  # type: ignore[arg-type]
+                    return DataLoader(torch.eye(SIZE), batch_size=2)  # type: ignore[arg-type]
                 return sampled()
 
         model = Mixed()
@@ -449,8 +461,18 @@ class TestLoaders:
             BatchSizeScheduler(ConstantSize(10)), max_epochs=3, reload_dataloaders_every_n_epochs=1
         )
         trainer.fit(model)
-        assert model.sizes == [10] * 15
-        assert model.epoch_lengths == [10, 10, 10]
+        assert model.sizes == [*[10] * 5, *[8] * 6, 2, *[10] * 5]
+
+    def test_reloaded_with_another_batch_size(self, make_trainer: MakeTrainer) -> None:
+        class Larger(OneHot):
+            def train_dataloader(self) -> DataLoader[Any]:
+                return DataLoader(torch.eye(SIZE), batch_size=[2, 4][self.trainer.current_epoch])  # type: ignore[arg-type]
+
+        model = Larger()
+        make_trainer(
+            BatchSizeScheduler(ConstantSize(8)), max_epochs=2, reload_dataloaders_every_n_epochs=1
+        ).fit(model)
+        assert model.sizes == [8, 8, 8, 8, 8, 8, 2] * 2
 
     def test_a_sampler_that_gives_fewer_or_more_than_its_length(self, make_trainer: MakeTrainer) -> None:
         class Vague(Sampler[int]):
@@ -665,6 +687,22 @@ class TestClocks:
             cosine.optimizer.step()
             cosine.step()
         assert model.lrs[-1] == cosine.get_last_lr()[0] > 0
+
+    @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+    def test_examples_without_a_loss_count_too(self, make_trainer: MakeTrainer) -> None:
+        class Skips(OneHot):
+            def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+                loss = super().training_step(batch, batch_idx)
+                return loss if batch_idx % 3 else None
+
+            def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+                pass
+
+        scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 8))
+        trainer = make_trainer(scheduler, max_epochs=4)
+        trainer.fit(Skips(make_scheduler=clock(4 * SIZE)), sampled())
+        assert scheduler.examples == 4 * SIZE
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
 
     @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
     def test_also_when_resumed_at_the_end_of_an_epoch(

@@ -142,9 +142,7 @@ class TestWindows:
 
     def test_every_gradient_is_the_mean_over_its_window(self) -> None:
         model = fit(BatchSizeWarmup(2, 8, 4), size=26, max_epochs=2)
-        for gradient, (_, scheduled), examples in zip(
-            model.gradients, model.sizes, model.examples, strict=True
-        ):
+        for gradient, examples in zip(model.gradients, model.examples, strict=True):
             expected = torch.zeros(26)
             # In the last window of an epoch too, where Lightning alone divides by the scheduled size.
             expected[examples] = 1 / len(examples)

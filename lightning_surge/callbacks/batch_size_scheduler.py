@@ -295,8 +295,8 @@ class BatchSizeScheduler(pl.Callback):
         unit, limit = micro * self._replicas, batches_per_epoch(trainer)
         if limit is None and isinstance(self.schedule, Schedule) and self.schedule.unit == "epochs":
             raise MisconfigurationException(
-                "Expected a schedule in steps or examples for a loader without a length, got unit='epochs': the"
-                " share of an epoch is not known. Use unit='examples'."
+                "Expected a schedule in steps or examples for a loader without a length, got unit='epochs':"
+                " the share of an epoch is not known. Use unit='examples'."
             )
         name, largest = max(reversed(self.schedule.named_sizes.items()), key=itemgetter(1))
         longest = accumulation_for(largest, unit)
