@@ -117,6 +117,10 @@ class Measurer:
         self._cost_under_way = 0.0
         self.detach()
 
+    def follow(self, settings: SurgeSettings) -> None:
+        """Take over settings that differ in their objective."""
+        self._settings = settings
+
     def attach(
         self,
         trainer: pl.Trainer,

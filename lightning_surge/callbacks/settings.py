@@ -9,7 +9,14 @@ from numbers import Real
 from lightning_surge.laws import ConstantLaw, LinearLaw, SqrtLaw
 from lightning_surge.policy import ANCHORS, OBJECTIVES
 
-__all__ = ["LAWS", "REFERENCE_RULES", "SurgeSettings", "default_objective"]
+__all__ = [
+    "DEFAULT_OBJECTIVE",
+    "LAWS",
+    "REFERENCE_RULES",
+    "WITHOUT_EDGE",
+    "SurgeSettings",
+    "default_objective",
+]
 
 REFERENCE_RULES: dict[str, type[ConstantLaw] | type[SqrtLaw] | type[LinearLaw]] = {
     "sqrt": SqrtLaw,
@@ -19,6 +26,12 @@ REFERENCE_RULES: dict[str, type[ConstantLaw] | type[SqrtLaw] | type[LinearLaw]] 
 LAWS = ("measured", "theorem2", "theorem3", *REFERENCE_RULES)
 
 
+# What the measured law is followed for unless the user says otherwise, and where the edge of stability cannot
+# be measured (docs/theory.md, section 8).
+DEFAULT_OBJECTIVE = "edge"
+WITHOUT_EDGE = "alignment"
+
+
 def default_objective(law: str) -> str:
     """What a law is followed for unless the user says otherwise.
 
@@ -26,10 +39,10 @@ def default_objective(law: str) -> str:
         law: key of `LAWS`.
 
     Returns:
-        `"alignment"` for the measured law, whose ratio is nearest to that of sweeps (docs/theory.md, section
-        8); `"step"` for the paper's closed forms and for fixed rules, which are followed to the letter.
+        `"edge"` for the measured law, replaced by `"alignment"` in training where it cannot be measured;
+        `"step"` for the paper's closed forms and for fixed rules, which are followed to the letter.
     """
-    return "alignment" if law == "measured" else "step"
+    return DEFAULT_OBJECTIVE if law == "measured" else "step"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -30,7 +31,13 @@ from lightning_surge.callbacks.checks import (
 from lightning_surge.callbacks.counting import BatchCounter
 from lightning_surge.callbacks.logging import add_tensorboard_layout, law_metrics, lr_metrics
 from lightning_surge.callbacks.measurer import LossFn, Measurer
-from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings, default_objective
+from lightning_surge.callbacks.settings import (
+    DEFAULT_OBJECTIVE,
+    REFERENCE_RULES,
+    WITHOUT_EDGE,
+    SurgeSettings,
+    default_objective,
+)
 from lightning_surge.estimates import (
     EstimatedLaw,
     Fit,
@@ -103,14 +110,14 @@ class SurgeLRCallback(pl.Callback):
         law: `"measured"` (Lemma 1 with measured terms; for SGD the gradient-noise law), `"theorem2"` or
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
-        objective: `"alignment"` follows what a step gains and takes its cost as the same at every batch
-            size: sqrt scaling that saturates where the noise does. `"step"` is the paper's: it makes every
-            step as good as it can be, and can fall with the batch size. `"progress"` keeps the expected
-            progress per example, and cannot fall. `"edge"` is progress capped by Adam's edge of stability,
+        objective: `"edge"` keeps the expected progress per example, capped by Adam's edge of stability,
             which falls with the batch size: near the edge the factor falls too, and as the schedule decays it
-            becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam with decoupled weight decay,
-            without clipping; it holds one more buffer of the size of the parameters. None takes
-            `"alignment"`, or `"step"` with a law that is not measured.
+            becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam in float32 with decoupled weight
+            decay, without clipping; it holds one more buffer of the size of the parameters. `"progress"` has
+            no cap and cannot fall. `"alignment"` follows what a step gains and takes its cost as the same at
+            every batch size: sqrt scaling that saturates where the noise does. `"step"` is the paper's: it
+            makes every step as good as it can be, and can fall with the batch size. None takes `"edge"`, and
+            `"alignment"` where the edge cannot be measured; `"step"` with a law that is not measured.
         anchor: `"schedule"`: the scheduled learning rate is right at `base_batch_size`. `"law"`: from the
             first trusted estimate on, the level follows the law too.
         dry_run: Measure and log, never touch the learning rate.
@@ -186,6 +193,7 @@ class SurgeLRCallback(pl.Callback):
             custom_scalars=custom_scalars,
             prog_bar=prog_bar,
         )
+        self._may_choose_objective = objective is None and law == "measured"
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f"Expected loss_fn to be a function or None, got loss_fn={loss_fn!r}.")
         if not (split_batch is None or split_batch is False or callable(split_batch)):
@@ -328,8 +336,26 @@ class SurgeLRCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizer, before any time is spent on training."""
         check_optimizer(trainer, pl_module, type(self).__name__, self.settings.law)
-        if self.settings.follows_edge:
+        if self._may_choose_objective:
+            self._choose_objective(trainer, pl_module)
+        elif self.settings.follows_edge:
             check_edge(trainer, pl_module)
+
+    def _choose_objective(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Follow the edge of stability where it can be measured."""
+        objective = DEFAULT_OBJECTIVE
+        try:
+            check_edge(trainer, pl_module)
+        except MisconfigurationException as error:
+            objective = WITHOUT_EDGE
+            rank_zero_info(f"{type(self).__name__} follows objective={objective!r}, not the default. {error}")
+        if objective != self.settings.objective:
+            self.settings = replace(self.settings, objective=objective)
+            self._measurer.follow(self.settings)
+            if self._policy is not None:
+                state = self._policy.state_dict()
+                self._policy = self._make_policy(self._policy.base_batch_size)
+                self._policy.load_state_dict(state)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the hook that takes the factor off again."""
