@@ -597,7 +597,9 @@ class TestMeasuring:
             replayed.append(len(batch[0]))
             return module.loss(batch)  # type: ignore[no-any-return]
 
-        callback = SurgeLRCallback(4, probe_every=1, probe_examples=16, loss_fn=loss_fn)
+        callback = SurgeLRCallback(
+            4, objective="alignment", probe_every=1, probe_examples=16, loss_fn=loss_fn
+        )
         make_trainer(callback).fit(seeded(Counting), data(80, 16))
         assert oracle.calls == 5
         # Once 1 + 4 passes to compare; then, in each of 4 probes, 4 slices and the first 2 again, twice.
@@ -661,7 +663,7 @@ class TestMeasuring:
 
     def test_from_accumulation_costs_no_pass_but_the_secants(self, make_trainer: MakeTrainer) -> None:
         module = seeded(lambda: Everything(adamw, batch_norm=False))
-        callback = SurgeLRCallback(4, probe_every=1)
+        callback = SurgeLRCallback(4, objective="alignment", probe_every=1)
         make_trainer(callback, accumulate_grad_batches=4).fit(module, data(96, 4))
         # 24 batches are 6 windows; 5 are measured, with 2 micro-batches repeated for each of 2 secants.
         assert callback.history.num_measurements == 5
@@ -754,7 +756,7 @@ class TestArguments:
         assert steepest(0.01) == pytest.approx(0.01)
 
     def test_objective(self, make_trainer: MakeTrainer) -> None:
-        step, _ = self._run(make_trainer, 4, probe_every=1)
+        step, _ = self._run(make_trainer, 4, objective="step", probe_every=1)
         progress, _ = self._run(make_trainer, 4, objective="progress", probe_every=1)
         # Square-root scaling or more, against a ratio that saturates.
         assert progress.lr_scale(256) >= math.sqrt(256 / 4) > step.lr_scale(256)

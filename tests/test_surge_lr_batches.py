@@ -85,13 +85,13 @@ def test_sparse_gradients_are_measured(make_trainer: MakeTrainer) -> None:
 def test_the_budget_holds_where_sizes_vary_a_lot(make_trainer: MakeTrainer) -> None:
     # One batch in ten has a hundred times the examples of the others: a plan made from it would be far off.
     sizes = ([4] * 9 + [400]) * 30
-    callback = SurgeLRCallback(4, max_overhead=0.05)
+    callback = SurgeLRCallback(4, objective="alignment", max_overhead=0.05)
     make_trainer(callback, max_epochs=2).fit(Linear(), batches(sizes))
     assert 0.02 < callback.overhead <= 0.06
 
 
 def test_a_second_training_is_measured_as_the_first_was(make_trainer: MakeTrainer) -> None:
-    callback = SurgeLRCallback(8, max_overhead=0.2)
+    callback = SurgeLRCallback(8, objective="alignment", max_overhead=0.2)
     counts = []
     for _ in range(2):
         make_trainer(callback).fit(Linear(), batches([16] * 100))

@@ -1,7 +1,9 @@
 """`objective="edge"` in training: what it follows, what it costs, what it refuses."""
 
+import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -177,9 +179,58 @@ class TestCost:
         assert callback.overhead < 0.22
 
     def test_other_objectives_keep_no_vector(self, make_trainer: MakeTrainer) -> None:
-        callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
+        callback = SurgeLRCallback(4, objective="alignment", probe_every=1, probe_examples=16)
         make_trainer(callback).fit(Regression(), data(16 * 12, 16))
         assert callback.state_dict()["measurer"]["sharpness"] == {"vector": []}
+
+
+class TestDefault:
+    """The edge where it can be measured, alignment elsewhere."""
+
+    def test_follows_the_edge(self, make_trainer: MakeTrainer) -> None:
+        callback = SurgeLRCallback(4, probe_every=2, probe_examples=16)
+        make_trainer(callback).fit(Regression(), data(16 * 30, 16))
+        assert callback.settings.objective == "edge"
+        assert isinstance(callback.law, EstimatedLaw)
+        assert callback.law.edge_lr(16.0) > 0.0
+
+    @pytest.mark.parametrize("base", [4, None])
+    def test_follows_alignment_where_gradients_are_clipped_and_says_why(
+        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, base: int | None
+    ) -> None:
+        callback = SurgeLRCallback(base, probe_every=2, probe_examples=16)
+        clipping = make_trainer(callback, gradient_clip_val=1.0)
+        with caplog.at_level(logging.INFO, "lightning.pytorch"):
+            clipping.fit(Regression(), data(16 * 30, 16))
+        assert callback.settings.objective == "alignment"
+        assert "follows objective='alignment', not the default. Expected no gradient clipping" in caplog.text
+        assert isinstance(callback.law, EstimatedLaw)
+        size = 256.0 if base is None else 64.0
+        given = callback.lr_scale(size)
+        # The next training may have what this one lacked.
+        make_trainer(callback).fit(Regression(), data(16 * 30, 16))
+        assert callback.settings.objective == "edge"
+        assert given > 0.0
+
+    def test_what_was_asked_for_is_refused_where_it_cannot_be(self, make_trainer: MakeTrainer) -> None:
+        callback = SurgeLRCallback(4, objective="edge")
+        with pytest.raises(MisconfigurationException, match="Expected no gradient clipping"):
+            make_trainer(callback, gradient_clip_val=1.0).fit(Regression(), data(16, 16))
+
+    def test_a_resumed_run_keeps_its_law_under_the_objective_it_may_follow(
+        self, make_trainer: MakeTrainer, tmp_path: Path
+    ) -> None:
+        first = SurgeLRCallback(4, probe_every=2, probe_examples=16)
+        trainer = make_trainer(first, gradient_clip_val=1.0)
+        trainer.fit(Regression(), data(16 * 30, 16))
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        again = SurgeLRCallback(4, probe_every=2, probe_examples=16)
+        # The run is over, so that nothing is measured any more.
+        make_trainer(again, gradient_clip_val=1.0).fit(
+            Regression(), data(16 * 30, 16), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True
+        )
+        assert again.settings.objective == "alignment"
+        assert again.lr_scale(64) == first.lr_scale(64) != 4.0
 
 
 class Failing(Regression):
