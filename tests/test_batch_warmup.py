@@ -50,7 +50,7 @@ def constants(
             "seed": seed,
             "val_loss": level + 0.1 * abs(math.log2(factor / best)) + noise,
             "steps": 2048 * BASE_BATCH_SIZE // batch_size,
-            "fit_seconds": 10.0 * BASE_BATCH_SIZE / batch_size,
+            "processor_seconds": 10.0 * BASE_BATCH_SIZE / batch_size,
         }
         for factor in MULTIPLIERS[budget, batch_size]
         for seed, noise in zip(SEEDS, SEED_NOISE, strict=True)
@@ -68,7 +68,7 @@ def ramp(rule: Rule, losses: list[float | None], steps: int = 512, **changes: An
             "seed": seed,
             "val_loss": loss,
             "steps": steps,
-            "fit_seconds": 4.0,
+            "processor_seconds": 4.0,
             **changes,
         }
         for seed, loss in enumerate(losses)
@@ -322,7 +322,7 @@ def test_a_run_goes_on_with_the_ramps_once_the_small_batch_is_tuned(
     def fake(**key: Any) -> dict[str, Any]:
         ran.append(f"{key['ramp']} {key['multiplier']}" if "ramp" in key else f"B {key['batch_size']}")
         away = abs(math.log2(key["multiplier"] / 1.41))
-        return {"val_loss": 2.0 + away, "steps": 1, "fit_seconds": 1.0}
+        return {"val_loss": 2.0 + away, "steps": 1, "processor_seconds": 1.0}
 
     def run(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", ["batch_warmup", "--workload", "digits", "--run-only", *flags])

@@ -68,7 +68,7 @@ class Line(NamedTuple):
         spread: its standard deviation over seeds.
         steps: optimizer steps, mean over seeds.
         step_share: the same over those of the constant small batch.
-        time_share: wall time over its.
+        time_share: processor time of training, on one thread, over its: machines are shared, and wall time is not.
         difference: of the loss to its, paired by seed.
     """
 
@@ -160,7 +160,7 @@ def _line(rule: Rule | Tuned, found: list[Record], against: list[Record]) -> Lin
         deviation(losses),
         statistics.fmean(run["steps"] for run in found),
         share("steps"),
-        share("fit_seconds"),
+        share("processor_seconds"),
         paired(found, against, "val_loss", ("seed",)),
     )
 
