@@ -68,7 +68,7 @@ class Line(NamedTuple):
         spread: its standard deviation over seeds.
         steps: optimizer steps, mean over seeds.
         step_share: the same over those of the constant small batch.
-        time_share: processor time of training, on one thread, over its: machines are shared, and wall time is not.
+        time_share: processor time of training on one thread over its; wall time depends on what else runs.
         difference: of the loss to its, paired by seed.
     """
 

@@ -63,8 +63,8 @@ def main_table(workload: Workload, constants: Sequence[Record], ramps: Sequence[
     title = workload.title[0].upper() + workload.title[1:]
     head = (
         f"**{title}**: {budgets}. Validation loss at the end, nats, mean ± standard deviation over "
-        f"{len(SEEDS)} seeds; optimizer steps and processor time of training (one thread) relative to the constant small "
-        "batch."
+        f"{len(SEEDS)} seeds; optimizer steps, and processor time of training on one thread, relative to the "
+        "constant small batch."
     )
     if not any(by_budget.values()):
         return f"{head}\n\nNo row is finished."
