@@ -211,8 +211,6 @@ class BatchSizeScheduler(pl.Callback):
         if trainer.global_step == 0:
             self._begin_afresh()
         self._replicas = replicas_of(trainer)
-        if self._micro_batch_size is not None:
-            self._check_sizes(self._micro_batch_size)
         if self._itinerary is not None:
             # Before the loaders exist: Lightning asks for their length, and workers for the first batches,
             # before any other hook runs.
