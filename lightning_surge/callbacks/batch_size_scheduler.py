@@ -211,6 +211,8 @@ class BatchSizeScheduler(pl.Callback):
         if trainer.global_step == 0:
             self._begin_afresh()
         self._replicas = replicas_of(trainer)
+        if self._micro_batch_size is not None:
+            self._check_sizes(self._micro_batch_size)
         if self._itinerary is not None:
             # Before the loaders exist: Lightning asks for their length, and workers for the first batches,
             # before any other hook runs.
@@ -583,7 +585,8 @@ class BatchSizeScheduler(pl.Callback):
                 raise MisconfigurationException(
                     f"Expected {name} to be micro-batch size x replicas ({micro_batch_size} x"
                     f" {self._replicas}) times a power of two, got {name}={size}: use {remedy}, or change the"
-                    " DataLoader's batch_size. A ScheduledBatchSampler in the DataLoader allows any size."
+                    " DataLoader's batch_size. A ScheduledBatchSampler in the DataLoader, and no"
+                    " micro_batch_size=, allow any size."
                 )
 
     def _warn_of_other_writer(self, found: int) -> None:
