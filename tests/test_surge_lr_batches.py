@@ -201,3 +201,19 @@ def test_a_batch_that_cannot_be_cut_does_not_vouch_for_those_that_can(make_train
     callback = SurgeLRCallback(4, probe_every=1, batch_size_fn=lambda batch: 2.0 * len(batch))
     with pytest.warns(UserWarning, match="The mean gradient of a batch's slices is not the gradient"):
         make_trainer(callback).fit(Summed(), batches([1, 16] * 20))
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+def test_a_window_that_a_batch_of_none_leaves_without_a_step_is_forgotten(make_trainer: MakeTrainer) -> None:
+    class Sizes(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+            self.seen.append(trainer.callbacks[0]._window_examples)  # type: ignore[attr-defined]
+
+    given = [torch.ones(4, 4)] * 3 + [None] + [torch.ones(4, 4)] * 4
+    loader = DataLoader(given, batch_size=None)  # type: ignore[arg-type]
+    sizes = Sizes()
+    make_trainer(SurgeLRCallback(4), sizes, accumulate_grad_batches=2).fit(Linear(), loader)
+    assert sizes.seen == [8.0, 8.0, 8.0]

@@ -423,6 +423,9 @@ class SurgeLRCallback(pl.Callback):
         self._batch, self._batch_idx = shared_copy(batch), batch_idx
         self._read_schedule()
         self._apply(self.lr_scale(size * trainer.accumulate_grad_batches))
+        if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
+            # Lightning zeroes gradients here, also of a window that a batch of None left without a step.
+            self._close_window()
         if not self._window_open:
             self._window_open = True
             if self._measures:
