@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.batch_warmup.analysis import KEYS, Line, Tuned, lines, runs, tuned
 from benchmarks.batch_warmup.figure import draw
-from benchmarks.batch_warmup.rules import BUDGETS, MULTIPLIERS, SEEDS, growth
+from benchmarks.batch_warmup.rules import BUDGETS, MULTIPLIERS, RULES, SEEDS, Rule, growth
 from benchmarks.batch_warmup.targets import targets
 from benchmarks.batch_warmup.workloads import WORKLOADS, Workload
 from benchmarks.cells import Store
@@ -40,7 +40,10 @@ def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> No
     found = targets(constants, ramps, speeds)
     (results / "summary.md").write_text(summary_table(found) + "\n")
     (results / "summary.json").write_text(json.dumps(finite(found), indent=1) + "\n")
-    counts = {"constant": len(constants), "ramp": len(ramps), "throughput": len(speeds)}
+    # Runs with a rule that was the default before are kept, and in no table.
+    known = [run for run in ramps if Rule(run["ramp"], run["rule"], run["max_overhead"]) in RULES]
+    tuning = [run for run in constants if run["multiplier"] in MULTIPLIERS[run["budget"], run["batch_size"]]]
+    counts = {"constant": len(tuning), "ramp": len(known), "throughput": len(speeds)}
     raw = {"machine": machine(), "finished": counts, "expected": dict(expected)}
     (results / "raw.json").write_text(json.dumps(finite(raw), indent=1) + "\n")
     for entry in found:
