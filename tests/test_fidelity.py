@@ -39,6 +39,7 @@ from benchmarks.fidelity.run_tables import all_rows
 from lightning_surge.laws import MeasuredLaw
 from lightning_surge.theorems import Theorem3Law
 
+OBJECTIVE = regrets.DEFAULT["objective"]
 LAW = MeasuredLaw(alignment_limit=2.0, alignment_scale=48.0, noise_curvature=100.0, signal_curvature=150.0)
 POINT = {"workload": "perceptron", "beta_2": 0.95, "phase": "late"}
 GRID = [2.0 ** (index / 2) for index in range(-6, 7)]
@@ -99,7 +100,7 @@ def live_record(seed: int = 0, **changes: Any) -> dict[str, Any]:
         }
         for size in (2, 64, 256)
     }
-    record = {**POINT, "seed": seed, "max_overhead": 0.05, "objective": "alignment", "by_batch_size": runs}
+    record = {**POINT, "seed": seed, "max_overhead": 0.05, "objective": OBJECTIVE, "by_batch_size": runs}
     return record | {"measurements": 10, "noise_scale": 48.0, "seconds": 60.0} | changes
 
 
@@ -372,12 +373,12 @@ def test_regrets_of_rules_frozen_and_live_runs() -> None:
     assert of("sqrt")["regret"] == pytest.approx(0.0, abs=1e-12)
     assert of("linear")["regret"] == pytest.approx(0.05)
     assert of("sqrt")["tuned"] == pytest.approx(0.05 * 0.25)
-    assert of("alignment, predicted")["regret"] == pytest.approx(0.05)
-    assert of("alignment, used")["regret"] == pytest.approx(0.0, abs=1e-12)
-    assert of("alignment, live")["regret"] == pytest.approx(0.02)
-    assert of("alignment, live")["error"] == pytest.approx(1.0)
-    assert of("alignment, live")["tuned"] is None
-    assert pick(rows, rule="alignment, live", seed=0) == []
+    assert of(f"{OBJECTIVE}, predicted")["regret"] == pytest.approx(0.05)
+    assert of(f"{OBJECTIVE}, used")["regret"] == pytest.approx(0.0, abs=1e-12)
+    assert of(f"{OBJECTIVE}, live")["regret"] == pytest.approx(0.02)
+    assert of(f"{OBJECTIVE}, live")["error"] == pytest.approx(1.0)
+    assert of(f"{OBJECTIVE}, live")["tuned"] is None
+    assert pick(rows, rule=f"{OBJECTIVE}, live", seed=0) == []
 
 
 def test_regret_is_against_the_common_best_and_not_each_seeds_luck() -> None:
@@ -412,7 +413,7 @@ def test_an_lr_beyond_the_sweep_takes_the_loss_of_its_end() -> None:
 def test_only_cells_that_all_rules_share_are_compared() -> None:
     sweeps = regrets.sweeps_of([sweep_record(16, 0.5), sweep_record(64, 1.0)])
     rows = regrets.switch_rows(sweeps, [live_record(seed=1)], [])
-    same = regrets.shared(rows, (*regrets.FIXED, "alignment, live"))
+    same = regrets.shared(rows, (*regrets.FIXED, f"{OBJECTIVE}, live"))
     assert {row["seed"] for row in same} == {1}
     assert len(same) == 4
     found = regrets.best_fixed(same)
@@ -499,7 +500,7 @@ def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     assert "No cell is finished." in (tmp_path / "report" / "secants.md").read_text()
     for name in ("one_step", "calibration", "switch", "regret"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "| alignment, live | 3 |" in (tmp_path / "report" / "switch.md").read_text()
+    assert f"| {OBJECTIVE}, live | 3 |" in (tmp_path / "report" / "switch.md").read_text()
     assert len(all_rows({kind: store.records(kind) for kind in ("sweep", "live", "laws")})) == 3 * 8
 
 

@@ -1,6 +1,7 @@
 """BatchSizeScheduler beside SurgeLRCallback: the same sizes for both, and sizes that follow the law."""
 
 import csv
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,9 +275,9 @@ class TestFollowPeak:
     ) -> None:
         # It cannot know sizes that are decided later.
         model = Valley(adam)
-        make_trainer(SurgeLRCallback(8), BatchSizeScheduler(FollowPeak(start=8, maximum=32))).fit(
-            model, sampled()
-        )
+        trainer = make_trainer(SurgeLRCallback(8), BatchSizeScheduler(FollowPeak(start=8, maximum=32)))
+        with caplog.at_level(logging.INFO, "lightning.pytorch"):
+            trainer.fit(model, sampled())
         assert "set by accumulation, in powers of two of micro-batch 8" in caplog.text
         assert model.sizes == [8] * 12 + [4]
 

@@ -64,7 +64,11 @@ def decay(workload: str, beta_2: float, seed: int) -> dict[str, Any]:
         stop = HOT_STEPS + round(mark * DECAY_STEPS)
         study = Study(what, (0.9, beta_2), _factor)
         surge = SurgeLRCallback(
-            BASE_BATCH_SIZE, dry_run=True, probe_every=PROBE_EVERY, probe_examples=16 * BASE_BATCH_SIZE
+            BASE_BATCH_SIZE,
+            objective="alignment",
+            dry_run=True,
+            probe_every=PROBE_EVERY,
+            probe_examples=16 * BASE_BATCH_SIZE,
         )
         recorder = Recorder(surge)
         batches = Batches(what.data(), BASE_BATCH_SIZE, stop, seed)

@@ -208,6 +208,7 @@ def predictions(what: Workload, betas: tuple[float, float], snapshot: Snapshot) 
     study.optimizer.held = True
     callback = SurgeLRCallback(
         base_batch_size=BASE_BATCH_SIZE,
+        objective="step",
         dry_run=True,
         probe_every=1,
         probe_examples=PROBE_EXAMPLES,
