@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import commit, finite
 
-__all__ = ["Cell", "Store", "run_cells"]
+__all__ = ["Cell", "Store", "chosen", "run_cells"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,24 @@ class Store:
             if not any(cell.key.items() <= record.items() for record in records[cell.kind]):
                 left.append(cell)
         return left
+
+
+def chosen(
+    cells: Iterable[Cell], kinds: Collection[str] | None, **axes: Collection[Any] | None
+) -> list[Cell]:
+    """Cells of some kinds with some values in their keys.
+
+    Args:
+        cells: any.
+        kinds: to keep; none at all for every kind.
+        **axes: for a name in the key, the values to keep; none at all for every cell.
+    """
+    return [
+        cell
+        for cell in cells
+        if (not kinds or cell.kind in kinds)
+        and all(not values or cell.key.get(name) in values for name, values in axes.items())
+    ]
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -89,11 +89,17 @@ class ScheduledBatchSampler(BatchSampler):
         super().__init__(sampler, batch_size, drop_last)  # type: ignore[arg-type]
         self._planned: tuple[Any, list[Window]] = (None, [])
 
+    @property
+    def largest_micro_batch(self) -> int:
+        """Examples that a micro-batch may have now: `batch_size`, or what the itinerary bounds it to."""
+        bound = None if _followed is None else _followed.largest
+        return min(self.batch_size, bound or self.batch_size)
+
     def windows(self) -> list[Window] | None:
         """The windows of the epoch that begins where the itinerary stands; None if none is followed."""
         if _followed is None:
             return None
-        largest = min(self.batch_size, _followed.largest or self.batch_size)
+        largest = self.largest_micro_batch
         question = (_followed.schedule, _followed.begin, len(self.sampler), largest, _followed.replicas)  # type: ignore[arg-type]
         if self._planned[0] != question:
             schedule, begin, examples, largest, replicas = question

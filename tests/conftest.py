@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,6 +8,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 MakeTrainer = Callable[..., pl.Trainer]
+
+
+@pytest.fixture(autouse=True)
+def _lightning_speaks() -> Iterator[None]:
+    """Benchmarks and examples silence Lightning's logger, for their process: not for the tests after them."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from benchmarks.batch_warmup import grid
 from benchmarks.batch_warmup.report import write_report
 from benchmarks.batch_warmup.rules import BASE_BATCH_SIZE, BUDGETS, LARGE_BATCH_SIZE
 from benchmarks.batch_warmup.workloads import WORKLOADS
-from benchmarks.cells import Cell, Store, run_cells
+from benchmarks.cells import Cell, Store, chosen, run_cells
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,13 +31,7 @@ def run(store: Store, options: argparse.Namespace) -> str:
     """Two phases: tuning at the small batch size, and what needs its outcome."""
 
     def wanted(cells: Iterable[Cell]) -> list[Cell]:
-        return [
-            cell
-            for cell in cells
-            if (not options.only or cell.kind in options.only)
-            and (not options.workload or cell.key.get("workload") in options.workload)
-            and (not options.length or cell.key.get("budget") in options.length)
-        ]
+        return chosen(cells, options.only, workload=options.workload, budget=options.length)
 
     end = time.monotonic() + 60 * options.budget
     left = run_cells(wanted(grid.constants(BASE_BATCH_SIZE)), store, 60 * options.budget)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import Cell, Store, run_cells
+from benchmarks.cells import Cell, Store, chosen, run_cells
 from benchmarks.fidelity import procedure, report, secants
 from benchmarks.fidelity.decay import decay
 from benchmarks.fidelity.live import live
@@ -107,12 +107,7 @@ def main() -> None:
         return
     store = Store(RESULTS)
     if not options.report:
-        cells = [
-            cell
-            for cell in grid()
-            if (not options.only or cell.kind in options.only)
-            and (not options.workload or cell.key.get("workload") in options.workload)
-        ]
+        cells = chosen(grid(), options.only, workload=options.workload)
         left = run_cells(cells, store, options.budget * 60)
         print(f"{left} cells are left" if left else "every cell is finished", flush=True)
         if options.run_only:

@@ -62,8 +62,8 @@ class BatchSizeScheduler(pl.Callback):
     Micro-batches of unequal size, and the shorter window at an epoch's end, are weighted so that the gradient
     of a step is the mean over its examples.
 
-    Logs ``surge/batch_size_requested`` and ``surge/batch_size_scheduled`` at every optimizer step, and moves
-    every learning-rate schedule that counts examples (`clocks.by_examples`).
+    Logs ``surge/batch_size_requested`` and ``surge/batch_size_scheduled`` at the steps that Lightning logs,
+    and moves every learning-rate schedule that counts examples (`clocks.by_examples`).
 
     Caveats:
         * ``trainer.estimated_stepping_batches`` assumes that the accumulation never changes, so a
@@ -263,7 +263,7 @@ class BatchSizeScheduler(pl.Callback):
                 " unit='examples': a sampler cannot know how many tokens an example will have. Use"
                 " unit='steps', or DataLoader(batch_size=...), whose batches are accumulated."
             )
-        largest = min(sampler.batch_size, self._max_micro_batch_size or sampler.batch_size)
+        epoch = len(sampler.sampler) * self._replicas  # type: ignore[arg-type]
         for name, size in self.schedule.named_sizes.items():
             if size % self._replicas:
                 below = max(size // self._replicas, 1) * self._replicas
@@ -271,7 +271,6 @@ class BatchSizeScheduler(pl.Callback):
                     f"Expected {name} to be a multiple of the {self._replicas} data-parallel replicas, got"
                     f" {name}={size}: use {name}={below}."
                 )
-            epoch = len(sampler.sampler) * self._replicas  # type: ignore[arg-type]
             if sampler.drop_last and size > epoch:
                 raise MisconfigurationException(
                     f"Expected {name} to be at most the {epoch} examples of an epoch, which drop_last=True"
@@ -279,8 +278,8 @@ class BatchSizeScheduler(pl.Callback):
                 )
         self._plan_epoch(sampler)
         rank_zero_info(
-            f"Batch sizes are set by the batch sampler, exactly: micro-batches of at most {largest} examples"
-            " on each replica, the rest by accumulation."
+            "Batch sizes are set by the batch sampler, exactly: micro-batches of at most"
+            f" {sampler.largest_micro_batch} examples on each replica, the rest by accumulation."
         )
 
     def _plan_epoch(self, sampler: ScheduledBatchSampler) -> None:

@@ -365,8 +365,7 @@ class SurgeLRCallback(pl.Callback):
         (self._optimizer,) = trained_optimizers(trainer.optimizers)
         self._kind = optimizer_kind(self._optimizer)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        schedulers = [callback for callback in callbacks if isinstance(callback, BatchSizeScheduler)]
-        self._scheduler = schedulers[0] if schedulers else None
+        self._scheduler = next((one for one in callbacks if isinstance(one, BatchSizeScheduler)), None)
         self._writer = LearningRateWriter(self._optimizer)
         self._hook = self._optimizer.register_step_post_hook(self._after_step)
         self._moments.begin(self._optimizer)
