@@ -1,0 +1,7 @@
+"""`python -m lightning_surge`."""
+
+import sys
+
+from lightning_surge.cli import main
+
+sys.exit(main())
