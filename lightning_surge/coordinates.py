@@ -17,8 +17,10 @@ from torch import Tensor
 
 from lightning_surge.curvature import Displacement, secant_curvature
 from lightning_surge.gradients import ChunkStatistics, SizedValue, blocks, dense, zeros
-from lightning_surge.measuring import CoordinateSums, Measurement, Replay, pass_chunk
+from lightning_surge.measuring import ALONE, CoordinateSums, Measurement, Replay, pass_chunk
+from lightning_surge.ranks import Ranks
 from lightning_surge.replay import Chunk
+from lightning_surge.shards import Shards
 
 __all__ = ["CoordinateMeasurement"]
 
@@ -43,6 +45,7 @@ class CoordinateMeasurement:
         seed: of the random signs.
         variance_of: per-coordinate variance of one example's gradient from elsewhere, for example Adam's
             averages; None measures it from the chunks.
+        ranks: the processes that measure together.
 
     References:
         Li et al. 2024, arXiv:2405.14578, Theorem 2 (Eq. 9, 10), Theorem 3 (Eq. 13-16).
@@ -59,7 +62,10 @@ class CoordinateMeasurement:
         law: str,
         seed: int,
         variance_of: Callable[[Tensor], Tensor | None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
+        self._shards = Shards(parameters)
         self._parameters = parameters
         self._replay = replay
         self._delta = delta
@@ -144,6 +150,7 @@ class CoordinateMeasurement:
         for index, chunks in enumerate((first, second)):
             for chunk in chunks:
                 passed = self._add_gradient(chunk, 1.0)
+                self._ranks.sum_gradients(self._parameters)
                 if index == 0:
                     self._evaluation.append(passed)
                 for position, parameter in enumerate(self._parameters):
@@ -183,8 +190,11 @@ class CoordinateMeasurement:
                     both += torch.dot(self._mean_sign(b, 1, batch_size), mu_a)
                     products[batch_size] += 0.5 * scale * float(both)
         self._halves = (sums[0], sums[1])
-        alignments = tuple(SizedValue(float(b), value) for b, value in products.items())
-        return (grad_sq, trace), slope, deviation_l1, alignments
+        found = [grad_sq, trace, slope, deviation_l1, *products.values()]
+        device = self._parameters[0].device
+        found = self._shards.sum(torch.tensor(found, dtype=torch.float64, device=device)).tolist()
+        alignments = tuple(SizedValue(float(b), value) for b, value in zip(products, found[4:], strict=True))
+        return (found[0], found[1]), found[2], found[3], alignments
 
     def _mean_sign(self, u: Tensor, half: int, batch_size: float) -> Tensor:
         """Estimate of `erf(sqrt(B / 2) u)` from one half's noisy `u`.
@@ -216,7 +226,8 @@ class CoordinateMeasurement:
 
     def _signs(self, function: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
         """A function of both halves' `u`, times random signs that are the same on every walk."""
-        generator = torch.Generator(device=self._parameters[0].device).manual_seed(self._seed)
+        seed = self._seed * self._shards.count + self._shards.index
+        generator = torch.Generator(device=self._parameters[0].device).manual_seed(seed)
         for left, right, scale in zip(*self._halves, self._scales, strict=True):
             for u, other in blocks(left, right):
                 draws = torch.randint(0, 2, u.shape, generator=generator, device=u.device, dtype=u.dtype)
@@ -232,6 +243,7 @@ class CoordinateMeasurement:
         def difference() -> list[Tensor | None]:
             for chunk in self._evaluation:
                 self._add_gradient(chunk, chunk.size / size)
+            self._ranks.sum_gradients(self._parameters)
             return [parameter.grad for parameter in self._parameters]
 
         curvature = secant_curvature(
@@ -247,7 +259,7 @@ class CoordinateMeasurement:
         return curvature
 
     def _add_gradient(self, chunk: Chunk, weight: float) -> Chunk:
-        self._passes += chunk.size
+        self._passes += chunk.size + chunk.idle
         return pass_chunk(chunk, self._replay, weight)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_surge.gradients import blocks, dense
+from lightning_surge.shards import Shards, local
 
 __all__ = ["Displacement", "Sample", "displaced", "probe_distance", "realised_slope", "secant_curvature"]
 
@@ -63,9 +64,11 @@ def probe_distance(parameters: Sequence[Tensor], lr: float) -> float:
     squares, count, epsilon = 0.0, 0, 0.0
     for parameter in parameters:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        squares += torch.linalg.vector_norm(parameter.detach(), dtype=dtype).item() ** 2
+        squares += torch.linalg.vector_norm(local(parameter.detach()), dtype=dtype).item() ** 2
         count += parameter.numel()
         epsilon = max(epsilon, torch.finfo(parameter.dtype).eps)
+    if (shards := Shards(parameters)).count > 1:
+        squares = shards.sum(torch.tensor(squares, dtype=torch.float64, device=parameters[0].device)).item()
     floor = RESOLUTION_STEPS * epsilon * math.sqrt(squares / max(count, 1))
     return max(lr, floor, torch.finfo(torch.float32).tiny)
 
@@ -83,22 +86,23 @@ def displaced(parameters: Sequence[Tensor], direction: Displacement, delta: floa
         The parameters' original values, as copies: one parameter-sized buffer.
     """
     # `.data`: the version counters must not move, or a graph that the user keeps would be refused.
-    originals = [parameter.detach().clone() for parameter in parameters]
+    data = [local(parameter.data) for parameter in parameters]
+    originals = [tensor.clone() for tensor in data]
     try:
         walk = direction()
-        for parameter in parameters:
-            if parameter.is_contiguous():
-                for (theta,) in blocks(parameter.data):
+        for tensor in data:
+            if tensor.is_contiguous():
+                for (theta,) in blocks(tensor):
                     theta.add_(next(walk).to(theta.dtype), alpha=-delta)
             else:
                 # A flat view does not exist; such parameters (channels_last weights) are small.
-                flat = torch.cat([next(walk) for _ in blocks(parameter)])
-                parameter.data.add_(flat.view(parameter.shape).to(parameter.dtype), alpha=-delta)
+                flat = torch.cat([next(walk) for _ in blocks(tensor)])
+                tensor.add_(flat.view(tensor.shape).to(tensor.dtype), alpha=-delta)
         del walk  # it would keep hold of the last tensor behind the direction
         yield originals
     finally:
         for parameter, original in zip(parameters, originals, strict=True):
-            parameter.data.copy_(original)
+            local(parameter.data).copy_(original)
 
 
 def realised_slope(
@@ -129,7 +133,7 @@ def realised_slope(
             moved = theta.add(next(walk).to(theta.dtype), alpha=-delta)
             if grad is not None:
                 total += torch.dot(_difference(theta, moved), g.double())
-    return total
+    return Shards(parameters).sum(total)
 
 
 def secant_curvature(
@@ -185,6 +189,7 @@ def secant_curvature(
         Lemma 1 (Eq. 6, 7) of Li et al. 2024, arXiv:2405.14578, for the role of `V' H V`.
     """
     device = parameters[0].device
+    shards = Shards(parameters)
     change, length_sq, realised = torch.zeros(3, dtype=torch.float64, device=device)
     with displaced(parameters, direction, delta) as originals:
         walk = direction()
@@ -193,7 +198,10 @@ def secant_curvature(
                 v = next(walk)
                 length_sq += torch.dot(v, v)
                 realised += torch.dot(v.double(), _difference(theta_0, theta))
-        del walk, v  # likewise
+                del v  # likewise
+        del walk
+        shards.sum(length_sq)
+        shards.sum(realised)
         if realised.item() == 0.0:
             # A direction of zeros, as from examples without a gradient, has no curvature; one that rounding
             # swallowed has an unknown one.
@@ -205,6 +213,7 @@ def secant_curvature(
             for theta, theta_0, g_delta in blocks(parameter, original, after):
                 w = _difference(theta_0, theta) if other is None else next(other)
                 change += torch.dot(w.double(), g_delta.double())
+        shards.sum(change)
     per_length = length_sq / realised
     return float(((slope - change) * (per_length.square() if against is None else per_length)).item())
 

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_surge.shards import Shards, local
+
 __all__ = [
     "ChunkStatistics",
     "ChunkStream",
@@ -68,13 +70,15 @@ class ChunkStatistics(NamedTuple):
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Walk tensors of one shape together, in flat blocks of at most `BLOCK_ELEMENTS` elements.
 
+    Of a sharded tensor, the piece of this process.
+
     Args:
         *tensors: tensors of equal shape; a non-contiguous one is copied whole.
 
     Yields:
         Tuples of matching one-dimensional blocks, in logical (row-major) order.
     """
-    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    flat = [local(tensor).detach().reshape(-1) for tensor in tensors]
     for start in range(0, flat[0].numel(), BLOCK_ELEMENTS):
         yield tuple(tensor[start : start + BLOCK_ELEMENTS] for tensor in flat)
 
@@ -139,6 +143,7 @@ class ChunkStream:
         self.scales = [1.0] * len(parameters) if scales is None else list(scales)
         self.direction = direction
         self.stride = stride
+        self._shards = Shards(parameters)
         self.prefix = [zeros(parameter) for parameter in parameters]
         self.reference = [zeros(parameter) for parameter in parameters]
         self.prefix_size = 0.0
@@ -175,7 +180,7 @@ class ChunkStream:
                 f"Expected a positive, finite chunk size, got size={size}: "
                 "check batch_size_fn, which must count the examples of every slice."
             )
-        self._weighted_squares.append((size, _squared_norm(gradient, self.reference)))
+        self._weighted_squares.append((size, self._shards.sum(_squared_norm(gradient, self.reference))))
         first = self.num_added % self.stride == 0
         last = (self.num_added + 1) % self.stride == 0
         if self.in_reference:
@@ -226,7 +231,7 @@ class ChunkStream:
             if gradient is not None:
                 for block, grad_block in blocks(tensor, dense(gradient)):
                     result += scale * torch.dot(self.direction(block / size), grad_block.to(block.dtype))
-        return result
+        return self._shards.sum(result)
 
     def statistics(self) -> ChunkStatistics:
         """Close the stream and return what it measured.
@@ -268,7 +273,7 @@ class ChunkStream:
             for reference_block, prefix_block in blocks(reference, prefix):
                 mean = (reference_block + prefix_block) / size
                 total += torch.dot(mean, mean)
-        return float(total.item())
+        return float(self._shards.sum(total).item())
 
 
 def weighted_mean(rows: Sequence[tuple[float, float, float]]) -> SizedValue:
@@ -283,18 +288,18 @@ def weighted_mean(rows: Sequence[tuple[float, float, float]]) -> SizedValue:
 def zeros(parameter: Tensor) -> Tensor:
     """A buffer for sums of a parameter's gradients: in float32 at least, whatever the gradients are in."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+    return torch.zeros(local(parameter).shape, dtype=dtype, device=parameter.device)
 
 
 def dense(gradient: Tensor) -> Tensor:
-    """The same gradient as an ordinary strided tensor."""
-    return gradient.to_dense() if gradient.is_sparse else gradient
+    """The same gradient, or this process's piece of it, as an ordinary strided tensor."""
+    return gradient.to_dense() if gradient.is_sparse else local(gradient)
 
 
 def _add_scaled(total: Sequence[Tensor], gradient: Sequence[Tensor | None], size: float) -> None:
     for accumulated, grad in zip(total, gradient, strict=True):
         if grad is not None:
-            accumulated.add_(grad.detach(), alpha=size)
+            accumulated.add_(local(grad.detach()), alpha=size)
 
 
 def _squared_norm(gradient: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_surge.curvature import Displacement, Sample, realised_slope, secant_curvature
 from lightning_surge.gradients import ChunkStatistics, ChunkStream, Direction, SizedValue, weighted_mean
+from lightning_surge.ranks import Ranks
 from lightning_surge.replay import Chunk, Piece, RandomState
 
 __all__ = [
@@ -43,6 +44,7 @@ Replay = Callable[[Piece, float], None]
 MoreSecants = Callable[[Sample, Sample], tuple[SizedValue, ...]]
 """Takes the examples of the prefix, and those of the reference."""
 
+ALONE = Ranks()
 MAX_SLICES = 16
 MIN_SLICES = 4
 
@@ -140,6 +142,7 @@ def pass_chunk(chunk: Chunk, replay: Replay, weight: float) -> Chunk:
 
     Returns:
         The chunk, with the random states that this pass began with: a later pass repeats its masks.
+        Where several processes measure, each has its own share in `.grad` then.
     """
     pieces = []
     for piece in chunk.pieces:
@@ -147,9 +150,9 @@ def pass_chunk(chunk: Chunk, replay: Replay, weight: float) -> Chunk:
             piece = piece._replace(random_state=RandomState.capture())
         else:
             piece.random_state.restore()
-        replay(piece, weight * piece.size / chunk.size)
+        replay(piece, weight * piece.size / chunk.size if chunk.mine else 0.0)
         pieces.append(piece)
-    return Chunk(tuple(pieces))
+    return chunk._replace(pieces=tuple(pieces))
 
 
 class LawMeasurement:
@@ -164,6 +167,7 @@ class LawMeasurement:
         direction: the optimizer's elementwise direction.
         stride: chunks that make the smallest direction.
         keep_all: whether more secants will ask for the prefix's examples too.
+        ranks: the processes that measure together.
     """
 
     def __init__(
@@ -177,7 +181,9 @@ class LawMeasurement:
         direction: Direction = torch.sign,
         stride: int = 1,
         keep_all: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._parameters = parameters
         self._replay = replay
         self._delta = delta
@@ -203,7 +209,7 @@ class LawMeasurement:
 
         Args:
             chunk: kept until the end if it belongs to the reference, or all are.
-            gradient: read, not kept.
+            gradient: over the examples of all processes; read, not kept.
 
         Returns:
             Whether a secant is due now: call `measure_curvature`, with nothing but this object holding
@@ -259,6 +265,7 @@ class LawMeasurement:
         size = sum(chunk.size for chunk in chunks)
         for chunk in chunks:
             self._pass(chunk, chunk.size / size)
+        self._ranks.sum_gradients(self._parameters)
         return [parameter.grad for parameter in self._parameters]
 
     def _sample(self, total: Sequence[Tensor], size: float, chunks: Sequence[Chunk]) -> Sample:
@@ -269,7 +276,7 @@ class LawMeasurement:
             parameter.grad = None
 
     def _pass(self, chunk: Chunk, weight: float = 1.0) -> Chunk:
-        self._passes += chunk.size
+        self._passes += chunk.size + chunk.idle
         return pass_chunk(chunk, self._replay, weight)
 
     def run(self, chunks: Sequence[Chunk], sharpness: MoreSecants | None = None) -> Measurement:
@@ -283,7 +290,9 @@ class LawMeasurement:
             The measurement.
         """
         for chunk in chunks:
-            due = self.add(self._pass(chunk), [parameter.grad for parameter in self._parameters])
+            passed = self._pass(chunk)
+            self._ranks.sum_gradients(self._parameters)
+            due = self.add(passed, [parameter.grad for parameter in self._parameters])
             self._drop_gradients()
             if due:
                 self.measure_curvature()

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.gradients import blocks
+from lightning_surge.shards import Shards, local
 
 __all__ = ["LEAST_BETA_1", "AdamMoments", "has_coupled_decay"]
 
@@ -117,7 +118,7 @@ class AdamMoments:
         state = optimizer.state.get(parameter)
         if not state or "exp_avg_sq" not in state:
             return None
-        return self._split(state["exp_avg"], state["exp_avg_sq"], float(state["step"]))[1]
+        return self._split(local(state["exp_avg"]), local(state["exp_avg_sq"]), float(state["step"]))[1]
 
     def _split(self, mean: Tensor, square: Tensor, steps: float) -> tuple[Tensor, Tensor]:
         """`mu^2` and `sigma^2`, neither below zero, from averages not yet corrected for their start."""
@@ -158,8 +159,10 @@ class AdamMoments:
             steps = float(state["step"])
             one = (1.0 - self._betas[1]) / (1.0 - self._betas[1] ** steps)
             # Stays on the device, so that no walk waits for it.
-            total = torch.stack([block.sum() for block in self._squares(state, steps, batch_size)]).sum()
-            floor = one * total / parameter.numel()
+            total = torch.zeros((), dtype=state["exp_avg"].dtype, device=parameter.device)
+            for square in self._squares(state, steps, batch_size):
+                total += square.sum()
+            floor = one * Shards([parameter]).sum(total) / parameter.numel()
             for square in self._squares(state, steps, batch_size):
                 yield square.add_(floor).sqrt_().add_(epsilon[id(parameter)]).div_(scale).rsqrt_()
 
@@ -172,13 +175,13 @@ class AdamMoments:
         """`sum_i sigma_i` over all coordinates that have averages; NaN where `readable` does not hold."""
         if not self.readable(optimizer):
             return math.nan
-        total = 0.0
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                variance = self.variance(optimizer, parameter)
-                if variance is not None:
-                    total += float(variance.sqrt_().sum(dtype=torch.float64))
-        return total
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+        for parameter in parameters:
+            variance = self.variance(optimizer, parameter)
+            if variance is not None:
+                total += variance.sqrt_().sum(dtype=torch.float64)
+        return float(Shards(parameters).sum(total).item())
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lightning_surge.batches import SplitBatch, TooFewExamplesError, group_evenly
 from lightning_surge.gradients import dense
-from lightning_surge.measuring import MAX_SLICES, MIN_SLICES, slices_for
+from lightning_surge.measuring import ALONE, MAX_SLICES, MIN_SLICES, slices_for
+from lightning_surge.ranks import Ranks
 from lightning_surge.replay import Chunk, Piece, RandomState
+from lightning_surge.shards import Shards
 
 __all__ = ["ComputeLoss", "Prober", "examples_wanted"]
 
@@ -77,6 +79,7 @@ class Prober:
         backward: what calls `backward` on a loss.
         batch_size_fn: examples in a batch.
         split_batch: cuts a batch; None if batches must stay whole.
+        ranks: the processes that measure together, each from batches of its own.
     """
 
     def __init__(
@@ -87,7 +90,9 @@ class Prober:
         backward: Callable[[Tensor], None],
         batch_size_fn: Callable[[Any], float],
         split_batch: SplitBatch | None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.parameters = parameters
         self._compute_loss = compute_loss
         self._backward = backward
@@ -99,12 +104,14 @@ class Prober:
         """Add `weight * loss_scale` times the mean gradient of a piece to `.grad`."""
         with torch.enable_grad():
             loss = self._compute_loss(piece.batch, piece.batch_idx)
-            self._backward(loss * (weight * self.loss_scale))
+            self._backward(loss * (weight * self.loss_scale * self.ranks.share))
 
     def chunks(
         self, pieces: Sequence[Piece], base_batch_size: float, fewest: int = MIN_SLICES
     ) -> list[Chunk]:
         """Arrange pieces into chunks: whole batches grouped, or each cut into slices.
+
+        A chunk holds pieces of every process.
 
         Args:
             pieces: whole batches or micro-batches, at least one.
@@ -117,13 +124,19 @@ class Prober:
         Raises:
             BatchError: if a batch cannot be cut.
         """
-        examples = sum(piece.size for piece in pieces)
+        (examples,) = self.ranks.total(sum(piece.size for piece in pieces))
         wanted = slices_for(examples, base_batch_size, fewest)
-        if len(pieces) >= wanted or self.split_batch is None:
-            groups = group_evenly(pieces, min(wanted, len(pieces)))
-            return [Chunk(tuple(group)) for group in groups]
-        per_piece = math.ceil(wanted / len(pieces))
-        return [Chunk((slice_,)) for piece in pieces for slice_ in self.cut(piece, per_piece)]
+        if self.split_batch is not None and 0 < len(pieces) < wanted:
+            per_piece = math.ceil(wanted / len(pieces))
+            pieces = [slice_ for piece in pieces for slice_ in self.cut(piece, per_piece)]
+            wanted = len(pieces)
+        # Short batches can be cut into fewer slices, and any process may have one.
+        (count,) = self.ranks.least(float(min(wanted, len(pieces))))
+        chunks = [Chunk(tuple(group)) for group in group_evenly(pieces, int(count))]
+        if self.ranks.count == 1:
+            return chunks
+        sizes = self.ranks.total(*(chunk.size for chunk in chunks))
+        return [chunk._replace(total=size) for chunk, size in zip(chunks, sizes, strict=True)]
 
     def cut(self, piece: Piece, num_slices: int) -> list[Piece]:
         """Cut one batch into slices that know their sizes: so many, or fewer if it has fewer examples."""
@@ -150,8 +163,9 @@ class Prober:
             Whether they agree, and the examples passed.
         """
         slices = self.cut(piece, num_slices)
-        size = sum(part.size for part in slices)
-        self.replay(piece, 1.0)
+        (size,) = self.ranks.total(sum(part.size for part in slices))
+        share = piece.size / size if self.ranks.count > 1 else 1.0
+        self.replay(piece, share)
         whole = self._take()
         for part in slices:
             self.replay(part, part.size / size)
@@ -161,12 +175,13 @@ class Prober:
         state = RandomState.capture()
         repeat = 0.0
         for _ in range(REPEATS):
-            self.replay(piece, 1.0)
+            self.replay(piece, share)
             repeat += self._relative_difference(whole) / REPEATS
         state.restore()
         return mismatch <= TOLERATED_MISMATCH + TOLERATED_NOISE * repeat, (2 + REPEATS) * size
 
     def _take(self) -> list[Tensor | None]:
+        self.ranks.sum_gradients(self.parameters)
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
@@ -182,4 +197,6 @@ class Prober:
                 change += float(torch.linalg.vector_norm(dense(difference)).square())
             elif gradient is not None:
                 change += float(torch.linalg.vector_norm(dense(gradient)).square())
+        both = torch.tensor([change, length], dtype=torch.float64, device=self.parameters[0].device)
+        change, length = Shards(self.parameters).sum(both).tolist()
         return change / length if length > 0.0 else (0.0 if change == 0.0 else math.inf)

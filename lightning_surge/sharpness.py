@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_surge.curvature import Displacement, Sample, displaced
 from lightning_surge.gradients import SizedValue, blocks, dense, zeros
+from lightning_surge.shards import Shards, local
 
 __all__ = ["Sharpness"]
 
@@ -101,7 +102,7 @@ class Sharpness:
             ValueError: if a product is zero or not finite; the next measurement starts afresh.
         """
         root = partial(inverse_root, sizes[0])
-        cold = [w.shape for w in self._vector] != [parameter.shape for parameter in parameters]
+        cold = [w.shape for w in self._vector] != [local(parameter).shape for parameter in parameters]
         if cold:
             self._vector = [zeros(g).copy_(g) for g in search.gradient]
             for w, r in zip(_flat(self._vector), root(), strict=True):
@@ -113,7 +114,10 @@ class Sharpness:
                 _iterate(parameters, self._vector, root, search, delta)
             if cold:
                 return ()
-            lengths = [self._length_sq(root, partial(inverse_root, size)) for size in sizes]
+            shards = Shards(parameters)
+            lengths = [
+                float(shards.sum(self._length_sq(root, partial(inverse_root, size))).item()) for size in sizes
+            ]
             curvature = _iterate(parameters, self._vector, root, judge, delta)
         except BaseException:
             self._vector = []
@@ -122,13 +126,13 @@ class Sharpness:
             SizedValue(float(size), curvature / length) for size, length in zip(sizes, lengths, strict=True)
         )
 
-    def _length_sq(self, root: Displacement, other: Displacement) -> float:
+    def _length_sq(self, root: Displacement, other: Displacement) -> Tensor:
         """`d' P d` of `d = r w` with the preconditioner whose inverse root is `other`."""
         total = torch.zeros((), dtype=torch.float64, device=self._vector[0].device)
         for w, r, r_other in zip(_flat(self._vector), root(), other(), strict=True):
             scaled = torch.where(r_other > 0.0, w * (r / r_other), 0.0)
             total += torch.dot(scaled, scaled)
-        return float(total.item())
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         """The vector itself, as tensors."""
@@ -155,9 +159,11 @@ def _iterate(
             yield w * r
 
     device = parameters[0].device
+    shards = Shards(parameters)
     length_sq, change, realised, norm_sq = torch.zeros(4, dtype=torch.float64, device=device)
     for d in direction():
         length_sq += torch.dot(d, d)
+    shards.sum(length_sq)
     step = delta * math.sqrt(sum(parameter.numel() for parameter in parameters) / length_sq.item())
     with displaced(parameters, direction, step) as originals:
         moved = sample.gradient_now()
@@ -174,6 +180,8 @@ def _iterate(
                 realised += torch.dot(d, (theta_0 - theta).to(d.dtype))
                 torch.mul(difference, r, out=w_block)
                 norm_sq += torch.dot(w_block, w_block)
+    for total in (change, realised, norm_sq):
+        shards.sum(total)
     curvature = float((change * length_sq / realised).item())
     norm = math.sqrt(norm_sq.item())
     if not (math.isfinite(curvature) and 0.0 < norm < math.inf):

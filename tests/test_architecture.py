@@ -14,16 +14,17 @@ ROWS = [
         "batches",
         "budget",
         "clocks",
-        "gradients",
         "laws",
         "lr_writer",
         "optimizers",
         "plots",
         "replay",
         "schedules",
+        "shards",
     ],
-    ["curvature", "edge", "moments", "step_noise", "theorems", "tradeoff", "windows"],
-    ["measuring", "sampling", "sharpness"],
+    ["edge", "gradients", "ranks", "theorems", "tradeoff", "windows"],
+    ["curvature", "micro_batches", "moments", "sampling", "step_noise"],
+    ["measuring", "sharpness"],
     ["coordinates", "noise", "probing"],
     ["estimates"],
     ["follow_peak", "policy"],
@@ -34,6 +35,7 @@ ROWS = [
         "callbacks.resuming",
         "callbacks.settings",
     ],
+    ["callbacks.processes"],
     ["callbacks.batch_size_scheduler", "callbacks.checks"],
     ["callbacks.measurer"],
     ["callbacks.surge_lr"],
@@ -43,7 +45,18 @@ ROWS = [
     ["cli"],
     ["__main__"],
 ]
-ALONE = ["batches", "budget", "clocks", "laws", "lr_writer", "optimizers", "plots", "replay", "schedules"]
+ALONE = [
+    "batches",
+    "budget",
+    "clocks",
+    "laws",
+    "lr_writer",
+    "optimizers",
+    "plots",
+    "replay",
+    "schedules",
+    "shards",
+]
 ROW_OF = {room: index for index, row in enumerate(ROWS) for room in row}
 
 
@@ -117,11 +130,11 @@ def test_rooms_that_stand_alone(room: str) -> None:
 
 
 def test_the_graph_between_measuring_and_deciding() -> None:
-    assert rooms_of("curvature") == {"gradients"}
+    assert rooms_of("curvature") == {"gradients", "shards"}
     assert rooms_of("step_noise") == {"gradients"}
-    assert rooms_of("measuring") == {"curvature", "gradients", "replay"}
+    assert rooms_of("measuring") == {"curvature", "gradients", "ranks", "replay"}
     assert rooms_of("noise") == {"gradients", "measuring"}
-    assert rooms_of("sharpness") == {"curvature", "gradients"}
+    assert rooms_of("sharpness") == {"curvature", "gradients", "shards"}
     assert rooms_of("estimates") == {"edge", "laws", "noise", "theorems"}
     assert rooms_of("policy") == {"estimates", "laws"}
 

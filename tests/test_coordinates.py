@@ -223,7 +223,7 @@ class TestExact:
         got = CoordinateMeasurement(
             [theta, frozen], replay=replay, delta=0.5, scales=[1.0, 1.0], sizes=(2.0,), law="theorem3", seed=0
         ).run(chunks)
-        table = np.stack([piece.batch.numpy() for ((piece,),) in chunks])
+        table = np.stack([chunk.pieces[0].batch.numpy() for chunk in chunks])
         assert got.statistics.trace_cov == pytest.approx(np.trace(np.cov(table.T)), rel=1e-5)
         assert got.statistics.grad_sq == pytest.approx(
             np.sum(table.mean(0) ** 2) - np.trace(np.cov(table.T)) / 8, rel=1e-5

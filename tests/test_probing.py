@@ -72,13 +72,13 @@ class TestChunks:
         prober, _ = make(mean_loss)
         chunks = prober.chunks(pieces(32), base_batch_size=4)
         assert [chunk.size for chunk in chunks] == [4.0] * 8
-        assert torch.equal(torch.cat([piece.batch for ((piece,),) in chunks]), batch(32))
+        assert torch.equal(torch.cat([chunk.pieces[0].batch for chunk in chunks]), batch(32))
 
     def test_a_few_batches_are_cut_each(self) -> None:
         prober, _ = make(mean_loss)
         chunks = prober.chunks(pieces(16, 16), base_batch_size=4)
         assert [chunk.size for chunk in chunks] == [4.0] * 8
-        assert [piece.batch_idx for ((piece,),) in chunks] == [0] * 4 + [1] * 4
+        assert [chunk.pieces[0].batch_idx for chunk in chunks] == [0] * 4 + [1] * 4
 
     def test_many_batches_are_grouped(self) -> None:
         prober, _ = make(mean_loss)

@@ -32,6 +32,7 @@ from lightning_surge.callbacks.loaders import (
     replicas_of,
     scheduled_sampler,
 )
+from lightning_surge.callbacks.processes import ranks_of
 from lightning_surge.callbacks.resuming import Resumption
 from lightning_surge.clocks import ExamplesClock
 from lightning_surge.estimates import EstimatedLaw
@@ -418,7 +419,7 @@ class BatchSizeScheduler(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Make the gradient the mean over the examples of the step, count them, log."""
-        trained, consumed = self._over_replicas(trainer, pl_module)
+        trained, consumed = self._over_replicas(trainer)
         self._correct(trainer, optimizer, trained)
         if self._window_ends:
             return
@@ -433,15 +434,14 @@ class BatchSizeScheduler(pl.Callback):
         pl_module.log("surge/batch_size_requested", float(self._requested), batch_size=1)
         pl_module.log("surge/batch_size_scheduled", float(self._scheduled), batch_size=1)
 
-    def _over_replicas(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float, float]:
+    def _over_replicas(self, trainer: pl.Trainer) -> tuple[float, float]:
         """Examples trained on and consumed in this window, by all replicas."""
         if self._replicas == 1:
             return self._trained, self._consumed
-        local = torch.tensor([self._trained, self._consumed], dtype=torch.float64, device=pl_module.device)
-        summed: Any = trainer.strategy.reduce(local, reduce_op="sum")
         # Ranks of one replica, as under tensor parallelism, have counted the same examples.
-        trained, consumed = (summed * (self._replicas / trainer.world_size)).tolist()
-        return trained, consumed
+        share = self._replicas / trainer.world_size
+        trained, consumed = ranks_of(trainer).total(self._trained, self._consumed)
+        return share * trained, share * consumed
 
     def _correct(self, trainer: pl.Trainer, optimizer: Optimizer, trained: float) -> None:
         """Replace Lightning's divisor, accumulation times micro-batch, by the examples there were."""

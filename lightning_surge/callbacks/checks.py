@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
+from lightning_surge.callbacks.processes import check_processes
 from lightning_surge.callbacks.settings import REFERENCE_RULES
 from lightning_surge.moments import LEAST_BETA_1, has_coupled_decay
 from lightning_surge.optimizers import optimizer_kind, stability_constant
@@ -20,7 +21,7 @@ __all__ = ["check_edge", "check_optimizer", "check_trainer", "clips_gradients", 
 
 
 def check_trainer(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, *, repeats_step: bool
+    trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, *, measures: bool, repeats_step: bool
 ) -> None:
     """Refuse a Trainer or module that the callback cannot serve.
 
@@ -28,21 +29,13 @@ def check_trainer(
         trainer: at `setup`.
         pl_module: the module to train.
         name: of the callback, for messages.
+        measures: whether gradients will be measured.
         repeats_step: whether probes will call `training_step`.
 
     Raises:
         MisconfigurationException: with the rule, what was found, and the remedy.
     """
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"{name} measures one training process, got {trainer.world_size} ranks: use devices=1 and "
-            "num_nodes=1."
-        )
-    if trainer.strategy.handles_gradient_accumulation:
-        raise MisconfigurationException(
-            f"{name} needs the gradients that autograd leaves, got {type(trainer.strategy).__name__}, "
-            "which keeps its own: use strategy='auto'."
-        )
+    check_processes(trainer, name, measures=measures)
     if not pl_module.automatic_optimization and repeats_step:
         raise MisconfigurationException(
             f"{name} cannot repeat the training_step of {type(pl_module).__name__}, which optimizes "

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -26,20 +26,26 @@ from lightning_surge.batches import (
     tensors_in,
 )
 from lightning_surge.budget import ProbeBudget
+from lightning_surge.callbacks.loaders import replicas_of
+from lightning_surge.callbacks.processes import ranks_of
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.coordinates import CoordinateMeasurement
 from lightning_surge.curvature import Sample, probe_distance
 from lightning_surge.gradients import SizedValue
 from lightning_surge.lr_writer import LearningRateWriter
-from lightning_surge.measuring import MIN_SLICES, LawMeasurement, Measurement, MoreSecants
+from lightning_surge.measuring import ALONE, MIN_SLICES, LawMeasurement, Measurement, MoreSecants
+from lightning_surge.micro_batches import HookedGradients, MicroBatchGradients, StashedGradients
 from lightning_surge.moments import AdamMoments
 from lightning_surge.optimizers import OptimizerKind, lr_scales
 from lightning_surge.probing import Prober, examples_wanted
+from lightning_surge.ranks import RankError
 from lightning_surge.replay import Chunk, Piece, RandomState, TraceError, no_trace
+from lightning_surge.shards import Shards
 from lightning_surge.sharpness import SECANTS, Sharpness
 
 __all__ = ["LossFn", "Measurer"]
 
+T = TypeVar("T")
 LossFn = Callable[[pl.LightningModule, Any], Tensor]
 
 # Every micro-batch of a window that is at least this long is a chunk: no extra backward for the norms.
@@ -69,6 +75,9 @@ class Measurer:
     A window is what lies behind one optimizer step. At its first micro-batch it is decided whether it
     is measured: live, from the gradients of its own micro-batches if they are many, or by a probe at its end
     that recomputes gradients of slices of its batches, pooled with those of windows before it.
+
+    Data-parallel processes measure the gradient over all their examples, and do everything here at the same
+    time: what is decided depends on numbers that are equal on all of them, and if one fails they all give up.
 
     Args:
         settings: the callback's.
@@ -108,6 +117,11 @@ class Measurer:
         self._seen_batches = 0
         self._seen_examples = 0.0
         self._dropped_pools = 0
+        self._ranks = ALONE
+        self._replica_share = 1.0
+        # One in every group of processes makes chunks of its own; a single group is all of them together.
+        self._rank_groups = 1
+        self._own: MicroBatchGradients = StashedGradients()
         self._slices_checked = False
         self._largest_lr = 0.0
         self._sharpness = Sharpness()
@@ -133,12 +147,16 @@ class Measurer:
         self.detach()
         self._trainer, self._module = trainer, pl_module
         self._optimizer, self._writer, self._kind = optimizer, writer, kind
+        self._ranks = ranks_of(trainer)
+        self._replica_share = replicas_of(trainer) / trainer.world_size
+        self._own = HookedGradients() if self._reducer_owns_gradients else StashedGradients()
         self._prober = Prober(
             (),
             compute_loss=self._loss,
             backward=pl_module.backward,
             batch_size_fn=self._batch_size_fn,
             split_batch=None,
+            ranks=self._ranks,
         )
         self.seconds = 0.0
 
@@ -150,19 +168,32 @@ class Measurer:
         self._scales = []
         # Of the batch in hand, which can see several windows where optimization is manual.
         self._versions: list[int] = []
+        self._broken: Exception | None = None
         self.forget_pool()
         self.close_window()
 
     def forget_pool(self) -> None:
         """Start pooling afresh: batches cannot be saved in a checkpoint."""
         self._pool: list[Piece] = []
+        self._pooled = 0.0  # examples in it, over all processes
         self._pool_target = 0.0
 
     def close_window(self) -> None:
         """The optimizer has stepped, or skipped."""
         self._live: LawMeasurement | None = None
-        self._stashed: list[Tensor | None] = []
+        self._own.end()
         self._random_state: RandomState | None = None
+        self._batches_in_window = 0
+
+    @property
+    def _reducer_owns_gradients(self) -> bool:
+        """Whether the processes have `DistributedDataParallel` add up their gradients."""
+        return self._ranks.count > 1 and not self._ranks.reduces
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a piece of the parameters."""
+        return Shards(self.parameters).count > 1
 
     @property
     def one_lr(self) -> bool:
@@ -191,7 +222,7 @@ class Measurer:
         Args:
             batch: the first micro-batch.
             batch_idx: its index in the epoch.
-            size: examples in it.
+            size: examples in it, of this process.
             base: base batch size; None if this window will fix it.
             delta: the optimal learning rate as far as it is known.
             hurry: whether something has changed since the last measurement.
@@ -203,8 +234,9 @@ class Measurer:
         self._delta_wanted = delta
         accumulation = self._trainer.accumulate_grad_batches
         # Batches differ in size, most of all where tokens are counted: the plan is made with their mean.
-        typical = self._seen_examples / self._seen_batches if self._seen_batches else size
-        free = accumulation >= FREE_CHUNKS and not self._by_coordinates
+        typical = self.typical or self._over_ranks(size)[0]
+        self._rank_groups = self._groups_for(accumulation)
+        free = accumulation * self._rank_groups >= FREE_CHUNKS and not self._by_coordinates
         if self._may_split and not free and self._first_window and size >= 2:
             self._check_cutting(batch)
         self._first_window = False
@@ -218,12 +250,16 @@ class Measurer:
         batch_size = typical * window
         planned = self._planned = self._planned_examples(typical, batch_size, batch_idx)
         if free:
-            self._cost_under_way = (1.0 + FREE_CHUNK_PASSES) * batch_size
+            # Where groups of processes make chunks of their own, all of them pass whenever one of them must.
+            passes = 1.0 if self._rank_groups == 1 else 0.5 * self._rank_groups + 1.0
+            self._cost_under_way = (passes + FREE_CHUNK_PASSES) * batch_size
             self._cost_under_way += self._sharpness_cost(batch_size, self._sharpness.secants)
             # A shorter window would start a pool, which the next ones need not wait for.
-            if window >= FREE_CHUNKS and self.budget.due(self._cost_under_way, planned):
+            num_chunks = int(window) * self._rank_groups
+            if num_chunks >= FREE_CHUNKS and self.budget.due(self._cost_under_way, planned):
                 # Directions of a base batch, if two sizes of them fit into half of the window.
-                self._start_live(int(window), stride=min(round((base or size) / typical), window // 4))
+                stride = round((base or typical) * self._rank_groups / typical)
+                self._start_live(num_chunks, stride=max(1, min(stride, num_chunks // 4)))
             return
         wanted = self._settings.probe_examples or examples_wanted(
             batch_size,
@@ -231,7 +267,8 @@ class Measurer:
             lambda examples: self.budget.affordable(self._cost(examples), planned),
             # Directions smaller than the base batch are of no use to the ratio, and mostly zeros where
             # gradients are sparse.
-            smallest=self._fewest_chunks * max(base or batch_size, 1.0 if self._may_split else typical),
+            smallest=self._fewest_chunks
+            * max(base or batch_size, float(self._ranks.count) if self._may_split else typical),
         )
         self._cost_under_way = self._cost(wanted)
         self._cost_under_way += self._sharpness_cost(wanted, self._sharpness.secants - SECANTS)
@@ -239,14 +276,26 @@ class Measurer:
             self._pool_target = wanted
             self.budget.start()
 
-    def _start_live(self, num_chunks: int, stride: float) -> None:
+    @property
+    def typical(self) -> float:
+        """Examples in a micro-batch of all processes, on average so far; 0 before the first window."""
+        return self._seen_examples / self._seen_batches if self._seen_batches else 0.0
+
+    def _groups_for(self, accumulation: int) -> int:
+        """Into how many groups to sort the processes, so that a window has chunks enough by itself.
+
+        Cutting batches costs less, since all processes then share each pass. But not every batch can be cut.
+        """
+        wanted = math.ceil(FREE_CHUNKS / accumulation)
+        alone = self._may_split or self._by_coordinates or not self._reducer_owns_gradients
+        return 1 if alone or wanted > self._ranks.count else wanted
+
+    def _start_live(self, num_chunks: int, stride: int) -> None:
         # Lightning divides by the accumulation that is set, also in a window that is shorter.
         self._prober.loss_scale = self._scaler_scale() / self._trainer.accumulate_grad_batches
         self.budget.start()
-        try:
-            self._live = self._new_measurement(num_chunks, stride=max(1, int(stride)))
-        except Exception as error:
-            self.fail(error)  # its buffers may not fit into memory
+        # Its buffers may not fit into memory.
+        self._live = self._together(partial(self._new_measurement, num_chunks, stride=stride))
 
     def before_forward(self, batch: Any) -> None:
         """Remember what the coming pass of a batch that may be replayed begins with.
@@ -262,8 +311,7 @@ class Measurer:
     def before_backward(self) -> None:
         """Set the accumulated gradients aside, so that the coming micro-batch's stand alone."""
         if self._live is not None:
-            self._stashed = [parameter.grad for parameter in self.parameters]
-            self._drop_gradients()
+            self._own.begin(self.parameters)
 
     def after_backward(self, batch: Any, batch_idx: int, size: float, weight: float = 1.0) -> None:
         """Fold in, or keep, a micro-batch whose gradients have just been computed.
@@ -275,28 +323,59 @@ class Measurer:
             weight: factor that somebody put on its loss.
         """
         if size > 0.0:
-            self._seen_batches += 1
-            self._seen_examples += size
-        if self._live is None and not self._pool_target:
-            return
+            self._batches_in_window += 1
+        if self._live is not None:
+            self._add_live(Piece(batch, batch_idx, size, self._random_state), weight)
+        elif self._pool_target and size > 0.0:
+            try:
+                self._untouched(batch)
+            except TraceError as error:
+                self._broken = error  # the other processes must hear of it
+            else:
+                self._pool.append(Piece(batch, batch_idx, size))
+
+    def _untouched(self, batch: Any) -> bool:
         if self._versions != [tensor._version for tensor in tensors_in(batch)]:
-            error = TraceError(
+            raise TraceError(
                 "Expected a training_step that leaves its batch alone, but it changes a tensor of it in "
                 "place: work on a copy"
             )
-            self._put_back_stash()
-            self.fail(error)
-        elif self._live is not None:
-            self._add_live(Piece(batch, batch_idx, size, self._random_state), weight)
-        elif size > 0.0:
-            self._pool.append(Piece(batch, batch_idx, size))
+        return True
+
+    def end_window(self, examples: float, *, changed: bool) -> tuple[float, bool]:
+        """Learn what the other processes had in the window that ends: the one message of an ordinary step.
+
+        Args:
+            examples: behind the step, of this process.
+            changed: whether this process saw the noise change.
+
+        Returns:
+            The examples behind the step, and whether the noise has changed for any process.
+        """
+        pooled = sum(piece.size for piece in self._pool)
+        total, self._pooled, changes, failures = self._over_ranks(
+            examples, pooled, float(changed), float(self._broken is not None)
+        )
+        self._seen_batches += self._batches_in_window
+        self._seen_examples += total
+        self._batches_in_window = 0
+        if failures:
+            self.fail(self._broken or RankError("Another process could not keep its batches"))
+            self._broken = None
+        return total, changes > 0.0
+
+    def _over_ranks(self, *values: float) -> tuple[float, ...]:
+        if self._ranks.count == 1:
+            return values
+        # Ranks of one replica, as under tensor parallelism, have counted the same examples.
+        return tuple(self._replica_share * value for value in self._ranks.total(*values))
 
     @property
     def ready(self) -> bool:
         """Whether the window that ends has a measurement to finish, so that `collect` has something to do."""
         if self._live is not None:
             return True
-        return self._pool_target > 0.0 and sum(piece.size for piece in self._pool) >= self._pool_target
+        return self._pool_target > 0.0 and self._pooled >= self._pool_target
 
     def collect(self, base: float, batch_size: float, moments: AdamMoments | None) -> Measurement | None:
         """Finish the measurement at the end of a window, if one is complete.
@@ -347,9 +426,12 @@ class Measurer:
     def _finished(self, measurement: Measurement | None, *, free: bool) -> Measurement | None:
         if measurement is None:
             return None
+        measurement = self._ranks.first(measurement)
         examples = measurement.statistics.batch_size
         if not self.budget.measurements:
-            source = "gradient accumulation" if free else "probes"
+            source = "probes"
+            if free:
+                source = "gradient accumulation" if self._rank_groups == 1 else "the processes' own gradients"
             rank_zero_info(
                 f"First measurement of gradient noise: from {source}, {examples:g} examples in "
                 f"{measurement.num_chunks} chunks."
@@ -366,29 +448,36 @@ class Measurer:
         live = self._live
         assert live is not None
         begin = time.perf_counter()
-        due = False
-        try:
-            # No name for the gradients: it would keep them alive during the secant.
-            due = piece.size > 0.0 and live.add(Chunk((piece,)), self._gradients_without(weight))
-        except Exception as error:
-            self.fail(error)
-        self._put_back_stash()
-        if due:
-            self._guarded(live.measure_curvature)
+        if self._together(partial(self._untouched, piece.batch)) and piece.size > 0.0:
+            for group in range(self._rank_groups):
+                # No name for the gradients: it would keep them alive during the secant.
+                due = self._together(partial(self._fold_in, live, piece, weight, group))
+                if group == self._rank_groups - 1:
+                    self._own.end()
+                if due:
+                    self._guarded(live.measure_curvature)
+                if self._live is None:
+                    break
+        self._own.end()
         self.seconds += time.perf_counter() - begin
 
-    def _gradients_without(self, weight: float) -> list[Tensor | None]:
-        gradients = [parameter.grad for parameter in self.parameters]
-        if weight == 1.0:
-            return gradients
-        return [None if gradient is None else gradient / weight for gradient in gradients]
-
-    def _put_back_stash(self) -> None:
-        for parameter, stashed in zip(self.parameters, self._stashed, strict=False):
-            if stashed is not None:
-                # The same in-place addition that autograd would have made.
-                parameter.grad = stashed if parameter.grad is None else stashed.add_(parameter.grad)
-        self._stashed = []
+    def _fold_in(self, live: LawMeasurement, piece: Piece, weight: float, group: int) -> bool:
+        """Add the chunk that a group of processes makes of a micro-batch."""
+        if self._ranks.count == 1:
+            return live.add(Chunk((piece,)), _scaled(self._own.gradients(), 1.0 / weight))
+        mine = self._ranks.rank * self._rank_groups // self._ranks.count == group
+        whole, size, weights = self._ranks.total(piece.size, piece.size * mine, weight)
+        chunk = Chunk((piece,), total=size, mine=mine, idle=whole - size)
+        if self._ranks.reduces:
+            # A mean over processes of weighted gradients.
+            return live.add(chunk, _scaled(self._own.gradients(), self._ranks.count / weights))
+        share = piece.size / (size * weight) if mine else 0.0
+        gradients = [
+            torch.zeros_like(parameter) if own is None else own.mul(share)
+            for parameter, own in zip(self.parameters, self._own.gradients(), strict=True)
+        ]
+        self._ranks.sum(gradients)
+        return live.add(chunk, gradients)
 
     # ------------------------------------------------------------------ probes
 
@@ -401,7 +490,7 @@ class Measurer:
         if len(chunks) < self._fewest_chunks:
             return None  # too few whole batches, or examples: go on pooling
         self.forget_pool()
-        if not self.budget.has_room(self._cost(sum(piece.size for piece in pieces)), self._planned):
+        if not self.budget.has_room(self._cost(sum(chunk.size for chunk in chunks)), self._planned):
             return None  # the last batch was far larger than those the plan was made with
         self._prober.loss_scale = self._scaler_scale()
         if not self._slices_checked and len(chunks) > len(pieces) and not self._slices_agree(pieces, chunks):
@@ -416,6 +505,7 @@ class Measurer:
                 law=self._settings.law,
                 seed=self._trainer.global_step,
                 variance_of=None if moments is None else partial(moments.variance, self._optimizer),
+                ranks=self._ranks,
             ).run(chunks)
         return self._new_measurement(len(chunks)).run(chunks, sharpness)
 
@@ -430,9 +520,9 @@ class Measurer:
             ),
             None,
         )
-        if piece is None:
+        if not any(self._ranks.total(float(piece is not None))):
             return True  # nothing was cut
-        agree, passes = self._prober.slices_agree(piece, num_slices)
+        agree, passes = self._prober.slices_agree(piece or pieces[0], num_slices)
         self._slices_checked = True
         self.budget.charge(passes, measured=False)
         if not agree:
@@ -501,6 +591,7 @@ class Measurer:
             direction=_identity if self._kind == "gradient" else torch.sign,
             stride=stride,
             keep_all=self._settings.follows_edge,
+            ranks=self._ranks,
         )
 
     def _delta(self, share: float = 1.0) -> float:
@@ -511,12 +602,33 @@ class Measurer:
 
     def _guarded(self, work: Callable[[], Measurement | None]) -> Measurement | None:
         """Run a part of a measurement without leaving a trace, and survive its failure."""
-        try:
+
+        def isolated() -> Measurement | None:
             with self._isolated():
                 return work()
-        except Exception as error:
+
+        return self._together(isolated)
+
+    def _together(self, work: Callable[[], T]) -> T | None:
+        """Run what may fail, and go on only if it failed on no process.
+
+        Args:
+            work: whose collectives begin with a meeting, so that a process that fails is met at the next one.
+
+        Returns:
+            What it returned; None if it failed.
+        """
+        try:
+            result = work()
+            self._ranks.meet()
+        except RankError as error:
             self.fail(error)
-            return None
+        except Exception as error:
+            self._ranks.meet(failed=True)
+            self.fail(error)
+        else:
+            return result
+        return None
 
     def fail(self, error: Exception) -> None:
         """Give up the measurement under way, and try again at a larger spacing."""
@@ -540,7 +652,13 @@ class Measurer:
                 loss: Any = self._loss_fn(self._module, batch)
         else:
             parameters = inspect.signature(self._module.training_step).parameters
-            loss = self._trainer.strategy.training_step(*(batch, batch_idx)[: len(parameters)])
+            arguments = (batch, batch_idx)[: len(parameters)]
+            if self._reducer_owns_gradients:
+                # Around the wrapper, whose forward pass would prepare a reduction.
+                with self._trainer.precision_plugin.train_step_context():
+                    loss = self._module.training_step(*arguments)
+            else:
+                loss = self._trainer.strategy.training_step(*arguments)
             if isinstance(loss, Mapping):
                 loss = loss.get("loss")
         if not isinstance(loss, Tensor):
@@ -568,10 +686,6 @@ class Measurer:
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         return 1.0 if scaler is None else float(scaler.get_scale())
 
-    def _drop_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
     # ------------------------------------------------------------------ state
 
     def drop_pool(self) -> None:
@@ -594,7 +708,8 @@ class Measurer:
             "slices_checked": self._slices_checked,
             "may_split": self._may_split,
             "seen": [self._seen_batches, self._seen_examples],
-            "sharpness": self._sharpness.state_dict(),
+            # A checkpoint keeps what the first process has. Pieces of the others would be missing.
+            "sharpness": {"vector": []} if self.sharded else self._sharpness.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -610,6 +725,12 @@ class Measurer:
 
 def _identity(gradient: Tensor) -> Tensor:
     return gradient
+
+
+def _scaled(gradients: list[Tensor | None], factor: float) -> list[Tensor | None]:
+    if factor == 1.0:
+        return gradients
+    return [None if gradient is None else gradient * factor for gradient in gradients]
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

@@ -29,6 +29,7 @@ from lightning_surge.callbacks.checks import (
     trained_optimizers,
 )
 from lightning_surge.callbacks.counting import BatchCounter
+from lightning_surge.callbacks.loaders import replicas_of
 from lightning_surge.callbacks.logging import add_tensorboard_layout, law_metrics, lr_metrics
 from lightning_surge.callbacks.measurer import LossFn, Measurer
 from lightning_surge.callbacks.settings import (
@@ -95,8 +96,9 @@ class SurgeLRCallback(pl.Callback):
     factor: it is taken off again before they move.
 
     Caveats:
-        * One training process. Several ranks, several optimizers and `precision="16-mixed"` with a fused
-          optimizer raise an error.
+        * Data-parallel processes (`strategy="ddp"`, and FSDP2 through `ModelParallelStrategy`) measure
+          together; other strategies, several optimizers and `precision="16-mixed"` with a fused optimizer
+          raise an error.
         * The factor keeps the loss level of the run that was tuned at `base_batch_size`. It does not
           repair a learning rate that was wrong there.
         * Batches that are pooled for a measurement are held where they are, up to 16 base batches.
@@ -105,8 +107,8 @@ class SurgeLRCallback(pl.Callback):
           training too, so that a resumed run repeats it bit for bit.
 
     Args:
-        base_batch_size: Examples per optimizer step at which the scheduled learning rate was tuned. None
-            takes the first step's.
+        base_batch_size: Examples per optimizer step, over all processes, at which the scheduled learning rate
+            was tuned. None takes the first step's.
         law: `"measured"` (Lemma 1 with measured terms; for SGD the gradient-noise law), `"theorem2"` or
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
@@ -218,6 +220,8 @@ class SurgeLRCallback(pl.Callback):
         self._step_noise = StepNoise()
         self._step_noise_works = True
         self._noise_at_measurement = math.nan
+        # For any process, at the latest step: the next window knows.
+        self._noise_changed = False
         self._moments = AdamMoments()
         self._measurer = Measurer(
             self.settings,
@@ -315,7 +319,8 @@ class SurgeLRCallback(pl.Callback):
         if stage != "fit":
             return
         name = type(self).__name__
-        check_trainer(trainer, pl_module, name, repeats_step=self._measures and self._loss_fn is None)
+        repeats_step = self._measures and self._loss_fn is None
+        check_trainer(trainer, pl_module, name, measures=self._measures, repeats_step=repeats_step)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [callback for callback in callbacks if isinstance(callback, SurgeLRCallback)]
         if len(others) > 1:
@@ -421,14 +426,14 @@ class SurgeLRCallback(pl.Callback):
         # The containers are copied: a training_step may take things out of its batch.
         self._batch, self._batch_idx = shared_copy(batch), batch_idx
         self._read_schedule()
-        self._apply(self.lr_scale(size * trainer.accumulate_grad_batches))
+        self._apply(self.lr_scale(size * replicas_of(trainer) * trainer.accumulate_grad_batches))
         if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
             # Lightning zeroes gradients here, also of a window that a batch of None left without a step.
             self._close_window()
         if not self._window_open:
             self._window_open = True
             if self._measures:
-                hurry = trainer.global_step % CHANGE_CHECK_STEPS == 0 and self._noise_has_changed()
+                hurry, self._noise_changed = self._noise_changed, False
                 base, delta = self._base_batch_size, self._optimal_lr()
                 self._measurer.open_window(batch, batch_idx, size, base=base, delta=delta, hurry=hurry)
         self._measurer.before_forward(self._batch)
@@ -464,6 +469,9 @@ class SurgeLRCallback(pl.Callback):
         if self._decided:
             return
         self._decided = True
+        changed = trainer.global_step % CHANGE_CHECK_STEPS == 0 and self._noise_has_changed()
+        batch_size, self._noise_changed = self._measurer.end_window(batch_size, changed=changed)
+        self._window_examples = batch_size
         if self._policy is None:
             self._base_batch_size = batch_size
             self._policy = self._make_policy(batch_size)
@@ -562,7 +570,8 @@ class SurgeLRCallback(pl.Callback):
 
     def _follow_noise(self, optimizer: Optimizer, batch_size: float) -> None:
         """Take what every step tells of the noise, from the optimizers that tell it."""
-        if not self._step_noise_works:
+        # Of sharded parameters each process sees a piece: their sum would take a message at every step.
+        if not self._step_noise_works or self._measurer.sharded:
             return
         try:
             self._step_noise.update(optimizer, batch_size)
@@ -667,6 +676,7 @@ class SurgeLRCallback(pl.Callback):
             "measurer": self._measurer.state_dict(),
             "step_noise": self._step_noise.state_dict(),
             "noise_at_measurement": self._noise_at_measurement,
+            "noise_changed": self._noise_changed,
             "moments": self._moments.state_dict(),
             "scheduled_lr": self._scheduled_lr,
             "law_metrics": dict(self._law_metrics),
@@ -696,6 +706,7 @@ class SurgeLRCallback(pl.Callback):
         self._measurer.load_state_dict(state_dict["measurer"])
         self._step_noise.load_state_dict(state_dict["step_noise"])
         self._noise_at_measurement = state_dict["noise_at_measurement"]
+        self._noise_changed = state_dict.get("noise_changed", False)
         self._moments.load_state_dict(state_dict["moments"])
         self._scheduled_lr = state_dict.get("scheduled_lr", math.nan)
         self._law_metrics = dict(state_dict["law_metrics"])

@@ -1,0 +1,56 @@
+"""Run a function on several processes that can talk to each other."""
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+# Processes are forked from one that has used its thread pool, which would deadlock in the child.
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def on_ranks(function: Callable[[int, int], Any], count: int, *, seconds: float = 60.0) -> list[Any]:
+    """What `function(rank, count)` returns on each of `count` processes, in the order of their ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        queue: Any = CONTEXT.SimpleQueue()
+        workers = [
+            CONTEXT.Process(target=_work, args=(function, rank, count, f"{folder}/store", seconds, queue))
+            for rank in range(count)
+        ]
+        for worker in workers:
+            worker.start()
+        results = dict(queue.get() for _ in workers)
+        for worker in workers:
+            worker.join(seconds)
+    failures = [result for result in results.values() if isinstance(result, _Failure)]
+    assert not failures, "\n".join(failure.text for failure in failures)
+    return [results[rank] for rank in range(count)]
+
+
+class _Failure:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _work(
+    function: Callable[[int, int], Any], rank: int, count: int, store: str, seconds: float, queue: Any
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=count,
+            timeout=timedelta(seconds=seconds),
+        )
+        result = function(rank, count)
+    except BaseException:
+        result = _Failure(f"rank {rank}: {traceback.format_exc()}")
+    queue.put((rank, result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
