@@ -1,9 +1,12 @@
 """Run a function on several processes that can talk to each other."""
 
 import multiprocessing
+import os
+import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -13,12 +16,36 @@ import torch
 CONTEXT = multiprocessing.get_context("fork")
 
 
-def on_ranks(function: Callable[[int, int], Any], count: int, *, seconds: float = 60.0) -> list[Any]:
-    """What `function(rank, count)` returns on each of `count` processes, in the order of their ranks."""
+@contextmanager
+def environment(count: int) -> Iterator[None]:
+    """What a launcher tells its processes, but for their ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    added = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(count)}
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def on_ranks(
+    function: Callable[[int, int], Any], count: int, *, talk: bool = True, seconds: float = 60.0
+) -> list[Any]:
+    """What `function(rank, count)` returns on each of `count` processes, in the order of their ranks.
+
+    With `talk`, the processes can talk to each other at once.
+    """
     with tempfile.TemporaryDirectory() as folder:
         queue: Any = CONTEXT.SimpleQueue()
         workers = [
-            CONTEXT.Process(target=_work, args=(function, rank, count, f"{folder}/store", seconds, queue))
+            CONTEXT.Process(
+                target=_work,
+                args=(function, rank, count, f"{folder}/store" if talk else None, seconds, queue),
+            )
             for rank in range(count)
         ]
         for worker in workers:
@@ -37,17 +64,18 @@ class _Failure:
 
 
 def _work(
-    function: Callable[[int, int], Any], rank: int, count: int, store: str, seconds: float, queue: Any
+    function: Callable[[int, int], Any], rank: int, count: int, store: str | None, seconds: float, queue: Any
 ) -> None:
     torch.set_num_threads(1)
     try:
-        torch.distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=count,
-            timeout=timedelta(seconds=seconds),
-        )
+        if store is not None:
+            torch.distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=count,
+                timeout=timedelta(seconds=seconds),
+            )
         result = function(rank, count)
     except BaseException:
         result = _Failure(f"rank {rank}: {traceback.format_exc()}")

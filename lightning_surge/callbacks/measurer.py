@@ -169,6 +169,7 @@ class Measurer:
         # Of the batch in hand, which can see several windows where optimization is manual.
         self._versions: list[int] = []
         self._broken: Exception | None = None
+        self._latest = 0.0
         self.forget_pool()
         self.close_window()
 
@@ -234,7 +235,7 @@ class Measurer:
         self._delta_wanted = delta
         accumulation = self._trainer.accumulate_grad_batches
         # Batches differ in size, most of all where tokens are counted: the plan is made with their mean.
-        typical = self.typical or self._over_ranks(size)[0]
+        typical = self._seen_examples / self._seen_batches if self._seen_batches else self.expected(size)
         self._rank_groups = self._groups_for(accumulation)
         free = accumulation * self._rank_groups >= FREE_CHUNKS and not self._by_coordinates
         if self._may_split and not free and self._first_window and size >= 2:
@@ -276,10 +277,17 @@ class Measurer:
             self._pool_target = wanted
             self.budget.start()
 
-    @property
-    def typical(self) -> float:
-        """Examples in a micro-batch of all processes, on average so far; 0 before the first window."""
-        return self._seen_examples / self._seen_batches if self._seen_batches else 0.0
+    def expected(self, size: float) -> float:
+        """Examples that a micro-batch of all processes will have: as many as those before it.
+
+        Args:
+            size: of this process's, which is the answer where there is no other.
+        """
+        if self._ranks.count == 1:
+            return size
+        if not self._latest:
+            self._latest = self._over_ranks(size)[0]
+        return self._latest
 
     def _groups_for(self, accumulation: int) -> int:
         """Into how many groups to sort the processes, so that a window has chunks enough by itself.
@@ -358,6 +366,7 @@ class Measurer:
         )
         self._seen_batches += self._batches_in_window
         self._seen_examples += total
+        self._latest = total / max(self._batches_in_window, 1)
         self._batches_in_window = 0
         if failures:
             self.fail(self._broken or RankError("Another process could not keep its batches"))

@@ -29,7 +29,6 @@ from lightning_surge.callbacks.checks import (
     trained_optimizers,
 )
 from lightning_surge.callbacks.counting import BatchCounter
-from lightning_surge.callbacks.loaders import replicas_of
 from lightning_surge.callbacks.logging import add_tensorboard_layout, law_metrics, lr_metrics
 from lightning_surge.callbacks.measurer import LossFn, Measurer
 from lightning_surge.callbacks.settings import (
@@ -426,7 +425,8 @@ class SurgeLRCallback(pl.Callback):
         # The containers are copied: a training_step may take things out of its batch.
         self._batch, self._batch_idx = shared_copy(batch), batch_idx
         self._read_schedule()
-        self._apply(self.lr_scale(size * replicas_of(trainer) * trainer.accumulate_grad_batches))
+        # Equal on all processes, though their batches may differ: some optimizers read it now.
+        self._apply(self.lr_scale(self._measurer.expected(size) * trainer.accumulate_grad_batches))
         if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
             # Lightning zeroes gradients here, also of a window that a batch of None left without a step.
             self._close_window()
