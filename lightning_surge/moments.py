@@ -127,8 +127,42 @@ class AdamMoments:
         variance = variance.div_(self.second - self.first).clamp_(min=0.0)
         return mean_sq.sub_(variance, alpha=self.first).clamp_(min=0.0), variance
 
+    def damping(
+        self, optimizer: Optimizer, parameters: Sequence[Tensor], batch_size: float
+    ) -> dict[int, Tensor]:
+        """`w_1 mean(v_B)` of each parameter that has averages, by its `id`; see `inverse_root`.
+
+        Args:
+            optimizer: whose averages to read; `readable` must hold.
+            parameters: of the optimizer.
+            batch_size: examples.
+
+        Returns:
+            Scalars on the device, so that no walk waits for them.
+        """
+        means = {}
+        for parameter in parameters:
+            state = optimizer.state.get(parameter)
+            if state and "exp_avg_sq" in state:
+                steps = float(state["step"])
+                one = (1.0 - self._betas[1]) / (1.0 - self._betas[1] ** steps)
+                total = torch.zeros((), dtype=state["exp_avg"].dtype, device=parameter.device)
+                for square in self._squares(state, steps, batch_size):
+                    total += square.sum()
+                means[id(parameter)] = one * total / parameter.numel()
+        # Before any walk: pieces of a parameter differ in length, so that walks do not keep step.
+        if (shards := Shards(parameters)).count > 1 and means:
+            summed = shards.sum(torch.stack(list(means.values())))
+            means = dict(zip(means, summed, strict=True))
+        return means
+
     def inverse_root(
-        self, optimizer: Optimizer, parameters: Sequence[Tensor], scales: Sequence[float], batch_size: float
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        scales: Sequence[float],
+        batch_size: float,
+        damping: dict[int, Tensor] | None = None,
     ) -> Iterator[Tensor]:
         r"""Walk `P^-1/2` as it would be had Adam taken batches of another size all along.
 
@@ -146,10 +180,13 @@ class AdamMoments:
             parameters: of the optimizer, in the order of the walk.
             scales: per parameter, its learning rate relative to the run's.
             batch_size: examples.
+            damping: of this batch size; None computes it.
 
         Yields:
             Flat blocks as of `gradients.blocks`; zeros for parameters that have no averages.
         """
+        if damping is None:
+            damping = self.damping(optimizer, parameters, batch_size)
         epsilon = {id(p): group["eps"] for group in optimizer.param_groups for p in group["params"]}
         for parameter, scale in zip(parameters, scales, strict=True):
             state = optimizer.state.get(parameter)
@@ -157,12 +194,7 @@ class AdamMoments:
                 yield from (torch.zeros_like(block) for (block,) in blocks(parameter))
                 continue
             steps = float(state["step"])
-            one = (1.0 - self._betas[1]) / (1.0 - self._betas[1] ** steps)
-            # Stays on the device, so that no walk waits for it.
-            total = torch.zeros((), dtype=state["exp_avg"].dtype, device=parameter.device)
-            for square in self._squares(state, steps, batch_size):
-                total += square.sum()
-            floor = one * Shards([parameter]).sum(total) / parameter.numel()
+            floor = damping[id(parameter)]
             for square in self._squares(state, steps, batch_size):
                 yield square.add_(floor).sqrt_().add_(epsilon[id(parameter)]).div_(scale).rsqrt_()
 

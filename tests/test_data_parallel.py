@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback
+from lightning_surge.callbacks.processes import check_processes
 from lightning_surge.schedules import GeometricRamp
 from tests.processes import environment, on_ranks
 
@@ -376,23 +378,36 @@ class BatchNormNet(Net):
         self.net = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 1))
 
 
-@pytest.mark.parametrize("sync", [False, True])
 @pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices is not")
-def test_batch_norm(tmp_path: Path, sync: bool) -> None:
-    """Slices differ from batches, so whole ones are measured: by one process alone, or with all of them."""
-
+def test_batch_norm_leaves_batches_whole_and_buffers_alone(tmp_path: Path) -> None:
     def runs(name: str, *callbacks: pl.Callback) -> list[Run]:
-        return train(tmp_path / name, *callbacks, make=BatchNormNet, max_epochs=3, sync_batchnorm=sync)
+        return train(tmp_path / name, *callbacks, make=BatchNormNet, max_epochs=3)
 
-    if sync:
-        pytest.importorskip("torch.nn.modules.batchnorm")
-        with pytest.raises(Exception, match="SyncBatchNorm"):
-            runs("plain")  # torch has no synchronised BatchNorm on CPUs
-        return
     measured = runs("measured", surge(dry_run=True, probe_every=1))
     assert measured[0].said["measured"] > 0
     for with_callback, without in zip(measured, runs("plain"), strict=True):
         assert_equal(with_callback, without)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "sharded as one": (FSDPStrategy(), "got FSDPStrategy with 2 processes: use one of them"),
+    "drifting": (DDPStrategy(model_averaging_period=2), "got DDPStrategy with model_averaging_period=2"),
+    "counting passes": (DDPStrategy(static_graph=True), r"got DDPStrategy\(static_graph=True\)"),
+    "one replica": (ModelParallelStrategy(1, 2), "2 processes for 1 replicas of the data: use"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_strategies_are_refused_before_training(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy, message = REFUSED[case]
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(pl.Trainer, "strategy", property(lambda self: strategy))
+    monkeypatch.setattr(pl.Trainer, "world_size", property(lambda self: 2))
+    replicas = {"num_replicas": 1 if case == "one replica" else 2, "rank": 0}
+    monkeypatch.setattr(pl.Trainer, "distributed_sampler_kwargs", property(lambda self: replicas))
+    with pytest.raises(MisconfigurationException, match=message):
+        check_processes(trainer, "SurgeLRCallback", measures=True)
+    check_processes(trainer, "SurgeLRCallback", measures=False)
 
 
 class TestSharded:

@@ -661,13 +661,6 @@ class TestErrors:
             "training_step of Regression, which optimizes manually: pass loss_fn=",
         )
 
-    def test_with_several_ranks(self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-        trainer = make_trainer(SurgeLRCallback(4))
-        monkeypatch.setattr(pl.Trainer, "world_size", property(lambda self: 2))
-        self._refused(
-            trainer, Regression(), "one training process, got 2 ranks: use devices=1 and num_nodes=1"
-        )
-
     @pytest.mark.parametrize("schedule", [None, lambda o: LambdaLR(o, lambda step: step / 10.0)])
     def test_with_bfloat16_parameters(self, make_trainer: MakeTrainer, schedule: MakeSchedule | None) -> None:
         # The second starts a warm-up at zero, which no dtype needs to resolve.

@@ -416,13 +416,16 @@ class Measurer:
         sizes = (base, batch_size if far else FAR * base)
 
         def follow(search: Sample, judge: Sample) -> tuple[SizedValue, ...]:
+            def inverse_root(size: float) -> Iterator[Tensor]:
+                averages = self._optimizer, self.parameters, self._scales
+                return moments.inverse_root(*averages, size, damping[size])
+
             try:
+                damping = {size: moments.damping(self._optimizer, self.parameters, size) for size in sizes}
                 return self._sharpness.measure(
                     self.parameters,
                     sizes=sizes,
-                    inverse_root=partial(
-                        moments.inverse_root, self._optimizer, self.parameters, self._scales
-                    ),
+                    inverse_root=inverse_root,
                     search=search,
                     judge=judge,
                     delta=self._delta(SHARPNESS_DELTA),
