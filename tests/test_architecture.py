@@ -15,6 +15,7 @@ ROWS = [
         "budget",
         "clocks",
         "gradients",
+        "grid_tables",
         "laws",
         "lr_writer",
         "optimizers",
@@ -22,11 +23,12 @@ ROWS = [
         "replay",
         "schedules",
     ],
-    ["curvature", "edge", "moments", "step_noise", "theorems", "tradeoff", "windows"],
-    ["measuring", "sampling", "sharpness"],
-    ["coordinates", "noise", "probing"],
-    ["estimates"],
-    ["follow_peak", "policy"],
+    ["curvature", "edge", "moments", "optima", "step_noise", "theorems", "tradeoff", "windows"],
+    ["families", "measuring", "sampling", "sharpness"],
+    ["coordinates", "law_fits", "noise", "probing"],
+    ["estimates", "repetitions"],
+    ["fitting", "follow_peak", "policy"],
+    ["fit_figure"],
     [
         "callbacks.counting",
         "callbacks.loaders",
@@ -39,11 +41,24 @@ ROWS = [
     ["callbacks.surge_lr"],
     ["callbacks"],
     [""],
-    ["cli.command"],
+    ["cli.command", "cli.fit_report"],
+    ["cli.fit"],
     ["cli"],
     ["__main__"],
 ]
-ALONE = ["batches", "budget", "clocks", "laws", "lr_writer", "optimizers", "plots", "replay", "schedules"]
+ALONE = [
+    "batches",
+    "budget",
+    "clocks",
+    "grid_tables",
+    "laws",
+    "lr_writer",
+    "optimizers",
+    "plots",
+    "replay",
+    "schedules",
+]
+FIGURES = ["plots", "fit_figure"]
 ROW_OF = {room: index for index, row in enumerate(ROWS) for room in row}
 
 
@@ -134,19 +149,40 @@ def test_only_callbacks_import_lightning(room: str) -> None:
 
 @pytest.mark.parametrize(
     "room",
-    ["policy", "laws", "edge", "theorems", "tradeoff", "estimates", "noise", "schedules", "budget", "plots"],
+    [
+        "policy",
+        "laws",
+        "edge",
+        "theorems",
+        "tradeoff",
+        "estimates",
+        "noise",
+        "schedules",
+        "budget",
+        "plots",
+        "grid_tables",
+        "optima",
+        "families",
+        "law_fits",
+        "repetitions",
+        "fitting",
+        "fit_figure",
+        "cli.fit",
+        "cli.fit_report",
+    ],
 )
 def test_rooms_of_floats_import_no_torch(room: str) -> None:
     assert packages_of(room) & {"torch", "torchmetrics", "lightning"} == set()
 
 
 @pytest.mark.parametrize("room", FILES)
-def test_only_plots_imports_matplotlib(room: str) -> None:
-    assert "matplotlib" not in packages_of(room) or room == "plots"
+def test_only_figures_import_matplotlib(room: str) -> None:
+    assert "matplotlib" not in packages_of(room) or room in FIGURES
 
 
-def test_plots_imports_matplotlib_when_it_draws_and_not_before() -> None:
-    tree = ast.parse(FILES["plots"].read_text())
+@pytest.mark.parametrize("room", FIGURES)
+def test_figures_import_matplotlib_when_they_draw_and_not_before(room: str) -> None:
+    tree = ast.parse(FILES[room].read_text())
     checking = [node for node in tree.body if isinstance(node, ast.If)]
     assert all(ast.unparse(node.test) == "TYPE_CHECKING" for node in checking)
     eager = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
