@@ -155,7 +155,8 @@ def _runs(source: _Source, names: Columns, measure: Measure | None) -> RunTable:
 
 def _missing(source: _Source, name: str, role: str, *others: str) -> str:
     wanted = " or ".join(repr(each) for each in (name, *others))
-    options = " or ".join(f"--{each}-column" for each in ((role,) if not others else (role, "steps")))
+    roles = (role, "steps") if others else (role,)
+    options = " or ".join(f"--{each.replace('_', '-')}-column" for each in roles)
     shown = ", ".join(repr(each) for each in source.names[:20]) + (", ..." if len(source.names) > 20 else "")
     return (
         f"Expected a column {wanted} in {str(source.path)!r}, got {shown or 'none'}: "
@@ -223,9 +224,9 @@ def _csv(path: Path) -> _Source:
             reader = csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True)
             header = [name.strip() for name in next(reader)]
             for row in reader:
+                if not "".join(row).strip():
+                    continue
                 if len(row) != len(header):
-                    if not row or not any(field.strip() for field in row):
-                        continue
                     raise ValueError(
                         f"Expected {len(header)} fields, as in the header, got {len(row)} on line "
                         f"{reader.line_num + above} of {str(path)!r}: correct or remove the line."
@@ -239,8 +240,8 @@ def _csv(path: Path) -> _Source:
         ) from error
     except csv.Error as error:
         raise ValueError(f"Expected CSV, got {str(path)!r}: {error}; write the table again.") from error
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
         raise ValueError(f"Expected distinct columns, got {twice!r} twice in {str(path)!r}: rename one.")
 
     def column(name: str) -> list[str]:

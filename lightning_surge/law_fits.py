@@ -36,6 +36,8 @@ STARTS_PER_DECADE = 2
 REFINED = 3
 """Starts from which a precise fit goes on; a repetition of it goes on from the best one only."""
 TOLERANCE, ROUGH_TOLERANCE = 1e-12, 1e-5
+EVALUATIONS, ROUGH_EVALUATIONS = 100, 30
+"""Most of a fit: where a parameter hardly matters, or goes to its end, the rest of the way is in vain."""
 AT_LIMIT = 1e-3
 """Distance of a log from the end of its range at which it counts as stopped there."""
 
@@ -148,6 +150,7 @@ def fit_law(name: str, optima: Optima, *, precise: bool = True) -> LawFit | None
                 xtol=tolerance,
                 ftol=tolerance,
                 gtol=tolerance,
+                max_nfev=EVALUATIONS if precise else ROUGH_EVALUATIONS,
             )
             for start in starts
         ),
