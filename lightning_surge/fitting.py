@@ -103,7 +103,7 @@ def split_targets(table: RunTable) -> list[tuple[float | None, RunTable]]:
     if table.targets is None:
         return [(None, table)]
     parts = []
-    for target in sorted(set(table.targets.tolist()), reverse=True):
+    for target in sorted(np.unique(table.targets).tolist(), reverse=True):
         rows = table.targets == target
         part = table._replace(
             batch_sizes=table.batch_sizes[rows],
@@ -155,9 +155,9 @@ def fit_grid(
         raise ValueError(f"Expected laws among {', '.join(LAWS)}, got {unknown[0]!r}: choose one of them.")
     if bootstrap < 0:
         raise ValueError(f"Expected bootstrap >= 0, got bootstrap={bootstrap}: use 0 for no intervals.")
-    if table.targets is not None and (count := len(set(table.targets.tolist()))) > 1:
+    if table.targets is not None and (count := np.unique(table.targets).size) > 1:
         raise ValueError(f"Expected runs to one target, got {count} targets: pass them one by one.")
-    if (count := len(set(table.batch_sizes.tolist()))) > MAX_SIZES:
+    if (count := np.unique(table.batch_sizes).size) > MAX_SIZES:
         raise ValueError(
             f"Expected at most {MAX_SIZES} batch sizes, got {count}: a grid repeats batch sizes with several "
             "learning rates each; round them."

@@ -20,6 +20,10 @@ FloatArray = npt.NDArray[np.float64]
 Measure = Literal["loss", "steps"]
 
 
+LIMIT = 1e30
+"""No batch size, learning rate or count is beyond it, or below its inverse; a loss beyond it has diverged."""
+
+
 class Columns(NamedTuple):
     """Names of a table's columns. Only the first two must be there, and one of the next three."""
 
@@ -149,7 +153,8 @@ def _runs(source: _Source, names: Columns, measure: Measure | None) -> RunTable:
         seeds = np.array([order[code] for code in range(len(order))], dtype=np.int64)[seeds]
     if names.target in present and measure == "steps":
         targets = _numbers(source, names.target, finite=True)
-    outcomes = np.where(np.isfinite(outcomes), outcomes, np.inf)
+    with np.errstate(invalid="ignore"):
+        outcomes = np.where(np.abs(outcomes) < LIMIT, outcomes, np.inf)
     return RunTable(measure, batch_sizes, lrs, outcomes, seeds, targets, tuple(notes))
 
 
@@ -187,9 +192,9 @@ def _numbers(
     wrong = np.zeros(values.shape, dtype=bool)
     rule = ""
     if positive:
-        wrong, rule = ~(np.isfinite(values) & (values > 0)), f"0 < {name} < inf"
+        wrong, rule = ~((values > 1 / LIMIT) & (values < LIMIT)), f"0 < {name} < {LIMIT:g}"
     elif failed:
-        wrong, rule = values <= 0, f"{name} > 0, or blank for a run that failed"
+        wrong, rule = values <= 1 / LIMIT, f"{name} > 0, or blank for a run that failed"
     elif finite:
         wrong, rule = ~np.isfinite(values), f"finite {name}"
     if wrong.any():

@@ -191,6 +191,8 @@ def _valley(
         noise, seed_noise, freedom = _noise(centres, means, cell, y, seeds)
         if centres.size < 3:
             status = "few"
+        elif (means == means[best]).all():
+            status = "flat"
         elif best == 0:
             status = "edge_low"
         elif best == centres.size - 1:

@@ -159,7 +159,8 @@ class TestFigure:
     def test_png_and_svg(self, run: Run, tmp_path: Path) -> None:
         path = sweep(tmp_path / "runs.csv")
         for name in ("fit.png", "fit.svg"):
-            status, out, err = run(path, "--bootstrap", 20, "--figure", tmp_path / name)
+            words = ["--law", "adam", "--target", 2.5, "--bootstrap", 20]
+            status, out, err = run(path, *words, "--figure", tmp_path / name)
             assert (status, err) == (0, "")
             assert "Best learning rates" in out
         png = (tmp_path / "fit.png").read_bytes()
@@ -211,6 +212,36 @@ class TestErrors:
         assert (status, out) == (2, "")
         assert err.count("Expected 3 batch sizes with an optimum inside their grid, got 2 of 2") == 2
         assert "target 2.5: " in err
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            "8,1,1e308",
+            "8,1e-320,1",
+            "1e300,1,1",
+            "8,1,-1e308",
+            "8,0.1,5e-324",
+            "1e-29,1e29,1e29",
+            "8,1,1",
+            "",
+        ],
+    )
+    @pytest.mark.parametrize("column", ["loss", "steps"])
+    def test_numbers_out_of_this_world(self, run: Run, tmp_path: Path, row: str, column: str) -> None:
+        path = tmp_path / "runs.csv"
+        good = "".join(f"{b},{lr},{abs(lr - 2) + 1 + 9 / b}\n" for b in (2, 16, 64, 256) for lr in (1, 2, 4))
+        path.write_text(f"batch_size,lr,{column}\n{good}{row}\n")
+        status, out, err = run(path, "--bootstrap", 0, "--json", "--law", "measured")
+        assert status in (0, 2)
+        assert bool(out) == (status == 0)
+        assert err.startswith("lightning-surge: Expected") == (status == 2)
+
+    def test_too_many_targets(self, run: Run, tmp_path: Path) -> None:
+        path = tmp_path / "runs.csv"
+        path.write_text("batch_size,lr,steps,target\n" + "".join(f"8,1,9,{i}\n" for i in range(30)))
+        status, _, err = run(path)
+        assert status == 2
+        assert "Expected at most 24 targets, got 30: choose some with --target" in err
 
     def test_targets_need_their_column(self, run: Run, tmp_path: Path) -> None:
         path = tmp_path / "runs.csv"

@@ -186,15 +186,16 @@ class TestOptima:
             ([3, 1, math.inf], "bracketed", 2),
             ([math.inf, 1, 3], "bracketed", 2),
             ([1, math.inf, math.inf], "edge_low", 1),
-            ([2, 2, 2], "edge_low", 1),
-            ([2, 2, 2, 3][1:], "edge_low", 1),
+            ([2, 2, 2], "flat", 1),
+            ([2, 2, 3], "edge_low", 1),
             ([math.inf] * 3, "failed", math.nan),
             ([1, 2], "few", 1),
         ],
     )
     def test_what_is_no_valley_is_named(self, losses: list[float], status: str, lr: float) -> None:
         found = self.one([1, 2, 4][: len(losses)], losses)
-        assert found == pytest.approx((status, lr), nan_ok=True) or (found[0] == status and found[1] == lr)
+        assert found[0] == status
+        assert found[1] == pytest.approx(lr, nan_ok=True)
 
     def test_a_valley_within_the_noise_of_its_seeds_is_flat(self) -> None:
         lrs = np.repeat([1.0, 2.0, 4.0], 2)

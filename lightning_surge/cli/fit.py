@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lightning_surge.cli.command import Command, CommandError
 from lightning_surge.grid_tables import Columns, RunTable, read_table
 
@@ -33,6 +35,8 @@ LAW_NAMES = (
     "constant",
 )
 FIGURES = (".png", ".svg", ".pdf")
+MAX_TARGETS = 24
+"""Fits, and panels of a figure, that are made without being asked for one by one."""
 PATIENCE = 3.0
 """Seconds between lines of progress."""
 
@@ -138,6 +142,12 @@ def _chosen(table: RunTable, wanted: list[float] | None) -> list[tuple[float | N
     """The targets asked for; a value need not have all the digits of the table's."""
     from lightning_surge.fitting import split_targets
 
+    count = 1 if table.targets is None else np.unique(table.targets).size
+    if wanted is None and count > MAX_TARGETS:
+        raise CommandError(
+            f"Expected at most {MAX_TARGETS} targets, got {count}: choose some with --target, or name another "
+            "column with --target-column."
+        )
     parts = split_targets(table)
     if wanted is None:
         return parts
