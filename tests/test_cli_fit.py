@@ -22,6 +22,7 @@ from lightning_surge.laws import MeasuredLaw
 ROOT = Path(__file__).parent.parent
 LAW = MeasuredLaw(alignment_limit=1.0, alignment_scale=200.0, noise_curvature=100.0, signal_curvature=900.0)
 """Its peak is 1/600 at B = 25, its critical batch size 20."""
+LAW_OF = {"loss": "measured", "steps": "adam_eq22"}
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?")
 Run = Callable[..., tuple[int, str, str]]
 
@@ -231,7 +232,7 @@ class TestErrors:
         path = tmp_path / "runs.csv"
         good = "".join(f"{b},{lr},{abs(lr - 2) + 1 + 9 / b}\n" for b in (2, 16, 64, 256) for lr in (1, 2, 4))
         path.write_text(f"batch_size,lr,{column}\n{good}{row}\n")
-        status, out, err = run(path, "--bootstrap", 0, "--json", "--law", "measured")
+        status, out, err = run(path, "--bootstrap", 0, "--json", "--law", LAW_OF[column])
         assert status in (0, 2)
         assert bool(out) == (status == 0)
         assert err.startswith("lightning-surge: Expected") == (status == 2)

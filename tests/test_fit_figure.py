@@ -19,9 +19,7 @@ LAW = Theorem3Law(peak_lr=0.01, noise_scale=64.0)
 SIZES = (4.0, 16.0, 64.0, 256.0, 1024.0)
 
 
-def fitted(
-    *, steps: bool = True, seeds: int = 2, bootstrap: int = 20, target: float | None = None
-) -> GridFit:
+def fitted(*, steps: bool = True, seeds: int = 2, bootstrap: int = 20) -> GridFit:
     """An edge at the largest batch size, a failed run at the largest learning rate of the smallest."""
     rows = []
     for size in SIZES:

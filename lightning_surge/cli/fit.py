@@ -145,8 +145,8 @@ def _chosen(table: RunTable, wanted: list[float] | None) -> list[tuple[float | N
     count = 1 if table.targets is None else np.unique(table.targets).size
     if wanted is None and count > MAX_TARGETS:
         raise CommandError(
-            f"Expected at most {MAX_TARGETS} targets, got {count}: choose some with --target, or name another "
-            "column with --target-column."
+            f"Expected at most {MAX_TARGETS} targets, got {count}: choose some with --target, or name "
+            "another column with --target-column."
         )
     parts = split_targets(table)
     if wanted is None:
