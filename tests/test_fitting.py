@@ -450,6 +450,15 @@ class TestCommittedTables:
         assert 64 < only(fit, "adam").peak_batch_size.value < 256
         assert fit.best in ("adam", "adam_eq22", "measured")
 
+    def test_with_adam_the_optima_level_off(self) -> None:
+        """The page says at how many of the targets the form of SGD predicts best."""
+        best = [
+            fit_grid(part, laws=[*TRUE, "sgd_sqrt_eq22"], bootstrap=0).best
+            for name in ("perceptron_adam.csv", "autoencoder_adam.csv")
+            for _, part in split_targets(read_table(TABLES / name))
+        ]
+        assert (best.count("sgd"), len(best)) == (5, 6)
+
 
 def test_the_names_of_laws_say_where_their_scale_comes_from() -> None:
     assert {name for name, family in LAWS.items() if family.given_scale} == {
