@@ -1,11 +1,14 @@
 """Measures gradient noise while a model trains and sets the learning rate that fits the batch size."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from lightning_surge.callbacks import BatchSizeScheduler, BatchSizeWarmup, SurgeLRCallback
-from lightning_surge.clocks import by_examples
-from lightning_surge.follow_peak import FollowPeak
-from lightning_surge.sampling import ScheduledBatchSampler
+if TYPE_CHECKING:
+    from lightning_surge.callbacks import BatchSizeScheduler, BatchSizeWarmup, SurgeLRCallback
+    from lightning_surge.clocks import by_examples
+    from lightning_surge.follow_peak import FollowPeak
+    from lightning_surge.sampling import ScheduledBatchSampler
 
 __all__ = [
     "BatchSizeScheduler",
@@ -16,3 +19,28 @@ __all__ = [
     "by_examples",
 ]
 __version__ = version("lightning-surge")
+
+# torch and lightning take seconds to import, and the command line and the rooms of floats need neither: a
+# name is imported when it is first asked for.
+_ROOMS = {
+    "BatchSizeScheduler": "callbacks",
+    "BatchSizeWarmup": "callbacks",
+    "FollowPeak": "follow_peak",
+    "ScheduledBatchSampler": "sampling",
+    "SurgeLRCallback": "callbacks",
+    "by_examples": "clocks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Every name, imported yet or not."""
+    return sorted({*globals(), *__all__})

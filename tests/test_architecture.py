@@ -14,6 +14,8 @@ ROWS = [
         "batches",
         "budget",
         "clocks",
+        "gradients",
+        "grid_tables",
         "laws",
         "lr_writer",
         "optimizers",
@@ -28,6 +30,12 @@ ROWS = [
     ["coordinates", "noise", "probing"],
     ["estimates"],
     ["follow_peak", "policy"],
+    ["curvature", "edge", "moments", "optima", "step_noise", "theorems", "tradeoff", "windows"],
+    ["families", "measuring", "sampling", "sharpness"],
+    ["coordinates", "law_fits", "noise", "probing"],
+    ["estimates", "repetitions"],
+    ["fitting", "follow_peak", "policy"],
+    ["fit_figure"],
     [
         "callbacks.counting",
         "callbacks.loaders",
@@ -41,7 +49,8 @@ ROWS = [
     ["callbacks.surge_lr"],
     ["callbacks"],
     [""],
-    ["cli.command"],
+    ["cli.command", "cli.fit_report"],
+    ["cli.fit"],
     ["cli"],
     ["__main__"],
 ]
@@ -49,6 +58,7 @@ ALONE = [
     "batches",
     "budget",
     "clocks",
+    "grid_tables",
     "laws",
     "lr_writer",
     "optimizers",
@@ -57,6 +67,8 @@ ALONE = [
     "schedules",
     "shards",
 ]
+]
+FIGURES = ["plots", "fit_figure"]
 ROW_OF = {room: index for index, row in enumerate(ROWS) for room in row}
 
 
@@ -147,19 +159,40 @@ def test_only_callbacks_import_lightning(room: str) -> None:
 
 @pytest.mark.parametrize(
     "room",
-    ["policy", "laws", "edge", "theorems", "tradeoff", "estimates", "noise", "schedules", "budget", "plots"],
+    [
+        "policy",
+        "laws",
+        "edge",
+        "theorems",
+        "tradeoff",
+        "estimates",
+        "noise",
+        "schedules",
+        "budget",
+        "plots",
+        "grid_tables",
+        "optima",
+        "families",
+        "law_fits",
+        "repetitions",
+        "fitting",
+        "fit_figure",
+        "cli.fit",
+        "cli.fit_report",
+    ],
 )
 def test_rooms_of_floats_import_no_torch(room: str) -> None:
     assert packages_of(room) & {"torch", "torchmetrics", "lightning"} == set()
 
 
 @pytest.mark.parametrize("room", FILES)
-def test_only_plots_imports_matplotlib(room: str) -> None:
-    assert "matplotlib" not in packages_of(room) or room == "plots"
+def test_only_figures_import_matplotlib(room: str) -> None:
+    assert "matplotlib" not in packages_of(room) or room in FIGURES
 
 
-def test_plots_imports_matplotlib_when_it_draws_and_not_before() -> None:
-    tree = ast.parse(FILES["plots"].read_text())
+@pytest.mark.parametrize("room", FIGURES)
+def test_figures_import_matplotlib_when_they_draw_and_not_before(room: str) -> None:
+    tree = ast.parse(FILES[room].read_text())
     checking = [node for node in tree.body if isinstance(node, ast.If)]
     assert all(ast.unparse(node.test) == "TYPE_CHECKING" for node in checking)
     eager = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]

@@ -1,0 +1,41 @@
+"""The names of the package, which are imported when they are first asked for."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_surge
+
+
+def test_every_public_name_is_there_and_listed() -> None:
+    for name in lightning_surge.__all__:
+        assert getattr(lightning_surge, name).__name__ == name
+        assert name in dir(lightning_surge)
+        # Asked for once, it is a plain attribute.
+        assert name in vars(lightning_surge)
+
+
+def test_type_checkers_see_the_same_names_from_the_same_rooms() -> None:
+    tree = ast.parse(Path(lightning_surge.__file__).read_text())
+    (checking,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.name: node.module.removeprefix("lightning_surge.")
+        for node in checking.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    assert seen == lightning_surge._ROOMS
+    assert sorted(seen) == sorted(lightning_surge.__all__)
+
+
+def test_other_names_are_refused_as_by_any_module() -> None:
+    with pytest.raises(AttributeError, match="module 'lightning_surge' has no attribute 'SurgeLR'"):
+        lightning_surge.SurgeLR  # noqa: B018
+    assert not hasattr(lightning_surge, "__path_hooks__")
+
+
+def test_star_import_gives_the_public_names() -> None:
+    names: dict[str, object] = {}
+    exec("from lightning_surge import *", names)
+    assert names.keys() >= set(lightning_surge.__all__)
