@@ -21,8 +21,23 @@ ROWS = [
         "plots",
         "replay",
         "schedules",
+        "sweeping",
+        "sweeping.cells",
+        "sweeping.numbers",
     ],
-    ["curvature", "edge", "moments", "step_noise", "theorems", "tradeoff", "windows"],
+    [
+        "curvature",
+        "edge",
+        "moments",
+        "step_noise",
+        "sweeping.losses",
+        "sweeping.planning",
+        "sweeping.pool",
+        "sweeping.table",
+        "theorems",
+        "tradeoff",
+        "windows",
+    ],
     ["measuring", "sampling", "sharpness"],
     ["coordinates", "noise", "probing"],
     ["estimates"],
@@ -37,9 +52,13 @@ ROWS = [
     ["callbacks.batch_size_scheduler", "callbacks.checks"],
     ["callbacks.measurer"],
     ["callbacks.surge_lr"],
-    ["callbacks"],
+    ["callbacks", "callbacks.sweep_config"],
+    ["callbacks.loss_recorder"],
+    ["callbacks.sweep_cell"],
     [""],
-    ["cli.command"],
+    ["cli.command", "cli.sweep_progress"],
+    ["cli.sweep_report"],
+    ["cli.sweep"],
     ["cli"],
     ["__main__"],
 ]
@@ -134,7 +153,21 @@ def test_only_callbacks_import_lightning(room: str) -> None:
 
 @pytest.mark.parametrize(
     "room",
-    ["policy", "laws", "edge", "theorems", "tradeoff", "estimates", "noise", "schedules", "budget", "plots"],
+    [
+        *(
+            "policy",
+            "laws",
+            "edge",
+            "theorems",
+            "tradeoff",
+            "estimates",
+            "noise",
+            "schedules",
+            "budget",
+            "plots",
+        ),
+        *(room for room in FILES if room.startswith(("sweeping", "cli"))),
+    ],
 )
 def test_rooms_of_floats_import_no_torch(room: str) -> None:
     assert packages_of(room) & {"torch", "torchmetrics", "lightning"} == set()

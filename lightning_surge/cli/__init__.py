@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 
 from lightning_surge.cli.command import Command, CommandError
+from lightning_surge.cli.sweep import SWEEP
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: tuple[Command, ...] = ()
+COMMANDS: tuple[Command, ...] = (SWEEP,)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
