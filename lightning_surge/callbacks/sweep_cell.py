@@ -67,6 +67,8 @@ def run_cell(spec: CellSpec) -> Outcome:
     except (MisconfigurationException, SweepError) as error:
         raise SweepError(str(error)) from error
     except (Exception, SystemExit) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits after one
+            raise KeyboardInterrupt from error
         traceback.print_exc()
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in str(error)
         first = (str(error) or "no message").splitlines()[0]

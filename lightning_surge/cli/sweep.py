@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -264,7 +265,8 @@ def _start(options: argparse.Namespace, settings: SweepSettings, logs: Path, cel
     if options.processes == 0:
         from lightning_surge.callbacks.sweep_cell import run_cell
 
-        return _Here(run_cell(spec))
+        with redirect_stdout(sys.stderr):  # standard output is for the result
+            return _Here(run_cell(spec))
     environment = {}
     if options.devices:
         environment["CUDA_VISIBLE_DEVICES"] = options.devices[slot % len(options.devices)]

@@ -78,8 +78,10 @@ def _numbers_in(word: str, whole: bool) -> list[float]:
     if len(parts) == 1:
         numbers: list[float] = [int(word)] if whole else [float(word)]
     else:
+        if len(parts) != 3:
+            raise ValueError(word)
         first, last, count = float(parts[0]), float(parts[1]), int(parts[2])
-        if len(parts) > 3 or count < 2 or not 0 < first < last < math.inf:
+        if count < 2 or not 0 < first < last < math.inf:
             raise ValueError(word)
         ratio = (last / first) ** (1 / (count - 1))
         exact = [first * ratio**index for index in range(count)]

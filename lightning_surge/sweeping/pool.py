@@ -136,6 +136,9 @@ class CellProcess:
         self._kill_group()  # other ranks, workers of loaders
         try:
             outcome = outcome_from_json(self._answer.read_text(), seconds)
+        except SweepError:
+            self._clean(keep_log=False)
+            raise
         except (OSError, ValueError, KeyError, TypeError):
             outcome = self._without_answer(code, seconds)
         self._clean(keep_log=outcome.status not in ("finished", "diverged"))
