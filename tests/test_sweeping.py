@@ -505,7 +505,7 @@ def test_an_answer_is_read_and_nothing_is_left(start: Callable[[int], CellProces
     ("seed", "status", "message"),
     [
         (2, "killed", "SIGKILL (out of memory?)"),
-        (3, "failed", "exit status 7"),
+        (3, "failed", "exit status 7: trains {"),
         (6, "failed", "exit status 0"),
     ],
 )

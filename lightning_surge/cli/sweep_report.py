@@ -67,8 +67,11 @@ def print_result(table: Path, settings: SweepSettings, records: Sequence[Record]
     ]
     if not best:
         reasons = sorted({record.outcome.message for record in records if record.outcome.message})
+        diverged = any(record.outcome.status == "diverged" for record in records)
         raise CommandError(
-            f"Expected cells that finish, got none of {len(records)}, see {table}: {'; '.join(reasons[:3])}."
+            f"Expected cells that finish, got none of {len(records)}, see {table} "
+            f"({'; '.join(reasons[:3])}): "
+            + ("use smaller learning rates." if diverged else "put that right, and pass --retry-failed.")
         )
     fit = shlex.join(["lightning-surge", "fit", str(table)])
     if as_json:

@@ -155,7 +155,9 @@ class CellProcess:
             name = signal.Signals(-code).name
             hint = " (out of memory?)" if name == "SIGKILL" else ""
             return Outcome("killed", seconds=seconds, message=f"ended by {name}{hint}; see {self.log}")
-        return Outcome("failed", seconds=seconds, message=f"exit status {code}; see {self.log}")
+        printed = self.log.read_text(errors="replace").split("\n")
+        last = next((line.strip()[:200] for line in reversed(printed) if line.strip()), "nothing printed")
+        return Outcome("failed", seconds=seconds, message=f"exit status {code}: {last}; see {self.log}")
 
     def _kill_group(self) -> None:
         if sys.platform == "win32":
