@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -405,6 +406,41 @@ def test_lengths_go_where_they_are_wanted(config: Path) -> None:
         size = int(row["batch_size"])
         weight = math.prod(1 - 0.1 * (1 - size * step / 64) for step in range(64 // size))
         assert float(row["loss"]) == pytest.approx(0.5 * weight**2, rel=1e-4)
+
+
+ROOT = Path(lightning_surge.__file__).parent.parent
+PAGE = (ROOT / "docs" / "sweeping.md").read_text()
+COMMANDS = re.findall(r"^lightning-surge (sweep .*)$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand but for the size of the grid."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    output = tmp_path / "sweep.csv"
+    words = [*command.split(), "--output", str(output)]
+    if "--dry-run" in words:
+        assert main(words) == 0
+        said = capsys.readouterr().out.replace(str(output), "runs/cli/sweep.csv")
+        assert textwrap.indent(said, "    ") in PAGE
+        return
+    small = ["--batch-sizes", "64", "--lrs", "3e-2", "--examples", "512", "--refine", "0", "--processes", "0"]
+    quiet = ["--set", "trainer.log_every_n_steps=1", "--checks", "2"]
+    with torch.random.fork_rng():
+        assert main([*words, *small, *quiet]) == 0
+    rows = table(str(output))
+    assert {row["status"] for row in rows} <= {"finished", "not_reached"}
+    assert len(rows) == (2 if "--target-loss" in words else 1)
+    # The page tells of every column that there is.
+    assert all(f"`{column}`" in PAGE for column in rows[0])
+
+
+def test_there_are_commands_on_the_page() -> None:
+    assert len(COMMANDS) == 3
 
 
 def wait(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
