@@ -22,6 +22,8 @@ import torch
 
 import lightning_surge
 from lightning_surge.cli import main
+from lightning_surge.cli import sweep as command
+from lightning_surge.sweeping.cells import Outcome
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -35,7 +37,7 @@ pytestmark = [
 # A parabola. With SGD at rate lr the weight, and so the square root of the loss, shrinks by 1 - lr per step,
 # whatever the batch size.
 MODULE = """
-import os, time
+import os, signal, time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -46,15 +48,20 @@ from lightning_surge import by_examples
 
 
 class Parabola(pl.LightningModule):
-    def __init__(self, lr: float = 0.1, start: float = 1.0, total: int = 0, hang_at: float = 0.0):
+    def __init__(self, lr: float = 0.1, start: float = 1.0, total: int = 0, event: str = "hang", at=0.0):
         super().__init__()
-        self.lr, self.start, self.total, self.hang_at = lr, start, total, hang_at
+        self.lr, self.start, self.total, self.event, self.at = lr, start, total, event, at
         self.weight = torch.nn.Parameter(torch.tensor([start]))
 
     def training_step(self, batch, batch_idx):
-        if self.lr == self.hang_at:
-            Path("hangs").write_text(str(os.getpid()))
-            time.sleep(60)
+        if self.lr == self.at:
+            if self.event == "hang":
+                Path("hangs").write_text(str(os.getpid()))
+                time.sleep(60)
+            if self.event == "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
+            if self.event == "full":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\\nMore.")
         with open("batches", "a") as file:
             file.write(f"{len(batch)} ")
         loss = 0.5 * (self.weight.square() * torch.ones(len(batch))).mean()
@@ -408,6 +415,43 @@ def test_lengths_go_where_they_are_wanted(config: Path) -> None:
         assert float(row["loss"]) == pytest.approx(0.5 * weight**2, rel=1e-4)
 
 
+def test_a_cell_that_does_not_fit_is_recorded(config: Path) -> None:
+    where = "model.init_args.event=full model.init_args.at=0.2"
+    assert sweep(batch_sizes="8", set=where) == 0
+    assert [row["status"] for row in table()] == ["finished", "out_of_memory"]
+    assert journal()[2]["message"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB."
+
+
+def test_an_interrupt_in_this_process(config: Path) -> None:
+    # Lightning makes an exit of it, which must not count as a failure of the cell.
+    where = "model.init_args.event=interrupt model.init_args.at=0.2"
+    assert sweep(batch_sizes="8", set=where) == 130
+    assert [row["lr"] for row in table()] == ["0.1"]
+
+
+def test_devices_and_cores_are_shared_out(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = []
+
+    class Pretence:
+        def __init__(self, spec: Any, logs: Path, environment: dict[str, str]) -> None:
+            given.append(environment)
+
+        def poll(self) -> Outcome:
+            return Outcome("finished", 1.0)
+
+    monkeypatch.setattr(command, "CellProcess", Pretence)
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert main([*arguments(processes="-"), "--devices", "0", "3"]) == 0
+    # Two at a time, each on a device of its own.
+    assert given[:2] == [{"CUDA_VISIBLE_DEVICES": device, "OMP_NUM_THREADS": "4"} for device in "03"]
+    assert len(given) == 4
+    assert sweep(processes="4", output="other.csv") == 0
+    assert given[4:] == [{"OMP_NUM_THREADS": "2"}] * 4
+
+
 ROOT = Path(lightning_surge.__file__).parent.parent
 PAGE = (ROOT / "docs" / "sweeping.md").read_text()
 COMMANDS = re.findall(r"^lightning-surge (sweep .*)$", PAGE, re.MULTILINE)
@@ -462,7 +506,7 @@ def is_running(pid: int) -> bool:
 
 def test_a_killed_sweep_goes_on(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two real processes: one finishes, the other is caught in the middle."""
-    words = arguments(batch_sizes="8", lrs="0.1 0.2", set="model.init_args.hang_at=0.2", processes="2")
+    words = arguments(batch_sizes="8", lrs="0.1 0.2", set="model.init_args.at=0.2", processes="2")
     process = subprocess.Popen([sys.executable, "-m", "lightning_surge", *words], stderr=subprocess.DEVNULL)
     hanging = int(wait(lambda: Path("hangs").exists() and Path("hangs").read_text()))
     wait(lambda: len(Path("sweep.cells.jsonl").read_text().splitlines()) == 2)
@@ -470,12 +514,13 @@ def test_a_killed_sweep_goes_on(config: Path, capsys: pytest.CaptureFixture[str]
     process.wait()
     # Nobody is left behind, and what has finished is there.
     wait(lambda: not is_running(hanging))
-    (row,) = table()
-    assert (row["lr"], row["status"]) == ("0.1", "finished")
+    # The kill may have come before the table was written: it is made from the journal again.
+    _, record = journal()
+    assert (record["lr"], record["status"]) == (0.1, "finished")
 
     # Where it hung it would hang again: what is found there is another training for this test alone.
     Path("parabola.py").write_text(MODULE.replace("time.sleep(60)", "pass"))
-    words = arguments(batch_sizes="8", lrs="0.1 0.2", set="model.init_args.hang_at=0.2", processes="0")
+    words = arguments(batch_sizes="8", lrs="0.1 0.2", set="model.init_args.at=0.2", processes="0")
     assert main(words) == 0
     assert "1 finished cells found" in capsys.readouterr().err
     assert [row["status"] for row in table()] == ["finished", "finished"]
@@ -498,7 +543,7 @@ def test_an_interrupt_stops_the_cells(config: Path, capsys: pytest.CaptureFixtur
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    words = arguments(batch_sizes="8", lrs="0.2", set="model.init_args.hang_at=0.2", processes="1")
+    words = arguments(batch_sizes="8", lrs="0.2", set="model.init_args.at=0.2", processes="1")
     try:
         assert main(words) == 130
     finally:

@@ -147,6 +147,13 @@ def test_a_first_look_below_the_target() -> None:
     assert not Crossings([]).complete
 
 
+def test_two_looks_at_one_step() -> None:
+    crossings = Crossings([2.0])
+    crossings.look(7, 56, 3.0)
+    crossings.look(7, 56, 1.0)
+    assert crossings.reached == (Reached(2.0, 7, 56),)
+
+
 # ---------------------------------------------------------------- planning
 
 

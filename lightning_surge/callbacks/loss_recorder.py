@@ -140,7 +140,9 @@ class LossRecorder(pl.Callback):
         loss = trainer.callback_metrics.get(self._settings.metric)
         if not self.trains and loss is not None:
             self.validated_at = self.steps
-            self._take(float(loss))
+            mean = self._mean_over_replicas(trainer, loss)
+            assert mean is not None
+            self._take(mean)
 
     def _take(self, loss: float) -> None:
         if not math.isfinite(loss):

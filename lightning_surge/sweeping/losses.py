@@ -89,7 +89,7 @@ class Crossings:
                 share = (loss_before - target) / (loss_before - loss) if self._last else 1.0
                 # Whole steps, and the examples behind them.
                 step = math.ceil(steps_before + share * (steps - steps_before))
-                share = (step - steps_before) / (steps - steps_before) if self._last else 1.0
+                share = (step - steps_before) / max(1, steps - steps_before) if self._last else 1.0
                 seen = round(examples_before + share * (examples - examples_before))
                 self._reached[target] = Reached(target, step, seen)
         self._last = (steps, examples, loss)
