@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 from lightning_surge.cli.command import Command, CommandError
 from lightning_surge.cli.fit import FIT
+from lightning_surge.cli.sweep import SWEEP
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: tuple[Command, ...] = (FIT,)
+COMMANDS: tuple[Command, ...] = (SWEEP, FIT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""A training that is configured from a YAML file by LightningCLI."""

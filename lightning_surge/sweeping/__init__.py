@@ -1,0 +1,1 @@
+"""A grid of (batch size, learning rate, seed) trained cell by cell: no torch and no Lightning in here."""
