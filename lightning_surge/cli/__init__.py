@@ -11,11 +11,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lightning_surge.cli.advise import ADVISE
 from lightning_surge.cli.command import Command, CommandError
+from lightning_surge.cli.plot import PLOT
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: tuple[Command, ...] = ()
+COMMANDS: tuple[Command, ...] = (PLOT, ADVISE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
