@@ -78,7 +78,7 @@ def run_page(run: RunLog, *, group: str | None = None, title: str = "", x: XAxis
     _add_law(figure, curves, base)
     # The first three rows zoom along x together.
     for row in (1, 2, 3):
-        figure.update_xaxes(matches="x3", title_text=charts.x_label, row=row, col=1)
+        figure.update_xaxes(matches=None if row == 1 else "x", title_text=charts.x_label, row=row, col=1)
     tops = {LEGENDS[row]: figure.layout[f"yaxis{row if row > 1 else ''}"].domain[1] for row in LEGENDS}
     places = {name: {"y": top, "yanchor": "top", "x": 1.01} for name, top in tops.items()}
     figure.update_layout(
@@ -140,10 +140,8 @@ def _add_law(figure: Figure, curves: Sequence[LawCurve], base: float) -> None:
         name = f"step {curve.step:,}: {peak}"
         _add_line(figure, Line(curve.sizes, curve.ratios), 4, name, {"color": colour, "width": 2.0})
         if curve.peak is not None:
-            size, ratio = curve.peak
-            _add_line(
-                figure, Line(np.array([size]), np.array([ratio])), 4, name, {"color": colour}, "markers"
-            )
+            star = Line(*(np.array([one]) for one in curve.peak))
+            _add_line(figure, star, 4, name, {"color": colour}, "markers", named=False)
     sizes = np.concatenate([[base], *(curve.sizes for curve in curves)])
     ends = np.array([sizes.min(), sizes.max()])
     _add_line(figure, Line(ends, np.sqrt(ends / base)), 4, "sqrt scaling", {"color": GREY, "dash": "dot"})
@@ -157,11 +155,19 @@ def _add_law(figure: Figure, curves: Sequence[LawCurve], base: float) -> None:
 
 
 def _add_line(
-    figure: Figure, line: Line, row: int, name: str, style: dict[str, Any], mode: str = "lines"
+    figure: Figure,
+    line: Line,
+    row: int,
+    name: str,
+    style: dict[str, Any],
+    mode: str = "lines",
+    *,
+    named: bool = True,
 ) -> None:
     """One curve, or one diamond; gaps stay gaps."""
     figure.add_scatter(
         x=line.x, y=line.y, name=name, mode=mode, line=style, legend=LEGENDS[row], row=row, col=1,
+        showlegend=named,
         marker={"symbol": "diamond", "size": 9, "color": style["color"]},
     )  # fmt: skip
 
