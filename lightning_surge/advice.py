@@ -16,14 +16,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lightning_surge.laws import Law, SGDLaw, require_number
 from lightning_surge.objectives import OBJECTIVES
 from lightning_surge.reasons import Reason
-from lightning_surge.run_logs import RunLog, RunLogError
+from lightning_surge.run_logs import RunLog, RunLogError, Series
 from lightning_surge.theorems import Theorem3Law
 from lightning_surge.tradeoff import gain_fraction, steps_needed
 
@@ -83,7 +83,7 @@ class RunState:
         scale_errors: relative standard errors of the factor that were logged, each with its batch size.
         measured: smallest and largest batch size measured, examples.
         num_measurements: measurements behind the law.
-        law_step: step since which this law is in force.
+        measured_step: step of the last measurement.
         reason: what decided the factor.
     """
 
@@ -101,7 +101,7 @@ class RunState:
     scale_errors: tuple[tuple[float, float], ...]
     measured: tuple[float, float]
     num_measurements: int
-    law_step: int
+    measured_step: int
     reason: Reason
 
 
@@ -178,29 +178,41 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
         later = run.law_steps[run.law_steps > at]
         remedy = f"pass a step from {later[0]} on" if later.size else "train longer, or raise max_overhead"
         raise RunLogError(f"Expected a law to be known by step {at}, got {got}: {remedy}.")
-    size, scheduled = run.at("batch_size", at), run.require("lr_scheduled", group)
-    ratio, doubled = run.at("lr_scale_predicted", at), run.at("lr_scale_doubled", at)
+
+    def value(name: str, group: str | None = None) -> float:
+        if math.isnan(number := run.at(name, at, group)):
+            run.require(name, group)
+            raise RunLogError(f"Expected {name} to be logged at step {at}, got none: pass another step.")
+        return number
+
+    def one_of(kind: str, known: dict[int, Any]) -> Any:
+        if (code := int(value(kind))) not in known:
+            raise RunLogError(f"Expected {kind} to be one of {list(known)}, got {code}: use a newer version.")
+        return known[code]
+
+    size, scale = value("batch_size"), value("lr_scale_predicted")
+    scheduled = run.require("lr_scheduled", group)
     errors = (
-        (size, run.at("lr_scale_standard_error", at) / ratio),
-        (2.0 * size, run.at("lr_scale_doubled_standard_error", at) / doubled),
+        (size, run.at("lr_scale_standard_error", at) / scale),
+        (2.0 * size, run.at("lr_scale_doubled_standard_error", at) / run.at("lr_scale_doubled", at)),
     )
     return RunState(
         step=at,
         batch_size=size,
-        base_batch_size=run.base_batch_size,
-        lr_scheduled=run.at("lr_scheduled", at, group),
+        base_batch_size=value("base_batch_size"),
+        lr_scheduled=value("lr_scheduled", group),
         lr_scheduled_max=float(np.max(scheduled.values[scheduled.steps <= at])),
-        lr_used=run.at("lr_used", at, group),
-        lr_scale=ratio,
-        objective=list(OBJECTIVES)[int(run.at("objective", at))],
+        lr_used=value("lr_used", group),
+        lr_scale=scale,
+        objective=one_of("objective", dict(enumerate(OBJECTIVES))),
         law=law,
         critical_error=_known(run.at("critical_batch_size_standard_error", at)),
         peak_error=_known(run.at("peak_batch_size_standard_error", at)),
         scale_errors=tuple((size, error) for size, error in errors if not math.isnan(error)),
-        measured=(run.at("law/smallest_measured", at), run.at("law/largest_measured", at)),
-        num_measurements=int(measured),
-        law_step=int(run.law_steps[run.law_steps <= at][-1]),
-        reason=Reason(int(run.at("held_because", at))),
+        measured=(value("law/smallest_measured"), value("law/largest_measured")),
+        num_measurements=int(value("num_measurements")),
+        measured_step=_last_change(run.get("num_measurements"), at),
+        reason=one_of("held_because", {int(reason): reason for reason in Reason}),
     )
 
 
@@ -233,7 +245,7 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
         ...         alignment_limit=2.0, alignment_scale=300.0, noise_curvature=1.0, signal_curvature=1.0
         ...     ),
         ...     critical_error=10.0, peak_error=20.0, scale_errors=((60.0, 0.0), (120.0, 0.1)),
-        ...     measured=(30.0, 120.0), num_measurements=20, law_step=100, reason=Reason.MEASURED,
+        ...     measured=(30.0, 120.0), num_measurements=20, measured_step=100, reason=Reason.MEASURED,
         ... )
         >>> advice = advise(state)
         >>> advice.critical_batch_size, advice.suggested, advice.caveats
@@ -333,7 +345,7 @@ def _caveats(
         yield Caveat.FEW_MEASUREMENTS
     if not critical.high - critical.value < LARGE_ERROR * critical.value:
         yield Caveat.UNCERTAIN
-    if state.step - state.law_step > STALE * state.step:
+    if state.step - state.measured_step > STALE * state.step:
         yield Caveat.STALE
     if any(option.beyond > FAR_BEYOND for option in options):
         yield Caveat.EXTRAPOLATING
@@ -363,6 +375,13 @@ def _ordered(values: Iterable[float]) -> Interval:
     """From a quantity at the value and at both ends of what it depends on."""
     value, *ends = values
     return Interval(value, min(ends), max(ends))
+
+
+def _last_change(series: Series, step: int) -> int:
+    """The last step up to one at which a series took a new value."""
+    past = series.steps <= step
+    changed = np.concatenate([[True], np.diff(series.values[past]) != 0])
+    return int(series.steps[past][changed][-1])
 
 
 def _known(error: float) -> float:

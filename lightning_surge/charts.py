@@ -230,7 +230,14 @@ def law_snapshots(run: RunLog, most: int = MOST_LAWS) -> list[LawSnapshot]:
     known = [run.get(name).values for name in ("batch_size", "law/smallest_measured", "law/largest_measured")]
     sizes = _positive(np.concatenate([*known, [run.base_batch_size]]))
     curve = np.geomspace(sizes.min() / 4, sizes.max() * 8, CURVE_POINTS)
-    return [LawSnapshot(step, curve.tolist(), _lrs(law, curve)) for step, law in found]
+    return [_snapshot(step, law, curve) for step, law in found]
+
+
+def _snapshot(step: int, law: Law, curve: FloatArray) -> LawSnapshot:
+    # With the peak among the sizes, a curve's summit is the law's.
+    peak = law.peak.batch_size
+    sizes = np.union1d(curve, [peak]) if curve[0] < peak < curve[-1] else curve
+    return LawSnapshot(step, sizes.tolist(), [law.lr(float(size)) for size in sizes])
 
 
 def law_curve(snapshot: LawSnapshot, base: float) -> LawCurve:
@@ -282,10 +289,6 @@ def _lr_at(base: float, step: int, sizes: FloatArray, lrs: FloatArray) -> float:
             f"{step}: evaluate the law on a range that holds the base."
         )
     return float(np.exp(np.interp(np.log(base), np.log(sizes), np.log(lrs))))
-
-
-def _lrs(law: Law, sizes: FloatArray) -> list[float]:
-    return [law.lr(float(size)) for size in sizes]
 
 
 def _rate_top(rates: dict[str, Series]) -> float:

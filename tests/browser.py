@@ -1,8 +1,9 @@
 """Open a page in a headless browser and ask it something: `python -m tests.browser URL SCRIPT [SCREENSHOT]`.
 
-Prints JSON: what the script evaluated to, and the errors and warnings of the console. Exits with 77 where no browser
-is to be had. Any of these will do: playwright with its chromium or one on the PATH, or PyQt6-WebEngine, which is
-Chromium as a Python package. A process of its own, since each of them runs an event loop.
+Prints JSON: what the script evaluated to, and the errors and warnings of the console. Exits with 77 where no
+browser is to be had. Any of these will do: playwright with its chromium or one on the PATH, or
+PyQt6-WebEngine, which is Chromium as a Python package. A process of its own, since each of them runs an event
+loop.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def with_qt(url: str, script: str, screenshot: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {"answer": None, "console": []}
 
     class Page(QWebEnginePage):
-        def javaScriptConsoleMessage(self, level: Any, message: str, line: int, source: str) -> None:  # noqa: N802
+        def javaScriptConsoleMessage(self, level: Any, message: str, line: int, source: str) -> None:
             if level != QWebEnginePage.JavaScriptConsoleMessageLevel.InfoMessageLevel:
                 found["console"].append(message)
 

@@ -16,9 +16,9 @@ from lightning_surge.run_logs import RunLog, Series
 LAW = MeasuredLaw(alignment_limit=2.0, alignment_scale=300.0, noise_curvature=1.0, signal_curvature=1.0)
 
 
-def values(**changes: float) -> dict[str, float]:
+def values(**changes: float | None) -> dict[str, float]:
     """What is logged at one step, at `LAW`'s critical batch size; `changes` by name, None to leave out."""
-    known = {
+    known: dict[str, float | None] = {
         "lr_scheduled": 1e-3,
         "lr_predicted": 1e-3,
         "lr_used": 1e-3,
@@ -32,6 +32,9 @@ def values(**changes: float) -> dict[str, float]:
         "examples": 6000.0,
         "objective": float(list(OBJECTIVES).index("step")),
         "held_because": 0.0,
+        "noise_scale": 300.0,
+        "overhead": 0.01,
+        "overhead_time": 0.02,
         "num_measurements": 20.0,
         "peak_batch_size": LAW.peak.batch_size,
         "peak_batch_size_standard_error": 20.0,
@@ -47,9 +50,20 @@ def values(**changes: float) -> dict[str, float]:
     return {f"surge/{name}": value for name, value in (known | changes).items() if value is not None}
 
 
-def rows(steps: Sequence[int] = (10, 20, 30, 40, 50), **changes: float) -> dict[int, dict[str, float]]:
-    """The same at several steps, with the examples counted."""
-    return {step: values(examples=60.0 * step, **changes) for step in steps}
+def rows(steps: Sequence[int] = (10, 20, 30, 40, 50), **changes: float | None) -> dict[int, dict[str, float]]:
+    """The same at several steps, with examples and measurements counted."""
+    return {
+        step: values(**{"examples": 60.0 * step, "num_measurements": 15.0 + step / 10, **changes})
+        for step in steps
+    }
+
+
+def lawless(**changes: float | None) -> dict[int, dict[str, float]]:
+    """A run whose measurements do not determine a law."""
+    table = rows(**changes)
+    return {
+        step: {key: value for key, value in row.items() if "/law/" not in key} for step, row in table.items()
+    }
 
 
 def as_log(table: Mapping[int, Mapping[str, float]]) -> RunLog:

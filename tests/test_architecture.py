@@ -16,17 +16,18 @@ ROWS = [
         "clocks",
         "gradients",
         "laws",
+        "log_files",
         "lr_writer",
         "optimizers",
-        "plots",
+        "reasons",
         "replay",
         "schedules",
     ],
-    ["curvature", "edge", "moments", "step_noise", "theorems", "tradeoff", "windows"],
-    ["measuring", "sampling", "sharpness"],
-    ["coordinates", "noise", "probing"],
-    ["estimates"],
-    ["follow_peak", "policy"],
+    ["curvature", "edge", "moments", "objectives", "step_noise", "theorems", "tradeoff", "windows"],
+    ["measuring", "run_logs", "sampling", "sharpness"],
+    ["advice", "charts", "coordinates", "noise", "probing"],
+    ["estimates", "plots"],
+    ["follow_peak", "pages", "policy"],
     [
         "callbacks.counting",
         "callbacks.loaders",
@@ -40,10 +41,12 @@ ROWS = [
     ["callbacks"],
     [""],
     ["cli.command"],
+    ["cli.plot"],
+    ["cli.advise"],
     ["cli"],
     ["__main__"],
 ]
-ALONE = ["batches", "budget", "clocks", "laws", "lr_writer", "optimizers", "plots", "replay", "schedules"]
+ALONE = ["batches", "budget", "clocks", "laws", "lr_writer", "optimizers", "reasons", "replay", "schedules"]
 ROW_OF = {room: index for index, row in enumerate(ROWS) for room in row}
 
 
@@ -123,7 +126,7 @@ def test_the_graph_between_measuring_and_deciding() -> None:
     assert rooms_of("noise") == {"gradients", "measuring"}
     assert rooms_of("sharpness") == {"curvature", "gradients"}
     assert rooms_of("estimates") == {"edge", "laws", "noise", "theorems"}
-    assert rooms_of("policy") == {"estimates", "laws"}
+    assert rooms_of("policy") == {"estimates", "laws", "objectives", "reasons"}
 
 
 @pytest.mark.parametrize("room", FILES)
@@ -134,20 +137,25 @@ def test_only_callbacks_import_lightning(room: str) -> None:
 
 @pytest.mark.parametrize(
     "room",
-    ["policy", "laws", "edge", "theorems", "tradeoff", "estimates", "noise", "schedules", "budget", "plots"],
-)
+    [
+        "policy", "laws", "edge", "theorems", "tradeoff", "estimates", "noise", "schedules", "budget",
+        "objectives", "reasons", "log_files", "run_logs", "charts", "plots", "pages", "advice", "cli.plot", "cli.advise",
+    ],
+)  # fmt: skip
 def test_rooms_of_floats_import_no_torch(room: str) -> None:
     assert packages_of(room) & {"torch", "torchmetrics", "lightning"} == set()
 
 
 @pytest.mark.parametrize("room", FILES)
-def test_only_plots_imports_matplotlib(room: str) -> None:
-    assert "matplotlib" not in packages_of(room) or room == "plots"
+def test_each_drawing_package_has_one_room(room: str) -> None:
+    drawing = {"plots": {"matplotlib"}, "pages": {"plotly"}}
+    assert packages_of(room) & {"matplotlib", "plotly"} == drawing.get(room, set())
 
 
-def test_plots_imports_matplotlib_when_it_draws_and_not_before() -> None:
-    tree = ast.parse(FILES["plots"].read_text())
+@pytest.mark.parametrize(("room", "package"), [("plots", "matplotlib"), ("pages", "plotly")])
+def test_rooms_that_draw_import_what_they_draw_with_when_they_draw(room: str, package: str) -> None:
+    tree = ast.parse(FILES[room].read_text())
     checking = [node for node in tree.body if isinstance(node, ast.If)]
     assert all(ast.unparse(node.test) == "TYPE_CHECKING" for node in checking)
     eager = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert not any("matplotlib" in ast.unparse(node) for node in eager)
+    assert not any(package in ast.unparse(node) for node in eager)

@@ -1,6 +1,7 @@
 """What a browser makes of the page, and of TensorBoard's charts. Skipped where there is no browser.
 
-`make check-html` and `make check-tensorboard` run these; CHECK_BROWSER_PYTHON names another Python that has one.
+`make check-html` and `make check-tensorboard` run these. CHECK_BROWSER_PYTHON names another Python that has
+one, CHECK_SCREENSHOT a file for a picture of what was seen.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.logged_runs import as_log, rows, write_events
 PYTHON = os.environ.get("CHECK_BROWSER_PYTHON", sys.executable)
 HERE = any(importlib.util.find_spec(name) for name in ("playwright", "PyQt6"))
 pytestmark = pytest.mark.skipif(
-    not HERE and PYTHON == sys.executable,
+    not HERE and sys.executable == PYTHON,
     reason="no browser: pip install PyQt6-WebEngine, or playwright and a chromium",
 )
 
@@ -56,7 +57,8 @@ def test_the_page_draws_every_chart_without_a_complaint(tmp_path: Path) -> None:
         axes: [...document.querySelectorAll('.ytitle, .y2title, .y4title')].map(one => one.textContent),
         loaded: performance.getEntriesByType('resource').length,
     })"""
-    found = browse(page.as_uri(), script, tmp_path / "run.png")
+    screenshot = Path(os.environ.get("CHECK_SCREENSHOT", tmp_path / "run.png"))
+    found = browse(page.as_uri(), script, screenshot)
     assert found["console"] == []
     answer = found["answer"]
     assert "Learning rate" in answer["titles"]
@@ -68,7 +70,7 @@ def test_the_page_draws_every_chart_without_a_complaint(tmp_path: Path) -> None:
     assert sum(width > 100 for width in answer["curves"]) >= 8
     assert answer["bars"] == 3
     assert answer["loaded"] == 0
-    assert (tmp_path / "run.png").stat().st_size > 10_000
+    assert screenshot.stat().st_size > 10_000
 
 
 def test_tensorboard_shows_the_charts(tmp_path: Path) -> None:
@@ -89,14 +91,17 @@ def test_tensorboard_shows_the_charts(tmp_path: Path) -> None:
         screenshot = Path(os.environ.get("CHECK_SCREENSHOT", tmp_path / "tensorboard.png"))
         # The charts live in a frame of the page, in shadow trees.
         script = """(() => {
-            const text = (node) => [...node.childNodes].map((one) =>
-                one.nodeType === 3 ? one.textContent : text(one) + (one.shadowRoot ? text(one.shadowRoot) : '')
-                + (one.contentDocument ? text(one.contentDocument) : '')).join(' ');
+            const inside = (one) => one.shadowRoot || one.contentDocument;
+            const text = (node) => [...node.childNodes].map((one) => one.nodeType === 3 ? one.textContent
+                : text(one) + (inside(one) ? text(inside(one)) : '')).join(' ');
             return text(document);
         })()"""
         found = browse(f"http://127.0.0.1:{port}/#custom_scalars", script, screenshot)
         for title in ("learning rates", "batch size against peak", "noise", "overhead"):
             assert title in found["answer"], found["answer"][-500:]
+        # Every chart has found what it draws.
+        assert found["answer"].count("Matches (") == 4
+        assert "Matches (0)" not in found["answer"]
     finally:
         server.terminate()
         server.communicate()

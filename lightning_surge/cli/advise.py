@@ -21,10 +21,10 @@ def _caveat_text(caveat: Caveat, advice: Advice) -> str:
     smallest, largest = state.measured
     share = state.lr_scheduled / state.lr_scheduled_max if state.lr_scheduled_max > 0 else 0.0
     return {
-        Caveat.HELD: f"the law was {state.reason.text}; it may no longer fit",
+        Caveat.HELD: f"the last law is {state.reason.text}; it may no longer fit",
         Caveat.FEW_MEASUREMENTS: f"it rests on {state.num_measurements} measurements only",
         Caveat.UNCERTAIN: "the critical batch size is known to within a factor of two at best",
-        Caveat.STALE: f"the law dates from step {state.law_step:,}; it moves while a model trains",
+        Caveat.STALE: f"the last measurement is from step {state.measured_step:,}; the law moves on",
         Caveat.EXTRAPOLATING: f"only sizes from {smallest:,.4g} to {largest:,.4g} examples were measured",
         Caveat.DECAYED: (
             f"the schedule is at {share:.1%} of its largest learning rate: for the next run ask at an "
