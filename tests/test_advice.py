@@ -19,7 +19,7 @@ from tests.logged_runs import LAW, as_log, lawless, rows
 STATE = RunState(
     step=100, batch_size=60.0, base_batch_size=60.0, lr_scheduled=1e-3, lr_scheduled_max=1e-3, lr_used=1e-3,
     lr_scale=1.0, objective="step", law=LAW, critical_error=10.0, peak_error=20.0,
-    scale_errors=((60.0, 0.0), (120.0, 0.1)), measured=(30.0, 120.0), num_measurements=20, law_step=95,
+    scale_errors=((60.0, 0.0), (120.0, 0.1)), measured=(30.0, 120.0), num_measurements=20, measured_step=95,
     reason=Reason.MEASURED,
 )  # fmt: skip
 
@@ -154,7 +154,7 @@ class TestCaveats:
             ({"num_measurements": 4}, Caveat.FEW_MEASUREMENTS),
             ({"critical_error": 30.0}, Caveat.UNCERTAIN),
             ({"critical_error": math.inf}, Caveat.UNCERTAIN),
-            ({"law_step": 74}, Caveat.STALE),
+            ({"measured_step": 74}, Caveat.STALE),
             ({"measured": (30.0, 59.0)}, Caveat.EXTRAPOLATING),
             ({"lr_scheduled": 0.9e-4}, Caveat.DECAYED),
             ({"law": SGDLaw(max_lr=0.1, noise_scale=60.0)}, Caveat.GRADIENT_STEPS),
@@ -169,7 +169,7 @@ class TestRunState:
     def test_is_what_was_logged(self):
         state = run_state(as_log(rows()))
         expected = replace(
-            STATE, step=50, law_step=10, scale_errors=((60.0, 0.0), (120.0, pytest.approx(0.1)))
+            STATE, step=50, measured_step=50, scale_errors=((60.0, 0.0), (120.0, pytest.approx(0.1)))
         )
         assert state == expected
 
@@ -199,18 +199,14 @@ class TestRunState:
 
     def test_before_the_first_law(self):
         table = rows() | {step: lawless()[step] for step in (10, 20)}
-        with pytest.raises(
-            RunLogError, match=r"got 20 measurements, which do not .*: pass a step from 30 on"
-        ):
+        with pytest.raises(RunLogError, match=r"got 17 measurements, which .*: pass a step from 30 on"):
             run_state(as_log(table), step=25)
 
     def test_a_rule_that_measures_nothing(self):
         with pytest.raises(RunLogError, match="got no measurement: train longer, or raise max_overhead"):
             run_state(as_log(lawless(num_measurements=None)))
 
-    @pytest.mark.parametrize(
-        ("name", "known"), [("objective", r"\[0, 1, 2, 3\]"), ("held_because", r"\[0, 1, .*")]
-    )
-    def test_codes_of_a_later_version(self, name, known):
-        with pytest.raises(RunLogError, match=f"Expected {name} to be one of {known}, got 99: use a newer"):
+    @pytest.mark.parametrize("name", ["objective", "held_because"])
+    def test_codes_of_a_later_version(self, name):
+        with pytest.raises(RunLogError, match=rf"Expected {name} to be one of \[0, .*, got 99: use a newer"):
             run_state(as_log(rows(**{name: 99.0})))

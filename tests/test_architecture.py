@@ -139,7 +139,8 @@ def test_only_callbacks_import_lightning(room: str) -> None:
     "room",
     [
         "policy", "laws", "edge", "theorems", "tradeoff", "estimates", "noise", "schedules", "budget",
-        "objectives", "reasons", "log_files", "run_logs", "charts", "plots", "pages", "advice", "cli.plot", "cli.advise",
+        "objectives", "reasons", "log_files", "run_logs", "charts", "plots", "pages", "advice", "cli.plot",
+        "cli.advise",
     ],
 )  # fmt: skip
 def test_rooms_of_floats_import_no_torch(room: str) -> None:

@@ -58,7 +58,7 @@ class TestFormats:
         assert main(["plot", str(run), "--output", str(tmp_path / "a.html"), "--title", "Mine"]) == 0
         page = (tmp_path / "a.html").read_text()
         Elements().feed(page)
-        assert {tag for tag, _ in tags} == {"html", "head", "meta", "body", "div", "script"}
+        assert {tag for tag, _ in tags} == {"html", "head", "meta", "body", "div", "script", "style"}
         assert not any({"src", "href"} & attributes.keys() for _, attributes in tags)
         assert "Mine" in page
 
