@@ -188,12 +188,13 @@ def add_tensorboard_layout(loggers: Iterable[Logger], groups: Sequence[str]) -> 
 
 def _layouts_in(experiment: Any) -> bytes:
     """The records of an experiment's files that hold a layout, or nothing; a resumed run has older files."""
-    if not hasattr(type(experiment), "flush"):
+    directory = getattr(experiment, "log_dir", None)
+    if not directory or not hasattr(type(experiment), "flush"):
         return b""
     experiment.flush()
     found = b""
     try:
-        for path in Path(getattr(experiment, "log_dir", None) or "").glob("*tfevents*"):
+        for path in Path(directory).glob("*tfevents*"):
             # Searched as bytes, since this comes before every training and the files may be long.
             content = path.read_bytes()
             at = content.find(LAYOUT_TAG)
