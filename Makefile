@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo digits test lint format bench bench-demo bench-batch-warmup \
+.PHONY: help demo digits test check-html check-tensorboard lint format bench bench-demo bench-batch-warmup \
 	bench-batch-warmup-quick fidelity fidelity-quick clean
 
 help:  ## show this list
@@ -24,6 +24,12 @@ digits: $(STAMP)  ## the same for an image model on scikit-learn's digits
 
 test: $(STAMP)  ## run the tests, doctests included
 	$(BIN)/python -m pytest
+
+check-html: $(STAMP)  ## look at the page of `lightning-surge plot` in a headless browser, if there is one
+	$(BIN)/python -m pytest -rs tests/test_pages_in_browser.py -k page_draws
+
+check-tensorboard: $(STAMP)  ## the same for TensorBoard's charts of a run
+	$(BIN)/python -m pytest -rs tests/test_pages_in_browser.py -k tensorboard
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +15,12 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from lightning_surge.charts import LawSnapshot
 from lightning_surge.laws import Law
 from lightning_surge.noise import Contrast, NoiseStats
-from lightning_surge.plots import LawSnapshot, Series, plot_run, read_run
-from lightning_surge.policy import OBJECTIVES
+from lightning_surge.objectives import OBJECTIVES
+from lightning_surge.plots import plot_run
+from lightning_surge.run_logs import RunLog, Series, read_run
 
 
 def parse_arguments(
@@ -76,9 +78,9 @@ class Stage(NamedTuple):
     val_loss: float
 
 
-def stages(run: Mapping[str, Series]) -> list[Stage]:
+def stages(run: RunLog) -> list[Stage]:
     """One row for each batch size of the ramp, in the order of training."""
-    sizes = run["surge/batch_size"]
+    sizes = run.require("batch_size")
     ends = np.append(np.flatnonzero(np.diff(sizes.values)), len(sizes.values) - 1)
     rows, begin = [], -1.0
     for end in ends:
@@ -86,23 +88,15 @@ def stages(run: Mapping[str, Series]) -> list[Stage]:
         # The last validation may follow a step that was not logged.
         until = math.inf if end == ends[-1] else last_step
         # A standard error that is not finite is not logged: one from another step is not its substitute.
-        logged = [_at(run, f"surge/{name}", last_step) for name in Stage._fields[2:-1]]
-        validation = _last(run, "val_loss", begin, until)
+        logged = [run.at(name, last_step) for name in Stage._fields[2:-1]]
+        validation = _last(run.series["val_loss"], begin, until) if "val_loss" in run.series else math.nan
         rows.append(Stage(round(sizes.values[end]), last_step, *logged, validation))
         begin = last_step
     return rows
 
 
-def _at(run: Mapping[str, Series], tag: str, step: int) -> float:
-    """A series' value at one step, NaN if there is none."""
-    return _last(run, tag, step - 1, step)
-
-
-def _last(run: Mapping[str, Series], tag: str, after: float, until: float) -> float:
+def _last(series: Series, after: float, until: float) -> float:
     """The last value of a series at a step in `(after, until]`, NaN if there is none."""
-    if tag not in run:
-        return math.nan
-    series = run[tag]
     inside = series.values[(series.steps > after) & (series.steps <= until)]
     return float(inside[-1]) if inside.size else math.nan
 

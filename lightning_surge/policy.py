@@ -8,146 +8,15 @@ the law itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import Law
+from lightning_surge.objectives import FOLLOW_LR, OBJECTIVES, step_ratio
+from lightning_surge.reasons import Reason
 
-__all__ = [
-    "ANCHORS",
-    "OBJECTIVES",
-    "Decision",
-    "Objective",
-    "Policy",
-    "alignment_ratio",
-    "edge_ratio",
-    "progress_ratio",
-    "step_ratio",
-]
+__all__ = ["ANCHORS", "Decision", "Policy"]
 
-Objective = Callable[[Law, float, float, float], float]
-"""Maps a law, a batch size, the base batch size and the scheduled learning rate to the wanted ratio."""
-
-
-def step_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
-    """Ratio that keeps every step as good as it can be: `lr(B) / lr(base)` of the law.
-
-    Args:
-        law: any law.
-        batch_size: examples per optimizer step.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        lr: scheduled learning rate, without influence here.
-
-    Returns:
-        The ratio; it falls beyond the law's peak.
-
-    References:
-        Li et al. 2024, arXiv:2405.14578, Lemma 1 (Eq. 6).
-    """
-    return law.lr(batch_size) / law.lr(base_batch_size)
-
-
-def progress_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
-    """Ratio that keeps the expected progress per example: `(B / base) N(base) / N(B)`.
-
-    Square-root scaling while noise dominates the alignment N, linear scaling beyond. It has no falling
-    side, and counts on the schedule to cool what it heats.
-
-    Args:
-        law: any law whose gain is in the unit of its learning rate.
-        batch_size: examples per optimizer step.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        lr: scheduled learning rate, without influence here.
-
-    Returns:
-        The ratio.
-
-    Example:
-        With `N ~ sqrt(B)`, as for Theorem 3, it is square-root scaling.
-
-        >>> from lightning_surge.theorems import Theorem3Law
-        >>> round(progress_ratio(Theorem3Law(noise_scale=100.0, peak_lr=0.1), 64.0, 16.0), 6)
-        2.0
-    """
-    progress = law.alignment(base_batch_size) / law.alignment(batch_size)
-    return batch_size / base_batch_size * progress
-
-
-def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
-    """Ratio of what a step gains: `N(B) / N(base)`, as if its cost were the same at every batch size.
-
-    Square-root scaling while noise dominates the alignment N, constant beyond. For plain gradients, whose
-    length changes with the batch size, it is the ratio of their law. Where `step_ratio` takes the curvature
-    as it is found, this one counts on training to adapt it to the learning rate that comes.
-
-    Args:
-        law: any law.
-        batch_size: examples per optimizer step.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        lr: scheduled learning rate, without influence here.
-
-    Returns:
-        The ratio; it rises with the batch size and saturates.
-
-    Example:
-        >>> from lightning_surge.laws import MeasuredLaw
-        >>> law = MeasuredLaw(
-        ...     alignment_limit=2.0, alignment_scale=48.0, noise_curvature=1.0, signal_curvature=1.0
-        ... )
-        >>> round(alignment_ratio(law, 144.0, 16.0), 6)  # sqrt((1 + 48 / 16) / (1 + 48 / 144))
-        1.732051
-
-    References:
-        McCandlish et al. 2018, arXiv:1812.06162, section 2.2, for `alpha = 1/2` with a measured noise scale.
-    """
-    return law.isotropic_lr(batch_size) / law.isotropic_lr(base_batch_size)
-
-
-def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:
-    """Progress per example, capped smoothly by the edge of stability.
-
-        R = h(B) / h(base)        1 / h(B) = 1 / (lr R_progress(B)) + 1 / edge_lr(B)
-
-    Its limits are `progress_ratio` where the learning rate is far below the edge, and the ratio of the edges
-    far above. Where noise is all there is, the two are `sqrt(B / base)` and its inverse, and `h` has the
-    form of Theorem 3, with the peak where `lr R_progress` meets the edge.
-
-    Args:
-        law: a law that knows the edge.
-        batch_size: examples per optimizer step.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        lr: scheduled learning rate; 0 leaves the progress alone.
-
-    Returns:
-        The ratio; NaN for a law that knows no edge.
-
-    Example:
-        >>> from lightning_surge.edge import EdgeLaw
-        >>> law = EdgeLaw(
-        ...     alignment_limit=1.0, alignment_scale=1e12, noise_curvature=1.0, signal_curvature=0.0,
-        ...     edge_limit=0.0, edge_sq_slope=16.0,
-        ... )
-        >>> [round(edge_ratio(law, 64.0, 16.0, lr), 4) for lr in (0.0, 0.5, 1.0)]
-        [2.0, 1.0, 0.8]
-
-    References:
-        Cohen et al. 2022, arXiv:2207.14484, for the edge. That the two limits add like resistances is a
-        choice, which has the form of Theorem 3 of Li et al. 2024, arXiv:2405.14578 (Eq. 13).
-    """
-    progress = progress_ratio(law, batch_size, base_batch_size)
-    at_base, here = lr / law.edge_lr(base_batch_size), lr / law.edge_lr(batch_size)
-    return (1.0 + at_base) / (1.0 / progress + here)
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "step": step_ratio,
-    "alignment": alignment_ratio,
-    "progress": progress_ratio,
-    "edge": edge_ratio,
-}
-# Those that follow the scheduled learning rate at every step.
-FOLLOW_LR = frozenset({"edge"})
 ANCHORS = ("schedule", "law")
 
 # Under anchor="law" the level follows the law too; one standard deviation of what is believed of that
@@ -165,13 +34,15 @@ class Decision(NamedTuple):
         predicted: the ratio that the objective asks for; square-root scaling before any measurement.
         standard_error: of `predicted`, in units of `predicted`; infinite before it is known.
         used: the ratio to apply, after shrinkage, bounds and the limit on drift.
-        reason: which of these decided.
+        reason: which of these decided, in words.
+        because: the same as one of a few, for logs.
     """
 
     predicted: float
     standard_error: float
     used: float
     reason: str
+    because: Reason
 
 
 class Policy:
@@ -198,8 +69,9 @@ class Policy:
 
     Example:
         >>> policy = Policy(base_batch_size=16)
-        >>> policy.decide(64)
-        Decision(predicted=2.0, standard_error=inf, used=2.0, reason='sqrt: nothing measured yet')
+        >>> decision = policy.decide(64)
+        >>> decision.predicted, decision.standard_error, decision.used, decision.reason
+        (2.0, inf, 2.0, 'sqrt: nothing measured yet')
     """
 
     def __init__(
@@ -224,8 +96,9 @@ class Policy:
         # Used ratio over target, at most 1, at the batch size where the target jumped up.
         self._lag = 1.0
         self._lag_at: float | None = None
-        self._held: str | None = None
-        self._answers: dict[tuple[float, float], tuple[float, float, float, str]] = {}
+        # In words and as one of a few; None while the law is followed.
+        self._held: tuple[str, Reason] | None = None
+        self._answers: dict[tuple[float, float], tuple[float, float, float, Reason]] = {}
 
     def update(self, law: EstimatedLaw | None, batch_size: float, lr: float = math.nan) -> None:
         """Take over a new law, or hold the last one if there is none.
@@ -237,8 +110,8 @@ class Policy:
         """
         if law is None or not self._usable(law, batch_size, lr):
             no_edge = law is not None and self._follows_lr and math.isnan(law.edge_lr(batch_size))
-            what = "an edge of stability" if no_edge else "a law"
-            self.hold(f"the measurements do not determine {what}")
+            because = Reason.NO_EDGE if no_edge else Reason.NO_LAW
+            self.hold(because.text, because)
             return
         before = self.lr_scale(batch_size, lr)
         self._held = None
@@ -248,9 +121,14 @@ class Policy:
             self._anchor_lr = law.lr(self.base_batch_size)
         self._lag, self._lag_at = min(1.0, before / self._target(batch_size, lr)[2]), batch_size
 
-    def hold(self, reason: str) -> None:
-        """Keep the last law because measuring failed."""
-        self._held = f"held: {reason}"
+    def hold(self, reason: str, because: Reason = Reason.MEASURING_FAILED) -> None:
+        """Keep the last law because a new one cannot be had.
+
+        Args:
+            reason: in words.
+            because: the same as one of a few, for logs.
+        """
+        self._held = f"held: {reason.removeprefix('held: ')}", because
         self._answers.clear()
 
     def decide(self, batch_size: float, lr: float = math.nan) -> Decision:
@@ -263,12 +141,26 @@ class Policy:
         Returns:
             The decision.
         """
-        predicted, error, _, reason = self._target(batch_size, lr)
+        predicted, error, _, because = self._target(batch_size, lr)
         if self._lag < 1.0:
             self._lag = min(1.0, self._lag * (1.0 + self._max_drift))
             if self._lag < 1.0 and self._is_lagging(batch_size):
-                reason = "rising: limited by max_drift_per_step"
-        return Decision(predicted, error, self.lr_scale(batch_size, lr), reason)
+                because = Reason.RISING
+        reason = self._held[0] if self._held is not None and because.held else because.text
+        return Decision(predicted, error, self.lr_scale(batch_size, lr), reason, because)
+
+    def predicted(self, batch_size: float, lr: float = math.nan) -> tuple[float, float]:
+        """What the objective asks for at any batch size, before shrinkage, bounds and the limit on drift.
+
+        Args:
+            batch_size: examples per optimizer step.
+            lr: the scheduled learning rate, for objectives that follow it.
+
+        Returns:
+            The ratio to the scheduled learning rate, and its standard error in the same unit.
+        """
+        ratio, error, _, _ = self._target(batch_size, lr)
+        return ratio, error
 
     def lr_scale(self, batch_size: float, lr: float = math.nan) -> float:
         """The ratio that would be applied at a batch size now, with no step passing.
@@ -284,7 +176,7 @@ class Policy:
         if not self._is_lagging(batch_size):
             return target
         # The lag was taken at a neighbouring size, whose bounds may be wider.
-        return self._bounded(target * self._lag, batch_size / self.base_batch_size, "")[0]
+        return self._bounded(target * self._lag, batch_size / self.base_batch_size, Reason.RISING)[0]
 
     def _is_lagging(self, batch_size: float) -> bool:
         """Whether the limit on drift acts here: at about the batch size where the target jumped up.
@@ -313,7 +205,7 @@ class Policy:
         error = law.standard_error(lambda law: math.log(law.lr(self.base_batch_size)))
         return error < ANCHOR_LOG_WIDTH
 
-    def _target(self, batch_size: float, lr: float) -> tuple[float, float, float, str]:
+    def _target(self, batch_size: float, lr: float) -> tuple[float, float, float, Reason]:
         """Predicted ratio, its standard error, the ratio after shrinkage and bounds, and the reason."""
         # The law changes every hundred steps, the question is asked at every one.
         question = (batch_size, lr if self._follows_lr else 0.0)
@@ -323,31 +215,32 @@ class Policy:
             self._answers[question] = self._compute_target(*question)
         return self._answers[question]
 
-    def _compute_target(self, batch_size: float, lr: float) -> tuple[float, float, float, str]:
+    def _compute_target(self, batch_size: float, lr: float) -> tuple[float, float, float, Reason]:
         quotient = batch_size / self.base_batch_size
         if self.fixed_law is not None:
             predicted = step_ratio(self.fixed_law, batch_size, self.base_batch_size)
-            used, reason = self._bounded(predicted, quotient, "the rule")
-            return predicted, 0.0, used, reason
+            used, because = self._bounded(predicted, quotient, Reason.RULE)
+            return predicted, 0.0, used, because
+        held = None if self._held is None else self._held[1]
         if self.law is None:
-            used, reason = self._bounded(math.sqrt(quotient), quotient, "sqrt: nothing measured yet")
-            return math.sqrt(quotient), math.inf, used, self._held or reason
+            used, because = self._bounded(math.sqrt(quotient), quotient, Reason.NOTHING_MEASURED)
+            return math.sqrt(quotient), math.inf, used, held or because
         try:
             predicted = self._wanted(self.law, batch_size, lr)
             log_predicted = math.log(predicted)
         except (ArithmeticError, ValueError):
             predicted, log_predicted = math.nan, math.nan
         if not math.isfinite(log_predicted):
-            used, reason = self._bounded(math.sqrt(quotient), quotient, "sqrt: no law at this batch size")
-            return math.sqrt(quotient), math.inf, used, reason
+            used, because = self._bounded(math.sqrt(quotient), quotient, Reason.NO_LAW_HERE)
+            return math.sqrt(quotient), math.inf, used, because
         error = self._log_standard_error(batch_size, lr)
         log_sqrt = 0.5 * math.log(quotient)
         width_sq = log_sqrt**2 + (ANCHOR_LOG_WIDTH**2 if self._anchor_lr is not None else 0.0)
         weight = width_sq / (width_sq + error**2) if width_sq > 0.0 else 1.0
         shrunk = math.exp(weight * log_predicted + (1.0 - weight) * log_sqrt)
-        reason = "measured" if weight > 0.5 else "between sqrt and measured: standard error is large"
-        used, reason = self._bounded(shrunk, quotient, reason)
-        return predicted, predicted * error, used, self._held or reason
+        because = Reason.MEASURED if weight > 0.5 else Reason.UNCERTAIN
+        used, because = self._bounded(shrunk, quotient, because)
+        return predicted, predicted * error, used, held or because
 
     def _log_standard_error(self, batch_size: float, lr: float) -> float:
         if self.law is None or (batch_size == self.base_batch_size and self._anchor_lr is None):
@@ -359,14 +252,14 @@ class Policy:
             self.law.extrapolation_error(self.base_batch_size),
         )
 
-    def _bounded(self, ratio: float, quotient: float, reason: str) -> tuple[float, str]:
+    def _bounded(self, ratio: float, quotient: float, because: Reason) -> tuple[float, Reason]:
         reach = max(quotient, 1.0 / quotient) * (ANCHOR_ROOM if self._anchored else 1.0)
         low, high = self._bounds or (1.0 / reach, reach)
         if ratio > high:
-            return high, "bounded above by lr_scale_bounds"
+            return high, Reason.BOUNDED_ABOVE
         if ratio < low:
-            return low, "bounded below by lr_scale_bounds"
-        return ratio, reason
+            return low, Reason.BOUNDED_BELOW
+        return ratio, because
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
@@ -375,12 +268,15 @@ class Policy:
             "anchor_lr": self._anchor_lr,
             "lag": self._lag,
             "lag_at": self._lag_at,
-            "held": self._held,
+            "held": None if self._held is None else self._held[0],
+            "held_because": None if self._held is None else int(self._held[1]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`."""
         self.law = None if state["law"] is None else EstimatedLaw.from_state_dict(state["law"])
-        self._anchor_lr, self._held = state["anchor_lr"], state["held"]
+        self._anchor_lr, held = state["anchor_lr"], state["held"]
+        because = state.get("held_because") or Reason.MEASURING_FAILED
+        self._held = None if held is None else (held, Reason(because))
         self._lag, self._lag_at = state["lag"], state["lag_at"]
         self._answers.clear()

@@ -19,6 +19,8 @@ TEXTS = (
     "docs/batch-sizes.md",
     "docs/fitting.md",
     "docs/sweeping.md",
+    "docs/logged-values.md",
+    "docs/reading-a-run.md",
     "docs/theory.md",
 )
 

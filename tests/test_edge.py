@@ -13,7 +13,8 @@ from lightning_surge.gradients import ChunkStatistics, SizedValue
 from lightning_surge.laws import ConstantLaw, MeasuredLaw
 from lightning_surge.measuring import Measurement
 from lightning_surge.noise import NoiseHistory
-from lightning_surge.policy import Policy, edge_ratio, progress_ratio
+from lightning_surge.objectives import edge_ratio, progress_ratio
+from lightning_surge.policy import Policy
 from lightning_surge.theorems import Theorem3Law
 
 many = settings(max_examples=80, deadline=None)

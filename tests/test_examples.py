@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from examples.report import stages
-from lightning_surge.plots import read_run
+from lightning_surge.run_logs import read_run
 
 # Lightning is slow to import: one process runs both examples.
 pytestmark = [
@@ -50,11 +50,11 @@ def test_fast_run_leaves_a_table_a_picture_and_logs(example, tmp_path, capsys):
         assert f"{row.val_loss:.4f}" in printed
 
     # The scheduled lr warms up and ends at zero with the ramp's last step.
-    scheduled = run["surge/lr_scheduled"].values
+    scheduled = run.series["surge/lr_scheduled"].values
     assert scheduled.max() == pytest.approx(example.BASE_LR, rel=0.05)
     assert scheduled[-1] < 0.05 * example.BASE_LR
     for name in ("lr_predicted", "lr_used"):
-        assert run[f"surge/{name}"].steps.tolist() == run["surge/lr_scheduled"].steps.tolist()
+        assert run.series[f"surge/{name}"].steps.tolist() == run.series["surge/lr_scheduled"].steps.tolist()
 
     (metrics,) = tmp_path.glob("csv/version_*/metrics.csv")
     with metrics.open() as file:

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import builtins
 import math
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
-from lightning_surge.plots import LawSnapshot, Series, plot_run, read_run
+from lightning_surge.charts import LawSnapshot
+from lightning_surge.plots import GREEN, ORANGE, VERMILION, plot_run
+from lightning_surge.run_logs import RunLog, Series
+from tests.logged_runs import as_log, rows
 
 STEPS = np.array([10, 20, 30, 40, 50])
 NAMES = (
@@ -25,12 +26,16 @@ NAMES = (
 
 def logged(**values):
     """A run whose every series is distinct; `values` replaces some."""
-    run = {
-        f"surge/{name}": Series(STEPS, 10.0 * (index + 1) + np.arange(5.0))
-        for index, name in enumerate(NAMES)
-    }
-    run["surge/batch_size"] = Series(STEPS, np.array([8.0, 8.0, 16.0, 16.0, 32.0]))
-    return run | {f"surge/{name}": Series(STEPS, np.array(value)) for name, value in values.items()}
+    series = {name: 10.0 * (index + 1) + np.arange(5.0) for index, name in enumerate(NAMES)}
+    series["batch_size"] = np.array([8.0, 8.0, 16.0, 16.0, 32.0])
+    series |= {name: np.array(value) for name, value in values.items()}
+    return RunLog("", {f"surge/{name}": Series(STEPS, value) for name, value in series.items()})
+
+
+def without(run, *names):
+    return RunLog(
+        "", {key: one for key, one in run.series.items() if key.removeprefix("surge/") not in names}
+    )
 
 
 def snapshot(step=100, **changes):
@@ -62,50 +67,6 @@ def labels(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-class TestReadRun:
-    def test_returns_what_was_logged(self, tmp_path):
-        values = {"surge/lr_used": [1e-3, 2e-3, 0.0], "surge/peak_batch_size": [math.inf, 32.5, math.nan]}
-        with SummaryWriter(str(tmp_path)) as writer:
-            for tag, series in values.items():
-                for step, value in zip([4, 9, 14], series, strict=True):
-                    writer.add_scalar(tag, value, global_step=step)
-        run = read_run(tmp_path)
-        assert run.keys() == values.keys()
-        for tag, series in values.items():
-            np.testing.assert_array_equal(run[tag].steps, [4, 9, 14])
-            # Event files hold single precision.
-            np.testing.assert_array_equal(run[tag].values, np.float32(series).astype(np.float64))
-
-    def test_keeps_every_point_of_a_long_run(self, tmp_path):
-        with SummaryWriter(str(tmp_path)) as writer:
-            for step in range(11_000):
-                writer.add_scalar("surge/batch_size", step, global_step=step)
-        np.testing.assert_array_equal(read_run(str(tmp_path))["surge/batch_size"].values, np.arange(11_000))
-
-    def test_joins_the_files_of_a_resumed_run(self, tmp_path):
-        for part, steps in enumerate([(1, 2), (3, 4)]):
-            with SummaryWriter(str(tmp_path), filename_suffix=f".{part}") as writer:
-                for step in steps:
-                    writer.add_scalar("surge/batch_size", 8 * step, global_step=step)
-        assert read_run(tmp_path)["surge/batch_size"].values.tolist() == [8, 16, 24, 32]
-
-    def test_a_missing_directory_is_named(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"path='.*nowhere', which does not exist: pass"):
-            read_run(tmp_path / "nowhere")
-
-    def test_a_directory_without_events_is_named(self, tmp_path):
-        (tmp_path / "hparams.yaml").write_text("{}\n")
-        with pytest.raises(
-            FileNotFoundError, match=r"path='.*' without one: pass TensorBoardLogger\.log_dir"
-        ):
-            read_run(tmp_path)
-
-    def test_a_run_that_logged_nothing_is_named(self, tmp_path):
-        SummaryWriter(str(tmp_path)).close()
-        with pytest.raises(ValueError, match=r"path='.*' with no scalar in it: train for at least"):
-            read_run(tmp_path)
-
-
 class TestLearningRates:
     @pytest.mark.parametrize(
         ("label", "name"),
@@ -115,7 +76,7 @@ class TestLearningRates:
         run = logged()
         steps, values = drawn(panel(plot_run(run, base_batch_size=8), "Learning rate"), label)
         np.testing.assert_array_equal(steps, STEPS)
-        np.testing.assert_array_equal(values, run[f"surge/{name}"].values)
+        np.testing.assert_array_equal(values, run.series[f"surge/{name}"].values)
 
     def test_one_wild_prediction_does_not_flatten_the_rest(self):
         run = logged(lr_scheduled=[1.0] * 5, lr_used=[1.0] * 5, lr_predicted=[1.0, 1.0, 1e6, math.inf, 1.0])
@@ -123,11 +84,12 @@ class TestLearningRates:
         assert axes.get_ylim() == (0.0, pytest.approx(1.68))
 
     def test_group_selects_the_suffixed_tags(self):
-        run = {
-            f"{tag}/decay" if tag.startswith("surge/lr_") else tag: series for tag, series in logged().items()
-        }
+        run = RunLog("", {
+            f"{key}/decay" if key.startswith("surge/lr_") else key: series
+            for key, series in logged().series.items()
+        })  # fmt: skip
         axes = panel(plot_run(run, base_batch_size=8, group="decay"), "Learning rate")
-        np.testing.assert_array_equal(drawn(axes, "used")[1], run["surge/lr_used/decay"].values)
+        np.testing.assert_array_equal(drawn(axes, "used")[1], run.series["surge/lr_used/decay"].values)
 
     def test_changes_of_the_batch_size_are_marked(self):
         axes = panel(plot_run(logged(), base_batch_size=8), "Learning rate")
@@ -149,7 +111,7 @@ class TestBatchSizes:
         run = logged()
         steps, values = drawn(panel(plot_run(run, base_batch_size=8), self.TITLE), label)
         np.testing.assert_array_equal(steps, STEPS)
-        np.testing.assert_array_equal(values, run[f"surge/{name}"].values)
+        np.testing.assert_array_equal(values, run.series[f"surge/{name}"].values)
 
     def band(self, run):
         axes = panel(plot_run(run, base_batch_size=8), self.TITLE)
@@ -167,16 +129,28 @@ class TestBatchSizes:
 
     @pytest.mark.parametrize("unknown", [math.inf, math.nan])
     def test_an_unknown_standard_error_is_the_widest_band(self, unknown):
-        axes, band = self.band(
-            logged(peak_batch_size=[50.0] * 5, peak_batch_size_standard_error=[unknown] * 5)
+        errors = [unknown] * 5
+        self.assert_widest(
+            *self.band(logged(peak_batch_size=[50.0] * 5, peak_batch_size_standard_error=errors))
         )
-        assert band == {step: pytest.approx(axes.get_ylim()) for step in STEPS}
 
     def test_a_standard_error_that_was_not_logged_is_the_widest_band(self):
-        run = logged(peak_batch_size=[50.0] * 5)
-        del run["surge/peak_batch_size_standard_error"]
-        axes, band = self.band(run)
-        assert band == {step: pytest.approx(axes.get_ylim()) for step in STEPS}
+        run = without(logged(peak_batch_size=[50.0] * 5), "peak_batch_size_standard_error")
+        self.assert_widest(*self.band(run))
+
+    def assert_widest(self, axes, band):
+        """From the bottom of the panel over all that it shows."""
+        bottom, top = axes.get_ylim()
+        for low, high in band.values():
+            assert low == pytest.approx(bottom)
+            assert 50 * 1.3 < high <= top
+
+    def test_the_critical_batch_size_has_a_band_too(self):
+        run = logged(critical_batch_size=[20.0] * 5, critical_batch_size_standard_error=[4.0] * 5)
+        axes = panel(plot_run(run, base_batch_size=8), self.TITLE)
+        (band,) = [c for c in axes.collections if c.get_label() == "critical ± 1 standard error"]
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == pytest.approx((16.0, 24.0))
 
     def strips(self, run):
         axes = panel(plot_run(run, base_batch_size=8), self.TITLE)
@@ -253,6 +227,59 @@ class TestLaw:
         assert "sqrt scaling" in labels(axes)
 
 
+class TestReasons:
+    TITLE = "What decided the factor on the learning rate"
+
+    def drawn(self, codes):
+        axes = panel(plot_run(logged(held_because=codes), base_batch_size=8), self.TITLE)
+        names = [text.get_text() for text in axes.get_yticklabels()]
+        bars = [
+            (bar.get_facecolor()[0], [tuple(path.vertices[[0, 2], 0]) for path in bar.get_paths()])
+            for bar in axes.collections
+        ]
+        return names, bars
+
+    def test_each_reason_has_a_row_where_it_held(self):
+        from matplotlib.colors import to_rgba
+
+        names, bars = self.drawn([2.0, 0.0, 12.0, 12.0, 0.0])
+        assert names == ["measured", "nothing measured", "measuring failed"]
+        colours, spans = zip(*bars, strict=True)
+        assert [tuple(colour) for colour in colours] == [to_rgba(c) for c in (GREEN, ORANGE, VERMILION)]
+        assert list(spans) == [[(15, 25), (45, 50.5)], [(9.5, 15)], [(25, 45)]]
+
+    def test_a_run_that_did_not_log_reasons_has_none(self):
+        axes = panel(plot_run(logged(), base_batch_size=8), self.TITLE)
+        assert not axes.collections
+
+
+class TestFromLogsAlone:
+    def test_the_laws_and_the_base_come_from_the_logs(self):
+        table = rows()
+        for step in (40, 50):
+            table[step]["surge/law/noise_curvature"] = 2.0
+        axes = panel(plot_run(as_log(table)), "The law, measured")
+        # r = 4 and 2: the peak is at 300 / (r - 1).
+        assert [label for label in labels(axes) if label.startswith("step")] == [
+            "step 10: peak at B = 100",
+            "step 40: peak at B = 300",
+        ]
+        assert "base batch size, B = 60" in labels(axes)
+        assert "measured ± 1 standard error" not in labels(axes)
+
+    def test_examples_on_the_x_axis(self):
+        run = as_log(rows())
+        figure = plot_run(run, x="examples")
+        steps, _ = drawn(panel(figure, "Learning rate"), "used")
+        np.testing.assert_array_equal(steps, 60.0 * STEPS)
+        assert figure.axes[-1].get_xlabel() == "examples trained"
+
+    def test_a_rule_that_measures_nothing_has_no_law(self):
+        series = {key: one for key, one in as_log(rows()).series.items() if "/law/" not in key}
+        axes = panel(plot_run(RunLog("", series)), "The law, measured")
+        assert labels(axes) == ["sqrt scaling", "base batch size, B = 60"]
+
+
 class TestFigure:
     def test_is_written_without_pyplot(self, tmp_path):
         figure = plot_run(logged(), [snapshot()], base_batch_size=8, title="A run")
@@ -266,6 +293,7 @@ class TestFigure:
             "learning rate (per step)",
             "batch size (examples)",
             "optimal learning rate over the one at B = 8 (ratio R)",
+            "",
         }
         assert {axes.get_xlabel() for axes in figure.axes} == {
             "",
@@ -277,23 +305,20 @@ class TestFigure:
 class TestErrors:
     @pytest.mark.parametrize("name", ["lr_scheduled", "lr_predicted", "lr_used", "batch_size"])
     def test_a_missing_tag_is_named_with_those_found(self, name):
-        run = logged()
-        del run[f"surge/{name}"]
-        with pytest.raises(ValueError, match=f"'surge/{name}', got these surge tags: .*SurgeLRCallback"):
+        run = without(logged(), name)
+        with pytest.raises(ValueError, match=f"'surge/{name}', got these surge keys: .*SurgeLRCallback"):
             plot_run(run, base_batch_size=8)
 
     def test_a_run_without_a_law_shows_its_batch_size_and_no_peak(self):
-        run = logged()
-        for name in ("peak_batch_size", "peak_batch_size_standard_error", "critical_batch_size"):
-            del run[f"surge/{name}"]
+        run = without(logged(), "peak_batch_size", "peak_batch_size_standard_error", "critical_batch_size")
         axes = next(axes for axes in plot_run(run, base_batch_size=8).axes if "examples" in axes.get_ylabel())
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["batch size in force"]
 
     def test_a_run_without_the_callback_says_so(self):
         with pytest.raises(
-            ValueError, match=r"got these surge tags: none\. Read a run that was trained with"
+            ValueError, match=r"got these surge keys: none\. Read a run that was trained with"
         ):
-            plot_run({"train_loss": Series(STEPS, np.ones(5))}, base_batch_size=8)
+            plot_run(RunLog("", {"train_loss": Series(STEPS, np.ones(5))}), base_batch_size=8)
 
     @pytest.mark.parametrize("base", [0, -8, math.nan, math.inf])
     def test_a_base_that_is_no_size_is_refused(self, base):
@@ -325,23 +350,7 @@ class TestExtras:
 
         monkeypatch.setattr(builtins, "__import__", refusing_import)
 
-    def test_without_tensorboard_the_extra_is_named(self, monkeypatch, tmp_path):
-        self.without(monkeypatch, "tensorboard")
-        with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[tensorboard\]'"):
-            read_run(tmp_path)
-
     def test_without_matplotlib_the_extra_is_named(self, monkeypatch):
         self.without(monkeypatch, "matplotlib")
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[plot\]'"):
             plot_run(logged(), base_batch_size=8)
-
-    def test_importing_the_room_imports_neither(self):
-        code = (
-            "import importlib.util, sys; spec = importlib.util.find_spec('lightning_surge'); "
-            "path = spec.submodule_search_locations[0] + '/plots.py'; "
-            "room = importlib.util.spec_from_file_location('plots', path); "
-            "module = importlib.util.module_from_spec(room); sys.modules['plots'] = module; "
-            "room.loader.exec_module(module); "
-            "found = {'matplotlib', 'tensorboard', 'torch'} & set(sys.modules); assert not found, found"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True)

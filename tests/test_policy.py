@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import ConstantLaw, Law, LinearLaw, MeasuredLaw, SGDLaw, SqrtLaw
-from lightning_surge.policy import OBJECTIVES, Policy, alignment_ratio, progress_ratio, step_ratio
+from lightning_surge.objectives import OBJECTIVES, alignment_ratio, progress_ratio, step_ratio
+from lightning_surge.policy import Policy
+from lightning_surge.reasons import Reason
 from lightning_surge.theorems import Theorem3Law
 
 many = settings(max_examples=80, deadline=None)
@@ -355,7 +357,8 @@ class TestFixedRules:
         policy = Policy(
             base_batch_size=BASE, objective=objective, fixed_law=rule(base_lr=1.0, base_batch_size=BASE)
         )
-        assert policy.decide(64.0) == (ratio, 0.0, ratio, "the rule")
+        reason = Reason.RULE
+        assert policy.decide(64.0) == (ratio, 0.0, ratio, reason.text, reason)
 
 
 class TestAnchor:

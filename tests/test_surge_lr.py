@@ -775,19 +775,27 @@ class TestArguments:
         assert short.history.stats().trace_cov == pytest.approx(latest.statistics.trace_cov, rel=0.01)
         assert long.history.stats().trace_cov != pytest.approx(latest.statistics.trace_cov, rel=0.01)
 
-    def test_custom_scalars(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_custom_scalars_can_be_left_out(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
         for wanted in (True, False):
             logger = TensorBoardLogger(tmp_path, name=str(wanted))
-            layouts: list[Any] = []
-            writer = type(logger.experiment)
-            original = writer.add_custom_scalars
-            try:
-                writer.add_custom_scalars = lambda self, layout: layouts.append(layout)  # type: ignore[method-assign]  # noqa: B023
-                callback = SurgeLRCallback(4, "sqrt", custom_scalars=wanted)
-                make_trainer(callback, logger=logger).fit(Slope(), ones(4, 2))
-            finally:
-                writer.add_custom_scalars = original  # type: ignore[method-assign]
-            assert len(layouts) == wanted
+            callback = SurgeLRCallback(4, "sqrt", custom_scalars=wanted)
+            make_trainer(callback, logger=logger).fit(Slope(), ones(4, 2))
+            assert len(layouts_in(logger)) == wanted
+
+
+def layouts_in(logger: TensorBoardLogger) -> list[Any]:
+    """What a run's event files hold of layouts, in the order in which they were written."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    logger.experiment.flush()
+    return [
+        layout_pb2.Layout.FromString(value.tensor.string_val[0])
+        for path in sorted(Path(logger.log_dir).glob("*tfevents*"))
+        for event in LegacyEventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.tag == "custom_scalars__config__"
+    ]
 
 
 def columns(path: str | Path) -> dict[str, list[float]]:
@@ -907,41 +915,64 @@ class TestLogging:
         assert trainer.loggers == [*memories, csv_logger]
 
     @pytest.mark.parametrize("make_optimizer", [adamw, two_groups])
-    def test_to_tensorboard_puts_the_learning_rates_in_one_chart(
+    def test_to_tensorboard_puts_what_belongs_together_in_one_chart(
         self, make_trainer: MakeTrainer, tmp_path: Path, make_optimizer: MakeOptimizer
     ) -> None:
         import re
 
-        event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-        from tensorboard.plugins.custom_scalar import layout_pb2
+        from lightning_surge.run_logs import read_run
 
         logger = TensorBoardLogger(tmp_path)
         self._fit(make_trainer, logger, make_optimizer)
-        logger.experiment.flush()
-        events = event_accumulator.EventAccumulator(logger.log_dir)
-        events.Reload()
-        scalars = events.Tags()["scalars"]
-        used = [event.value for event in events.Scalars(next(tag for tag in scalars if "lr_used" in tag))]
-        assert len(used) == 16
-        tensor = events.Tensors("custom_scalars__config__")[0].tensor_proto
-        layout = layout_pb2.Layout.FromString(tensor.string_val[0])
+        (layout,) = layouts_in(logger)
+        keys = read_run(logger.log_dir).series
         assert [category.title for category in layout.category] == ["surge"]
-        groups = ["/0", "/1"] if make_optimizer is two_groups else [""]
         charts = {
-            chart.title: [
-                tag for tag in scalars for pattern in chart.multiline.tag if re.search(pattern, tag)
-            ]
+            chart.title: {key for key in keys for pattern in chart.multiline.tag if re.search(pattern, key)}
             for chart in layout.category[0].chart
         }
-        for group in groups:
-            wanted = {f"surge/{name}{group}" for name in SUFFIXED}
-            assert set(charts[f"learning rate{group}"]) == wanted
-        assert set(charts["batch size"]) == {
-            "surge/batch_size",
-            "surge/peak_batch_size",
-            "surge/critical_batch_size",
-        }
-        assert len(charts) == len(groups) + 1
+        groups = ["/0", "/1"] if make_optimizer is two_groups else [""]
+        expected = {f"learning rates{group}": {f"{name}{group}" for name in SUFFIXED} for group in groups}
+        expected["batch size against peak"] = {"batch_size", "peak_batch_size", "critical_batch_size"}
+        expected["noise"] = {"noise_scale"} | (
+            {"noise_scale_l1"} & {key.removeprefix("surge/") for key in keys}
+        )
+        expected["overhead"] = {"overhead", "overhead_time"}
+        assert charts == {title: {f"surge/{name}" for name in names} for title, names in expected.items()}
+
+    def test_a_layout_is_written_once_per_run(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        for _ in range(2):
+            # A resumed run writes to the same directory, from another process.
+            logger = TensorBoardLogger(tmp_path, version="the-same")
+            make_trainer(SurgeLRCallback(4, "sqrt"), logger=logger).fit(Slope(), ones(4, 2))
+        assert len(list(Path(logger.log_dir).glob("*tfevents*"))) > 1
+        assert len(layouts_in(logger)) == 1
+
+    def test_a_users_own_layout_stays(
+        self, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        logger = TensorBoardLogger(tmp_path)
+        logger.experiment.add_custom_scalars({"mine": {"loss": ["Multiline", ["loss"]]}})
+        with caplog.at_level("INFO"):
+            make_trainer(SurgeLRCallback(4, "sqrt"), logger=logger).fit(Slope(), ones(4, 2))
+        (layout,) = layouts_in(logger)
+        assert [category.title for category in layout.category] == ["mine"]
+        assert "this run has one already" in caplog.text
+
+    def test_ranks_other_than_the_first_write_no_layout(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from lightning.pytorch.utilities import rank_zero_only
+
+        from lightning_surge.callbacks.logging import add_tensorboard_layout
+
+        logger = TensorBoardLogger(tmp_path)
+        monkeypatch.setattr(rank_zero_only, "rank", 1)
+        add_tensorboard_layout([logger], [""])
+        monkeypatch.setattr(rank_zero_only, "rank", 0)
+        assert layouts_in(logger) == []
+        add_tensorboard_layout([logger], [""])
+        assert len(layouts_in(logger)) == 1
 
     @pytest.mark.parametrize("surge_first", [True, False])
     def test_learning_rate_monitor_shows_the_learning_rate_used(

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.edge import EdgeLaw
 from lightning_surge.estimates import EstimatedLaw
-from lightning_surge.policy import edge_ratio
+from lightning_surge.objectives import edge_ratio
 from lightning_surge.sharpness import FIRST_SECANTS, SECANTS
 
 MakeTrainer = Callable[..., pl.Trainer]

@@ -1,22 +1,30 @@
-"""Names and values of what the callback logs, and TensorBoard's chart of them."""
+"""Names and values of what the callback logs, and TensorBoard's charts of them; see docs/logged-values.md."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch.loggers import Logger
 
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import Law, MeasuredLaw
 from lightning_surge.noise import NoiseHistory
+from lightning_surge.objectives import OBJECTIVES
 from lightning_surge.policy import Decision
 
-__all__ = ["add_tensorboard_layout", "law_metrics", "lr_metrics"]
+__all__ = ["add_tensorboard_layout", "law_metrics", "lr_metrics", "run_metrics", "tensorboard_layout"]
 
 PREFIX = "surge/"
+# The tag of TensorBoard's layouts, what only ours says, and within how many bytes after the tag.
+LAYOUT_TAG = b"custom_scalars__config__"
+OWN_LAYOUT = f"{PREFIX}lr_(scheduled|predicted|used)".encode()
+LAYOUT_BYTES = 512
 
 
 def lr_metrics(
@@ -42,6 +50,40 @@ def lr_metrics(
     metrics[f"{PREFIX}lr_scale_predicted"] = decision.predicted
     if math.isfinite(decision.standard_error):
         metrics[f"{PREFIX}lr_scale_standard_error"] = decision.standard_error
+    metrics[f"{PREFIX}held_because"] = float(decision.because)
+    return metrics
+
+
+def run_metrics(
+    *,
+    batch_size: float,
+    base_batch_size: float,
+    examples: float,
+    objective: str,
+    doubled: tuple[float, float],
+) -> dict[str, float]:
+    """Where the run is, and what it follows: what a reader of the logs needs besides the law.
+
+    Args:
+        batch_size: examples of the step.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+        examples: trained so far, with those of the step.
+        objective: key of `OBJECTIVES`.
+        doubled: the factor that the objective asks for at twice the batch size, and its standard error.
+
+    Returns:
+        Log keys and values.
+    """
+    ratio, error = doubled
+    metrics = {
+        f"{PREFIX}batch_size": batch_size,
+        f"{PREFIX}base_batch_size": base_batch_size,
+        f"{PREFIX}examples": examples,
+        f"{PREFIX}objective": float(list(OBJECTIVES).index(objective)),
+        f"{PREFIX}lr_scale_doubled": ratio,
+    }
+    if math.isfinite(error):
+        metrics[f"{PREFIX}lr_scale_doubled_standard_error"] = error
     return metrics
 
 
@@ -83,6 +125,10 @@ def law_metrics(
         error = law.standard_error(quantity)
         if math.isfinite(error):
             metrics[f"{PREFIX}{name}_standard_error"] = error
+    # By their names a reader knows the law, and makes it again.
+    numbers: dict[str, float | None] = asdict(law.law)  # type: ignore[call-overload]
+    metrics |= {f"{PREFIX}law/{name}": value for name, value in numbers.items() if value is not None}
+    metrics[f"{PREFIX}law/smallest_measured"], metrics[f"{PREFIX}law/largest_measured"] = law.reach
     if isinstance(law.law, MeasuredLaw):
         if math.isfinite(deviation_l1):
             # |sigma|_1^2 / |mu|_1^2; the alignment of an infinite batch is |mu|_1.
@@ -93,26 +139,68 @@ def law_metrics(
     return metrics
 
 
-def add_tensorboard_layout(loggers: Iterable[Logger], groups: Sequence[str]) -> None:
-    """Give TensorBoard one chart with the learning rates and one with batch size and peak.
+def tensorboard_layout(groups: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Which scalars TensorBoard draws into one chart; each chart has one unit.
 
     Args:
-        loggers: those whose experiment has no custom scalars are passed over.
+        groups: suffix of each parameter group, empty if there is one.
+
+    Returns:
+        Category, chart title, kind of chart and patterns, as `SummaryWriter.add_custom_scalars` takes them.
+    """
+    rates = {
+        f"learning rates{group}": [rf"{PREFIX}lr_(scheduled|predicted|used){re.escape(group)}$"]
+        for group in groups
+    }
+    others = {
+        "batch size against peak": [rf"{PREFIX}(batch_size|peak_batch_size|critical_batch_size)$"],
+        "noise": [rf"{PREFIX}(noise_scale|noise_scale_l1)$"],
+        "overhead": [rf"{PREFIX}(overhead|overhead_time)$"],
+    }
+    return {"surge": {title: ["Multiline", patterns] for title, patterns in (rates | others).items()}}
+
+
+def add_tensorboard_layout(loggers: Iterable[Logger], groups: Sequence[str]) -> None:
+    """Give TensorBoard charts of what belongs together, once per run.
+
+    TensorBoard shows the last layout of a run only, so that writing one takes away any other: a run that has
+    one keeps it, and a message says so.
+
+    Args:
+        loggers: those whose experiment has no custom scalars are passed over, as are all on other ranks.
         groups: suffix of each parameter group.
     """
-    layout = {
-        "surge": {
-            f"learning rate{group}": [
-                "Multiline",
-                [rf"surge/lr_(scheduled|predicted|used){re.escape(group)}$"],
-            ]
-            for group in groups
-        }
-        | {"batch size": ["Multiline", [r"surge/(batch_size|peak_batch_size|critical_batch_size)$"]]}
-    }
     for logger in loggers:
         # By what it can do, not by its class: several packages bring a TensorBoard writer. The type is asked,
         # because a dummy experiment answers to every name.
         experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(type(experiment), "add_custom_scalars"):
-            experiment.add_custom_scalars(layout)
+        if not hasattr(type(experiment), "add_custom_scalars"):
+            continue
+        written = _layouts_in(experiment)
+        if not written:
+            experiment.add_custom_scalars(tensorboard_layout(groups))
+        elif OWN_LAYOUT not in written:
+            rank_zero_info(
+                "TensorBoard shows one layout per run, and this run has one already: the charts of surge/ "
+                "were not added. Pass custom_scalars=False, or add callbacks.logging.tensorboard_layout."
+            )
+
+
+def _layouts_in(experiment: Any) -> bytes:
+    """The records of an experiment's files that hold a layout, or nothing; a resumed run has older files."""
+    directory = getattr(experiment, "log_dir", None)
+    if not directory or not hasattr(type(experiment), "flush"):
+        return b""
+    experiment.flush()
+    found = b""
+    try:
+        for path in Path(directory).glob("*tfevents*"):
+            # Searched as bytes, since this comes before every training and the files may be long.
+            content = path.read_bytes()
+            at = content.find(LAYOUT_TAG)
+            while at >= 0:
+                found += content[at : at + LAYOUT_BYTES]
+                at = content.find(LAYOUT_TAG, at + 1)
+    except (OSError, TypeError):
+        return b""
+    return found

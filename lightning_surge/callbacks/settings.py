@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from numbers import Real
 
 from lightning_surge.laws import ConstantLaw, LinearLaw, SqrtLaw
-from lightning_surge.policy import ANCHORS, OBJECTIVES
+from lightning_surge.objectives import OBJECTIVES
+from lightning_surge.policy import ANCHORS
 
 __all__ = [
     "DEFAULT_OBJECTIVE",

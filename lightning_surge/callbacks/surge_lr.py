@@ -29,7 +29,7 @@ from lightning_surge.callbacks.checks import (
     trained_optimizers,
 )
 from lightning_surge.callbacks.counting import BatchCounter
-from lightning_surge.callbacks.logging import add_tensorboard_layout, law_metrics, lr_metrics
+from lightning_surge.callbacks.logging import add_tensorboard_layout, law_metrics, lr_metrics, run_metrics
 from lightning_surge.callbacks.measurer import LossFn, Measurer
 from lightning_surge.callbacks.settings import (
     DEFAULT_OBJECTIVE,
@@ -53,6 +53,7 @@ from lightning_surge.moments import AdamMoments
 from lightning_surge.noise import NoiseHistory, NoiseStats
 from lightning_surge.optimizers import OptimizerKind, optimizer_kind, stability_constant
 from lightning_surge.policy import Decision, Policy
+from lightning_surge.reasons import Reason
 from lightning_surge.step_noise import StepNoise
 
 __all__ = ["LawRecord", "SurgeLRCallback"]
@@ -137,7 +138,8 @@ class SurgeLRCallback(pl.Callback):
             leading dimension; False never cuts, and pools whole batches instead.
         loss_fn: Function of `(module, batch)` that returns the mean loss over the batch's examples and
             changes nothing; None repeats `training_step`, whose traces are removed.
-        custom_scalars: Whether to give TensorBoard one chart with the three learning rates.
+        custom_scalars: Whether to give TensorBoard charts that belong together: learning rates, batch size
+            against the peak, noise, overhead. A layout that the run already has is left alone.
         prog_bar: Whether to show the learning rate used in the progress bar.
 
     Raises:
@@ -553,9 +555,9 @@ class SurgeLRCallback(pl.Callback):
                 self.history.add(measurement)
                 self._learn(trainer.global_step, policy, batch_size, self._deviation_l1(optimizer, readable))
                 if self.settings.follows_edge and not readable:
-                    policy.hold("Adam's averages do not tell the gradient from its noise now")
+                    policy.hold(Reason.AVERAGES_UNREADABLE.text, Reason.AVERAGES_UNREADABLE)
             except Exception as error:
-                policy.hold(f"fitting failed with {type(error).__name__}")
+                policy.hold(f"fitting failed with {type(error).__name__}", Reason.FITTING_FAILED)
                 rank_zero_warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
         self._measurer.seconds += time.perf_counter() - begin
 
@@ -614,13 +616,20 @@ class SurgeLRCallback(pl.Callback):
     def _log(self, pl_module: pl.LightningModule, decision: Decision, batch_size: float) -> None:
         assert self._writer is not None
         assert self._optimizer is not None
+        assert self._policy is not None
         metrics = lr_metrics(
             self._group_names(),
             scheduled=self._writer.scheduled(),
             used=[float(group["lr"]) for group in self._optimizer.param_groups],
             decision=decision,
         )
-        metrics["surge/batch_size"] = batch_size
+        metrics |= run_metrics(
+            batch_size=batch_size,
+            base_batch_size=self._policy.base_batch_size,
+            examples=self._measurer.budget.trained,
+            objective=self.settings.objective,
+            doubled=self._policy.predicted(2.0 * batch_size, self._scheduled_lr),
+        )
         metrics |= self._law_metrics
         metrics["surge/overhead"] = self.overhead
         metrics["surge/overhead_time"] = self.overhead_time

@@ -11,13 +11,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lightning_surge.cli.advise import ADVISE
 from lightning_surge.cli.command import Command, CommandError
 from lightning_surge.cli.fit import FIT
+from lightning_surge.cli.plot import PLOT
 from lightning_surge.cli.sweep import SWEEP
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: tuple[Command, ...] = (SWEEP, FIT)
+COMMANDS: tuple[Command, ...] = (SWEEP, FIT, PLOT, ADVISE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,170 @@
+"""`lightning-surge advise`: which batch size and learning rate to go on with, in words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from lightning_surge.advice import Advice, Caveat, Interval, Option, advise, run_state
+from lightning_surge.cli.command import Command, CommandError
+from lightning_surge.cli.plot import choose_group, read
+from lightning_surge.run_logs import RunLogError
+
+__all__ = ["ADVISE"]
+
+
+def _caveat_text(caveat: Caveat, advice: Advice) -> str:
+    state = advice.state
+    smallest, largest = state.measured
+    share = state.lr_scheduled / state.lr_scheduled_max if state.lr_scheduled_max > 0 else 0.0
+    return {
+        Caveat.HELD: f"the last law is {state.reason.text}; it may no longer fit",
+        Caveat.FEW_MEASUREMENTS: f"it rests on {state.num_measurements} measurements only",
+        Caveat.UNCERTAIN: "the critical batch size is known to within a factor of two at best",
+        Caveat.STALE: f"the last measurement is from step {state.measured_step:,}; the law moves on",
+        Caveat.EXTRAPOLATING: f"only sizes from {smallest:,.4g} to {largest:,.4g} examples were measured",
+        Caveat.DECAYED: (
+            f"the schedule is at {share:.1%} of its largest learning rate: for the next run ask at an "
+            "earlier step (--step)"
+        ),
+        Caveat.LIMITED_MOVE: "the critical size is further away than one should go at once: ask again there",
+        Caveat.GRADIENT_STEPS: "the law of plain gradient steps (SGD) has no peak and knows no momentum",
+        Caveat.INDEPENDENT_NOISE: "Theorem 3 takes noise as independent across coordinates; it seldom is",
+    }[caveat]
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "unknown"
+    return "infinite" if math.isinf(value) else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _with_interval(interval: Interval) -> str:
+    value, low, high = interval
+    if math.isnan(value) or low == high:
+        return _number(value)
+    if math.isinf(high):
+        return f"{_number(value)} (error not known)"
+    return f"{_number(value)} ({_number(low)} to {_number(high)})"
+
+
+def _row(option: Option, now: float, suggested: float) -> list[str]:
+    marks = [mark for mark, size in (("now", now), ("suggested", suggested)) if size == option.batch_size]
+    return [
+        _number(option.batch_size),
+        _with_interval(option.lr),
+        _with_interval(option.steps),
+        _with_interval(option.examples),
+        ", ".join(marks),
+    ]
+
+
+def _words(advice: Advice) -> str:
+    state = advice.state
+    header = ["batch size", "learning rate", "steps", "examples", ""]
+    rows = [_row(option, state.batch_size, advice.suggested) for option in advice.options]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    table = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [header, *rows]
+    ]
+    critical, peak = advice.critical_batch_size, advice.peak_batch_size
+    chosen = next(option for option in advice.options if option.batch_size == advice.suggested)
+    doubled = next(option for option in advice.options if option.batch_size == 2.0 * state.batch_size)
+    surge = (
+        "none: the learning rate never falls with the batch size"
+        if math.isinf(peak.value)
+        else f"{_with_interval(peak)} examples; beyond it the best learning rate of a step falls"
+    )
+    lines = [
+        f"At step {state.step:,}: {_number(state.batch_size)} examples per step, learning rate "
+        f"{state.lr_used:.3g} (scheduled {state.lr_scheduled:.3g}), {state.num_measurements} measurements.",
+        "",
+        f"Go on with     {_number(advice.suggested)} examples per step, learning rate "
+        f"{_with_interval(chosen.lr)}: {_with_interval(chosen.lr_scale)} times the scheduled one",
+        f"Critical size  {_with_interval(critical)} examples, for the next step: it then gains half of what "
+        "an unlimited batch would",
+        f"Peak size      {surge}",
+        f"Doubling       costs {_change(doubled.examples)} more examples and saves "
+        f"{_change(doubled.steps)} of the steps to the same loss",
+        "",
+        *table,
+        "  Steps and examples to the same loss, over those at the present size, if the critical size stayed.",
+        "  In brackets one standard error to both sides.",
+    ]
+    if advice.caveats:
+        lines += ["", "Do not trust it blindly:"]
+        lines += [f"  - {_caveat_text(caveat, advice)}" for caveat in advice.caveats]
+    return "\n".join(lines)
+
+
+def _change(ratio: Interval) -> str:
+    """A ratio as a share more or less."""
+    value, *ends = (abs(one - 1.0) for one in ratio)
+    low, high = sorted(ends)
+    return f"{value:.0%}" if low == high else f"{value:.0%} ({low:.0%} to {high:.0%})"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: null for numbers that are not finite, names for what is one of a few."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, Interval):
+        return {key: _plain(one) for key, one in value._asdict().items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _as_json(advice: Advice) -> str:
+    answer = _plain(asdict(advice))
+    answer["caveats"] = {one.name.lower(): _caveat_text(one, advice) for one in advice.caveats}
+    answer["state"]["reason"] = advice.state.reason.text
+    answer["state"]["law"]["kind"] = type(advice.state.law).__name__
+    return json.dumps(answer, indent=2)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="RUN", help="directory of a run, or its event file or metrics.csv")
+    parser.add_argument(
+        "--batch-size",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="B",
+        help="further sizes to judge, in examples",
+    )
+    parser.add_argument("--step", type=int, help="optimizer step to ask at; the last if left out")
+    parser.add_argument("--group", metavar="G", help="parameter group whose learning rate is shown")
+    parser.add_argument(
+        "--json", action="store_true", help="the same as JSON, null where a number is not finite"
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    run = read(options.path)
+    group = choose_group(run, options.group)
+    try:
+        answer = advise(run_state(run, step=options.step, group=group), options.batch_size)
+    except (RunLogError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    print(_as_json(answer) if options.json else _words(answer))
+
+
+ADVISE = Command(
+    name="advise",
+    summary="Say which batch size and learning rate to go on with, what doubling costs, how sure that is.",
+    examples=(
+        "examples:\n"
+        "  lightning-surge advise lightning_logs/version_3\n"
+        "  lightning-surge advise lightning_logs --batch-size 128 512 --step 2000\n"
+        "  lightning-surge advise logs/metrics.csv --json"
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+)
