@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo digits test docs lint format bench bench-demo bench-batch-warmup \
+.PHONY: help demo digits test docs docs-output lint format bench bench-demo bench-batch-warmup \
 	bench-batch-warmup-quick fidelity fidelity-quick clean
 
 help:  ## show this list
@@ -27,6 +27,9 @@ test: $(STAMP)  ## run the tests, doctests included
 
 docs: $(STAMP)  ## build the documentation in site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
+
+docs-output: $(STAMP)  ## run the code of the tutorial and write its output into the page
+	$(BIN)/python -m docs.code_blocks docs/tutorial.md
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> pl.Trainer:
     constant = epochs * Digits.TRAINING_EXAMPLES // MICRO_BATCH_SIZE
 
     sizes = BatchSizeScheduler(FollowPeak(start=MICRO_BATCH_SIZE, maximum=256))
-    surge = SurgeLRCallback(base_batch_size=MICRO_BATCH_SIZE, max_overhead=0.2 if options.fast else 0.1)
+    surge = SurgeLRCallback(base_batch_size=MICRO_BATCH_SIZE, max_overhead=0.5 if options.fast else 0.1)
     trainer = quiet_trainer(sizes, surge, EpochTable(), max_epochs=epochs)
     trainer.fit(CountingClassifier(constant, constant // 16), Digits())
 
