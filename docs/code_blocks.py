@@ -2,8 +2,8 @@
 
     python -m docs.code_blocks docs/tutorial.md
 
-A block ```` ```text ```` right after a Python block holds its output. The tests run the same code, and compare the words
-of the output; its numbers depend on the machine.
+A block of the language `text` right after a Python block holds its output. The tests run the same code, and
+compare the words of the output; its numbers depend on the machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The docstrings say `Example:`, which napoleon and doctest's readers know; Griffe's parser wants the plural."""
+"""Docstrings say `Example:`, as most people write it; Griffe's parser wants the plural."""
 
 from __future__ import annotations
 

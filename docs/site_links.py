@@ -1,8 +1,8 @@
 """Pages link to files outside of docs/ as a repository's view needs it; on the site those files come along.
 
-A link is resolved in the repository. What lies in docs/ keeps its place on the site, everything else gets the path it
-has in the repository: `../benchmarks/demo/results/surge.png` becomes `benchmarks/demo/results/surge.png`. A link to
-nothing is left as it is, and fails the strict build.
+A link is resolved in the repository. What lies in docs/ keeps its place on the site, everything else gets the
+path that it has in the repository: `../benchmarks/demo/results/surge.png` becomes
+`benchmarks/demo/results/surge.png`. A link to nothing is left as it is, and fails the strict build.
 """
 
 from __future__ import annotations
