@@ -136,7 +136,7 @@ class Regression(pl.LightningModule):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 def test_the_code_of_the_readme_runs_from_top_to_bottom(make_trainer: Any) -> None:
-    # The first block needs a model and a Trainer that writes nothing, the second a callback that has measured.
+    # The first block needs a model and a Trainer that writes nothing, the second a callback that measured.
     names: dict[str, Any] = {"model": Regression()}
     quiet = "Trainer(max_steps=4, accelerator='cpu', logger=False, enable_progress_bar=False, "
     quiet += "enable_checkpointing=False, enable_model_summary=False, "
