@@ -110,8 +110,10 @@ class ConvolutionalClassifier(pl.LightningModule):
         """Logs the loss and the share of images named rightly."""
         images, labels = batch
         scores = self(images)
-        self.log("val_loss", F.cross_entropy(scores, labels), prog_bar=True)
-        self.log("val_accuracy", (scores.argmax(1) == labels).float().mean(), prog_bar=True)
+        accuracy = (scores.argmax(1) == labels).float().mean()
+        # The mean over ranks, where there are several.
+        self.log("val_loss", F.cross_entropy(scores, labels), prog_bar=True, sync_dist=True)
+        self.log("val_accuracy", accuracy, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self):  # type: ignore[no-untyped-def]
         """AdamW; linear warm-up, then a cosine that reaches zero at the last optimizer step."""
