@@ -4,8 +4,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo digits test check-html check-tensorboard lint format bench bench-demo bench-batch-warmup \
-	bench-batch-warmup-quick fidelity fidelity-quick clean
+.PHONY: help demo digits test check-html check-tensorboard docs docs-output lint format bench bench-demo \
+	bench-batch-warmup bench-batch-warmup-quick fidelity fidelity-quick clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -30,6 +30,12 @@ check-html: $(STAMP)  ## look at the page of `lightning-surge plot` in a headles
 
 check-tensorboard: $(STAMP)  ## the same for TensorBoard's charts of a run
 	$(BIN)/python -m pytest -rs tests/test_pages_in_browser.py -k tensorboard
+
+docs: $(STAMP)  ## build the documentation in site/, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
+
+docs-output: $(STAMP)  ## run the code of the tutorial and write its output into the page
+	$(BIN)/python -m docs.code_blocks docs/tutorial.md
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -63,4 +69,4 @@ fidelity-quick: $(STAMP)  ## one cell of each kind, under two minutes; writes no
 	$(BIN)/python -m benchmarks.fidelity --quick
 
 clean:  ## remove the environment and what the examples wrote
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -23,13 +23,23 @@ from lightning_surge.plots import plot_run
 from lightning_surge.run_logs import RunLog, Series, read_run
 
 
-def parse_arguments(
-    description: str | None, arguments: Sequence[str] | None, *, output: str
-) -> argparse.Namespace:
-    """The flags of an example; `output` is the default of `--output`."""
+def fast_and_seed(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags that every example has."""
+    return _parser(description).parse_args(arguments)
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--fast", action="store_true", help="a few seconds, to see that everything works")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the data")
+    return parser
+
+
+def parse_arguments(
+    description: str | None, arguments: Sequence[str] | None, *, output: str
+) -> argparse.Namespace:
+    """The flags of an example with a report; `output` is the default of `--output`."""
+    parser = _parser(description)
     parser.add_argument(
         "--output", type=Path, default=Path(output), help="directory for logs and the picture"
     )
@@ -46,12 +56,14 @@ def parse_arguments(
 
 def prepare(seed: int) -> None:
     """Seeds, and settings that suit models and data as small as these."""
-    pl.seed_everything(seed)
+    pl.seed_everything(seed, verbose=False)
     # Operations this small gain a quarter from a second thread on idle cores, and become twenty times
     # slower when the cores are busy with something else, since the threads wait for each other.
     torch.set_num_threads(1)
     # The data fit in memory: worker processes would cost more than they save.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # Lightning 2.6 with a newer torch, in every fit.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
 
 
 def run_loggers(output: Path) -> list[Logger]:

@@ -1,5 +1,8 @@
 """What the pages say is what is committed and what runs."""
 
+import ast
+import importlib.util
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -7,26 +10,174 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_surge
 from benchmarks.publish import PAGES, filled
+from docs.code_blocks import blocks, run
 from lightning_surge import SurgeLRCallback
+from lightning_surge.cli import COMMANDS
 from lightning_surge.clocks import ExamplesClock
+from lightning_surge.policy import Policy
 
 ROOT = Path(__file__).parent.parent
-TEXTS = (
-    "README.md",
-    "docs/architecture.md",
-    "docs/batch-sizes.md",
-    "docs/fitting.md",
-    "docs/sweeping.md",
-    "docs/logged-values.md",
-    "docs/reading-a-run.md",
-    "docs/theory.md",
-)
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+TEXTS = ["README.md", "CONTRIBUTING.md", "examples/README.md", *DOCS]
+PACKAGE = Path(lightning_surge.__file__).parent
+
+# What a page takes for granted, in the page's own words: everything else its code has to make itself.
+PRELUDES = {
+    "docs/batch-sizes.md": "import torch; dataset = list(range(64)); model = torch.nn.Linear(2, 1)",
+}
+# Pages about an argument that comes with another change: they run as soon as it is there.
+NEEDS = {"docs/gan.md": "optimizer"}
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+@pytest.fixture
+def names_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the blocks of a page in one namespace and an empty directory; returns what is in it then."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+
+    def run_page(page: str) -> dict[str, Any]:
+        names: dict[str, Any] = {"__name__": page}
+        exec(PRELUDES.get(page, ""), names)
+        for block in blocks(page):
+            printed = run(block.code, names, page)
+            if block.output is not None:
+                assert shape(printed) == shape(block.output)
+        return names
+
+    with torch.random.fork_rng():
+        yield run_page
+    torch.set_num_threads(threads)
+
+
+def shape(output: str) -> list[str]:
+    """The different lines of an output, without their numbers, which depend on the machine."""
+    return list(dict.fromkeys(re.sub(r" *[-+]?\d[\d.]*", " #", line) for line in output.splitlines()))
+
+
+# ---------------------------------------------------------------------- code
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page)])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: str, names_after: Any) -> None:
+    if NEEDS.get(page, "law") not in inspect.signature(SurgeLRCallback).parameters:
+        pytest.skip(f"needs SurgeLRCallback({NEEDS[page]}=)")
+    names = names_after(page)
+    check = globals().get(f"check_{Path(page).stem.replace('-', '_')}")
+    if check is not None:
+        check(names)
+
+
+def check_tutorial(names: dict[str, Any]) -> None:
+    """What the text says about its numbers."""
+    # Measured scaling repairs most of what the larger batch has lost.
+    losses = {name: float(names[name].callback_metrics["val_loss"]) for name in ("before", "after")}
+    assert losses["after"] < 0.8 * losses["before"]
+    assert names["trainer"].global_step < names["EPOCHS"] * 1536 // 16
+
+
+def check_batch_sizes(names: dict[str, Any]) -> None:
+    # 1,600 steps from 16 up to 256 and 400 up to 512 hold 305,000 examples; the rest go at 512.
+    assert 2000 < names["steps"] < 1_000_000 // 256
+    assert isinstance(names["scheduler"]["scheduler"], ExamplesClock)
+
+
+def check_tokens(names: dict[str, Any]) -> None:
+    # All lines once; their last byte has no target.
+    assert names["ramp"].examples == sum(len(line) - 1 for line in names["lines"])
+    assert names["surge"].history.num_measurements > 0
+
+
+def check_own_loss(names: dict[str, Any]) -> None:
+    # Every step has left one entry, and no measurement has.
+    assert len(names["SEEN"]) == len(names["data"].train) // 32
+    assert names["surge"].history.num_measurements > 0
+
+
+def check_resuming(names: dict[str, Any]) -> None:
+    assert torch.equal(names["uninterrupted"], names["resumed"])
+
+
+def check_data_parallel(names: dict[str, Any]) -> None:
+    trainer = names["make_trainer"](num_ranks=3)
+    assert trainer.num_devices == 3
+    assert trainer.world_size == 3
+
+
+class Regression(pl.LightningModule):
+    """A module that brings its data, as the README's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(2048, 4, generator=generator)
+        targets = inputs.sum(1, keepdim=True) + torch.randn(2048, 1, generator=generator)
+        return DataLoader(TensorDataset(inputs, targets), batch_size=16)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return functional.mse_loss(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+def test_the_code_of_the_readme_runs_from_top_to_bottom(make_trainer: Any) -> None:
+    # The first block needs a model and a Trainer that writes nothing, the second a callback that measured.
+    names: dict[str, Any] = {"model": Regression()}
+    quiet = "Trainer(max_steps=4, accelerator='cpu', logger=False, enable_progress_bar=False, "
+    quiet += "enable_checkpointing=False, enable_model_summary=False, "
+    codes = [block.code.replace("Trainer(\n", quiet + "\n") for block in blocks("README.md")]
+    run(codes[0], names, "README.md")
+    assert names["trainer"].global_step == 4
+    names["callback"] = callback = SurgeLRCallback(base_batch_size=16, objective="step", probe_every=4)
+    make_trainer(callback).fit(Regression())
+    for code in codes[1:]:
+        run(code, names, "README.md")
+    # At least what the largest batches alone would take, at most what the smallest would.
+    assert 4_000_000 // 512 < names["steps"] < 4_000_000 // 16
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_code_block_compiles(page: str) -> None:
+    for block in blocks(page):
+        compile(block.code, page, "exec")
+
+
+# ---------------------------------------------------------------------- commands, tables, links
+
+
+def commands_of(page: str) -> str:
+    """What a page sets in the type of a terminal, but for Python."""
+    text = (ROOT / page).read_text()
+    indented = re.findall(r"(?m)^    .*$", text)
+    fenced = re.findall(r"^```(?!python)\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return "\n".join([*indented, *fenced, *re.findall(r"`([^`\n]+)`", text)])
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_commands_exist(page: str) -> None:
+    commands = commands_of(page)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?m)(?:^|/| )make ([a-z][a-z-]*)", commands)) <= targets
+    for module in set(re.findall(r"python -m ([\w.]+)", commands)):
+        assert importlib.util.find_spec(module) is not None, module
+    called = set(re.findall(r"(?m)(?:^\s*|bin/)lightning-surge ([a-z]\w*)", commands))
+    called |= set(re.findall(r"python -m lightning_surge ([a-z]\w*)", commands))
+    assert called <= {command.name for command in COMMANDS}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -36,45 +187,110 @@ def test_tables_are_those_of_the_committed_results(page: str) -> None:
     assert filled(text) == text, "run: python -m benchmarks.publish"
 
 
-def test_the_first_code_of_the_readme_builds_a_trainer() -> None:
-    code = blocks("README.md")[0]
-    names: dict[str, object] = {}
-    exec(
-        code.replace("trainer.fit(model)\n", "").replace(
-            "Trainer(", "Trainer(accelerator='cpu', logger=False, "
-        ),
-        names,
+def test_the_misses_are_those_of_the_committed_results() -> None:
+    text = (ROOT / "docs" / "limits.md").read_text().partition("## Known misses")[2]
+    told = set(re.findall(r"\b\d+\.\d{3,}\b", text))
+    results = (
+        "fidelity/results/summary.md",
+        "batch_warmup/results/summary.md",
+        "batch_warmup/results/table.md",
     )
-    trainer = names["trainer"]
-    assert isinstance(trainer, pl.Trainer)
-    assert any(isinstance(callback, SurgeLRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    committed = " ".join((ROOT / "benchmarks" / path).read_text() for path in results)
+    assert len(told) >= 8
+    assert {number for number in told if not re.search(rf"(?<![\d.]){number}(?!\d)", committed)} == set()
 
 
-def test_the_schedule_of_the_readme_has_the_steps_of_the_ramp() -> None:
-    names: dict[str, Any] = {}
-    for code in blocks("README.md")[2:4]:
-        exec(code, names)
-    # At least what the largest batches alone would take, at most what the smallest would.
-    assert 4_000_000 // 512 < names["steps"] < 4_000_000 // 16
+@pytest.mark.parametrize("page", TEXTS)
+def test_pages_name_files_that_exist(page: str) -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), link
 
 
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-def test_the_code_on_batch_sizes_runs_from_top_to_bottom() -> None:
-    names: dict[str, Any] = {"dataset": list(range(64)), "model": torch.nn.Linear(2, 1)}
-    for code in blocks("docs/batch-sizes.md"):
-        exec(code, names)
-    # 1,600 steps from 16 up to 256 and 400 up to 512 hold 305,000 examples; the rest go at 512.
-    assert 2000 < names["steps"] < 1_000_000 // 256
-    assert isinstance(names["scheduler"]["scheduler"], ExamplesClock)
+def test_every_page_is_in_the_navigation_and_the_other_way_round() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    listed = set(re.findall(r"(?m)^ +- [^#\n]*?: (\S+\.md)$", nav))
+    outside = {"CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md"}
+    assert listed - outside == {Path(page).name for page in DOCS}
+    assert outside <= listed
 
 
-def test_every_code_block_compiles() -> None:
-    for page in TEXTS:
-        for code in blocks(page):
-            compile(code, page, "exec")
+def test_every_room_is_in_the_reference() -> None:
+    """But for those that hold what users never call, which their package's page describes."""
+    listed = set(re.findall(r"(?m)^::: lightning_surge\.([\w.]+)$", (ROOT / "docs/api-rooms.md").read_text()))
+    rooms = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for path in PACKAGE.rglob("*.py")
+        if not path.name.startswith("__")
+    }
+    packages = {".".join(path.parent.relative_to(PACKAGE).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert listed <= rooms | packages
+    assert {room for room in rooms if not room.startswith("cli.")} <= listed
 
 
-def test_pages_name_files_that_exist() -> None:
-    for page in TEXTS:
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
-            assert ((ROOT / page).parent / link).exists(), link
+# ---------------------------------------------------------------------- messages
+
+SPEAKERS = {
+    "MisconfigurationException",
+    "rank_zero_warn",
+    "rank_zero_info",
+    "warnings.warn",
+    "Obstacle",
+    "self._warn",
+}
+
+
+def template(message: ast.expr) -> str:
+    """A message with `…` for its values; nothing for one that was put together elsewhere."""
+    parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+    texts = [part.value if isinstance(part, ast.Constant) else "…" for part in parts]
+    return "" if texts == ["…"] else re.sub(r"\s+", " ", "".join(map(str, texts)))
+
+
+def templates() -> dict[str, str]:
+    """Every message of the package, and where it is."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in SPEAKERS:
+                found[template(node.args[0])] = f"{path.name}:{node.lineno}"
+    return {text: place for text, place in found.items() if text}
+
+
+def quotes() -> list[str]:
+    """The first column of the tables of messages, up to the reasons."""
+    text = (ROOT / "docs" / "messages.md").read_text().partition("## Why the factor")[0]
+    return re.findall(r"(?m)^\| `([^`]+)` \|", text)
+
+
+def begins(quote: str, message: str) -> bool:
+    """Whether a message begins as quoted, where `…` in the quote may stand for several words too."""
+    pattern = ".+?".join(re.escape(part) for part in quote.split("…"))
+    return re.match(pattern, message) is not None
+
+
+def test_every_message_is_explained() -> None:
+    said = quotes()
+    missing = {text: place for text, place in templates().items() if not any(begins(q, text) for q in said)}
+    assert missing == {}, "explain them in docs/messages.md"
+
+
+def test_every_explanation_is_of_a_message() -> None:
+    messages = templates()
+    assert [quote for quote in quotes() if not any(begins(quote, text) for text in messages)] == []
+    assert all(len(quote.replace("…", "").split()) >= 3 for quote in quotes())
+
+
+def test_every_reason_is_explained() -> None:
+    explained = (ROOT / "docs" / "messages.md").read_text().partition("## Why the factor")[2]
+    tree = ast.parse(inspect.getsource(Policy).lstrip())
+    reasons = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "reason":
+            reasons |= {leaf.value for leaf in ast.walk(node.value) if isinstance(leaf, ast.Constant)}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._bounded":
+            reasons |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+        if isinstance(node, ast.FunctionDef) and node.name == "_bounded":
+            reasons |= {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
+    reasons = {reason for reason in reasons if isinstance(reason, str) and reason}
+    assert {"measured", "the rule", "bounded above by lr_scale_bounds"} <= reasons
+    assert {reason for reason in reasons if f"`{reason}`" not in explained} == set()
