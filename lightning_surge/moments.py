@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.gradients import blocks
+from lightning_surge.laws import require_number
 
 __all__ = ["LEAST_BETA_1", "AdamMoments", "has_coupled_decay"]
 
@@ -29,6 +30,8 @@ __all__ = ["LEAST_BETA_1", "AdamMoments", "has_coupled_decay"]
 # above 1/3.
 LARGEST_SHARE = 0.5
 LEAST_BETA_1 = (1.0 - LARGEST_SHARE) / (1.0 + LARGEST_SHARE)
+# The remedy for state that nothing here has written.
+SAVED = "load what state_dict returned"
 
 
 class AdamMoments:
@@ -185,9 +188,24 @@ class AdamMoments:
         return {**vars(self), "_betas": list(self._betas)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        vars(self).update(state)
-        self._betas = (state["_betas"][0], state["_betas"][1])
+        """Take over the state of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that averages can have; nothing is taken over then.
+            KeyError: if one is missing.
+        """
+        beta_1, beta_2 = (require_number("beta", beta, SAVED, zero=True) for beta in state["_betas"])
+        steps = require_number("steps", state["_steps"], SAVED, zero=True)
+        first = require_number("first", state["_first"], SAVED, zero=True)
+        second = require_number("second", state["_second"], SAVED, zero=True)
+        if max(beta_1, beta_2) >= 1.0 or not steps.is_integer():
+            raise ValueError(
+                f"Expected betas below 1 and whole steps, got betas={(beta_1, beta_2)}, steps={steps}: "
+                f"{SAVED}."
+            )
+        self._betas, self._steps = (beta_1, beta_2), int(steps)
+        self._first, self._second = first, second
+        self._seen_from_start = bool(state["_seen_from_start"])
 
 
 def has_coupled_decay(optimizer: Optimizer) -> bool:

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from lightning_surge.gradients import ChunkStatistics, SizedValue
+from lightning_surge.laws import checked_batch_size, require_number
 from lightning_surge.measuring import CoordinateSums, Measurement
 
 __all__ = ["Bin", "NoiseHistory", "NoiseStats"]
@@ -225,24 +226,38 @@ class NoiseHistory:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the records of `state_dict`."""
-        self._records.clear()
+        """Take over the records of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that a measurement can have; nothing is taken over then.
+            KeyError: if one is missing.
+        """
+        loaded = NoiseHistory(self.half_life)
         for record in state["records"]:
-            batch_size, grad_sq, trace_cov = record["norms"]
-            alignments = _sized(record["alignments"])
-            statistics = ChunkStatistics(batch_size, grad_sq, trace_cov, alignments)
-            sums = record["coordinate_sums"]
-            self._records.append(
-                Measurement(
-                    statistics,
-                    _sized(record["curvatures"]),
-                    record["passes"],
-                    record["num_chunks"],
-                    None if sums is None else CoordinateSums(*sums),
-                    _sized(record.get("sharpness", ())),
-                )
+            loaded.add(_measurement(record))
+        number = require_number("num_measurements", state["num_measurements"], "count them", zero=True)
+        if number < len(loaded):
+            raise ValueError(
+                f"Expected num_measurements >= {len(loaded)}, the records that are kept, got {number:g}: "
+                "load what state_dict returned."
             )
-        self.num_measurements = state["num_measurements"]
+        self._records, self.num_measurements = loaded._records, int(number)
+
+
+def _measurement(record: dict[str, Any]) -> Measurement:
+    """One record of `NoiseHistory.state_dict`; `add` then refuses numbers that are not finite."""
+    batch_size, grad_sq, trace_cov = record["norms"]
+    sums, sharpness = record["coordinate_sums"], _sized(record.get("sharpness", ()))
+    if len(sharpness) not in (0, 2):
+        raise ValueError(f"Expected the sharpness at two batch sizes or none, got {len(sharpness)}.")
+    return Measurement(
+        ChunkStatistics(checked_batch_size(batch_size), grad_sq, trace_cov, _sized(record["alignments"])),
+        _sized(record["curvatures"]),
+        require_number("passes", record["passes"], "load what state_dict returned", zero=True),
+        int(record["num_chunks"]),
+        None if sums is None else CoordinateSums(*sums),
+        sharpness,
+    )
 
 
 def _pair(sized: Sequence[SizedValue], weight: float) -> Contrast:
@@ -276,7 +291,7 @@ def _mean_sums(records: Sequence[tuple[Measurement, float]], total: float) -> Co
 
 
 def _sized(pairs: Iterable[Sequence[float]]) -> tuple[SizedValue, ...]:
-    return tuple(SizedValue(batch_size, value) for batch_size, value in pairs)
+    return tuple(SizedValue(checked_batch_size(batch_size), value) for batch_size, value in pairs)
 
 
 def _bins(records: Iterable[tuple[Sequence[SizedValue], float]]) -> tuple[Bin, ...]:

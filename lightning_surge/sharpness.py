@@ -135,8 +135,18 @@ class Sharpness:
         return {"vector": self._vector}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy of the vector of `state_dict`."""
-        self._vector = [w.clone() for w in state["vector"]]
+        """Take over a copy of the vector of `state_dict`; one of other shapes is started afresh when used.
+
+        Raises:
+            ValueError: if it is no list of finite floating-point tensors; nothing is taken over then.
+            KeyError: if it is missing.
+        """
+        vector = list(state["vector"])
+        for w in vector:
+            if not (isinstance(w, Tensor) and w.is_floating_point() and bool(w.isfinite().all())):
+                found = f"{w.dtype} of shape {tuple(w.shape)}" if isinstance(w, Tensor) else repr(w)
+                raise ValueError(f"Expected finite floating-point tensors in the vector, got {found}.")
+        self._vector = [w.clone() for w in vector]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Iterator[Tensor]:

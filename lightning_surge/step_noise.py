@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.gradients import dense
+from lightning_surge.laws import require_number
 
 __all__ = ["StepNoise"]
 
@@ -81,5 +82,14 @@ class StepNoise:
         return {"sum": float(self._sum), "weight": float(self._weight)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        self._sum, self._weight = state["sum"], state["weight"]
+        """Take over the state of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that sums can have; nothing is taken over then.
+            KeyError: if one is missing.
+        """
+        remedy = "load what state_dict returned"
+        weight = require_number("weight", state["weight"], remedy, zero=True)
+        # The sum itself may be negative.
+        magnitude = require_number("|sum|", abs(state["sum"]), remedy, zero=True)
+        self._sum, self._weight = math.copysign(magnitude, state["sum"]), weight

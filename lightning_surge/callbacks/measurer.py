@@ -30,6 +30,7 @@ from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.coordinates import CoordinateMeasurement
 from lightning_surge.curvature import Sample, probe_distance
 from lightning_surge.gradients import SizedValue
+from lightning_surge.laws import require_number
 from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.measuring import MIN_SLICES, LawMeasurement, Measurement, MoreSecants
 from lightning_surge.moments import AdamMoments
@@ -58,6 +59,10 @@ FAR = 4.0
 # The edge is about curvature at the point itself. A search for the largest over longer moves finds cliffs
 # nearby: on the demo it told up to twice the limit at the secants' distance, and at this share the limit.
 SHARPNESS_DELTA = 0.03
+
+# What the two counts of examples in a checkpoint may differ by: sums of fractions, and skipped steps.
+ROUNDING = 1e-9
+MOST_SKIPPED = 1e3
 
 # Checkpoints in a row that may interrupt a measurement before the user is told.
 PATIENCE = 3
@@ -598,12 +603,27 @@ class Measurer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
+        """Take over the state of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that it can have; this object is of no use then.
+            KeyError: if one is missing.
+        """
+        remedy = "load what state_dict returned"
         self.budget.load_state_dict(state["budget"])
-        self._largest_lr = state["largest_lr"]
-        self._slices_checked = state["slices_checked"]
-        self._may_split = state["may_split"]
-        self._seen_batches, self._seen_examples = state["seen"]
+        self._largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
+        self._slices_checked, self._may_split = bool(state["slices_checked"]), bool(state["may_split"])
+        batches, examples = (require_number("seen", number, remedy, zero=True) for number in state["seen"])
+        # Their quotient is the size that the next measurement is planned with: it must be one. Examples that
+        # were seen and not trained on are those of steps that a scaler skipped.
+        trained = self.budget.trained
+        fits = (1.0 - ROUNDING) * trained <= examples <= (MOST_SKIPPED * trained or math.inf)
+        if not batches.is_integer() or (examples > 0.0) != (batches > 0.0) or not fits:
+            raise ValueError(
+                f"Expected the batches and examples seen to hold the {trained:g} trained on, got {batches:g} "
+                f"batches of {examples:g} examples: {remedy}."
+            )
+        self._seen_batches, self._seen_examples = int(batches), examples
         if self._settings.follows_edge and "sharpness" in state:
             self._sharpness.load_state_dict(state["sharpness"])
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
@@ -47,7 +49,7 @@ from lightning_surge.estimates import (
     fit_sign_law,
     fit_theorem3_law,
 )
-from lightning_surge.laws import Law
+from lightning_surge.laws import Law, require_number
 from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.moments import AdamMoments
 from lightning_surge.noise import NoiseHistory, NoiseStats
@@ -66,6 +68,8 @@ LAW_HISTORY = 1024
 # the last measurement for the next one to hurry.
 CHANGE_CHECK_STEPS = 16
 NOISE_CHANGE = 2.0
+# What nobody counts in a batch: a base batch size beyond this, or below its inverse, is damage.
+LARGEST_BASE = 1e12
 
 
 class LawRecord(NamedTuple):
@@ -672,15 +676,41 @@ class SurgeLRCallback(pl.Callback):
             "law_metrics": dict(self._law_metrics),
         }
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Begin afresh if a run goes on from a checkpoint without state for this law; else that is loaded."""
+        states: dict[Any, Any] = checkpoint.get("callbacks") or {}
+        if trainer.state.fn != TrainerFn.FITTING or states.get(self.state_key):
+            return
+        # The base batch size is the same whatever the law is.
+        kind = f"{type(self).__qualname__}{{"
+        other = next((key for key in states if str(key).startswith(kind)), None)
+        found = "none" if other is None else f"that of {other}"
+        self._lose_state(
+            f"Expected state with law={self.settings.law!r} in the checkpoint, got {found}", states.get(other)
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        if state_dict.get("version") != STATE_VERSION:
-            rank_zero_warn(
-                f"Expected state of version {STATE_VERSION} in the checkpoint, got "
-                f"{state_dict.get('version')!r}: {type(self).__name__} starts measuring afresh."
+        """Go on where `state_dict` was taken; unusable state is left out as a whole, with a warning."""
+        self._begin_afresh()
+        try:
+            self._load(state_dict)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self._lose_state(
+                f"Expected whole state in the checkpoint, got what cannot be read: {found}", state_dict
+            )
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION:
+            self._lose_state(
+                f"Expected state of version {STATE_VERSION} in the checkpoint, got {state.get('version')!r}",
+                state,
             )
             return
-        base = state_dict["base_batch_size"]
+        self._measurer.load_state_dict(state["measurer"])
+        base = _saved_base(state)
         if self.settings.base_batch_size is not None and base != self.settings.base_batch_size:
             rank_zero_warn(
                 f"base_batch_size={self.settings.base_batch_size} replaces the checkpoint's {base}: the "
@@ -688,14 +718,44 @@ class SurgeLRCallback(pl.Callback):
             )
             base = self.settings.base_batch_size
         self._base_batch_size = base
-        self.history.load_state_dict(state_dict["history"])
+        self.history.load_state_dict(state["history"])
         if base is not None:
             self._policy = self._make_policy(base)
-            if state_dict["policy"] is not None:
-                self._policy.load_state_dict(state_dict["policy"])
-        self._measurer.load_state_dict(state_dict["measurer"])
-        self._step_noise.load_state_dict(state_dict["step_noise"])
-        self._noise_at_measurement = state_dict["noise_at_measurement"]
-        self._moments.load_state_dict(state_dict["moments"])
-        self._scheduled_lr = state_dict.get("scheduled_lr", math.nan)
-        self._law_metrics = dict(state_dict["law_metrics"])
+            if state["policy"] is not None:
+                self._policy.load_state_dict(state["policy"])
+        self._step_noise.load_state_dict(state["step_noise"])
+        self._noise_at_measurement = float(state["noise_at_measurement"])
+        self._moments.load_state_dict(state["moments"])
+        scheduled_lr = float(state.get("scheduled_lr", math.nan))
+        if not (math.isnan(scheduled_lr) or 0.0 <= scheduled_lr < math.inf):
+            raise ValueError(f"Expected 0 <= scheduled_lr < inf, got scheduled_lr={scheduled_lr}.")
+        self._scheduled_lr = scheduled_lr
+        self._law_metrics = {str(name): float(value) for name, value in state["law_metrics"].items()}
+
+    def _lose_state(self, what: str, state: Any) -> None:
+        """Start measuring afresh and say why; only the base batch size is taken from what was found."""
+        self._begin_afresh()
+        base = self.settings.base_batch_size
+        if base is None and isinstance(state, dict):
+            with suppress(KeyError, ValueError):
+                base = self._base_batch_size = _saved_base(state)
+                self._policy = None if base is None else self._make_policy(base)
+        consequence = (
+            "that of the first step: pass base_batch_size= if the learning rate was tuned at another"
+            if base is None
+            else f"{base:g}"
+        )
+        rank_zero_warn(
+            f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}."
+        )
+
+
+def _saved_base(state: dict[str, Any]) -> float | None:
+    """The base batch size in a checkpoint."""
+    base: float | None = state["base_batch_size"]
+    if base is None:
+        return None
+    require_number("base_batch_size", base, "load what state_dict returned")
+    if not 1.0 / LARGEST_BASE < base < LARGEST_BASE:
+        raise ValueError(f"Expected base_batch_size < {LARGEST_BASE:g}, got base_batch_size={base}.")
+    return base
