@@ -5,14 +5,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
@@ -79,16 +79,25 @@ def train(make_trainer: MakeTrainer, *callbacks: Callback, net: Net | None = Non
     return net
 
 
-@pytest.fixture(scope="module")
-def whole() -> dict[str, State]:
+OPTIONS: dict[str, State] = {
+    "edge": {"objective": "edge"},
+    "anchored": {"objective": "alignment", "anchor": "law", "base_batch_size": None},
+    "theorem3": {"law": "theorem3"},
+}
+
+
+class States(dict[str, State]):
     """The state of a short run with every objective that keeps something of its own."""
+
+    def __repr__(self) -> str:
+        return "whole"  # Hypothesis would print all of it
+
+
+@pytest.fixture(scope="module")
+def whole() -> States:
     torch.set_num_threads(1)
-    states = {}
-    for name, options in {
-        "edge": {"objective": "edge"},
-        "anchored": {"objective": "alignment", "anchor": "law", "base_batch_size": None},
-        "theorem3": {"law": "theorem3"},
-    }.items():
+    states = States()
+    for name, options in OPTIONS.items():
         callback = surge(**options)
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -107,13 +116,6 @@ def whole() -> dict[str, State]:
         assert callback.law is not None
     assert len(states["edge"]["measurer"]["sharpness"]["vector"]) == 4
     return states
-
-
-OPTIONS: dict[str, State] = {
-    "edge": {"objective": "edge"},
-    "anchored": {"objective": "alignment", "anchor": "law", "base_batch_size": None},
-    "theorem3": {"law": "theorem3"},
-}
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -178,7 +180,8 @@ def loaded(callback: SurgeLRCallback, state: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         callback.load_state_dict(state)
-    return [str(warning.message) for warning in caught]
+    # torch has its own to say of tensors where they do not belong.
+    return [str(warning.message) for warning in caught if "SurgeLRCallback" in str(warning.message)]
 
 
 def assert_sane(callback: SurgeLRCallback) -> None:
@@ -211,7 +214,7 @@ class TestAnyDamage:
     @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(chosen=st.data())
     def test_of_one_entry_is_left_out_as_a_whole_or_does_no_harm(
-        self, whole: dict[str, State], kind: str, chosen: st.DataObject
+        self, whole: States, kind: str, chosen: st.DataObject
     ) -> None:
         state = whole[kind]
         # Any kind of entry as often as another, though there are far more numbers in records.
@@ -224,12 +227,12 @@ class TestAnyDamage:
         assert_sane(callback)
         if told:
             (message,) = told
-            assert "starts measuring afresh, and base_batch_size is" in message or "will jump" in message
-            assert "will jump" in message or is_fresh(callback)
+            assert "starts measuring afresh, and base_batch_size is" in message
+            assert is_fresh(callback)
         callback.state_dict()
 
     @pytest.mark.parametrize("kind", ["edge", "anchored", "theorem3"])
-    def test_nothing_is_wrong_with_a_whole_one(self, whole: dict[str, State], kind: str) -> None:
+    def test_nothing_is_wrong_with_a_whole_one(self, whole: States, kind: str) -> None:
         callback = surge(**OPTIONS[kind])
         assert loaded(callback, whole[kind]) == []
         assert callback.law is not None
@@ -285,7 +288,7 @@ class TestDamage:
 
     @pytest.mark.parametrize(("path", "value", "message"), CASES)
     def test_is_named_and_the_run_begins_afresh(
-        self, whole: dict[str, State], path: tuple[Any, ...], value: Any, message: str
+        self, whole: States, path: tuple[Any, ...], value: Any, message: str
     ) -> None:
         # A callback that has seen another run forgets that one too.
         callback = surge(objective="edge")
@@ -313,7 +316,7 @@ class TestDamage:
         ("base", "kept"), [(16.0, 16.0), (math.nan, None), ("16", None), (5e-324, None), (1e300, None)]
     )
     def test_leaves_the_base_batch_size_if_that_is_whole(
-        self, whole: dict[str, State], base: Any, kept: float | None
+        self, whole: States, base: Any, kept: float | None
     ) -> None:
         callback = SurgeLRCallback()
         state = damaged(damaged(whole["edge"], ("policy",), DELETED), ("base_batch_size",), base)
@@ -465,6 +468,9 @@ class TestGoingOn:
             def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
                 self.net(batch[0])
 
+            def val_dataloader(self) -> Any:
+                return data()
+
         path = self._with(checkpoint, lambda callbacks: callbacks.clear())
         callback = surge()
         trainer = make_trainer(callback)
@@ -476,7 +482,7 @@ class TestGoingOn:
 
 
 class TestBatchSizeScheduler:
-    RULES: dict[str, Any] = {
+    RULES: ClassVar[dict[str, Any]] = {
         "law": FollowPeak(start=4, maximum=64),
         "ramp": LinearRamp(4, 64, duration=1000, unit="examples"),
     }
@@ -525,6 +531,7 @@ class TestBatchSizeScheduler:
             scheduler.load_state_dict(damaged(self._state(), path, value))
 
     @pytest.mark.filterwarnings("ignore:Expected a training loader with state_dict and load_state_dict")
+    @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
     @pytest.mark.parametrize(
         ("path", "value"),
         [
@@ -541,9 +548,8 @@ class TestBatchSizeScheduler:
         self, make_trainer: MakeTrainer, tmp_path: Path, path: tuple[Any, ...], value: Any
     ) -> None:
         scheduler = BatchSizeScheduler(LinearRamp(16, 16, duration=10))
-        trainer = make_trainer(scheduler)
-        trainer.fit(Net(), data())
-        trainer.save_checkpoint(tmp_path / "whole.ckpt")
+        saving = ModelCheckpoint(tmp_path, filename="whole", every_n_train_steps=STEPS)
+        make_trainer(scheduler, saving).fit(Net(), data())
         content = torch.load(tmp_path / "whole.ckpt", weights_only=True)
         state = content["callbacks"]["BatchSizeScheduler"]
         state["resumption"] = damaged(state["resumption"], path, value)

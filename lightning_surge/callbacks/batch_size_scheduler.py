@@ -523,14 +523,13 @@ class BatchSizeScheduler(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; state that cannot be used is left out, with a warning."""
-        if state_dict.get("version") != STATE_VERSION:
-            rank_zero_warn(
-                f"Expected state of version {STATE_VERSION} in the checkpoint, got"
-                f" {state_dict.get('version')!r}: {type(self).__name__} counts examples from 0."
-            )
-            return
         remedy = "load what state_dict returned"
         try:
+            if state_dict.get("version") != STATE_VERSION:
+                raise ValueError(
+                    f"Expected state of version {STATE_VERSION} in the checkpoint, got"
+                    f" {state_dict.get('version')!r}."
+                )
             accumulation = whole_number("accumulation", state_dict["accumulation"], minimum=1)
             followed = whole_number("followed", state_dict["followed"], minimum=1)
             counted = require_number("examples", state_dict["examples"], remedy, zero=True)

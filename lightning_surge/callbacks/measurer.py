@@ -37,7 +37,7 @@ from lightning_surge.moments import AdamMoments
 from lightning_surge.optimizers import OptimizerKind, lr_scales
 from lightning_surge.probing import Prober, examples_wanted
 from lightning_surge.replay import Chunk, Piece, RandomState, TraceError, no_trace
-from lightning_surge.sharpness import SECANTS, Sharpness
+from lightning_surge.sharpness import SECANTS, Sharpness, SharpnessError
 
 __all__ = ["LossFn", "Measurer"]
 
@@ -344,7 +344,7 @@ class Measurer:
                     judge=judge,
                     delta=self._delta(SHARPNESS_DELTA),
                 )
-            except (ArithmeticError, ValueError):
+            except SharpnessError:
                 return ()  # gradients of zero; the rest of the measurement is good
 
         return follow
@@ -377,7 +377,8 @@ class Measurer:
             due = piece.size > 0.0 and live.add(Chunk((piece,)), self._gradients_without(weight))
         except Exception as error:
             self.fail(error)
-        self._put_back_stash()
+        finally:
+            self._put_back_stash()
         if due:
             self._guarded(live.measure_curvature)
         self.seconds += time.perf_counter() - begin

@@ -710,14 +710,8 @@ class SurgeLRCallback(pl.Callback):
             )
             return
         self._measurer.load_state_dict(state["measurer"])
-        base = _saved_base(state)
-        if self.settings.base_batch_size is not None and base != self.settings.base_batch_size:
-            rank_zero_warn(
-                f"base_batch_size={self.settings.base_batch_size} replaces the checkpoint's {base}: the "
-                "factor on the learning rate will jump."
-            )
-            base = self.settings.base_batch_size
-        self._base_batch_size = base
+        saved = _saved_base(state)
+        base = self._base_batch_size = self.settings.base_batch_size or saved
         self.history.load_state_dict(state["history"])
         if base is not None:
             self._policy = self._make_policy(base)
@@ -731,6 +725,11 @@ class SurgeLRCallback(pl.Callback):
             raise ValueError(f"Expected 0 <= scheduled_lr < inf, got scheduled_lr={scheduled_lr}.")
         self._scheduled_lr = scheduled_lr
         self._law_metrics = {str(name): float(value) for name, value in state["law_metrics"].items()}
+        if base != saved:
+            rank_zero_warn(
+                f"base_batch_size={base} replaces the checkpoint's {saved}: the factor on the learning rate "
+                "will jump."
+            )
 
     def _lose_state(self, what: str, state: Any) -> None:
         """Start measuring afresh and say why; only the base batch size is taken from what was found."""

@@ -1,0 +1,289 @@
+"""Whatever fails while measuring, wherever it fails: training goes on, or ends, with what it had."""
+
+import gc
+import random
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_surge import SurgeLRCallback
+from lightning_surge.budget import ProbeBudget
+from lightning_surge.callbacks.measurer import Measurer
+from lightning_surge.coordinates import CoordinateMeasurement
+from lightning_surge.measuring import LawMeasurement
+
+MakeTrainer = Callable[..., pl.Trainer]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:Measuring failed and is tried again later"),
+]
+
+MICRO = 8
+
+
+class Passing(torch.autograd.Function):
+    """Nothing, forward and backward, but that somebody is told of the latter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tell: Callable[[str], None]) -> Tensor:
+        ctx.tell = tell
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.tell("backward")
+        return gradients[0], None
+
+
+class Drawing(pl.LightningModule):
+    """Draws from every random stream at every step, and keeps buffers and counts."""
+
+    def __init__(self, optimizer: str = "adamw") -> None:
+        super().__init__()
+        pl.seed_everything(3, verbose=False)
+        self.first = nn.Linear(3, 4)
+        self.drop = nn.Dropout(0.25)
+        self.last = nn.Linear(4, 1)
+        self.optimizer = optimizer
+        self.register_buffer("seen", torch.zeros(()))
+        self.count = 0
+        self.notes: list[float] = []
+        self.tell: Callable[[str], None] = lambda stage: None
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        self.tell("forward")
+        self.seen += 1
+        self.count += 1
+        self.notes.append(random.random() + np.random.rand())  # noqa: NPY002
+        hidden = torch.tanh(self.first(x + 0.01 * torch.randn_like(x)))
+        hidden = Passing.apply(self.drop(hidden), self.tell)
+        return nn.functional.mse_loss(self.last(hidden), y) * (1.0 + 1e-3 * self.notes[-1])
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "sgd":
+            return SGD(self.parameters(), lr=0.01, momentum=0.9)
+        return AdamW(self.parameters(), lr=0.01, betas=(0.9, 0.95))
+
+    @property
+    def traces(self) -> tuple[Any, ...]:
+        """All that training leaves in the module, and where its random streams stand."""
+        return (
+            [value.tolist() for value in self.state_dict().values()],
+            self.count,
+            self.notes,
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+        )
+
+
+def data(batches: int) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(MICRO * batches, 3, generator=generator)
+    y = x.sum(dim=1, keepdim=True) + torch.randn(len(x), 1, generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=MICRO)
+
+
+class Allocations(TorchDispatchMode):
+    """Tells of every operation that makes a tensor: where memory may turn out to be too small."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func._schema.returns
+        if any(str(result.type) == "Tensor" and result.alias_info is None for result in results):
+            self.tell("allocation")
+        return func(*args, **(kwargs or {}))
+
+
+class Injector:
+    """Raises at the n-th event of a kind in every measurement, or every second one, with n growing.
+
+    The training stops by itself when a measurement to be spoilt got through: every n has been tried.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        error: type[BaseException],
+        *,
+        first: int = 1,
+        stride: int = 1,
+        every_second: bool = False,
+    ) -> None:
+        self.stage, self.error, self.stride = stage, error, stride
+        self.every_second = every_second
+        self.target = first
+        self.windows = self.events = 0
+        self.measuring = self.fired = False
+        self.spoilt: list[int] = []
+        self.alive: list[weakref.ref[Any]] = []
+        self.leaked = 0
+        self.done = False
+
+    def begin_window(self) -> None:
+        self.windows += 1
+        self.events, self.fired = 0, False
+
+    @property
+    def armed(self) -> bool:
+        return self.measuring and not self.fired and not (self.every_second and self.windows % 2)
+
+    def tell(self, stage: str) -> None:
+        if stage != self.stage or not self.armed or self.done:
+            return
+        self.events += 1
+        if self.events == self.target:
+            self.fired = True
+            self.spoilt.append(self.target)
+            self.target += self.stride
+            # A new one each time: one that is kept keeps the frames that it went through.
+            raise self.error("CUDA out of memory, or whatever it may be")
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """What is done inside is done for measuring."""
+        self.measuring = True
+        try:
+            if self.stage == "allocation":
+                with Allocations(self.tell):
+                    yield
+            else:
+                yield
+        finally:
+            self.measuring = False
+
+    def end_window(self) -> None:
+        self.leaked += sum(ref() is not None for ref in self.alive)
+        self.alive.clear()
+        if not self.fired and self.events and not (self.every_second and self.windows % 2):
+            self.done = True
+
+
+@pytest.fixture
+def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[Injector], None]:
+    """Watches every part of a measurement, and lets failures have no effect on its spacing."""
+
+    def install(injector: Injector) -> None:
+        monkeypatch.setattr(ProbeBudget, "widen", lambda self: None)
+        for name in ("_start_live", "after_backward", "collect"):
+            original = getattr(Measurer, name)
+
+            def watched(self: Measurer, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+                with injector.watched():
+                    return original(self, *args, **kwargs)
+
+            monkeypatch.setattr(Measurer, name, watched)
+        for kind in (LawMeasurement, CoordinateMeasurement):
+            make = kind.__init__
+
+            def made(self: Any, *args: Any, make: Any = make, **kwargs: Any) -> None:
+                injector.alive.append(weakref.ref(self))
+                make(self, *args, **kwargs)
+
+            monkeypatch.setattr(kind, "__init__", made)
+        compute = Measurer._loss
+
+        def computed(self: Measurer, *args: Any) -> Tensor:
+            loss = compute(self, *args)
+            injector.alive.append(weakref.ref(loss))  # and with it all that its graph holds
+            return loss
+
+        monkeypatch.setattr(Measurer, "_loss", computed)
+
+    return install
+
+
+class Steering(Callback):
+    """Tells the injector of windows, and ends the training when it has tried everything."""
+
+    def __init__(self, injector: Injector) -> None:
+        self.injector = injector
+        self.micro_batches = 0
+
+    def on_train_start(self, *args: Any) -> None:
+        self.injector.begin_window()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.micro_batches += 1
+        if self.micro_batches % trainer.accumulate_grad_batches == 0:
+            self.injector.end_window()
+            self.injector.begin_window()
+            trainer.should_stop = self.injector.done
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "edge": {"options": {"objective": "edge"}},
+    "theorem3": {"options": {"law": "theorem3"}},
+    "sgd": {"options": {"objective": "step"}, "optimizer": "sgd"},
+    "micro-batches": {"options": {"objective": "edge"}, "accumulation": 4},
+}
+# How far apart the events are that are tried; the primes differ, so that together they hit most of them.
+STRIDES = {"edge": 61, "theorem3": 67, "sgd": 31, "micro-batches": 61}
+
+
+def surge(accumulation: int, **options: Any) -> SurgeLRCallback:
+    """Measures at every step, at the base batch size, where the factor is 1 whatever is measured."""
+    size = MICRO * accumulation
+    return SurgeLRCallback(**({"base_batch_size": size, "probe_every": 1, "probe_examples": size} | options))
+
+
+class TestAnywhere:
+    """A failure at every single place of a measurement, one after the other, in one training."""
+
+    @pytest.mark.parametrize("every_second", [True, False], ids=["after a whole one", "after another"])
+    @pytest.mark.parametrize("stage", ["forward", "backward", "allocation"])
+    @pytest.mark.parametrize("case", CASES)
+    def test_it_leaves_the_training_that_there_was(
+        self,
+        make_trainer: MakeTrainer,
+        inject: Callable[[Injector], None],
+        case: str,
+        stage: str,
+        every_second: bool,
+    ) -> None:
+        accumulation = CASES[case].get("accumulation", 1)
+        optimizer = CASES[case].get("optimizer", "adamw")
+        error = torch.OutOfMemoryError if stage == "allocation" else RuntimeError
+        stride = STRIDES[case] if stage == "allocation" else 1
+        injector = Injector(stage, error, stride=stride, every_second=every_second)
+        inject(injector)
+        module = Drawing(optimizer)
+        module.tell = injector.tell
+        callback = surge(accumulation, **CASES[case]["options"])
+        trainer = make_trainer(
+            callback, Steering(injector), accumulate_grad_batches=accumulation, max_epochs=40
+        )
+        gc.disable()  # what is left must go by itself
+        try:
+            trainer.fit(module, data(60 * accumulation))
+        finally:
+            gc.enable()
+        found = module.traces
+        assert injector.done
+        assert len(injector.spoilt) >= 4
+        assert injector.leaked == 0
+        assert callback.history.num_measurements >= (len(injector.spoilt) - 2 if every_second else 1)
+
+        plain = Drawing(optimizer)
+        again = make_trainer(
+            accumulate_grad_batches=accumulation, max_epochs=-1, max_steps=trainer.global_step
+        )
+        again.fit(plain, data(60 * accumulation))
+        assert plain.traces == found
