@@ -62,8 +62,8 @@ __all__ = ["LawRecord", "SurgeLRCallback"]
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
-# Laws kept to look at after a run; the oldest go first.
-LAW_HISTORY = 1024
+# Laws kept to look at after a run, at 35 KiB each; the oldest go first.
+LAW_HISTORY = 256
 # How often the noise of the steps is read, which waits for the device, and how far it must have moved since
 # the last measurement for the next one to hurry.
 CHANGE_CHECK_STEPS = 16
