@@ -1,7 +1,9 @@
 """Whatever fails while measuring, wherever it fails: training goes on, or ends, with what it had."""
 
 import gc
+import math
 import random
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -286,4 +289,226 @@ class TestAnywhere:
             accumulate_grad_batches=accumulation, max_epochs=-1, max_steps=trainer.global_step
         )
         again.fit(plain, data(60 * accumulation))
+        assert plain.traces == found
+
+    def test_errors_of_the_users_code_are_told_wherever_they_are_raised(
+        self, make_trainer: MakeTrainer, inject: Callable[[Injector], None]
+    ) -> None:
+        # ValueError and ZeroDivisionError are what measuring itself raises where there is nothing to measure.
+        for error in (ValueError, ZeroDivisionError):
+            injector = Injector("forward", error, every_second=True)
+            inject(injector)
+            module = Drawing()
+            module.tell = injector.tell
+            callback = surge(1, objective="edge")
+            trainer = make_trainer(callback, Steering(injector), max_epochs=40)
+            with pytest.warns(UserWarning, match=f"Measuring failed .* {error.__name__}: CUDA") as told:
+                trainer.fit(module, data(60))
+            assert len([warning for warning in told if error.__name__ in str(warning.message)]) == len(
+                injector.spoilt
+            )
+
+
+class EndIn(Callback):
+    """Ends a training without the callback where another was ended while measuring."""
+
+    def __init__(self, batch_idx: int) -> None:
+        self.batch_idx = batch_idx
+        self.batch = -1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self.batch = batch_idx
+
+    def on_after_backward(self, *args: Any) -> None:
+        if self.batch == self.batch_idx:
+            raise KeyboardInterrupt
+
+
+class Noting(EndIn):
+    """Notes the micro-batch in hand."""
+
+    def __init__(self) -> None:
+        super().__init__(-2)
+
+
+@pytest.fixture
+def _interrupts_stay_possible() -> Iterator[None]:
+    # Lightning ignores further ones, for the rest of the process.
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts_stay_possible")
+class TestInterrupts:
+    # In a probe: slices, a secant, the reference, the sharpness. In a window: secants after the second and
+    # the fourth micro-batch, and the sharpness.
+    @pytest.mark.parametrize(
+        ("case", "stage", "event"),
+        [
+            ("edge", "forward", 1),
+            ("edge", "forward", 4),
+            ("edge", "backward", 8),
+            ("edge", "allocation", 150),
+            ("theorem3", "forward", 6),
+            ("micro-batches", "forward", 1),
+            ("micro-batches", "backward", 3),
+            ("micro-batches", "allocation", 2),
+            ("micro-batches", "allocation", 40),
+        ],
+    )
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+    def test_end_the_training_as_if_nothing_had_been_measured(
+        self,
+        make_trainer: MakeTrainer,
+        inject: Callable[[Injector], None],
+        case: str,
+        stage: str,
+        event: int,
+        error: type[BaseException],
+    ) -> None:
+        def ended(*callbacks: Callback, tell: Any = None) -> tuple[Drawing, pl.Trainer]:
+            module = Drawing(CASES[case].get("optimizer", "adamw"))
+            module.tell = tell or module.tell
+            trainer = make_trainer(*callbacks, accumulate_grad_batches=accumulation)
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                trainer.fit(module, data(60 * accumulation))
+            return module, trainer
+
+        accumulation = CASES[case].get("accumulation", 1)
+        injector = Injector(stage, error, first=event, every_second=True)
+        inject(injector)
+        noting = Noting()
+        callback = surge(accumulation, **CASES[case]["options"])
+        found, trainer = ended(callback, Steering(injector), noting, tell=injector.tell)
+        assert injector.spoilt == [event]
+        assert callback.history.num_measurements == 1
+        expected, _ = ended(EndIn(noting.batch))
+        assert found.traces == expected.traces
+        for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None)
+            assert one.grad is None or torch.equal(one.grad, other.grad)
+        assert "log" not in vars(found)
+        assert all(group["lr"] == 0.01 for group in trainer.optimizers[0].param_groups)
+
+    @pytest.mark.parametrize("accumulation", [1, 4])
+    def test_give_the_learning_rate_back(
+        self, make_trainer: MakeTrainer, inject: Callable[[Injector], None], accumulation: int
+    ) -> None:
+        injector = Injector("forward", KeyboardInterrupt, every_second=True)
+        inject(injector)
+        seen: list[float] = []
+
+        def tell(stage: str) -> None:
+            if injector.measuring:
+                seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+            injector.tell(stage)
+
+        module = Drawing()
+        module.tell = tell
+        callback = surge(accumulation, base_batch_size=MICRO * accumulation / 4, objective="alignment")
+        trainer = make_trainer(callback, Steering(injector), accumulate_grad_batches=accumulation)
+        with pytest.raises(SystemExit):
+            trainer.fit(module, data(60))
+        assert seen[-1] > 0.01
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+        assert len(trainer.optimizers[0]._optimizer_step_post_hooks) == 0
+
+
+class Refusing(CSVLogger):
+    """Writes so many times, and then never again."""
+
+    def __init__(self, path: str, times: float) -> None:
+        super().__init__(path)
+        self.left = times
+        self.calls = 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.calls += 1
+        if self.calls > self.left:
+            raise OSError("no space left on device")
+        super().log_metrics(metrics, step)
+
+
+class TestElsewhere:
+    def test_a_logger_that_fails_ends_the_training_as_it_would_without_the_callback(
+        self, make_trainer: MakeTrainer, tmp_path: Any
+    ) -> None:
+        module = Drawing()
+        callback = surge(1, base_batch_size=2)
+        trainer = make_trainer(callback, logger=Refusing(str(tmp_path), 3))
+        with pytest.raises(OSError, match="no space left"):
+            trainer.fit(module, data(12))
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+        assert trainer.global_step == 4
+
+    def test_a_logger_is_never_asked_within_a_measurement(
+        self, make_trainer: MakeTrainer, tmp_path: Any
+    ) -> None:
+        class Logging(Drawing):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                loss = super().training_step(batch, batch_idx)
+                self.log("loss", loss)
+                assert self.logger is not None
+                self.logger.log_metrics({"direct": float(loss)}, step=self.count)
+                return loss
+
+        logger = Refusing(str(tmp_path), math.inf)
+        callback = surge(1)
+        make_trainer(callback, logger=logger).fit(Logging(), data(12))
+        assert callback.history.num_measurements == 11
+        assert logger.calls == 2 * 12  # by training_step itself, and by the Trainer for it
+
+    def test_batch_size_fn_that_fails_on_a_slice_costs_the_measurement(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        def count(batch: list[Tensor]) -> float:
+            if len(batch[0]) < MICRO:
+                raise KeyError("lengths")
+            return float(len(batch[0]))
+
+        module, plain = Drawing(), Drawing()
+        callback = surge(1, batch_size_fn=count)
+        with pytest.warns(UserWarning, match="Measuring failed .* KeyError: 'lengths'"):
+            make_trainer(callback).fit(module, data(12))
+        found = module.traces
+        plain = Drawing()
+        make_trainer().fit(plain, data(12))
+        assert plain.traces == found
+        assert callback.history.num_measurements == 0
+
+    def test_batch_size_fn_that_fails_on_a_batch_is_the_users_error(self, make_trainer: MakeTrainer) -> None:
+        # Without it there is no learning rate to decide on.
+        calls: list[int] = []
+
+        def count(batch: list[Tensor]) -> float:
+            calls.append(len(batch[0]))
+            if len(calls) > 20:
+                raise KeyError("lengths")
+            return float(len(batch[0]))
+
+        trainer = make_trainer(SurgeLRCallback(2, "linear", batch_size_fn=count))
+        with pytest.raises(KeyError, match="lengths"):
+            trainer.fit(Drawing(), data(40))
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+        assert trainer.global_step == 10
+
+    def test_the_noise_of_steps_is_given_up_where_it_fails(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def update(*args: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr("lightning_surge.callbacks.surge_lr.StepNoise.update", update)
+        module = Drawing()
+        callback = surge(1)
+        with pytest.warns(
+            UserWarning, match="state of AdamW is not read for its noise: OutOfMemoryError"
+        ) as told:
+            make_trainer(callback).fit(module, data(12))
+        assert len([warning for warning in told if "OutOfMemory" in str(warning.message)]) == 1
+        assert callback.history.num_measurements == 11
+        found = module.traces
+        plain = Drawing()
+        make_trainer().fit(plain, data(12))
         assert plain.traces == found
