@@ -543,7 +543,9 @@ class SurgeLRCallback(pl.Callback):
         if self._measurer.failure is not None:
             policy.hold(self._measurer.failure)
             self._measurer.failure = None
-        if measurement is not None:
+        if measurement is not None and not any(measurement.statistics[1:3]):
+            policy.hold("the gradients are zero")
+        elif measurement is not None:
             # Whatever goes wrong here must not end a training.
             try:
                 self.history.add(measurement)
