@@ -125,7 +125,7 @@ class EstimatedLaw(Law):
         if not all(map(math.isfinite, (whole, *values))):
             return math.inf
         shares = np.array([share for _, share in self.replicates])
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             pseudo = whole / shares - (1.0 / shares - 1.0) * np.array(values)
             centre = np.sum(shares * pseudo)
             error = float(np.sqrt(np.sum(shares**2 / (1.0 - shares) * (pseudo - centre) ** 2)))
@@ -167,7 +167,7 @@ class EstimatedLaw(Law):
             (None if law is None else _law_from_state(law), share) for law, share in state["replicates"]
         )
         low, high = state["reach"]
-        if not (all(0.0 < share < 1.0 for _, share in replicates) and 0.0 <= low <= high and high > 0.0):
+        if not (all(0.0 < share <= 1.0 for _, share in replicates) and 0.0 <= low <= high and high > 0.0):
             raise ValueError(
                 f"Expected shares between 0 and 1 and a reach from low to high, got "
                 f"{[share for _, share in replicates]} and {(low, high)}: load what state_dict returned."

@@ -254,7 +254,7 @@ class TestDamage:
         (("policy", "law", "law", "kind"), "GoodLaw", "KeyError: 'GoodLaw'"),
         (("policy", "law", "law", "alignment_scale"), math.nan, "Expected 0 <= alignment_scale < inf, got"),
         (("policy", "law", "law", "alignment_scale"), "48", "got alignment_scale=48"),
-        (("policy", "law", "replicates", 0, 1), 1.0, "Expected shares between 0 and 1"),
+        (("policy", "law", "replicates", 0, 1), 1.5, "Expected shares between 0 and 1"),
         (("policy", "law", "reach"), [8.0, 4.0], "a reach from low to high, got .*(8.0, 4.0)"),
         (("policy", "lag"), 2.0, "Expected lag <= 1"),
         (("policy", "lag"), 0.0, "Expected 0 < lag < inf, got lag=0.0"),

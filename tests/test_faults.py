@@ -518,3 +518,25 @@ class TestElsewhere:
         plain = Drawing()
         make_trainer().fit(plain, data(12))
         assert plain.traces == found
+
+    def test_a_trace_that_cannot_be_undone_leaves_nothing_of_the_measurement_behind(
+        self, make_trainer: MakeTrainer, inject: Callable[[Injector], None]
+    ) -> None:
+        class Scribbling(Drawing):
+            def __init__(self) -> None:
+                super().__init__()
+                self.large = torch.zeros((1 << 20) + 1)  # too large to copy
+
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                self.large[0] += 1
+                return super().training_step(batch, batch_idx)
+
+        watching = Injector("nothing", RuntimeError)
+        inject(watching)
+        gc.disable()
+        try:
+            with pytest.warns(UserWarning, match="Measuring failed .* TraceError"):
+                make_trainer(surge(1), Steering(watching)).fit(Scribbling(), data(8))
+        finally:
+            gc.enable()
+        assert watching.leaked == 0

@@ -16,22 +16,24 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:No law was fitted to a measurement"),
 ]
 
-STEPS = 400
+STEPS = 240
 
 
 def test_bad_times_are_survived_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     # What the collector knows is a matter of the long run.
     monkeypatch.setattr("benchmarks.soak.__main__.gc.collect", lambda: 0)
-    module, watch = run(STEPS, probe_every=3, max_drift_per_step=1.0)
+    monkeypatch.setattr("benchmarks.soak.__main__.gc.get_objects", list)
+    module, watch = run(STEPS, probe_every=2, probe_examples=32)
     assert watch.bad_factors == watch.bad_weights == 0
     assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
-    assert len(watch.records) == WINDOWS
+    assert len(watch.records) == STEPS // (STEPS // WINDOWS)
     # In every phase something was measured that could not be used, or nothing could be measured.
     for phase in PHASES:
         if phase is not NAN_EXAMPLES:  # no step is decided on there
             assert any(reason.startswith("held") for reason in watch.reasons[phase.name]), phase.name
-    assert max(recovery(watch.records, STEPS).values()) <= 0.1
+    # Every failure doubles the spacing of two steps; four in a phase make it 32.
+    assert max(recovery(watch.records, STEPS).values()) * STEPS <= 34
     assert not watch.records[-1].reason.startswith("held")
     raw, summary = summarised(watch, STEPS)
     assert len(raw["tenths"]) == 10

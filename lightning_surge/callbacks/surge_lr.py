@@ -107,6 +107,9 @@ class SurgeLRCallback(pl.Callback):
         * Measurements are noisy: until their standard error shrinks the factor stays near `sqrt(B / base)`.
         * A checkpoint discards batches that were being pooled for the next measurement, in the running
           training too, so that a resumed run repeats it bit for bit.
+        * A checkpoint holds this callback's state, not the random streams or the places of loaders, which
+          Lightning does not restore either. A `BatchSizeScheduler` beside it keeps those, with
+          `ConstantSize(n)` for a fixed size.
 
     Args:
         base_batch_size: Examples per optimizer step at which the scheduled learning rate was tuned. None
