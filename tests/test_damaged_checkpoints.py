@@ -305,9 +305,7 @@ class TestDamage:
     @pytest.mark.parametrize("state", [[1, 2], "state", 7])
     def test_of_all_of_it(self, state: Any) -> None:
         callback = SurgeLRCallback()
-        with pytest.warns(
-            UserWarning, match="got what cannot be read: AttributeError.* first step: pass base"
-        ):
+        with pytest.warns(UserWarning, match="of version 1 .* got None: .* first step: pass base"):
             callback.load_state_dict(state)
         assert is_fresh(callback)
         assert callback.lr_scale(64) == 1.0
@@ -460,6 +458,28 @@ class TestGoingOn:
             net = self._resumed(make_trainer, self._with(checkpoint, change), callback)
         assert net.lrs[0] == 0.02
         assert callback.history.num_measurements > 4
+
+    @pytest.mark.parametrize("whole_state", [True, False])
+    def test_in_the_middle_of_a_run(self, make_trainer: MakeTrainer, whole_state: bool) -> None:
+        # As a learning-rate finder does that is asked within training.
+        class Restoring(Callback):
+            def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+                if trainer.global_step == 7:
+                    state = copy.deepcopy(callback.state_dict())
+                    callback.load_state_dict(state if whole_state else {"version": 1})
+
+        callback = surge(objective="edge")
+        again = Net()
+        if whole_state:
+            make_trainer(callback, Restoring()).fit(again, data())
+            plain, without = Net(), surge(objective="edge")
+            make_trainer(without).fit(plain, data())
+            assert again.lrs == plain.lrs
+            assert repr(callback.state_dict()) == repr(without.state_dict())
+        else:
+            with pytest.warns(UserWarning, match="KeyError: 'measurer'.*afresh"):
+                make_trainer(callback, Restoring()).fit(again, data())
+            assert callback.history.num_measurements == STEPS - 7 - 1
 
     def test_a_validation_of_a_checkpoint_without_state_keeps_what_was_measured(
         self, make_trainer: MakeTrainer, checkpoint: Path

@@ -147,6 +147,12 @@ class Measurer:
         )
         self.seconds = 0.0
 
+    def take_over(self, other: Measurer) -> None:
+        """Take hold of the run that another one has in hand, if it has one."""
+        if "_trainer" in vars(other):
+            self.attach(other._trainer, other._module, other._optimizer, other._writer, other._kind)
+            self.seconds = other.seconds
+
     def detach(self) -> None:
         """Let go of the run, and of every batch."""
         for name in ("_trainer", "_module", "_optimizer", "_writer", "_prober"):

@@ -698,22 +698,35 @@ class SurgeLRCallback(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; unusable state is left out as a whole, with a warning."""
-        self._begin_afresh()
+        version = state_dict.get("version") if isinstance(state_dict, dict) else None
+        if type(version) is not int or version != STATE_VERSION:
+            self._lose_state(
+                f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}", state_dict
+            )
+            return
+        self._start_over()
         try:
-            self._load(state_dict)
+            saved = self._load(state_dict)
         except Exception as error:
             found = f"{type(error).__name__}: {error}".partition("\n")[0]
             self._lose_state(
                 f"Expected whole state in the checkpoint, got what cannot be read: {found}", state_dict
             )
-
-    def _load(self, state: dict[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            self._lose_state(
-                f"Expected state of version {STATE_VERSION} in the checkpoint, got {state.get('version')!r}",
-                state,
-            )
             return
+        if self._base_batch_size != saved:
+            rank_zero_warn(
+                f"base_batch_size={self._base_batch_size} replaces the checkpoint's {saved}: the factor on "
+                "the learning rate will jump."
+            )
+
+    def _start_over(self) -> None:
+        """Begin afresh in the middle of a run, too, where a learning-rate finder may restore a checkpoint."""
+        measurer = self._measurer
+        self._begin_afresh()
+        self._measurer.take_over(measurer)
+
+    def _load(self, state: dict[str, Any]) -> float | None:
+        """Take over what is in a checkpoint, and return its base batch size."""
         self._measurer.load_state_dict(state["measurer"])
         saved = _saved_base(state)
         base = self._base_batch_size = self.settings.base_batch_size or saved
@@ -730,15 +743,11 @@ class SurgeLRCallback(pl.Callback):
             raise ValueError(f"Expected 0 <= scheduled_lr < inf, got scheduled_lr={scheduled_lr}.")
         self._scheduled_lr = scheduled_lr
         self._law_metrics = {str(name): float(value) for name, value in state["law_metrics"].items()}
-        if base != saved:
-            rank_zero_warn(
-                f"base_batch_size={base} replaces the checkpoint's {saved}: the factor on the learning rate "
-                "will jump."
-            )
+        return saved
 
     def _lose_state(self, what: str, state: Any) -> None:
         """Start measuring afresh and say why; only the base batch size is taken from what was found."""
-        self._begin_afresh()
+        self._start_over()
         base = self.settings.base_batch_size
         if base is None and isinstance(state, dict):
             with suppress(KeyError, ValueError):
