@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.gradients import blocks
-from lightning_surge.laws import require_number
 
 __all__ = ["LEAST_BETA_1", "AdamMoments", "has_coupled_decay"]
 
@@ -30,8 +29,6 @@ __all__ = ["LEAST_BETA_1", "AdamMoments", "has_coupled_decay"]
 # above 1/3.
 LARGEST_SHARE = 0.5
 LEAST_BETA_1 = (1.0 - LARGEST_SHARE) / (1.0 + LARGEST_SHARE)
-# The remedy for state that nothing here has written.
-SAVED = "load what state_dict returned"
 
 
 class AdamMoments:
@@ -194,17 +191,21 @@ class AdamMoments:
             ValueError: if a value is none that averages can have; nothing is taken over then.
             KeyError: if one is missing.
         """
-        beta_1, beta_2 = (require_number("beta", beta, SAVED, zero=True) for beta in state["_betas"])
-        steps = require_number("steps", state["_steps"], SAVED, zero=True)
-        first = require_number("first", state["_first"], SAVED, zero=True)
-        second = require_number("second", state["_second"], SAVED, zero=True)
-        if max(beta_1, beta_2) >= 1.0 or not steps.is_integer():
+        beta_1, beta_2 = state["_betas"]
+        steps, first, second = state["_steps"], state["_first"], state["_second"]
+        numbers = (beta_1, beta_2, steps, first, second)
+        if not (
+            all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in numbers)
+            and max(beta_1, beta_2) < 1.0
+            and steps == int(steps) < 2**63
+        ):
             raise ValueError(
-                f"Expected betas below 1 and whole steps, got betas={(beta_1, beta_2)}, steps={steps}: "
-                f"{SAVED}."
+                f"Expected betas from 0 to below 1, whole steps and averages that are not negative, got "
+                f"betas={(beta_1, beta_2)}, steps={steps!r}, first={first!r}, second={second!r}: load what "
+                "state_dict returned."
             )
-        self._betas, self._steps = (beta_1, beta_2), int(steps)
-        self._first, self._second = first, second
+        self._betas, self._steps = (float(beta_1), float(beta_2)), int(steps)
+        self._first, self._second = float(first), float(second)
         self._seen_from_start = bool(state["_seen_from_start"])
 
 

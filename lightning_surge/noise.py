@@ -11,13 +11,13 @@ they are asked for: leaving out one group at a time is what standard errors are 
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from lightning_surge.gradients import ChunkStatistics, SizedValue
-from lightning_surge.laws import checked_batch_size, require_number
 from lightning_surge.measuring import CoordinateSums, Measurement
 
 __all__ = ["Bin", "NoiseHistory", "NoiseStats"]
@@ -26,6 +26,8 @@ __all__ = ["Bin", "NoiseHistory", "NoiseStats"]
 # A size that a ramp has left behind weighs less and less; below this share of the heaviest bin's weight it
 # tells of another time, and is left out.
 STALE = 0.25
+# No count of examples or tokens is smaller: in a checkpoint it is damage.
+SMALLEST = 1e-12
 
 
 class Bin(NamedTuple):
@@ -235,13 +237,18 @@ class NoiseHistory:
         loaded = NoiseHistory(self.half_life)
         for record in state["records"]:
             loaded.add(_measurement(record))
-        number = require_number("num_measurements", state["num_measurements"], "count them", zero=True)
-        if number < len(loaded):
-            raise ValueError(
-                f"Expected num_measurements >= {len(loaded)}, the records that are kept, got {number:g}: "
-                "load what state_dict returned."
-            )
+        # At least the records that are kept.
+        number = _saved("num_measurements", state["num_measurements"], len(loaded))
         self._records, self.num_measurements = loaded._records, int(number)
+
+
+def _saved(name: str, value: float, smallest: float) -> float:
+    """A number from a checkpoint, which may be damaged."""
+    if not (isinstance(value, (int, float)) and smallest <= value < sys.float_info.max):
+        raise ValueError(
+            f"Expected {name} of at least {smallest:g}, got {name}={value!r}: load what state_dict returned."
+        )
+    return float(value)
 
 
 def _measurement(record: dict[str, Any]) -> Measurement:
@@ -251,9 +258,11 @@ def _measurement(record: dict[str, Any]) -> Measurement:
     if len(sharpness) not in (0, 2):
         raise ValueError(f"Expected the sharpness at two batch sizes or none, got {len(sharpness)}.")
     return Measurement(
-        ChunkStatistics(checked_batch_size(batch_size), grad_sq, trace_cov, _sized(record["alignments"])),
+        ChunkStatistics(
+            _saved("batch_size", batch_size, SMALLEST), grad_sq, trace_cov, _sized(record["alignments"])
+        ),
         _sized(record["curvatures"]),
-        require_number("passes", record["passes"], "load what state_dict returned", zero=True),
+        _saved("passes", record["passes"], 0.0),
         int(record["num_chunks"]),
         None if sums is None else CoordinateSums(*sums),
         sharpness,
@@ -291,7 +300,7 @@ def _mean_sums(records: Sequence[tuple[Measurement, float]], total: float) -> Co
 
 
 def _sized(pairs: Iterable[Sequence[float]]) -> tuple[SizedValue, ...]:
-    return tuple(SizedValue(checked_batch_size(batch_size), value) for batch_size, value in pairs)
+    return tuple(SizedValue(_saved("batch_size", batch_size, SMALLEST), value) for batch_size, value in pairs)
 
 
 def _bins(records: Iterable[tuple[Sequence[SizedValue], float]]) -> tuple[Bin, ...]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.gradients import dense
-from lightning_surge.laws import require_number
 
 __all__ = ["StepNoise"]
 
@@ -88,8 +87,11 @@ class StepNoise:
             ValueError: if a value is none that sums can have; nothing is taken over then.
             KeyError: if one is missing.
         """
-        remedy = "load what state_dict returned"
-        weight = require_number("weight", state["weight"], remedy, zero=True)
-        # The sum itself may be negative.
-        magnitude = require_number("|sum|", abs(state["sum"]), remedy, zero=True)
-        self._sum, self._weight = math.copysign(magnitude, state["sum"]), weight
+        total, weight = state["sum"], state["weight"]
+        numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in (total, weight))
+        if not numbers or weight < 0.0:
+            raise ValueError(
+                f"Expected a finite sum and 0 <= weight < inf, got sum={total!r}, weight={weight!r}: load "
+                "what state_dict returned."
+            )
+        self._sum, self._weight = float(total), float(weight)

@@ -708,7 +708,7 @@ class SurgeLRCallback(pl.Callback):
         try:
             saved = self._load(state_dict)
         except Exception as error:
-            found = f"{type(error).__name__}: {error}".partition("\n")[0]
+            found = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
             self._lose_state(
                 f"Expected whole state in the checkpoint, got what cannot be read: {found}", state_dict
             )
