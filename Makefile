@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo digits test check-html check-tensorboard docs docs-output lint format bench bench-demo \
-	bench-batch-warmup bench-batch-warmup-quick fidelity fidelity-quick clean
+	bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -60,6 +60,9 @@ bench-batch-warmup: $(STAMP)  ## ramps against tuned constant batch sizes: goes 
 
 bench-batch-warmup-quick: $(STAMP)  ## some cells of each kind, under a minute; writes nothing
 	$(BIN)/python -m benchmarks.batch_warmup --quick
+
+soak: $(STAMP)  ## 20,000 steps through bad times: memory, overhead, recovery; ten minutes, writes benchmarks/soak/results
+	$(BIN)/python -m benchmarks.soak
 
 fidelity: $(STAMP)  ## predicted learning rates against sweeps: goes on for BUDGET minutes (60) where it stopped
 	$(BIN)/python -m benchmarks.fidelity --budget $(or $(BUDGET),60)

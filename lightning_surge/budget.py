@@ -145,5 +145,20 @@ class ProbeBudget:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`; the settings stay as they are."""
-        vars(self).update(state)
+        """Take over the state of `state_dict`; the settings stay as they are.
+
+        Raises:
+            ValueError: if a value is none that a budget can have; nothing is taken over then.
+            KeyError: if one is missing.
+        """
+        # Everything begins at its smallest value, and as what it is.
+        smallest = ProbeBudget(self.max_overhead, self.probe_every).state_dict()
+        values = {name: state[name] for name in smallest}
+        for name, value in values.items():
+            kinds = (int, float) if type(smallest[name]) is float else type(smallest[name])
+            if not (isinstance(value, kinds) and smallest[name] <= value < math.inf):
+                raise ValueError(
+                    f"Expected {name.lstrip('_')} of at least {smallest[name]} in the state of a budget, got "
+                    f"{value!r}."
+                )
+        vars(self).update(values)

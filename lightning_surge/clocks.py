@@ -191,7 +191,7 @@ class ExamplesClock(LRScheduler):
             state_dict: From a clock with the same ``examples_per_step``.
 
         Raises:
-            ValueError: If the state is another scheduler's, or counts in other steps.
+            ValueError: If the state is another scheduler's, counts in other steps, or is damaged.
         """
         if missing := self.state_dict().keys() - state_dict.keys():
             raise ValueError(
@@ -203,9 +203,16 @@ class ExamplesClock(LRScheduler):
                 f"Expected a clock with the examples_per_step of the checkpoint, {saved:g}, got"
                 f" {self._examples_per_step:g}: use examples_per_step={saved:g}; the batch size is free."
             )
+        examples, rounding, ticks = (state_dict[name] for name in ("examples", "rounding", "ticks"))
+        numbers = all(isinstance(value, (int, float)) for value in (examples, rounding, ticks))
+        if not (numbers and 0.0 <= examples < math.inf and math.isfinite(rounding) and ticks == int(ticks)):
+            raise ValueError(
+                "Expected finite counts in the state of an ExamplesClock, got"
+                f" examples={examples!r}, rounding={rounding!r}, ticks={ticks!r}: the checkpoint is damaged,"
+                " resume from another one."
+            )
         self._scheduler.load_state_dict(state_dict["scheduler"])
-        self._examples, self._rounding = state_dict["examples"], state_dict["rounding"]
-        self._ticks = state_dict["ticks"]
+        self._examples, self._rounding, self._ticks = examples, rounding, int(ticks)
 
     def __getattr__(self, name: str) -> Any:
         # Whoever looks for last_epoch, base_lrs or cycle_momentum means the wrapped scheduler's.

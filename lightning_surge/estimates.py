@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lightning_surge.edge import EdgeLaw
-from lightning_surge.laws import Law, MeasuredLaw, Peak, SGDLaw
+from lightning_surge.laws import Law, MeasuredLaw, Peak, SGDLaw, require_number
 from lightning_surge.noise import Bin, Contrast, NoiseHistory, NoiseStats
 from lightning_surge.theorems import Theorem3Law
 
@@ -45,6 +45,8 @@ LARGEST_SCALE = 1e4
 # predicted ratio, per factor of two beyond them: a choice, more cautious than line searches up to 16 times
 # beyond have shown.
 EXTRAPOLATION_ERROR = 0.1
+# Beyond this nothing is known, and its square still is a number.
+LARGEST_ERROR = 1e100
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,11 @@ class EstimatedLaw(Law):
         if not all(map(math.isfinite, (whole, *values))):
             return math.inf
         shares = np.array([share for _, share in self.replicates])
-        pseudo = whole / shares - (1.0 / shares - 1.0) * np.array(values)
-        centre = np.sum(shares * pseudo)
-        return float(np.sqrt(np.sum(shares**2 / (1.0 - shares) * (pseudo - centre) ** 2)))
+        with np.errstate(all="ignore"):
+            pseudo = whole / shares - (1.0 / shares - 1.0) * np.array(values)
+            centre = np.sum(shares * pseudo)
+            error = float(np.sqrt(np.sum(shares**2 / (1.0 - shares) * (pseudo - centre) ** 2)))
+        return error if error < LARGEST_ERROR else math.inf
 
     def extrapolation_error(self, batch_size: float) -> float:
         """Standard deviation to add to the log of a ratio for asking outside the sizes measured.
@@ -153,10 +157,23 @@ class EstimatedLaw(Law):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> EstimatedLaw:
-        """The law that `state_dict` described."""
-        replicates = tuple((law and _law_from_state(law), share) for law, share in state["replicates"])
+        """The law that `state_dict` described.
+
+        Raises:
+            ValueError: if a value is none that a law can have.
+            KeyError: if one is missing, or the kind of law is not known.
+        """
+        replicates = tuple(
+            (None if law is None else _law_from_state(law), share) for law, share in state["replicates"]
+        )
         low, high = state["reach"]
-        return cls(_law_from_state(state["law"]), replicates, state["num_measurements"], (low, high))
+        if not (all(0.0 < share <= 1.0 for _, share in replicates) and 0.0 <= low <= high and high > 0.0):
+            raise ValueError(
+                f"Expected shares between 0 and 1 and a reach from low to high, got "
+                f"{[share for _, share in replicates]} and {(low, high)}: load what state_dict returned."
+            )
+        number = require_number("num_measurements", state["num_measurements"], "count them", zero=True)
+        return cls(_law_from_state(state["law"]), replicates, int(number), (low, high))
 
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MeasuredLaw, EdgeLaw, SGDLaw, Theorem3Law)}

@@ -62,8 +62,11 @@ def require_number(name: str, value: float, remedy: str, *, zero: bool = False) 
         Traceback (most recent call last):
         ValueError: Expected 0 < steps < inf, got steps=-1: count optimizer steps.
     """
-    if math.isfinite(value) and (value > 0 or (zero and value == 0)):
-        return float(value)
+    try:
+        if math.isfinite(value) and (value > 0 or (zero and value == 0)):
+            return float(value)
+    except (TypeError, OverflowError):
+        pass  # no number, or one that no float holds: as from a damaged checkpoint
     raise ValueError(f"Expected 0 {'<=' if zero else '<'} {name} < inf, got {name}={value}: {remedy}.")
 
 

@@ -220,9 +220,28 @@ class AdamMoments:
         return {**vars(self), "_betas": list(self._betas)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        vars(self).update(state)
-        self._betas = (state["_betas"][0], state["_betas"][1])
+        """Take over the state of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that averages can have; nothing is taken over then.
+            KeyError: if one is missing.
+        """
+        beta_1, beta_2 = state["_betas"]
+        steps, first, second = state["_steps"], state["_first"], state["_second"]
+        numbers = (beta_1, beta_2, steps, first, second)
+        if not (
+            all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in numbers)
+            and max(beta_1, beta_2) < 1.0
+            and steps == int(steps) < 2**63
+        ):
+            raise ValueError(
+                f"Expected betas from 0 to below 1, whole steps and averages that are not negative, got "
+                f"betas={(beta_1, beta_2)}, steps={steps!r}, first={first!r}, second={second!r}: load what "
+                "state_dict returned."
+            )
+        self._betas, self._steps = (float(beta_1), float(beta_2)), int(steps)
+        self._first, self._second = float(first), float(second)
+        self._seen_from_start = bool(state["_seen_from_start"])
 
 
 def has_coupled_decay(optimizer: Optimizer) -> bool:

@@ -11,6 +11,7 @@ they are asked for: leaving out one group at a time is what standard errors are 
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -25,6 +26,8 @@ __all__ = ["Bin", "NoiseHistory", "NoiseStats"]
 # A size that a ramp has left behind weighs less and less; below this share of the heaviest bin's weight it
 # tells of another time, and is left out.
 STALE = 0.25
+# No count of examples or tokens is smaller: in a checkpoint it is damage.
+SMALLEST = 1e-12
 
 
 class Bin(NamedTuple):
@@ -225,24 +228,45 @@ class NoiseHistory:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the records of `state_dict`."""
-        self._records.clear()
+        """Take over the records of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that a measurement can have; nothing is taken over then.
+            KeyError: if one is missing.
+        """
+        loaded = NoiseHistory(self.half_life)
         for record in state["records"]:
-            batch_size, grad_sq, trace_cov = record["norms"]
-            alignments = _sized(record["alignments"])
-            statistics = ChunkStatistics(batch_size, grad_sq, trace_cov, alignments)
-            sums = record["coordinate_sums"]
-            self._records.append(
-                Measurement(
-                    statistics,
-                    _sized(record["curvatures"]),
-                    record["passes"],
-                    record["num_chunks"],
-                    None if sums is None else CoordinateSums(*sums),
-                    _sized(record.get("sharpness", ())),
-                )
-            )
-        self.num_measurements = state["num_measurements"]
+            loaded.add(_measurement(record))
+        # At least the records that are kept.
+        number = _saved("num_measurements", state["num_measurements"], len(loaded))
+        self._records, self.num_measurements = loaded._records, int(number)
+
+
+def _saved(name: str, value: float, smallest: float) -> float:
+    """A number from a checkpoint, which may be damaged."""
+    if not (isinstance(value, (int, float)) and smallest <= value < sys.float_info.max):
+        raise ValueError(
+            f"Expected {name} of at least {smallest:g}, got {name}={value!r}: load what state_dict returned."
+        )
+    return float(value)
+
+
+def _measurement(record: dict[str, Any]) -> Measurement:
+    """One record of `NoiseHistory.state_dict`; `add` then refuses numbers that are not finite."""
+    batch_size, grad_sq, trace_cov = record["norms"]
+    sums, sharpness = record["coordinate_sums"], _sized(record.get("sharpness", ()))
+    if len(sharpness) not in (0, 2):
+        raise ValueError(f"Expected the sharpness at two batch sizes or none, got {len(sharpness)}.")
+    return Measurement(
+        ChunkStatistics(
+            _saved("batch_size", batch_size, SMALLEST), grad_sq, trace_cov, _sized(record["alignments"])
+        ),
+        _sized(record["curvatures"]),
+        _saved("passes", record["passes"], 0.0),
+        int(record["num_chunks"]),
+        None if sums is None else CoordinateSums(*sums),
+        sharpness,
+    )
 
 
 def _pair(sized: Sequence[SizedValue], weight: float) -> Contrast:
@@ -276,7 +300,7 @@ def _mean_sums(records: Sequence[tuple[Measurement, float]], total: float) -> Co
 
 
 def _sized(pairs: Iterable[Sequence[float]]) -> tuple[SizedValue, ...]:
-    return tuple(SizedValue(batch_size, value) for batch_size, value in pairs)
+    return tuple(SizedValue(_saved("batch_size", batch_size, SMALLEST), value) for batch_size, value in pairs)
 
 
 def _bins(records: Iterable[tuple[Sequence[SizedValue], float]]) -> tuple[Bin, ...]:

@@ -11,7 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 from lightning_surge.estimates import EstimatedLaw
-from lightning_surge.laws import Law
+from lightning_surge.laws import Law, require_number
 from lightning_surge.objectives import FOLLOW_LR, OBJECTIVES, step_ratio
 from lightning_surge.reasons import Reason
 
@@ -23,6 +23,8 @@ ANCHORS = ("schedule", "law")
 # before measuring, and the room that the default bounds leave for it.
 ANCHOR_LOG_WIDTH = math.log(2.0)
 ANCHOR_ROOM = 10.0
+# No training has batch sizes that are farther apart.
+FARTHEST = 1e9
 # Batches counted in tokens can have a new size at every step.
 MOST_ANSWERS = 64
 
@@ -273,10 +275,27 @@ class Policy:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        self.law = None if state["law"] is None else EstimatedLaw.from_state_dict(state["law"])
-        self._anchor_lr, held = state["anchor_lr"], state["held"]
-        because = state.get("held_because") or Reason.MEASURING_FAILED
-        self._held = None if held is None else (held, Reason(because))
-        self._lag, self._lag_at = state["lag"], state["lag_at"]
+        """Take over the state of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that a policy can have; nothing is taken over then.
+            KeyError: if one is missing.
+        """
+        law = None if state["law"] is None else EstimatedLaw.from_state_dict(state["law"])
+        remedy = "load what state_dict returned"
+        anchor_lr, lag_at = (
+            None if state[name] is None else require_number(name, state[name], remedy)
+            for name in ("anchor_lr", "lag_at")
+        )
+        lag, held = require_number("lag", state["lag"], remedy), state["held"]
+        far = lag_at is not None and not 1 / FARTHEST < lag_at / self.base_batch_size < FARTHEST
+        if lag > 1.0 or far or not (held is None or isinstance(held, str)):
+            raise ValueError(
+                f"Expected lag <= 1 at a batch size in reach of {self.base_batch_size:g} and held to be a "
+                f"reason or None, got lag={lag}, lag_at={lag_at}, held={held!r}: {remedy}."
+            )
+        because = Reason(state.get("held_because") or Reason.MEASURING_FAILED)
+        self.law, self._anchor_lr = law, anchor_lr
+        self._held = None if held is None else (held, because)
+        self._lag, self._lag_at = lag, lag_at
         self._answers.clear()

@@ -132,7 +132,12 @@ def no_trace(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> Iter
         put_back()  # what was raised matters more than a trace
         raise
     if failures := put_back():
-        raise failures[0]
+        # The error's own traceback must not lead back to it: what a probe holds would outlive it.
+        error = failures.pop(0)
+        try:
+            raise error
+        finally:
+            del error, failures
 
 
 # nn.Module's own registries: torch manages them, and a training step does not touch them.

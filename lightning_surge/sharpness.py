@@ -22,12 +22,16 @@ from lightning_surge.curvature import Displacement, Sample, displaced
 from lightning_surge.gradients import SizedValue, blocks, dense, zeros
 from lightning_surge.shards import Shards, local
 
-__all__ = ["Sharpness"]
+__all__ = ["Sharpness", "SharpnessError"]
 
 # Secants of a measurement that finds a vector: a turn, and the value. Of one that has to start from the
 # gradient: turns, none of which counts.
 SECANTS = 2
 FIRST_SECANTS = 4
+
+
+class SharpnessError(ValueError):
+    """The examples have no curvature to speak of: nothing failed, but there is no sharpness to tell."""
 
 
 class Sharpness:
@@ -99,7 +103,7 @@ class Sharpness:
             Nothing from a vector that has just been started.
 
         Raises:
-            ValueError: if a product is zero or not finite; the next measurement starts afresh.
+            SharpnessError: if a product is zero or not finite; the next measurement starts afresh.
         """
         root = partial(inverse_root, sizes[0])
         cold = [w.shape for w in self._vector] != [local(parameter).shape for parameter in parameters]
@@ -108,7 +112,10 @@ class Sharpness:
             for w, r in zip(_flat(self._vector), root(), strict=True):
                 w.mul_(r)
         # Where a checkpoint was loaded.
-        self._vector = [w.to(p.device) for w, p in zip(self._vector, parameters, strict=True)]
+        self._vector = [
+            w.to(p.device, torch.promote_types(p.dtype, torch.float32))
+            for w, p in zip(self._vector, parameters, strict=True)
+        ]
         try:
             for _ in range(FIRST_SECANTS if cold else SECANTS - 1):
                 _iterate(parameters, self._vector, root, search, delta)
@@ -118,6 +125,8 @@ class Sharpness:
             lengths = [
                 float(shards.sum(self._length_sq(root, partial(inverse_root, size))).item()) for size in sizes
             ]
+            if 0.0 in lengths:
+                raise SharpnessError(f"Expected a direction of some length, got squared lengths {lengths}.")
             curvature = _iterate(parameters, self._vector, root, judge, delta)
         except BaseException:
             self._vector = []
@@ -139,8 +148,18 @@ class Sharpness:
         return {"vector": self._vector}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy of the vector of `state_dict`."""
-        self._vector = [w.clone() for w in state["vector"]]
+        """Take over a copy of the vector of `state_dict`; one of other shapes is started afresh when used.
+
+        Raises:
+            ValueError: if it is no list of finite floating-point tensors; nothing is taken over then.
+            KeyError: if it is missing.
+        """
+        vector = list(state["vector"])
+        for w in vector:
+            if not (isinstance(w, Tensor) and w.is_floating_point() and bool(w.isfinite().all())):
+                found = f"{w.dtype} of shape {tuple(w.shape)}" if isinstance(w, Tensor) else repr(w)
+                raise ValueError(f"Expected finite floating-point tensors in the vector, got {found}.")
+        self._vector = [w.clone() for w in vector]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -164,6 +183,8 @@ def _iterate(
     for d in direction():
         length_sq += torch.dot(d, d)
     shards.sum(length_sq)
+    if length_sq.item() == 0.0:
+        raise SharpnessError("Expected a direction of some length, got zeros: its examples have no gradient.")
     step = delta * math.sqrt(sum(parameter.numel() for parameter in parameters) / length_sq.item())
     with displaced(parameters, direction, step) as originals:
         moved = sample.gradient_now()
@@ -185,7 +206,7 @@ def _iterate(
     curvature = float((change * length_sq / realised).item())
     norm = math.sqrt(norm_sq.item())
     if not (math.isfinite(curvature) and 0.0 < norm < math.inf):
-        raise ValueError(
+        raise SharpnessError(
             f"Expected a finite curvature along Adam's sharpest direction, got {curvature} with |A w| = "
             f"{norm}: the next measurement starts its search afresh."
         )

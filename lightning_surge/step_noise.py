@@ -81,5 +81,17 @@ class StepNoise:
         return {"sum": float(self._sum), "weight": float(self._weight)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        self._sum, self._weight = state["sum"], state["weight"]
+        """Take over the state of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that sums can have; nothing is taken over then.
+            KeyError: if one is missing.
+        """
+        total, weight = state["sum"], state["weight"]
+        numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in (total, weight))
+        if not numbers or weight < 0.0:
+            raise ValueError(
+                f"Expected a finite sum and 0 <= weight < inf, got sum={total!r}, weight={weight!r}: load "
+                "what state_dict returned."
+            )
+        self._sum, self._weight = float(total), float(weight)

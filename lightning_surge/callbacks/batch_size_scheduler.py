@@ -37,6 +37,7 @@ from lightning_surge.callbacks.resuming import Resumption
 from lightning_surge.clocks import ExamplesClock
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.follow_peak import FollowPeak
+from lightning_surge.laws import require_number
 from lightning_surge.sampling import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules import BatchSizeRule, GeometricRamp, Progress, Schedule, whole_number
 from lightning_surge.windows import Window, accumulation_for, aligned_accumulation
@@ -521,21 +522,35 @@ class BatchSizeScheduler(pl.Callback):
             self._itinerary.begin = begin
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
-        if state_dict.get("version") != STATE_VERSION:
+        """Go on where ``state_dict`` was taken; state that cannot be used is left out, with a warning."""
+        remedy = "load what state_dict returned"
+        try:
+            if state_dict.get("version") != STATE_VERSION:
+                raise ValueError(
+                    f"Expected state of version {STATE_VERSION} in the checkpoint, got"
+                    f" {state_dict.get('version')!r}."
+                )
+            accumulation = whole_number("accumulation", state_dict["accumulation"], minimum=1)
+            followed = whole_number("followed", state_dict["followed"], minimum=1)
+            counted = require_number("examples", state_dict["examples"], remedy, zero=True)
+            step, examples, epoch = (
+                require_number("epoch_begin", number, remedy, zero=True)
+                for number in state_dict["epoch_begin"]
+            )
+            resumption = state_dict["resumption"]
+        except Exception as error:
             rank_zero_warn(
-                f"Expected state of version {STATE_VERSION} in the checkpoint, got"
-                f" {state_dict.get('version')!r}: {type(self).__name__} counts examples from 0."
+                f"Expected whole state in the checkpoint, got what cannot be read: {type(error).__name__}:"
+                f" {error} {type(self).__name__} counts examples from 0, and training goes on with other"
+                " random numbers."
             )
             return
-        self._accumulation = int(state_dict["accumulation"])
-        self._examples = state_dict["examples"]
-        step, examples, epoch = state_dict["epoch_begin"]
-        self._move_to(Progress(step, examples, epoch))
-        if state_dict["resumption"] is not None:
-            self._resumption.load_state_dict(state_dict["resumption"])
+        self._accumulation, self._examples = accumulation, counted
+        self._move_to(Progress(int(step), examples, epoch))
+        if resumption is not None:
+            self._resumption.load_state_dict(resumption)
         if isinstance(self.schedule, FollowPeak):
-            self._followed = min(max(state_dict["followed"], self.schedule.smallest), self.schedule.maximum)
+            self._followed = min(max(followed, self.schedule.smallest), self.schedule.maximum)
 
     # ------------------------------------------------------------------ checks
 

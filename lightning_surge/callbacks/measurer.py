@@ -32,6 +32,7 @@ from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.coordinates import CoordinateMeasurement
 from lightning_surge.curvature import Sample, probe_distance
 from lightning_surge.gradients import SizedValue
+from lightning_surge.laws import require_number
 from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.measuring import ALONE, MIN_SLICES, LawMeasurement, Measurement, MoreSecants
 from lightning_surge.micro_batches import HookedGradients, MicroBatchGradients, StashedGradients
@@ -41,7 +42,7 @@ from lightning_surge.probing import Prober, examples_wanted
 from lightning_surge.ranks import RankError
 from lightning_surge.replay import Chunk, Piece, RandomState, TraceError, no_trace
 from lightning_surge.shards import Shards
-from lightning_surge.sharpness import SECANTS, Sharpness
+from lightning_surge.sharpness import SECANTS, Sharpness, SharpnessError
 
 __all__ = ["LossFn", "Measurer"]
 
@@ -64,6 +65,10 @@ FAR = 4.0
 # The edge is about curvature at the point itself. A search for the largest over longer moves finds cliffs
 # nearby: on the demo it told up to twice the limit at the secants' distance, and at this share the limit.
 SHARPNESS_DELTA = 0.03
+
+# What the two counts of examples in a checkpoint may differ by: sums of fractions, and skipped steps.
+ROUNDING = 1e-9
+MOST_SKIPPED = 1e3
 
 # Checkpoints in a row that may interrupt a measurement before the user is told.
 PATIENCE = 3
@@ -159,6 +164,12 @@ class Measurer:
             ranks=self._ranks,
         )
         self.seconds = 0.0
+
+    def take_over(self, other: Measurer) -> None:
+        """Take hold of the run that another one has in hand, if it has one."""
+        if "_trainer" in vars(other):
+            self.attach(other._trainer, other._module, other._optimizer, other._writer, other._kind)
+            self.seconds = other.seconds
 
     def detach(self) -> None:
         """Let go of the run, and of every batch."""
@@ -430,7 +441,7 @@ class Measurer:
                     judge=judge,
                     delta=self._delta(SHARPNESS_DELTA),
                 )
-            except (ArithmeticError, ValueError):
+            except SharpnessError:
                 return ()  # gradients of zero; the rest of the measurement is good
 
         return follow
@@ -460,18 +471,24 @@ class Measurer:
         live = self._live
         assert live is not None
         begin = time.perf_counter()
-        if self._together(partial(self._untouched, piece.batch)) and piece.size > 0.0:
-            for group in range(self._rank_groups):
-                # No name for the gradients: it would keep them alive during the secant.
-                due = self._together(partial(self._fold_in, live, piece, weight, group))
-                if group == self._rank_groups - 1:
-                    self._own.end()
-                if due:
-                    self._guarded(live.measure_curvature)
-                if self._live is None:
-                    break
-        self._own.end()
+        try:
+            if self._together(partial(self._untouched, piece.batch)) and piece.size > 0.0:
+                self._add_groups(live, piece, weight)
+        finally:
+            self._own.end()
         self.seconds += time.perf_counter() - begin
+
+    def _add_groups(self, live: LawMeasurement, piece: Piece, weight: float) -> None:
+        """Fold in a micro-batch, or each group of processes' part of it."""
+        for group in range(self._rank_groups):
+            # No name for the gradients: it would keep them alive during the secant.
+            due = self._together(partial(self._fold_in, live, piece, weight, group))
+            if group == self._rank_groups - 1:
+                self._own.end()
+            if due:
+                self._guarded(live.measure_curvature)
+            if self._live is None:
+                return
 
     def _fold_in(self, live: LawMeasurement, piece: Piece, weight: float, group: int) -> bool:
         """Add the chunk that a group of processes makes of a micro-batch."""
@@ -725,12 +742,27 @@ class Measurer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
+        """Take over the state of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that it can have; this object is of no use then.
+            KeyError: if one is missing.
+        """
+        remedy = "load what state_dict returned"
         self.budget.load_state_dict(state["budget"])
-        self._largest_lr = state["largest_lr"]
-        self._slices_checked = state["slices_checked"]
-        self._may_split = state["may_split"]
-        self._seen_batches, self._seen_examples = state["seen"]
+        self._largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
+        self._slices_checked, self._may_split = bool(state["slices_checked"]), bool(state["may_split"])
+        batches, examples = (require_number("seen", number, remedy, zero=True) for number in state["seen"])
+        # Their quotient is the size that the next measurement is planned with: it must be one. Examples that
+        # were seen and not trained on are those of steps that a scaler skipped.
+        trained = self.budget.trained
+        fits = (1.0 - ROUNDING) * trained <= examples <= (MOST_SKIPPED * trained or math.inf)
+        if not batches.is_integer() or (examples > 0.0) != (batches > 0.0) or not fits:
+            raise ValueError(
+                f"Expected the batches and examples seen to hold the {trained:g} trained on, got {batches:g} "
+                f"batches of {examples:g} examples: {remedy}."
+            )
+        self._seen_batches, self._seen_examples = int(batches), examples
         if self._settings.follows_edge and "sharpness" in state:
             self._sharpness.load_state_dict(state["sharpness"])
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import pickle
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -448,6 +449,16 @@ class Resumption:
                 "release that saved it for the same ones."
             )
             return None
+        try:
+            return self._own_of(trainer, state)
+        except Exception as error:
+            self._warn(
+                f"Expected whole random states in the checkpoint, got {type(error).__name__}: {error}: "
+                "training goes on with other random numbers, and the loaders as Lightning set them."
+            )
+            return None
+
+    def _own_of(self, trainer: pl.Trainer, state: dict[str, Any]) -> dict[str, Any] | None:
         ranks: list[Any] = state["ranks"]
         if len(ranks) != trainer.world_size:
             self._warn(
@@ -462,6 +473,10 @@ class Resumption:
                 "it was saved after an exception. Resume from one saved in training for the same numbers."
             )
         own: dict[str, Any] | None = ranks[trainer.global_rank]
+        if own is not None:
+            _check_states(own, _generators(_training_loaders(trainer)))
+        if len(state.get("loaders", ranks)) != len(ranks):
+            raise ValueError(f"Expected the loaders' states of {len(ranks)} ranks, got {state['loaders']}.")
         return own
 
 
@@ -542,6 +557,20 @@ def _in_order(samplers: list[Any], orders: list[Tensor]) -> Iterator[None]:
     finally:
         for sampler, source in zip(samplers, drawn_from, strict=True):
             sampler.dataset._sampler = source
+
+
+def _check_states(own: dict[str, Any], generators: list[torch.Generator]) -> None:
+    """Try what one rank saved on streams of no consequence, so that none is set to half of it."""
+    streams = _from_portable(own["streams"])
+    random.Random().setstate(streams.python)
+    np.random.RandomState().set_state(streams.numpy)
+    torch.Generator().set_state(streams.torch)
+    for generator, saved in zip(generators, own["generators"], strict=False):
+        generator.clone_state().set_state(saved)
+    if not all(isinstance(state, Tensor) and state.dtype == torch.uint8 for state in streams.cuda):
+        raise ValueError("Expected bytes as the states of CUDA devices.")
+    if not all(seed is None or isinstance(seed, int) for seed in own["seeds"]):
+        raise ValueError(f"Expected whole numbers as seeds, got {own['seeds']}.")
 
 
 def _load(loaders: list[Any], states: list[Any]) -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
@@ -47,7 +49,7 @@ from lightning_surge.estimates import (
     fit_sign_law,
     fit_theorem3_law,
 )
-from lightning_surge.laws import Law
+from lightning_surge.laws import Law, require_number
 from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.moments import AdamMoments
 from lightning_surge.noise import NoiseHistory, NoiseStats
@@ -61,12 +63,14 @@ __all__ = ["LawRecord", "SurgeLRCallback"]
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
-# Laws kept to look at after a run; the oldest go first.
-LAW_HISTORY = 1024
+# Laws kept to look at after a run, at 35 KiB each; the oldest go first.
+LAW_HISTORY = 256
 # How often the noise of the steps is read, which waits for the device, and how far it must have moved since
 # the last measurement for the next one to hurry.
 CHANGE_CHECK_STEPS = 16
 NOISE_CHANGE = 2.0
+# What nobody counts in a batch: a base batch size beyond this, or below its inverse, is damage.
+LARGEST_BASE = 1e12
 
 
 class LawRecord(NamedTuple):
@@ -105,6 +109,9 @@ class SurgeLRCallback(pl.Callback):
         * Measurements are noisy: until their standard error shrinks the factor stays near `sqrt(B / base)`.
         * A checkpoint discards batches that were being pooled for the next measurement, in the running
           training too, so that a resumed run repeats it bit for bit.
+        * A checkpoint holds this callback's state, not the random streams or the places of loaders, which
+          Lightning does not restore either. A `BatchSizeScheduler` beside it keeps those, with
+          `ConstantSize(n)` for a fixed size.
 
     Args:
         base_batch_size: Examples per optimizer step, over all processes, at which the scheduled learning rate
@@ -549,7 +556,9 @@ class SurgeLRCallback(pl.Callback):
         if self._measurer.failure is not None:
             policy.hold(self._measurer.failure)
             self._measurer.failure = None
-        if measurement is not None:
+        if measurement is not None and not any(measurement.statistics[1:3]):
+            policy.hold("the gradients are zero")
+        elif measurement is not None:
             # Whatever goes wrong here must not end a training.
             try:
                 self.history.add(measurement)
@@ -691,31 +700,95 @@ class SurgeLRCallback(pl.Callback):
             "law_metrics": dict(self._law_metrics),
         }
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Begin afresh if a run goes on from a checkpoint without state for this law; else that is loaded."""
+        states: dict[Any, Any] = checkpoint.get("callbacks") or {}
+        if trainer.state.fn != TrainerFn.FITTING or states.get(self.state_key):
+            return
+        # The base batch size is the same whatever the law is.
+        kind = f"{type(self).__qualname__}{{"
+        other = next((key for key in states if str(key).startswith(kind)), None)
+        found = "none" if other is None else f"that of {other}"
+        self._lose_state(
+            f"Expected state with law={self.settings.law!r} in the checkpoint, got {found}", states.get(other)
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        if state_dict.get("version") != STATE_VERSION:
-            rank_zero_warn(
-                f"Expected state of version {STATE_VERSION} in the checkpoint, got "
-                f"{state_dict.get('version')!r}: {type(self).__name__} starts measuring afresh."
+        """Go on where `state_dict` was taken; unusable state is left out as a whole, with a warning."""
+        version = state_dict.get("version") if isinstance(state_dict, dict) else None
+        if type(version) is not int or version != STATE_VERSION:
+            self._lose_state(
+                f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}", state_dict
             )
             return
-        base = state_dict["base_batch_size"]
-        if self.settings.base_batch_size is not None and base != self.settings.base_batch_size:
-            rank_zero_warn(
-                f"base_batch_size={self.settings.base_batch_size} replaces the checkpoint's {base}: the "
-                "factor on the learning rate will jump."
+        self._start_over()
+        try:
+            saved = self._load(state_dict)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
+            self._lose_state(
+                f"Expected whole state in the checkpoint, got what cannot be read: {found}", state_dict
             )
-            base = self.settings.base_batch_size
-        self._base_batch_size = base
-        self.history.load_state_dict(state_dict["history"])
+            return
+        if self._base_batch_size != saved:
+            rank_zero_warn(
+                f"base_batch_size={self._base_batch_size} replaces the checkpoint's {saved}: the factor on "
+                "the learning rate will jump."
+            )
+
+    def _start_over(self) -> None:
+        """Begin afresh in the middle of a run, too, where a learning-rate finder may restore a checkpoint."""
+        measurer = self._measurer
+        self._begin_afresh()
+        self._measurer.take_over(measurer)
+
+    def _load(self, state: dict[str, Any]) -> float | None:
+        """Take over what is in a checkpoint, and return its base batch size."""
+        self._measurer.load_state_dict(state["measurer"])
+        saved = _saved_base(state)
+        base = self._base_batch_size = self.settings.base_batch_size or saved
+        self.history.load_state_dict(state["history"])
         if base is not None:
             self._policy = self._make_policy(base)
-            if state_dict["policy"] is not None:
-                self._policy.load_state_dict(state_dict["policy"])
-        self._measurer.load_state_dict(state_dict["measurer"])
-        self._step_noise.load_state_dict(state_dict["step_noise"])
-        self._noise_at_measurement = state_dict["noise_at_measurement"]
-        self._noise_changed = state_dict.get("noise_changed", False)
-        self._moments.load_state_dict(state_dict["moments"])
-        self._scheduled_lr = state_dict.get("scheduled_lr", math.nan)
-        self._law_metrics = dict(state_dict["law_metrics"])
+            if state["policy"] is not None:
+                self._policy.load_state_dict(state["policy"])
+        self._step_noise.load_state_dict(state["step_noise"])
+        self._noise_at_measurement = float(state["noise_at_measurement"])
+        self._noise_changed = bool(state.get("noise_changed", False))
+        self._moments.load_state_dict(state["moments"])
+        scheduled_lr = float(state.get("scheduled_lr", math.nan))
+        if not (math.isnan(scheduled_lr) or 0.0 <= scheduled_lr < math.inf):
+            raise ValueError(f"Expected 0 <= scheduled_lr < inf, got scheduled_lr={scheduled_lr}.")
+        self._scheduled_lr = scheduled_lr
+        self._law_metrics = {str(name): float(value) for name, value in state["law_metrics"].items()}
+        return saved
+
+    def _lose_state(self, what: str, state: Any) -> None:
+        """Start measuring afresh and say why; only the base batch size is taken from what was found."""
+        self._start_over()
+        base = self.settings.base_batch_size
+        if base is None and isinstance(state, dict):
+            with suppress(KeyError, ValueError):
+                base = self._base_batch_size = _saved_base(state)
+                self._policy = None if base is None else self._make_policy(base)
+        consequence = (
+            "that of the first step: pass base_batch_size= if the learning rate was tuned at another"
+            if base is None
+            else f"{base:g}"
+        )
+        rank_zero_warn(
+            f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}."
+        )
+
+
+def _saved_base(state: dict[str, Any]) -> float | None:
+    """The base batch size in a checkpoint."""
+    base: float | None = state["base_batch_size"]
+    if base is None:
+        return None
+    require_number("base_batch_size", base, "load what state_dict returned")
+    if not 1.0 / LARGEST_BASE < base < LARGEST_BASE:
+        raise ValueError(f"Expected base_batch_size < {LARGEST_BASE:g}, got base_batch_size={base}.")
+    return base

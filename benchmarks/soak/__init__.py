@@ -1,0 +1,1 @@
+"""What long trainings do to the callback."""
