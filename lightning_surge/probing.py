@@ -156,6 +156,10 @@ class Prober:
         for part in slices:
             self.replay(part, part.size / size)
         mismatch = self._relative_difference(whole)
+        if not math.isfinite(mismatch):
+            raise ArithmeticError(
+                "Expected finite gradients, got some that are not, as where the loss scale overflows"
+            )
         if mismatch <= TOLERATED_MISMATCH:
             return True, 2 * size
         state = RandomState.capture()
@@ -182,4 +186,4 @@ class Prober:
                 change += float(torch.linalg.vector_norm(dense(difference)).square())
             elif gradient is not None:
                 change += float(torch.linalg.vector_norm(dense(gradient)).square())
-        return change / length if length > 0.0 else (0.0 if change == 0.0 else math.inf)
+        return change / length if length > 0.0 else float(change > 0.0)

@@ -31,6 +31,7 @@ ROWS = [
         "callbacks.counting",
         "callbacks.loaders",
         "callbacks.logging",
+        "callbacks.loss_scaling",
         "callbacks.resuming",
         "callbacks.settings",
     ],

@@ -13,10 +13,25 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.settings import REFERENCE_RULES
-from lightning_surge.moments import LEAST_BETA_1, has_coupled_decay
-from lightning_surge.optimizers import optimizer_kind, stability_constant
+from lightning_surge.moments import LEAST_BETA_1
+from lightning_surge.optimizers import (
+    decay_follows_lr,
+    has_coupled_decay,
+    optimizer_family,
+    stability_constant,
+)
 
-__all__ = ["check_edge", "check_optimizer", "check_trainer", "clips_gradients", "trained_optimizers"]
+__all__ = [
+    "check_edge",
+    "check_optimizer",
+    "check_trainer",
+    "check_weight_decay",
+    "clips_gradients",
+    "trained_optimizers",
+]
+
+# The others compute with copies of the weights in 8 or 16 bits.
+FULL_PRECISION = ("32-true", "64-true")
 
 
 def check_trainer(
@@ -74,15 +89,21 @@ def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, name: st
             f"{type(pl_module).__name__}: return one optimizer that holds the parameters to train."
         )
     optimizer = optimizers[0]
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+    kind, why, *_ = optimizer_family(optimizer)
+    _check_lr(optimizer, name)
+    if kind == "unscalable":
         raise MisconfigurationException(
-            f"{name} cannot tell which steps a fused {type(optimizer).__name__} skips under "
-            "precision='16-mixed': pass fused=False, or use precision='bf16-mixed'."
+            f"{name} writes a learning rate for one step, got {type(optimizer).__name__}, which {why}: use "
+            "another optimizer, as SGD or AdamW."
         )
     if law in REFERENCE_RULES:
         return
-    kind = optimizer_kind(optimizer)
+    if kind == "unmeasured":
+        raise MisconfigurationException(
+            f"law={law!r} measures along the sign of the gradient or along the gradient, got "
+            f"{type(optimizer).__name__}, which {why}: pass law='sqrt', 'linear' or 'constant', which "
+            "measure nothing, or use another optimizer, as AdamW or SGD."
+        )
     if kind == "unknown":
         rank_zero_warn(
             f"{name} does not know {type(optimizer).__name__}: it is treated as an Adam-style optimizer, "
@@ -94,6 +115,41 @@ def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, name: st
             "law='measured', which takes the gradient-noise law for it."
         )
     _check_parameters(optimizer, name)
+
+
+def _check_lr(optimizer: Optimizer, name: str) -> None:
+    """Refuse optimizers that have no learning rate to multiply."""
+    kind = type(optimizer).__name__
+    for index, group in enumerate(optimizer.param_groups):
+        if group.get("relative_step", False) or group.get("lr") is None:
+            raise MisconfigurationException(
+                f"{name} multiplies the learning rate, got parameter group {index} of {kind} with "
+                f"lr={group.get('lr')} and relative_step={group.get('relative_step', False)}, which leaves "
+                "it to the optimizer: pass lr= (and relative_step=False, warmup_init=False) and a scheduler."
+            )
+
+
+def check_weight_decay(optimizer: Optimizer, name: str) -> None:
+    """Refuse `scale_weight_decay=False` where `lr * weight_decay` is not what decays per step.
+
+    Args:
+        optimizer: the one that is trained with.
+        name: of the callback, for messages.
+
+    Raises:
+        MisconfigurationException: with the rule, what was found, and the remedy.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        decay = group.get("weight_decay", 0.0)
+        if decay == 0.0 or decay_follows_lr(optimizer, group):
+            continue
+        raise MisconfigurationException(
+            "scale_weight_decay=False keeps lr * weight_decay, which is the decay per step only where that "
+            f"is decoupled, got parameter group {index} of {type(optimizer).__name__} with weight_decay="
+            f"{float(decay):g}, whose decay is part of the gradient: {name} cannot take the factor off again "
+            "after averages, momentum or a division. Use AdamW, SGD without momentum, or an option such as "
+            "decoupled_weight_decay=True, or leave scale_weight_decay=True."
+        )
 
 
 def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -128,7 +184,7 @@ def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             f"Expected beta_1 > 1/3 for objective='edge', got {name} with beta_1={beta_1}: its averages then "
             "hardly tell the mean gradient from its noise. Use objective='progress'."
         )
-    if "16" in str(trainer.precision):
+    if str(trainer.precision) not in FULL_PRECISION:
         raise MisconfigurationException(
             f"Expected precision='32-true' or higher for objective='edge', got {trainer.precision!r}: its "
             "secants are so short that 16-bit copies of the weights would not move. Use objective='progress'."
@@ -164,7 +220,8 @@ def _check_parameters(optimizer: Optimizer, name: str) -> None:
                 raise MisconfigurationException(
                     f"Expected float32 parameters, got dtype {parameter.dtype}, which cannot hold the "
                     "small moves that measure curvature: keep float32 parameters "
-                    "(precision='bf16-mixed' does), or pass law='sqrt', which measures nothing."
+                    "(precision='bf16-mixed' or '16-mixed' does, which computes in 16 bits all the same), or "
+                    "pass law='sqrt', law='linear' or law='constant', which measure nothing."
                 )
 
 

@@ -33,7 +33,7 @@ from lightning_surge.gradients import SizedValue
 from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.measuring import MIN_SLICES, LawMeasurement, Measurement, MoreSecants
 from lightning_surge.moments import AdamMoments
-from lightning_surge.optimizers import OptimizerKind, lr_scales
+from lightning_surge.optimizers import OptimizerKind, lr_scales, parameter_scales
 from lightning_surge.probing import Prober, examples_wanted
 from lightning_surge.replay import Chunk, Piece, RandomState, TraceError, no_trace
 from lightning_surge.sharpness import SECANTS, Sharpness
@@ -147,6 +147,8 @@ class Measurer:
         for name in ("_trainer", "_module", "_optimizer", "_writer", "_prober"):
             vars(self).pop(name, None)
         self.parameters = []
+        # Since the window before, as where a callback unfreezes some.
+        self.parameters_changed = False
         self._scales = []
         # Of the batch in hand, which can see several windows where optimization is manual.
         self._versions: list[int] = []
@@ -160,6 +162,9 @@ class Measurer:
 
     def close_window(self) -> None:
         """The optimizer has stepped, or skipped."""
+        if getattr(self, "_live", None) is not None:
+            # A step that was skipped takes its measurement with it, but not what that has cost.
+            self.budget.charge(self._cost_under_way, measured=False)
         self._live: LawMeasurement | None = None
         self._stashed: list[Tensor | None] = []
         self._random_state: RandomState | None = None
@@ -403,7 +408,7 @@ class Measurer:
         self.forget_pool()
         if not self.budget.has_room(self._cost(sum(piece.size for piece in pieces)), self._planned):
             return None  # the last batch was far larger than those the plan was made with
-        self._prober.loss_scale = self._scaler_scale()
+        self._prober.loss_scale = self._scaler_scale() * self._scale_share(chunks)
         if not self._slices_checked and len(chunks) > len(pieces) and not self._slices_agree(pieces, chunks):
             return None
         if self._by_coordinates:
@@ -418,6 +423,21 @@ class Measurer:
                 variance_of=None if moments is None else partial(moments.variance, self._optimizer),
             ).run(chunks)
         return self._new_measurement(len(chunks)).run(chunks, sharpness)
+
+    def _scale_share(self, chunks: list[Chunk]) -> float:
+        """What a slice may have of the loss scale, so that no example weighs more than in training.
+
+        A scaler goes to where gradients of whole windows nearly overflow. Those of a slice are means over
+        fewer examples. A power of two leaves every digit as it is.
+        """
+        if self._scaler_scale() == 1.0:
+            return 1.0
+        largest = max(piece.size for chunk in chunks for piece in chunk.pieces)
+        window = (
+            max(self._seen_examples / self._seen_batches, largest) * self._trainer.accumulate_grad_batches
+        )
+        share = min(chunk.size for chunk in chunks) / window
+        return 2.0 ** min(math.floor(math.log2(share)), 0)
 
     def _slices_agree(self, pieces: list[Piece], chunks: list[Chunk]) -> bool:
         num_slices = max(len(chunks) // len(pieces), 2)
@@ -484,8 +504,15 @@ class Measurer:
         lrs = self._writer.scheduled()
         self._largest_lr = max(self._largest_lr, *lrs)
         groups = zip(self._optimizer.param_groups, lr_scales(lrs), strict=True)
-        rows = [(p, scale) for group, scale in groups for p in group["params"] if p.requires_grad]
+        rows = [
+            (p, scale * distance)
+            for group, scale in groups
+            for p, distance in zip(group["params"], parameter_scales(self._optimizer, group), strict=True)
+            if p.requires_grad
+        ]
+        before = [id(parameter) for parameter in self.parameters]
         self.parameters = [parameter for parameter, _ in rows]
+        self.parameters_changed = bool(before) and before != [id(parameter) for parameter, _ in rows]
         self._scales = [scale for _, scale in rows]
         self._prober.parameters = self.parameters
         self._prober.split_batch = self._split_batch if self._may_split else None
