@@ -13,7 +13,7 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.clocks import ExamplesClock
 
 ROOT = Path(__file__).parent.parent
-TEXTS = ("README.md", "docs/architecture.md", "docs/batch-sizes.md", "docs/theory.md")
+TEXTS = ("README.md", "docs/architecture.md", "docs/batch-sizes.md", "docs/support.md", "docs/theory.md")
 
 
 def blocks(page: str) -> list[str]:

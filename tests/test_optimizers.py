@@ -131,11 +131,10 @@ class TestAdafactor:
         assert largest_lr(torch.optim.AdamW([weight])) == math.inf
         weight.grad = torch.ones(4)
         for step in range(1, 10):
-            assert largest_lr(optimizer) == step**-0.5
-            size = float(weight.square().mean().sqrt())
-            old = weight.detach().clone()
+            assert largest_lr(optimizer) == pytest.approx(step**-0.5)
+            weight.data.fill_(1.0)
             optimizer.step()
-            assert float((old - weight).mean()) == pytest.approx(step**-0.5 * size, rel=1e-4)
+            assert float(1.0 - weight.detach().mean()) == pytest.approx(step**-0.5, rel=1e-4)
 
 
 class TestDecay:

@@ -158,6 +158,7 @@ class Measurer:
     def forget_pool(self) -> None:
         """Start pooling afresh: batches cannot be saved in a checkpoint."""
         self._pool: list[Piece] = []
+        self._pooled_before = 0
         self._pool_target = 0.0
 
     def close_window(self) -> None:
@@ -205,6 +206,7 @@ class Measurer:
             MisconfigurationException: if batches cannot be cut, before the first step is taken.
         """
         self._refresh_parameters()
+        self._pooled_before = len(self._pool)
         self._delta_wanted = delta
         accumulation = self._trainer.accumulate_grad_batches
         # Batches differ in size, most of all where tokens are counted: the plan is made with their mean.
@@ -252,6 +254,10 @@ class Measurer:
             self._live = self._new_measurement(num_chunks, stride=max(1, int(stride)))
         except Exception as error:
             self.fail(error)  # its buffers may not fit into memory
+
+    def drop_window(self) -> None:
+        """Forget the batches of a window whose step is skipped: their gradients are not finite."""
+        del self._pool[self._pooled_before :]
 
     def before_forward(self, batch: Any) -> None:
         """Remember what the coming pass of a batch that may be replayed begins with.

@@ -482,6 +482,7 @@ class SurgeLRCallback(pl.Callback):
         if batch_size <= 0.0 or skipped:
             # Without a step no hook would take the factor off before the scheduler moves.
             self._writer.restore()
+            self._measurer.drop_window()
             self._close_window()
             return
         if self._decided:
