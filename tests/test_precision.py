@@ -15,7 +15,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import SurgeLRCallback
+from lightning_surge.callbacks.checks import rounds_products
 from lightning_surge.measuring import Measurement
+from lightning_surge.moments import AdamMoments
 from lightning_surge.noise import NoiseHistory
 from lightning_surge.step_noise import StepNoise
 
@@ -136,6 +138,30 @@ def scaled_or(precision: str) -> dict[str, Any]:
     return {"plugins": scaling()} if precision == "16-mixed" else {"precision": precision}
 
 
+def tf32(x: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, ties to even."""
+    bits = x.detach().contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return tf32(x) @ tf32(weight).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return tf32(grads[0]) @ tf32(weight), tf32(grads[0]).T @ tf32(x)
+
+
+class Rounded(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = Product.apply(x, self.weight)
+        return product + self.bias
+
+
 class TestAgainst32Bits:
     @pytest.mark.parametrize("live", [True, False])
     @pytest.mark.parametrize("make_optimizer", [with_lr(torch.optim.Adam, 0.1), with_lr(SGD, 0.1)])
@@ -209,6 +235,53 @@ class TestAgainst32Bits:
         monkeypatch.setattr(pl.Trainer, "precision", property(lambda self: "transformer-engine"))
         with pytest.raises(MisconfigurationException, match="got 'transformer-engine'"):
             make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))
+
+
+class TestTF32:
+    @pytest.fixture(autouse=True)
+    def _switches(self) -> Any:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        yield
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+    def test_is_what_rounds_products(self) -> None:
+        linear, convolution = Net(), Net()
+        convolution.extra = nn.Conv1d(1, 1, 1)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+        assert not rounds_products(linear)
+        assert rounds_products(convolution)
+        torch.backends.cudnn.allow_tf32 = False
+        assert not rounds_products(convolution)
+        torch.set_float32_matmul_precision("high")
+        assert rounds_products(linear)
+
+    def test_has_no_edge(self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.set_float32_matmul_precision("high")
+        callback = SurgeLRCallback(4)
+        make_trainer(callback).fit(Net(), data(2))
+        assert callback.settings.objective == "edge"  # on the CPU there is no TF32
+        monkeypatch.setattr("lightning_surge.callbacks.checks._on_gpu", lambda optimizer: True)
+        make_trainer(callback).fit(Net(), data(2))
+        assert callback.settings.objective == "alignment"
+        with pytest.raises(
+            MisconfigurationException, match=r"got TF32, .*set_float32_matmul_precision\('high"
+        ):
+            make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))
+
+    def test_would_raise_the_edge_that_is_measured(self, make_trainer: MakeTrainer) -> None:
+        """With products rounded as a GPU would."""
+        edges = []
+        for kind in (nn.Linear, Rounded):
+            module = Net(with_lr(AdamW, 1e-3))
+            for layer in (module.net[0], module.net[2]):
+                layer.__class__ = kind
+            callback = SurgeLRCallback(4, objective="edge", probe_every=6, probe_examples=32, dry_run=True)
+            make_trainer(callback).fit(module, data(40))
+            assert callback.law is not None
+            edges.append(callback.law.edge_lr(16.0))
+        assert edges[1] > 1.5 * edges[0]
 
 
 class Test16BitParameters:
@@ -295,6 +368,44 @@ class TestScaler:
             return module.weights
 
         assert torch.equal(run(0.01, SurgeLRCallback(4, "sqrt")), run(0.02))
+
+    @pytest.mark.parametrize("law", ["theorem2", "theorem3"])
+    def test_theorems_do_not_depend_on_the_scale(
+        self,
+        make_trainer: MakeTrainer,
+        measurements: list[Measurement],
+        monkeypatch: pytest.MonkeyPatch,
+        law: Any,
+    ) -> None:
+        """Their variances come from Adam's averages, which are those of unscaled gradients."""
+        variances: list[float] = []
+        variance = AdamMoments.variance
+
+        def noted(self: AdamMoments, optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
+            result = variance(self, optimizer, parameter)
+            assert result is not None
+            variances.append(float(result.sum()))
+            return result
+
+        monkeypatch.setattr(AdamMoments, "variance", noted)
+
+        def measured(**options: Any) -> list[float]:
+            measurements.clear()
+            variances.clear()
+            callback = SurgeLRCallback(2, law, probe_every=8, probe_examples=32, dry_run=True)
+            make_trainer(callback, **options).fit(Net(with_lr(torch.optim.Adam, 1e-4)), data(12))
+            (measurement,) = measurements
+            assert measurement.statistics.trace_cov == pytest.approx(sum(variances), rel=1e-4)
+            norms, sums = measurement.statistics, measurement.coordinate_sums
+            assert sums is not None
+            first = [norms.trace_cov, sums.alignment_slope, sums.deviation_l1]
+            curvatures = [value for _, value in measurement.curvatures]
+            return [*first, *(value for _, value in norms.alignments), *curvatures, *sums[:2]]
+
+        reference, low, high = measured(), measured(plugins=scaling(256.0)), measured(plugins=scaling(4096.0))
+        assert high == pytest.approx(low, rel=0.01)
+        # Secants of this learning rate are too short for the curvatures in 16 bits.
+        assert low[:5] == pytest.approx(reference[:5], rel=0.02)
 
     def test_a_measurement_of_a_skipped_window_is_dropped_but_paid(self, measure: Measure) -> None:
         # The third micro-batch of the second window overflows: the first pair's secant was taken before.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.rnn import RNNBase
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.settings import REFERENCE_RULES
@@ -27,6 +30,7 @@ __all__ = [
     "check_trainer",
     "check_weight_decay",
     "clips_gradients",
+    "rounds_products",
     "trained_optimizers",
 ]
 
@@ -201,6 +205,32 @@ def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             f"{trainer.gradient_clip_val} or an own configure_gradient_clipping: Adam's averages of clipped "
             "gradients do not tell those at other batch sizes. Use objective='progress'."
         )
+    if _on_gpu(optimizer) and rounds_products(pl_module):
+        raise MisconfigurationException(
+            "Expected float32 products for objective='edge', got TF32, which rounds the weights to 10 bits: "
+            "its secants are so short that most would not move. Call "
+            "torch.set_float32_matmul_precision('highest') and set torch.backends.cudnn.allow_tf32 = False, "
+            "or use objective='progress'."
+        )
+
+
+def _on_gpu(optimizer: Optimizer) -> bool:
+    """Whether a parameter is on a CUDA device."""
+    return any(p.device.type == "cuda" for group in optimizer.param_groups for p in group["params"])
+
+
+def rounds_products(pl_module: pl.LightningModule) -> bool:
+    """Whether a GPU multiplies this module's float32 numbers in TF32, which keeps 10 bits."""
+    convolves = any(isinstance(module, (_ConvNd, RNNBase)) for module in pl_module.modules())
+    try:
+        return torch.get_float32_matmul_precision() != "highest" or (
+            convolves and torch.backends.cudnn.allow_tf32
+        )
+    except RuntimeError:
+        # Somebody used the newer switches, which the older ones cannot always sum up.
+        matmul: Any = torch.backends.cuda.matmul
+        convolution: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009 (unknown to mypy)
+        return matmul.fp32_precision == "tf32" or (convolves and convolution.fp32_precision == "tf32")
 
 
 def clips_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

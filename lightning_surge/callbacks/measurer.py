@@ -426,9 +426,14 @@ class Measurer:
                 sizes=CoordinateMeasurement.sizes_for(chunks, base),
                 law=self._settings.law,
                 seed=self._trainer.global_step,
-                variance_of=None if moments is None else partial(moments.variance, self._optimizer),
+                variance_of=None if moments is None else partial(self._variance, moments),
             ).run(chunks)
         return self._new_measurement(len(chunks)).run(chunks, sharpness)
+
+    def _variance(self, moments: AdamMoments, parameter: Tensor) -> Tensor | None:
+        """Adam's averages are of unscaled gradients, those of the probe carry its loss scale."""
+        variance = moments.variance(self._optimizer, parameter)
+        return None if variance is None else variance.mul_(self._prober.loss_scale**2)
 
     def _scale_share(self, chunks: list[Chunk]) -> float:
         """What a slice may have of the loss scale, so that no example weighs more than in training.
