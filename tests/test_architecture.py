@@ -17,6 +17,7 @@ ROWS = [
         "gradients",
         "laws",
         "lr_writer",
+        "optimizer_families",
         "optimizers",
         "plots",
         "replay",
@@ -44,7 +45,18 @@ ROWS = [
     ["cli"],
     ["__main__"],
 ]
-ALONE = ["batches", "budget", "clocks", "laws", "lr_writer", "optimizers", "plots", "replay", "schedules"]
+ALONE = [
+    "batches",
+    "budget",
+    "clocks",
+    "laws",
+    "lr_writer",
+    "optimizer_families",
+    "optimizers",
+    "plots",
+    "replay",
+    "schedules",
+]
 ROW_OF = {room: index for index, row in enumerate(ROWS) for room in row}
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
-from lightning_surge.optimizers import optimizer_family, optimizer_kind
+from lightning_surge.optimizer_families import optimizer_family, optimizer_kind
 
 MakeTrainer = Callable[..., pl.Trainer]
 
@@ -72,7 +72,7 @@ def data(count: int = 24, batch_size: int = 4) -> DataLoader[Any]:
 
 
 def test_every_optimizer_of_torch_has_a_row() -> None:
-    assert set(EVERY) <= set(ROWS), "write a row of docs/support.md, and a family in optimizers.py"
+    assert set(EVERY) <= set(ROWS), "write a row of docs/support.md, and a family in optimizer_families.py"
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_surge.optimizer_families import optimizer_family, optimizer_kind
 from lightning_surge.optimizers import (
     decay_follows_lr,
     has_coupled_decay,
     has_plain_averages,
     largest_lr,
     lr_scales,
-    optimizer_family,
-    optimizer_kind,
     parameter_scales,
 )
 

@@ -489,6 +489,10 @@ class TestClipping:
         )
         assert torch.equal(plain.weights, clipped.weights)
 
+    def test_of_plain_gradients_is_warned_of(self, make_trainer: MakeTrainer) -> None:
+        with pytest.warns(UserWarning, match="steps of SGD to be the gradient's, got clipping.*law='sqrt'"):
+            make_trainer(surge(), gradient_clip_val=1.0).fit(Net(sgd), data(2))
+
     def test_hides_what_averages_would_tell(self, make_trainer: MakeTrainer) -> None:
         def logged(make_optimizer: MakeOptimizer, **options: Any) -> bool:
             trainer = make_trainer(surge(), **options)

@@ -17,12 +17,8 @@ from torch.optim import Optimizer
 
 from lightning_surge.callbacks.settings import REFERENCE_RULES
 from lightning_surge.moments import LEAST_BETA_1
-from lightning_surge.optimizers import (
-    decay_follows_lr,
-    has_coupled_decay,
-    optimizer_family,
-    stability_constant,
-)
+from lightning_surge.optimizer_families import optimizer_family
+from lightning_surge.optimizers import decay_follows_lr, has_coupled_decay, stability_constant
 
 __all__ = [
     "check_edge",
@@ -117,6 +113,12 @@ def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, name: st
         raise MisconfigurationException(
             f"law={law!r} is about sign-like updates, got {type(optimizer).__name__}: use "
             "law='measured', which takes the gradient-noise law for it."
+        )
+    if kind == "gradient" and clips_gradients(trainer, pl_module):
+        rank_zero_warn(
+            f"law={law!r} takes the steps of {type(optimizer).__name__} to be the gradient's, got clipping: "
+            "while most steps are clipped their length is the same at every batch size, and the factor is too "
+            "large. Pass law='sqrt' if they are."
         )
     _check_parameters(optimizer, name)
 

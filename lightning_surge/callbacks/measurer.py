@@ -33,7 +33,8 @@ from lightning_surge.gradients import SizedValue
 from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.measuring import MIN_SLICES, LawMeasurement, Measurement, MoreSecants
 from lightning_surge.moments import AdamMoments
-from lightning_surge.optimizers import OptimizerKind, lr_scales, parameter_scales
+from lightning_surge.optimizer_families import OptimizerKind
+from lightning_surge.optimizers import lr_scales, parameter_scales
 from lightning_surge.probing import Prober, examples_wanted
 from lightning_surge.replay import Chunk, Piece, RandomState, TraceError, no_trace
 from lightning_surge.sharpness import SECANTS, Sharpness

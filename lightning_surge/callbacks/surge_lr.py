@@ -53,12 +53,11 @@ from lightning_surge.laws import Law
 from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.moments import AdamMoments
 from lightning_surge.noise import NoiseHistory, NoiseStats
+from lightning_surge.optimizer_families import OptimizerKind, optimizer_kind
 from lightning_surge.optimizers import (
-    OptimizerKind,
     decay_follows_lr,
     has_plain_averages,
     largest_lr,
-    optimizer_kind,
     stability_constant,
 )
 from lightning_surge.policy import Decision, Policy
