@@ -117,7 +117,7 @@ def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, name: st
     if kind == "gradient" and clips_gradients(trainer, pl_module):
         rank_zero_warn(
             f"law={law!r} takes the steps of {type(optimizer).__name__} to be the gradient's, got clipping: "
-            "while most steps are clipped their length is the same at every batch size, and the factor is too "
+            "while most steps are clipped their length is the same at every batch size, and the factor too "
             "large. Pass law='sqrt' if they are."
         )
     _check_parameters(optimizer, name)
