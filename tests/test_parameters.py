@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
+from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer, SparseAdam
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
@@ -156,7 +156,25 @@ class Experts(Net):
         return total / len(x)
 
 
-CASES = [Net, Reentrant, NonReentrant, PartCompiled, Compiled, Tied, Frozen, Sparse, SparseSigns, Experts]
+class Relative(Net):
+    """Steps are relative to the root mean square of each parameter."""
+
+    kind = Adafactor
+
+
+CASES = [
+    Relative,
+    Net,
+    Reentrant,
+    NonReentrant,
+    PartCompiled,
+    Compiled,
+    Tied,
+    Frozen,
+    Sparse,
+    SparseSigns,
+    Experts,
+]
 
 
 def expected(module: Net) -> list[float]:
@@ -186,7 +204,13 @@ def expected(module: Net) -> list[float]:
     size = len(chunks[0])
     mean = g.mean(dim=0)
     trace_cov = size * float((g - mean).square().sum()) / 3
-    way = (lambda v: v) if isinstance(module.optimizers().optimizer, SGD) else torch.sign  # type: ignore[union-attr]
+    relative = issubclass(module.kind, Adafactor)
+    sizes = [p.detach().square().mean().sqrt() if relative else torch.ones(()) for p in parameters]
+    scale = flat([size.to(p.dtype).expand_as(p) for size, p in zip(sizes, parameters, strict=True)])
+
+    def way(v: Tensor) -> Tensor:
+        return v if issubclass(module.kind, SGD) else scale * v.sign()
+
     prefix, other = (g[0] + g[2]) / 2, (g[1] + g[3]) / 2
     return [
         float(mean.square().sum()) - trace_cov / (4 * size),
