@@ -22,23 +22,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.gradients import blocks
+from lightning_surge.optimizers import has_plain_averages
 from lightning_surge.shards import Shards, local
 
-__all__ = ["LEAST_BETA_1", "AdamMoments", "has_coupled_decay"]
+__all__ = ["LEAST_BETA_1", "AdamMoments"]
 
 # `b` must be less than half of `a`, or their difference drowns in noise. In the long run that takes a beta_1
 # above 1/3.
 LARGEST_SHARE = 0.5
 LEAST_BETA_1 = (1.0 - LARGEST_SHARE) / (1.0 + LARGEST_SHARE)
+# Of the steps counted, a parameter must have taken part in this share.
+LEAST_STEPS = 0.9
 
 
 class AdamMoments:
     """Follows the batch size behind Adam's averages, and reads mean and variance off them.
 
     It assumes that the gradient's moments hold still over the memory of `v`, `1 / (1 - beta_2)` steps. It
-    declines where the averages are not those of the loss's gradient, as with coupled weight decay, where it
-    has not seen the state's first steps or enough since, and where `beta_1` is so small that `m` and `v`
-    tell the same. Clipping also makes them averages of something else; the caller must know of it.
+    declines where the averages are not those of the loss's gradient, as with coupled weight decay or variants
+    of Adam, where it has not seen the state's first steps or enough since, where parameters joined later,
+    and where `beta_1` is so small that `m` and `v` tell the same. Clipping also makes them averages of
+    something else; the caller must know of it.
 
     Example:
         After one step at B = 4 with `beta_1 = 0.5`, `beta_2 = 0.75`, both averages have one entry, 1 / 4.
@@ -94,16 +98,26 @@ class AdamMoments:
         Returns:
             False where the class says it declines.
         """
-        if has_coupled_decay(optimizer):
+        if not has_plain_averages(optimizer):
             return False
         if any(tuple(group.get("betas", ()))[:2] != self._betas for group in optimizer.param_groups):
             return False
         if self._steps < 2 or not any("exp_avg_sq" in state for state in optimizer.state.values()):
             return False
         memory = 1.0 / (1.0 - self._betas[1]) if self._betas[1] < 1.0 else math.inf
-        return (
-            self._seen_from_start or self._steps > 3.0 * memory
-        ) and self.first < LARGEST_SHARE * self.second
+        if not (self._seen_from_start or self._steps > 3.0 * memory):
+            return False
+        # Parameters that joined later, or had no gradient at times, have averages of other steps than those
+        # counted here, until they have forgotten where they began.
+        known = LEAST_STEPS * min(float(self._steps), 3.0 * memory)
+        return self._fewest_steps(optimizer) >= known and self.first < LARGEST_SHARE * self.second
+
+    @staticmethod
+    def _fewest_steps(optimizer: Optimizer) -> float:
+        """Of the parameters that are trained and have averages."""
+        rows = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        states = [optimizer.state[p] for p in rows if p in optimizer.state]
+        return min((float(state["step"]) for state in states if "exp_avg_sq" in state), default=math.inf)
 
     def variance(self, optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
         """Per-coordinate variance of one example's gradient, debiased and not below zero.
@@ -242,19 +256,3 @@ class AdamMoments:
         self._betas, self._steps = (float(beta_1), float(beta_2)), int(steps)
         self._first, self._second = float(first), float(second)
         self._seen_from_start = bool(state["_seen_from_start"])
-
-
-def has_coupled_decay(optimizer: Optimizer) -> bool:
-    """Whether weight decay goes through the gradient, and so through the averages.
-
-    Args:
-        optimizer: of the Adam family.
-
-    Returns:
-        True if it does in any parameter group.
-    """
-    by_class = type(optimizer).__name__ == "AdamW"
-    return any(
-        group.get("weight_decay", 0.0) != 0.0 and not group.get("decoupled_weight_decay", by_class)
-        for group in optimizer.param_groups
-    )

@@ -1,38 +1,27 @@
-"""Which law an optimizer obeys, and what its state already knows about the gradient."""
+"""How far an optimizer's learning rate moves, how its weight decay enters, and what its state knows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
-__all__ = ["OptimizerKind", "lr_scales", "optimizer_kind", "stability_constant"]
+__all__ = [
+    "decay_follows_lr",
+    "has_coupled_decay",
+    "has_plain_averages",
+    "largest_lr",
+    "lr_scales",
+    "parameter_scales",
+    "stability_constant",
+]
 
-OptimizerKind = Literal["sign", "gradient", "unknown"]
-
-# By class name, so that the same algorithm from another package is recognised too. All of these divide by a
-# running size of the gradient, or take its sign outright: an update's length does not grow with the gradient.
-SIGN_OPTIMIZERS = frozenset(
-    {
-        "Adafactor",
-        "Adadelta",
-        "Adagrad",
-        "Adam",
-        "AdamW",
-        "Adamax",
-        "Adan",
-        "LAMB",
-        "Lamb",
-        "Lion",
-        "NAdam",
-        "RAdam",
-        "RMSprop",
-        "SignSGD",
-        "SparseAdam",
-    }
-)
-GRADIENT_OPTIMIZERS = frozenset({"ASGD", "SGD"})
+# Adam's own averages `exp_avg` and `exp_avg_sq`, moved at every step. (SparseAdam leaves rows out.)
+PLAIN_AVERAGES = frozenset({"Adam", "AdamW", "NAdam", "RAdam"})
+DECOUPLED = ("adamw", "adafactor", "lion", "muon", "sgdw")
 
 
 def _heavy_ball(beta: float) -> float:
@@ -53,37 +42,6 @@ STABILITY: dict[str, Callable[[float], float]] = {
 }
 
 
-def optimizer_kind(optimizer: Optimizer) -> OptimizerKind:
-    """Whether an optimizer steps along the sign of the gradient or along the gradient.
-
-    Subclasses count as what they derive from; quantised and fused variants (`AdamW8bit`, `FusedAdam`)
-    are recognised by the name they contain.
-
-    Args:
-        optimizer: the raw torch optimizer.
-
-    Returns:
-        `"sign"`, `"gradient"`, or `"unknown"`.
-
-    Example:
-        >>> import torch
-        >>> optimizer_kind(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
-        'sign'
-        >>> optimizer_kind(torch.optim.LBFGS([torch.nn.Parameter(torch.ones(1))]))
-        'unknown'
-
-    References:
-        Li et al. 2024, arXiv:2405.14578, section 2, for Adam-style updates as sign updates.
-    """
-    for kind in type(optimizer).__mro__:
-        name = kind.__name__
-        if name in SIGN_OPTIMIZERS or "Adam" in name or "Lion" in name:
-            return "sign"
-        if name in GRADIENT_OPTIMIZERS:
-            return "gradient"
-    return "unknown"
-
-
 def lr_scales(lrs: Sequence[float]) -> list[float]:
     """Each parameter group's learning rate relative to the largest.
 
@@ -99,6 +57,116 @@ def lr_scales(lrs: Sequence[float]) -> list[float]:
     """
     largest = max(lrs)
     return [lr / largest for lr in lrs] if largest > 0.0 else [1.0] * len(lrs)
+
+
+def parameter_scales(optimizer: Optimizer, group: Mapping[str, Any]) -> list[float]:
+    """How far a learning rate of 1 moves a coordinate of each parameter of a group.
+
+    Adafactor's steps are relative: its learning rate is multiplied by the root mean square of the parameter.
+
+    Args:
+        optimizer: the raw torch optimizer.
+        group: one of its parameter groups.
+
+    Returns:
+        One number per parameter; 1 for every optimizer but Adafactor.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.Adafactor([torch.full((4,), 0.5, requires_grad=True)])
+        >>> parameter_scales(optimizer, optimizer.param_groups[0])
+        [0.5]
+
+    References:
+        Shazeer and Stern 2018, arXiv:1804.04235, section 8.
+    """
+    parameters = group["params"]
+    relative = any(kind.__name__.lower() == "adafactor" for kind in type(optimizer).__mro__)
+    if not relative or not parameters or not group.get("scale_parameter", True):
+        return [1.0] * len(parameters)
+    epsilon = group.get("eps")
+    least = float(
+        (epsilon[1] if isinstance(epsilon, (tuple, list)) else None) or group.get("eps_scale", 1e-3)
+    )
+    norms = torch.stack([torch.linalg.vector_norm(p.detach().float()).cpu() for p in parameters]).tolist()
+    return [max(least, norm / math.sqrt(p.numel())) for norm, p in zip(norms, parameters, strict=True)]
+
+
+def largest_lr(optimizer: Optimizer) -> float:
+    """The learning rate above which the optimizer takes no more notice of it in its coming step.
+
+    torch's Adafactor uses `min(lr, 1 / sqrt(t))` at step `t`.
+
+    Args:
+        optimizer: the raw torch optimizer.
+
+    Returns:
+        A learning rate; infinite for every other optimizer.
+    """
+    if not isinstance(optimizer, torch.optim.Adafactor):
+        return math.inf
+    steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
+    return 1.0 / math.sqrt(max(steps, default=0.0) + 1.0)
+
+
+def decay_follows_lr(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter group's weight decay takes `lr * weight_decay` of the weights at every step.
+
+    Args:
+        optimizer: the raw torch optimizer.
+        group: one of its parameter groups.
+
+    Returns:
+        True for decoupled decay, and for SGD without momentum, where the two forms are one.
+
+    Example:
+        >>> import torch
+        >>> for kind in (torch.optim.AdamW, torch.optim.Adam):
+        ...     optimizer = kind([torch.ones(1, requires_grad=True)])
+        ...     print(decay_follows_lr(optimizer, optimizer.param_groups[0]))
+        True
+        False
+
+    References:
+        Loshchilov and Hutter 2019, arXiv:1711.05101, Propositions 1 and 2.
+    """
+    if group.get("fixed_decay", False) or group.get("unscaled_wd", False):
+        return False
+    for option in ("decoupled_weight_decay", "weight_decouple"):
+        if option in group:
+            return bool(group[option])
+    names = [kind.__name__.lower() for kind in type(optimizer).__mro__]
+    if any(name.startswith("sgd") for name in names) and group.get("momentum", 0.0) == 0.0:
+        return True
+    return any(part in name for name in names for part in DECOUPLED)
+
+
+def has_coupled_decay(optimizer: Optimizer) -> bool:
+    """Whether weight decay goes through the gradient, and so through the averages.
+
+    Args:
+        optimizer: of the Adam family.
+
+    Returns:
+        True if it does in any parameter group.
+    """
+    return any(
+        group.get("weight_decay", 0.0) != 0.0 and not decay_follows_lr(optimizer, group)
+        for group in optimizer.param_groups
+    )
+
+
+def has_plain_averages(optimizer: Optimizer) -> bool:
+    """Whether its state holds the averages of the loss's gradients and of their squares, as Adam keeps them.
+
+    Args:
+        optimizer: the raw torch optimizer.
+
+    Returns:
+        False for variants, and where weight decay enters the averages.
+    """
+    known = any(kind.__name__ in PLAIN_AVERAGES for kind in type(optimizer).__mro__)
+    return known and not has_coupled_decay(optimizer)
 
 
 def stability_constant(optimizer: Optimizer) -> float:

@@ -130,6 +130,7 @@ class Prober:
             per_piece = math.ceil(wanted / len(pieces))
             pieces = [slice_ for piece in pieces for slice_ in self.cut(piece, per_piece)]
             wanted = len(pieces)
+        self.ranks.meet()  # cutting is the user's code
         # Short batches can be cut into fewer slices, and any process may have one.
         (count,) = self.ranks.least(float(min(wanted, len(pieces))))
         chunks = [Chunk(tuple(group)) for group in group_evenly(pieces, int(count))]
@@ -163,6 +164,7 @@ class Prober:
             Whether they agree, and the examples passed.
         """
         slices = self.cut(piece, num_slices)
+        self.ranks.meet()
         (size,) = self.ranks.total(sum(part.size for part in slices))
         share = piece.size / size if self.ranks.count > 1 else 1.0
         self.replay(piece, share)
@@ -170,6 +172,10 @@ class Prober:
         for part in slices:
             self.replay(part, part.size / size)
         mismatch = self._relative_difference(whole)
+        if not math.isfinite(mismatch):
+            raise ArithmeticError(
+                "Expected finite gradients, got some that are not, as where the loss scale overflows"
+            )
         if mismatch <= TOLERATED_MISMATCH:
             return True, 2 * size
         state = RandomState.capture()
@@ -199,4 +205,4 @@ class Prober:
                 change += float(torch.linalg.vector_norm(dense(gradient)).square())
         both = torch.tensor([change, length], dtype=torch.float64, device=self.parameters[0].device)
         change, length = Shards(self.parameters).sum(both).tolist()
-        return change / length if length > 0.0 else (0.0 if change == 0.0 else math.inf)
+        return change / length if length > 0.0 else float(change > 0.0)

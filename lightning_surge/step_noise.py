@@ -32,13 +32,14 @@ class StepNoise:
         self._sum: Tensor | float = 0.0
         self._weight: Tensor | float = 0.0
 
-    def update(self, optimizer: Optimizer, batch_size: float) -> None:
+    def update(self, optimizer: Optimizer, batch_size: float, loss_scale: float = 1.0) -> None:
         """Fold in the gradients of the step about to be taken.
 
         Args:
             optimizer: whose parameters have gradients and whose state holds `exp_avg`, as the Adam family's
                 does; parameters that lack either are left out.
             batch_size: examples behind the gradients.
+            loss_scale: factor that the gradients carry and the averages do not.
         """
         square: Tensor | float = 0.0
         cross: Tensor | float = 0.0
@@ -51,6 +52,8 @@ class StepNoise:
                     continue
                 steps = steps or float(state["step"])
                 flat = dense(gradient).reshape(-1)
+                # 16 bits would overflow, or lose the difference.
+                flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
                 squares.append(torch.dot(flat, flat))
                 products.append(torch.dot(flat, state["exp_avg"].reshape(-1).to(flat.dtype)))
             if steps < 1.0 or "betas" not in group:
@@ -58,8 +61,8 @@ class StepNoise:
             found = True
             # Adam's average starts at zero; this is its own correction for that.
             correction = 1.0 / (1.0 - group["betas"][0] ** steps)
-            square = square + torch.stack(squares).double().sum()
-            cross = cross + torch.stack(products).double().sum() * correction
+            square = square + torch.stack(squares).double().sum() / loss_scale**2
+            cross = cross + torch.stack(products).double().sum() * (correction / loss_scale)
         if not found:
             return
         noise = torch.as_tensor(batch_size * (square - cross))

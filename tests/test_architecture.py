@@ -19,6 +19,7 @@ ROWS = [
         "laws",
         "log_files",
         "lr_writer",
+        "optimizer_families",
         "optimizers",
         "reasons",
         "replay",
@@ -64,6 +65,7 @@ ROWS = [
         "callbacks.counting",
         "callbacks.loaders",
         "callbacks.logging",
+        "callbacks.loss_scaling",
         "callbacks.resuming",
         "callbacks.settings",
     ],
@@ -105,6 +107,18 @@ FIGURES = ["plots", "fit_figure"]
     ["__main__"],
 ]
 ALONE = ["batches", "budget", "clocks", "laws", "lr_writer", "optimizers", "reasons", "replay", "schedules"]
+ALONE = [
+    "batches",
+    "budget",
+    "clocks",
+    "laws",
+    "lr_writer",
+    "optimizer_families",
+    "optimizers",
+    "plots",
+    "replay",
+    "schedules",
+]
 ROW_OF = {room: index for index, row in enumerate(ROWS) for room in row}
 
 

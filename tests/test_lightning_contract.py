@@ -143,6 +143,28 @@ def test_found_inf_is_readable_before_the_scaler_skips_the_step(make_trainer: Ma
     assert trainer.global_step == 3
 
 
+def test_the_scaler_can_be_made_to_look_before_a_fused_step(make_trainer: MakeTrainer) -> None:
+    class Fused(Slope):
+        def configure_optimizers(self) -> Any:
+            return SGD(self.parameters(), lr=0.5, fused=True)
+
+    def look(trainer: pl.Trainer, module: Fused, optimizer: Optimizer) -> tuple[bool, float, float]:
+        scaler = trainer.precision_plugin.scaler  # type: ignore[attr-defined]
+        assert not scaler._found_inf_per_device(optimizer)  # Lightning leaves that to the step
+        found = scaler._check_inf_per_device(optimizer).values()
+        assert module.weight.grad is not None
+        return any(bool(value) for value in found), module.weight.grad.item(), scaler.get_scale()
+
+    callback = AtEachStep(look)
+    module = Fused(overflow_at=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    trainer = make_trainer(callback, plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler))
+    trainer.fit(module, batches(3))
+    # Gradients still carry the scale, and the step works as if nobody had looked.
+    assert callback.seen == [(False, 64.0, 64.0), (True, float("inf"), 64.0), (False, 32.0, 32.0)]
+    assert module.weight.item() == -1.0
+
+
 def test_final_gradients_are_there_before_the_update(make_trainer: MakeTrainer) -> None:
     def look(_: pl.Trainer, module: Slope, __: Optimizer) -> tuple[float, float]:
         assert module.weight.grad is not None

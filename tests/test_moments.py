@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_surge import gradients
 from lightning_surge.curvature import Sample
-from lightning_surge.moments import LEAST_BETA_1, AdamMoments, has_coupled_decay
+from lightning_surge.moments import LEAST_BETA_1, AdamMoments
+from lightning_surge.optimizers import has_coupled_decay
 from lightning_surge.sharpness import Sharpness
 
 COORDINATES = 4000

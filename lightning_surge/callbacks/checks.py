@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.rnn import RNNBase
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.processes import check_processes
 from lightning_surge.callbacks.settings import REFERENCE_RULES
-from lightning_surge.moments import LEAST_BETA_1, has_coupled_decay
-from lightning_surge.optimizers import optimizer_kind, stability_constant
+from lightning_surge.moments import LEAST_BETA_1
+from lightning_surge.optimizer_families import optimizer_family
+from lightning_surge.optimizers import decay_follows_lr, has_coupled_decay, stability_constant
 
-__all__ = ["check_edge", "check_optimizer", "check_trainer", "clips_gradients", "trained_optimizers"]
+__all__ = [
+    "check_edge",
+    "check_optimizer",
+    "check_trainer",
+    "check_weight_decay",
+    "clips_gradients",
+    "rounds_products",
+    "trained_optimizers",
+]
+
+# The others compute with copies of the weights in 8 or 16 bits.
+FULL_PRECISION = ("32-true", "64-true")
 
 
 def check_trainer(
@@ -67,15 +82,21 @@ def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, name: st
             f"{type(pl_module).__name__}: return one optimizer that holds the parameters to train."
         )
     optimizer = optimizers[0]
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+    kind, why, *_ = optimizer_family(optimizer)
+    _check_lr(optimizer, name)
+    if kind == "unscalable":
         raise MisconfigurationException(
-            f"{name} cannot tell which steps a fused {type(optimizer).__name__} skips under "
-            "precision='16-mixed': pass fused=False, or use precision='bf16-mixed'."
+            f"{name} writes a learning rate for one step, got {type(optimizer).__name__}, which {why}: use "
+            "another optimizer, as SGD or AdamW."
         )
     if law in REFERENCE_RULES:
         return
-    kind = optimizer_kind(optimizer)
+    if kind == "unmeasured":
+        raise MisconfigurationException(
+            f"law={law!r} measures along the sign of the gradient or along the gradient, got "
+            f"{type(optimizer).__name__}, which {why}: pass law='sqrt', 'linear' or 'constant', which "
+            "measure nothing, or use another optimizer, as AdamW or SGD."
+        )
     if kind == "unknown":
         rank_zero_warn(
             f"{name} does not know {type(optimizer).__name__}: it is treated as an Adam-style optimizer, "
@@ -86,7 +107,48 @@ def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, name: st
             f"law={law!r} is about sign-like updates, got {type(optimizer).__name__}: use "
             "law='measured', which takes the gradient-noise law for it."
         )
+    if kind == "gradient" and clips_gradients(trainer, pl_module):
+        rank_zero_warn(
+            f"law={law!r} takes the steps of {type(optimizer).__name__} to be the gradient's, got clipping: "
+            "while most steps are clipped their length is the same at every batch size, and the factor too "
+            "large. Pass law='sqrt' if they are."
+        )
     _check_parameters(optimizer, name)
+
+
+def _check_lr(optimizer: Optimizer, name: str) -> None:
+    """Refuse optimizers that have no learning rate to multiply."""
+    kind = type(optimizer).__name__
+    for index, group in enumerate(optimizer.param_groups):
+        if group.get("relative_step", False) or group.get("lr") is None:
+            raise MisconfigurationException(
+                f"{name} multiplies the learning rate, got parameter group {index} of {kind} with "
+                f"lr={group.get('lr')} and relative_step={group.get('relative_step', False)}, which leaves "
+                "it to the optimizer: pass lr= (and relative_step=False, warmup_init=False) and a scheduler."
+            )
+
+
+def check_weight_decay(optimizer: Optimizer, name: str) -> None:
+    """Refuse `scale_weight_decay=False` where `lr * weight_decay` is not what decays per step.
+
+    Args:
+        optimizer: the one that is trained with.
+        name: of the callback, for messages.
+
+    Raises:
+        MisconfigurationException: with the rule, what was found, and the remedy.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        decay = group.get("weight_decay", 0.0)
+        if decay == 0.0 or decay_follows_lr(optimizer, group):
+            continue
+        raise MisconfigurationException(
+            "scale_weight_decay=False keeps lr * weight_decay, which is the decay per step only where that "
+            f"is decoupled, got parameter group {index} of {type(optimizer).__name__} with weight_decay="
+            f"{float(decay):g}, whose decay is part of the gradient: {name} cannot take the factor off again "
+            "after averages, momentum or a division. Use AdamW, SGD without momentum, or an option such as "
+            "decoupled_weight_decay=True, or leave scale_weight_decay=True."
+        )
 
 
 def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,7 +183,7 @@ def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             f"Expected beta_1 > 1/3 for objective='edge', got {name} with beta_1={beta_1}: its averages then "
             "hardly tell the mean gradient from its noise. Use objective='progress'."
         )
-    if "16" in str(trainer.precision):
+    if str(trainer.precision) not in FULL_PRECISION:
         raise MisconfigurationException(
             f"Expected precision='32-true' or higher for objective='edge', got {trainer.precision!r}: its "
             "secants are so short that 16-bit copies of the weights would not move. Use objective='progress'."
@@ -138,6 +200,32 @@ def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             f"{trainer.gradient_clip_val} or an own configure_gradient_clipping: Adam's averages of clipped "
             "gradients do not tell those at other batch sizes. Use objective='progress'."
         )
+    if _on_gpu(optimizer) and rounds_products(pl_module):
+        raise MisconfigurationException(
+            "Expected float32 products for objective='edge', got TF32, which rounds the weights to 10 bits: "
+            "its secants are so short that most would not move. Call "
+            "torch.set_float32_matmul_precision('highest') and set torch.backends.cudnn.allow_tf32 = False, "
+            "or use objective='progress'."
+        )
+
+
+def _on_gpu(optimizer: Optimizer) -> bool:
+    """Whether a parameter is on a CUDA device."""
+    return any(p.device.type == "cuda" for group in optimizer.param_groups for p in group["params"])
+
+
+def rounds_products(pl_module: pl.LightningModule) -> bool:
+    """Whether a GPU multiplies this module's float32 numbers in TF32, which keeps 10 bits."""
+    convolves = any(isinstance(module, (_ConvNd, RNNBase)) for module in pl_module.modules())
+    try:
+        return torch.get_float32_matmul_precision() != "highest" or (
+            convolves and torch.backends.cudnn.allow_tf32
+        )
+    except RuntimeError:
+        # Somebody used the newer switches, which the older ones cannot always sum up.
+        matmul: Any = torch.backends.cuda.matmul
+        convolution: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009 (unknown to mypy)
+        return matmul.fp32_precision == "tf32" or (convolves and convolution.fp32_precision == "tf32")
 
 
 def clips_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
@@ -157,7 +245,8 @@ def _check_parameters(optimizer: Optimizer, name: str) -> None:
                 raise MisconfigurationException(
                     f"Expected float32 parameters, got dtype {parameter.dtype}, which cannot hold the "
                     "small moves that measure curvature: keep float32 parameters "
-                    "(precision='bf16-mixed' does), or pass law='sqrt', which measures nothing."
+                    "(precision='bf16-mixed' or '16-mixed' does, which computes in 16 bits all the same), or "
+                    "pass law='sqrt', law='linear' or law='constant', which measure nothing."
                 )
 
 

@@ -37,7 +37,8 @@ from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.measuring import ALONE, MIN_SLICES, LawMeasurement, Measurement, MoreSecants
 from lightning_surge.micro_batches import HookedGradients, MicroBatchGradients, StashedGradients
 from lightning_surge.moments import AdamMoments
-from lightning_surge.optimizers import OptimizerKind, lr_scales
+from lightning_surge.optimizer_families import OptimizerKind
+from lightning_surge.optimizers import lr_scales, parameter_scales
 from lightning_surge.probing import Prober, examples_wanted
 from lightning_surge.ranks import RankError
 from lightning_surge.replay import Chunk, Piece, RandomState, TraceError, no_trace
@@ -176,6 +177,8 @@ class Measurer:
         for name in ("_trainer", "_module", "_optimizer", "_writer", "_prober"):
             vars(self).pop(name, None)
         self.parameters = []
+        # Since the window before, as where a callback unfreezes some.
+        self.parameters_changed = False
         self._scales = []
         # Of the batch in hand, which can see several windows where optimization is manual.
         self._versions: list[int] = []
@@ -188,10 +191,14 @@ class Measurer:
         """Start pooling afresh: batches cannot be saved in a checkpoint."""
         self._pool: list[Piece] = []
         self._pooled = 0.0  # examples in it, over all processes
+        self._pooled_before = 0
         self._pool_target = 0.0
 
     def close_window(self) -> None:
         """The optimizer has stepped, or skipped."""
+        if getattr(self, "_live", None) is not None:
+            # A step that was skipped takes its measurement with it, but not what that has cost.
+            self.budget.charge(self._cost_under_way, measured=False)
         self._live: LawMeasurement | None = None
         self._own.end()
         self._random_state: RandomState | None = None
@@ -243,6 +250,7 @@ class Measurer:
             MisconfigurationException: if batches cannot be cut, before the first step is taken.
         """
         self._refresh_parameters()
+        self._pooled_before = len(self._pool)
         self._delta_wanted = delta
         accumulation = self._trainer.accumulate_grad_batches
         # Batches differ in size, most of all where tokens are counted: the plan is made with their mean.
@@ -315,6 +323,10 @@ class Measurer:
         self.budget.start()
         # Its buffers may not fit into memory.
         self._live = self._together(partial(self._new_measurement, num_chunks, stride=stride))
+
+    def drop_window(self) -> None:
+        """Forget the batches of a window whose step is skipped: their gradients are not finite."""
+        del self._pool[self._pooled_before :]
 
     def before_forward(self, batch: Any) -> None:
         """Remember what the coming pass of a batch that may be replayed begins with.
@@ -521,7 +533,7 @@ class Measurer:
         self.forget_pool()
         if not self.budget.has_room(self._cost(sum(chunk.size for chunk in chunks)), self._planned):
             return None  # the last batch was far larger than those the plan was made with
-        self._prober.loss_scale = self._scaler_scale()
+        self._prober.loss_scale = self._scaler_scale() * self._scale_share(chunks)
         if not self._slices_checked and len(chunks) > len(pieces) and not self._slices_agree(pieces, chunks):
             return None
         if self._by_coordinates:
@@ -533,10 +545,31 @@ class Measurer:
                 sizes=CoordinateMeasurement.sizes_for(chunks, base),
                 law=self._settings.law,
                 seed=self._trainer.global_step,
-                variance_of=None if moments is None else partial(moments.variance, self._optimizer),
+                variance_of=None if moments is None else partial(self._variance, moments),
                 ranks=self._ranks,
             ).run(chunks)
         return self._new_measurement(len(chunks)).run(chunks, sharpness)
+
+    def _variance(self, moments: AdamMoments, parameter: Tensor) -> Tensor | None:
+        """Adam's averages are of unscaled gradients, those of the probe carry its loss scale."""
+        variance = moments.variance(self._optimizer, parameter)
+        return None if variance is None else variance.mul_(self._prober.loss_scale**2)
+
+    def _scale_share(self, chunks: list[Chunk]) -> float:
+        """What a slice may have of the loss scale, so that no example weighs more than in training.
+
+        A scaler goes to where gradients of whole windows nearly overflow. Those of a slice are means over
+        fewer examples. A power of two leaves every digit as it is.
+        """
+        if self._scaler_scale() == 1.0:
+            return 1.0
+        (smallest,) = self._ranks.least(-max(piece.size for chunk in chunks for piece in chunk.pieces))
+        largest = -smallest
+        window = (
+            max(self._seen_examples / self._seen_batches, largest) * self._trainer.accumulate_grad_batches
+        )
+        share = min(chunk.size for chunk in chunks) / window
+        return 2.0 ** min(math.floor(math.log2(share)), 0)
 
     def _slices_agree(self, pieces: list[Piece], chunks: list[Chunk]) -> bool:
         num_slices = max(len(chunks) // len(pieces), 2)
@@ -549,6 +582,7 @@ class Measurer:
             ),
             None,
         )
+        self._ranks.meet()
         if not any(self._ranks.total(float(piece is not None))):
             return True  # nothing was cut
         agree, passes = self._prober.slices_agree(piece or pieces[0], num_slices)
@@ -603,8 +637,15 @@ class Measurer:
         lrs = self._writer.scheduled()
         self._largest_lr = max(self._largest_lr, *lrs)
         groups = zip(self._optimizer.param_groups, lr_scales(lrs), strict=True)
-        rows = [(p, scale) for group, scale in groups for p in group["params"] if p.requires_grad]
+        rows = [
+            (p, scale * distance)
+            for group, scale in groups
+            for p, distance in zip(group["params"], parameter_scales(self._optimizer, group), strict=True)
+            if p.requires_grad
+        ]
+        before = [id(parameter) for parameter in self.parameters]
         self.parameters = [parameter for parameter, _ in rows]
+        self.parameters_changed = bool(before) and before != [id(parameter) for parameter, _ in rows]
         self._scales = [scale for _, scale in rows]
         self._prober.parameters = self.parameters
         self._prober.split_batch = self._split_batch if self._may_split else None

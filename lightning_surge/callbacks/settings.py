@@ -65,6 +65,7 @@ class SurgeSettings:
     lr_scale_bounds: tuple[float, float] | None
     max_drift_per_step: float
     half_life: float
+    scale_weight_decay: bool
     custom_scalars: bool
     prog_bar: bool
 
@@ -91,6 +92,11 @@ class SurgeSettings:
         _positive("half_life", self.half_life, "8 measurements is a good start")
         _whole("probe_every", self.probe_every, 1, "count optimizer steps, or leave it to max_overhead")
         _whole("probe_examples", self.probe_examples, 4, "4 examples make the smallest measurement")
+        if not isinstance(self.scale_weight_decay, bool):
+            raise ValueError(
+                f"Expected scale_weight_decay=True or False, got {self.scale_weight_decay!r}: True lets the "
+                "decay per step scale with the learning rate, as torch does."
+            )
         if self.lr_scale_bounds is not None:
             self._check_bounds(self.lr_scale_bounds)
 

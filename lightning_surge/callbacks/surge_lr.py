@@ -27,11 +27,13 @@ from lightning_surge.callbacks.checks import (
     check_edge,
     check_optimizer,
     check_trainer,
+    check_weight_decay,
     clips_gradients,
     trained_optimizers,
 )
 from lightning_surge.callbacks.counting import BatchCounter
 from lightning_surge.callbacks.logging import add_tensorboard_layout, law_metrics, lr_metrics, run_metrics
+from lightning_surge.callbacks.loss_scaling import step_scaling
 from lightning_surge.callbacks.measurer import LossFn, Measurer
 from lightning_surge.callbacks.settings import (
     DEFAULT_OBJECTIVE,
@@ -53,7 +55,13 @@ from lightning_surge.laws import Law, require_number
 from lightning_surge.lr_writer import LearningRateWriter
 from lightning_surge.moments import AdamMoments
 from lightning_surge.noise import NoiseHistory, NoiseStats
-from lightning_surge.optimizers import OptimizerKind, optimizer_kind, stability_constant
+from lightning_surge.optimizer_families import OptimizerKind, optimizer_kind
+from lightning_surge.optimizers import (
+    decay_follows_lr,
+    has_plain_averages,
+    largest_lr,
+    stability_constant,
+)
 from lightning_surge.policy import Decision, Policy
 from lightning_surge.reasons import Reason
 from lightning_surge.step_noise import StepNoise
@@ -101,8 +109,8 @@ class SurgeLRCallback(pl.Callback):
 
     Caveats:
         * Data-parallel processes (`strategy="ddp"`, and FSDP2 through `ModelParallelStrategy`) measure
-          together; other strategies, several optimizers and `precision="16-mixed"` with a fused optimizer
-          raise an error.
+          together; other strategies and several optimizers raise an error.
+        * Which precisions, parameters and optimizers are measured: docs/support.md.
         * The factor keeps the loss level of the run that was tuned at `base_batch_size`. It does not
           repair a learning rate that was wrong there.
         * Batches that are pooled for a measurement are held where they are, up to 16 base batches.
@@ -139,6 +147,9 @@ class SurgeLRCallback(pl.Callback):
             ten times wider with `anchor="law"`.
         max_drift_per_step: Largest relative rise of the factor per step at an unchanged batch size.
         half_life: Measurements after which an old one counts half.
+        scale_weight_decay: Whether decoupled weight decay, which torch multiplies with the learning rate,
+            scales with the factor too. False divides `weight_decay` by the factor for the step, so that
+            `lr * weight_decay` stays what the schedule says; refused for decay that is part of the gradient.
         batch_size_fn: Counts the examples, or tokens, in a batch; None takes the leading dimension of its
             first tensor.
         split_batch: Function of `(batch, num_slices)` that cuts a batch; None cuts every tensor along its
@@ -182,6 +193,7 @@ class SurgeLRCallback(pl.Callback):
         lr_scale_bounds: tuple[float, float] | None = None,
         max_drift_per_step: float = 0.05,
         half_life: float = 8.0,
+        scale_weight_decay: bool = True,
         batch_size_fn: Callable[[Any], float] | None = None,
         split_batch: SplitBatch | Literal[False] | None = None,
         loss_fn: LossFn | None = None,
@@ -200,6 +212,7 @@ class SurgeLRCallback(pl.Callback):
             lr_scale_bounds=lr_scale_bounds,
             max_drift_per_step=max_drift_per_step,
             half_life=half_life,
+            scale_weight_decay=scale_weight_decay,
             custom_scalars=custom_scalars,
             prog_bar=prog_bar,
         )
@@ -252,6 +265,7 @@ class SurgeLRCallback(pl.Callback):
         self._batch_idx = 0
         self._watched: pl.LightningModule | None = None
         self._scheduler: BatchSizeScheduler | None = None
+        self._cap_reached = False
         self._measurer.detach()
         self._close_window()
 
@@ -349,6 +363,9 @@ class SurgeLRCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizer, before any time is spent on training."""
         check_optimizer(trainer, pl_module, type(self).__name__, self.settings.law)
+        if not self.settings.scale_weight_decay:
+            for optimizer in trained_optimizers(trainer.optimizers):
+                check_weight_decay(optimizer, type(self).__name__)
         if self._may_choose_objective:
             self._choose_objective(trainer, pl_module)
         elif self.settings.follows_edge:
@@ -379,7 +396,8 @@ class SurgeLRCallback(pl.Callback):
         self._kind = optimizer_kind(self._optimizer)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._scheduler = next((one for one in callbacks if isinstance(one, BatchSizeScheduler)), None)
-        self._writer = LearningRateWriter(self._optimizer)
+        keeps_decay = None if self.settings.scale_weight_decay else partial(decay_follows_lr, self._optimizer)
+        self._writer = LearningRateWriter(self._optimizer, keeps_decay)
         self._hook = self._optimizer.register_step_post_hook(self._after_step)
         self._moments.begin(self._optimizer)
         self._measurer.attach(trainer, pl_module, self._optimizer, self._writer, self._kind)
@@ -445,6 +463,8 @@ class SurgeLRCallback(pl.Callback):
                 hurry, self._noise_changed = self._noise_changed, False
                 base, delta = self._base_batch_size, self._optimal_lr()
                 self._measurer.open_window(batch, batch_idx, size, base=base, delta=delta, hurry=hurry)
+                if self._measurer.parameters_changed:
+                    self._forget_measurements()
         self._measurer.before_forward(self._batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -470,9 +490,12 @@ class SurgeLRCallback(pl.Callback):
         if self._writer is None or optimizer is not self._optimizer:
             return
         batch_size = self._window_examples
-        if batch_size <= 0.0 or self._step_is_skipped(trainer, optimizer):
+        has_loss = self._counted_batch == self._batch_idx
+        skipped, loss_scale = step_scaling(trainer, optimizer, has_loss=has_loss)
+        if batch_size <= 0.0 or skipped:
             # Without a step no hook would take the factor off before the scheduler moves.
             self._writer.restore()
+            self._measurer.drop_window()
             self._close_window()
             return
         if self._decided:
@@ -486,15 +509,27 @@ class SurgeLRCallback(pl.Callback):
             self._policy = self._make_policy(batch_size)
         self._read_schedule()
         if self._measures:
-            self._measure(trainer, optimizer, self._policy, batch_size)
+            self._measure(trainer, optimizer, self._policy, batch_size, loss_scale)
         self._measurer.budget.train(batch_size)
         decision = self._policy.decide(batch_size, self._scheduled_lr)
         if self.decision is None or decision.reason != self.decision.reason:
             log.info("step %d, %g examples: %s", trainer.global_step, batch_size, decision.reason)
         self.decision = decision
         self._apply(decision.used)
+        self._warn_of_a_cap(optimizer)
         if trainer._logger_connector.should_update_logs or trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._log(pl_module, decision, batch_size)
+
+    def _warn_of_a_cap(self, optimizer: Optimizer) -> None:
+        cap = largest_lr(optimizer)
+        used = max(float(group["lr"]) for group in optimizer.param_groups) if cap < math.inf else 0.0
+        if used > cap and not self._cap_reached:
+            self._cap_reached = True
+            rank_zero_warn(
+                f"{type(optimizer).__name__} uses min(lr, 1 / sqrt(step)): the learning rate written, "
+                f"{used:g}, is above {cap:g} and has no effect beyond it, nor has the factor. Use a smaller "
+                "learning rate."
+            )
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         betas = optimizer.param_groups[0].get("betas", ())
@@ -509,6 +544,14 @@ class SurgeLRCallback(pl.Callback):
         if self._writer is not None:
             self._writer.restore()
         self._batch = None
+
+    def _forget_measurements(self) -> None:
+        """Start the history afresh: what was measured of other parameters is no part of the law of these."""
+        if self.history.num_measurements:
+            log.info("the trained parameters have changed: measuring afresh, the last law is held")
+            self.history = NoiseHistory(self.settings.half_life)
+            if self._policy is not None:
+                self._policy.hold("the trained parameters have changed")
 
     def _noise_has_changed(self) -> bool:
         """Whether the steps since the last measurement show a noise that differs from what it saw."""
@@ -532,19 +575,17 @@ class SurgeLRCallback(pl.Callback):
         if self._writer is not None and not self.settings.dry_run:
             self._writer.apply(factor)
 
-    def _step_is_skipped(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            return False
-        # A training_step that returned None makes Lightning skip the scaler's step; else the scaler decides.
-        return self._counted_batch != self._batch_idx or any(
-            bool(found) for found in scaler._found_inf_per_device(optimizer).values()
-        )
-
-    def _measure(self, trainer: pl.Trainer, optimizer: Optimizer, policy: Policy, batch_size: float) -> None:
+    def _measure(
+        self,
+        trainer: pl.Trainer,
+        optimizer: Optimizer,
+        policy: Policy,
+        batch_size: float,
+        loss_scale: float,
+    ) -> None:
         """Take what this step tells of the noise, and the window's measurement if it has one."""
         begin = time.perf_counter()
-        self._follow_noise(optimizer, batch_size)
+        self._follow_noise(optimizer, batch_size, loss_scale)
         # Asking whether the averages can be read walks the optimizer's state: not at every step.
         readable = (
             self._measurer.ready
@@ -579,13 +620,13 @@ class SurgeLRCallback(pl.Callback):
             return sums.deviation_l1
         return self._moments.deviation_l1(optimizer) if readable else math.nan
 
-    def _follow_noise(self, optimizer: Optimizer, batch_size: float) -> None:
+    def _follow_noise(self, optimizer: Optimizer, batch_size: float, loss_scale: float) -> None:
         """Take what every step tells of the noise, from the optimizers that tell it."""
         # Of sharded parameters each process sees a piece: their sum would take a message at every step.
         if not self._step_noise_works or self._measurer.sharded:
             return
         try:
-            self._step_noise.update(optimizer, batch_size)
+            self._step_noise.update(optimizer, batch_size, loss_scale)
         except Exception as error:
             self._step_noise_works = False
             rank_zero_warn(
@@ -643,7 +684,9 @@ class SurgeLRCallback(pl.Callback):
         metrics["surge/overhead"] = self.overhead
         metrics["surge/overhead_time"] = self.overhead_time
         trace_cov = self._step_noise.trace_cov
-        if math.isfinite(trace_cov):
+        # Averages of clipped gradients, or with weight decay in them, are no estimate of the mean gradient.
+        told = has_plain_averages(self._optimizer) and not clips_gradients(pl_module.trainer, pl_module)
+        if told and math.isfinite(trace_cov):
             metrics["surge/trace_cov_steps"] = trace_cov
         pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
         if self.settings.prog_bar:
