@@ -4,28 +4,51 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
 
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import Law, MeasuredLaw
 from lightning_surge.noise import NoiseHistory
 from lightning_surge.policy import Decision
 
-__all__ = ["add_tensorboard_layout", "law_metrics", "lr_metrics"]
+__all__ = ["add_tensorboard_layout", "group_suffixes", "law_metrics", "lr_metrics"]
 
 PREFIX = "surge/"
 
 
+def group_suffixes(optimizer: Optimizer, suffix: str) -> list[str]:
+    """What the keys of the learning rates of each parameter group end with.
+
+    Args:
+        optimizer: its groups.
+        suffix: of the optimizer.
+
+    Returns:
+        The suffix, and behind it the group's name or number where there are several.
+    """
+    groups = optimizer.param_groups
+    if len(groups) == 1:
+        return [suffix]
+    return [f"{suffix}/{group.get('name', index)}" for index, group in enumerate(groups)]
+
+
 def lr_metrics(
-    groups: Sequence[str], *, scheduled: Sequence[float], used: Sequence[float], decision: Decision
+    groups: Sequence[str],
+    suffix: str = "",
+    *,
+    scheduled: Sequence[float],
+    used: Sequence[float],
+    decision: Decision,
 ) -> dict[str, float]:
     """The three learning rates of every group, and the factor between them.
 
     Args:
-        groups: suffix of each group, empty if there is one.
+        groups: suffix of each group, as of `group_suffixes`.
+        suffix: of the optimizer.
         scheduled: learning rates from the schedule.
         used: learning rates written.
         decision: of the policy.
@@ -38,10 +61,10 @@ def lr_metrics(
         metrics[f"{PREFIX}lr_scheduled{group}"] = lr_scheduled
         metrics[f"{PREFIX}lr_predicted{group}"] = lr_scheduled * decision.predicted
         metrics[f"{PREFIX}lr_used{group}"] = lr_used
-    metrics[f"{PREFIX}lr_scale"] = decision.used
-    metrics[f"{PREFIX}lr_scale_predicted"] = decision.predicted
+    metrics[f"{PREFIX}lr_scale{suffix}"] = decision.used
+    metrics[f"{PREFIX}lr_scale_predicted{suffix}"] = decision.predicted
     if math.isfinite(decision.standard_error):
-        metrics[f"{PREFIX}lr_scale_standard_error"] = decision.standard_error
+        metrics[f"{PREFIX}lr_scale_standard_error{suffix}"] = decision.standard_error
     return metrics
 
 
@@ -93,23 +116,23 @@ def law_metrics(
     return metrics
 
 
-def add_tensorboard_layout(loggers: Iterable[Logger], groups: Sequence[str]) -> None:
-    """Give TensorBoard one chart with the learning rates and one with batch size and peak.
+def add_tensorboard_layout(loggers: Iterable[Logger], groups: Mapping[str, Sequence[str]]) -> None:
+    """Give TensorBoard a chart with the learning rates and one with batch size and peak, per optimizer.
+
+    TensorBoard shows one layout per run, so all optimizers must be in it.
 
     Args:
         loggers: those whose experiment has no custom scalars are passed over.
-        groups: suffix of each parameter group.
+        groups: suffixes of the parameter groups, by the suffix of the optimizer.
     """
-    layout = {
-        "surge": {
-            f"learning rate{group}": [
-                "Multiline",
-                [rf"surge/lr_(scheduled|predicted|used){re.escape(group)}$"],
-            ]
-            for group in groups
-        }
-        | {"batch size": ["Multiline", [r"surge/(batch_size|peak_batch_size|critical_batch_size)$"]]}
-    }
+    charts: dict[str, list[str | list[str]]] = {}
+    for suffix, names in groups.items():
+        for group in names:
+            tags = rf"surge/lr_(scheduled|predicted|used){re.escape(group)}$"
+            charts[f"learning rate{group}"] = ["Multiline", [tags]]
+        tags = rf"surge/(batch_size|peak_batch_size|critical_batch_size){re.escape(suffix)}$"
+        charts[f"batch size{suffix}"] = ["Multiline", [tags]]
+    layout = {"surge": charts}
     for logger in loggers:
         # By what it can do, not by its class: several packages bring a TensorBoard writer. The type is asked,
         # because a dummy experiment answers to every name.

@@ -66,6 +66,7 @@ class SurgeSettings:
     half_life: float
     custom_scalars: bool
     prog_bar: bool
+    optimizer: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("law", LAWS), ("objective", tuple(OBJECTIVES)), ("anchor", ANCHORS)):
@@ -89,6 +90,7 @@ class SurgeSettings:
         _positive("max_drift_per_step", self.max_drift_per_step, "0.05 lets the factor rise 5 % per step")
         _positive("half_life", self.half_life, "8 measurements is a good start")
         _whole("probe_every", self.probe_every, 1, "count optimizer steps, or leave it to max_overhead")
+        _whole("optimizer", self.optimizer, 0, "count the optimizers of configure_optimizers from 0")
         _whole("probe_examples", self.probe_examples, 4, "4 examples make the smallest measurement")
         if self.lr_scale_bounds is not None:
             self._check_bounds(self.lr_scale_bounds)
