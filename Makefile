@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo digits test lint format bench bench-demo bench-batch-warmup \
+.PHONY: help demo digits test test-matrix lint format bench bench-demo bench-batch-warmup \
 	bench-batch-warmup-quick fidelity fidelity-quick clean
 
 help:  ## show this list
@@ -24,6 +24,9 @@ digits: $(STAMP)  ## the same for an image model on scikit-learn's digits
 
 test: $(STAMP)  ## run the tests, doctests included
 	$(BIN)/python -m pytest
+
+test-matrix: $(STAMP)  ## the tests that lean on Lightning with the oldest and newest versions claimed: half an hour
+	$(BIN)/python -m benchmarks.matrix
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -57,4 +60,4 @@ fidelity-quick: $(STAMP)  ## one cell of each kind, under two minutes; writes no
 	$(BIN)/python -m benchmarks.fidelity --quick
 
 clean:  ## remove the environment and what the examples wrote
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .matrix runs

@@ -151,7 +151,8 @@ def plot_run(
         run: What `read_run` returned.
         snapshots: The law at some moments, oldest first; two or three keep the panel readable.
         base_batch_size: The batch size at which the scheduled learning rate was tuned, in examples.
-        group: The suffix of the learning rates' tags, where there are several parameter groups.
+        group: The suffix of the learning rates' tags, where there are several parameter groups or
+            optimizers, as `"1"`, `"opt0"` or `"opt0/1"`.
         title: A line above the figure.
 
     Returns:
@@ -183,6 +184,8 @@ def plot_run(
             f"Expected a positive, finite base_batch_size, got base_batch_size={base_batch_size}: pass the "
             "batch size at which the learning rate was tuned."
         )
+    if group is not None and f"surge/batch_size/{group.partition('/')[0]}" in run:
+        run = _of_optimizer(run, group.partition("/")[0])
     figure = Figure(figsize=(11.0, 6.4), dpi=150, layout="constrained")
     panels = figure.subplot_mosaic([["lr", "law"], ["batch", "law"]], width_ratios=[1.25, 1.0])
     panels["lr"].sharex(panels["batch"])
@@ -199,6 +202,12 @@ def plot_run(
     return figure
 
 
+def _of_optimizer(run: Mapping[str, Series], name: str) -> dict[str, Series]:
+    """A run with one optimizer's series under the tags of an only optimizer too."""
+    ending = f"/{name}"
+    return {**run, **{tag.removesuffix(ending): run[tag] for tag in run if tag.endswith(ending)}}
+
+
 def _logged(run: Mapping[str, Series], name: str, group: str | None = None) -> Series:
     """The series of a log key, or an error that says which are there."""
     tag = f"surge/{name}" if group is None else f"surge/{name}/{group}"
@@ -206,7 +215,7 @@ def _logged(run: Mapping[str, Series], name: str, group: str | None = None) -> S
         surge_tags = sorted(key for key in run if key.startswith("surge/")) or "none"
         raise ValueError(
             f"Expected run to hold the tag {tag!r}, got these surge tags: {surge_tags}. Read a run that was "
-            "trained with SurgeLRCallback, and pass group= if it has several parameter groups."
+            "trained with SurgeLRCallback, and pass group= if it has several parameter groups or optimizers."
         )
     return run[tag]
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
@@ -414,6 +415,30 @@ class TestSchedules:
         module = Early()
         make_trainer(SurgeLRCallback(4, "linear")).fit(module, data(8, 8))
         assert module.weight.item() == -0.5
+
+
+class TestScaler:
+    @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+    def test_steps_that_it_skips_are_skipped_for_their_optimizer_only(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        class Overflowing(Scheduled):
+            def critic_loss(self, batch: Any) -> Tensor:
+                self.seen += 1
+                return super().critic_loss(batch) * (torch.inf if self.seen == 2 else 1.0)
+
+        def run(*callbacks: Callback) -> Overflowing:
+            module = Overflowing(lambda i: (0, 1))
+            module.seen = 0  # type: ignore[assignment]
+            scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+            precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+            make_trainer(*callbacks, plugins=precision).fit(module, data(40, 8))
+            return module
+
+        plain, scaled = run(), run(*pair(4, "linear"))
+        assert [len(lrs) for lrs in plain.used] == [4, 5]
+        assert scaled.used == [[2.0 * lr for lr in lrs] for lrs in plain.used]
+        assert scaled.scheduled == plain.scheduled
 
 
 class TestObjective:
