@@ -25,7 +25,7 @@ digits: $(STAMP)  ## the same for an image model on scikit-learn's digits
 test: $(STAMP)  ## run the tests, doctests included
 	$(BIN)/python -m pytest
 
-test-matrix: $(STAMP)  ## the tests that lean on Lightning, with the oldest and newest versions claimed: ten minutes, 3 GB
+test-matrix: $(STAMP)  ## the tests that lean on Lightning, with the oldest and newest versions claimed: ten minutes after large downloads
 	$(BIN)/python -m benchmarks.matrix
 
 lint: $(STAMP)  ## ruff and mypy --strict
