@@ -4,8 +4,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo digits test check-html check-tensorboard docs docs-output lint format bench bench-demo \
-	bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick clean
+.PHONY: help demo digits test test-matrix check-html check-tensorboard docs docs-output lint format bench \
+	bench-demo bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -24,6 +24,9 @@ digits: $(STAMP)  ## the same for an image model on scikit-learn's digits
 
 test: $(STAMP)  ## run the tests, doctests included
 	$(BIN)/python -m pytest
+
+test-matrix: $(STAMP)  ## tests that lean on Lightning, oldest and newest versions: ten minutes after downloads
+	$(BIN)/python -m benchmarks.matrix
 
 check-html: $(STAMP)  ## look at the page of `lightning-surge plot` in a headless browser, if there is one
 	$(BIN)/python -m pytest -rs tests/test_pages_in_browser.py -k page_draws
@@ -72,4 +75,4 @@ fidelity-quick: $(STAMP)  ## one cell of each kind, under two minutes; writes no
 	$(BIN)/python -m benchmarks.fidelity --quick
 
 clean:  ## remove the environment and what the examples wrote
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) .matrix runs site

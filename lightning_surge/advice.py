@@ -163,6 +163,7 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
     Raises:
         RunLogError: if nothing was logged by then, or no law was known.
     """
+    run = run.of_group(group)
     logged = run.require("batch_size").steps
     index = int(np.searchsorted(logged, run.last_step if step is None else step, side="right")) - 1
     if index < 0:

@@ -61,6 +61,7 @@ def run_page(run: RunLog, *, group: str | None = None, title: str = "", x: XAxis
         ) from error
 
     base = base_of(run)
+    run = run.of_group(group)
     charts = run_charts(run, group=group, x=x)
     curves = [law_curve(one, base) for one in law_snapshots(run)]
     titles = (

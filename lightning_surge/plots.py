@@ -83,7 +83,8 @@ def plot_run(
         snapshots: The law at some moments, oldest first; None takes up to five from the logs.
         base_batch_size: The batch size at which the scheduled learning rate was tuned, in examples; None
             takes the one that was logged.
-        group: The parameter group whose learning rates are shown, where there are several.
+        group: The suffix of the learning rates' tags, where there are several parameter groups or
+            optimizers, as `"1"`, `"opt0"` or `"opt0/1"`.
         title: A line above the figure.
         x: What the x axis counts.
 
@@ -110,6 +111,7 @@ def plot_run(
             "Drawing a run needs matplotlib: pip install 'lightning-surge[plot]'."
         ) from error
 
+    run = run.of_group(group)
     base = base_of(run, base_batch_size)
     charts = run_charts(run, group=group, x=x)
     curves = [law_curve(one, base) for one in (law_snapshots(run) if snapshots is None else snapshots)]

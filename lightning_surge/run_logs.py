@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,18 @@ class RunLog:
     source: str
     series: Mapping[str, Series]
     notes: tuple[str, ...] = ()
+
+    def of_group(self, group: str | None) -> RunLog:
+        """The run as one of several optimizers saw it, if that is what the group is of.
+
+        Args:
+            group: as `"opt0"`, or `"opt0/1"` for a parameter group of it; anything else changes nothing.
+        """
+        ending = "/" + (group or "").partition("/")[0]
+        if f"{PREFIX}batch_size{ending}" not in self.series:
+            return self
+        own = {key.removesuffix(ending): found for key, found in self.series.items() if key.endswith(ending)}
+        return replace(self, series={**self.series, **own})
 
     def get(self, name: str, group: str | None = None) -> Series:
         """The series of `surge/<name>`, or of `surge/<name>/<group>`; empty if it was not logged."""

@@ -11,114 +11,43 @@ ROOT = Path(lightning_surge.__file__).parent
 # A room may import rooms of earlier rows only. A new room has to find its row here.
 ROWS = [
     [
-        "batches",
-        "budget",
-        "clocks",
-        "gradients",
-        "grid_tables",
-        "laws",
-        "log_files",
-        "lr_writer",
-        "optimizer_families",
-        "optimizers",
-        "reasons",
-        "replay",
-        "schedules",
-        "shards",
-    ],
-    ["edge", "gradients", "ranks", "theorems", "tradeoff", "windows"],
-    ["curvature", "micro_batches", "moments", "sampling", "step_noise"],
-    ["measuring", "sharpness"],
-        "sweeping",
-        "sweeping.cells",
-        "sweeping.numbers",
+        "batches", "budget", "clocks", "grid_tables", "laws", "log_files", "lr_writer",
+        "optimizer_families", "optimizers", "reasons", "replay", "schedules", "shards", "sweeping",
+        "sweeping.cells", "sweeping.numbers",
     ],
     [
-        "curvature",
-        "edge",
-        "moments",
-        "step_noise",
-        "sweeping.losses",
-        "sweeping.planning",
-        "sweeping.pool",
-        "sweeping.table",
-        "theorems",
-        "tradeoff",
-        "windows",
+        "edge", "gradients", "objectives", "optima", "ranks", "sweeping.losses",
+        "sweeping.planning", "sweeping.pool", "sweeping.table", "theorems", "tradeoff", "windows",
     ],
-    ["measuring", "sampling", "sharpness"],
-    ["coordinates", "noise", "probing"],
-    ["estimates"],
-    ["follow_peak", "policy"],
-    ["curvature", "edge", "moments", "optima", "step_noise", "theorems", "tradeoff", "windows"],
-    ["families", "measuring", "sampling", "sharpness"],
-    ["coordinates", "law_fits", "noise", "probing"],
-    ["estimates", "repetitions"],
-    ["fitting", "follow_peak", "policy"],
-    ["fit_figure"],
-    ["curvature", "edge", "moments", "objectives", "step_noise", "theorems", "tradeoff", "windows"],
-    ["measuring", "run_logs", "sampling", "sharpness"],
-    ["advice", "charts", "coordinates", "noise", "probing"],
-    ["estimates", "plots"],
-    ["follow_peak", "pages", "policy"],
-    [
-        "callbacks.counting",
-        "callbacks.loaders",
-        "callbacks.logging",
-        "callbacks.loss_scaling",
-        "callbacks.resuming",
-        "callbacks.settings",
-    ],
+    ["curvature", "deposits", "families", "micro_batches", "moments", "run_logs", "sampling", "step_noise"],
+    ["advice", "charts", "law_fits", "measuring", "sharpness"],
+    ["coordinates", "noise", "plots", "probing", "repetitions"],
+    ["estimates", "fitting", "pages"],
+    ["fit_figure", "follow_peak", "policy"],
+    ["callbacks.counting", "callbacks.hosts", "callbacks.loss_scaling", "callbacks.pace"],
+    ["callbacks.resuming"],
+    ["callbacks.loaders"],
     ["callbacks.processes"],
-    ["callbacks.batch_size_scheduler", "callbacks.checks"],
-    ["callbacks.measurer"],
+    ["callbacks.batch_size_scheduler", "callbacks.logging", "callbacks.settings"],
+    ["callbacks.checks", "callbacks.measurer"],
     ["callbacks.surge_lr"],
     ["callbacks", "callbacks.sweep_config"],
     ["callbacks.loss_recorder"],
     ["callbacks.sweep_cell"],
     [""],
-    ["cli.command", "cli.fit_report"],
-    ["cli.fit"],
-    ["cli.command", "cli.sweep_progress"],
+    ["cli.command"],
+    ["cli.sweep_progress"],
+    ["cli.fit_report", "cli.plot"],
+    ["cli.advise", "cli.fit"],
     ["cli.sweep_report"],
     ["cli.sweep"],
     ["cli"],
     ["__main__"],
-]
+]  # fmt: skip
 ALONE = [
-    "batches",
-    "budget",
-    "clocks",
-    "grid_tables",
-    "laws",
-    "lr_writer",
-    "optimizers",
-    "plots",
-    "replay",
-    "schedules",
-    "shards",
-]
-]
-FIGURES = ["plots", "fit_figure"]
-    ["cli.command"],
-    ["cli.plot"],
-    ["cli.advise"],
-    ["cli"],
-    ["__main__"],
-]
-ALONE = ["batches", "budget", "clocks", "laws", "lr_writer", "optimizers", "reasons", "replay", "schedules"]
-ALONE = [
-    "batches",
-    "budget",
-    "clocks",
-    "laws",
-    "lr_writer",
-    "optimizer_families",
-    "optimizers",
-    "plots",
-    "replay",
-    "schedules",
-]
+    "batches", "budget", "clocks", "grid_tables", "laws", "lr_writer", "optimizer_families", "reasons",
+    "replay", "schedules", "shards",
+]  # fmt: skip
 ROW_OF = {room: index for index, row in enumerate(ROWS) for room in row}
 
 
@@ -207,65 +136,27 @@ def test_only_callbacks_import_lightning(room: str) -> None:
     assert not hosts or room.startswith("callbacks.")
 
 
-@pytest.mark.parametrize(
-    "room",
-    [
-        "policy",
-        "laws",
-        "edge",
-        "theorems",
-        "tradeoff",
-        "estimates",
-        "noise",
-        "schedules",
-        "budget",
-        "plots",
-        "grid_tables",
-        "optima",
-        "families",
-        "law_fits",
-        "repetitions",
-        "fitting",
-        "fit_figure",
-        "cli.fit",
-        "cli.fit_report",
-        *(
-            "policy",
-            "laws",
-            "edge",
-            "theorems",
-            "tradeoff",
-            "estimates",
-            "noise",
-            "schedules",
-            "budget",
-            "plots",
-        ),
-        *(room for room in FILES if room.startswith(("sweeping", "cli"))),
-    ],
-)
-        "policy", "laws", "edge", "theorems", "tradeoff", "estimates", "noise", "schedules", "budget",
-        "objectives", "reasons", "log_files", "run_logs", "charts", "plots", "pages", "advice", "cli.plot",
-        "cli.advise",
-    ],
-)  # fmt: skip
+FLOATS = [
+    "policy", "laws", "edge", "theorems", "tradeoff", "estimates", "noise", "schedules", "budget",
+    "objectives", "reasons", "log_files", "run_logs", "charts", "plots", "pages", "advice", "grid_tables",
+    "optima", "families", "law_fits", "repetitions", "fitting", "fit_figure",
+    *(room for room in FILES if room.startswith(("sweeping", "cli"))),
+]  # fmt: skip
+DRAWING = {"plots": "matplotlib", "fit_figure": "matplotlib", "pages": "plotly"}
+
+
+@pytest.mark.parametrize("room", FLOATS)
 def test_rooms_of_floats_import_no_torch(room: str) -> None:
     assert packages_of(room) & {"torch", "torchmetrics", "lightning"} == set()
 
 
 @pytest.mark.parametrize("room", FILES)
-def test_only_figures_import_matplotlib(room: str) -> None:
-    assert "matplotlib" not in packages_of(room) or room in FIGURES
+def test_only_rooms_that_draw_import_what_they_draw_with(room: str) -> None:
+    drawn_with = {DRAWING[room]} if room in DRAWING else set()
+    assert packages_of(room) & {"matplotlib", "plotly"} == drawn_with
 
 
-@pytest.mark.parametrize("room", FIGURES)
-def test_figures_import_matplotlib_when_they_draw_and_not_before(room: str) -> None:
-def test_each_drawing_package_has_one_room(room: str) -> None:
-    drawing = {"plots": {"matplotlib"}, "pages": {"plotly"}}
-    assert packages_of(room) & {"matplotlib", "plotly"} == drawing.get(room, set())
-
-
-@pytest.mark.parametrize(("room", "package"), [("plots", "matplotlib"), ("pages", "plotly")])
+@pytest.mark.parametrize(("room", "package"), DRAWING.items())
 def test_rooms_that_draw_import_what_they_draw_with_when_they_draw(room: str, package: str) -> None:
     tree = ast.parse(FILES[room].read_text())
     checking = [node for node in tree.body if isinstance(node, ast.If)]

@@ -91,6 +91,17 @@ class TestLearningRates:
         axes = panel(plot_run(run, base_batch_size=8, group="decay"), "Learning rate")
         np.testing.assert_array_equal(drawn(axes, "used")[1], run.series["surge/lr_used/decay"].values)
 
+    def test_group_selects_one_of_several_optimizers(self):
+        """Its batch size and peak too, beside those of another."""
+        run = {f"{tag}/opt1": series for tag, series in logged().items()}
+        other = {f"{tag}/opt0": Series(series.steps, 2.0 * series.values) for tag, series in logged().items()}
+        figure = plot_run(run | other, base_batch_size=8, group="opt1")
+        axes = panel(figure, "Learning rate")
+        np.testing.assert_array_equal(drawn(axes, "used")[1], run["surge/lr_used/opt1"].values)
+        axes = panel(figure, TestBatchSizes.TITLE)
+        sizes = drawn(axes, "batch size in force")[1]
+        np.testing.assert_array_equal(sizes, run["surge/batch_size/opt1"].values)
+
     def test_changes_of_the_batch_size_are_marked(self):
         axes = panel(plot_run(logged(), base_batch_size=8), "Learning rate")
         assert [(text.get_position()[0], text.get_text()) for text in axes.texts] == [(30, "16"), (50, "32")]

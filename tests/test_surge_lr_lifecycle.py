@@ -636,7 +636,7 @@ class TestErrors:
         self._refused(
             make_trainer(SurgeLRCallback(4)),
             module,
-            "exactly one optimizer, got 0 from configure_optimizers of Regression: return one optimizer",
+            "needs an optimizer, got 0 from configure_optimizers of Regression: return one that holds",
         )
 
     def test_with_two_optimizers(self, make_trainer: MakeTrainer) -> None:
@@ -645,12 +645,15 @@ class TestErrors:
         self._refused(
             make_trainer(SurgeLRCallback(4, "sqrt")),
             module,
-            "exactly one optimizer, got 2 from configure_opt",
+            "which optimizer it serves, got 2 from configure_optimizers of Regression: pass one "
+            r"SurgeLRCallback\(optimizer=i, loss_fn=...\) for each",
         )
 
     def test_with_two_callbacks(self, make_trainer: MakeTrainer) -> None:
         trainer = make_trainer(SurgeLRCallback(4), SurgeLRCallback(4, "sqrt"))
-        self._refused(trainer, Regression(), "one SurgeLRCallback, got 2: they would multiply")
+        self._refused(
+            trainer, Regression(), "one SurgeLRCallback, or several with a different optimizer= each, got 2"
+        )
 
     def test_in_manual_optimization_without_loss_fn(self, make_trainer: MakeTrainer) -> None:
         module = Regression()

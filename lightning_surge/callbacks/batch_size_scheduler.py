@@ -19,11 +19,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.counting import BatchCounter
+from lightning_surge.callbacks.hosts import Callback, is_accumulation_scheduler
 from lightning_surge.callbacks.loaders import (
     batches_per_epoch,
     loader_batch_size,
@@ -49,7 +49,7 @@ STATE_VERSION = 1
 ROUNDING = 1e-9
 
 
-class BatchSizeScheduler(pl.Callback):
+class BatchSizeScheduler(Callback):
     """Sets the number of examples per optimizer step, at any step, by a schedule or by the measured law.
 
     How it does that is chosen when training starts, and reported once:
@@ -576,7 +576,7 @@ class BatchSizeScheduler(pl.Callback):
             )
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for other in callbacks:
-            if isinstance(other, GradientAccumulationScheduler):
+            if is_accumulation_scheduler(other):
                 raise MisconfigurationException(
                     f"Expected one callback that changes the accumulation, got {name} and"
                     f" {type(other).__name__}: remove one of the two."

@@ -10,11 +10,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.rnn import RNNBase
 from torch.optim import Optimizer
 
+from lightning_surge.callbacks.hosts import overrides
 from lightning_surge.callbacks.processes import check_processes
 from lightning_surge.callbacks.settings import REFERENCE_RULES
 from lightning_surge.moments import LEAST_BETA_1
@@ -28,6 +28,7 @@ __all__ = [
     "check_weight_decay",
     "clips_gradients",
     "rounds_products",
+    "served_optimizer",
     "trained_optimizers",
 ]
 
@@ -54,7 +55,8 @@ def check_trainer(
     if not pl_module.automatic_optimization and repeats_step:
         raise MisconfigurationException(
             f"{name} cannot repeat the training_step of {type(pl_module).__name__}, which optimizes "
-            "manually: pass loss_fn=, a function of (module, batch) that returns the mean loss."
+            "manually: pass loss_fn=, a function of (module, batch) that returns the mean loss which the "
+            "optimizer minimises."
         )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise MisconfigurationException(
@@ -63,7 +65,48 @@ def check_trainer(
         )
 
 
-def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, law: str) -> None:
+def served_optimizer(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, index: int | None
+) -> Optimizer:
+    """The optimizer whose learning rate the callback sets.
+
+    Args:
+        trainer: at `on_fit_start`, with its optimizers.
+        pl_module: the module to train.
+        name: of the callback, for messages.
+        index: its place in what `configure_optimizers` returns; None for the only one.
+
+    Returns:
+        The raw torch optimizer.
+
+    Raises:
+        MisconfigurationException: if there is none, or no saying which.
+    """
+    trained = trained_optimizers(trainer.optimizers)
+    found = f"{len(trained)} from configure_optimizers of {type(pl_module).__name__}"
+    if index is None and len(trained) > 1:
+        raise MisconfigurationException(
+            f"{name} needs to know which optimizer it serves, got {found}: pass one "
+            f"{name}(optimizer=i, loss_fn=...) for each that is to be served, i counting from 0, with the "
+            "loss that this optimizer minimises."
+        )
+    if not trained:
+        raise MisconfigurationException(
+            f"{name} needs an optimizer, got {found}: return one that holds the parameters to train."
+        )
+    if index is None:
+        return trained[0]
+    if not 0 <= index < len(trainer.optimizers) or trainer.optimizers[index] not in trained:
+        raise MisconfigurationException(
+            f"Expected 0 <= optimizer < {len(trainer.optimizers)} of one with parameters, got "
+            f"optimizer={index} and {found}: use its place in what configure_optimizers returns."
+        )
+    return trainer.optimizers[index]
+
+
+def check_optimizer(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, law: str, index: int | None = None
+) -> None:
     """Refuse optimizers that the law is not about, and name one that is not known.
 
     Args:
@@ -71,17 +114,12 @@ def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, name: st
         pl_module: the module to train.
         name: of the callback, for messages.
         law: the callback's.
+        index: of the optimizer; None for the only one.
 
     Raises:
         MisconfigurationException: with the rule, what was found, and the remedy.
     """
-    optimizers = trained_optimizers(trainer.optimizers)
-    if len(optimizers) != 1:
-        raise MisconfigurationException(
-            f"{name} needs exactly one optimizer, got {len(optimizers)} from configure_optimizers of "
-            f"{type(pl_module).__name__}: return one optimizer that holds the parameters to train."
-        )
-    optimizer = optimizers[0]
+    optimizer = served_optimizer(trainer, pl_module, name, index)
     kind, why, *_ = optimizer_family(optimizer)
     _check_lr(optimizer, name)
     if kind == "unscalable":
@@ -151,17 +189,18 @@ def check_weight_decay(optimizer: Optimizer, name: str) -> None:
         )
 
 
-def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule, index: int | None = None) -> None:
     """Refuse what keeps Adam's edge of stability at other batch sizes from being told.
 
     Args:
-        trainer: at `on_fit_start`, with its one optimizer.
+        trainer: at `on_fit_start`, with its optimizers.
         pl_module: the module to train.
+        index: of the optimizer; None for the only one.
 
     Raises:
         MisconfigurationException: with the rule, what was found, and the remedy.
     """
-    (optimizer,) = trained_optimizers(trainer.optimizers)
+    optimizer = served_optimizer(trainer, pl_module, "objective='edge'", index)
     try:
         stability_constant(optimizer)
     except ValueError as error:
@@ -188,7 +227,9 @@ def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             f"Expected precision='32-true' or higher for objective='edge', got {trainer.precision!r}: its "
             "secants are so short that 16-bit copies of the weights would not move. Use objective='progress'."
         )
-    if any(getattr(config.scheduler, "cycle_momentum", False) for config in trainer.lr_scheduler_configs):
+    schedulers = (config.scheduler for config in trainer.lr_scheduler_configs)
+    schedulers = (one for one in schedulers if getattr(one, "optimizer", optimizer) is optimizer)
+    if any(getattr(one, "cycle_momentum", False) for one in schedulers):
         raise MisconfigurationException(
             "Expected a constant beta_1 for objective='edge', got a scheduler with cycle_momentum=True: "
             "Adam's averages then do not tell the gradient from its noise. Pass cycle_momentum=False, or use "
@@ -230,7 +271,7 @@ def rounds_products(pl_module: pl.LightningModule) -> bool:
 
 def clips_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """Whether the optimizer sees other gradients than the loss's."""
-    return bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", pl_module)
+    return bool(trainer.gradient_clip_val) or overrides(pl_module, "configure_gradient_clipping")
 
 
 def _check_parameters(optimizer: Optimizer, name: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
 
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import Law, MeasuredLaw
@@ -18,7 +19,14 @@ from lightning_surge.noise import NoiseHistory
 from lightning_surge.objectives import OBJECTIVES
 from lightning_surge.policy import Decision
 
-__all__ = ["add_tensorboard_layout", "law_metrics", "lr_metrics", "run_metrics", "tensorboard_layout"]
+__all__ = [
+    "add_tensorboard_layout",
+    "group_suffixes",
+    "law_metrics",
+    "lr_metrics",
+    "run_metrics",
+    "tensorboard_layout",
+]
 
 PREFIX = "surge/"
 # The tag of TensorBoard's layouts, what only ours says, and within how many bytes after the tag.
@@ -27,13 +35,35 @@ OWN_LAYOUT = f"{PREFIX}lr_(scheduled|predicted|used)".encode()
 LAYOUT_BYTES = 512
 
 
+def group_suffixes(optimizer: Optimizer, suffix: str) -> list[str]:
+    """What the keys of the learning rates of each parameter group end with.
+
+    Args:
+        optimizer: its groups.
+        suffix: of the optimizer.
+
+    Returns:
+        The suffix, and behind it the group's name or number where there are several.
+    """
+    groups = optimizer.param_groups
+    if len(groups) == 1:
+        return [suffix]
+    return [f"{suffix}/{group.get('name', index)}" for index, group in enumerate(groups)]
+
+
 def lr_metrics(
-    groups: Sequence[str], *, scheduled: Sequence[float], used: Sequence[float], decision: Decision
+    groups: Sequence[str],
+    suffix: str = "",
+    *,
+    scheduled: Sequence[float],
+    used: Sequence[float],
+    decision: Decision,
 ) -> dict[str, float]:
     """The three learning rates of every group, and the factor between them.
 
     Args:
-        groups: suffix of each group, empty if there is one.
+        groups: suffix of each group, as of `group_suffixes`.
+        suffix: of the optimizer.
         scheduled: learning rates from the schedule.
         used: learning rates written.
         decision: of the policy.
@@ -46,11 +76,11 @@ def lr_metrics(
         metrics[f"{PREFIX}lr_scheduled{group}"] = lr_scheduled
         metrics[f"{PREFIX}lr_predicted{group}"] = lr_scheduled * decision.predicted
         metrics[f"{PREFIX}lr_used{group}"] = lr_used
-    metrics[f"{PREFIX}lr_scale"] = decision.used
-    metrics[f"{PREFIX}lr_scale_predicted"] = decision.predicted
+    metrics[f"{PREFIX}lr_scale{suffix}"] = decision.used
+    metrics[f"{PREFIX}lr_scale_predicted{suffix}"] = decision.predicted
     if math.isfinite(decision.standard_error):
-        metrics[f"{PREFIX}lr_scale_standard_error"] = decision.standard_error
-    metrics[f"{PREFIX}held_because"] = float(decision.because)
+        metrics[f"{PREFIX}lr_scale_standard_error{suffix}"] = decision.standard_error
+    metrics[f"{PREFIX}held_because{suffix}"] = float(decision.because)
     return metrics
 
 
@@ -139,36 +169,40 @@ def law_metrics(
     return metrics
 
 
-def tensorboard_layout(groups: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+def tensorboard_layout(groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[Any]]]:
     """Which scalars TensorBoard draws into one chart; each chart has one unit.
 
     Args:
-        groups: suffix of each parameter group, empty if there is one.
+        groups: suffixes of the parameter groups, by the suffix of the optimizer; both empty if there is one.
 
     Returns:
         Category, chart title, kind of chart and patterns, as `SummaryWriter.add_custom_scalars` takes them.
     """
-    rates = {
+    charts = {
         f"learning rates{group}": [rf"{PREFIX}lr_(scheduled|predicted|used){re.escape(group)}$"]
-        for group in groups
+        for names in groups.values()
+        for group in names
     }
     others = {
-        "batch size against peak": [rf"{PREFIX}(batch_size|peak_batch_size|critical_batch_size)$"],
-        "noise": [rf"{PREFIX}(noise_scale|noise_scale_l1)$"],
-        "overhead": [rf"{PREFIX}(overhead|overhead_time)$"],
+        "batch size against peak": "batch_size|peak_batch_size|critical_batch_size",
+        "noise": "noise_scale|noise_scale_l1",
+        "overhead": "overhead|overhead_time",
     }
-    return {"surge": {title: ["Multiline", patterns] for title, patterns in (rates | others).items()}}
+    for title, names in others.items():
+        for suffix in groups:
+            charts[f"{title}{suffix}"] = [rf"{PREFIX}({names}){re.escape(suffix)}$"]
+    return {"surge": {title: ["Multiline", patterns] for title, patterns in charts.items()}}
 
 
-def add_tensorboard_layout(loggers: Iterable[Logger], groups: Sequence[str]) -> None:
+def add_tensorboard_layout(loggers: Iterable[Logger], groups: Mapping[str, Sequence[str]]) -> None:
     """Give TensorBoard charts of what belongs together, once per run.
 
-    TensorBoard shows the last layout of a run only, so that writing one takes away any other: a run that has
-    one keeps it, and a message says so.
+    TensorBoard shows the last layout of a run only, so that writing one takes away any other: all optimizers
+    must be in it, and a run that has one keeps it, and a message says so.
 
     Args:
         loggers: those whose experiment has no custom scalars are passed over, as are all on other ranks.
-        groups: suffix of each parameter group.
+        groups: suffixes of the parameter groups, by the suffix of the optimizer.
     """
     for logger in loggers:
         # By what it can do, not by its class: several packages bring a TensorBoard writer. The type is asked,

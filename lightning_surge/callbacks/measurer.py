@@ -27,6 +27,7 @@ from lightning_surge.batches import (
 )
 from lightning_surge.budget import ProbeBudget
 from lightning_surge.callbacks.loaders import replicas_of
+from lightning_surge.callbacks.pace import Pace
 from lightning_surge.callbacks.processes import ranks_of
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.coordinates import CoordinateMeasurement
@@ -103,6 +104,7 @@ class Measurer:
     _scales: list[float]
     _delta_wanted: float | None
     _planned: float
+    _pace: Pace | None
 
     def __init__(
         self,
@@ -148,9 +150,11 @@ class Measurer:
         optimizer: Optimizer,
         writer: LearningRateWriter,
         kind: OptimizerKind,
+        pace: Pace | None = None,
     ) -> None:
-        """Take hold of a run that starts."""
+        """Take hold of a run that starts; `pace` is that of the optimizer where the user calls its steps."""
         self.detach()
+        self._pace = pace
         self._trainer, self._module = trainer, pl_module
         self._optimizer, self._writer, self._kind = optimizer, writer, kind
         self._ranks = ranks_of(trainer)
@@ -176,6 +180,7 @@ class Measurer:
         """Let go of the run, and of every batch."""
         for name in ("_trainer", "_module", "_optimizer", "_writer", "_prober"):
             vars(self).pop(name, None)
+        self._pace = None
         self.parameters = []
         # Since the window before, as where a callback unfreezes some.
         self.parameters_changed = False
@@ -267,6 +272,8 @@ class Measurer:
         # The last window of an epoch ends with the epoch. After resuming on a shorter loader, Lightning
         # counts past its end.
         window = min(accumulation, max(self._trainer.num_training_batches - batch_idx, 1))
+        if self._pace is not None:
+            window = self._pace.batches_per_step
         batch_size = typical * window
         planned = self._planned = self._planned_examples(typical, batch_size, batch_idx)
         if free:
@@ -357,7 +364,8 @@ class Measurer:
             self._batches_in_window += 1
         if self._live is not None:
             self._add_live(Piece(batch, batch_idx, size, self._random_state), weight)
-        elif self._pool_target and size > 0.0:
+        elif self._pool_target and size > 0.0 and not (self._pool and self._pool[-1].batch is batch):
+            # Several steps on one batch see the same examples, which are no news of the noise.
             try:
                 self._untouched(batch)
             except TraceError as error:
@@ -422,6 +430,8 @@ class Measurer:
         """
         if not self.ready:
             return None
+        if self._pace is not None:
+            self._refresh_parameters()  # some may have been toggled off when the window began
         sharpness = None
         if self._settings.follows_edge and moments is not None:
             sharpness = self._follow_sharpness(moments, base, batch_size)
@@ -621,13 +631,18 @@ class Measurer:
     def _planned_examples(self, typical: float, batch_size: float, batch_idx: int) -> float:
         """Examples of the whole run as far as the Trainer knows; infinite if it does not."""
         trainer, planned = self._trainer, math.inf
+        per_batch, per_step = typical, batch_size
+        if self._pace is not None:
+            trained = self.budget.trained
+            per_batch = self._pace.examples_per_batch(trained) or typical
+            per_step = self._pace.examples_per_step(trained, trainer.global_step) or batch_size
         batches = trainer.num_training_batches
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(batches):
             left = (trainer.max_epochs - trainer.current_epoch) * batches - batch_idx
-            planned = self.budget.trained + max(left, 0) * typical
+            planned = self.budget.trained + max(left, 0) * per_batch
         if trainer.max_steps > 0:
             left = max(trainer.max_steps - trainer.global_step, 0)
-            planned = min(planned, self.budget.trained + left * batch_size)
+            planned = min(planned, self.budget.trained + left * per_step)
         return planned
 
     # ------------------------------------------------------------------ shared

@@ -25,7 +25,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_warn
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import (
@@ -40,6 +39,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_surge.callbacks.hosts import is_sampler_wrapper
 from lightning_surge.replay import RandomState
 
 __all__ = [
@@ -537,7 +537,7 @@ def _share_samplers(loaders: list[Any]) -> list[Any]:
     They know how many indices were used, but draw others when they are asked again.
     """
     samplers = _epoch_samplers(loaders)
-    return [sampler for sampler in samplers if isinstance(sampler, DistributedSamplerWrapper)]
+    return [sampler for sampler in samplers if is_sampler_wrapper(sampler)]
 
 
 def _order(sampler: Any) -> Tensor:

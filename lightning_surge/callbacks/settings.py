@@ -68,6 +68,7 @@ class SurgeSettings:
     scale_weight_decay: bool
     custom_scalars: bool
     prog_bar: bool
+    optimizer: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("law", LAWS), ("objective", tuple(OBJECTIVES)), ("anchor", ANCHORS)):
@@ -91,6 +92,7 @@ class SurgeSettings:
         _positive("max_drift_per_step", self.max_drift_per_step, "0.05 lets the factor rise 5 % per step")
         _positive("half_life", self.half_life, "8 measurements is a good start")
         _whole("probe_every", self.probe_every, 1, "count optimizer steps, or leave it to max_overhead")
+        _whole("optimizer", self.optimizer, 0, "count the optimizers of configure_optimizers from 0")
         _whole("probe_examples", self.probe_examples, 4, "4 examples make the smallest measurement")
         if not isinstance(self.scale_weight_decay, bool):
             raise ValueError(

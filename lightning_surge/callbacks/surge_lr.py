@@ -15,9 +15,7 @@ from typing import Any, Literal, NamedTuple
 import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -29,12 +27,21 @@ from lightning_surge.callbacks.checks import (
     check_trainer,
     check_weight_decay,
     clips_gradients,
+    served_optimizer,
     trained_optimizers,
 )
 from lightning_surge.callbacks.counting import BatchCounter
-from lightning_surge.callbacks.logging import add_tensorboard_layout, law_metrics, lr_metrics, run_metrics
+from lightning_surge.callbacks.hosts import Callback, is_accumulation_scheduler, overrides
+from lightning_surge.callbacks.logging import (
+    add_tensorboard_layout,
+    group_suffixes,
+    law_metrics,
+    lr_metrics,
+    run_metrics,
+)
 from lightning_surge.callbacks.loss_scaling import step_scaling
 from lightning_surge.callbacks.measurer import LossFn, Measurer
+from lightning_surge.callbacks.pace import Pace
 from lightning_surge.callbacks.settings import (
     DEFAULT_OBJECTIVE,
     REFERENCE_RULES,
@@ -42,6 +49,7 @@ from lightning_surge.callbacks.settings import (
     SurgeSettings,
     default_objective,
 )
+from lightning_surge.deposits import Deposits
 from lightning_surge.estimates import (
     EstimatedLaw,
     Fit,
@@ -95,7 +103,23 @@ class LawRecord(NamedTuple):
     stats: NoiseStats
 
 
-class SurgeLRCallback(pl.Callback):
+class StepRecord(NamedTuple):
+    """What is logged of one optimizer step.
+
+    Attributes:
+        decision: of the policy.
+        batch_size: examples behind the step.
+        scheduled: learning rate of each parameter group from the schedule.
+        used: and with the factor.
+    """
+
+    decision: Decision
+    batch_size: float
+    scheduled: list[float]
+    used: list[float]
+
+
+class SurgeLRCallback(Callback):
     r"""Sets the learning rate that is optimal for the batch size in force, from measured gradient noise.
 
     While a model trains, a small share of extra passes measures the gradient's noise and the curvature
@@ -109,8 +133,11 @@ class SurgeLRCallback(pl.Callback):
 
     Caveats:
         * Data-parallel processes (`strategy="ddp"`, and FSDP2 through `ModelParallelStrategy`) measure
-          together; other strategies and several optimizers raise an error.
-        * Which precisions, parameters and optimizers are measured: docs/support.md.
+          together; other strategies raise an error.
+        * Which precisions, parameters, optimizers and callbacks are served: docs/support.md.
+        * In manual optimization a step's examples are those of the batches whose `manual_backward` left
+          gradients in the optimizer's parameters since these were last zeroed, each batch counted once and
+          whole. A `training_step` that steps on parts of its batch needs `batch_size_fn=`.
         * The factor keeps the loss level of the run that was tuned at `base_batch_size`. It does not
           repair a learning rate that was wrong there.
         * Batches that are pooled for a measurement are held where they are, up to 16 base batches.
@@ -155,7 +182,11 @@ class SurgeLRCallback(pl.Callback):
         split_batch: Function of `(batch, num_slices)` that cuts a batch; None cuts every tensor along its
             leading dimension; False never cuts, and pools whole batches instead.
         loss_fn: Function of `(module, batch)` that returns the mean loss over the batch's examples and
-            changes nothing; None repeats `training_step`, whose traces are removed.
+            changes nothing; None repeats `training_step`, whose traces are removed. Manual optimization
+            needs it: the loss that the optimizer served minimises.
+        optimizer: Which optimizer to serve, by its place in what `configure_optimizers` returns, from 0;
+            None for the only one. Where there are several, each of those that are to be served has a callback
+            of its own, and what it logs ends with `/opt<i>`.
         custom_scalars: Whether to give TensorBoard charts that belong together: learning rates, batch size
             against the peak, noise, overhead. A layout that the run already has is left alone.
         prog_bar: Whether to show the learning rate used in the progress bar.
@@ -197,6 +228,7 @@ class SurgeLRCallback(pl.Callback):
         batch_size_fn: Callable[[Any], float] | None = None,
         split_batch: SplitBatch | Literal[False] | None = None,
         loss_fn: LossFn | None = None,
+        optimizer: int | None = None,
         custom_scalars: bool = True,
         prog_bar: bool = False,
     ) -> None:
@@ -215,6 +247,7 @@ class SurgeLRCallback(pl.Callback):
             scale_weight_decay=scale_weight_decay,
             custom_scalars=custom_scalars,
             prog_bar=prog_bar,
+            optimizer=optimizer,
         )
         self._may_choose_objective = objective is None and law == "measured"
         if loss_fn is not None and not callable(loss_fn):
@@ -255,12 +288,20 @@ class SurgeLRCallback(pl.Callback):
         self.decision: Decision | None = None
         self._law_metrics: dict[str, float] = {}
         self._scheduled_lr = math.nan
+        self._pace = Pace()
 
     def _forget_run(self) -> None:
         self._optimizer: Optimizer | None = None
         self._kind: OptimizerKind = "unknown"
         self._writer: LearningRateWriter | None = None
         self._hook: Any = None
+        # Where the user calls backward and step: what is behind the step, and a hook for an early look at it.
+        self._deposits: Deposits | None = None
+        self._early_hook: Any = None
+        self._expected_examples = 0.0
+        self._unlogged: StepRecord | None = None
+        self._clipped = self._told_of_backward = False
+        self._suffix = ""
         self._batch: Any = None
         self._batch_idx = 0
         self._watched: pl.LightningModule | None = None
@@ -270,11 +311,15 @@ class SurgeLRCallback(pl.Callback):
         self._close_window()
 
     def _close_window(self) -> None:
-        self._window_examples = 0.0
         self._window_open = False
-        self._counted_batch: int | None = None
         self._decided = False
         self._measurer.close_window()
+        self._count_afresh()
+
+    def _count_afresh(self) -> None:
+        self._window_examples = 0.0
+        self._window_batches = 0
+        self._counted_batch: int | None = None
 
     # ------------------------------------------------------------------ what users ask
 
@@ -334,7 +379,9 @@ class SurgeLRCallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """Laws are fitted to different measurements; objectives and anchors can change on resuming."""
-        return self._generate_state_key(law=self.settings.law)
+        if self.settings.optimizer is None:
+            return self._generate_state_key(law=self.settings.law)
+        return self._generate_state_key(law=self.settings.law, optimizer=self.settings.optimizer)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the Trainer and take a place between batch schedules and everything else."""
@@ -344,17 +391,22 @@ class SurgeLRCallback(pl.Callback):
         repeats_step = self._measures and self._loss_fn is None
         check_trainer(trainer, pl_module, name, measures=self._measures, repeats_step=repeats_step)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [callback for callback in callbacks if isinstance(callback, SurgeLRCallback)]
-        if len(others) > 1:
+        served = [callback for callback in callbacks if isinstance(callback, SurgeLRCallback)]
+        indices = [callback.settings.optimizer for callback in served]
+        if len(served) > 1 and (None in indices or len(set(indices)) < len(indices)):
             raise MisconfigurationException(
-                f"Expected one {name}, got {len(others)}: they would multiply the same learning rate."
+                f"Expected one {name}, or several with a different optimizer= each, got {len(served)} with "
+                f"optimizer={indices}: two would multiply the same learning rate."
             )
         # Monitors must see the learning rate of the step, so they come after; schedules of the batch size
         # must have spoken, so they come before. A new list: Lightning iterates over the old one now.
-        schedules = (BatchSizeScheduler, GradientAccumulationScheduler)
-        first = [callback for callback in callbacks if isinstance(callback, schedules)]
-        rest = [callback for callback in callbacks if callback not in first and callback is not self]
-        trainer.callbacks = [*first, self, *rest]  # type: ignore[attr-defined]
+        first = [
+            callback
+            for callback in callbacks
+            if isinstance(callback, BatchSizeScheduler) or is_accumulation_scheduler(callback)
+        ]
+        rest = [callback for callback in callbacks if callback not in first and callback not in served]
+        trainer.callbacks = [*first, *served, *rest]  # type: ignore[attr-defined]
         if self._measures:
             for callback in first:
                 if isinstance(callback, BatchSizeScheduler):
@@ -362,23 +414,26 @@ class SurgeLRCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizer, before any time is spent on training."""
-        check_optimizer(trainer, pl_module, type(self).__name__, self.settings.law)
+        name, index = type(self).__name__, self.settings.optimizer
+        check_optimizer(trainer, pl_module, name, self.settings.law, index)
         if not self.settings.scale_weight_decay:
-            for optimizer in trained_optimizers(trainer.optimizers):
-                check_weight_decay(optimizer, type(self).__name__)
+            check_weight_decay(served_optimizer(trainer, pl_module, name, index), name)
         if self._may_choose_objective:
             self._choose_objective(trainer, pl_module)
         elif self.settings.follows_edge:
-            check_edge(trainer, pl_module)
+            check_edge(trainer, pl_module, index)
 
     def _choose_objective(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Follow the edge of stability where it can be measured."""
         objective = DEFAULT_OBJECTIVE
         try:
-            check_edge(trainer, pl_module)
+            check_edge(trainer, pl_module, self.settings.optimizer)
         except MisconfigurationException as error:
             objective = WITHOUT_EDGE
             rank_zero_info(f"{type(self).__name__} follows objective={objective!r}, not the default. {error}")
+        self._follow_objective(objective)
+
+    def _follow_objective(self, objective: str) -> None:
         if objective != self.settings.objective:
             self.settings = replace(self.settings, objective=objective)
             self._measurer.follow(self.settings)
@@ -392,7 +447,9 @@ class SurgeLRCallback(pl.Callback):
         if trainer.global_step == 0 and self._measurer.budget.trained > 0.0:
             self._begin_afresh()
         self._forget_run()
-        (self._optimizer,) = trained_optimizers(trainer.optimizers)
+        index = self.settings.optimizer
+        self._optimizer = served_optimizer(trainer, pl_module, type(self).__name__, index)
+        self._suffix = f"/opt{index}" if len(trained_optimizers(trainer.optimizers)) > 1 else ""
         self._kind = optimizer_kind(self._optimizer)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._scheduler = next((one for one in callbacks if isinstance(one, BatchSizeScheduler)), None)
@@ -400,24 +457,45 @@ class SurgeLRCallback(pl.Callback):
         self._writer = LearningRateWriter(self._optimizer, keeps_decay)
         self._hook = self._optimizer.register_step_post_hook(self._after_step)
         self._moments.begin(self._optimizer)
-        self._measurer.attach(trainer, pl_module, self._optimizer, self._writer, self._kind)
-        self._watch_for_skipped_epochs(pl_module)
+        pace = None
+        if not pl_module.automatic_optimization:
+            self._deposits, pace = Deposits(self._optimizer), self._pace
+            self._early_hook = self._optimizer.register_step_pre_hook(self._before_step)
+        self._measurer.attach(trainer, pl_module, self._optimizer, self._writer, self._kind, pace)
+        self._watch_the_module(pl_module)
         self._started, self._ended = time.perf_counter(), 0.0
-        if self.settings.custom_scalars:
-            add_tensorboard_layout(trainer.loggers, self._group_names())
+        self._add_layout(trainer, pl_module)
 
-    def _watch_for_skipped_epochs(self, pl_module: pl.LightningModule) -> None:
-        """Take the factor off when the module's own hook ends an epoch by returning -1.
+    def _add_layout(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give TensorBoard its charts: the first of several callbacks for all of them."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        drawn = [one for one in callbacks if isinstance(one, SurgeLRCallback) and one.settings.custom_scalars]
+        if not drawn or drawn[0] is not self:
+            return
+        groups = {}
+        for one in drawn:
+            index = one.settings.optimizer
+            suffix = f"/opt{index}" if self._suffix else ""
+            optimizer = served_optimizer(trainer, pl_module, type(self).__name__, index)
+            groups[suffix] = group_suffixes(optimizer, suffix)
+        add_tensorboard_layout(trainer.loggers, groups)
 
-        Lightning then moves the schedulers at once, with no callback hook in between.
+    def _watch_the_module(self, pl_module: pl.LightningModule) -> None:
+        """Take the factor off where Lightning calls the user's code and then no callback hook in time.
+
+        When the module's own hook ends an epoch by returning -1, Lightning moves the schedulers at once. In
+        manual optimization the user's `training_step` moves them.
         """
         name = "on_train_batch_start"
-        if not is_overridden(name, pl_module):
+        manual = self._deposits is not None
+        if not manual and not overrides(pl_module, name):
             return
         hook = pl_module.on_train_batch_start
 
         @wraps(hook)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if manual and self._writer is not None:
+                self._writer.restore()
             response = hook(*args, **kwargs)
             if response == -1 and self._writer is not None:
                 self._writer.restore()
@@ -452,8 +530,11 @@ class SurgeLRCallback(pl.Callback):
         # The containers are copied: a training_step may take things out of its batch.
         self._batch, self._batch_idx = shared_copy(batch), batch_idx
         self._read_schedule()
+        manual = self._deposits is not None
+        batches = self._pace.batches_per_step if manual else trainer.accumulate_grad_batches
         # Equal on all processes, though their batches may differ: some optimizers read it now.
-        self._apply(self.lr_scale(self._measurer.expected(size) * trainer.accumulate_grad_batches))
+        self._expected_examples = self._measurer.expected(size) * batches
+        self._apply(self.lr_scale(self._expected_examples))
         if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
             # Lightning zeroes gradients here, also of a window that a batch of None left without a step.
             self._close_window()
@@ -466,20 +547,29 @@ class SurgeLRCallback(pl.Callback):
                 if self._measurer.parameters_changed:
                     self._forget_measurements()
         self._measurer.before_forward(self._batch)
+        if manual:
+            self._pace.begin_batch(trainer.global_step)
+
+    def _steps(self, trainer: pl.Trainer) -> int:
+        """Steps of this optimizer; the Trainer counts those of all."""
+        return trainer.global_step if self._deposits is None else self._pace.steps
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let a micro-batch's gradients stand alone if they are measured."""
+        if self._deposits is not None and self._deposits.are_zeroed():
+            self._count_afresh()
         self._measurer.before_backward()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the micro-batch, and show it to the measurer."""
-        if self._batch is None:
+        if self._batch is None or (self._deposits is not None and not self._deposits.have_come()):
             return
         # Some optimizers ask for the same gradient several times in a step; the examples are the same.
         again = self._counted_batch == self._batch_idx
         size = 0.0 if again else self._examples_in(self._batch)
         self._counted_batch = self._batch_idx
         self._window_examples += size
+        self._window_batches += size > 0.0
         weight = 1.0 if self._scheduler is None else self._scheduler.loss_weight
         self._measurer.after_backward(self._batch, self._batch_idx, size, weight)
 
@@ -490,7 +580,9 @@ class SurgeLRCallback(pl.Callback):
         if self._writer is None or optimizer is not self._optimizer:
             return
         batch_size = self._window_examples
-        has_loss = self._counted_batch == self._batch_idx
+        if self._deposits is not None:
+            self._look_at_gradients(trainer, self._deposits)
+        has_loss = self._deposits is not None or self._counted_batch == self._batch_idx
         skipped, loss_scale = step_scaling(trainer, optimizer, has_loss=has_loss)
         if batch_size <= 0.0 or skipped:
             # Without a step no hook would take the factor off before the scheduler moves.
@@ -501,7 +593,7 @@ class SurgeLRCallback(pl.Callback):
         if self._decided:
             return
         self._decided = True
-        changed = trainer.global_step % CHANGE_CHECK_STEPS == 0 and self._noise_has_changed()
+        changed = self._steps(trainer) % CHANGE_CHECK_STEPS == 0 and self._noise_has_changed()
         batch_size, self._noise_changed = self._measurer.end_window(batch_size, changed=changed)
         self._window_examples = batch_size
         if self._policy is None:
@@ -513,12 +605,57 @@ class SurgeLRCallback(pl.Callback):
         self._measurer.budget.train(batch_size)
         decision = self._policy.decide(batch_size, self._scheduled_lr)
         if self.decision is None or decision.reason != self.decision.reason:
-            log.info("step %d, %g examples: %s", trainer.global_step, batch_size, decision.reason)
+            name = f"optimizer {self.settings.optimizer}, " if self._suffix else ""
+            log.info("%sstep %d, %g examples: %s", name, self._steps(trainer), batch_size, decision.reason)
         self.decision = decision
+        scheduled = self._writer.scheduled()
         self._apply(decision.used)
         self._warn_of_a_cap(optimizer)
-        if trainer._logger_connector.should_update_logs or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._log(pl_module, decision, batch_size)
+        used = [float(group["lr"]) for group in optimizer.param_groups]
+        record = StepRecord(decision, batch_size, scheduled, used)
+        if self._deposits is not None:
+            self._unlogged = record
+        elif self._logs_now(trainer):
+            self._log(pl_module, record)
+
+    @staticmethod
+    def _logs_now(trainer: pl.Trainer) -> bool:
+        return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Write the learning rate for optimizers that read it before they compute the loss.
+
+        Only in manual optimization: elsewhere it is on from the start of the batch.
+        """
+        if self._batch is not None and not self._decided:
+            self._apply(self.lr_scale(self._window_examples or self._expected_examples))
+
+    def _look_at_gradients(self, trainer: pl.Trainer, deposits: Deposits) -> None:
+        """See what the user's `training_step` has done to the gradients of the step to come."""
+        changed = deposits.have_come()
+        if self._window_examples <= 0.0:
+            if not self._told_of_backward and deposits.exist():
+                self._told_of_backward = True
+                rank_zero_warn(
+                    f"{type(self).__name__} saw no manual_backward behind a step of "
+                    f"{type(self._optimizer).__name__}, and leaves the learning rate of such steps as it is: "
+                    "call self.manual_backward(loss) instead of loss.backward()."
+                )
+        elif changed and not self._clipped and getattr(trainer.precision_plugin, "scaler", None) is None:
+            # A scaler unscales them.
+            self._clipped = True
+            why = "gradients are changed between manual_backward and the step, as by clipping"
+            if self._may_choose_objective and self.settings.follows_edge:
+                self._follow_objective(WITHOUT_EDGE)
+                rank_zero_info(
+                    f"{type(self).__name__} follows objective={WITHOUT_EDGE!r}, not the default: {why}, and "
+                    "Adam's averages then do not tell the edge of stability."
+                )
+            elif self.settings.follows_edge:
+                rank_zero_warn(
+                    f"Expected no gradient clipping for objective='edge', but {why}: no edge of stability "
+                    "can be told. Use objective='progress'."
+                )
 
     def _warn_of_a_cap(self, optimizer: Optimizer) -> None:
         cap = largest_lr(optimizer)
@@ -535,15 +672,21 @@ class SurgeLRCallback(pl.Callback):
         betas = optimizer.param_groups[0].get("betas", ())
         if self._window_examples > 0.0 and len(betas) >= 2:
             self._moments.step(self._window_examples, (float(betas[0]), float(betas[1])))
+        if self._window_examples > 0.0:
+            self._pace.step(self._window_batches)
         if self._writer is not None:
             self._writer.restore()
         self._close_window()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Take the factor off between the micro-batches of a window too."""
         if self._writer is not None:
             self._writer.restore()
         self._batch = None
+        # Lightning drops what is logged in other batches, and this optimizer may not step in those.
+        if self._unlogged is not None and self._logs_now(trainer):
+            self._log(pl_module, self._unlogged)
+            self._unlogged = None
 
     def _forget_measurements(self) -> None:
         """Start the history afresh: what was measured of other parameters is no part of the law of these."""
@@ -589,7 +732,7 @@ class SurgeLRCallback(pl.Callback):
         # Asking whether the averages can be read walks the optimizer's state: not at every step.
         readable = (
             self._measurer.ready
-            and not clips_gradients(trainer, trainer.lightning_module)
+            and not (self._clipped or clips_gradients(trainer, trainer.lightning_module))
             and self._moments.readable(optimizer)
         )
         moments = self._moments if readable else None
@@ -603,7 +746,7 @@ class SurgeLRCallback(pl.Callback):
             # Whatever goes wrong here must not end a training.
             try:
                 self.history.add(measurement)
-                self._learn(trainer.global_step, policy, batch_size, self._deviation_l1(optimizer, readable))
+                self._learn(self._steps(trainer), policy, batch_size, self._deviation_l1(optimizer, readable))
                 if self.settings.follows_edge and not readable:
                     policy.hold(Reason.AVERAGES_UNREADABLE.text, Reason.AVERAGES_UNREADABLE)
             except Exception as error:
@@ -656,31 +799,16 @@ class SurgeLRCallback(pl.Callback):
 
     # ------------------------------------------------------------------ logging
 
-    def _group_names(self) -> list[str]:
-        assert self._optimizer is not None
-        groups = self._optimizer.param_groups
-        if len(groups) == 1:
-            return [""]
-        return [f"/{group.get('name', index)}" for index, group in enumerate(groups)]
-
-    def _log(self, pl_module: pl.LightningModule, decision: Decision, batch_size: float) -> None:
-        assert self._writer is not None
+    def _log(self, pl_module: pl.LightningModule, record: StepRecord) -> None:
         assert self._optimizer is not None
         assert self._policy is not None
-        metrics = lr_metrics(
-            self._group_names(),
-            scheduled=self._writer.scheduled(),
-            used=[float(group["lr"]) for group in self._optimizer.param_groups],
-            decision=decision,
-        )
-        metrics |= run_metrics(
-            batch_size=batch_size,
+        metrics = self._law_metrics | run_metrics(
+            batch_size=record.batch_size,
             base_batch_size=self._policy.base_batch_size,
             examples=self._measurer.budget.trained,
             objective=self.settings.objective,
-            doubled=self._policy.predicted(2.0 * batch_size, self._scheduled_lr),
+            doubled=self._policy.predicted(2.0 * record.batch_size, self._scheduled_lr),
         )
-        metrics |= self._law_metrics
         metrics["surge/overhead"] = self.overhead
         metrics["surge/overhead_time"] = self.overhead_time
         trace_cov = self._step_noise.trace_cov
@@ -688,10 +816,18 @@ class SurgeLRCallback(pl.Callback):
         told = has_plain_averages(self._optimizer) and not clips_gradients(pl_module.trainer, pl_module)
         if told and math.isfinite(trace_cov):
             metrics["surge/trace_cov_steps"] = trace_cov
+        metrics = {name + self._suffix: value for name, value in metrics.items()}
+        metrics |= lr_metrics(
+            group_suffixes(self._optimizer, self._suffix),
+            self._suffix,
+            scheduled=record.scheduled,
+            used=record.used,
+            decision=record.decision,
+        )
         pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
         if self.settings.prog_bar:
-            used = float(self._optimizer.param_groups[0]["lr"])
-            pl_module.log("lr_used", used, prog_bar=True, logger=False, batch_size=1)
+            name = f"lr_used{self._suffix}"
+            pl_module.log(name, record.used[0], prog_bar=True, logger=False, batch_size=1)
 
     # ------------------------------------------------------------------ the end, and state
 
@@ -716,6 +852,8 @@ class SurgeLRCallback(pl.Callback):
             self._writer.restore()
         if self._hook is not None:
             self._hook.remove()
+        if self._early_hook is not None:
+            self._early_hook.remove()
         if self._watched is not None:
             vars(self._watched).pop("on_train_batch_start", None)
         self._forget_run()
@@ -727,6 +865,9 @@ class SurgeLRCallback(pl.Callback):
         """
         # Within a window a checkpoint has lost gradients anyway, and `ModelCheckpoint` saves one right after
         # resuming: dropping the pool there would make the resumed run another one.
+        if self._deposits is not None and self._batch is None:
+            # A window of one of several optimizers may last over batches that are not behind its step.
+            self._window_open = False
         if not self._window_open:
             self._measurer.drop_pool()
         return {
@@ -741,6 +882,7 @@ class SurgeLRCallback(pl.Callback):
             "moments": self._moments.state_dict(),
             "scheduled_lr": self._scheduled_lr,
             "law_metrics": dict(self._law_metrics),
+            "pace": self._pace.state_dict(),
         }
 
     def on_load_checkpoint(
@@ -806,6 +948,7 @@ class SurgeLRCallback(pl.Callback):
             raise ValueError(f"Expected 0 <= scheduled_lr < inf, got scheduled_lr={scheduled_lr}.")
         self._scheduled_lr = scheduled_lr
         self._law_metrics = {str(name): float(value) for name, value in state["law_metrics"].items()}
+        self._pace.load_state_dict(state.get("pace", {}))
         return saved
 
     def _lose_state(self, what: str, state: Any) -> None:

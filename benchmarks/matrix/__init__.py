@@ -1,0 +1,1 @@
+"""Do the versions that are claimed work?"""
