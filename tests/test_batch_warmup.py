@@ -21,6 +21,7 @@ from benchmarks.batch_warmup.rules import (
     FOLLOW,
     LARGE_BATCH_SIZE,
     LARGE_OVERHEAD,
+    MORE_SEEDS,
     MULTIPLIERS,
     RAMPS,
     RULES,
@@ -189,6 +190,32 @@ def test_where_no_candidate_saves_half_the_steps_the_best_is_named_and_misses() 
     assert (steps["value"], steps["bound"], steps["met"]) == (4.0, 0.5, False)
 
 
+def test_seeds_that_had_no_part_in_the_choice_tell_the_distance() -> None:
+    slow, fast, follow = CANDIDATES
+    chosen = [
+        *ramp(slow, [2.02, 2.02, 2.02]),
+        *ramp(fast, [2.05, 2.05, 2.05]),
+        *ramp(follow, [2.03, 2.03, 2.03], steps=1500),
+    ]
+
+    def again(records: list[Any], loss: float, count: int) -> list[Any]:
+        return [records[0] | {"val_loss": loss + 0.001 * seed, "seed": seed} for seed in MORE_SEEDS[:count]]
+
+    base = [run for run in SMALL if run["multiplier"] == 1.0]
+    for count, seeds, expected in ((2, 3, 0.02), (4, 4, 0.07)):
+        found = contest(
+            lines(
+                [*SMALL, *LARGE, *again(base, 2.0, count)],
+                [*chosen, *again(chosen, 2.07, count)],
+                "text",
+                "short",
+            )
+        )
+        assert found is not None
+        assert found.best.rule == slow
+        assert (found.seeds, found.difference.value) == (seeds, pytest.approx(expected))
+
+
 def test_there_is_no_contest_before_all_of_it_is_run() -> None:
     complete = [run for rule in CANDIDATES for run in ramp(rule, [2.0, 2.0, 2.0])]
     assert contest(lines([*SMALL, *LARGE], complete, "text", "short")) is not None
@@ -341,8 +368,16 @@ def test_a_run_goes_on_with_the_ramps_once_the_small_batch_is_tuned(
     assert {name.partition(" ")[2] for name in ran[tuning:] if not name.startswith("B")} == {"1.41"}
     assert len(ran) == tuning + short
     run()
-    assert len(ran) == tuning + short + len(SEEDS) * len(MULTIPLIERS["long", BASE_BATCH_SIZE]) + long
-    assert len(Store(tmp_path).records("ramp")) == 2 * len(SEEDS) * len(RULES)
+    # Both sides of the contest of the long budget, with seeds that had no part in it.
+    more = 2 * len(MORE_SEEDS)
+    assert len(ran) == tuning + short + len(SEEDS) * len(MULTIPLIERS["long", BASE_BATCH_SIZE]) + long + more
+    assert len(Store(tmp_path).records("ramp")) == 2 * len(SEEDS) * len(RULES) + len(MORE_SEEDS)
+    # All of them agree: the interval is narrow, and nothing is left to run.
+    assert (
+        run()
+        == "every cell that could be run is finished; ramps wait for the tuning of text short, text long"
+    )
+    assert len(ran) == tuning + short + len(SEEDS) * len(MULTIPLIERS["long", BASE_BATCH_SIZE]) + long + more
     finished = len(ran)
     run()
     assert len(ran) == finished

@@ -38,6 +38,8 @@ def run(store: Store, options: argparse.Namespace) -> str:
     growing, untuned = grid.ramps(store.records("constant"))
     cells = wanted([*growing, *grid.constants(LARGE_BATCH_SIZE), *grid.speeds()])
     left += run_cells(cells, store, end - time.monotonic())
+    winners = wanted(grid.confirmations(store.records("constant"), store.records("ramp")))
+    left += run_cells(winners, store, end - time.monotonic())
     said = f"{left} cells are left" if left else "every cell that could be run is finished"
     # Their cells cannot be counted: the learning rate that is part of their key is not known.
     return said + (f"; ramps wait for the tuning of {', '.join(untuned)}" if untuned else "")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from benchmarks.batch_warmup.rules import (
     BASE_BATCH_SIZE,
     LARGE_BATCH_SIZE,
+    MORE_SEEDS,
     MULTIPLIERS,
     RULES,
     SEEDS,
@@ -70,6 +71,7 @@ class Line(NamedTuple):
         step_share: the same over those of the constant small batch.
         time_share: processor time of training on one thread over its; wall time depends on what else runs.
         difference: of the loss to its, paired by seed.
+        again: runs with seeds that had no part in any choice.
     """
 
     rule: Rule | Tuned
@@ -80,6 +82,7 @@ class Line(NamedTuple):
     step_share: float
     time_share: float
     difference: Mean
+    again: list[Record]
 
 
 def runs(records: Iterable[Record], kind: str) -> list[Record]:
@@ -117,7 +120,8 @@ def constant_line(constants: Sequence[Record], workload: str, budget: str, batch
     best, base = (tuned(constants, workload, budget, size) for size in (batch_size, BASE_BATCH_SIZE))
     if best is None or base is None:
         return None
-    return _line(best, _at(constants, workload, budget, best), _at(constants, workload, budget, base))
+    found, against = (_at(constants, workload, budget, one) for one in (best, base))
+    return _line(best, found, against, _at(constants, workload, budget, best, MORE_SEEDS))
 
 
 def lines(constants: Sequence[Record], ramps: Sequence[Record], workload: str, budget: str) -> list[Line]:
@@ -135,20 +139,23 @@ def lines(constants: Sequence[Record], ramps: Sequence[Record], workload: str, b
     against = _at(constants, workload, budget, base)
     sizes = (constant_line(constants, workload, budget, size) for size in (BASE_BATCH_SIZE, LARGE_BATCH_SIZE))
     found = [line for line in sizes if line is not None]
-    here = pick(ramps, workload=workload, budget=budget, multiplier=base.multiplier, seed=SEEDS)
+    here = pick(ramps, workload=workload, budget=budget, multiplier=base.multiplier)
     for rule in RULES:
-        of_rule = pick(here, **rule._asdict())
+        of_rule = pick(here, **rule._asdict(), seed=SEEDS)
         if of_rule:
-            found.append(_line(rule, of_rule, against))
+            again = pick(here, **rule._asdict(), seed=MORE_SEEDS)
+            found.append(_line(rule, of_rule, against, again))
     return found
 
 
-def _at(constants: Sequence[Record], workload: str, budget: str, best: Tuned) -> list[Record]:
+def _at(
+    constants: Sequence[Record], workload: str, budget: str, best: Tuned, seeds: Sequence[int] = SEEDS
+) -> list[Record]:
     where = {"workload": workload, "budget": budget, "batch_size": best.batch_size}
-    return pick(constants, **where, multiplier=best.multiplier, seed=SEEDS)
+    return pick(constants, **where, multiplier=best.multiplier, seed=seeds)
 
 
-def _line(rule: Rule | Tuned, found: list[Record], against: list[Record]) -> Line:
+def _line(rule: Rule | Tuned, found: list[Record], against: list[Record], again: list[Record]) -> Line:
     def share(field: str) -> float:
         return statistics.fmean(run[field] for run in found) / statistics.fmean(run[field] for run in against)
 
@@ -162,6 +169,7 @@ def _line(rule: Rule | Tuned, found: list[Record], against: list[Record]) -> Lin
         share("steps"),
         share("processor_seconds"),
         paired(found, against, "val_loss", ("seed",)),
+        again,
     )
 
 

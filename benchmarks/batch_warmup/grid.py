@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from benchmarks.batch_warmup.analysis import runs, tuned
+from benchmarks.batch_warmup.analysis import Tuned, lines, runs, tuned
 from benchmarks.batch_warmup.rules import (
     BASE_BATCH_SIZE,
     BUDGETS,
@@ -17,18 +17,20 @@ from benchmarks.batch_warmup.rules import (
     DEFAULT_OVERHEAD,
     FOLLOW,
     LARGE_BATCH_SIZE,
+    MORE_SEEDS,
     MULTIPLIERS,
     RULES,
     SEEDS,
     Rule,
 )
+from benchmarks.batch_warmup.targets import LOSS_BOUND, contest
 from benchmarks.batch_warmup.throughput import BATCH_SIZES, MODELS, throughput
 from benchmarks.batch_warmup.training import constant, ramp
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.cells import Cell
 from benchmarks.fidelity.analysis import Record
 
-__all__ = ["constants", "quick", "ramps", "sizes", "speeds"]
+__all__ = ["confirmations", "constants", "quick", "ramps", "sizes", "speeds"]
 
 
 def constants(batch_size: int) -> list[Cell]:
@@ -61,6 +63,35 @@ def ramps(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
             later = 2 * BUDGETS.index(budget) + (rule.max_overhead == DEFAULT_OVERHEAD)
             cells.append(Cell("ramp", key | {"multiplier": best.multiplier, "seed": seed}, ramp, later))
     return cells, untuned
+
+
+def confirmations(constants: Sequence[Record], ramps: Sequence[Record]) -> list[Cell]:
+    """More seeds for the winners of the long budget, until their distance from constant sizes is known.
+
+    Args:
+        constants: records of the kind `"constant"`.
+        ramps: records of the kind `"ramp"`.
+
+    Returns:
+        The cells of both sides; none where the interval is narrow enough.
+    """
+    cells = []
+    found, budget = (runs(constants, "constant"), runs(ramps, "ramp")), BUDGETS[-1]
+    for workload in WORKLOADS:
+        result = contest(lines(*found, workload, budget))
+        if result is None or (result.seeds > len(SEEDS) and result.difference.half_width < LOSS_BOUND):
+            continue
+        best, base = tuned(found[0], workload, budget, BASE_BATCH_SIZE), result.constant.rule
+        assert best is not None
+        assert isinstance(base, Tuned)
+        assert isinstance(result.best.rule, Rule)
+        where = {"workload": workload, "budget": budget}
+        for seed in MORE_SEEDS:
+            key = {"batch_size": base.batch_size, "multiplier": base.multiplier, "seed": seed}
+            cells.append(Cell("constant", where | key, constant))
+            key = {**result.best.rule._asdict(), "multiplier": best.multiplier, "seed": seed}
+            cells.append(Cell("ramp", where | key, ramp))
+    return cells
 
 
 def speeds() -> list[Cell]:

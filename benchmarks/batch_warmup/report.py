@@ -147,7 +147,7 @@ def summary_table(found: Sequence[Mapping[str, Any]]) -> str:
     for entry in found:
         value = number(entry["value"], 4)
         if math.isfinite(entry.get("half_width", math.nan)):
-            value += f" ± {entry['half_width']:.4f}"
+            value += f" ± {entry['half_width']:.4f} ({entry['seeds']} pairs of seeds)"
         if "range" in entry:
             value += " ({:.4f} to {:.4f})".format(*entry["range"])
         rows.append(

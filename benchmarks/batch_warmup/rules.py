@@ -17,6 +17,7 @@ __all__ = [
     "FOLLOW",
     "LARGE_BATCH_SIZE",
     "LARGE_OVERHEAD",
+    "MORE_SEEDS",
     "MULTIPLIERS",
     "RAMPS",
     "RULES",
@@ -29,6 +30,8 @@ BASE_BATCH_SIZE = 8
 LARGE_BATCH_SIZE = 128
 BUDGETS = ("short", "long")
 SEEDS = (0, 1, 2)
+MORE_SEEDS = tuple(range(3, 13))
+"""For the winner and what it is held against, which the others have chosen: until the interval is narrow."""
 MULTIPLIERS = {
     ("short", BASE_BATCH_SIZE): (0.71, 1.0, 1.41, 2.0, 2.83, 4.0),
     ("short", LARGE_BATCH_SIZE): (1.41, 2.0, 2.83, 4.0, 5.66, 8.0),

@@ -37,13 +37,16 @@ class Contest(NamedTuple):
     Attributes:
         best: of the growing ones.
         constant: the best constant one.
-        difference: of the losses, paired by seed.
+        difference: of the losses, paired by seed; by seeds that had no part in choosing the two, if they are
+            as many.
+        seeds: number of pairs behind it.
         step_share: optimizer steps over those of the constant one.
     """
 
     best: Line
     constant: Line
     difference: Mean
+    seeds: int
     step_share: float
 
 
@@ -64,8 +67,13 @@ def contest(found: Sequence[Line]) -> Contest | None:
     constant = min(constants, key=lambda line: line.loss)
     thrifty = [line for line in candidates if line.steps <= STEPS_BOUND * constant.steps]
     best = min(thrifty or candidates, key=lambda line: line.loss)
-    difference = paired(best.runs, constant.runs, "val_loss", ("seed",))
-    return Contest(best, constant, difference, best.steps / constant.steps)
+    pairs = {run["seed"] for run in best.again} & {run["seed"] for run in constant.again}
+    fresh = len(pairs) >= len(SEEDS)
+    sides = (best.again, constant.again) if fresh else (best.runs, constant.runs)
+    difference = paired(*sides, "val_loss", ("seed",))
+    return Contest(
+        best, constant, difference, len(pairs) if fresh else len(SEEDS), best.steps / constant.steps
+    )
 
 
 def targets(
@@ -92,7 +100,10 @@ def _against_constant(here: Sequence[Line], where: str) -> Iterable[dict[str, An
     constant = f"constant B = {result.constant.rule.batch_size} at its tuned lr"
     yield row(
         f"{where}: final loss, {who} minus {constant}, nats", result.difference.value, LOSS_BOUND, COMMAND
-    ) | {"half_width": round(result.difference.half_width, 4)}
+    ) | {
+        "half_width": round(result.difference.half_width, 4),
+        "seeds": result.seeds,
+    }
     yield row(f"{where}: optimizer steps, {who} over {constant}", result.step_share, STEPS_BOUND, COMMAND)
 
 
