@@ -30,7 +30,7 @@ PACKAGE = Path(lightning_surge.__file__).parent
 PRELUDES = {
     "docs/batch-sizes.md": "import torch; dataset = list(range(64)); model = torch.nn.Linear(2, 1)",
     # In the root of the repository.
-    "docs/fitting.md": "import os; from tests.test_docs import ROOT; os.symlink(ROOT / 'examples', 'examples')",
+    "docs/fitting.md": f"from os import symlink; symlink({str(ROOT / 'examples')!r}, 'examples')",
     # After a run, and with its logger.
     "docs/reading-a-run.md": """
 from pathlib import Path
