@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for target, part in split_targets(table):
         print("" if target is None else f"\nto the loss {target:.4g}\n")
         try:
-            # An interval takes 20 repetitions, each with the means of the grid drawn from the scatter of its seeds.
+            # An interval takes 20 repetitions: means of the grid, drawn from the scatter of its seeds.
             fit = fit_grid(part, bootstrap=20 if options.fast else 200, seed=options.seed)
         except ValueError as error:
             # A law takes three batch sizes with an optimum inside their grid; the message says what to add.
