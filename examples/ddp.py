@@ -9,40 +9,80 @@ was tuned at 8. Lightning starts the second process itself, with the command lin
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
+import torch
+from torch.optim import Optimizer
 
-from examples.digits_model import MICRO_BATCH_SIZE, ConvolutionalClassifier, Digits
+from examples.digits_model import BASE_LR, MICRO_BATCH_SIZE, ConvolutionalClassifier, Digits
 from examples.epoch_table import EpochTable, quiet_trainer
 from examples.report import fast_and_seed, prepare
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
+from lightning_surge.estimates import EstimatedLaw
 
 RANKS = 2
+TUNED_AT = MICRO_BATCH_SIZE
 
 
-def main(arguments: Sequence[str] | None = None) -> pl.Trainer:
-    """Train with a line per epoch, printed by rank zero; returns the Trainer."""
+class Result(pl.Callback):
+    """Prints, at the end, whether all ranks took their steps with the same learning rates, and the law.
+
+    It does so in the processes that train. What started them may be another one, which knows nothing of this.
+    """
+
+    def __init__(self, surge: SurgeLRCallback) -> None:
+        self.surge = surge
+        self.lrs: list[float] = []
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """The learning rate of this step: `SurgeLRCallback` comes earlier in the list and has set it."""
+        self.lrs.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Every rank sends what it has, rank zero prints."""
+        lrs: list[list[float]] = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(lrs, self.lrs)
+        if not trainer.is_global_zero:
+            return
+        equal = all(other == self.lrs for other in lrs)
+        print(f"\n{trainer.world_size} ranks, {trainer.global_step} optimizer steps")
+        print(f"learning rates {'equal on all ranks' if equal else 'NOT equal'}, at most {max(self.lrs):.2e}")
+        law = self.surge.law
+        if not isinstance(law, EstimatedLaw):
+            print("too few measurements for a law: train longer, or raise max_overhead")
+            return
+        noise_scale = self.surge.history.stats().noise_scale
+        print(
+            f"law from {self.surge.history.num_measurements} measurements: noise scale {noise_scale:.0f}, "
+            f"critical batch size {law.critical_batch_size:.0f} examples"
+        )
+        factors = [f"{size}: {self.surge.lr_scale(size, lr=BASE_LR):.2f}" for size in (16, 32, 64, 128)]
+        print(f"factor on the learning rate tuned at {TUNED_AT}, by batch size: {', '.join(factors)}")
+
+
+def main(arguments: Sequence[str] | None = None, strategy: str = "ddp") -> None:
+    """Train with a line per epoch; `strategy="ddp_fork"` starts processes where there is no command line."""
     options = fast_and_seed(__doc__, arguments)
     prepare(options.seed)
     epochs = 2 if options.fast else 8
     steps = epochs * Digits.TRAINING_EXAMPLES // (RANKS * MICRO_BATCH_SIZE)
 
+    surge = SurgeLRCallback(base_batch_size=TUNED_AT, max_overhead=0.5 if options.fast else 0.1)
     trainer = quiet_trainer(
         # Sizes are global: 16 is one micro-batch on each rank, 64 is four.
         BatchSizeWarmup(start=RANKS * MICRO_BATCH_SIZE, end=64, num_steps=steps // 4),
-        SurgeLRCallback(base_batch_size=MICRO_BATCH_SIZE, max_overhead=0.5 if options.fast else 0.1),
+        surge,
         EpochTable(),
-        strategy="ddp",
+        Result(surge),
+        strategy=strategy,
         devices=RANKS,
         max_epochs=epochs,
     )
     trainer.fit(ConvolutionalClassifier(schedule_steps=steps, warmup_steps=steps // 16), Digits())
-    if trainer.is_global_zero:
-        print(f"\n{trainer.world_size} ranks, {trainer.global_step} optimizer steps")
-    return trainer
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

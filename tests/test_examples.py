@@ -4,15 +4,13 @@ import csv
 import importlib
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
-from examples import dry_run, follow_peak, plain_callback, ramp
+from examples import ddp, dry_run, follow_peak, offline_fit, plain_callback, ramp
 from examples.digits_model import Digits
 from examples.report import stages
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback
@@ -21,7 +19,7 @@ from lightning_surge.run_logs import read_run
 
 ROOT = Path(__file__).parent.parent
 
-# Lightning is slow to import: one process runs all examples but the one with two processes.
+# Lightning is slow to import: one process runs all examples.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     # Lightning 2.6 with a newer torch.
@@ -127,18 +125,48 @@ def test_dry_run_leaves_the_weights_alone_and_says_what_it_would_do(capsys):
         assert float(rate) == pytest.approx(0.004 * surge.lr_scale(int(size), lr=0.004), rel=0.01)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the callback refuses several ranks; delete this mark when it no longer does"
-)
-def test_ddp_counts_the_examples_of_both_ranks():
-    command = [sys.executable, "-m", "examples.ddp", "--fast"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
-    rows = lines_of_epochs(run.stdout)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
+def test_ddp_counts_the_examples_of_both_ranks(capfd):
+    # Forked, the second process need not import Lightning again.
+    ddp.main(["--fast"], strategy="ddp_fork")
+    printed = capfd.readouterr().out
+    rows = lines_of_epochs(printed)
     # One rank prints. The ramp ends at 64 examples, 1,536 of which are 24 steps of an epoch.
     assert [row[0] for row in rows] == ["1", "2"]
     assert rows[-1][2] == "64"
     assert int(rows[1][1]) - int(rows[0][1]) == Digits.TRAINING_EXAMPLES // 64
+    assert f"2 ranks, {rows[-1][1]} optimizer steps" in printed
+    assert "learning rates equal on all ranks" in printed
+    (factor,) = re.findall(r" 64: ([\d.]+)", printed)
+    assert 1.0 < float(factor) <= 8.0
+    assert re.search(r"law from \d+ measurements: noise scale \d+, critical batch size \d+ examples", printed)
+
+
+def test_offline_fit_finds_the_peak_of_the_committed_table(tmp_path, capsys):
+    picture = offline_fit.main(["--fast", "--output", str(tmp_path)])
+    assert picture == tmp_path / "perceptron_sign.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    # One target after the other, and the numbers that docs/fitting.md has for the first.
+    _, first, _, third = capsys.readouterr().out.split("to the loss ")
+    optima = [line.split() for line in first.splitlines() if re.match(r" +\d", line)]
+    assert [row[0] for row in optima] == ["4", "16", "64", "256", "1024"]
+    assert [row[2] for row in optima] == ["0.00489", "0.00967", "0.0224", "0.0124", "0.00673"]
+    assert "best law: Adam, B of Eq. 22, wrong by a factor of 1.21 on average" in first
+    assert re.search(r"peak: 0.0137 \[\S+, \S+\] at B = 84.6 \[", first)
+    assert "no fit: Expected 3 batch sizes with an optimum inside their grid, got 2" in third
+
+
+def test_offline_fit_explains_batch_sizes_without_an_optimum(tmp_path, capsys):
+    table = tmp_path / "own.csv"
+    peaks = {8: 0.004, 32: 0.005, 128: 0.004, 512: 0.001}
+    runs = [
+        (size, lr, math.log(lr / best) ** 2) for size, best in peaks.items() for lr in (0.002, 0.004, 0.008)
+    ]
+    table.write_text("batch_size,lr,loss\n" + "".join(f"{a},{b},{c}\n" for a, b, c in runs))
+    offline_fit.main(["--fast", "--table", str(table), "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert re.search(r"512 +- +the best learning rate is the smallest one tried, 0.002", printed)
+    assert re.search(r"32 +\S+ +0.005\b", printed)
 
 
 def test_the_index_lists_every_example():
