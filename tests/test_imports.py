@@ -132,7 +132,7 @@ print("trained with", surge.decision.used)
 
 OURS_FIRST = """
 import sys
-import lightning_surge
+from lightning_surge import BatchSizeWarmup
 
 print("pytorch_lightning" in sys.modules)
 import pytorch_lightning as pl

@@ -93,9 +93,10 @@ class TestLearningRates:
 
     def test_group_selects_one_of_several_optimizers(self):
         """Its batch size and peak too, beside those of another."""
-        run = {f"{tag}/opt1": series for tag, series in logged().items()}
-        other = {f"{tag}/opt0": Series(series.steps, 2.0 * series.values) for tag, series in logged().items()}
-        figure = plot_run(run | other, base_batch_size=8, group="opt1")
+        one = logged().series
+        run = {f"{tag}/opt1": series for tag, series in one.items()}
+        other = {f"{tag}/opt0": Series(series.steps, 2.0 * series.values) for tag, series in one.items()}
+        figure = plot_run(RunLog("", run | other), base_batch_size=8, group="opt1")
         axes = panel(figure, "Learning rate")
         np.testing.assert_array_equal(drawn(axes, "used")[1], run["surge/lr_used/opt1"].values)
         axes = panel(figure, TestBatchSizes.TITLE)
