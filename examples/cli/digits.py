@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from examples.digits import Batch, Digits
+from examples.digits_model import Batch, Digits
 from lightning_surge import by_examples
 
 
