@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lightning_surge.charts import LawSnapshot
-from lightning_surge.plots import GREEN, ORANGE, VERMILION, plot_run
 from lightning_surge.pages import run_page
+from lightning_surge.plots import GREEN, ORANGE, VERMILION, plot_run
 from lightning_surge.run_logs import RunLog, RunLogError, Series
 from tests.logged_runs import as_log, rows, several_optimizers
 
