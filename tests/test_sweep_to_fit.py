@@ -167,3 +167,17 @@ def test_words_of_other_programs_say_nothing(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("batch_size,lr,loss,status\n8,0.1,1.5,COMPLETED\n8,0.2,2.5,\n8,0.3,,crashed\n")
     assert read_table(path).outcomes.tolist() == [1.5, 2.5, np.inf]
+
+
+@pytest.mark.parametrize("command", ["fit", "plot", "advise"])
+@pytest.mark.parametrize("name", ["nowhere.csv", "empty.csv", "directory"])
+def test_what_cannot_be_read_ends_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "directory").mkdir()
+    assert main([command, str(tmp_path / name)]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("lightning-surge: Expected")
+    assert name in error

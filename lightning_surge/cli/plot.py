@@ -88,7 +88,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group", metavar="G", help="optimizer or parameter group whose learning rates are shown"
     )
     parser.add_argument("--x", choices=("steps", "examples"), default="steps", help="what the x axis counts")
-    parser.add_argument("--title", help="a line above the charts; the path of the run if left out")
+    parser.add_argument(
+        "--title", help="a line above the charts; the path of the run, and the group, if left out"
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -105,7 +107,9 @@ def _run(options: argparse.Namespace) -> None:
     group = choose_group(run, options.group)
     source = Path(run.source)
     output = output or (source if source.is_dir() else source.parent) / "surge.png"
-    title = run.source if options.title is None else options.title
+    title: str | None = options.title
+    if title is None:
+        title = run.source if group is None else f"{run.source}, {group}"
     try:
         if output.suffix.lower() == ".html":
             output.write_text(run_page(run, group=group, title=title, x=options.x), encoding="utf-8")
