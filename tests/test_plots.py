@@ -285,7 +285,8 @@ class TestFromLogsAlone:
         figure = plot_run(run, x="examples")
         steps, _ = drawn(panel(figure, "Learning rate"), "used")
         np.testing.assert_array_equal(steps, 60.0 * STEPS)
-        assert figure.axes[-1].get_xlabel() == "examples trained"
+        below = panel(figure, "What decided the factor on the learning rate")
+        assert below.get_xlabel() == "examples trained"
 
     def test_a_rule_that_measures_nothing_has_no_law(self):
         series = {key: one for key, one in as_log(rows()).series.items() if "/law/" not in key}
