@@ -119,7 +119,7 @@ def plot_run(
     curves = [law_curve(one, base) for one in (law_snapshots(run) if snapshots is None else snapshots)]
     figure = Figure(figsize=(11.0, 7.2), dpi=150, layout="constrained")
     # Two figures side by side, so that the legend under one makes no gap in the other.
-    left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1.0])
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.25, 1.0]).flat
     rows = max(1.0, ROW_OF_REASON * len(charts.reasons))
     panels = left.subplot_mosaic([["lr"], ["batch"], ["why"]], height_ratios=[3.0, 3.0, rows])
     panels["law"] = right.subplots()
