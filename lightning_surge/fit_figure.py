@@ -151,6 +151,8 @@ def _draw_grid(axes: Axes, fit: GridFit) -> None:
 
 
 def _draw_optima(axes: Axes, fit: GridFit) -> None:
+    barred = any(math.isfinite(lr.low) and math.isfinite(lr.high) for lr in fit.lrs)
+    found = "best lr, 95 % interval" if barred else "best lr"
     used = [valley.optimum.found for valley in fit.valleys]
     for valley, lr, inside in zip(fit.valleys, fit.lrs, used, strict=True):
         if math.isnan(lr.value):
@@ -161,7 +163,7 @@ def _draw_optima(axes: Axes, fit: GridFit) -> None:
         axes.errorbar(
             [valley.batch_size], [lr.value], yerr=bars, fmt="o", color=INK, markersize=7, capsize=4,
             markerfacecolor=INK if inside else "white", zorder=4,
-            label="best lr, 95 % interval" if inside else "at an edge: not used",
+            label=found if inside else "at an edge: not used",
         )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Read a table of runs: one row per run, with its batch size, its learning rate and how it ended.
 
 A run ended either with a final loss, or by reaching a target loss after some number of steps. Values that are
-blank, NaN or infinite stand for a run that diverged or never reached the target.
+blank, NaN or infinite stand for a run that diverged or never reached the target, and so does a row whose
+`status`, as `lightning-surge sweep` writes it, is not `finished`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ LIMIT = 1e30
 """No batch size, learning rate or count is beyond it, or below its inverse; a loss beyond it has diverged."""
 
 
+SILENT = ("out_of_memory", "killed", "failed")
+"""Statuses of a sweep that say nothing about the learning rate."""
+UNFINISHED = ("diverged", "not_reached", *SILENT)
+
+
 class Columns(NamedTuple):
     """Names of a table's columns. Only the first two must be there, and one of the next three."""
 
@@ -34,6 +40,7 @@ class Columns(NamedTuple):
     examples: str = "examples"
     seed: str = "seed"
     target: str = "target"
+    status: str = "status"
 
 
 class RunTable(NamedTuple):
@@ -118,7 +125,8 @@ def _runs(source: _Source, names: Columns, measure: Measure | None) -> RunTable:
             raise ValueError(_missing(source, name, role))
     counted = names.steps in present or names.examples in present
     if measure is None:
-        measure = "loss" if names.loss in present else "steps"
+        # A target says what steps and examples are for, and then losses repeat for each of them.
+        measure = "loss" if names.loss in present and not (counted and names.target in present) else "steps"
     if measure == "loss" and names.loss not in present:
         raise ValueError(_missing(source, names.loss, "loss"))
     if measure == "steps" and not counted:
@@ -129,7 +137,7 @@ def _runs(source: _Source, names: Columns, measure: Measure | None) -> RunTable:
     notes = []
     if measure == "loss":
         outcomes = _numbers(source, names.loss)
-        if counted:
+        if counted and names.status not in present:
             notes.append("the table has steps as well as losses: --measure steps fits those")
     elif names.steps in present:
         outcomes = _numbers(source, names.steps, failed=True)
@@ -155,7 +163,40 @@ def _runs(source: _Source, names: Columns, measure: Measure | None) -> RunTable:
         targets = _numbers(source, names.target, finite=True)
     with np.errstate(invalid="ignore"):
         outcomes = np.where(np.abs(outcomes) < LIMIT, outcomes, np.inf)
-    return RunTable(measure, batch_sizes, lrs, outcomes, seeds, targets, tuple(notes))
+    if names.status in present:
+        outcomes = np.where(_unfinished(source, names.status, notes), np.inf, outcomes)
+    table = RunTable(measure, batch_sizes, lrs, outcomes, seeds, targets, tuple(notes))
+    return _once(table, source, names) if measure == "loss" and names.target in present else table
+
+
+def _unfinished(source: _Source, name: str, notes: list[str]) -> npt.NDArray[np.bool_]:
+    """Runs that a sweep calls anything but finished. Other words, as of other programs, say nothing."""
+    words = [str(word) for word in source.column(name)]
+    silent = [word for word in words if word in SILENT]
+    if silent:
+        kinds = ", ".join(f"{silent.count(kind)} {kind}" for kind in SILENT if kind in silent)
+        notes.append(
+            f"rows that count as failed, though their learning rates may be good: {kinds}; run them again "
+            "with lightning-surge sweep --retry-failed"
+        )
+    return np.array([word in UNFINISHED for word in words], dtype=bool)
+
+
+def _once(table: RunTable, source: _Source, names: Columns) -> RunTable:
+    """The table without repetitions of a run's loss, once for each further target."""
+    targets = source.column(names.target)
+    seeds = np.zeros(len(targets), dtype=np.int64) if table.seeds is None else table.seeds
+    first: dict[tuple[float, ...], Any] = {}
+    kept = np.ones(len(targets), dtype=bool)
+    rows = zip(table.batch_sizes, table.lrs, table.outcomes, seeds, targets, strict=True)
+    for row, (*run, target) in enumerate(rows):
+        kept[row] = first.setdefault(tuple(run), target) == target
+    return table._replace(
+        batch_sizes=table.batch_sizes[kept],
+        lrs=table.lrs[kept],
+        outcomes=table.outcomes[kept],
+        seeds=None if table.seeds is None else table.seeds[kept],
+    )
 
 
 def _missing(source: _Source, name: str, role: str, *others: str) -> str:

@@ -42,7 +42,7 @@ def run_page(run: RunLog, *, group: str | None = None, title: str = "", x: XAxis
 
     Args:
         run: what `read_run` returned.
-        group: the parameter group whose learning rates are shown, where there are several.
+        group: the optimizer or parameter group that is shown, where there are several, as in `plot_run`.
         title: a line above the charts.
         x: what the x axis counts.
 
@@ -60,8 +60,8 @@ def run_page(run: RunLog, *, group: str | None = None, title: str = "", x: XAxis
             "Making a page needs plotly: pip install 'lightning-surge[html]'."
         ) from error
 
-    base = base_of(run)
     run = run.of_group(group)
+    base = base_of(run)
     charts = run_charts(run, group=group, x=x)
     curves = [law_curve(one, base) for one in law_snapshots(run)]
     titles = (

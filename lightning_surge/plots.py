@@ -46,6 +46,8 @@ LAW_COLOURS = (SKY, VERMILION, GREEN, PURPLE, ORANGE, BLUE)
 
 # The strip at the top of the batch-size panel, as fractions of the panel's height.
 STRIP_BOTTOM, STRIP_HEIGHT = 0.92, 0.08
+# Height of a reason's row, where the panels above are 3 high.
+ROW_OF_REASON = 0.32
 LEGEND: dict[str, Any] = {"fontsize": 8.5, "framealpha": 0.9, "edgecolor": "none"}
 
 
@@ -102,7 +104,7 @@ def plot_run(
         >>> names = ("lr_scheduled", "lr_predicted", "lr_used", "batch_size", "held_because")
         >>> run = RunLog("", {f"surge/{name}": Series(steps, values) for name in names})
         >>> [axes.get_xlabel() for axes in plot_run(run, base_batch_size=8).axes]
-        ['', 'batch size B (examples)', '', 'optimizer step']
+        ['', '', 'optimizer step', 'batch size B (examples)']
     """
     try:
         from matplotlib.figure import Figure
@@ -116,11 +118,11 @@ def plot_run(
     charts = run_charts(run, group=group, x=x)
     curves = [law_curve(one, base) for one in (law_snapshots(run) if snapshots is None else snapshots)]
     figure = Figure(figsize=(11.0, 7.2), dpi=150, layout="constrained")
-    panels = figure.subplot_mosaic(
-        [["lr", "law"], ["batch", "law"], ["why", "law"]],
-        width_ratios=[1.25, 1.0],
-        height_ratios=[3.0, 3.0, 1.0],
-    )
+    # Two figures side by side, so that the legend under one makes no gap in the other.
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.25, 1.0]).flat
+    rows = max(1.0, ROW_OF_REASON * len(charts.reasons))
+    panels = left.subplot_mosaic([["lr"], ["batch"], ["why"]], height_ratios=[3.0, 3.0, rows])
+    panels["law"] = right.subplots()
     _draw_learning_rates(panels["lr"], charts)
     _draw_batch_sizes(panels["batch"], charts)
     _draw_reasons(panels["why"], charts)
@@ -180,7 +182,7 @@ def _draw_batch_sizes(axes: Axes, charts: RunCharts) -> None:
         axes.set_ylim(low, low * 10 ** (decades / (STRIP_BOTTOM - 0.03)))
     axes.set_ylabel("batch size (examples)")
     axes.set_title("Batch size against the peak", loc="left", fontsize=11, fontweight="bold")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=3, **LEGEND)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=3, columnspacing=1.0, **LEGEND)
 
 
 def _draw_reasons(axes: Axes, charts: RunCharts) -> None:

@@ -53,12 +53,17 @@ class RunLog:
 
         Args:
             group: as `"opt0"`, or `"opt0/1"` for a parameter group of it; anything else changes nothing.
+
+        Returns:
+            The run without what the other optimizers logged, its own keys also without the optimizer's name.
         """
-        ending = "/" + (group or "").partition("/")[0]
-        if f"{PREFIX}batch_size{ending}" not in self.series:
+        chosen = (group or "").partition("/")[0]
+        if chosen not in self.optimizers:
             return self
-        own = {key.removesuffix(ending): found for key, found in self.series.items() if key.endswith(ending)}
-        return replace(self, series={**self.series, **own})
+        ending, others = f"/{chosen}", set(self.optimizers) - {chosen}
+        kept = {key: found for key, found in self.series.items() if others.isdisjoint(key.split("/"))}
+        own = {key.removesuffix(ending): found for key, found in kept.items() if key.endswith(ending)}
+        return replace(self, series=kept | own)
 
     def get(self, name: str, group: str | None = None) -> Series:
         """The series of `surge/<name>`, or of `surge/<name>/<group>`; empty if it was not logged."""
@@ -95,6 +100,12 @@ class RunLog:
     def groups(self) -> tuple[str, ...]:
         """Names of the parameter groups; empty if there is one, which has no name."""
         start = f"{PREFIX}lr_used/"
+        return tuple(key.removeprefix(start) for key in self.series if key.startswith(start))
+
+    @cached_property
+    def optimizers(self) -> tuple[str, ...]:
+        """Names of the optimizers that have a callback each, as `"opt0"`; empty if there is one optimizer."""
+        start = f"{PREFIX}batch_size/"
         return tuple(key.removeprefix(start) for key in self.series if key.startswith(start))
 
     @cached_property

@@ -100,3 +100,30 @@ def write_events(directory: Path, table: Mapping[int, Mapping[str, float]], suff
                 writer.add_scalar(key, value, global_step=step)
     (path,) = directory.glob(f"*tfevents*{suffix}")
     return path
+
+
+def several_optimizers(groups: Mapping[str, Sequence[str]] | None = None) -> dict[int, dict[str, float]]:
+    """Two callbacks of one module: `opt1` trains at twice the batch size and learning rate, by a later law.
+
+    Args:
+        groups: parameter groups of each optimizer; one each if left out.
+    """
+    table: dict[int, dict[str, float]] = {}
+    for index, step in enumerate((10, 20, 30, 40, 50)):
+        own = {
+            "opt0": values(examples=60.0 * step),
+            "opt1": values(
+                examples=60.0 * step,
+                batch_size=120.0,
+                **{f"lr_{name}": 2e-3 for name in ("scheduled", "predicted", "used")},
+                **{"law/noise_curvature": 1.0 + index, "law/signal_curvature": 1.0 + index},
+            ),
+        }
+        row: dict[str, float] = {"loss": 1.0}
+        for name, logged in own.items():
+            for key, value in logged.items():
+                rate = key.removeprefix("surge/") in ("lr_scheduled", "lr_predicted", "lr_used")
+                parts = (groups or {}).get(name, ()) if rate else ()
+                row |= {f"{key}/{name}/{part}": value for part in parts} or {f"{key}/{name}": value}
+        table[step] = row
+    return table

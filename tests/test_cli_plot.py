@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lightning_surge.cli import main
-from tests.logged_runs import rows, write_csv, write_events
+from tests.logged_runs import rows, several_optimizers, write_csv, write_events
 
 
 @pytest.fixture
@@ -104,6 +104,45 @@ class TestGroups:
         write_csv(tmp_path, table)
         assert main(["plot", str(tmp_path), "--group", "tail"]) == 2
         assert f"Expected {has}" in capsys.readouterr().err
+
+
+class TestSeveralOptimizers:
+    @pytest.mark.parametrize("ending", [".png", ".svg", ".html"])
+    def test_the_first_is_shown_and_said(self, tmp_path, capsys, ending):
+        write_csv(tmp_path, several_optimizers())
+        assert main(["plot", str(tmp_path), "--output", str(tmp_path / f"a{ending}")]) == 0
+        assert "showing the optimizer opt0 of opt0, opt1\n" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("write", [write_csv, write_events])
+    @pytest.mark.parametrize("command", ["plot", "advise"])
+    def test_either_can_be_chosen(self, tmp_path, capsys, write, command):
+        write(tmp_path, several_optimizers())
+        for name in ("opt0", "opt1"):
+            assert main([command, str(tmp_path), "--group", name]) == 0
+            assert capsys.readouterr().err == ""
+
+    def test_advice_is_of_the_one_chosen(self, tmp_path, capsys):
+        write_csv(tmp_path, several_optimizers())
+        for name, size in (("opt0", 60.0), ("opt1", 120.0)):
+            assert main(["advise", str(tmp_path), "--group", name, "--json"]) == 0
+            assert json.loads(capsys.readouterr().out)["state"]["batch_size"] == size
+
+    @pytest.mark.parametrize("command", ["plot", "advise"])
+    def test_groups_of_an_optimizer(self, tmp_path, capsys, command):
+        write_csv(tmp_path, several_optimizers({"opt1": ("decay", "rest")}))
+        assert main([command, str(tmp_path), "--group", "opt1"]) == 0
+        said = "showing the parameter group opt1/decay of opt1/decay, opt1/rest\n"
+        assert said in capsys.readouterr().err
+        assert main([command, str(tmp_path), "--group", "opt1/rest"]) == 0
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize("command", ["plot", "advise"])
+    def test_the_names_are_offered(self, tmp_path, capsys, command):
+        write_csv(tmp_path, several_optimizers({"opt1": ("decay", "rest")}))
+        for wrong in ("opt2", "opt", "decay"):
+            assert main([command, str(tmp_path), "--group", wrong]) == 2
+            error = capsys.readouterr().err
+            assert f"Expected one of opt0, opt1, opt1/decay, opt1/rest, got --group {wrong}" in error
 
 
 class TestRefusing:

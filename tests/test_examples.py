@@ -176,3 +176,12 @@ def test_the_index_lists_every_example():
     listed = set(re.findall(r"\]\((\w+)\.py\)", index))
     assert listed == files
     assert set(re.findall(r"python -m examples\.(\w+)", index)) == files - shared
+
+
+def test_the_configuration_of_the_command_line_trains(tmp_path):
+    """In a process of its own, where nothing has imported the callbacks that the file names."""
+    few = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+    words = ["fit", "--config", "examples/cli/config.yaml", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    command = [sys.executable, "-m", "examples.cli.main", *words, *few]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

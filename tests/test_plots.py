@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from lightning_surge.charts import LawSnapshot
+from lightning_surge.pages import run_page
 from lightning_surge.plots import GREEN, ORANGE, VERMILION, plot_run
-from lightning_surge.run_logs import RunLog, Series
-from tests.logged_runs import as_log, rows
+from lightning_surge.run_logs import RunLog, RunLogError, Series
+from tests.logged_runs import as_log, rows, several_optimizers
 
 STEPS = np.array([10, 20, 30, 40, 50])
 NAMES = (
@@ -93,9 +94,9 @@ class TestLearningRates:
 
     def test_group_selects_one_of_several_optimizers(self):
         """Its batch size and peak too, beside those of another."""
-        one = logged().series
-        run = {f"{tag}/opt1": series for tag, series in one.items()}
-        other = {f"{tag}/opt0": Series(series.steps, 2.0 * series.values) for tag, series in one.items()}
+        found = logged().series
+        run = {f"{tag}/opt1": series for tag, series in found.items()}
+        other = {f"{tag}/opt0": Series(series.steps, 2.0 * series.values) for tag, series in found.items()}
         figure = plot_run(RunLog("", run | other), base_batch_size=8, group="opt1")
         axes = panel(figure, "Learning rate")
         np.testing.assert_array_equal(drawn(axes, "used")[1], run["surge/lr_used/opt1"].values)
@@ -284,7 +285,8 @@ class TestFromLogsAlone:
         figure = plot_run(run, x="examples")
         steps, _ = drawn(panel(figure, "Learning rate"), "used")
         np.testing.assert_array_equal(steps, 60.0 * STEPS)
-        assert figure.axes[-1].get_xlabel() == "examples trained"
+        below = panel(figure, "What decided the factor on the learning rate")
+        assert below.get_xlabel() == "examples trained"
 
     def test_a_rule_that_measures_nothing_has_no_law(self):
         series = {key: one for key, one in as_log(rows()).series.items() if "/law/" not in key}
@@ -366,3 +368,22 @@ class TestExtras:
         self.without(monkeypatch, "matplotlib")
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[plot\]'"):
             plot_run(logged(), base_batch_size=8)
+
+
+class TestSeveralOptimizers:
+    @pytest.mark.parametrize(("group", "size", "lr", "laws"), [("opt0", 60, 1e-3, 1), ("opt1", 120, 2e-3, 5)])
+    def test_each_has_a_picture(self, group, size, lr, laws):
+        figure = plot_run(as_log(several_optimizers()), group=group)
+        assert set(drawn(panel(figure, "Batch size against the peak"), "batch size in force")[1]) == {size}
+        assert set(drawn(panel(figure, "Learning rate"), "used")[1]) == {lr}
+        steps = [label for label in labels(panel(figure, "The law, measured")) if label.startswith("step ")]
+        assert len(steps) == laws
+
+    @pytest.mark.parametrize("group", ["opt0", "opt1"])
+    def test_each_has_a_page(self, group):
+        assert "batch size in force" in run_page(as_log(several_optimizers()), group=group)
+
+    @pytest.mark.parametrize("draw", [plot_run, run_page])
+    def test_without_a_name_the_keys_are_listed(self, draw):
+        with pytest.raises(RunLogError, match=r"opt0.* name the group|base_batch_size"):
+            draw(as_log(several_optimizers()))

@@ -18,7 +18,7 @@ from lightning_surge.edge import EdgeLaw
 from lightning_surge.laws import MeasuredLaw, SGDLaw
 from lightning_surge.run_logs import RunLog, RunLogError, law_from_numbers, read_run
 from lightning_surge.theorems import Theorem3Law
-from tests.logged_runs import LAW, as_log, rows, write_csv, write_events
+from tests.logged_runs import LAW, as_log, rows, several_optimizers, write_csv, write_events
 
 WRITERS = pytest.mark.parametrize("write", [write_csv, write_events])
 
@@ -294,6 +294,50 @@ class TestRunLog:
     def test_the_law_is_made_again(self):
         assert as_log(rows()).law_at(30) == LAW
         assert as_log(rows()).law_at(31) is None
+
+
+class TestSeveralOptimizers:
+    def test_are_named(self):
+        run = as_log(several_optimizers())
+        assert sorted(run.optimizers) == sorted(run.groups) == ["opt0", "opt1"]
+        assert as_log(rows()).optimizers == ()
+
+    def test_each_is_read_as_if_it_were_alone(self):
+        run = as_log(several_optimizers())
+        first, second = run.of_group("opt0"), run.of_group("opt1")
+        assert (first.at("batch_size", 30), second.at("batch_size", 30)) == (60.0, 120.0)
+        assert (first.last_step, first.base_batch_size) == (50, 60.0)
+        assert first.at("lr_used", 30, "opt0") == 1e-3
+        assert first.law_at(30) == LAW
+        assert second.law_at(30) == MeasuredLaw(
+            **asdict(LAW) | {"noise_curvature": 3.0, "signal_curvature": 3.0}
+        )
+        assert "loss" in first.series
+
+    def test_nothing_of_the_other_is_left(self):
+        """Steps at which the law of one has changed are no news of the other."""
+        run = as_log(several_optimizers())
+        assert run.of_group("opt0").law_steps.tolist() == [10]
+        assert run.of_group("opt1").law_steps.tolist() == [10, 20, 30, 40, 50]
+        assert run.of_group("opt0").groups == run.of_group("opt0").optimizers == ("opt0",)
+
+    def test_the_tenth_is_not_the_first(self):
+        table = several_optimizers()
+        for row in table.values():
+            row |= {key.replace("opt0", "opt10"): 7.0 for key in row if key.endswith("opt0")}
+        assert as_log(table).of_group("opt0").at("batch_size", 30) == 60.0
+        assert as_log(table).of_group("opt10").at("batch_size", 30) == 7.0
+
+    def test_groups_of_an_optimizer(self):
+        run = as_log(several_optimizers({"opt0": ("0", "1")})).of_group("opt0/1")
+        assert sorted(run.groups) == ["opt0/0", "opt0/1"]
+        assert run.at("lr_used", 30, "opt0/1") == 1e-3
+        assert run.at("batch_size", 30) == 60.0
+
+    @pytest.mark.parametrize("group", [None, "", "body", "opt7"])
+    def test_any_other_name_changes_nothing(self, group):
+        run = as_log(several_optimizers())
+        assert run.of_group(group) is run
 
 
 class TestLaws:

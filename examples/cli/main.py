@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch.cli import LightningCLI
 
-import lightning_surge  # noqa: F401  # so that the file may say SurgeLRCallback, without the package's name
+# So that the file may say SurgeLRCallback, without the name of the package.
+from lightning_surge import BatchSizeScheduler, SurgeLRCallback  # noqa: F401
 
 
 def main(arguments: Sequence[str] | None = None) -> LightningCLI:

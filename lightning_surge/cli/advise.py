@@ -6,17 +6,21 @@ import argparse
 import json
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_surge.advice import Advice, Caveat, Interval, Option, advise, run_state
 from lightning_surge.cli.command import Command, CommandError
 from lightning_surge.cli.plot import choose_group, read
-from lightning_surge.run_logs import RunLogError
+from lightning_surge.log_files import RunLogError
+
+if TYPE_CHECKING:
+    from lightning_surge.advice import Advice, Caveat, Interval, Option
 
 __all__ = ["ADVISE"]
 
 
 def _caveat_text(caveat: Caveat, advice: Advice) -> str:
+    from lightning_surge.advice import Caveat
+
     state = advice.state
     smallest, largest = state.measured
     share = state.lr_scheduled / state.lr_scheduled_max if state.lr_scheduled_max > 0 else 0.0
@@ -110,6 +114,8 @@ def _change(ratio: Interval) -> str:
 
 def _plain(value: Any) -> Any:
     """What JSON can hold: null for numbers that are not finite, names for what is one of a few."""
+    from lightning_surge.advice import Interval
+
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, Interval):
@@ -140,13 +146,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="further sizes to judge, in examples",
     )
     parser.add_argument("--step", type=int, help="optimizer step to ask at; the last if left out")
-    parser.add_argument("--group", metavar="G", help="parameter group whose learning rate is shown")
+    parser.add_argument(
+        "--group", metavar="G", help="optimizer or parameter group whose learning rate is shown"
+    )
     parser.add_argument(
         "--json", action="store_true", help="the same as JSON, null where a number is not finite"
     )
 
 
 def _run(options: argparse.Namespace) -> None:
+    from lightning_surge.advice import advise, run_state
+
     run = read(options.path)
     group = choose_group(run, options.group)
     try:

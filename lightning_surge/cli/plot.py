@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.pages import run_page
-from lightning_surge.plots import plot_run
-from lightning_surge.run_logs import RunLog, RunLogError, read_run
+from lightning_surge.log_files import RunLogError
+
+if TYPE_CHECKING:
+    from lightning_surge.run_logs import RunLog
 
 __all__ = ["PLOT", "choose_group", "read"]
 
@@ -28,6 +30,9 @@ def read(path: str) -> RunLog:
     Raises:
         CommandError: if it cannot be read.
     """
+    # Imported here: it needs scipy, which --help need not wait for.
+    from lightning_surge.run_logs import read_run
+
     try:
         run = read_run(path)
     except (RunLogError, ModuleNotFoundError) as error:
@@ -38,26 +43,37 @@ def read(path: str) -> RunLog:
 
 
 def choose_group(run: RunLog, group: str | None) -> str | None:
-    """The parameter group asked for; the first of several if none was.
+    """The optimizer or parameter group asked for; the first of several if none was.
 
     Args:
         run: what it logged.
-        group: name, or None.
+        group: name, or None. Of an optimizer with several parameter groups the first one is taken.
 
     Returns:
-        The name; None if the run has one group only.
+        The name; None if the run has one optimizer with one group.
 
     Raises:
         CommandError: if there is no such group.
     """
-    names = ", ".join(run.groups)
-    if group is None and run.groups:
-        print(f"lightning-surge: showing the parameter group {run.groups[0]} of {names}", file=sys.stderr)
-        return run.groups[0]
-    if group is not None and group not in run.groups:
-        has = f"one of {names}" if names else "no --group, since this run has one parameter group"
-        raise CommandError(f"Expected {has}, got --group {group}: leave it out or choose another.")
-    return group
+    names = [*run.optimizers, *(name for name in run.groups if name not in run.optimizers)]
+    if not names:
+        if group is not None:
+            raise CommandError(
+                f"Expected no --group, since this run has one parameter group, got --group {group}: leave it "
+                "out."
+            )
+        return None
+    if group is not None and group not in names:
+        raise CommandError(
+            f"Expected one of {', '.join(names)}, got --group {group}: leave it out or choose another."
+        )
+    wanted = names[0] if group is None else group
+    chosen = next((name for name in run.groups if name == wanted or name.startswith(f"{wanted}/")), wanted)
+    if group != chosen:
+        kind = "parameter group" if chosen not in run.optimizers else "optimizer"
+        among = [name for name in names if group is None or name.startswith(f"{group}/")]
+        print(f"lightning-surge: showing the {kind} {chosen} of {', '.join(among)}", file=sys.stderr)
+    return chosen
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,12 +84,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a .png, .svg or .html file; surge.png beside the logs if left out",
     )
-    parser.add_argument("--group", metavar="G", help="parameter group whose learning rates are shown")
+    parser.add_argument(
+        "--group", metavar="G", help="optimizer or parameter group whose learning rates are shown"
+    )
     parser.add_argument("--x", choices=("steps", "examples"), default="steps", help="what the x axis counts")
-    parser.add_argument("--title", help="a line above the charts; the path of the run if left out")
+    parser.add_argument(
+        "--title", help="a line above the charts; the path of the run, and the group, if left out"
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
+    from lightning_surge.pages import run_page
+    from lightning_surge.plots import plot_run
+
     output: Path | None = options.output
     if output is not None and output.suffix.lower() not in FORMATS:
         raise CommandError(
@@ -84,7 +107,9 @@ def _run(options: argparse.Namespace) -> None:
     group = choose_group(run, options.group)
     source = Path(run.source)
     output = output or (source if source.is_dir() else source.parent) / "surge.png"
-    title = run.source if options.title is None else options.title
+    title: str | None = options.title
+    if title is None:
+        title = run.source if group is None else f"{run.source}, {group}"
     try:
         if output.suffix.lower() == ".html":
             output.write_text(run_page(run, group=group, title=title, x=options.x), encoding="utf-8")
