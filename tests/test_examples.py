@@ -4,6 +4,8 @@ import csv
 import importlib
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
