@@ -556,7 +556,7 @@ class TestLogging:
         with (Path(logger.log_dir) / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         keys = [key for key in rows[0] if key.startswith("surge/")]
-        assert all(key.split("/")[2] in ("opt0", "opt1") for key in keys)
+        assert all({"opt0", "opt1"} & set(key.split("/")[2:]) for key in keys)
         assert {key for key in keys if "lr_used" in key} == {
             "surge/lr_used/opt0",
             "surge/lr_used/opt1/in",
@@ -591,8 +591,10 @@ class TestLogging:
             f"{chart}/opt{i}": ["Multiline", [rf"surge/{tags}/opt{i}$"]]
             for i in (0, 1)
             for chart, tags in (
-                ("learning rate", "lr_(scheduled|predicted|used)"),
-                ("batch size", "(batch_size|peak_batch_size|critical_batch_size)"),
+                ("learning rates", "lr_(scheduled|predicted|used)"),
+                ("batch size against peak", "(batch_size|peak_batch_size|critical_batch_size)"),
+                ("noise", "(noise_scale|noise_scale_l1)"),
+                ("overhead", "(overhead|overhead_time)"),
             )
         }
 

@@ -968,10 +968,10 @@ class TestLogging:
 
         logger = TensorBoardLogger(tmp_path)
         monkeypatch.setattr(rank_zero_only, "rank", 1)
-        add_tensorboard_layout([logger], [""])
+        add_tensorboard_layout([logger], {"": [""]})
         monkeypatch.setattr(rank_zero_only, "rank", 0)
         assert layouts_in(logger) == []
-        add_tensorboard_layout([logger], [""])
+        add_tensorboard_layout([logger], {"": [""]})
         assert len(layouts_in(logger)) == 1
 
     @pytest.mark.parametrize("surge_first", [True, False])

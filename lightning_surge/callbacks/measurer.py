@@ -207,7 +207,6 @@ class Measurer:
         self._live: LawMeasurement | None = None
         self._own.end()
         self._random_state: RandomState | None = None
-        self._batches_in_window = 0
 
     @property
     def _reducer_owns_gradients(self) -> bool:
@@ -360,8 +359,6 @@ class Measurer:
             size: examples in it; 0 if it was counted before in this window.
             weight: factor that somebody put on its loss.
         """
-        if size > 0.0:
-            self._batches_in_window += 1
         if self._live is not None:
             self._add_live(Piece(batch, batch_idx, size, self._random_state), weight)
         elif self._pool_target and size > 0.0 and not (self._pool and self._pool[-1].batch is batch):
@@ -381,11 +378,12 @@ class Measurer:
             )
         return True
 
-    def end_window(self, examples: float, *, changed: bool) -> tuple[float, bool]:
+    def end_window(self, examples: float, batches: int, *, changed: bool) -> tuple[float, bool]:
         """Learn what the other processes had in the window that ends: the one message of an ordinary step.
 
         Args:
             examples: behind the step, of this process.
+            batches: micro-batches that hold them.
             changed: whether this process saw the noise change.
 
         Returns:
@@ -395,10 +393,9 @@ class Measurer:
         total, self._pooled, changes, failures = self._over_ranks(
             examples, pooled, float(changed), float(self._broken is not None)
         )
-        self._seen_batches += self._batches_in_window
+        self._seen_batches += batches
         self._seen_examples += total
-        self._latest = total / max(self._batches_in_window, 1)
-        self._batches_in_window = 0
+        self._latest = total / max(batches, 1)
         if failures:
             self.fail(self._broken or RankError("Another process could not keep its batches"))
             self._broken = None

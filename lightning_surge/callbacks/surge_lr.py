@@ -594,7 +594,9 @@ class SurgeLRCallback(Callback):
             return
         self._decided = True
         changed = self._steps(trainer) % CHANGE_CHECK_STEPS == 0 and self._noise_has_changed()
-        batch_size, self._noise_changed = self._measurer.end_window(batch_size, changed=changed)
+        batch_size, self._noise_changed = self._measurer.end_window(
+            batch_size, self._window_batches, changed=changed
+        )
         self._window_examples = batch_size
         if self._policy is None:
             self._base_batch_size = batch_size
