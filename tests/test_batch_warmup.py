@@ -287,11 +287,11 @@ def test_the_summary_shows_half_widths_ranges_and_misses() -> None:
     common = {"bound": 0.005, "better": "lower", "command": "make"}
     text = summary_table(
         [
-            common | {"name": "a", "value": 0.01, "met": False, "half_width": 0.02},
+            common | {"name": "a", "value": 0.01, "met": False, "half_width": 0.02, "seeds": 3},
             common | {"name": "b", "value": 0.0, "met": True, "range": [-0.01, 0.01]},
         ]
     )
-    assert "| a | 0.0100 ± 0.0200 | at most 0.005 | missed |" in text
+    assert "| a | 0.0100 ± 0.0200 (3 pairs of seeds) | at most 0.005 | missed |" in text
     assert "| b | 0.0000 (-0.0100 to 0.0100) | at most 0.005 | met |" in text
 
 

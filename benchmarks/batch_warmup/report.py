@@ -15,7 +15,7 @@ from benchmarks.batch_warmup.rules import BUDGETS, MULTIPLIERS, RULES, SEEDS, Ru
 from benchmarks.batch_warmup.targets import targets
 from benchmarks.batch_warmup.workloads import WORKLOADS, Workload
 from benchmarks.cells import Store
-from benchmarks.fidelity.analysis import Record, unique
+from benchmarks.fidelity.analysis import Record, pick, unique
 from benchmarks.fidelity.markdown import number, table
 from benchmarks.results import finite, machine
 
@@ -43,7 +43,11 @@ def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> No
     # Runs with a rule that was the default before are kept, and in no table.
     known = [run for run in ramps if Rule(run["ramp"], run["rule"], run["max_overhead"]) in RULES]
     tuning = [run for run in constants if run["multiplier"] in MULTIPLIERS[run["budget"], run["batch_size"]]]
-    counts = {"constant": len(tuning), "ramp": len(known), "throughput": len(speeds)}
+    counts = {
+        "constant": len(pick(tuning, seed=SEEDS)),
+        "ramp": len(pick(known, seed=SEEDS)),
+        "throughput": len(speeds),
+    }
     raw = {"machine": machine(), "finished": counts, "expected": dict(expected)}
     (results / "raw.json").write_text(json.dumps(finite(raw), indent=1) + "\n")
     for entry in found:
