@@ -1,4 +1,5 @@
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,16 @@ def _lightning_speaks() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts_are_heard() -> Iterator[None]:
+    """Whoever runs tests in the background may have them ignored: tests of Ctrl-C would wait for ever."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
