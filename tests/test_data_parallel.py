@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback
@@ -344,6 +345,18 @@ def test_one_process_runs_out_of_memory(tmp_path: Path, rank: int, accumulation:
         assert runs[0].said["measured"] == runs[1].said["measured"] > 0
 
 
+class Dies(Net):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.trainer.global_rank == 1 and self.trainer.global_step == 3:
+            raise RuntimeError("this process is done for")
+
+
+def test_a_process_that_dies_ends_the_training_of_all(tmp_path: Path) -> None:
+    """As without the callback: nobody waits for ever for the one that is gone."""
+    with pytest.raises(ProcessRaisedException, match="this process is done for"):
+        train(tmp_path, surge(), make=Dies)
+
+
 def test_follow_peak_grows_alike_on_all_processes(tmp_path: Path) -> None:
     def follow() -> list[pl.Callback]:
         schedule = FollowPeak(start=16, maximum=64, confidence=0.1)
@@ -387,6 +400,53 @@ def test_batch_norm_leaves_batches_whole_and_buffers_alone(tmp_path: Path) -> No
     assert measured[0].said["measured"] > 0
     for with_callback, without in zip(measured, runs("plain"), strict=True):
         assert_equal(with_callback, without)
+
+
+class TwoPlayers(Net):
+    """Two optimizers that the user steps, each with a loss of its own."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.automatic_optimization = False
+        self.other = nn.Linear(6, 1)
+
+    def losses(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        return (self.net(x) - y).square().mean(), (self.other(x) - self.net(x).detach()).square().mean()
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Any:
+        for index, optimizer in enumerate(self.optimizers()):
+            optimizer.zero_grad()
+            self.manual_backward(self.losses(batch)[index])
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [super().configure_optimizers(), torch.optim.Adam(self.other.parameters(), lr=0.01)]
+
+
+def first_loss(module: TwoPlayers, batch: Sequence[Tensor]) -> Tensor:
+    return module.losses(batch)[0]
+
+
+def second_loss(module: TwoPlayers, batch: Sequence[Tensor]) -> Tensor:
+    return module.losses(batch)[1]
+
+
+def test_two_optimizers_on_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    def players(**options: Any) -> list[pl.Callback]:
+        losses = (first_loss, second_loss)
+        return [surge(optimizer=index, loss_fn=loss, **options) for index, loss in enumerate(losses)]
+
+    def two(name: str, *callbacks: pl.Callback) -> list[Run]:
+        ddp = DDPStrategy(start_method="fork", find_unused_parameters=True)
+        return train(tmp_path / name, *callbacks, make=TwoPlayers, strategy=ddp)
+
+    first, second = two("two", *players())
+    (alone,) = train(tmp_path / "one", *players(), make=TwoPlayers, devices=1)
+    assert_equal(first, second)
+    assert_alike(first, alone)
+    for with_callbacks, without in zip(two("dry", *players(dry_run=True)), two("plain"), strict=True):
+        assert_equal(with_callbacks, without)
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
