@@ -160,7 +160,9 @@ def train(
     )
     net = make(path, **({"alone": devices == 1} | (module or {})))
     trainer.fit(net, ckpt_path=None if resume is None else str(resume), weights_only=True)
-    return [loaded(path, rank) for rank in range(devices) if (path / f"{rank}.pt").exists()]
+    if os.environ.get("LOCAL_RANK"):
+        return []  # one of several processes, of which others may still be at work
+    return [loaded(path, rank) for rank in range(devices)]
 
 
 def loaded(path: Path, rank: int) -> Run:
