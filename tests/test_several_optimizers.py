@@ -5,6 +5,7 @@ import csv
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
@@ -682,3 +684,14 @@ def test_callbacks_keep_their_order_and_their_states_apart(make_trainer: MakeTra
     trainer.fit(Gan(), data(16, 8))
     kept = [one for one in trainer.callbacks if one in (look, first, second)]  # type: ignore[attr-defined]
     assert kept == [second, first, look]
+
+
+@pytest.mark.filterwarnings("ignore:.*starts measuring afresh")
+@pytest.mark.parametrize(("saved", "base"), [(0, None), (1, 64.0)])
+def test_the_base_is_not_taken_from_another_optimizers_state(saved: int, base: float | None) -> None:
+    other = SurgeLRCallback(64, "sqrt", optimizer=saved)
+    callback = SurgeLRCallback(optimizer=1)
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))
+    checkpoint = {"callbacks": {other.state_key: other.state_dict()}}
+    callback.on_load_checkpoint(trainer, Gan(), checkpoint)
+    assert callback.base_batch_size == base

@@ -44,6 +44,7 @@ from lightning_surge.callbacks.measurer import LossFn, Measurer
 from lightning_surge.callbacks.pace import Pace
 from lightning_surge.callbacks.settings import (
     DEFAULT_OBJECTIVE,
+    LAWS,
     REFERENCE_RULES,
     WITHOUT_EDGE,
     SurgeSettings,
@@ -379,9 +380,12 @@ class SurgeLRCallback(Callback):
     @property
     def state_key(self) -> str:
         """Laws are fitted to different measurements; objectives and anchors can change on resuming."""
-        if self.settings.optimizer is None:
-            return self._generate_state_key(law=self.settings.law)
-        return self._generate_state_key(law=self.settings.law, optimizer=self.settings.optimizer)
+        return self._key_of(self.settings)
+
+    def _key_of(self, settings: SurgeSettings) -> str:
+        if settings.optimizer is None:
+            return self._generate_state_key(law=settings.law)
+        return self._generate_state_key(law=settings.law, optimizer=settings.optimizer)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the Trainer and take a place between batch schedules and everything else."""
@@ -894,9 +898,9 @@ class SurgeLRCallback(Callback):
         states: dict[Any, Any] = checkpoint.get("callbacks") or {}
         if trainer.state.fn != TrainerFn.FITTING or states.get(self.state_key):
             return
-        # The base batch size is the same whatever the law is.
-        kind = f"{type(self).__qualname__}{{"
-        other = next((key for key in states if str(key).startswith(kind)), None)
+        # The base batch size is the same whatever the law is, but not for another optimizer.
+        others = (replace(self.settings, law=law, objective="step", anchor="schedule") for law in LAWS)
+        other = next((key for key in map(self._key_of, others) if key in states), None)
         found = "none" if other is None else f"that of {other}"
         self._lose_state(
             f"Expected state with law={self.settings.law!r} in the checkpoint, got {found}", states.get(other)
