@@ -35,6 +35,7 @@ class Ranks:
         device: on which messages are made.
         count: number of processes; 1 needs no group.
         rank: of this process.
+        replicas: how many of the processes have examples of their own; None for all.
         reduces: whether gradients arrive summed already, as those of sharded parameters do.
 
     Example:
@@ -49,12 +50,15 @@ class Ranks:
         *,
         count: int = 1,
         rank: int = 0,
+        replicas: int | None = None,
         reduces: bool = False,
     ) -> None:
         self._device = device
         self.count = count
         self.rank = rank
         self.reduces = reduces
+        # Ranks of one replica, as under tensor parallelism, have the same examples.
+        self._replica_share = 1.0 if replicas is None else replicas / count
 
     @property
     def share(self) -> float:
@@ -71,6 +75,10 @@ class Ranks:
             The sums, equal everywhere.
         """
         return self._reduced(values, torch.distributed.ReduceOp.SUM) if self.count > 1 else values
+
+    def examples(self, *counts: float) -> tuple[float, ...]:
+        """Sum counts of examples over the processes, each example once, in one message."""
+        return tuple(self._replica_share * count for count in self.total(*counts))
 
     def least(self, *values: float) -> tuple[float, ...]:
         """The smallest of each number over the processes, likewise."""

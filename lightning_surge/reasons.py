@@ -38,6 +38,8 @@ class Reason(IntEnum):
     MEASURING_FAILED = 12
     FITTING_FAILED = 13
     AVERAGES_UNREADABLE = 14
+    GRADIENTS_ZERO = 15
+    PARAMETERS_CHANGED = 16
 
     @property
     def text(self) -> str:
@@ -69,4 +71,6 @@ _TEXTS = {
     Reason.MEASURING_FAILED: "held: measuring failed",
     Reason.FITTING_FAILED: "held: fitting failed",
     Reason.AVERAGES_UNREADABLE: "held: Adam's averages do not tell the gradient from its noise now",
+    Reason.GRADIENTS_ZERO: "held: the gradients are zero",
+    Reason.PARAMETERS_CHANGED: "held: the trained parameters have changed",
 }

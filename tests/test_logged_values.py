@@ -138,7 +138,7 @@ def test_codes_stay() -> None:
         "BOUNDED_BELOW": 5,
         "RISING": 6, "NO_LAW_HERE": 7, "NO_LAW": 10, "NO_EDGE": 11, "MEASURING_FAILED": 12,
         "FITTING_FAILED": 13,
-        "AVERAGES_UNREADABLE": 14,
+        "AVERAGES_UNREADABLE": 14, "GRADIENTS_ZERO": 15, "PARAMETERS_CHANGED": 16,
     }  # fmt: skip
     assert list(OBJECTIVES) == ["step", "alignment", "progress", "edge"]
 

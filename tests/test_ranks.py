@@ -41,6 +41,12 @@ class TestTogether:
 
         assert on_ranks(work, 3) == [((3.0, 3.0), (0.0, -2.0), 7)] * 3
 
+    def test_examples_of_one_replica_count_once(self) -> None:
+        def work(rank: int, count: int) -> Any:
+            return Ranks(count=count, rank=rank, replicas=2).examples(3.0, 8.0)
+
+        assert on_ranks(work, 4) == [(6.0, 16.0)] * 4
+
     def test_gradients_are_summed_and_none_counts_as_zero(self) -> None:
         def work(rank: int, count: int) -> Any:
             weight = torch.zeros(3, requires_grad=True)

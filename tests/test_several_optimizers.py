@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
+from lightning_surge.callbacks.pace import Pace
 from lightning_surge.deposits import Deposits
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -695,3 +696,12 @@ def test_the_base_is_not_taken_from_another_optimizers_state(saved: int, base: f
     checkpoint = {"callbacks": {other.state_key: other.state_dict()}}
     callback.on_load_checkpoint(trainer, Gan(), checkpoint)
     assert callback.base_batch_size == base
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", -1), ("batches_per_step", "2"), ("_batches", 1.5)])
+def test_a_damaged_pace_is_refused_whole(name: str, value: Any) -> None:
+    pace = Pace()
+    pace.step(3)
+    with pytest.raises(ValueError, match="whole numbers of steps and batches, got"):
+        pace.load_state_dict({**Pace().state_dict(), name: value})
+    assert (pace.steps, pace.batches_per_step) == (1, 3)

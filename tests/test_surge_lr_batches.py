@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.measuring import LawMeasurement
+from lightning_surge.reasons import Reason
 from lightning_surge.replay import Chunk, Piece
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -184,6 +185,7 @@ def test_a_loss_without_any_gradient_trains_on(make_trainer: MakeTrainer) -> Non
     make_trainer(callback).fit(module, batches([32] * 40))
     assert callback.decision is not None
     assert callback.decision.reason == "held: the gradients are zero"
+    assert callback.decision.because is Reason.GRADIENTS_ZERO
     assert torch.allclose(module.layer.weight, before, rtol=0.01)  # weight decay alone
     # Noise of zero is nothing to compare later noise with.
     callback._noise_at_measurement = 0.0

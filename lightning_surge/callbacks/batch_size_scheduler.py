@@ -420,7 +420,7 @@ class BatchSizeScheduler(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Make the gradient the mean over the examples of the step, count them, log."""
-        trained, consumed = self._over_replicas(trainer)
+        trained, consumed = ranks_of(trainer).examples(self._trained, self._consumed)
         self._correct(trainer, optimizer, trained)
         if self._window_ends:
             return
@@ -434,15 +434,6 @@ class BatchSizeScheduler(Callback):
             return
         pl_module.log("surge/batch_size_requested", float(self._requested), batch_size=1)
         pl_module.log("surge/batch_size_scheduled", float(self._scheduled), batch_size=1)
-
-    def _over_replicas(self, trainer: pl.Trainer) -> tuple[float, float]:
-        """Examples trained on and consumed in this window, by all replicas."""
-        if self._replicas == 1:
-            return self._trained, self._consumed
-        # Ranks of one replica, as under tensor parallelism, have counted the same examples.
-        share = self._replicas / trainer.world_size
-        trained, consumed = ranks_of(trainer).total(self._trained, self._consumed)
-        return share * trained, share * consumed
 
     def _correct(self, trainer: pl.Trainer, optimizer: Optimizer, trained: float) -> None:
         """Replace Lightning's divisor, accumulation times micro-batch, by the examples there were."""

@@ -26,7 +26,6 @@ from lightning_surge.batches import (
     tensors_in,
 )
 from lightning_surge.budget import ProbeBudget
-from lightning_surge.callbacks.loaders import replicas_of
 from lightning_surge.callbacks.pace import Pace
 from lightning_surge.callbacks.processes import ranks_of
 from lightning_surge.callbacks.settings import SurgeSettings
@@ -43,7 +42,6 @@ from lightning_surge.optimizers import lr_scales, parameter_scales
 from lightning_surge.probing import Prober, examples_wanted
 from lightning_surge.ranks import RankError
 from lightning_surge.replay import Chunk, Piece, RandomState, TraceError, no_trace
-from lightning_surge.shards import Shards
 from lightning_surge.sharpness import SECANTS, Sharpness, SharpnessError
 
 __all__ = ["LossFn", "Measurer"]
@@ -126,7 +124,6 @@ class Measurer:
         self._seen_examples = 0.0
         self._dropped_pools = 0
         self._ranks = ALONE
-        self._replica_share = 1.0
         # One in every group of processes makes chunks of its own; a single group is all of them together.
         self._rank_groups = 1
         self._own: MicroBatchGradients = StashedGradients()
@@ -158,7 +155,6 @@ class Measurer:
         self._trainer, self._module = trainer, pl_module
         self._optimizer, self._writer, self._kind = optimizer, writer, kind
         self._ranks = ranks_of(trainer)
-        self._replica_share = replicas_of(trainer) / trainer.world_size
         self._own = HookedGradients() if self._reducer_owns_gradients else StashedGradients()
         self._prober = Prober(
             (),
@@ -170,10 +166,11 @@ class Measurer:
         )
         self.seconds = 0.0
 
-    def take_over(self, other: Measurer) -> None:
-        """Take hold of the run that another one has in hand, if it has one."""
+    def take_over(self, other: Measurer, pace: Pace) -> None:
+        """Take hold of the run that another one has in hand, if it has one; `pace` takes the place of its."""
         if "_trainer" in vars(other):
-            self.attach(other._trainer, other._module, other._optimizer, other._writer, other._kind)
+            run = other._trainer, other._module, other._optimizer, other._writer, other._kind
+            self.attach(*run, None if other._pace is None else pace)
             self.seconds = other.seconds
 
     def detach(self) -> None:
@@ -216,7 +213,7 @@ class Measurer:
     @property
     def sharded(self) -> bool:
         """Whether each process holds only a piece of the parameters."""
-        return Shards(self.parameters).count > 1
+        return self._ranks.reduces
 
     @property
     def one_lr(self) -> bool:
@@ -311,7 +308,7 @@ class Measurer:
         if self._ranks.count == 1:
             return size
         if not self._latest:
-            self._latest = self._over_ranks(size)[0]
+            self._latest = self._ranks.examples(size)[0]
         return self._latest
 
     def _groups_for(self, accumulation: int) -> int:
@@ -390,7 +387,7 @@ class Measurer:
             The examples behind the step, and whether the noise has changed for any process.
         """
         pooled = sum(piece.size for piece in self._pool)
-        total, self._pooled, changes, failures = self._over_ranks(
+        total, self._pooled, changes, failures = self._ranks.examples(
             examples, pooled, float(changed), float(self._broken is not None)
         )
         self._seen_batches += batches
@@ -400,12 +397,6 @@ class Measurer:
             self.fail(self._broken or RankError("Another process could not keep its batches"))
             self._broken = None
         return total, changes > 0.0
-
-    def _over_ranks(self, *values: float) -> tuple[float, ...]:
-        if self._ranks.count == 1:
-            return values
-        # Ranks of one replica, as under tensor parallelism, have counted the same examples.
-        return tuple(self._replica_share * value for value in self._ranks.total(*values))
 
     @property
     def ready(self) -> bool:

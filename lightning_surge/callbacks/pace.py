@@ -77,5 +77,16 @@ class Pace:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        vars(self).update(state)
+        """Take over the state of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that a count can have; nothing is taken over then.
+        """
+        counts = {name: state.get(name, value) for name, value in vars(Pace()).items()}
+        before = counts["_steps_before"]
+        known = [counts[name] for name in counts if name != "_steps_before" or before is not None]
+        if any(type(count) is not int or not 0 <= count < 2**63 for count in known):
+            raise ValueError(
+                f"Expected whole numbers of steps and batches, got {counts}: load what state_dict returned."
+            )
+        vars(self).update(counts)

@@ -73,5 +73,6 @@ def ranks_of(trainer: pl.Trainer) -> Ranks:
         trainer.strategy.root_device,
         count=trainer.world_size,
         rank=trainer.global_rank,
+        replicas=replicas_of(trainer),
         reduces=isinstance(trainer.strategy, ModelParallelStrategy),
     )

@@ -614,15 +614,16 @@ class SurgeLRCallback(Callback):
             name = f"optimizer {self.settings.optimizer}, " if self._suffix else ""
             log.info("%sstep %d, %g examples: %s", name, self._steps(trainer), batch_size, decision.reason)
         self.decision = decision
-        scheduled = self._writer.scheduled()
         self._apply(decision.used)
         self._warn_of_a_cap(optimizer)
+        if self._deposits is None and not self._logs_now(trainer):
+            return  # reading learning rates back may wait for the device
         used = [float(group["lr"]) for group in optimizer.param_groups]
-        record = StepRecord(decision, batch_size, scheduled, used)
-        if self._deposits is not None:
-            self._unlogged = record
-        elif self._logs_now(trainer):
+        record = StepRecord(decision, batch_size, self._writer.scheduled(), used)
+        if self._deposits is None:
             self._log(pl_module, record)
+        else:
+            self._unlogged = record
 
     @staticmethod
     def _logs_now(trainer: pl.Trainer) -> bool:
@@ -700,7 +701,7 @@ class SurgeLRCallback(Callback):
             log.info("the trained parameters have changed: measuring afresh, the last law is held")
             self.history = NoiseHistory(self.settings.half_life)
             if self._policy is not None:
-                self._policy.hold("the trained parameters have changed")
+                self._policy.hold(Reason.PARAMETERS_CHANGED.text, Reason.PARAMETERS_CHANGED)
 
     def _noise_has_changed(self) -> bool:
         """Whether the steps since the last measurement show a noise that differs from what it saw."""
@@ -747,7 +748,7 @@ class SurgeLRCallback(Callback):
             policy.hold(self._measurer.failure)
             self._measurer.failure = None
         if measurement is not None and not any(measurement.statistics[1:3]):
-            policy.hold("the gradients are zero")
+            policy.hold(Reason.GRADIENTS_ZERO.text, Reason.GRADIENTS_ZERO)
         elif measurement is not None:
             # Whatever goes wrong here must not end a training.
             try:
@@ -792,7 +793,7 @@ class SurgeLRCallback(Callback):
                 self._scheduler.learn(law)
             self.law_history.append(LawRecord(step, law, self.history.stats()))
         self._law_metrics = law_metrics(self.history, law, batch_size, deviation_l1)
-        self._noise_at_measurement = self._step_noise.trace_cov
+        self._noise_at_measurement, self._noise_changed = self._step_noise.trace_cov, False
 
     def _fit(self) -> Fit:
         """Which law the measurements are fitted with."""
@@ -933,7 +934,7 @@ class SurgeLRCallback(Callback):
         """Begin afresh in the middle of a run, too, where a learning-rate finder may restore a checkpoint."""
         measurer = self._measurer
         self._begin_afresh()
-        self._measurer.take_over(measurer)
+        self._measurer.take_over(measurer, self._pace)
 
     def _load(self, state: dict[str, Any]) -> float | None:
         """Take over what is in a checkpoint, and return its base batch size."""
