@@ -41,6 +41,8 @@ WORST = 2.0
 QUANTILE = 0.6
 NARROWEST = 0.35
 """Width of a lone column of cells, in log batch size."""
+MARGIN = 1.3
+"""Beyond the learning rates where there are no cells, as a factor."""
 
 
 def draw_fits(fits: Sequence[GridFit]) -> Figure:
@@ -48,7 +50,8 @@ def draw_fits(fits: Sequence[GridFit]) -> Figure:
 
     Each cell of a grid is coloured by how much worse it ended than the best one at its batch size, so that
     the valley shows at every size; grey cells have a run that failed. Dots are the optima, with intervals;
-    open ones lie at an edge of the grid and took no part in the fits. The curves are the measured-law form,
+    open ones lie at an edge of the grid and took no part in the fits. A table of tuned learning rates has no
+    cells to colour. The curves are the measured-law form,
     Adam's and the two of SGD. A star marks the peak, with its interval, of the law that predicts best among
     those with a peak inside the grid.
 
@@ -87,7 +90,12 @@ def draw_fits(fits: Sequence[GridFit]) -> Figure:
 def _draw_panel(axes: Axes, fit: GridFit) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    _draw_grid(axes, fit)
+    if any(valley.log_lrs.size > 1 for valley in fit.valleys):
+        _draw_grid(axes, fit)
+    else:
+        lrs = [valley.optimum.lr for valley in fit.valleys if valley.optimum.found]
+        axes.set_ylim(min(lrs) / MARGIN, max(lrs) * MARGIN)
+        axes.set_yticks(sorted({*lrs}), [f"{lr:g}" for lr in sorted({*lrs})])
     bottom, top = axes.get_ylim()
     sizes = np.array([valley.batch_size for valley in fit.valleys])
     across = np.geomspace(sizes[0], sizes[-1], 200)
@@ -153,6 +161,8 @@ def _draw_grid(axes: Axes, fit: GridFit) -> None:
 def _draw_optima(axes: Axes, fit: GridFit) -> None:
     barred = any(math.isfinite(lr.low) and math.isfinite(lr.high) for lr in fit.lrs)
     found = "best lr, 95 % interval" if barred else "best lr"
+    if all(valley.optimum.status == "tuned" for valley in fit.valleys):
+        found = "tuned lr"
     used = [valley.optimum.found for valley in fit.valleys]
     for valley, lr, inside in zip(fit.valleys, fit.lrs, used, strict=True):
         if math.isnan(lr.value):

@@ -70,7 +70,7 @@ class GridFit(NamedTuple):
         laws: by held-out error, best first.
         best: the name of the law with the smallest held-out error; None where nothing was held out.
         ties: names of laws whose held-out errors exceed the best one's by less than two standard errors.
-        from_seeds: whether intervals come from the scatter of the seeds, or of the optima around each law.
+        from_seeds: whether intervals of laws come from the scatter of seeds, or of the optima around them.
         notes: what a reader should know.
     """
 
@@ -120,6 +120,7 @@ def fit_grid(
     table: RunTable,
     *,
     laws: Collection[str] = tuple(LAWS),
+    tuned: bool = False,
     bootstrap: int = 200,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -129,6 +130,8 @@ def fit_grid(
     Args:
         table: runs to one target.
         laws: names from `families.LAWS`.
+        tuned: whether a learning rate that is the only one of its batch size is the best one, as in tables of
+            runs that others have tuned.
         bootstrap: repetitions for the intervals, at least 0.
         seed: of the repetitions.
         progress: told how many repetitions are done, of how many.
@@ -162,7 +165,7 @@ def fit_grid(
             f"Expected at most {MAX_SIZES} batch sizes, got {count}: a grid repeats batch sizes with several "
             "learning rates each; round them."
         )
-    grid = valleys(table)
+    grid = valleys(table, tuned=tuned)
     used = [valley for valley in grid if valley.optimum.found]
     if len(used) < FEWEST:
         raise ValueError(_too_little(grid))
@@ -251,7 +254,8 @@ REMEDIES = {
     "edge_low": "the best learning rate is the smallest one tried, {lr:.3g}: extend the grid downwards",
     "edge_high": "the best learning rate is the largest one tried, {lr:.3g}: extend the grid upwards",
     "flat": "no valley stands out of the noise: add seeds, or learning rates further apart",
-    "few": "fewer than 3 learning rates: add some on both sides of {lr:.3g}",
+    "few": "fewer than 3 learning rates: add some on both sides of {lr:.3g}, or pass --tuned if the only one "
+    "is known to be best",
     "failed": "every learning rate has a run that failed: add smaller ones, or longer runs",
 }
 """What to do where a batch size has no optimum inside its grid, by status."""

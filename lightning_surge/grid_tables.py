@@ -2,7 +2,8 @@
 
 A run ended either with a final loss, or by reaching a target loss after some number of steps. Values that are
 blank, NaN or infinite stand for a run that diverged or never reached the target, and so does a row whose
-`status`, as `lightning-surge sweep` writes it, is not `finished`.
+`status`, as `lightning-surge sweep` writes it, is `diverged` or `not_reached`. Rows of cells that were
+killed, ran out of memory or failed tell nothing, and are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ LIMIT = 1e30
 
 SILENT = ("out_of_memory", "killed", "failed")
 """Statuses of a sweep that say nothing about the learning rate."""
-UNFINISHED = ("diverged", "not_reached", *SILENT)
+UNFINISHED = ("diverged", "not_reached")
+"""And those that say that it is no good."""
 
 
 class Columns(NamedTuple):
@@ -132,9 +134,11 @@ def _runs(source: _Source, names: Columns, measure: Measure | None) -> RunTable:
     if measure == "steps" and not counted:
         raise ValueError(_missing(source, names.loss, "loss", names.steps, names.examples))
 
+    notes: list[str] = []
+    if names.status in present:
+        source = _telling(source, names.status, notes)
     batch_sizes = _numbers(source, names.batch_size, positive=True)
     lrs = _numbers(source, names.lr, positive=True)
-    notes = []
     if measure == "loss":
         outcomes = _numbers(source, names.loss)
         if counted and names.status not in present:
@@ -164,22 +168,30 @@ def _runs(source: _Source, names: Columns, measure: Measure | None) -> RunTable:
     with np.errstate(invalid="ignore"):
         outcomes = np.where(np.abs(outcomes) < LIMIT, outcomes, np.inf)
     if names.status in present:
-        outcomes = np.where(_unfinished(source, names.status, notes), np.inf, outcomes)
+        unfinished = [str(word) in UNFINISHED for word in source.column(names.status)]
+        outcomes = np.where(unfinished, np.inf, outcomes)
     table = RunTable(measure, batch_sizes, lrs, outcomes, seeds, targets, tuple(notes))
     return _once(table, source, names) if measure == "loss" and names.target in present else table
 
 
-def _unfinished(source: _Source, name: str, notes: list[str]) -> npt.NDArray[np.bool_]:
-    """Runs that a sweep calls anything but finished. Other words, as of other programs, say nothing."""
+def _telling(source: _Source, name: str, notes: list[str]) -> _Source:
+    """The table without cells of a sweep that say nothing; words of other programs are passed over."""
     words = [str(word) for word in source.column(name)]
     silent = [word for word in words if word in SILENT]
-    if silent:
-        kinds = ", ".join(f"{silent.count(kind)} {kind}" for kind in SILENT if kind in silent)
-        notes.append(
-            f"rows that count as failed, though their learning rates may be good: {kinds}; run them again "
-            "with lightning-surge sweep --retry-failed"
-        )
-    return np.array([word in UNFINISHED for word in words], dtype=bool)
+    if not silent:
+        return source
+    kinds = ", ".join(f"{silent.count(kind)} {kind}" for kind in SILENT if kind in silent)
+    remedy = "run them again with lightning-surge sweep --retry-failed"
+    if len(silent) == len(words):
+        raise ValueError(f"Expected runs that finished, got {kinds} in {str(source.path)!r}: {remedy}.")
+    notes.append(f"rows left out, since they say nothing about their learning rates: {kinds}; {remedy}")
+    kept = [row for row, word in enumerate(words) if word not in SILENT]
+
+    def column(name: str) -> Sequence[Any]:
+        values = source.column(name)
+        return values[kept] if isinstance(values, np.ndarray) else [values[row] for row in kept]
+
+    return _Source(source.path, source.names, len(kept), column, lambda row: source.line(kept[row]))
 
 
 def _once(table: RunTable, source: _Source, names: Columns) -> RunTable:

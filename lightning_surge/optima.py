@@ -19,7 +19,7 @@ from lightning_surge.grid_tables import RunTable
 __all__ = ["Optimum", "Status", "Valley", "valleys"]
 
 FloatArray = npt.NDArray[np.float64]
-Status = Literal["inside", "bracketed", "edge_low", "edge_high", "flat", "few", "failed"]
+Status = Literal["inside", "bracketed", "tuned", "edge_low", "edge_high", "flat", "few", "failed"]
 
 SAME_LR = 1e-6
 """Relative difference up to which two learning rates are one, written with different digits."""
@@ -41,8 +41,9 @@ class Optimum(NamedTuple):
         lr: learning rate at the bottom; the best one tried where there is no parabola. NaN where all failed.
         outcome: the loss, or the steps to the target, there.
         status: `inside` a parabola; `bracketed` between two learning rates of which one failed, so that the
-            best one tried stands for the optimum; at an edge of the grid; `flat`, with a curvature that does
-            not stand out of the noise; `few` learning rates; every run `failed`.
+            best one tried stands for the optimum; `tuned` by somebody who tells no others; at an edge of the
+            grid; `flat`, with a curvature that does not stand out of the noise; `few` learning rates; every
+            run `failed`.
     """
 
     batch_size: float
@@ -52,8 +53,8 @@ class Optimum(NamedTuple):
 
     @property
     def found(self) -> bool:
-        """Whether the optimum lies between learning rates that were tried."""
-        return self.status in ("inside", "bracketed")
+        """Whether the optimum lies between learning rates that were tried, here or by who tuned it."""
+        return self.status in ("inside", "bracketed", "tuned")
 
 
 class _Bottom(NamedTuple):
@@ -117,7 +118,7 @@ class Valley:
         scatter = noise * generator.standard_normal(self.means.size) / np.sqrt(self.counts)
         means = self.means + factor * (scatter + shift)
         bottom = _bottom(self.log_lrs, means, self.reach)
-        if math.isnan(bottom.curvature):
+        if self.means.size > 1 and math.isnan(bottom.curvature):
             # Without a parabola the optimum is anywhere nearer to the best one tried than to its neighbours.
             best = int(np.argmin(means))
             steps = np.diff(self.log_lrs) / 2
@@ -127,16 +128,17 @@ class Valley:
 
     def outcome(self, mean: float) -> float:
         """A mean in the unit of the table."""
-        return math.exp(min(mean, 700.0)) if self.logarithmic else mean
+        return _outcome(mean, self.logarithmic)
 
 
-def valleys(table: RunTable) -> list[Valley]:
+def valleys(table: RunTable, *, tuned: bool = False) -> list[Valley]:
     """Group runs by batch size, in increasing order.
 
     Runs with the same batch size, learning rate and seed are averaged first, then the seeds.
 
     Args:
         table: runs to one target.
+        tuned: whether a learning rate that is the only one of its batch size is the best one.
 
     Returns:
         One valley per batch size.
@@ -162,12 +164,17 @@ def valleys(table: RunTable) -> list[Valley]:
     found = []
     for size, rows in zip(sizes.tolist(), np.split(order, starts[1:]), strict=True):
         labels = None if table.seeds is None else seeds[rows]
-        found.append(_valley(size, log_lrs[rows], outcomes[rows], labels, logarithmic))
+        found.append(_valley(size, log_lrs[rows], outcomes[rows], labels, logarithmic, tuned))
     return found
 
 
 def _valley(
-    size: float, x: FloatArray, y: FloatArray, seeds: npt.NDArray[np.int64] | None, logarithmic: bool
+    size: float,
+    x: FloatArray,
+    y: FloatArray,
+    seeds: npt.NDArray[np.int64] | None,
+    logarithmic: bool,
+    tuned: bool,
 ) -> Valley:
     cell = np.concatenate([[0], np.cumsum(np.diff(x) > SAME_LR)])
     if cell[-1] >= MAX_CELLS:
@@ -190,7 +197,7 @@ def _valley(
     else:
         noise, seed_noise, freedom = _noise(centres, means, cell, y, seeds)
         if centres.size < 3:
-            status = "few"
+            status = "tuned" if tuned and centres.size == 1 else "few"
         elif (means == means[best]).all():
             status = "flat"
         elif best == 0:
@@ -204,7 +211,6 @@ def _valley(
             status = "inside" if resolved else "flat"
             if math.isnan(noise) and bottom.freedom >= RESIDUALS:
                 noise, freedom = bottom.scatter, bottom.freedom
-    level = math.exp(min(bottom.y, 700.0)) if logarithmic else bottom.y
     return Valley(
         batch_size=size,
         log_lrs=centres,
@@ -215,8 +221,13 @@ def _valley(
         noise=noise,
         seed_noise=seed_noise,
         freedom=freedom,
-        optimum=Optimum(size, math.exp(bottom.x), level, status),
+        optimum=Optimum(size, math.exp(bottom.x), _outcome(bottom.y, logarithmic), status),
     )
+
+
+def _outcome(mean: float, logarithmic: bool) -> float:
+    # The largest count of a table is far below exp(700); infinite is that of a run that failed.
+    return math.exp(mean if math.isinf(mean) else min(mean, 700.0)) if logarithmic else mean
 
 
 def _parabola(

@@ -1,8 +1,9 @@
 """Intervals for what was fitted to a grid, by fitting it again to runs that could as well have been found.
 
 Every mean of the grid is drawn again from the scatter of its seeds, and everything that follows from the
-means is done again. Where no learning rate was run twice nothing is known of that scatter; then each law's
-optima are drawn from its own residuals, and a best learning rate has no interval.
+means is done again. Where no learning rate was run twice nothing is known of that scatter, and of a learning
+rate that somebody tuned it is not known how well: then each law's optima are drawn from its own residuals,
+and a best learning rate has no interval.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Repetitions:
         laws: by name, the fitted laws.
         logs: log of the best learning rate, by repetition and batch size; none without scatter of seeds.
         lines: Eq. 22 of those repetitions that have it.
-        from_seeds: whether the scatter of the seeds is behind them, or that of the optima around each law.
+        from_seeds: whether the scatter of the seeds is behind the laws, or that of the optima around each.
     """
 
     laws: Mapping[str, Sequence[Law]]
@@ -121,7 +122,9 @@ def repeat(
     # A batch size with one seed borrows the noise of the others.
     freedom = sum(each for _, each in known)
     pooled = math.sqrt(sum(noise**2 * each for noise, each in known) / freedom) if known else math.nan
+    from_seeds = bool(known) and all(valley.optimum.status != "tuned" for valley in used)
     for index in range(repetitions):
+        drawn = optima
         if known:
             bottoms = [
                 valley.draw(generator, valley.noise, valley.freedom)
@@ -129,21 +132,22 @@ def repeat(
                 else valley.draw(generator, pooled, freedom)
                 for valley in used
             ]
-            logs = np.array([x for x, _ in bottoms])
             steps = None if optima.steps is None else np.array([outcome for _, outcome in bottoms])
-            drawn = Optima(optima.sizes, logs, steps)
-            rows.append(logs)
+            drawn = optima._replace(steps=steps)
             if (line := drawn.line()) is not None:
                 lines.append(line)
+        if from_seeds:
+            drawn = drawn._replace(logs=np.array([x for x, _ in bottoms]))
+            rows.append(drawn.logs)
             found = {name: fit_law(name, drawn, precise=False) for name in fits}
         else:
-            found = {name: _from_residuals(name, fit, optima, generator) for name, fit in fits.items()}
+            found = {name: _from_residuals(name, fit, drawn, generator) for name, fit in fits.items()}
         for name, each in found.items():
             if each is not None:
                 laws[name].append(each.law)
         if progress is not None:
             progress(index + 1, repetitions)
-    return Repetitions(laws, np.array(rows).reshape(len(rows), len(used)), lines, bool(known))
+    return Repetitions(laws, np.array(rows).reshape(len(rows), len(used)), lines, from_seeds)
 
 
 def _from_residuals(name: str, fit: LawFit, optima: Optima, generator: np.random.Generator) -> LawFit | None:

@@ -95,7 +95,7 @@ class TestText:
         _, out, _ = run(
             sweep(tmp_path / "runs.csv", seeds=1), "--bootstrap", 20, "--law", "adam", "--target", 2.5
         )
-        assert "scatter around each law: no learning rate has two seeds" in out
+        assert "scatter of the learning rates around each law: no learning rate has two seeds" in out
 
 
 class TestJSON:

@@ -134,3 +134,14 @@ def test_without_matplotlib_the_extra_is_named(fit: GridFit, monkeypatch: pytest
     monkeypatch.setattr(builtins, "__import__", refusing)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[plot\]'"):
         draw_fits([fit])
+
+
+def test_tuned_learning_rates_have_no_cells() -> None:
+    sizes = np.array(SIZES)
+    lrs = np.array([LAW.lr(size) for size in SIZES])
+    table = RunTable("steps", sizes, lrs, 1000 * (1 + 64 / sizes))
+    axes = panel(fit_grid(table, laws=["adam"], tuned=True, bootstrap=0))
+    assert not axes.collections or all("QuadMesh" not in type(each).__name__ for each in axes.collections)
+    low, high = axes.get_ylim()
+    assert low < lrs.min() < lrs.max() < high
+    assert "tuned lr" in axes.get_legend_handles_labels()[1]

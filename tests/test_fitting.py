@@ -437,7 +437,8 @@ class TestTooLittle:
 class TestCommittedTables:
     def test_tables_are_those_of_the_committed_results(self) -> None:
         found = dict(tables())
-        assert sorted(found) == sorted(path.name for path in TABLES.glob("*.csv"))
+        published = {path.name for path in TABLES.glob("mlperf_*.csv")}
+        assert published | set(found) == {path.name for path in TABLES.glob("*.csv")}
         for name, text in found.items():
             assert (TABLES / name).read_text() == text, "run: python -m benchmarks.export_grids"
 
@@ -458,6 +459,71 @@ class TestCommittedTables:
             for _, part in split_targets(read_table(TABLES / name))
         ]
         assert (best.count("sgd"), len(best)) == (5, 6)
+
+
+def tuned(law: Law, *, runs: int = 1, noise: float = 0.0, critical: float = 20.0) -> RunTable:
+    """One learning rate for each batch size, the law's."""
+    batch = np.repeat(SIZES, runs)
+    steps = (
+        1000 * (1 + critical / batch) * np.exp(noise * np.random.default_rng(0).standard_normal(batch.size))
+    )
+    return RunTable("steps", batch, np.array([law.lr(size) for size in batch.tolist()]), steps)
+
+
+class TestTunedLearningRates:
+    def test_they_are_the_optima(self) -> None:
+        fit = fit_grid(tuned(MEASURED), laws=["measured", "sqrt"], tuned=True, bootstrap=0)
+        assert {valley.optimum.status for valley in fit.valleys} == {"tuned"}
+        assert parameters(only(fit, "measured")) == pytest.approx(TRUE["measured"][1], rel=1e-3)
+        assert [each.value for each in fit.tradeoff] == pytest.approx([20, 1000, 20_000])
+
+    def test_only_if_that_is_said(self) -> None:
+        with pytest.raises(ValueError, match=r"at B = 4 fewer than 3 learning rates: .* or pass --tuned"):
+            fit_grid(tuned(MEASURED))
+
+    def test_two_learning_rates_are_not_tuned(self) -> None:
+        table = tuned(MEASURED, runs=2)
+        lrs = table.lrs.copy()
+        lrs[0] *= 2
+        found = [valley.optimum.status for valley in valleys(table._replace(lrs=lrs), tuned=True)]
+        assert found == ["few", *["tuned"] * 5]
+
+    def test_runs_say_how_certain_the_steps_are_but_not_the_learning_rates(self) -> None:
+        laws = ["adam", "linear"]
+        fit = fit_grid(tuned(TRUE["adam"][0], runs=4, noise=0.01), laws=laws, tuned=True, bootstrap=30)
+        assert not fit.from_seeds
+        assert all(math.isnan(lr.low) for lr in fit.lrs)
+        scale = fit.tradeoff[0]
+        assert 0.8 * scale.value < scale.low < 20 < scale.high < 1.2 * scale.value
+        widths = {law.name: math.log(law.parameters[0].high / law.parameters[0].low) for law in fit.laws}
+        assert widths["adam"] < 1e-6  # its optima lie on it
+        assert widths["linear"] > 0.5
+
+    def test_a_failed_one_is_no_optimum(self) -> None:
+        table = tuned(MEASURED)
+        outcomes = np.where(table.batch_sizes == 4, np.inf, table.outcomes)
+        first = valleys(table._replace(outcomes=outcomes), tuned=True)[0].optimum
+        assert (first.status, first.outcome) == ("failed", math.inf)
+
+
+class TestPublishedTables:
+    def test_the_law_of_the_paper_predicts_best_where_the_learning_rate_falls(self) -> None:
+        """RetinaNet: the learning rate rises to B = 2560 and falls; Eq. 22 places Adam's peak by steps."""
+        fit = fit_grid(read_table(TABLES / "mlperf_retinanet.csv"), tuned=True, bootstrap=0)
+        assert fit.best == "adam_eq22"
+        assert 1024 < only(fit, "adam_eq22").peak_batch_size.value < 2048
+        assert 1024 < only(fit, "adam").peak_batch_size.value < 2048
+
+    @pytest.mark.parametrize(
+        ("name", "runs", "sizes"),
+        [("llama31_8b", 100, (16, 128)), ("flux1", 80, (512, 4096)), ("retinanet", 148, (256, 4096))],
+    )
+    def test_they_are_whole(self, name: str, runs: int, sizes: tuple[int, int]) -> None:
+        table = read_table(TABLES / f"mlperf_{name}.csv")
+        assert (table.measure, table.lrs.size) == ("steps", runs)
+        assert (table.batch_sizes.min(), table.batch_sizes.max()) == sizes
+        head = (TABLES / f"mlperf_{name}.csv").read_text().partition("batch_size")[0]
+        assert "Source: github.com/mlcommons/logging" in head
 
 
 def test_the_names_of_laws_say_where_their_scale_comes_from() -> None:

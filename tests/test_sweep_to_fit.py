@@ -14,6 +14,7 @@ from lightning_surge.cli import main
 from lightning_surge.grid_tables import read_table
 from lightning_surge.laws import MeasuredLaw
 from lightning_surge.sweeping.cells import Cell, Grid, Outcome, Reached, Record, SweepSettings
+from lightning_surge.sweeping.planning import best_lr
 from lightning_surge.sweeping.table import SweepTable
 
 LAW = MeasuredLaw(alignment_limit=1.0, alignment_scale=200.0, noise_curvature=100.0, signal_curvature=900.0)
@@ -115,23 +116,47 @@ def test_a_target_that_was_not_reached(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("targets", [(), (1.5,)])
 @pytest.mark.parametrize("status", ["diverged", "out_of_memory", "killed", "failed"])
-def test_what_did_not_finish_counts_as_failed(
+def test_what_did_not_finish_is_no_candidate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], status: Any, targets: tuple[float, ...]
 ) -> None:
-    """Also where it had reached the target, and whatever steps it had taken."""
+    """Also where it had reached the target, and whatever steps it had taken; the sweep's own table agrees."""
 
     def outcomes(size: int, place: int, seed: int) -> Outcome:
         outcome = finished(size, place, seed, targets)
         return Outcome(status, None, 3, 3 * size, 1.0, outcome.reached) if place == 2 else outcome
 
     path = swept(tmp_path / "sweep.csv", outcomes, targets)
-    table = read_table(path)
-    assert np.isinf(table.outcomes).sum() == 6
-    assert np.isinf(read_table(path, measure="steps").outcomes).sum() == 6
+    failed = 6 if status == "diverged" else 0
+    for table in (read_table(path), read_table(path, measure="steps")):
+        assert np.isinf(table.outcomes).sum() == failed
+        assert table.outcomes.size == 24 + failed
     (fit,) = fitted(capsys, path)["fits"]
     assert best(fit) == pytest.approx([LAW.lr(size) for size in SIZES], rel=0.02)
     told = [note for note in fit["notes"] if f"6 {status}" in note and "--retry-failed" in note]
     assert len(told) == (status != "diverged")
+
+
+def test_a_cell_that_was_killed_leaves_its_learning_rate_to_the_other_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the best learning rate, where it would make another one the best if it counted as failed."""
+
+    def outcomes(size: int, place: int, seed: int) -> Outcome:
+        killed = place == 0 and seed == 0
+        return Outcome("killed", None, 3, 3 * size) if killed else finished(size, place, seed)
+
+    path = swept(tmp_path / "sweep.csv", outcomes)
+    (fit,) = fitted(capsys, path)["fits"]
+    assert [optimum["status"] for optimum in fit["optima"]] == ["inside"] * 3
+    assert best(fit) == pytest.approx([LAW.lr(size) for size in SIZES], rel=0.05)
+    records = [
+        Record(Cell(size, LAW.lr(size) * 2 ** distance(place), seed), outcomes(size, place, seed))
+        for size in SIZES
+        for place in PLACES
+        for seed in (0, 1)
+    ]
+    own = [best_lr(records, size) for size in SIZES]
+    assert [found.lr for found in own if found] == [LAW.lr(size) * 2 ** distance(0) for size in SIZES]
 
 
 def test_a_learning_rate_that_diverged_bounds_the_valley(
@@ -151,7 +176,7 @@ def test_a_sweep_in_which_nothing_finished(tmp_path: Path, capsys: pytest.Captur
     assert main(["fit", str(path)]) == 2
     out, error = capsys.readouterr()
     assert out == ""
-    assert error.startswith("lightning-surge: Expected")
+    assert error.startswith("lightning-surge: Expected runs that finished, got 30 failed in")
 
 
 def test_a_sweep_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,8 @@ examples:
       columns by other names
   lightning-surge fit sweep.parquet --law measured --law adam --bootstrap 1000 --json > fit.json
       two of the laws, narrower noise in the intervals, for programs
+  lightning-surge fit published.csv --tuned
+      one learning rate for each batch size, as in a published table of tuned runs
 """
 
 
@@ -74,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=LAW_NAMES,
         metavar="NAME",
         help=f"fit only this law; may be repeated; one of {', '.join(LAW_NAMES)}",
+    )
+    parser.add_argument(
+        "--tuned",
+        action="store_true",
+        help="the only learning rate of a batch size is its best one, tuned by whoever ran it",
     )
     parser.add_argument(
         "--bootstrap",
@@ -109,6 +116,7 @@ def run(options: argparse.Namespace) -> None:
                 fit_grid(
                     part,
                     laws=options.law or LAW_NAMES,
+                    tuned=options.tuned,
                     bootstrap=options.bootstrap,
                     seed=options.seed,
                     progress=progress(index),

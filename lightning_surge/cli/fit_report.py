@@ -88,7 +88,9 @@ def _sentences(fit: GridFit, repetitions: int) -> list[str]:
     elif fit.from_seeds:
         source = f"{repetitions} repetitions with the scatter of the seeds"
     else:
-        source = f"{repetitions} repetitions with the scatter around each law: no learning rate has two seeds"
+        tuned = any(valley.optimum.status == "tuned" for valley in fit.valleys)
+        why = "the table does not say how well they were tuned" if tuned else "no learning rate has two seeds"
+        source = f"{repetitions} repetitions with the scatter of the learning rates around each law: {why}"
     lines.append(f"Intervals ({CONFIDENCE:.0%}): {source}")
     return lines + [f"Note: {note}" for note in fit.notes]
 
