@@ -33,9 +33,11 @@ from benchmarks.fidelity.held import (
     one_step_rows,
     settling_rows,
 )
+from benchmarks.fidelity.leave_out import chosen_elsewhere, half_life_costs, leave_out, objective_costs
 from benchmarks.fidelity.one_step import COUNTS, KINDS, SIZES
 from benchmarks.fidelity.report import target, write_report
 from benchmarks.fidelity.run_tables import all_rows
+from benchmarks.fidelity.tuning import LRS, tuning_table
 from lightning_surge.laws import MeasuredLaw
 from lightning_surge.theorems import Theorem3Law
 
@@ -508,6 +510,77 @@ def test_report_of_nothing(tmp_path: Path) -> None:
     write_report(Store(tmp_path), tmp_path / "report", {"live": 648})
     assert json.loads((tmp_path / "report" / "summary.json").read_text()) == []
     assert "0 % (0 of 648)" in (tmp_path / "report" / "coverage.md").read_text()
+
+
+# ---------------------------------------------------------------------- choices
+
+
+def test_a_workload_judges_what_the_others_choose() -> None:
+    costs = {
+        "a": {"x": 1.0, "y": 3.0, "only here": 0.0},
+        "b": {"x": 2.0, "y": 1.0},
+        "c": {"x": 1.0, "y": 1.5},
+    }
+    a, b, c = chosen_elsewhere(costs, "y")
+    # The others' sums are 3 and 2.5, 2 and 4.5, 3 and 4.
+    assert [row["chosen"] for row in (a, b, c)] == ["y", "x", "x"]
+    assert (a["cost"], a["best"], a["best cost"], a["default cost"]) == (3.0, "x", 1.0, 3.0)
+    assert chosen_elsewhere({"a": {"x": 1.0}}, "x") == []
+
+
+def test_regrets_of_live_runs_are_in_units_of_the_best_fixed_rule() -> None:
+    rows = [
+        {
+            "workload": "a",
+            "beta_2": 0.9,
+            "phase": "late",
+            "batch_size": 64,
+            "seed": seed,
+            "rule": rule,
+            "regret": regret,
+        }
+        for rule, regret in {
+            "constant": 0.4,
+            "sqrt": 0.2,
+            "linear": 0.6,
+            "edge, live": 0.1,
+            "step, live": 0.3,
+        }.items()
+        for seed in range(2)
+    ]
+    assert objective_costs(rows) == {"a": pytest.approx({"edge": 0.5, "step": 1.5})}
+
+
+def test_windows_are_compared_where_all_of_them_have_a_law() -> None:
+    """At the end half-life 32 has none; at the start all agree with the reference."""
+    assert half_life_costs([decay_record()]) == {"perceptron": {"2": 0.0, "8": 0.0, "32": 0.0}}
+
+
+def test_the_page_of_choices(tmp_path: Path) -> None:
+    other = {"workload": "autoencoder"}
+    records = {
+        "laws": [],
+        "sweep": [
+            sweep_record(size, best, **change)
+            for change in ({}, other)
+            for size, best in ((16, 0.5), (64, 1.5))
+        ],
+        "live": [live_record(seed, **change) for change in ({}, other) for seed in range(3)],
+        "decay": [decay_record(), decay_record() | other],
+    }
+    page = leave_out(records)
+    assert f"| perceptron | {OBJECTIVE} |" in page
+    assert "6 cells." in page
+    assert "| autoencoder | 2 | 0.000 | 2 | 0.000 | 0.000 |" in page
+
+
+def test_the_table_of_base_learning_rates() -> None:
+    losses = [[1.0] * 4 + [0.5] + [1.0] * (len(LRS) - 6) + [None]] * 3
+    record = {"workload": "perceptron", "beta_2": 0.95, "lrs": LRS, "losses": losses}
+    (line,) = tuning_table({"tuning": [record]}).splitlines()[-1:]
+    assert line.startswith("| perceptron | 0.95 | 0.0056 | 1.0000 |")
+    assert line.count("**0.5000**") == 1
+    assert line.endswith("| - |")
 
 
 # ---------------------------------------------------------------------- cells

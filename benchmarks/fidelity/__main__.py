@@ -3,14 +3,12 @@
 python -m benchmarks.fidelity --budget 60        # minutes; goes on where the last run stopped
 python -m benchmarks.fidelity --quick            # under two minutes, nothing is written
 python -m benchmarks.fidelity --report           # tables and figures from what is there
-python -m benchmarks.fidelity --tune             # learning rates of the workloads
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -67,6 +65,7 @@ def grid() -> list[Cell]:
     for key in product(seed=SEEDS, budget=("short", "long"), rule=RULES, workload=names, beta_2=BETAS[:1]):
         overhead = 0.0 if key["rule"] in ("fixed batch", *FIXED_RULES) else OVERHEADS[0]
         cells.append(Cell("ramp", key | {"max_overhead": overhead}, ramp, priority=3))
+    cells += [Cell("tuning", key, tune, priority=2) for key in product(workload=names, beta_2=BETAS)]
     for key in product(workload=names, beta_2=BETAS, batch_size=(BATCH_SIZES[0], BATCH_SIZES[-1])):
         correction = key | {"phase": "late", "correct_lag": True}
         cells.append(Cell("lag", correction, sweep, priority=3))
@@ -92,16 +91,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="minutes after which no cell is started")
     parser.add_argument("--quick", action="store_true", help="one cell of each kind, nothing is written")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--tune", action="store_true", help="print final losses by base learning rate")
     parser.add_argument("--only", nargs="*", help="kinds of cells to run")
     parser.add_argument("--workload", nargs="*", help="workloads to run")
     parser.add_argument("--run-only", action="store_true", help="leave tables and figures as they are")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.tune:
-        for name, beta_2 in itertools.product(options.workload or WORKLOADS, BETAS):
-            print(json.dumps({"workload": name, "beta_2": beta_2, **tune(name, beta_2)}), flush=True)
-        return
     if options.quick:
         run_cells(quick(), None, options.budget * 60, strict=True)
         return

@@ -13,9 +13,11 @@ from benchmarks.cells import Store
 from benchmarks.fidelity import figures, held_tables, procedure, run_tables, secants
 from benchmarks.fidelity.analysis import POINT, Record, groups, joined, mean, pick, quantile, summary, unique
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
+from benchmarks.fidelity.leave_out import leave_out
 from benchmarks.fidelity.markdown import share, table
 from benchmarks.fidelity.one_step import COUNTS
 from benchmarks.fidelity.regrets import DEFAULT, FIXED, best_fixed, shared
+from benchmarks.fidelity.tuning import tuning_table
 from benchmarks.results import finite, machine
 
 __all__ = ["targets", "write_report"]
@@ -28,6 +30,7 @@ KEYS = {
     "live": (*POINT, "seed", "objective", "max_overhead"),
     "decay": ("workload", "beta_2", "seed"),
     "ramp": ("workload", "beta_2", "budget", "rule", "seed", "max_overhead"),
+    "tuning": ("workload", "beta_2"),
     "secants": ("workload", "phase", "seed"),
     "procedure_grid": ("workload", "beta_1", "beta_2", "batch_size"),
     "procedure_following": ("workload", "beta_1", "beta_2", "target"),
@@ -45,8 +48,10 @@ PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "switch": (("sweep",), run_tables.switch),
     "switch_points": (("sweep",), run_tables.switch_points),
     "switch_settings": (("sweep",), run_tables.switch_settings),
+    "leave_out": (("live", "decay"), leave_out),
     "decay": (("decay",), run_tables.decay),
     "lag": (("lag",), run_tables.lag),
+    "tuning": (("tuning",), tuning_table),
     "ramp": (("ramp",), run_tables.ramp),
     "procedure": (("procedure_grid", "procedure_following"), procedure.table),
     "secants": (

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from benchmarks.fidelity.analysis import Record
 from benchmarks.fidelity.ensemble import Ensemble, Snapshot, shared_batch
+from benchmarks.fidelity.markdown import number, table
 from benchmarks.fidelity.switch import SEEDS, fixed_sample
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES, PHASES, schedule
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 
-__all__ = ["tune"]
+__all__ = ["tune", "tuning_table"]
 
 LRS = tuple(0.001 * 2.0 ** (index / 2) for index in range(-1, 10))
 
@@ -32,3 +36,22 @@ def tune(workload: str, beta_2: float) -> dict[str, Any]:
         batch = shared_batch(what.data(), BASE_BATCH_SIZE, generators, len(LRS))
         ensemble.step(batch, lr * factor(step))
     return {"lrs": LRS, "losses": ensemble.losses(fixed_sample(what)).view(len(SEEDS), -1).tolist()}
+
+
+def tuning_table(records: Mapping[str, Sequence[Record]]) -> str:
+    """Final losses by base learning rate, the lowest in bold, beside the one that the study uses."""
+    lines = []
+    for record in records["tuning"]:
+        # JSON has no number for a run that has diverged.
+        means = np.array(record["losses"], dtype=float).mean(axis=0)
+        best = int(np.nanargmin(means))
+        losses = [f"**{number(mean, 4)}**" if i == best else number(mean, 4) for i, mean in enumerate(means)]
+        used = WORKLOADS[record["workload"]].lr
+        lines.append([record["workload"], record["beta_2"], f"{used:g}", *losses])
+    return "\n\n".join(
+        [
+            f"Final loss at B = {BASE_BATCH_SIZE} by the base learning rate, constant up to the late phase "
+            f"and decaying to zero afterwards, mean over {len(SEEDS)} seeds; `-` where a seed diverged.",
+            table(["workload", "beta_2", "used", *(f"{lr:.2g}" for lr in LRS)], lines),
+        ]
+    )
