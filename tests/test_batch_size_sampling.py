@@ -26,7 +26,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler, BatchSizeWarmup
+from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
+from lightning_surge.callbacks.batch_size_warmup import BatchSizeWarmup
 from lightning_surge.clocks import by_examples
 from lightning_surge.sampling import ScheduledBatchSampler
 from lightning_surge.schedules import (

@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler, BatchSizeWarmup
+from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
+from lightning_surge.callbacks.batch_size_warmup import BatchSizeWarmup
 from lightning_surge.schedules import ConstantSize, GeometricRamp
 from lightning_surge.windows import AccumulatedSchedule, total_steps
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback, by_examples
 from lightning_surge.budget import ProbeBudget
-from lightning_surge.callbacks.resuming import random_states
+from lightning_surge.callbacks.random_streams import random_states
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import SGDLaw
 from lightning_surge.moments import AdamMoments

@@ -24,7 +24,7 @@ from lightning_surge import (
     SurgeLRCallback,
     by_examples,
 )
-from lightning_surge.callbacks.resuming import ResumableDataset
+from lightning_surge.callbacks.random_streams import ResumableDataset
 from lightning_surge.schedules import BatchSizeRule, GeometricRamp, LinearRamp
 
 pytestmark = [

@@ -32,14 +32,9 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from lightning_surge.callbacks.resuming import (
-    Obstacle,
-    ResumableDataset,
-    Resumption,
-    random_states,
-    restore_random_states,
-    why_not_resumable,
-)
+from lightning_surge.callbacks.obstacles import Obstacle, why_not_resumable
+from lightning_surge.callbacks.random_streams import ResumableDataset, random_states, restore_random_states
+from lightning_surge.callbacks.resuming import Resumption
 from lightning_surge.sampling import ScheduledBatchSampler
 
 pytestmark = [

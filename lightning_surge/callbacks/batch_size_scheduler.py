@@ -8,7 +8,6 @@ So the accumulation is written in one place, ``on_train_batch_start``, where the
 new one is aligned. A *batch sampler* gives steps of any size, if the loader has a `ScheduledBatchSampler`.
 """
 
-import inspect
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
@@ -22,8 +21,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_surge.callbacks.batch_size_checks import (
+    check_accumulated_sizes,
+    check_host,
+    check_sampled_sizes,
+)
 from lightning_surge.callbacks.counting import BatchCounter
-from lightning_surge.callbacks.hosts import Callback, is_accumulation_scheduler
+from lightning_surge.callbacks.hosts import Callback
 from lightning_surge.callbacks.loaders import (
     batches_per_epoch,
     loader_batch_size,
@@ -39,10 +43,10 @@ from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.follow_peak import FollowPeak
 from lightning_surge.laws import require_number
 from lightning_surge.sampling import Itinerary, ScheduledBatchSampler, follow, unfollow
-from lightning_surge.schedules import BatchSizeRule, GeometricRamp, Progress, Schedule, whole_number
+from lightning_surge.schedules import BatchSizeRule, Progress, Schedule, whole_number
 from lightning_surge.windows import Window, accumulation_for, aligned_accumulation
 
-__all__ = ["BatchSizeScheduler", "BatchSizeWarmup"]
+__all__ = ["BatchSizeScheduler"]
 
 STATE_VERSION = 1
 # Weights that differ from 1 by rounding alone are not worth a pass over the gradients.
@@ -202,7 +206,7 @@ class BatchSizeScheduler(Callback):
         """Refuse whatever cannot be combined with an accumulation that changes."""
         if stage != "fit":
             return
-        self._check(trainer, pl_module)
+        check_host(trainer, pl_module, type(self).__name__)
         # Before a batch-size finder, whose trials step the learning-rate schedules without callbacks. A new
         # list: Lightning iterates over the old one now.
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -214,7 +218,7 @@ class BatchSizeScheduler(Callback):
             self._begin_afresh()
         self._replicas = replicas_of(trainer)
         if self._micro_batch_size is not None:
-            self._check_sizes(self._micro_batch_size)
+            check_accumulated_sizes(self.schedule, self._micro_batch_size, self._replicas)
         if self._itinerary is not None:
             # Before the loaders exist: Lightning asks for their length, and workers for the first batches,
             # before any other hook runs.
@@ -259,25 +263,8 @@ class BatchSizeScheduler(Callback):
         return None if self._itinerary is None else scheduled_sampler(trainer.train_dataloader)
 
     def _start_sampling(self, sampler: ScheduledBatchSampler) -> None:
-        if self._counts_tokens and self.schedule.unit == "examples":  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                "Expected a schedule in steps or epochs with a ScheduledBatchSampler and batch_size_fn=, got"
-                " unit='examples': a sampler cannot know how many tokens an example will have. Use"
-                " unit='steps', or DataLoader(batch_size=...), whose batches are accumulated."
-            )
-        epoch = len(sampler.sampler) * self._replicas  # type: ignore[arg-type]
-        for name, size in self.schedule.named_sizes.items():
-            if size % self._replicas:
-                below = max(size // self._replicas, 1) * self._replicas
-                raise MisconfigurationException(
-                    f"Expected {name} to be a multiple of the {self._replicas} data-parallel replicas, got"
-                    f" {name}={size}: use {name}={below}."
-                )
-            if sampler.drop_last and size > epoch:
-                raise MisconfigurationException(
-                    f"Expected {name} to be at most the {epoch} examples of an epoch, which drop_last=True"
-                    f" would leave without a step, got {name}={size}: use drop_last=False, or {name}={epoch}."
-                )
+        assert isinstance(self.schedule, Schedule)
+        check_sampled_sizes(self.schedule, sampler, self._replicas, counts_tokens=self._counts_tokens)
         self._plan_epoch(sampler)
         rank_zero_info(
             "Batch sizes are set by the batch sampler, exactly: micro-batches of at most"
@@ -292,7 +279,7 @@ class BatchSizeScheduler(Callback):
     def _start_accumulating(self, trainer: pl.Trainer) -> None:
         # Not earlier: a batch-size finder may have changed the loader in on_fit_start.
         micro = self._read_micro_batch_size(trainer)
-        self._check_sizes(micro)
+        check_accumulated_sizes(self.schedule, micro, self._replicas)
         unit, limit = micro * self._replicas, batches_per_epoch(trainer)
         if limit is None and isinstance(self.schedule, Schedule) and self.schedule.unit == "epochs":
             raise MisconfigurationException(
@@ -543,57 +530,6 @@ class BatchSizeScheduler(Callback):
         if isinstance(self.schedule, FollowPeak):
             self._followed = min(max(followed, self.schedule.smallest), self.schedule.maximum)
 
-    # ------------------------------------------------------------------ checks
-
-    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        name = type(self).__name__
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{name} needs automatic optimization, got automatic_optimization=False in"
-                f" {type(pl_module).__name__}: Lightning accumulates no gradients in manual optimization."
-                " Remove the callback, or set automatic_optimization=True."
-            )
-        if trainer.strategy.handles_gradient_accumulation:
-            raise MisconfigurationException(
-                f"{name} needs a strategy that lets Lightning accumulate gradients, got"
-                f" strategy={type(trainer.strategy).__name__}, which fixes the accumulation when it starts:"
-                " use strategy='ddp', or remove the callback."
-            )
-        if trainer.accumulate_grad_batches != 1:
-            raise MisconfigurationException(
-                f"{name} sets the accumulation itself and needs Trainer(accumulate_grad_batches=1), got"
-                f" accumulate_grad_batches={trainer.accumulate_grad_batches}: remove it from the Trainer;"
-                " the schedule sets the first size."
-            )
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for other in callbacks:
-            if is_accumulation_scheduler(other):
-                raise MisconfigurationException(
-                    f"Expected one callback that changes the accumulation, got {name} and"
-                    f" {type(other).__name__}: remove one of the two."
-                )
-        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            # Lightning knows the index of such a batch only after the step, so it zeroes gradients
-            # one micro-batch late and drops the first of every window.
-            raise MisconfigurationException(
-                f"{name} needs training_step(batch, batch_idx), got training_step(dataloader_iter) in"
-                f" {type(pl_module).__name__}, where Lightning accumulates wrongly: take the batch as an"
-                " argument."
-            )
-
-    def _check_sizes(self, micro_batch_size: int) -> None:
-        unit = micro_batch_size * self._replicas
-        for name, size in self.schedule.named_sizes.items():
-            below = unit * accumulation_for(size, unit)
-            if size != below:
-                remedy = f"{name}={below}" if size < unit else f"{name}={below} or {name}={2 * below}"
-                raise MisconfigurationException(
-                    f"Expected {name} to be micro-batch size x replicas ({micro_batch_size} x"
-                    f" {self._replicas}) times a power of two, got {name}={size}: use {remedy}, or change the"
-                    " DataLoader's batch_size. A ScheduledBatchSampler in the DataLoader, and no"
-                    " micro_batch_size=, allow any size."
-                )
-
     def _warn_of_other_writer(self, found: int) -> None:
         if not self._warned_of_other_writer:
             self._warned_of_other_writer = True
@@ -602,51 +538,6 @@ class BatchSizeScheduler(Callback):
                 " another callback or the LightningModule changed it. The schedule rests until it is set"
                 " back."
             )
-
-
-class BatchSizeWarmup(BatchSizeScheduler):
-    """Ramps the number of examples per optimizer step from ``start`` to ``end``, by equal factors.
-
-    At optimizer step t (``trainer.global_step``) the ramp requests
-    ``start * (end / start) ** (t / num_steps)`` examples: `BatchSizeScheduler` with a `GeometricRamp`.
-
-    Args:
-        start: Examples per optimizer step at first. Where a DataLoader's batches are accumulated: the
-            micro-batch size times the replicas, times a power of two.
-        end: Examples per optimizer step from ``num_steps`` on, of the same form, at least ``start``.
-        num_steps: Length of the ramp in optimizer steps.
-        micro_batch_size: Examples per micro-batch on one replica. ``None`` reads the ``batch_size``
-            of the training DataLoader, or of its batch sampler.
-        batch_size_fn: Counts the examples, or tokens, in a batch; None takes the leading dimension of its
-            first tensor.
-
-    Raises:
-        ValueError: If an argument is no positive whole number, or ``end < start``.
-        MisconfigurationException: As for `BatchSizeScheduler`.
-
-    Example:
-        >>> warmup = BatchSizeWarmup(start=16, end=512, num_steps=2000)
-        >>> warmup.requested_batch_size, warmup.scheduled_batch_size
-        (16, 16)
-        >>> [warmup.schedule(Progress(step=step)) for step in (0, 400, 2000)]
-        [16, 32, 512]
-    """
-
-    def __init__(
-        self,
-        start: int,
-        end: int,
-        num_steps: int,
-        *,
-        micro_batch_size: int | None = None,
-        batch_size_fn: Callable[[Any], float] | None = None,
-    ) -> None:
-        num_steps = whole_number("num_steps", num_steps, minimum=1)
-        super().__init__(
-            GeometricRamp(start, end, num_steps),
-            micro_batch_size=micro_batch_size,
-            batch_size_fn=batch_size_fn,
-        )
 
 
 def _optional(name: str, size: int | None) -> int | None:

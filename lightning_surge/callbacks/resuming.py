@@ -13,13 +13,9 @@ things that Lightning does on resuming are set right on the way; each has a test
 from __future__ import annotations
 
 import hashlib
-import inspect
 import pickle
 import random
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -27,233 +23,24 @@ import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-    get_worker_info,
-)
-from torch.utils.data.distributed import DistributedSampler
 
-from lightning_surge.callbacks.hosts import is_sampler_wrapper
+from lightning_surge.callbacks.loader_states import (
+    epoch_samplers,
+    generators_of,
+    in_order,
+    is_stateful,
+    leave_epoch,
+    load_loaders,
+    order_of,
+    share_samplers,
+)
+from lightning_surge.callbacks.obstacles import why_not_resumable
+from lightning_surge.callbacks.random_streams import from_portable, to_portable
 from lightning_surge.replay import RandomState
 
-__all__ = [
-    "Obstacle",
-    "ResumableDataset",
-    "Resumption",
-    "random_states",
-    "restore_random_states",
-    "why_not_resumable",
-]
+__all__ = ["Resumption"]
 
 STATE_VERSION = 1
-
-
-def random_states() -> dict[str, Any]:
-    """The global random streams of this process, in a form that every checkpoint can hold.
-
-    Returns:
-        Tensors, numbers and strings only: what ``torch.load(weights_only=True)`` reads.
-
-    Example:
-        >>> states = random_states()
-        >>> before = torch.rand(3)
-        >>> restore_random_states(states)
-        >>> bool((before == torch.rand(3)).all())
-        True
-    """
-    return _to_portable(RandomState.capture())
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Set the global random streams of this process back.
-
-    Args:
-        states: what `random_states` returned, perhaps in another process. CUDA devices that this one does not
-            have are left out.
-    """
-    _from_portable(states).restore()
-
-
-def _to_portable(state: RandomState) -> dict[str, Any]:
-    version, words, gauss = state.python
-    states = {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "torch": state.torch,
-        "cuda": list(state.cuda),
-    }
-    if isinstance(state.numpy, tuple):  # else the user has replaced NumPy's global generator
-        name, key, position, has_gauss, gauss = state.numpy
-        words = torch.from_numpy(key.astype(np.int64))
-        numpy = {"name": name, "words": words, "position": position, "has_gauss": has_gauss, "gauss": gauss}
-        states["numpy"] = numpy
-    return states
-
-
-def _from_portable(states: dict[str, Any]) -> RandomState:
-    python, numpy = states["python"], RandomState.capture().numpy
-    if (saved := states.get("numpy")) is not None:
-        words = saved["words"].numpy().astype(np.uint32)
-        numpy = (saved["name"], words, saved["position"], saved["has_gauss"], saved["gauss"])
-    return RandomState(
-        (python["version"], tuple(python["words"].tolist()), python["gauss"]),
-        numpy,
-        states["torch"],
-        states["cuda"][: torch.cuda.device_count()],
-    )
-
-
-class ResumableDataset(Dataset[Any]):
-    """A map-style dataset whose workers go on with their random numbers when a run is resumed in mid-epoch.
-
-    A worker process of a loader has random streams of its own, which nobody saves. torchdata's
-    ``StatefulDataLoader`` keeps a state of the dataset of each worker, though: here, those streams. Needed
-    only with ``num_workers > 0`` and a dataset that draws random numbers.
-
-    Args:
-        dataset: the one to wrap.
-
-    Example:
-        >>> dataset = ResumableDataset(["a", "b"])
-        >>> len(dataset), dataset[1]
-        (2, 'b')
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.dataset[index]
-
-    def __getitems__(self, indices: list[Any]) -> list[Any]:
-        """All examples of a batch, at once if the dataset can."""
-        if callable(fetch := getattr(self.dataset, "__getitems__", None)):
-            return list(fetch(indices))
-        return [self.dataset[index] for index in indices]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The streams of the worker that asks; nothing in the main process, where they are saved anyway."""
-        return {} if get_worker_info() is None else random_states()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let this worker go on where the saved one was."""
-        if state and get_worker_info() is not None:
-            restore_random_states(state)
-
-
-class Obstacle(NamedTuple):
-    """Why a run cannot be resumed exactly.
-
-    Attributes:
-        text: the rule, what was found, and the remedy.
-        certain: whether it cannot; else it depends on what this package cannot see.
-    """
-
-    text: str
-    certain: bool
-
-
-def why_not_resumable(loader: Any, *, mid_epoch: bool = True) -> Obstacle | None:
-    """What keeps a training loader from going on exactly where it was.
-
-    Args:
-        loader: one loader, as the Trainer uses it.
-        mid_epoch: whether the run is to be resumed within an epoch, or at the end of one.
-
-    Returns:
-        None if it will give the batches that were left, in their order.
-
-    Example:
-        >>> why_not_resumable(DataLoader(range(4))).certain
-        True
-        >>> why_not_resumable(DataLoader(range(4)), mid_epoch=False) is None
-        True
-    """
-    if mid_epoch and not _is_stateful(loader):
-        return Obstacle(
-            "Expected a training loader with state_dict and load_state_dict, got "
-            f"{type(loader).__name__}: resumed in mid-epoch, it begins the epoch anew, with examples already "
-            "seen. Use torchdata.stateful_dataloader.StatefulDataLoader, or save at an epoch's end.",
-            certain=True,
-        )
-    if not isinstance(loader, DataLoader):
-        return None
-    if mid_epoch and (obstacle := _order_obstacle(loader)) is not None:
-        return obstacle
-    if loader.num_workers and not (_is_stateful(loader) and _is_stateful(loader.dataset)):
-        workers = f"{loader.num_workers} persistent workers" if loader.persistent_workers else "workers"
-        if mid_epoch or loader.persistent_workers:
-            return Obstacle(
-                "Expected the dataset to save the random states of workers, got "
-                f"{type(loader.dataset).__name__} in {workers}, whose random numbers begin anew on resuming. "
-                "If it draws any, wrap it in ResumableDataset and load it with StatefulDataLoader, or use "
-                "num_workers=0.",
-                certain=False,
-            )
-    return None
-
-
-def _order_obstacle(loader: DataLoader[Any]) -> Obstacle | None:
-    """What keeps a loader that has a state from giving the batches that were left, in their order."""
-    dataset: Any = loader.dataset
-    if isinstance(dataset, IterableDataset):
-        if _saves_iteration(dataset):
-            return None
-        return Obstacle(
-            f"Expected an IterableDataset with state_dict and load_state_dict, got {type(dataset).__name__}: "
-            "resumed in mid-epoch, it is read again up to its place, which is right only if it gives the "
-            "same examples again. Give it the two methods.",
-            certain=False,
-        )
-    if loader.num_workers and not getattr(loader, "in_order", True):
-        return Obstacle(
-            "Expected in_order=True, got in_order=False: batches of several workers come in another order "
-            "after resuming in mid-epoch. Leave in_order as it is.",
-            certain=True,
-        )
-    sampler: Any = loader.sampler
-    if loader.batch_sampler is not None:
-        if not _counts_only(loader.batch_sampler) and _saves_iteration(loader.batch_sampler):
-            return None
-        sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
-    if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
-        return Obstacle(
-            f"Expected a sampler with a state, got torch's {type(sampler).__name__}: resumed in mid-epoch, "
-            "it draws another order. Use StatefulDataLoader(shuffle=True), or save at an epoch's end.",
-            certain=True,
-        )
-    if isinstance(sampler, (SequentialSampler, DistributedSampler, Sequence)) or _saves_iteration(sampler):
-        return None
-    return Obstacle(
-        f"Expected a sampler with state_dict and load_state_dict, got {type(sampler).__name__}: resumed in "
-        "mid-epoch, it is asked again for the indices already used, which is right only if it draws no "
-        "random numbers. Give it the two methods.",
-        certain=False,
-    )
-
-
-def _saves_iteration(iterable: Any) -> bool:
-    """Whether an iterable, or (for all that can be told) its iterator, has a state."""
-    return _is_stateful(iterable) or not inspect.isgeneratorfunction(
-        getattr(type(iterable), "__iter__", None)
-    )
-
-
-def _counts_only(batches: Any) -> bool:
-    """Whether a batch sampler is torch's or torchdata's, which know how many indices were used, not which."""
-    return type(batches).__module__ in ("torch.utils.data.sampler", "torchdata.stateful_dataloader.sampler")
-
-
-def _is_stateful(thing: Any) -> bool:
-    return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
 
 
 class Resumption:
@@ -314,18 +101,18 @@ class Resumption:
             self._training_streams = RandomState.capture()
         loaders = _training_loaders(trainer)
         own = {
-            "streams": _to_portable(self._training_streams),
-            "generators": [generator.get_state() for generator in _generators(loaders)],
-            "seeds": [getattr(sampler, "seed", None) for sampler in _epoch_samplers(loaders)],
+            "streams": to_portable(self._training_streams),
+            "generators": [generator.get_state() for generator in generators_of(loaders)],
+            "seeds": [getattr(sampler, "seed", None) for sampler in epoch_samplers(loaders)],
         }
         state = {"version": STATE_VERSION, "ranks": _gather(trainer, own)}
         if trainer.world_size > 1:
             # Lightning keeps the states of rank zero's loaders only; as a rule all ranks have the same.
-            states = [loader.state_dict() for loader in loaders if _is_stateful(loader)]
+            states = [loader.state_dict() for loader in loaders if is_stateful(loader)]
             if _differs(trainer, states):
                 state["loaders"] = _gather(trainer, states)
-        if samplers := _share_samplers(loaders):
-            orders = [_order(sampler) for sampler in samplers]
+        if samplers := share_samplers(loaders):
+            orders = [order_of(sampler) for sampler in samplers]
             state["orders"] = _gather(trainer, orders) if _differs(trainer, orders) else [orders]
         in_fit = trainer.state.fn == TrainerFn.FITTING
         if in_fit and trainer.fit_loop.batch_idx >= 0 and not trainer.is_last_batch:
@@ -403,7 +190,7 @@ class Resumption:
         loop, loaders = trainer.fit_loop, _training_loaders(trainer)
         fetcher = loop._data_fetcher
         assert fetcher is not None
-        samplers = _epoch_samplers(loaders)
+        samplers = epoch_samplers(loaders)
         for sampler, seed in zip(samplers, own["seeds"] if own else [], strict=False):
             if seed is not None:  # Lightning's are from seed_everything, which another script may have called
                 sampler.seed = seed
@@ -413,14 +200,14 @@ class Resumption:
                 # Lightning made the iterators with the states of rank zero, and for the first epoch.
                 for sampler in samplers:
                     sampler.set_epoch(loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-                _load(loaders, loader_states)
+                load_loaders(loaders, loader_states)
                 orders = state.get("orders", [[]])
-                with _in_order(_share_samplers(loaders), orders[trainer.global_rank % len(orders)]):
+                with in_order(share_samplers(loaders), orders[trainer.global_rank % len(orders)]):
                     iter(fetcher)
         else:
-            _load(loaders, loader_states)
+            load_loaders(loaders, loader_states)
             for loader in loaders:
-                _leave_epoch(loader)
+                leave_epoch(loader)
             if loop.restarting:
                 # The epoch has only to be ended, but Lightning asks for a batch where no validation is due.
                 fetcher.reset()
@@ -429,9 +216,9 @@ class Resumption:
                 # Lightning would take the iterator that it made before it knew the epoch.
                 loop._resuming_from_checkpoint = False
         if own is not None:
-            for generator, saved in zip(_generators(loaders), own["generators"], strict=False):
+            for generator, saved in zip(generators_of(loaders), own["generators"], strict=False):
                 generator.set_state(saved)
-            streams = self._training_streams = _from_portable(own["streams"])
+            streams = self._training_streams = from_portable(own["streams"])
             streams.restore()
             if within_epoch:
                 # Lightning may yet prepare a validation that it then skips, which draws random numbers.
@@ -474,7 +261,7 @@ class Resumption:
             )
         own: dict[str, Any] | None = ranks[trainer.global_rank]
         if own is not None:
-            _check_states(own, _generators(_training_loaders(trainer)))
+            _check_states(own, generators_of(_training_loaders(trainer)))
         if len(state.get("loaders", ranks)) != len(ranks):
             raise ValueError(f"Expected the loaders' states of {len(ranks)} ranks, got {state['loaders']}.")
         return own
@@ -506,62 +293,9 @@ def _training_loaders(trainer: pl.Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
-def _epoch_samplers(loaders: list[Any]) -> list[Any]:
-    """Samplers that have to be told the epoch, as Lightning tells them."""
-    found = {}
-    for loader in loaders:
-        batches = getattr(loader, "batch_sampler", None)
-        for sampler in (getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
-            if callable(getattr(sampler, "set_epoch", None)):
-                found[id(sampler)] = sampler
-    return list(found.values())
-
-
-def _generators(loaders: list[Any]) -> list[torch.Generator]:
-    """Generators that the loaders draw their order from, each once."""
-    found: dict[int, torch.Generator] = {}
-    for loader in loaders:
-        batches = getattr(loader, "batch_sampler", None)
-        owners = [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
-        owners += [sampler.dataset._sampler for sampler in _share_samplers([loader])]
-        for owner in owners:
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
-    return list(found.values())
-
-
-def _share_samplers(loaders: list[Any]) -> list[Any]:
-    """Samplers that Lightning made, to give each rank its share of what another sampler draws.
-
-    They know how many indices were used, but draw others when they are asked again.
-    """
-    samplers = _epoch_samplers(loaders)
-    return [sampler for sampler in samplers if is_sampler_wrapper(sampler)]
-
-
-def _order(sampler: Any) -> Tensor:
-    """The indices of the present epoch, of all ranks."""
-    return torch.tensor(sampler.dataset._sampler_list or [])
-
-
-@contextmanager
-def _in_order(samplers: list[Any], orders: list[Tensor]) -> Iterator[None]:
-    """Let samplers begin an epoch with the indices that were saved."""
-    drawn_from = [sampler.dataset._sampler for sampler in samplers]
-    for sampler, order in zip(samplers, orders, strict=False):
-        if len(order):
-            sampler.dataset._sampler = order.tolist()
-    try:
-        yield
-    finally:
-        for sampler, source in zip(samplers, drawn_from, strict=True):
-            sampler.dataset._sampler = source
-
-
 def _check_states(own: dict[str, Any], generators: list[torch.Generator]) -> None:
     """Try what one rank saved on streams of no consequence, so that none is set to half of it."""
-    streams = _from_portable(own["streams"])
+    streams = from_portable(own["streams"])
     random.Random().setstate(streams.python)
     np.random.RandomState().set_state(streams.numpy)
     torch.Generator().set_state(streams.torch)
@@ -571,29 +305,6 @@ def _check_states(own: dict[str, Any], generators: list[torch.Generator]) -> Non
         raise ValueError("Expected bytes as the states of CUDA devices.")
     if not all(seed is None or isinstance(seed, int) for seed in own["seeds"]):
         raise ValueError(f"Expected whole numbers as seeds, got {own['seeds']}.")
-
-
-def _load(loaders: list[Any], states: list[Any]) -> None:
-    """Give those loaders that have a state theirs."""
-    stateful = [loader for loader in loaders if _is_stateful(loader)]
-    for loader, state in zip(stateful, states, strict=False):
-        loader.load_state_dict(state)
-
-
-def _leave_epoch(loader: Any) -> None:
-    """Let the next `iter` of a loader that was given its state begin the next epoch."""
-    if not _is_torchdata(loader) or loader._iterator is not None:
-        return
-    loader.state_dict()  # makes the iterator that was saved, which the next iter() would return
-    iterator: Any = loader._iterator
-    if iterator._num_yielded and not iterator._finished:
-        # Some samplers and datasets go to their place at the first example, and else would in the next epoch.
-        next(iter(loader), None)
-
-
-def _is_torchdata(loader: Any) -> bool:
-    module = sys.modules.get("torchdata.stateful_dataloader")  # imported, if one of its loaders is here
-    return module is not None and isinstance(loader, module.StatefulDataLoader)
 
 
 def _gather(trainer: pl.Trainer, own: Any) -> list[Any]:
