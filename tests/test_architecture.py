@@ -24,6 +24,7 @@ ROWS = [
     ["coordinates", "noise", "plots", "probing", "repetitions"],
     ["estimates", "fitting", "pages"],
     ["fit_figure", "follow_peak", "policy"],
+    ["callbacks.attempts", "callbacks.repeated_loss"],
     ["callbacks.counting", "callbacks.hosts", "callbacks.loss_scaling", "callbacks.pace"],
     ["callbacks.resuming"],
     ["callbacks.loaders"],

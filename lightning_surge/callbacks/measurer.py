@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.batches import (
     BatchError,
     SplitBatch,
-    shared_copy,
     split_leading_dimension,
     tensors_in,
 )
 from lightning_surge.budget import ProbeBudget
+from lightning_surge.callbacks.attempts import Attempts
 from lightning_surge.callbacks.pace import Pace
 from lightning_surge.callbacks.processes import ranks_of
+from lightning_surge.callbacks.repeated_loss import LossFn, RepeatedLoss
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.coordinates import CoordinateMeasurement
 from lightning_surge.curvature import Sample, probe_distance
@@ -41,13 +39,10 @@ from lightning_surge.optimizer_families import OptimizerKind
 from lightning_surge.optimizers import lr_scales, parameter_scales
 from lightning_surge.probing import Prober, examples_wanted
 from lightning_surge.ranks import RankError
-from lightning_surge.replay import Chunk, Piece, RandomState, TraceError, no_trace
+from lightning_surge.replay import Chunk, Piece, RandomState, TraceError
 from lightning_surge.sharpness import SECANTS, Sharpness, SharpnessError
 
 __all__ = ["LossFn", "Measurer"]
-
-T = TypeVar("T")
-LossFn = Callable[[pl.LightningModule, Any], Tensor]
 
 # Every micro-batch of a window that is at least this long is a chunk: no extra backward for the norms.
 FREE_CHUNKS = MIN_SLICES
@@ -96,6 +91,8 @@ class Measurer:
     _module: pl.LightningModule
     _optimizer: Optimizer
     _writer: LearningRateWriter
+    _loss: RepeatedLoss
+    _attempts: Attempts
     _prober: Prober
     _kind: OptimizerKind
     parameters: list[Tensor]
@@ -155,7 +152,9 @@ class Measurer:
         self._trainer, self._module = trainer, pl_module
         self._optimizer, self._writer, self._kind = optimizer, writer, kind
         self._ranks = ranks_of(trainer)
-        self._own = HookedGradients() if self._reducer_owns_gradients else StashedGradients()
+        self._own = HookedGradients() if self._ranks.reducer_owns_gradients else StashedGradients()
+        self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks)
+        self._attempts = Attempts(self._ranks, self._loss.isolated, self.fail)
         self._prober = Prober(
             (),
             compute_loss=self._loss,
@@ -175,7 +174,7 @@ class Measurer:
 
     def detach(self) -> None:
         """Let go of the run, and of every batch."""
-        for name in ("_trainer", "_module", "_optimizer", "_writer", "_prober"):
+        for name in ("_trainer", "_module", "_optimizer", "_writer", "_loss", "_attempts", "_prober"):
             vars(self).pop(name, None)
         self._pace = None
         self.parameters = []
@@ -204,11 +203,6 @@ class Measurer:
         self._live: LawMeasurement | None = None
         self._own.end()
         self._random_state: RandomState | None = None
-
-    @property
-    def _reducer_owns_gradients(self) -> bool:
-        """Whether the processes have `DistributedDataParallel` add up their gradients."""
-        return self._ranks.count > 1 and not self._ranks.reduces
 
     @property
     def sharded(self) -> bool:
@@ -317,15 +311,15 @@ class Measurer:
         Cutting batches costs less, since all processes then share each pass. But not every batch can be cut.
         """
         wanted = math.ceil(FREE_CHUNKS / accumulation)
-        alone = self._may_split or self._by_coordinates or not self._reducer_owns_gradients
+        alone = self._may_split or self._by_coordinates or not self._ranks.reducer_owns_gradients
         return 1 if alone or wanted > self._ranks.count else wanted
 
     def _start_live(self, num_chunks: int, stride: int) -> None:
         # Lightning divides by the accumulation that is set, also in a window that is shorter.
-        self._prober.loss_scale = self._scaler_scale() / self._trainer.accumulate_grad_batches
+        self._prober.loss_scale = self._loss.scale / self._trainer.accumulate_grad_batches
         self.budget.start()
         # Its buffers may not fit into memory.
-        self._live = self._together(partial(self._new_measurement, num_chunks, stride=stride))
+        self._live = self._attempts.together(partial(self._new_measurement, num_chunks, stride=stride))
 
     def drop_window(self) -> None:
         """Forget the batches of a window whose step is skipped: their gradients are not finite."""
@@ -429,8 +423,10 @@ class Measurer:
                 # Somebody ended the window early; its examples have been trained on all the same.
                 self.budget.charge(self._cost_under_way, measured=False)
                 return None
-            return self._finished(self._guarded(partial(live.finish, sharpness)), free=True)
-        return self._finished(self._guarded(partial(self._probe, base, moments, sharpness)), free=False)
+            finish = partial(live.finish, sharpness)
+            return self._finished(self._attempts.without_trace(finish, self.parameters), free=True)
+        probe = partial(self._probe, base, moments, sharpness)
+        return self._finished(self._attempts.without_trace(probe, self.parameters), free=False)
 
     def _follow_sharpness(self, moments: AdamMoments, base: float, batch_size: float) -> MoreSecants:
         far = max(batch_size / base, base / batch_size) >= FAR_ENOUGH
@@ -482,7 +478,7 @@ class Measurer:
         assert live is not None
         begin = time.perf_counter()
         try:
-            if self._together(partial(self._untouched, piece.batch)) and piece.size > 0.0:
+            if self._attempts.together(partial(self._untouched, piece.batch)) and piece.size > 0.0:
                 self._add_groups(live, piece, weight)
         finally:
             self._own.end()
@@ -492,11 +488,11 @@ class Measurer:
         """Fold in a micro-batch, or each group of processes' part of it."""
         for group in range(self._rank_groups):
             # No name for the gradients: it would keep them alive during the secant.
-            due = self._together(partial(self._fold_in, live, piece, weight, group))
+            due = self._attempts.together(partial(self._fold_in, live, piece, weight, group))
             if group == self._rank_groups - 1:
                 self._own.end()
             if due:
-                self._guarded(live.measure_curvature)
+                self._attempts.without_trace(live.measure_curvature, self.parameters)
             if self._live is None:
                 return
 
@@ -531,7 +527,7 @@ class Measurer:
         self.forget_pool()
         if not self.budget.has_room(self._cost(sum(chunk.size for chunk in chunks)), self._planned):
             return None  # the last batch was far larger than those the plan was made with
-        self._prober.loss_scale = self._scaler_scale() * self._scale_share(chunks)
+        self._prober.loss_scale = self._loss.scale_for(chunks, self._seen_examples / self._seen_batches)
         if not self._slices_checked and len(chunks) > len(pieces) and not self._slices_agree(pieces, chunks):
             return None
         if self._by_coordinates:
@@ -552,22 +548,6 @@ class Measurer:
         """Adam's averages are of unscaled gradients, those of the probe carry its loss scale."""
         variance = moments.variance(self._optimizer, parameter)
         return None if variance is None else variance.mul_(self._prober.loss_scale**2)
-
-    def _scale_share(self, chunks: list[Chunk]) -> float:
-        """What a slice may have of the loss scale, so that no example weighs more than in training.
-
-        A scaler goes to where gradients of whole windows nearly overflow. Those of a slice are means over
-        fewer examples. A power of two leaves every digit as it is.
-        """
-        if self._scaler_scale() == 1.0:
-            return 1.0
-        (smallest,) = self._ranks.least(-max(piece.size for chunk in chunks for piece in chunk.pieces))
-        largest = -smallest
-        window = (
-            max(self._seen_examples / self._seen_batches, largest) * self._trainer.accumulate_grad_batches
-        )
-        share = min(chunk.size for chunk in chunks) / window
-        return 2.0 ** min(math.floor(math.log2(share)), 0)
 
     def _slices_agree(self, pieces: list[Piece], chunks: list[Chunk]) -> bool:
         num_slices = max(len(chunks) // len(pieces), 2)
@@ -673,36 +653,6 @@ class Measurer:
         wanted = FIRST_DELTA * lr if self._delta_wanted is None else self._delta_wanted
         return probe_distance(self.parameters, share * min(max(wanted, SMALLEST_DELTA * lr), lr))
 
-    def _guarded(self, work: Callable[[], Measurement | None]) -> Measurement | None:
-        """Run a part of a measurement without leaving a trace, and survive its failure."""
-
-        def isolated() -> Measurement | None:
-            with self._isolated():
-                return work()
-
-        return self._together(isolated)
-
-    def _together(self, work: Callable[[], T]) -> T | None:
-        """Run what may fail, and go on only if it failed on no process.
-
-        Args:
-            work: whose collectives begin with a meeting, so that a process that fails is met at the next one.
-
-        Returns:
-            What it returned; None if it failed.
-        """
-        try:
-            result = work()
-            self._ranks.meet()
-        except RankError as error:
-            self.fail(error)
-        except Exception as error:
-            self._ranks.meet(failed=True)
-            self.fail(error)
-        else:
-            return result
-        return None
-
     def fail(self, error: Exception) -> None:
         """Give up the measurement under way, and try again at a larger spacing."""
         self._live = None
@@ -716,48 +666,6 @@ class Measurer:
             f"{reason}. If training_step cannot be repeated on a part of a batch, "
             "pass loss_fn=, a function of (module, batch) that returns the mean loss."
         )
-
-    def _loss(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss that training minimises, as a fresh graph."""
-        batch = shared_copy(batch)
-        if self._loss_fn is not None:
-            with self._trainer.precision_plugin.train_step_context():
-                loss: Any = self._loss_fn(self._module, batch)
-        else:
-            parameters = inspect.signature(self._module.training_step).parameters
-            arguments = (batch, batch_idx)[: len(parameters)]
-            if self._reducer_owns_gradients:
-                # Around the wrapper, whose forward pass would prepare a reduction.
-                with self._trainer.precision_plugin.train_step_context():
-                    loss = self._module.training_step(*arguments)
-            else:
-                loss = self._trainer.strategy.training_step(*arguments)
-            if isinstance(loss, Mapping):
-                loss = loss.get("loss")
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"Expected a loss tensor from {'loss_fn' if self._loss_fn else 'training_step'}, "
-                f"got {type(loss).__name__}: return the mean loss of the batch"
-            )
-        return loss
-
-    @contextmanager
-    def _isolated(self) -> Iterator[None]:
-        """No trace in the module, its gradients, the random streams, or the logs."""
-        loggers = self._trainer.loggers
-        parameters = {id(p): p for p in (*self._module.parameters(), *self.parameters)}.values()
-        try:
-            with no_trace(list(self._module.modules()), parameters):
-                # Instance attributes hide the methods; they vanish with every other trace.
-                vars(self._module)["log"] = vars(self._module)["log_dict"] = _log_nothing
-                self._trainer.loggers = [DummyLogger() for _ in loggers]
-                yield
-        finally:
-            self._trainer.loggers = loggers
-
-    def _scaler_scale(self) -> float:
-        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-        return 1.0 if scaler is None else float(scaler.get_scale())
 
     # ------------------------------------------------------------------ state
 
@@ -819,7 +727,3 @@ def _scaled(gradients: list[Tensor | None], factor: float) -> list[Tensor | None
     if factor == 1.0:
         return gradients
     return [None if gradient is None else gradient * factor for gradient in gradients]
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    return None
