@@ -30,6 +30,10 @@ ROWS = [
     ["callbacks.loaders"],
     ["callbacks.processes"],
     ["callbacks.batch_size_scheduler", "callbacks.logging", "callbacks.settings"],
+    [
+        "callbacks.cutting", "callbacks.instruments", "callbacks.live", "callbacks.measuring_plan",
+        "callbacks.pooling",
+    ],
     ["callbacks.checks", "callbacks.measurer"],
     ["callbacks.surge_lr"],
     ["callbacks", "callbacks.sweep_config"],
