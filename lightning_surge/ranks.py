@@ -65,6 +65,11 @@ class Ranks:
         """Factor on a loss whose gradients arrive as a mean over the processes, so that they are a sum."""
         return float(self.count) if self.reduces else 1.0
 
+    @property
+    def reducer_owns_gradients(self) -> bool:
+        """Whether the processes have `DistributedDataParallel` add up their gradients."""
+        return self.count > 1 and not self.reduces
+
     def total(self, *values: float) -> tuple[float, ...]:
         """Sum numbers over the processes, in one message.
 

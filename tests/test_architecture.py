@@ -24,6 +24,7 @@ ROWS = [
     ["coordinates", "noise", "plots", "probing", "repetitions"],
     ["estimates", "fitting", "pages"],
     ["fit_figure", "follow_peak", "policy"],
+    ["callbacks.attempts", "callbacks.repeated_loss"],
     ["callbacks.counting", "callbacks.hosts", "callbacks.loss_scaling", "callbacks.pace"],
     ["callbacks.loader_states", "callbacks.random_streams"],
     ["callbacks.obstacles"],
@@ -32,6 +33,10 @@ ROWS = [
     ["callbacks.processes"],
     ["callbacks.batch_size_checks"],
     ["callbacks.batch_size_scheduler", "callbacks.logging", "callbacks.settings"],
+    [
+        "callbacks.cutting", "callbacks.instruments", "callbacks.live", "callbacks.measuring_plan",
+        "callbacks.pooling",
+    ],
     ["callbacks.checks", "callbacks.measurer"],
     ["callbacks.surge_lr"],
     ["callbacks.batch_size_warmup"],

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_surge import SurgeLRCallback
 from lightning_surge.budget import ProbeBudget
 from lightning_surge.callbacks.measurer import Measurer
+from lightning_surge.callbacks.repeated_loss import RepeatedLoss
 from lightning_surge.coordinates import CoordinateMeasurement
 from lightning_surge.measuring import LawMeasurement
 
@@ -203,14 +204,14 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[Injector], None]:
                 make(self, *args, **kwargs)
 
             monkeypatch.setattr(kind, "__init__", made)
-        compute = Measurer._loss
+        compute = RepeatedLoss.__call__
 
-        def computed(self: Measurer, *args: Any) -> Tensor:
+        def computed(self: RepeatedLoss, *args: Any) -> Tensor:
             loss = compute(self, *args)
             injector.alive.append(weakref.ref(loss))  # and with it all that its graph holds
             return loss
 
-        monkeypatch.setattr(Measurer, "_loss", computed)
+        monkeypatch.setattr(RepeatedLoss, "__call__", computed)
 
     return install
 

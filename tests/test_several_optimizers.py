@@ -509,7 +509,7 @@ class TestBudget:
 
         class Pools(Callback):
             def on_train_batch_end(self, *args: Any) -> None:
-                pool = callback._measurer._pool
+                pool = callback._measurer._pool.pieces
                 seen.append([float(piece.batch[0].sum()) for piece in pool])
 
         make_trainer(callback, Pools()).fit(Turns(lambda i: (0, 0, 1)), data(96, 8))
