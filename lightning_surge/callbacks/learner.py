@@ -130,14 +130,30 @@ class Learner:
         """Examples at which the scheduled learning rate was tuned; None before the first step fixes it."""
         return None if self.policy is None else self.policy.base_batch_size
 
-    @property
-    def optimal_lr(self) -> float | None:
-        """The law's learning rate at the base batch size, if it is known."""
-        if self.policy is None or self.policy.law is None:
-            return None
-        return self.policy.law.lr(self.policy.base_batch_size)
-
     # ------------------------------------------------------------------ what steps and measurements tell
+
+    def open_window(self, measurer: Measurer, batch: Any, batch_idx: int, size: float) -> bool:
+        """Have a window measured if it is time, and look at what is trained.
+
+        Args:
+            measurer: of the window.
+            batch: its first micro-batch.
+            batch_idx: the index of that in the epoch.
+            size: examples in it, of this process.
+
+        Returns:
+            Whether measurements were forgotten: those of other parameters are no part of the law of these.
+        """
+        hurry, self.noise_watch.changed = self.noise_watch.changed, False
+        law, base = None if self.policy is None else self.policy.law, self.base_batch_size
+        delta = None if law is None or base is None else law.lr(base)
+        measurer.open_window(batch, batch_idx, size, base=base, delta=delta, hurry=hurry)
+        if not (measurer.parameters_changed and self.history.num_measurements):
+            return False
+        self.history = NoiseHistory(self._settings.half_life)
+        if self.policy is not None:
+            self.policy.hold(Reason.PARAMETERS_CHANGED.text, Reason.PARAMETERS_CHANGED)
+        return True
 
     def study(
         self,
@@ -226,19 +242,6 @@ class Learner:
         if len(betas) >= 2:
             self.moments.step(batch_size, (float(betas[0]), float(betas[1])))
 
-    def forget_measurements(self) -> bool:
-        """Start the history afresh: what was measured of other parameters is no part of the law of these.
-
-        Returns:
-            Whether there was anything to forget.
-        """
-        if not self.history.num_measurements:
-            return False
-        self.history = NoiseHistory(self._settings.half_life)
-        if self.policy is not None:
-            self.policy.hold(Reason.PARAMETERS_CHANGED.text, Reason.PARAMETERS_CHANGED)
-        return True
-
     def metrics(self, batch_size: float, examples: float) -> dict[str, float]:
         """What is logged of the law and of where the run is.
 
@@ -249,17 +252,14 @@ class Learner:
         Returns:
             Log keys and values.
         """
-        policy = self.policy
-        assert policy is not None
+        assert self.policy is not None
         return self._law_metrics | run_metrics(
             batch_size=batch_size,
-            base_batch_size=policy.base_batch_size,
+            base_batch_size=self.policy.base_batch_size,
             examples=examples,
             objective=self._settings.objective,
-            doubled=policy.predicted(2.0 * batch_size, self.scheduled_lr),
+            doubled=self.policy.predicted(2.0 * batch_size, self.scheduled_lr),
         )
-
-    # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""

@@ -365,19 +365,11 @@ class SurgeLRCallback(Callback):
             self._close_window()
         if not behind.open:
             behind.open = True
-            if self.settings.measures:
-                self._open_window(batch, batch_idx, size)
+            if self.settings.measures and self._learner.open_window(self._measurer, batch, batch_idx, size):
+                log.info("the trained parameters have changed: measuring afresh, the last law is held")
         self._measurer.before_forward(behind.batch)
         if behind.manual:
             behind.pace.begin_batch(trainer.global_step)
-
-    def _open_window(self, batch: Any, batch_idx: int, size: float) -> None:
-        learner, noise = self._learner, self._learner.noise_watch
-        hurry, noise.changed = noise.changed, False
-        base, delta = learner.base_batch_size, learner.optimal_lr
-        self._measurer.open_window(batch, batch_idx, size, base=base, delta=delta, hurry=hurry)
-        if self._measurer.parameters_changed and learner.forget_measurements():
-            log.info("the trained parameters have changed: measuring afresh, the last law is held")
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let a micro-batch's gradients stand alone if they are measured."""
