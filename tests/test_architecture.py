@@ -28,6 +28,7 @@ ROWS = [
     ["callbacks.counting", "callbacks.hosts", "callbacks.loss_scaling", "callbacks.pace"],
     ["callbacks.loader_states", "callbacks.random_streams"],
     ["callbacks.obstacles"],
+    ["callbacks.noise_watch", "callbacks.saved_state", "callbacks.step_examples"],
     ["callbacks.resuming"],
     ["callbacks.loaders"],
     ["callbacks.processes"],
@@ -38,6 +39,10 @@ ROWS = [
         "callbacks.pooling",
     ],
     ["callbacks.checks", "callbacks.measurer"],
+    [
+        "callbacks.learner", "callbacks.lr_hooks", "callbacks.objective_choice", "callbacks.order",
+        "callbacks.step_log",
+    ],
     ["callbacks.surge_lr"],
     ["callbacks.batch_size_warmup"],
     ["callbacks", "callbacks.sweep_config"],

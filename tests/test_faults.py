@@ -506,7 +506,7 @@ class TestElsewhere:
         def update(*args: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        monkeypatch.setattr("lightning_surge.callbacks.surge_lr.StepNoise.update", update)
+        monkeypatch.setattr("lightning_surge.callbacks.noise_watch.StepNoise.update", update)
         module = Drawing()
         callback = surge(1)
         with pytest.warns(

@@ -335,9 +335,9 @@ class TestScaler:
         traces = []
         for scale in (256.0, 4096.0):
             measure(Net(make_optimizer), live=False, batches=6, plugins=scaling(scale))
-            traces.append(measure.callback._step_noise.trace_cov)
+            traces.append(measure.callback._learner.noise_watch.trace_cov)
         measure(Net(make_optimizer), live=False, batches=6)
-        assert traces == pytest.approx([measure.callback._step_noise.trace_cov] * 2, rel=0.02)
+        assert traces == pytest.approx([measure.callback._learner.noise_watch.trace_cov] * 2, rel=0.02)
 
     @pytest.mark.parametrize("live", [True, False])
     @pytest.mark.parametrize("make_optimizer", [adamw, fused])
@@ -348,7 +348,7 @@ class TestScaler:
         measure(module, live=live, batches=6, dry_run=False, plugins=scaling())
         callback = measure.callback
         assert callback._measurer.budget.trained == 5 * 16
-        assert callback._moments.state_dict()["_steps"] == 5
+        assert callback._learner.moments.state_dict()["_steps"] == 5
         # Nothing is left of the skipped window in the next one, and its learning rate is restored.
         assert callback.decision is not None
         assert measure.trainer.optimizers[0].param_groups[0]["lr"] == 0.01

@@ -138,7 +138,7 @@ class Sizes(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         index = trainer.optimizers.index(optimizer)
-        self.sizes[index].append(self.callbacks[index]._window_examples)
+        self.sizes[index].append(self.callbacks[index]._behind_step.examples)
 
 
 class TestGan:
@@ -499,7 +499,7 @@ class TestBudget:
             assert callback.history.num_measurements >= 2
             assert 1.0 < callback.overhead <= 2.0
         assert [callback._measurer.budget.trained for callback in callbacks] == [1200, 240]
-        assert [callback._pace.steps for callback in callbacks] == [150, 30]
+        assert [callback._behind_step.pace.steps for callback in callbacks] == [150, 30]
         assert callbacks[1].law_history[-1].step < 30
 
     def test_a_batch_is_pooled_once(self, make_trainer: MakeTrainer) -> None:

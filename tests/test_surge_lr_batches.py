@@ -188,8 +188,8 @@ def test_a_loss_without_any_gradient_trains_on(make_trainer: MakeTrainer) -> Non
     assert callback.decision.because is Reason.GRADIENTS_ZERO
     assert torch.allclose(module.layer.weight, before, rtol=0.01)  # weight decay alone
     # Noise of zero is nothing to compare later noise with.
-    callback._noise_at_measurement = 0.0
-    assert not callback._noise_has_changed()
+    callback._learner.noise_watch._at_measurement = 0.0
+    assert not callback._learner.noise_watch.sees_change(step=0)
     # No law follows from nothing: the factor stays at the square root.
     assert callback.lr_scale(32) == 2.0
 
@@ -212,7 +212,7 @@ def test_a_window_that_a_batch_of_none_leaves_without_a_step_is_forgotten(make_t
             self.seen: list[float] = []
 
         def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
-            self.seen.append(trainer.callbacks[0]._window_examples)  # type: ignore[attr-defined]
+            self.seen.append(trainer.callbacks[0]._behind_step.examples)  # type: ignore[attr-defined]
 
     given = [torch.ones(4, 4)] * 3 + [None] + [torch.ones(4, 4)] * 4
     loader = DataLoader(given, batch_size=None)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from lightning_surge.laws import ConstantLaw, LinearLaw, SqrtLaw
 from lightning_surge.objectives import OBJECTIVES
@@ -16,6 +17,7 @@ __all__ = [
     "REFERENCE_RULES",
     "WITHOUT_EDGE",
     "SurgeSettings",
+    "check_functions",
     "default_objective",
 ]
 
@@ -75,7 +77,7 @@ class SurgeSettings:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"Expected {name} to be one of {', '.join(choices)}, got {name}={value!r}.")
-        if self.law in REFERENCE_RULES and (self.objective != "step" or self.anchor != "schedule"):
+        if not self.measures and (self.objective != "step" or self.anchor != "schedule"):
             raise ValueError(
                 f"Expected objective='step' and anchor='schedule' with a rule that measures nothing, got "
                 f"law={self.law!r}, objective={self.objective!r}, anchor={self.anchor!r}: use law='measured'."
@@ -103,6 +105,11 @@ class SurgeSettings:
             self._check_bounds(self.lr_scale_bounds)
 
     @property
+    def measures(self) -> bool:
+        """Whether the law takes measurements, as rules do not."""
+        return self.law not in REFERENCE_RULES
+
+    @property
     def follows_edge(self) -> bool:
         """Whether measurements must find Adam's edge of stability too."""
         return self.objective == "edge"
@@ -118,6 +125,25 @@ class SurgeSettings:
                 f"Expected 0 < low <= 1 <= high, got lr_scale_bounds=({low}, {high}): the factor is 1 at "
                 "base_batch_size, so the bounds must hold 1 between them, the smaller one first."
             )
+
+
+def check_functions(loss_fn: Any, split_batch: Any) -> None:
+    """Refuse what cannot be called for a loss, or to cut a batch.
+
+    Args:
+        loss_fn: of `SurgeLRCallback`.
+        split_batch: of `SurgeLRCallback`.
+
+    Raises:
+        ValueError: with the rule, and what was found.
+    """
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(f"Expected loss_fn to be a function or None, got loss_fn={loss_fn!r}.")
+    if not (split_batch is None or split_batch is False or callable(split_batch)):
+        raise ValueError(
+            f"Expected split_batch to be a function of (batch, num_slices), None or False, got "
+            f"split_batch={split_batch!r}."
+        )
 
 
 def _positive(name: str, value: float | None, remedy: str) -> None:

@@ -9,17 +9,15 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial, wraps
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_surge.batches import SplitBatch, shared_copy
+from lightning_surge.batches import SplitBatch
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.callbacks.checks import (
     check_edge,
@@ -28,96 +26,28 @@ from lightning_surge.callbacks.checks import (
     check_weight_decay,
     clips_gradients,
     served_optimizer,
-    trained_optimizers,
 )
 from lightning_surge.callbacks.counting import BatchCounter
-from lightning_surge.callbacks.hosts import Callback, is_accumulation_scheduler, overrides
-from lightning_surge.callbacks.logging import (
-    add_tensorboard_layout,
-    group_suffixes,
-    law_metrics,
-    lr_metrics,
-    run_metrics,
-)
+from lightning_surge.callbacks.hosts import Callback
+from lightning_surge.callbacks.learner import LawRecord, Learner, StepToCome
 from lightning_surge.callbacks.loss_scaling import step_scaling
+from lightning_surge.callbacks.lr_hooks import LearningRateHooks
 from lightning_surge.callbacks.measurer import LossFn, Measurer
+from lightning_surge.callbacks.objective_choice import objective_at_start, objective_when_clipped
+from lightning_surge.callbacks.order import batch_size_scheduler, check_indices, take_place
 from lightning_surge.callbacks.pace import Pace
-from lightning_surge.callbacks.settings import (
-    DEFAULT_OBJECTIVE,
-    LAWS,
-    REFERENCE_RULES,
-    WITHOUT_EDGE,
-    SurgeSettings,
-    default_objective,
-)
-from lightning_surge.deposits import Deposits
-from lightning_surge.estimates import (
-    EstimatedLaw,
-    Fit,
-    estimate,
-    fit_edge_law,
-    fit_sgd_law,
-    fit_sign_law,
-    fit_theorem3_law,
-)
-from lightning_surge.laws import Law, require_number
-from lightning_surge.lr_writer import LearningRateWriter
-from lightning_surge.moments import AdamMoments
-from lightning_surge.noise import NoiseHistory, NoiseStats
+from lightning_surge.callbacks.saved_state import STATE_VERSION, require_version, saved_base, what_is_wrong
+from lightning_surge.callbacks.settings import LAWS, SurgeSettings, check_functions, default_objective
+from lightning_surge.callbacks.step_examples import StepExamples
+from lightning_surge.callbacks.step_log import StepLog, add_layout, logs_now, optimizer_suffix
+from lightning_surge.laws import Law
+from lightning_surge.noise import NoiseHistory
 from lightning_surge.optimizer_families import OptimizerKind, optimizer_kind
-from lightning_surge.optimizers import (
-    decay_follows_lr,
-    has_plain_averages,
-    largest_lr,
-    stability_constant,
-)
-from lightning_surge.policy import Decision, Policy
-from lightning_surge.reasons import Reason
-from lightning_surge.step_noise import StepNoise
+from lightning_surge.policy import Decision
 
 __all__ = ["LawRecord", "SurgeLRCallback"]
 
 log = logging.getLogger(__name__)
-
-STATE_VERSION = 1
-# Laws kept to look at after a run, at 35 KiB each; the oldest go first.
-LAW_HISTORY = 256
-# How often the noise of the steps is read, which waits for the device, and how far it must have moved since
-# the last measurement for the next one to hurry.
-CHANGE_CHECK_STEPS = 16
-NOISE_CHANGE = 2.0
-# What nobody counts in a batch: a base batch size beyond this, or below its inverse, is damage.
-LARGEST_BASE = 1e12
-
-
-class LawRecord(NamedTuple):
-    """The law at one moment of training, and what it was fitted to.
-
-    Attributes:
-        step: optimizer steps taken before.
-        law: as estimated then.
-        stats: the averaged measurements behind it.
-    """
-
-    step: int
-    law: EstimatedLaw
-    stats: NoiseStats
-
-
-class StepRecord(NamedTuple):
-    """What is logged of one optimizer step.
-
-    Attributes:
-        decision: of the policy.
-        batch_size: examples behind the step.
-        scheduled: learning rate of each parameter group from the schedule.
-        used: and with the factor.
-    """
-
-    decision: Decision
-    batch_size: float
-    scheduled: list[float]
-    used: list[float]
 
 
 class SurgeLRCallback(Callback):
@@ -251,17 +181,11 @@ class SurgeLRCallback(Callback):
             optimizer=optimizer,
         )
         self._may_choose_objective = objective is None and law == "measured"
-        if loss_fn is not None and not callable(loss_fn):
-            raise ValueError(f"Expected loss_fn to be a function or None, got loss_fn={loss_fn!r}.")
-        if not (split_batch is None or split_batch is False or callable(split_batch)):
-            raise ValueError(
-                f"Expected split_batch to be a function of (batch, num_slices), None or False, got "
-                f"split_batch={split_batch!r}."
-            )
+        check_functions(loss_fn, split_batch)
         self._examples_in = BatchCounter(batch_size_fn, type(self).__name__)
         self._loss_fn = loss_fn
-
         self._split_batch = split_batch
+        self._behind_step = StepExamples(self._examples_in)
         self._begin_afresh()
         self._started = 0.0
         self._ended = 0.0
@@ -269,65 +193,44 @@ class SurgeLRCallback(Callback):
 
     def _begin_afresh(self) -> None:
         """Know nothing: at first, and when a new training starts with the same callback."""
-        base = self.settings.base_batch_size
-        self.history = NoiseHistory(self.settings.half_life)
-        self.law_history: deque[LawRecord] = deque(maxlen=LAW_HISTORY)
-        self._step_noise = StepNoise()
-        self._step_noise_works = True
-        self._noise_at_measurement = math.nan
-        # For any process, at the latest step: the next window knows.
-        self._noise_changed = False
-        self._moments = AdamMoments()
+        self._learner = Learner(self.settings)
         self._measurer = Measurer(
             self.settings,
             batch_size_fn=self._examples_in,
             split_batch=self._split_batch,
             loss_fn=self._loss_fn,
         )
-        self._base_batch_size = base
-        self._policy = None if base is None else self._make_policy(base)
+        self._behind_step.pace = Pace()
         self.decision: Decision | None = None
-        self._law_metrics: dict[str, float] = {}
-        self._scheduled_lr = math.nan
-        self._pace = Pace()
 
     def _forget_run(self) -> None:
-        self._optimizer: Optimizer | None = None
+        self._rates: LearningRateHooks | None = None
         self._kind: OptimizerKind = "unknown"
-        self._writer: LearningRateWriter | None = None
-        self._hook: Any = None
-        # Where the user calls backward and step: what is behind the step, and a hook for an early look at it.
-        self._deposits: Deposits | None = None
-        self._early_hook: Any = None
-        self._expected_examples = 0.0
-        self._unlogged: StepRecord | None = None
-        self._clipped = self._told_of_backward = False
-        self._suffix = ""
-        self._batch: Any = None
-        self._batch_idx = 0
-        self._watched: pl.LightningModule | None = None
+        self._step_log: StepLog | None = None
         self._scheduler: BatchSizeScheduler | None = None
-        self._cap_reached = False
         self._measurer.detach()
-        self._close_window()
+        self._behind_step.detach()
 
     def _close_window(self) -> None:
-        self._window_open = False
-        self._decided = False
         self._measurer.close_window()
-        self._count_afresh()
-
-    def _count_afresh(self) -> None:
-        self._window_examples = 0.0
-        self._window_batches = 0
-        self._counted_batch: int | None = None
+        self._behind_step.close()
 
     # ------------------------------------------------------------------ what users ask
 
     @property
+    def history(self) -> NoiseHistory:
+        """The measurements."""
+        return self._learner.history
+
+    @property
+    def law_history(self) -> deque[LawRecord]:
+        """The laws that the measurements led to, with the steps."""
+        return self._learner.law_history
+
+    @property
     def base_batch_size(self) -> float | None:
         """Examples at which the scheduled learning rate was tuned; None before the first step fixes it."""
-        return self._base_batch_size
+        return self._learner.base_batch_size
 
     @property
     def law(self) -> Law | None:
@@ -335,9 +238,8 @@ class SurgeLRCallback(Callback):
 
         A rule that measures nothing is returned as it is.
         """
-        if self._policy is None:
-            return None
-        return self._policy.law or self._policy.fixed_law
+        policy = self._learner.policy
+        return None if policy is None else policy.law or policy.fixed_law
 
     def lr_scale(self, batch_size: float, lr: float | None = None) -> float:
         """The factor on the scheduled learning rate that would be applied at a batch size now.
@@ -360,9 +262,10 @@ class SurgeLRCallback(Callback):
             raise ValueError(
                 f"Expected 0 < batch_size < inf, got batch_size={batch_size}: count the examples of a step."
             )
-        if self._policy is None:
+        policy = self._learner.policy
+        if policy is None:
             return 1.0
-        return self._policy.lr_scale(batch_size, self._scheduled_lr if lr is None else lr)
+        return policy.lr_scale(batch_size, self._learner.scheduled_lr if lr is None else lr)
 
     @property
     def overhead(self) -> float:
@@ -380,41 +283,29 @@ class SurgeLRCallback(Callback):
     @property
     def state_key(self) -> str:
         """Laws are fitted to different measurements; objectives and anchors can change on resuming."""
-        return self._key_of(self.settings)
+        return self._key_of(self.settings.law)
 
-    def _key_of(self, settings: SurgeSettings) -> str:
-        if settings.optimizer is None:
-            return self._generate_state_key(law=settings.law)
-        return self._generate_state_key(law=settings.law, optimizer=settings.optimizer)
+    def _key_of(self, law: str) -> str:
+        if self.settings.optimizer is None:
+            return self._generate_state_key(law=law)
+        return self._generate_state_key(law=law, optimizer=self.settings.optimizer)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the Trainer and take a place between batch schedules and everything else."""
         if stage != "fit":
             return
-        name = type(self).__name__
-        repeats_step = self._measures and self._loss_fn is None
-        check_trainer(trainer, pl_module, name, measures=self._measures, repeats_step=repeats_step)
+        name, measures = type(self).__name__, self.settings.measures
+        repeats_step = measures and self._loss_fn is None
+        check_trainer(trainer, pl_module, name, measures=measures, repeats_step=repeats_step)
+        served = self._served(trainer)
+        check_indices([callback.settings.optimizer for callback in served], name)
+        take_place(trainer, served, measures=measures)
+
+    @staticmethod
+    def _served(trainer: pl.Trainer) -> list[SurgeLRCallback]:
+        """The callbacks of this kind, with this one."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        served = [callback for callback in callbacks if isinstance(callback, SurgeLRCallback)]
-        indices = [callback.settings.optimizer for callback in served]
-        if len(served) > 1 and (None in indices or len(set(indices)) < len(indices)):
-            raise MisconfigurationException(
-                f"Expected one {name}, or several with a different optimizer= each, got {len(served)} with "
-                f"optimizer={indices}: two would multiply the same learning rate."
-            )
-        # Monitors must see the learning rate of the step, so they come after; schedules of the batch size
-        # must have spoken, so they come before. A new list: Lightning iterates over the old one now.
-        first = [
-            callback
-            for callback in callbacks
-            if isinstance(callback, BatchSizeScheduler) or is_accumulation_scheduler(callback)
-        ]
-        rest = [callback for callback in callbacks if callback not in first and callback not in served]
-        trainer.callbacks = [*first, *served, *rest]  # type: ignore[attr-defined]
-        if self._measures:
-            for callback in first:
-                if isinstance(callback, BatchSizeScheduler):
-                    callback.expect_law()
+        return [callback for callback in callbacks if isinstance(callback, SurgeLRCallback)]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizer, before any time is spent on training."""
@@ -423,106 +314,38 @@ class SurgeLRCallback(Callback):
         if not self.settings.scale_weight_decay:
             check_weight_decay(served_optimizer(trainer, pl_module, name, index), name)
         if self._may_choose_objective:
-            self._choose_objective(trainer, pl_module)
+            self._follow_objective(objective_at_start(trainer, pl_module, name, index))
         elif self.settings.follows_edge:
             check_edge(trainer, pl_module, index)
-
-    def _choose_objective(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Follow the edge of stability where it can be measured."""
-        objective = DEFAULT_OBJECTIVE
-        try:
-            check_edge(trainer, pl_module, self.settings.optimizer)
-        except MisconfigurationException as error:
-            objective = WITHOUT_EDGE
-            rank_zero_info(f"{type(self).__name__} follows objective={objective!r}, not the default. {error}")
-        self._follow_objective(objective)
 
     def _follow_objective(self, objective: str) -> None:
         if objective != self.settings.objective:
             self.settings = replace(self.settings, objective=objective)
             self._measurer.follow(self.settings)
-            if self._policy is not None:
-                state = self._policy.state_dict()
-                self._policy = self._make_policy(self._policy.base_batch_size)
-                self._policy.load_state_dict(state)
+            self._learner.follow(self.settings)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the hook that takes the factor off again."""
         if trainer.global_step == 0 and self._measurer.budget.trained > 0.0:
             self._begin_afresh()
         self._forget_run()
-        index = self.settings.optimizer
-        self._optimizer = served_optimizer(trainer, pl_module, type(self).__name__, index)
-        self._suffix = f"/opt{index}" if len(trained_optimizers(trainer.optimizers)) > 1 else ""
-        self._kind = optimizer_kind(self._optimizer)
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._scheduler = next((one for one in callbacks if isinstance(one, BatchSizeScheduler)), None)
-        keeps_decay = None if self.settings.scale_weight_decay else partial(decay_follows_lr, self._optimizer)
-        self._writer = LearningRateWriter(self._optimizer, keeps_decay)
-        self._hook = self._optimizer.register_step_post_hook(self._after_step)
-        self._moments.begin(self._optimizer)
-        pace = None
+        name, index, behind = type(self).__name__, self.settings.optimizer, self._behind_step
+        optimizer = served_optimizer(trainer, pl_module, name, index)
+        self._kind = optimizer_kind(optimizer)
+        self._scheduler = batch_size_scheduler(trainer)
+        self._step_log = StepLog(optimizer, optimizer_suffix(trainer, index), prog_bar=self.settings.prog_bar)
+        rates = self._rates = LearningRateHooks(optimizer, self.settings)
         if not pl_module.automatic_optimization:
-            self._deposits, pace = Deposits(self._optimizer), self._pace
-            self._early_hook = self._optimizer.register_step_pre_hook(self._before_step)
-        self._measurer.attach(trainer, pl_module, self._optimizer, self._writer, self._kind, pace)
-        self._watch_the_module(pl_module)
+            behind.follow(optimizer)
+        rates.around_steps(before=self._before_step if behind.manual else None, after=self._after_step)
+        self._learner.moments.begin(optimizer)
+        pace = behind.pace if behind.manual else None
+        self._measurer.attach(trainer, pl_module, optimizer, rates.writer, self._kind, pace)
+        rates.watch(pl_module, manual=behind.manual, ended=self._close_window)
         self._started, self._ended = time.perf_counter(), 0.0
-        self._add_layout(trainer, pl_module)
-
-    def _add_layout(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give TensorBoard its charts: the first of several callbacks for all of them."""
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        drawn = [one for one in callbacks if isinstance(one, SurgeLRCallback) and one.settings.custom_scalars]
-        if not drawn or drawn[0] is not self:
-            return
-        groups = {}
-        for one in drawn:
-            index = one.settings.optimizer
-            suffix = f"/opt{index}" if self._suffix else ""
-            optimizer = served_optimizer(trainer, pl_module, type(self).__name__, index)
-            groups[suffix] = group_suffixes(optimizer, suffix)
-        add_tensorboard_layout(trainer.loggers, groups)
-
-    def _watch_the_module(self, pl_module: pl.LightningModule) -> None:
-        """Take the factor off where Lightning calls the user's code and then no callback hook in time.
-
-        When the module's own hook ends an epoch by returning -1, Lightning moves the schedulers at once. In
-        manual optimization the user's `training_step` moves them.
-        """
-        name = "on_train_batch_start"
-        manual = self._deposits is not None
-        if not manual and not overrides(pl_module, name):
-            return
-        hook = pl_module.on_train_batch_start
-
-        @wraps(hook)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if manual and self._writer is not None:
-                self._writer.restore()
-            response = hook(*args, **kwargs)
-            if response == -1 and self._writer is not None:
-                self._writer.restore()
-                self._close_window()
-            return response
-
-        vars(pl_module)[name] = watched
-        self._watched = pl_module
-
-    def _make_policy(self, base_batch_size: float) -> Policy:
-        rule = REFERENCE_RULES.get(self.settings.law)
-        return Policy(
-            base_batch_size=base_batch_size,
-            objective=self.settings.objective,
-            anchor=self.settings.anchor,
-            fixed_law=None if rule is None else rule(base_lr=1.0, base_batch_size=base_batch_size),
-            bounds=self.settings.lr_scale_bounds,
-            max_drift_per_step=self.settings.max_drift_per_step,
-        )
-
-    @property
-    def _measures(self) -> bool:
-        return self.settings.law not in REFERENCE_RULES
+        drawn = [one for one in self._served(trainer) if one.settings.custom_scalars]
+        if drawn and drawn[0] is self:  # for all of them
+            add_layout(trainer, pl_module, name, [one.settings.optimizer for one in drawn])
 
     # ------------------------------------------------------------------ one optimizer step
 
@@ -531,310 +354,140 @@ class SurgeLRCallback(Callback):
     ) -> None:
         """Show monitors the learning rate to come, and decide whether this window is measured."""
         size = self._examples_in(batch)
-        # The containers are copied: a training_step may take things out of its batch.
-        self._batch, self._batch_idx = shared_copy(batch), batch_idx
-        self._read_schedule()
-        manual = self._deposits is not None
-        batches = self._pace.batches_per_step if manual else trainer.accumulate_grad_batches
+        behind, accumulation = self._behind_step, trainer.accumulate_grad_batches
         # Equal on all processes, though their batches may differ: some optimizers read it now.
-        self._expected_examples = self._measurer.expected(size) * batches
-        self._apply(self.lr_scale(self._expected_examples))
-        if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
+        expected = self._measurer.expected(size)
+        behind.begin_batch(batch, batch_idx, size=expected, accumulation=accumulation)
+        self._read_schedule()
+        self._apply(self.lr_scale(behind.expected))
+        if pl_module.automatic_optimization and batch_idx % accumulation == 0:
             # Lightning zeroes gradients here, also of a window that a batch of None left without a step.
             self._close_window()
-        if not self._window_open:
-            self._window_open = True
-            if self._measures:
-                hurry, self._noise_changed = self._noise_changed, False
-                base, delta = self._base_batch_size, self._optimal_lr()
-                self._measurer.open_window(batch, batch_idx, size, base=base, delta=delta, hurry=hurry)
-                if self._measurer.parameters_changed:
-                    self._forget_measurements()
-        self._measurer.before_forward(self._batch)
-        if manual:
-            self._pace.begin_batch(trainer.global_step)
-
-    def _steps(self, trainer: pl.Trainer) -> int:
-        """Steps of this optimizer; the Trainer counts those of all."""
-        return trainer.global_step if self._deposits is None else self._pace.steps
+        if not behind.open:
+            behind.open = True
+            if self.settings.measures and self._learner.open_window(self._measurer, batch, batch_idx, size):
+                log.info("the trained parameters have changed: measuring afresh, the last law is held")
+        self._measurer.before_forward(behind.batch)
+        if behind.manual:
+            behind.pace.begin_batch(trainer.global_step)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let a micro-batch's gradients stand alone if they are measured."""
-        if self._deposits is not None and self._deposits.are_zeroed():
-            self._count_afresh()
+        self._behind_step.before_backward()
         self._measurer.before_backward()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the micro-batch, and show it to the measurer."""
-        if self._batch is None or (self._deposits is not None and not self._deposits.have_come()):
-            return
-        # Some optimizers ask for the same gradient several times in a step; the examples are the same.
-        again = self._counted_batch == self._batch_idx
-        size = 0.0 if again else self._examples_in(self._batch)
-        self._counted_batch = self._batch_idx
-        self._window_examples += size
-        self._window_batches += size > 0.0
-        weight = 1.0 if self._scheduler is None else self._scheduler.loss_weight
-        self._measurer.after_backward(self._batch, self._batch_idx, size, weight)
+        behind = self._behind_step
+        size = behind.after_backward()
+        if size is not None:
+            weight = 1.0 if self._scheduler is None else self._scheduler.loss_weight
+            self._measurer.after_backward(behind.batch, behind.batch_idx, size, weight)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure if it is time, decide, write the learning rate, log."""
-        if self._writer is None or optimizer is not self._optimizer:
+        rates, step_log = self._rates, self._step_log
+        if rates is None or step_log is None or optimizer is not rates.optimizer:
             return
-        batch_size = self._window_examples
-        if self._deposits is not None:
-            self._look_at_gradients(trainer, self._deposits)
-        has_loss = self._deposits is not None or self._counted_batch == self._batch_idx
+        behind, name = self._behind_step, type(self).__name__
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if behind.look_at_gradients(optimizer, name, scaled=scaled) and self.settings.follows_edge:
+            self._follow_objective(objective_when_clipped(name, may_choose=self._may_choose_objective))
+        has_loss = behind.manual or behind.counts_batch
         skipped, loss_scale = step_scaling(trainer, optimizer, has_loss=has_loss)
-        if batch_size <= 0.0 or skipped:
+        if behind.examples <= 0.0 or skipped:
             # Without a step no hook would take the factor off before the scheduler moves.
-            self._writer.restore()
+            rates.writer.restore()
             self._measurer.drop_window()
             self._close_window()
-            return
-        if self._decided:
-            return
-        self._decided = True
-        changed = self._steps(trainer) % CHANGE_CHECK_STEPS == 0 and self._noise_has_changed()
-        batch_size, self._noise_changed = self._measurer.end_window(
-            batch_size, self._window_batches, changed=changed
+        elif not behind.decided:
+            behind.decided = True
+            step = self._end_window(trainer, optimizer, loss_scale)
+            decision = self._decide(step, f"optimizer {self.settings.optimizer}, " if step_log.suffix else "")
+            rates.warn_of_a_cap()
+            if behind.manual or logs_now(trainer):  # reading learning rates back may wait for the device
+                step_log.note(decision, step.batch_size, rates.writer.scheduled())
+            if not behind.manual:
+                self._log(pl_module)
+
+    def _end_window(self, trainer: pl.Trainer, optimizer: Optimizer, loss_scale: float) -> StepToCome:
+        """Learn what the window tells, and count it."""
+        behind, learner, measurer = self._behind_step, self._learner, self._measurer
+        number, noise = behind.steps(trainer.global_step), learner.noise_watch
+        behind.examples, noise.changed = measurer.end_window(
+            behind.examples, behind.batches, changed=noise.sees_change(number)
         )
-        self._window_examples = batch_size
-        if self._policy is None:
-            self._base_batch_size = batch_size
-            self._policy = self._make_policy(batch_size)
+        step = StepToCome(optimizer, self._kind, number, behind.examples, loss_scale)
+        if learner.policy is None:
+            learner.fix_base(step.batch_size)
         self._read_schedule()
-        if self._measures:
-            self._measure(trainer, optimizer, self._policy, batch_size, loss_scale)
-        self._measurer.budget.train(batch_size)
-        decision = self._policy.decide(batch_size, self._scheduled_lr)
+        if self.settings.measures:
+            learner.study(
+                step,
+                measurer,
+                plain=lambda: not (behind.clipped or clips_gradients(trainer, trainer.lightning_module)),
+                tell=None if self._scheduler is None else self._scheduler.learn,
+            )
+        measurer.budget.train(step.batch_size)
+        return step
+
+    def _decide(self, step: StepToCome, which: str) -> Decision:
+        """Write the learning rate of a step."""
+        policy = self._learner.policy
+        assert policy is not None
+        decision = policy.decide(step.batch_size, self._learner.scheduled_lr)
         if self.decision is None or decision.reason != self.decision.reason:
-            name = f"optimizer {self.settings.optimizer}, " if self._suffix else ""
-            log.info("%sstep %d, %g examples: %s", name, self._steps(trainer), batch_size, decision.reason)
+            log.info("%sstep %d, %g examples: %s", which, step.number, step.batch_size, decision.reason)
         self.decision = decision
         self._apply(decision.used)
-        self._warn_of_a_cap(optimizer)
-        if self._deposits is None and not self._logs_now(trainer):
-            return  # reading learning rates back may wait for the device
-        used = [float(group["lr"]) for group in optimizer.param_groups]
-        record = StepRecord(decision, batch_size, self._writer.scheduled(), used)
-        if self._deposits is None:
-            self._log(pl_module, record)
-        else:
-            self._unlogged = record
-
-    @staticmethod
-    def _logs_now(trainer: pl.Trainer) -> bool:
-        return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
+        return decision
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Write the learning rate for optimizers that read it before they compute the loss.
 
         Only in manual optimization: elsewhere it is on from the start of the batch.
         """
-        if self._batch is not None and not self._decided:
-            self._apply(self.lr_scale(self._window_examples or self._expected_examples))
-
-    def _look_at_gradients(self, trainer: pl.Trainer, deposits: Deposits) -> None:
-        """See what the user's `training_step` has done to the gradients of the step to come."""
-        changed = deposits.have_come()
-        if self._window_examples <= 0.0:
-            if not self._told_of_backward and deposits.exist():
-                self._told_of_backward = True
-                rank_zero_warn(
-                    f"{type(self).__name__} saw no manual_backward behind a step of "
-                    f"{type(self._optimizer).__name__}, and leaves the learning rate of such steps as it is: "
-                    "call self.manual_backward(loss) instead of loss.backward()."
-                )
-        elif changed and not self._clipped and getattr(trainer.precision_plugin, "scaler", None) is None:
-            # A scaler unscales them.
-            self._clipped = True
-            why = "gradients are changed between manual_backward and the step, as by clipping"
-            if self._may_choose_objective and self.settings.follows_edge:
-                self._follow_objective(WITHOUT_EDGE)
-                rank_zero_info(
-                    f"{type(self).__name__} follows objective={WITHOUT_EDGE!r}, not the default: {why}, and "
-                    "Adam's averages then do not tell the edge of stability."
-                )
-            elif self.settings.follows_edge:
-                rank_zero_warn(
-                    f"Expected no gradient clipping for objective='edge', but {why}: no edge of stability "
-                    "can be told. Use objective='progress'."
-                )
-
-    def _warn_of_a_cap(self, optimizer: Optimizer) -> None:
-        cap = largest_lr(optimizer)
-        used = max(float(group["lr"]) for group in optimizer.param_groups) if cap < math.inf else 0.0
-        if used > cap and not self._cap_reached:
-            self._cap_reached = True
-            rank_zero_warn(
-                f"{type(optimizer).__name__} uses min(lr, 1 / sqrt(step)): the learning rate written, "
-                f"{used:g}, is above {cap:g} and has no effect beyond it, nor has the factor. Use a smaller "
-                "learning rate."
-            )
+        behind = self._behind_step
+        if behind.batch is not None and not behind.decided:
+            self._apply(self.lr_scale(behind.examples or behind.expected))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        betas = optimizer.param_groups[0].get("betas", ())
-        if self._window_examples > 0.0 and len(betas) >= 2:
-            self._moments.step(self._window_examples, (float(betas[0]), float(betas[1])))
-        if self._window_examples > 0.0:
-            self._pace.step(self._window_batches)
-        if self._writer is not None:
-            self._writer.restore()
+        behind = self._behind_step
+        if behind.examples > 0.0:
+            self._learner.step(optimizer, behind.examples)
+            behind.end_step()
+        self._restore()
         self._close_window()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Take the factor off between the micro-batches of a window too."""
-        if self._writer is not None:
-            self._writer.restore()
-        self._batch = None
+        self._restore()
+        self._behind_step.end_batch()
         # Lightning drops what is logged in other batches, and this optimizer may not step in those.
-        if self._unlogged is not None and self._logs_now(trainer):
-            self._log(pl_module, self._unlogged)
-            self._unlogged = None
+        if logs_now(trainer):
+            self._log(pl_module)
 
-    def _forget_measurements(self) -> None:
-        """Start the history afresh: what was measured of other parameters is no part of the law of these."""
-        if self.history.num_measurements:
-            log.info("the trained parameters have changed: measuring afresh, the last law is held")
-            self.history = NoiseHistory(self.settings.half_life)
-            if self._policy is not None:
-                self._policy.hold(Reason.PARAMETERS_CHANGED.text, Reason.PARAMETERS_CHANGED)
-
-    def _noise_has_changed(self) -> bool:
-        """Whether the steps since the last measurement show a noise that differs from what it saw."""
-        before, now = self._noise_at_measurement, self._step_noise.trace_cov
-        # Not a number before the second step, and zero where the gradients are: neither tells of a change.
-        if not (0.0 < before < math.inf and 0.0 < now < math.inf):
-            return False
-        return not 1.0 / NOISE_CHANGE < now / before < NOISE_CHANGE
-
-    def _optimal_lr(self) -> float | None:
-        """The law's learning rate at the base batch size, if it is known."""
-        if self._policy is None or self._policy.law is None:
-            return None
-        return self._policy.law.lr(self._policy.base_batch_size)
+    def _log(self, pl_module: pl.LightningModule) -> None:
+        """Log the latest step, unless that has been done."""
+        if self._step_log is None or self._step_log.unlogged is None:
+            return
+        metrics = self._learner.metrics(self._step_log.unlogged.batch_size, self._measurer.budget.trained)
+        metrics |= {"surge/overhead": self.overhead, "surge/overhead_time": self.overhead_time}
+        self._step_log.write(pl_module, metrics, trace_cov=self._learner.noise_watch.trace_cov)
 
     def _read_schedule(self) -> None:
-        if self._writer is not None:
-            self._scheduled_lr = max(self._writer.scheduled())
+        if self._rates is not None:
+            self._learner.scheduled_lr = max(self._rates.writer.scheduled())
 
     def _apply(self, factor: float) -> None:
-        if self._writer is not None and not self.settings.dry_run:
-            self._writer.apply(factor)
+        if self._rates is not None:
+            self._rates.apply(factor)
 
-    def _measure(
-        self,
-        trainer: pl.Trainer,
-        optimizer: Optimizer,
-        policy: Policy,
-        batch_size: float,
-        loss_scale: float,
-    ) -> None:
-        """Take what this step tells of the noise, and the window's measurement if it has one."""
-        begin = time.perf_counter()
-        self._follow_noise(optimizer, batch_size, loss_scale)
-        # Asking whether the averages can be read walks the optimizer's state: not at every step.
-        readable = (
-            self._measurer.ready
-            and not (self._clipped or clips_gradients(trainer, trainer.lightning_module))
-            and self._moments.readable(optimizer)
-        )
-        moments = self._moments if readable else None
-        measurement = self._measurer.collect(policy.base_batch_size, batch_size, moments)
-        if self._measurer.failure is not None:
-            policy.hold(self._measurer.failure)
-            self._measurer.failure = None
-        if measurement is not None and not any(measurement.statistics[1:3]):
-            policy.hold(Reason.GRADIENTS_ZERO.text, Reason.GRADIENTS_ZERO)
-        elif measurement is not None:
-            # Whatever goes wrong here must not end a training.
-            try:
-                self.history.add(measurement)
-                self._learn(self._steps(trainer), policy, batch_size, self._deviation_l1(optimizer, readable))
-                if self.settings.follows_edge and not readable:
-                    policy.hold(Reason.AVERAGES_UNREADABLE.text, Reason.AVERAGES_UNREADABLE)
-            except Exception as error:
-                policy.hold(f"fitting failed with {type(error).__name__}", Reason.FITTING_FAILED)
-                rank_zero_warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
-        self._measurer.seconds += time.perf_counter() - begin
-
-    def _deviation_l1(self, optimizer: Optimizer, readable: bool) -> float:
-        """`sum_i sigma_i` from the measurements or Adam's averages; NaN if `|mu|_1` is not plain."""
-        if not self._measurer.one_lr:
-            return math.nan  # the alignment is then weighted by the groups' learning rates
-        sums = self.history.stats().coordinate_sums
-        if sums is not None:
-            return sums.deviation_l1
-        return self._moments.deviation_l1(optimizer) if readable else math.nan
-
-    def _follow_noise(self, optimizer: Optimizer, batch_size: float, loss_scale: float) -> None:
-        """Take what every step tells of the noise, from the optimizers that tell it."""
-        # Of sharded parameters each process sees a piece: their sum would take a message at every step.
-        if not self._step_noise_works or self._measurer.sharded:
-            return
-        try:
-            self._step_noise.update(optimizer, batch_size, loss_scale)
-        except Exception as error:
-            self._step_noise_works = False
-            rank_zero_warn(
-                f"The state of {type(optimizer).__name__} is not read for its noise: {type(error).__name__}: "
-                f"{error}. Measurements do not need it."
-            )
-
-    def _learn(self, step: int, policy: Policy, batch_size: float, deviation_l1: float) -> None:
-        """Fit the law to the measurements, with the one just added."""
-        law = estimate(self.history, self._fit())
-        policy.update(law, batch_size, self._scheduled_lr)
-        if law is not None:
-            if self._scheduler is not None:
-                self._scheduler.learn(law)
-            self.law_history.append(LawRecord(step, law, self.history.stats()))
-        self._law_metrics = law_metrics(self.history, law, batch_size, deviation_l1)
-        self._noise_at_measurement, self._noise_changed = self._step_noise.trace_cov, False
-
-    def _fit(self) -> Fit:
-        """Which law the measurements are fitted with."""
-        if self._kind == "gradient":
-            return fit_sgd_law
-        if self.settings.follows_edge:
-            assert self._optimizer is not None
-            return partial(fit_edge_law, stability=stability_constant(self._optimizer))
-        return fit_theorem3_law if self.settings.law == "theorem3" else fit_sign_law
-
-    # ------------------------------------------------------------------ logging
-
-    def _log(self, pl_module: pl.LightningModule, record: StepRecord) -> None:
-        assert self._optimizer is not None
-        assert self._policy is not None
-        metrics = self._law_metrics | run_metrics(
-            batch_size=record.batch_size,
-            base_batch_size=self._policy.base_batch_size,
-            examples=self._measurer.budget.trained,
-            objective=self.settings.objective,
-            doubled=self._policy.predicted(2.0 * record.batch_size, self._scheduled_lr),
-        )
-        metrics["surge/overhead"] = self.overhead
-        metrics["surge/overhead_time"] = self.overhead_time
-        trace_cov = self._step_noise.trace_cov
-        # Averages of clipped gradients, or with weight decay in them, are no estimate of the mean gradient.
-        told = has_plain_averages(self._optimizer) and not clips_gradients(pl_module.trainer, pl_module)
-        if told and math.isfinite(trace_cov):
-            metrics["surge/trace_cov_steps"] = trace_cov
-        metrics = {name + self._suffix: value for name, value in metrics.items()}
-        metrics |= lr_metrics(
-            group_suffixes(self._optimizer, self._suffix),
-            self._suffix,
-            scheduled=record.scheduled,
-            used=record.used,
-            decision=record.decision,
-        )
-        pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
-        if self.settings.prog_bar:
-            name = f"lr_used{self._suffix}"
-            pl_module.log(name, record.used[0], prog_bar=True, logger=False, batch_size=1)
+    def _restore(self) -> None:
+        if self._rates is not None:
+            self._rates.writer.restore()
 
     # ------------------------------------------------------------------ the end, and state
 
@@ -853,16 +506,9 @@ class SurgeLRCallback(Callback):
         self._release()
 
     def _release(self) -> None:
-        if self._writer is not None:
+        if self._rates is not None:
             self._ended = time.perf_counter()
-        if self._writer is not None:
-            self._writer.restore()
-        if self._hook is not None:
-            self._hook.remove()
-        if self._early_hook is not None:
-            self._early_hook.remove()
-        if self._watched is not None:
-            vars(self._watched).pop("on_train_batch_start", None)
+            self._rates.release()
         self._forget_run()
 
     def state_dict(self) -> dict[str, Any]:
@@ -872,24 +518,13 @@ class SurgeLRCallback(Callback):
         """
         # Within a window a checkpoint has lost gradients anyway, and `ModelCheckpoint` saves one right after
         # resuming: dropping the pool there would make the resumed run another one.
-        if self._deposits is not None and self._batch is None:
-            # A window of one of several optimizers may last over batches that are not behind its step.
-            self._window_open = False
-        if not self._window_open:
+        if not self._behind_step.interrupt():
             self._measurer.drop_pool()
         return {
             "version": STATE_VERSION,
-            "base_batch_size": self._base_batch_size,
-            "history": self.history.state_dict(),
-            "policy": None if self._policy is None else self._policy.state_dict(),
+            **self._learner.state_dict(),
             "measurer": self._measurer.state_dict(),
-            "step_noise": self._step_noise.state_dict(),
-            "noise_at_measurement": self._noise_at_measurement,
-            "noise_changed": self._noise_changed,
-            "moments": self._moments.state_dict(),
-            "scheduled_lr": self._scheduled_lr,
-            "law_metrics": dict(self._law_metrics),
-            "pace": self._pace.state_dict(),
+            "pace": self._behind_step.pace.state_dict(),
         }
 
     def on_load_checkpoint(
@@ -900,8 +535,7 @@ class SurgeLRCallback(Callback):
         if trainer.state.fn != TrainerFn.FITTING or states.get(self.state_key):
             return
         # The base batch size is the same whatever the law is, but not for another optimizer.
-        others = (replace(self.settings, law=law, objective="step", anchor="schedule") for law in LAWS)
-        other = next((key for key in map(self._key_of, others) if key in states), None)
+        other = next((key for key in map(self._key_of, LAWS) if key in states), None)
         found = "none" if other is None else f"that of {other}"
         self._lose_state(
             f"Expected state with law={self.settings.law!r} in the checkpoint, got {found}", states.get(other)
@@ -909,24 +543,18 @@ class SurgeLRCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; unusable state is left out as a whole, with a warning."""
-        version = state_dict.get("version") if isinstance(state_dict, dict) else None
-        if type(version) is not int or version != STATE_VERSION:
-            self._lose_state(
-                f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}", state_dict
-            )
-            return
         self._start_over()
         try:
-            saved = self._load(state_dict)
+            require_version(state_dict)
+            self._measurer.load_state_dict(state_dict["measurer"])
+            saved = self._learner.load_state_dict(state_dict)
+            self._behind_step.pace.load_state_dict(state_dict.get("pace", {}))
         except Exception as error:
-            found = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
-            self._lose_state(
-                f"Expected whole state in the checkpoint, got what cannot be read: {found}", state_dict
-            )
+            self._lose_state(what_is_wrong(error), state_dict)
             return
-        if self._base_batch_size != saved:
+        if self.base_batch_size != saved:
             rank_zero_warn(
-                f"base_batch_size={self._base_batch_size} replaces the checkpoint's {saved}: the factor on "
+                f"base_batch_size={self.base_batch_size} replaces the checkpoint's {saved}: the factor on "
                 "the learning rate will jump."
             )
 
@@ -934,54 +562,20 @@ class SurgeLRCallback(Callback):
         """Begin afresh in the middle of a run, too, where a learning-rate finder may restore a checkpoint."""
         measurer = self._measurer
         self._begin_afresh()
-        self._measurer.take_over(measurer, self._pace)
-
-    def _load(self, state: dict[str, Any]) -> float | None:
-        """Take over what is in a checkpoint, and return its base batch size."""
-        self._measurer.load_state_dict(state["measurer"])
-        saved = _saved_base(state)
-        base = self._base_batch_size = self.settings.base_batch_size or saved
-        self.history.load_state_dict(state["history"])
-        if base is not None:
-            self._policy = self._make_policy(base)
-            if state["policy"] is not None:
-                self._policy.load_state_dict(state["policy"])
-        self._step_noise.load_state_dict(state["step_noise"])
-        self._noise_at_measurement = float(state["noise_at_measurement"])
-        self._noise_changed = bool(state.get("noise_changed", False))
-        self._moments.load_state_dict(state["moments"])
-        scheduled_lr = float(state.get("scheduled_lr", math.nan))
-        if not (math.isnan(scheduled_lr) or 0.0 <= scheduled_lr < math.inf):
-            raise ValueError(f"Expected 0 <= scheduled_lr < inf, got scheduled_lr={scheduled_lr}.")
-        self._scheduled_lr = scheduled_lr
-        self._law_metrics = {str(name): float(value) for name, value in state["law_metrics"].items()}
-        self._pace.load_state_dict(state.get("pace", {}))
-        return saved
+        self._measurer.take_over(measurer, self._behind_step.pace)
 
     def _lose_state(self, what: str, state: Any) -> None:
         """Start measuring afresh and say why; only the base batch size is taken from what was found."""
         self._start_over()
-        base = self.settings.base_batch_size
-        if base is None and isinstance(state, dict):
+        if self.base_batch_size is None and isinstance(state, dict):
             with suppress(KeyError, ValueError):
-                base = self._base_batch_size = _saved_base(state)
-                self._policy = None if base is None else self._make_policy(base)
+                if (base := saved_base(state)) is not None:
+                    self._learner.fix_base(base)
         consequence = (
             "that of the first step: pass base_batch_size= if the learning rate was tuned at another"
-            if base is None
-            else f"{base:g}"
+            if self.base_batch_size is None
+            else f"{self.base_batch_size:g}"
         )
         rank_zero_warn(
             f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}."
         )
-
-
-def _saved_base(state: dict[str, Any]) -> float | None:
-    """The base batch size in a checkpoint."""
-    base: float | None = state["base_batch_size"]
-    if base is None:
-        return None
-    require_number("base_batch_size", base, "load what state_dict returned")
-    if not 1.0 / LARGEST_BASE < base < LARGEST_BASE:
-        raise ValueError(f"Expected base_batch_size < {LARGEST_BASE:g}, got base_batch_size={base}.")
-    return base

@@ -1,0 +1,300 @@
+"""What is known of the law, and how steps and measurements add to it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from lightning.fabric.utilities import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_surge.callbacks.logging import law_metrics, run_metrics
+from lightning_surge.callbacks.measurer import Measurer
+from lightning_surge.callbacks.noise_watch import NoiseWatch
+from lightning_surge.callbacks.saved_state import saved_base
+from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
+from lightning_surge.estimates import (
+    EstimatedLaw,
+    Fit,
+    estimate,
+    fit_edge_law,
+    fit_sgd_law,
+    fit_sign_law,
+    fit_theorem3_law,
+)
+from lightning_surge.moments import AdamMoments
+from lightning_surge.noise import NoiseHistory, NoiseStats
+from lightning_surge.optimizer_families import OptimizerKind
+from lightning_surge.optimizers import stability_constant
+from lightning_surge.policy import Policy
+from lightning_surge.reasons import Reason
+
+__all__ = ["LawRecord", "Learner", "StepToCome"]
+
+# Laws kept to look at after a run, at 35 KiB each; the oldest go first.
+LAW_HISTORY = 256
+
+
+class LawRecord(NamedTuple):
+    """The law at one moment of training, and what it was fitted to.
+
+    Attributes:
+        step: optimizer steps taken before.
+        law: as estimated then.
+        stats: the averaged measurements behind it.
+    """
+
+    step: int
+    law: EstimatedLaw
+    stats: NoiseStats
+
+
+class StepToCome(NamedTuple):
+    """An optimizer step about to be taken.
+
+    Attributes:
+        optimizer: that takes it, with complete gradients.
+        kind: of its family.
+        number: steps it has taken before.
+        batch_size: examples behind the gradients.
+        loss_scale: factor that they carry.
+    """
+
+    optimizer: Optimizer
+    kind: OptimizerKind
+    number: int
+    batch_size: float
+    loss_scale: float
+
+
+class Learner:
+    """Knows nothing at first but the settings; a new training begins with a new one.
+
+    Args:
+        settings: the callback's.
+
+    Attributes:
+        history: the measurements.
+        law_history: the laws they led to, with the steps.
+        policy: at the base batch size; None before the first step fixes that.
+        moments: what Adam's averages tell, followed from step to step.
+        scheduled_lr: the learning rate that the schedule set last, of the group where it is largest.
+        noise_watch: compares the noise of the steps with that of the last measurement.
+    """
+
+    def __init__(self, settings: SurgeSettings) -> None:
+        self._settings = settings
+        self.history = NoiseHistory(settings.half_life)
+        self.law_history: deque[LawRecord] = deque(maxlen=LAW_HISTORY)
+        self.policy: Policy | None = None
+        self.noise_watch = NoiseWatch()
+        self.moments = AdamMoments()
+        self.scheduled_lr = math.nan
+        self._law_metrics: dict[str, float] = {}
+        if settings.base_batch_size is not None:
+            self.fix_base(settings.base_batch_size)
+
+    def follow(self, settings: SurgeSettings) -> None:
+        """Take over settings that differ in their objective."""
+        self._settings = settings
+        if self.policy is not None:
+            state = self.policy.state_dict()
+            self.fix_base(self.policy.base_batch_size).load_state_dict(state)
+
+    def fix_base(self, base_batch_size: float) -> Policy:
+        """Decide from now on at a base batch size, with a policy that knows no law yet.
+
+        Args:
+            base_batch_size: examples at which the scheduled learning rate was tuned.
+
+        Returns:
+            The policy.
+        """
+        rule = REFERENCE_RULES.get(self._settings.law)
+        self.policy = Policy(
+            base_batch_size=base_batch_size,
+            objective=self._settings.objective,
+            anchor=self._settings.anchor,
+            fixed_law=None if rule is None else rule(base_lr=1.0, base_batch_size=base_batch_size),
+            bounds=self._settings.lr_scale_bounds,
+            max_drift_per_step=self._settings.max_drift_per_step,
+        )
+        return self.policy
+
+    @property
+    def base_batch_size(self) -> float | None:
+        """Examples at which the scheduled learning rate was tuned; None before the first step fixes it."""
+        return None if self.policy is None else self.policy.base_batch_size
+
+    # ------------------------------------------------------------------ what steps and measurements tell
+
+    def open_window(self, measurer: Measurer, batch: Any, batch_idx: int, size: float) -> bool:
+        """Have a window measured if it is time, and look at what is trained.
+
+        Args:
+            measurer: of the window.
+            batch: its first micro-batch.
+            batch_idx: the index of that in the epoch.
+            size: examples in it, of this process.
+
+        Returns:
+            Whether measurements were forgotten: those of other parameters are no part of the law of these.
+        """
+        hurry, self.noise_watch.changed = self.noise_watch.changed, False
+        law, base = None if self.policy is None else self.policy.law, self.base_batch_size
+        delta = None if law is None or base is None else law.lr(base)
+        measurer.open_window(batch, batch_idx, size, base=base, delta=delta, hurry=hurry)
+        if not (measurer.parameters_changed and self.history.num_measurements):
+            return False
+        self.history = NoiseHistory(self._settings.half_life)
+        if self.policy is not None:
+            self.policy.hold(Reason.PARAMETERS_CHANGED.text, Reason.PARAMETERS_CHANGED)
+        return True
+
+    def study(
+        self,
+        step: StepToCome,
+        measurer: Measurer,
+        *,
+        plain: Callable[[], bool],
+        tell: Callable[[EstimatedLaw], None] | None,
+    ) -> None:
+        """Take what a step tells of the noise, and the window's measurement if it has one.
+
+        Args:
+            step: about to be taken.
+            measurer: of its window.
+            plain: whether the gradients are the loss's, not clipped ones; asked only for a measurement.
+            tell: called with a law just fitted.
+        """
+        begin = time.perf_counter()
+        # Of sharded parameters each process sees a piece: their sum would take a message at every step.
+        if not measurer.sharded:
+            self.noise_watch.step(step.optimizer, step.batch_size, step.loss_scale)
+        # Asking whether the averages can be read walks the optimizer's state: not at every step.
+        readable = measurer.ready and plain() and self.moments.readable(step.optimizer)
+        policy, moments = self.policy, self.moments if readable else None
+        assert policy is not None
+        measurement = measurer.collect(policy.base_batch_size, step.batch_size, moments)
+        if measurer.failure is not None:
+            policy.hold(measurer.failure)
+            measurer.failure = None
+        if measurement is not None and not any(measurement.statistics[1:3]):
+            policy.hold(Reason.GRADIENTS_ZERO.text, Reason.GRADIENTS_ZERO)
+        elif measurement is not None:
+            # Whatever goes wrong here must not end a training.
+            try:
+                self.history.add(measurement)
+                self._learn(step, policy, self._deviation_l1(step.optimizer, measurer.one_lr, readable), tell)
+                if self._settings.follows_edge and not readable:
+                    policy.hold(Reason.AVERAGES_UNREADABLE.text, Reason.AVERAGES_UNREADABLE)
+            except Exception as error:
+                policy.hold(f"fitting failed with {type(error).__name__}", Reason.FITTING_FAILED)
+                rank_zero_warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
+        measurer.seconds += time.perf_counter() - begin
+
+    def _deviation_l1(self, optimizer: Optimizer, one_lr: bool, readable: bool) -> float:
+        """`sum_i sigma_i` from the measurements or Adam's averages; NaN if `|mu|_1` is not plain."""
+        if not one_lr:
+            return math.nan  # the alignment is then weighted by the groups' learning rates
+        sums = self.history.stats().coordinate_sums
+        if sums is not None:
+            return sums.deviation_l1
+        return self.moments.deviation_l1(optimizer) if readable else math.nan
+
+    def _learn(
+        self,
+        step: StepToCome,
+        policy: Policy,
+        deviation_l1: float,
+        tell: Callable[[EstimatedLaw], None] | None,
+    ) -> None:
+        """Fit the law to the measurements, with the one just added."""
+        law = estimate(self.history, self._fit(step))
+        policy.update(law, step.batch_size, self.scheduled_lr)
+        if law is not None:
+            if tell is not None:
+                tell(law)
+            self.law_history.append(LawRecord(step.number, law, self.history.stats()))
+        self._law_metrics = law_metrics(self.history, law, step.batch_size, deviation_l1)
+        self.noise_watch.measured()
+
+    def _fit(self, step: StepToCome) -> Fit:
+        """Which law the measurements are fitted with."""
+        if step.kind == "gradient":
+            return fit_sgd_law
+        if self._settings.follows_edge:
+            return partial(fit_edge_law, stability=stability_constant(step.optimizer))
+        return fit_theorem3_law if self._settings.law == "theorem3" else fit_sign_law
+
+    def step(self, optimizer: Optimizer, batch_size: float) -> None:
+        """Count a step just taken, for what Adam's averages hold.
+
+        Args:
+            optimizer: that took it.
+            batch_size: examples behind it.
+        """
+        betas = optimizer.param_groups[0].get("betas", ())
+        if len(betas) >= 2:
+            self.moments.step(batch_size, (float(betas[0]), float(betas[1])))
+
+    def metrics(self, batch_size: float, examples: float) -> dict[str, float]:
+        """What is logged of the law and of where the run is.
+
+        Args:
+            batch_size: examples of the step.
+            examples: trained so far, with those of the step.
+
+        Returns:
+            Log keys and values.
+        """
+        assert self.policy is not None
+        return self._law_metrics | run_metrics(
+            batch_size=batch_size,
+            base_batch_size=self.policy.base_batch_size,
+            examples=examples,
+            objective=self._settings.objective,
+            doubled=self.policy.predicted(2.0 * batch_size, self.scheduled_lr),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        return {
+            "base_batch_size": self.base_batch_size,
+            "history": self.history.state_dict(),
+            "policy": None if self.policy is None else self.policy.state_dict(),
+            **self.noise_watch.state_dict(),
+            "moments": self.moments.state_dict(),
+            "scheduled_lr": self.scheduled_lr,
+            "law_metrics": dict(self._law_metrics),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> float | None:
+        """Take over the state of `state_dict`, but for its base batch size if the settings have one.
+
+        Returns:
+            The base batch size in it.
+
+        Raises:
+            ValueError: if a value is none that it can have; this object is of no use then.
+            KeyError: if one is missing.
+        """
+        saved = saved_base(state)
+        base = self._settings.base_batch_size or saved
+        self.history.load_state_dict(state["history"])
+        if base is not None:
+            policy = self.fix_base(base)
+            if state["policy"] is not None:
+                policy.load_state_dict(state["policy"])
+        self.noise_watch.load_state_dict(state)
+        self.moments.load_state_dict(state["moments"])
+        scheduled_lr = float(state.get("scheduled_lr", math.nan))
+        if not (math.isnan(scheduled_lr) or 0.0 <= scheduled_lr < math.inf):
+            raise ValueError(f"Expected 0 <= scheduled_lr < inf, got scheduled_lr={scheduled_lr}.")
+        self.scheduled_lr = scheduled_lr
+        self._law_metrics = {str(name): float(value) for name, value in state["law_metrics"].items()}
+        return saved

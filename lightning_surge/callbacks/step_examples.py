@@ -1,0 +1,177 @@
+"""What lies behind the step about to be taken: which batches, and how many examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric.utilities import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_surge.batches import shared_copy
+from lightning_surge.callbacks.pace import Pace
+from lightning_surge.deposits import Deposits
+
+__all__ = ["StepExamples"]
+
+
+class StepExamples:
+    """Counts the batches whose gradients an optimizer's next step will be taken with, each once and whole.
+
+    Where Lightning calls the steps, every backward pass is behind the next one. Where the user calls them,
+    only those are that left something in the optimizer's parameters since these were zeroed.
+
+    Args:
+        examples_in: counts the examples in a batch.
+
+    Attributes:
+        examples: behind the step, so far.
+        batches: that hold them.
+        expected: examples that will be behind it, from the batch in hand.
+        batch: in hand; None between batches.
+        batch_idx: its index in the epoch.
+        open: whether a window has begun.
+        clipped: whether gradients were changed after a backward pass, where the user calls the steps.
+        decided: whether the learning rate of its step has been decided on.
+        pace: of the optimizer's steps; used only where the user calls them.
+
+    Example:
+        The first of two micro-batches behind a step, and a second backward pass of it.
+
+        >>> behind = StepExamples(lambda batch: float(len(batch)))
+        >>> behind.begin_batch([3, 1, 4], 0, size=3.0, accumulation=2)
+        >>> behind.after_backward(), behind.after_backward()
+        (3.0, 0.0)
+        >>> behind.examples, behind.expected
+        (3.0, 6.0)
+    """
+
+    def __init__(self, examples_in: Callable[[Any], float]) -> None:
+        self._examples_in = examples_in
+        self.pace = Pace()
+        self.detach()
+
+    def detach(self) -> None:
+        """Let go of the run, and of every batch; the pace is kept."""
+        self._deposits: Deposits | None = None
+        self.batch: Any = None
+        self.batch_idx = 0
+        self.expected = 0.0
+        self.clipped = self._told_of_backward = False
+        self.close()
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Look from now on at what backward passes leave in an optimizer that the user steps."""
+        self._deposits = Deposits(optimizer)
+
+    def close(self) -> None:
+        """The optimizer has stepped, or skipped."""
+        self.open = False
+        self.decided = False
+        self._count_afresh()
+
+    def _count_afresh(self) -> None:
+        self.examples = 0.0
+        self.batches = 0
+        self._counted_batch: int | None = None
+
+    @property
+    def manual(self) -> bool:
+        """Whether the user calls the optimizer's steps."""
+        return self._deposits is not None
+
+    def steps(self, global_step: int) -> int:
+        """Steps of this optimizer.
+
+        Args:
+            global_step: steps of all optimizers.
+        """
+        return self.pace.steps if self.manual else global_step
+
+    # ------------------------------------------------------------------ a batch
+
+    def begin_batch(self, batch: Any, batch_idx: int, *, size: float, accumulation: int) -> None:
+        """Take a batch in hand, and foresee what will be behind its step.
+
+        Args:
+            batch: its containers are copied, because a `training_step` may take things out of them.
+            batch_idx: its index in the epoch.
+            size: examples that a micro-batch is expected to have, over all processes.
+            accumulation: micro-batches per step where Lightning calls the steps.
+        """
+        self.batch, self.batch_idx = shared_copy(batch), batch_idx
+        self.expected = size * (self.pace.batches_per_step if self.manual else accumulation)
+
+    def end_batch(self) -> None:
+        """Let go of it."""
+        self.batch = None
+
+    def before_backward(self) -> None:
+        """Forget the batches whose gradients have been zeroed."""
+        if self._deposits is not None and self._deposits.are_zeroed():
+            self._count_afresh()
+
+    def after_backward(self) -> float | None:
+        """Count the batch in hand if its pass is behind the step.
+
+        Returns:
+            Examples that have come; 0 if they were counted before, None if the pass is not behind the step.
+        """
+        if self.batch is None or (self._deposits is not None and not self._deposits.have_come()):
+            return None
+        # Some optimizers ask for the same gradient several times in a step; the examples are the same.
+        size = 0.0 if self.counts_batch else self._examples_in(self.batch)
+        self._counted_batch = self.batch_idx
+        self.examples += size
+        self.batches += size > 0.0
+        return size
+
+    @property
+    def counts_batch(self) -> bool:
+        """Whether the batch in hand, or the last one, has been counted."""
+        return self._counted_batch == self.batch_idx
+
+    # ------------------------------------------------------------------ the step
+
+    def look_at_gradients(self, optimizer: Optimizer, name: str, *, scaled: bool) -> bool:
+        """See what the user's `training_step` has done to the gradients of the step to come.
+
+        Args:
+            optimizer: about to take it.
+            name: of the callback, for messages.
+            scaled: whether a scaler works on gradients too.
+
+        Returns:
+            Whether they turn out to be clipped, or changed otherwise, for the first time.
+        """
+        if self._deposits is None:
+            return False
+        changed = self._deposits.have_come()
+        if self.examples <= 0.0:
+            if not self._told_of_backward and self._deposits.exist():
+                self._told_of_backward = True
+                rank_zero_warn(
+                    f"{name} saw no manual_backward behind a step of {type(optimizer).__name__}, and leaves "
+                    "the learning rate of such steps as it is: call self.manual_backward(loss) instead of "
+                    "loss.backward()."
+                )
+            return False
+        if not changed or self.clipped or scaled:
+            return False
+        self.clipped = True
+        return True
+
+    def end_step(self) -> None:
+        """Count the step that was just taken."""
+        self.pace.step(self.batches)
+
+    def interrupt(self) -> bool:
+        """Make ready for a checkpoint.
+
+        Returns:
+            Whether a window is still open.
+        """
+        if self.manual and self.batch is None:
+            # A window of one of several optimizers may last over batches that are not behind its step.
+            self.open = False
+        return self.open
