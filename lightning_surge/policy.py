@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import Law, require_number
-from lightning_surge.objectives import FOLLOW_LR, OBJECTIVES, step_ratio
+from lightning_surge.objectives import FOLLOW_LR, OBJECTIVES, alignment_ratio, step_ratio
 from lightning_surge.reasons import Reason
 
 __all__ = ["ANCHORS", "Decision", "Policy"]
@@ -23,7 +23,7 @@ ANCHORS = ("schedule", "law")
 # before measuring, and the room that the default bounds leave for it.
 ANCHOR_LOG_WIDTH = math.log(2.0)
 ANCHOR_ROOM = 10.0
-# No training has batch sizes that are farther apart.
+# No training has batch sizes, or learning rates, that are farther apart.
 FARTHEST = 1e9
 # Batches counted in tokens can have a new size at every step.
 MOST_ANSWERS = 64
@@ -47,6 +47,25 @@ class Decision(NamedTuple):
     because: Reason
 
 
+class _Target(NamedTuple):
+    """What the law asks for at a batch size.
+
+    Attributes:
+        predicted: the ratio of the objective.
+        standard_error: of it.
+        used: after shrinkage and bounds.
+        because: what decided it.
+        at_once: the ratio at an unchanged cost of a step, after the same shrinkage; infinite where nothing is
+            measured, and nothing limited.
+    """
+
+    predicted: float
+    standard_error: float
+    used: float
+    because: Reason
+    at_once: float = math.inf
+
+
 class Policy:
     """Turns laws into ratios that are safe to apply.
 
@@ -55,8 +74,10 @@ class Policy:
       `log R = w log R_measured + (1 - w) log R_sqrt`, `w = t^2 / (t^2 + se^2)`, with the width `t`
       of what is believed beforehand: one standard deviation reaches from sqrt to 1 and to B / base.
     * It stays inside bounds.
-    * At a fixed batch size it rises by at most `max_drift_per_step` a step after a measurement. A change of
-      the batch size or of the schedule acts at once, and downward moves always do.
+    * A larger batch raises it at once only as far as `objectives.alignment_ratio`, which is right as long as
+      the cost of a step stays what it is. Curvature takes some steps to adapt to a larger learning rate: what
+      the objective asks for beyond is approached by at most `max_drift_per_step` a step, and so is a rise
+      after a measurement. Downward moves act at once.
     * A law that cannot be evaluated is not used: the last good one is held.
 
     Args:
@@ -67,7 +88,7 @@ class Policy:
         fixed_law: a law to follow instead of measured ones, with no shrinkage.
         bounds: smallest and largest ratio; None for `[1/r, r]` with `r = max(B/base, base/B)`, ten times
             wider if the anchor is the law.
-        max_drift_per_step: largest relative rise per step at a fixed batch size.
+        max_drift_per_step: largest relative rise per step beyond what the batch size allows at once.
 
     Example:
         >>> policy = Policy(base_batch_size=16)
@@ -95,12 +116,14 @@ class Policy:
         self._bounds = bounds
         self._max_drift = max_drift_per_step
         self._anchor_lr: float | None = None
-        # Used ratio over target, at most 1, at the batch size where the target jumped up.
+        # How much more than the ratio at an unchanged cost training has got used to, at least 1.
+        self._heat = 1.0
+        # Used ratio over the one wanted, at most 1, at the batch size where a measurement raised the latter.
         self._lag = 1.0
         self._lag_at: float | None = None
         # In words and as one of a few; None while the law is followed.
         self._held: tuple[str, Reason] | None = None
-        self._answers: dict[tuple[float, float], tuple[float, float, float, Reason]] = {}
+        self._answers: dict[tuple[float, float], _Target] = {}
 
     def update(self, law: EstimatedLaw | None, batch_size: float, lr: float = math.nan) -> None:
         """Take over a new law, or hold the last one if there is none.
@@ -116,12 +139,15 @@ class Policy:
             self.hold(because.text, because)
             return
         before = self.lr_scale(batch_size, lr)
+        known = None if self.law is None else self._target(batch_size, lr).at_once
         self._held = None
         self.law = law
         self._answers.clear()
         if self._anchored and self._anchor_lr is None and self._trusted(law):
             self._anchor_lr = law.lr(self.base_batch_size)
-        self._lag, self._lag_at = min(1.0, before / self._target(batch_size, lr)[2]), batch_size
+        used_to = before if known is None else self._heat * known
+        self._heat = max(used_to / self._target(batch_size, lr).at_once, 1.0)
+        self._lag, self._lag_at = min(1.0, before / self._limited(batch_size, lr)), batch_size
 
     def hold(self, reason: str, because: Reason = Reason.MEASURING_FAILED) -> None:
         """Keep the last law because a new one cannot be had.
@@ -143,13 +169,18 @@ class Policy:
         Returns:
             The decision.
         """
-        predicted, error, _, because = self._target(batch_size, lr)
-        if self._lag < 1.0:
-            self._lag = min(1.0, self._lag * (1.0 + self._max_drift))
-            if self._lag < 1.0 and self._is_lagging(batch_size):
-                because = Reason.RISING
+        target, rise = self._target(batch_size, lr), 1.0 + self._max_drift
+        if self._lag < 1.0 and self._is_lagging(batch_size):
+            self._lag = min(1.0, self._lag * rise)
+        else:
+            goal = max(target.used / target.at_once, 1.0)
+            self._heat = min(max(goal, self._heat / rise), self._heat * rise)
+            self._lag = min(1.0, self._lag * rise)
+        used, because = self.lr_scale(batch_size, lr), target.because
+        if used < target.used:
+            because = Reason.RISING
         reason = self._held[0] if self._held is not None and because.held else because.text
-        return Decision(predicted, error, self.lr_scale(batch_size, lr), reason, because)
+        return Decision(target.predicted, target.standard_error, used, reason, because)
 
     def predicted(self, batch_size: float, lr: float = math.nan) -> tuple[float, float]:
         """What the objective asks for at any batch size, before shrinkage, bounds and the limit on drift.
@@ -161,8 +192,8 @@ class Policy:
         Returns:
             The ratio to the scheduled learning rate, and its standard error in the same unit.
         """
-        ratio, error, _, _ = self._target(batch_size, lr)
-        return ratio, error
+        target = self._target(batch_size, lr)
+        return target.predicted, target.standard_error
 
     def lr_scale(self, batch_size: float, lr: float = math.nan) -> float:
         """The ratio that would be applied at a batch size now, with no step passing.
@@ -174,14 +205,14 @@ class Policy:
         Returns:
             The ratio to the scheduled learning rate.
         """
-        target = self._target(batch_size, lr)[2]
-        if not self._is_lagging(batch_size):
-            return target
+        limited = self._limited(batch_size, lr)
+        if self._lag == 1.0 or not self._is_lagging(batch_size):
+            return limited
         # The lag was taken at a neighbouring size, whose bounds may be wider.
-        return self._bounded(target * self._lag, batch_size / self.base_batch_size, Reason.RISING)[0]
+        return self._bounded(limited * self._lag, batch_size / self.base_batch_size, Reason.RISING)[0]
 
     def _is_lagging(self, batch_size: float) -> bool:
-        """Whether the limit on drift acts here: at about the batch size where the target jumped up.
+        """Whether a rise that a measurement asks for is limited here: at about the batch size of that.
 
         Never at the base, where the ratio is 1 by definition unless the level follows the law.
         """
@@ -189,9 +220,33 @@ class Policy:
             return False
         return round(math.log2(batch_size / self._lag_at)) == 0
 
+    def _limited(self, batch_size: float, lr: float) -> float:
+        """The ratio wanted, as far as training has got used to it."""
+        target = self._target(batch_size, lr)
+        limit = target.at_once * self._heat
+        if limit >= target.used:
+            return target.used
+        return self._bounded(limit, batch_size / self.base_batch_size, Reason.RISING)[0]
+
+    def _level(self, law: Law) -> float:
+        """What the learning rate at the base batch size is multiplied with."""
+        return 1.0 if self._anchor_lr is None else law.lr(self.base_batch_size) / self._anchor_lr
+
     def _wanted(self, law: Law, batch_size: float, lr: float) -> float:
-        level = 1.0 if self._anchor_lr is None else law.lr(self.base_batch_size) / self._anchor_lr
+        level = self._level(law)
         return level * self._objective(law, batch_size, self.base_batch_size, level * lr)
+
+    def _log_at_once(self, law: Law, batch_size: float) -> float:
+        """Log of the ratio at an unchanged cost of a step, or of square-root scaling where there is none.
+
+        Below the base it is that of the base: training is used to that learning rate.
+        """
+        size = max(batch_size, self.base_batch_size)
+        try:
+            log_ratio = math.log(self._level(law) * alignment_ratio(law, size, self.base_batch_size))
+        except (ArithmeticError, ValueError):
+            log_ratio = math.nan
+        return log_ratio if math.isfinite(log_ratio) else 0.5 * math.log(size / self.base_batch_size)
 
     def _usable(self, law: EstimatedLaw, batch_size: float, lr: float) -> bool:
         try:
@@ -207,8 +262,7 @@ class Policy:
         error = law.standard_error(lambda law: math.log(law.lr(self.base_batch_size)))
         return error < ANCHOR_LOG_WIDTH
 
-    def _target(self, batch_size: float, lr: float) -> tuple[float, float, float, Reason]:
-        """Predicted ratio, its standard error, the ratio after shrinkage and bounds, and the reason."""
+    def _target(self, batch_size: float, lr: float) -> _Target:
         # The law changes every hundred steps, the question is asked at every one.
         question = (batch_size, lr if self._follows_lr else 0.0)
         if question not in self._answers:
@@ -217,16 +271,16 @@ class Policy:
             self._answers[question] = self._compute_target(*question)
         return self._answers[question]
 
-    def _compute_target(self, batch_size: float, lr: float) -> tuple[float, float, float, Reason]:
+    def _compute_target(self, batch_size: float, lr: float) -> _Target:
         quotient = batch_size / self.base_batch_size
         if self.fixed_law is not None:
             predicted = step_ratio(self.fixed_law, batch_size, self.base_batch_size)
             used, because = self._bounded(predicted, quotient, Reason.RULE)
-            return predicted, 0.0, used, because
+            return _Target(predicted, 0.0, used, because)
         held = None if self._held is None else self._held[1]
         if self.law is None:
             used, because = self._bounded(math.sqrt(quotient), quotient, Reason.NOTHING_MEASURED)
-            return math.sqrt(quotient), math.inf, used, held or because
+            return _Target(math.sqrt(quotient), math.inf, used, held or because)
         try:
             predicted = self._wanted(self.law, batch_size, lr)
             log_predicted = math.log(predicted)
@@ -234,15 +288,18 @@ class Policy:
             predicted, log_predicted = math.nan, math.nan
         if not math.isfinite(log_predicted):
             used, because = self._bounded(math.sqrt(quotient), quotient, Reason.NO_LAW_HERE)
-            return math.sqrt(quotient), math.inf, used, because
+            return _Target(math.sqrt(quotient), math.inf, used, because)
         error = self._log_standard_error(batch_size, lr)
         log_sqrt = 0.5 * math.log(quotient)
         width_sq = log_sqrt**2 + (ANCHOR_LOG_WIDTH**2 if self._anchor_lr is not None else 0.0)
         weight = width_sq / (width_sq + error**2) if width_sq > 0.0 else 1.0
         shrunk = math.exp(weight * log_predicted + (1.0 - weight) * log_sqrt)
+        at_once = math.exp(
+            weight * self._log_at_once(self.law, batch_size) + (1.0 - weight) * max(log_sqrt, 0.0)
+        )
         because = Reason.MEASURED if weight > 0.5 else Reason.UNCERTAIN
         used, because = self._bounded(shrunk, quotient, because)
-        return predicted, predicted * error, used, held or because
+        return _Target(predicted, predicted * error, used, held or because, at_once)
 
     def _log_standard_error(self, batch_size: float, lr: float) -> float:
         if self.law is None or (batch_size == self.base_batch_size and self._anchor_lr is None):
@@ -268,6 +325,7 @@ class Policy:
         return {
             "law": None if self.law is None else self.law.state_dict(),
             "anchor_lr": self._anchor_lr,
+            "heat": self._heat,
             "lag": self._lag,
             "lag_at": self._lag_at,
             "held": None if self._held is None else self._held[0],
@@ -287,15 +345,16 @@ class Policy:
             None if state[name] is None else require_number(name, state[name], remedy)
             for name in ("anchor_lr", "lag_at")
         )
-        lag, held = require_number("lag", state["lag"], remedy), state["held"]
+        heat, lag = (require_number(name, state[name], remedy) for name in ("heat", "lag"))
+        held = state["held"]
         far = lag_at is not None and not 1 / FARTHEST < lag_at / self.base_batch_size < FARTHEST
-        if lag > 1.0 or far or not (held is None or isinstance(held, str)):
+        if lag > 1.0 or far or not 1.0 <= heat < FARTHEST or not (held is None or isinstance(held, str)):
             raise ValueError(
-                f"Expected lag <= 1 at a batch size in reach of {self.base_batch_size:g} and held to be a "
-                f"reason or None, got lag={lag}, lag_at={lag_at}, held={held!r}: {remedy}."
+                f"Expected heat >= 1, lag <= 1 at a batch size in reach of {self.base_batch_size:g}, and a "
+                f"reason or None, got heat={heat}, lag={lag}, lag_at={lag_at}, held={held!r}: {remedy}."
             )
         because = Reason(state.get("held_because") or Reason.MEASURING_FAILED)
         self.law, self._anchor_lr = law, anchor_lr
         self._held = None if held is None else (held, because)
-        self._lag, self._lag_at = lag, lag_at
+        self._heat, self._lag, self._lag_at = heat, lag, lag_at
         self._answers.clear()
