@@ -40,7 +40,7 @@ ROWS = [
     ],
     ["callbacks.checks", "callbacks.measurer"],
     [
-        "callbacks.learner", "callbacks.lr_hooks", "callbacks.objective_choice", "callbacks.order",
+        "callbacks.learner", "callbacks.lr_hooks", "callbacks.order",
         "callbacks.step_log",
     ],
     ["callbacks.surge_lr"],

@@ -264,7 +264,7 @@ class TestDrift:
         assert used[1] > 1.0 + drift / 2
         assert (used[1:] <= used[:-1] * (1.0 + drift) * (1.0 + 1e-9)).all()
         assert (np.diff(used) >= 0.0).all()
-        # One step may be shorter, where what the measurement added ends and what the batch size asks for begins.
+        # One step may be shorter, between the rise after a measurement and that after a change of the size.
         assert used[math.ceil(math.log(4.0) / math.log1p(drift)) + 1] == 4.0
         assert policy.decide(64.0).reason == "measured"
 

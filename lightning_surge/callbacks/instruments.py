@@ -47,7 +47,6 @@ class Instruments:
         settings: the callback's.
 
     Attributes:
-        settings: the same; the owner replaces them where the objective changes.
         optimal_lr: distance that the curvature is wanted over, as far as it is known.
         parameters: that the optimizer moves.
         parameters_changed: since the window before, as where a callback unfreezes some.
@@ -60,7 +59,7 @@ class Instruments:
     _prober: Prober
 
     def __init__(self, settings: SurgeSettings) -> None:
-        self.settings = settings
+        self._settings = settings
         self.optimal_lr: float | None = None
         self._ranks = ALONE
         self._largest_lr = 0.0
@@ -135,7 +134,7 @@ class Instruments:
             scales=self._scales,
             direction=_identity if self._kind == "gradient" else torch.sign,
             stride=stride,
-            keep_all=self.settings.follows_edge,
+            keep_all=self._settings.follows_edge,
             ranks=self._ranks,
         )
 
@@ -156,7 +155,7 @@ class Instruments:
             delta=self._delta(),
             scales=self._scales,
             sizes=CoordinateMeasurement.sizes_for(chunks, base),
-            law=self.settings.law,
+            law=self._settings.law,
             seed=seed,
             variance_of=None if moments is None else partial(self._variance, moments),
             ranks=self._ranks,
@@ -180,7 +179,7 @@ class Instruments:
             base: base batch size.
             batch_size: examples behind the step about to be taken.
         """
-        if moments is None or not self.settings.follows_edge:
+        if moments is None or not self._settings.follows_edge:
             return None
         far = max(batch_size / base, base / batch_size) >= FAR_ENOUGH
         sizes = (base, batch_size if far else FAR * base)
@@ -229,7 +228,7 @@ class Instruments:
         """
         remedy = "load what state_dict returned"
         self._largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
-        if self.settings.follows_edge and "sharpness" in state:
+        if self._settings.follows_edge and "sharpness" in state:
             self._sharpness.load_state_dict(state["sharpness"])
 
 

@@ -80,10 +80,6 @@ class Measurer:
         self.failure: str | None = None
         self.detach()
 
-    def follow(self, settings: SurgeSettings) -> None:
-        """Take over settings that differ in their objective."""
-        self._plan.settings = self._instruments.settings = settings
-
     def attach(
         self,
         trainer: pl.Trainer,

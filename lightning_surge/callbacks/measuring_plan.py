@@ -34,14 +34,13 @@ class MeasuringPlan:
         settings: the callback's.
 
     Attributes:
-        settings: the same; the owner replaces them where the objective changes.
         budget: what may be spent, and what was.
         by_coordinates: whether the law needs the gradient of every coordinate, as the theorems do.
         fewest_chunks: that a measurement of this law takes.
     """
 
     def __init__(self, settings: SurgeSettings) -> None:
-        self.settings = settings
+        self._settings = settings
         self.budget = ProbeBudget(settings.max_overhead, settings.probe_every)
         self.by_coordinates = settings.law.startswith("theorem")
         self.fewest_chunks = CoordinateMeasurement.FEWEST_CHUNKS if self.by_coordinates else MIN_SLICES
@@ -152,7 +151,7 @@ class MeasuringPlan:
             smallest_chunk: examples, of which the fewest chunks are made.
             secants: that the sharpness takes.
         """
-        wanted = self.settings.probe_examples or examples_wanted(
+        wanted = self._settings.probe_examples or examples_wanted(
             examples,
             base,
             lambda examples: self.budget.affordable(self._cost(examples), self._planned),
@@ -187,12 +186,12 @@ class MeasuringPlan:
     def _cost(self, examples: float) -> float:
         """Passes of a probe: its slices once, and half of them for each of two sizes of direction."""
         if self.by_coordinates:
-            return CoordinateMeasurement.cost(examples, self.settings.law)
+            return CoordinateMeasurement.cost(examples, self._settings.law)
         return 2.0 * examples + self._sharpness_cost(examples, SECANTS)
 
     def _sharpness_cost(self, examples: float, secants: int) -> float:
         """Passes of the sharpness: one half of the examples for each secant."""
-        return 0.5 * secants * examples if self.settings.follows_edge else 0.0
+        return 0.5 * secants * examples if self._settings.follows_edge else 0.0
 
     # ------------------------------------------------------------------ state
 

@@ -15,7 +15,6 @@ __all__ = [
     "DEFAULT_OBJECTIVE",
     "LAWS",
     "REFERENCE_RULES",
-    "WITHOUT_EDGE",
     "SurgeSettings",
     "check_functions",
     "default_objective",
@@ -29,10 +28,8 @@ REFERENCE_RULES: dict[str, type[ConstantLaw] | type[SqrtLaw] | type[LinearLaw]] 
 LAWS = ("measured", "theorem2", "theorem3", *REFERENCE_RULES)
 
 
-# What the measured law is followed for unless the user says otherwise, and where the edge of stability cannot
-# be measured (docs/theory.md, section 8).
-DEFAULT_OBJECTIVE = "edge"
-WITHOUT_EDGE = "alignment"
+# What the measured law is followed for unless the user says otherwise (docs/theory.md, section 8).
+DEFAULT_OBJECTIVE = "progress"
 
 
 def default_objective(law: str) -> str:
@@ -42,8 +39,8 @@ def default_objective(law: str) -> str:
         law: key of `LAWS`.
 
     Returns:
-        `"edge"` for the measured law, replaced by `"alignment"` in training where it cannot be measured;
-        `"step"` for the paper's closed forms and for fixed rules, which are followed to the letter.
+        `"progress"` for the measured law; `"step"` for the paper's closed forms and for fixed rules, which
+        are followed to the letter.
     """
     return DEFAULT_OBJECTIVE if law == "measured" else "step"
 

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -33,7 +32,6 @@ from lightning_surge.callbacks.learner import LawRecord, Learner, StepToCome
 from lightning_surge.callbacks.loss_scaling import step_scaling
 from lightning_surge.callbacks.lr_hooks import LearningRateHooks
 from lightning_surge.callbacks.measurer import LossFn, Measurer
-from lightning_surge.callbacks.objective_choice import objective_at_start, objective_when_clipped
 from lightning_surge.callbacks.order import batch_size_scheduler, check_indices, take_place
 from lightning_surge.callbacks.pace import Pace
 from lightning_surge.callbacks.saved_state import STATE_VERSION, require_version, saved_base, what_is_wrong
@@ -85,14 +83,15 @@ class SurgeLRCallback(Callback):
         law: `"measured"` (Lemma 1 with measured terms; for SGD the gradient-noise law), `"theorem2"` or
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
-        objective: `"edge"` keeps the expected progress per example, capped by Adam's edge of stability,
-            which falls with the batch size: near the edge the factor falls too, and as the schedule decays it
-            becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam in float32 with decoupled weight
-            decay, without clipping; it holds one more buffer of the size of the parameters. `"progress"` has
-            no cap and cannot fall. `"alignment"` follows what a step gains and takes its cost as the same at
-            every batch size: sqrt scaling that saturates where the noise does. `"step"` is the paper's: it
-            makes every step as good as it can be, and can fall with the batch size. None takes `"edge"`, and
-            `"alignment"` where the edge cannot be measured; `"step"` with a law that is not measured.
+        objective: `"progress"` keeps the expected progress per example. A larger batch raises the factor at
+            once as far as `"alignment"` does; the rest is approached by `max_drift_per_step`, which gives
+            curvature time to adapt. `"alignment"` follows what a step gains and takes its cost as the same at
+            every batch size: sqrt scaling that saturates where the noise does. `"edge"` is progress capped by
+            Adam's edge of stability, which falls with the batch size: near the edge the factor falls too, and
+            as the schedule decays it becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam in
+            float32 with decoupled weight decay, without clipping; it holds one more buffer of the size of the
+            parameters. `"step"` is the paper's: it makes every step as good as it can be, and can fall with
+            the batch size. None takes `"progress"`, and `"step"` with a law that is not measured.
         anchor: `"schedule"`: the scheduled learning rate is right at `base_batch_size`. `"law"`: from the
             first trusted estimate on, the level follows the law too.
         dry_run: Measure and log, never touch the learning rate.
@@ -103,7 +102,8 @@ class SurgeLRCallback(Callback):
             budget.
         lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`,
             ten times wider with `anchor="law"`.
-        max_drift_per_step: Largest relative rise of the factor per step at an unchanged batch size.
+        max_drift_per_step: Largest relative rise of the factor per step, beyond what a larger batch allows at
+            once.
         half_life: Measurements after which an old one counts half.
         scale_weight_decay: Whether decoupled weight decay, which torch multiplies with the learning rate,
             scales with the factor too. False divides `weight_decay` by the factor for the step, so that
@@ -180,7 +180,6 @@ class SurgeLRCallback(Callback):
             prog_bar=prog_bar,
             optimizer=optimizer,
         )
-        self._may_choose_objective = objective is None and law == "measured"
         check_functions(loss_fn, split_batch)
         self._examples_in = BatchCounter(batch_size_fn, type(self).__name__)
         self._loss_fn = loss_fn
@@ -313,16 +312,8 @@ class SurgeLRCallback(Callback):
         check_optimizer(trainer, pl_module, name, self.settings.law, index)
         if not self.settings.scale_weight_decay:
             check_weight_decay(served_optimizer(trainer, pl_module, name, index), name)
-        if self._may_choose_objective:
-            self._follow_objective(objective_at_start(trainer, pl_module, name, index))
-        elif self.settings.follows_edge:
+        if self.settings.follows_edge:
             check_edge(trainer, pl_module, index)
-
-    def _follow_objective(self, objective: str) -> None:
-        if objective != self.settings.objective:
-            self.settings = replace(self.settings, objective=objective)
-            self._measurer.follow(self.settings)
-            self._learner.follow(self.settings)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the hook that takes the factor off again."""
@@ -394,7 +385,11 @@ class SurgeLRCallback(Callback):
         behind, name = self._behind_step, type(self).__name__
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if behind.look_at_gradients(optimizer, name, scaled=scaled) and self.settings.follows_edge:
-            self._follow_objective(objective_when_clipped(name, may_choose=self._may_choose_objective))
+            rank_zero_warn(
+                "Expected no gradient clipping for objective='edge', but gradients are changed between "
+                "manual_backward and the step, as by clipping: no edge of stability can be told. Use "
+                "objective='progress'."
+            )
         has_loss = behind.manual or behind.counts_batch
         skipped, loss_scale = step_scaling(trainer, optimizer, has_loss=has_loss)
         if behind.examples <= 0.0 or skipped:
