@@ -157,7 +157,7 @@ def test_where_neither_direction_is_taken_measuring_is_refused_with_the_reason(
 def test_what_is_measured_gives_a_law(make_trainer: MakeTrainer, name: str) -> None:
     callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
     make_trainer(callback).fit(Linear(name), data(96))
-    assert callback.settings.objective == ("edge" if ROWS[name][1] == "all" else "alignment")
+    assert callback.settings.objective == ("alignment" if ROWS[name][0] == "gradient" else "progress")
     assert callback.history.num_measurements >= 4
     assert callback.law is not None
 

@@ -215,17 +215,16 @@ class TestAgainst32Bits:
         assert (error < 0.06).all()
 
     def test_64_bits_follow_the_edge(self, make_trainer: MakeTrainer) -> None:
-        callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
+        callback = SurgeLRCallback(4, objective="edge", probe_every=1, probe_examples=16)
         make_trainer(callback, precision="64-true").fit(Net(), data(12, dtype=torch.float64))
-        assert callback.settings.objective == "edge"
         assert callback.law is not None
         assert callback.law.edge_lr(16.0) > 0.0
 
     @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-    def test_mixed_precision_follows_alignment(self, make_trainer: MakeTrainer, precision: str) -> None:
+    def test_mixed_precision_follows_the_default(self, make_trainer: MakeTrainer, precision: str) -> None:
         callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
         make_trainer(callback, **scaled_or(precision)).fit(Net(), data(6))
-        assert callback.settings.objective == "alignment"
+        assert callback.settings.objective == "progress"
         assert callback.history.num_measurements >= 4
 
     def test_other_precisions_have_no_edge_either(
@@ -259,12 +258,9 @@ class TestTF32:
 
     def test_has_no_edge(self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_float32_matmul_precision("high")
-        callback = SurgeLRCallback(4)
-        make_trainer(callback).fit(Net(), data(2))
-        assert callback.settings.objective == "edge"  # on the CPU there is no TF32
+        make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))  # on the CPU there is no TF32
         monkeypatch.setattr("lightning_surge.callbacks.checks._on_gpu", lambda optimizer: True)
-        make_trainer(callback).fit(Net(), data(2))
-        assert callback.settings.objective == "alignment"
+        make_trainer(SurgeLRCallback(4)).fit(Net(), data(2))
         with pytest.raises(
             MisconfigurationException, match=r"got TF32, .*set_float32_matmul_precision\('high"
         ):

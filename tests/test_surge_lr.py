@@ -21,6 +21,7 @@ from torchmetrics import MeanSquaredError
 from lightning_surge import SurgeLRCallback
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import LinearLaw
+from lightning_surge.objectives import progress_ratio
 from lightning_surge.policy import Decision, Policy
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -758,8 +759,9 @@ class TestArguments:
     def test_objective(self, make_trainer: MakeTrainer) -> None:
         step, _ = self._run(make_trainer, 4, objective="step", probe_every=1)
         progress, _ = self._run(make_trainer, 4, objective="progress", probe_every=1)
-        # Square-root scaling or more, against a ratio that saturates.
-        assert progress.lr_scale(256) >= math.sqrt(256 / 4) > step.lr_scale(256)
+        # Square-root scaling or more in the end, against a ratio that saturates.
+        assert progress.law is not None
+        assert progress_ratio(progress.law, 256.0, 4.0) >= math.sqrt(256 / 4) > step.lr_scale(256)
 
     def test_anchor(self, make_trainer: MakeTrainer) -> None:
         schedule, _ = self._run(make_trainer, 4, probe_every=1)

@@ -1,6 +1,5 @@
 """`objective="edge"` in training: what it follows, what it costs, what it refuses."""
 
-import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -185,52 +184,59 @@ class TestCost:
 
 
 class TestDefault:
-    """The edge where it can be measured, alignment elsewhere."""
+    """Progress, which no setting of the run changes, but for steps along the gradient."""
 
-    def test_follows_the_edge(self, make_trainer: MakeTrainer) -> None:
-        callback = SurgeLRCallback(4, probe_every=2, probe_examples=16)
-        make_trainer(callback).fit(Regression(), data(16 * 30, 16))
-        assert callback.settings.objective == "edge"
-        assert isinstance(callback.law, EstimatedLaw)
-        assert callback.law.edge_lr(16.0) > 0.0
-
+    @pytest.mark.parametrize("clip", [None, 1.0])
     @pytest.mark.parametrize("base", [4, None])
-    def test_follows_alignment_where_gradients_are_clipped_and_says_why(
-        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, base: int | None
-    ) -> None:
+    def test_is_progress(self, make_trainer: MakeTrainer, base: int | None, clip: float | None) -> None:
         callback = SurgeLRCallback(base, probe_every=2, probe_examples=16)
-        clipping = make_trainer(callback, gradient_clip_val=1.0)
-        with caplog.at_level(logging.INFO, "lightning.pytorch"):
-            clipping.fit(Regression(), data(16 * 30, 16))
-        assert callback.settings.objective == "alignment"
-        assert "follows objective='alignment', not the default. Expected no gradient clipping" in caplog.text
+        make_trainer(callback, gradient_clip_val=clip).fit(Regression(), data(16 * 30, 16))
+        assert callback.settings.objective == "progress"
         assert isinstance(callback.law, EstimatedLaw)
-        size = 256.0 if base is None else 64.0
-        given = callback.lr_scale(size)
-        # The next training may have what this one lacked.
-        make_trainer(callback).fit(Regression(), data(16 * 30, 16))
-        assert callback.settings.objective == "edge"
-        assert given > 0.0
+        assert math.isnan(callback.law.edge_lr(16.0))  # nobody looked for it
+
+    def test_is_alignment_along_the_gradient(self, make_trainer: MakeTrainer) -> None:
+        callback = SurgeLRCallback(4, probe_every=2, probe_examples=16)
+        assert callback.settings.objective == "progress"
+        make_trainer(callback).fit(Regression(with_options(torch.optim.SGD)), data(16 * 30, 16))
+        assert callback.settings.objective == "alignment"
+        assert callback.decision is not None
+        assert callback.law is not None
+        assert callback.decision.predicted == pytest.approx(callback.law.lr(16.0) / callback.law.lr(4.0))
+        # The next training may be of another kind.
+        make_trainer(callback).fit(Regression(), data(16 * 4, 16))
+        assert callback.settings.objective == "progress"
+
+    def test_what_was_asked_for_is_followed_along_the_gradient_too(self, make_trainer: MakeTrainer) -> None:
+        callback = SurgeLRCallback(4, objective="progress", probe_every=2, probe_examples=16)
+        make_trainer(callback).fit(Regression(with_options(torch.optim.SGD)), data(16 * 30, 16))
+        assert callback.settings.objective == "progress"
+        assert callback.decision is not None
+        assert callback.decision.predicted == pytest.approx(4.0)
 
     def test_what_was_asked_for_is_refused_where_it_cannot_be(self, make_trainer: MakeTrainer) -> None:
         callback = SurgeLRCallback(4, objective="edge")
         with pytest.raises(MisconfigurationException, match="Expected no gradient clipping"):
             make_trainer(callback, gradient_clip_val=1.0).fit(Regression(), data(16, 16))
 
-    def test_a_resumed_run_keeps_its_law_under_the_objective_it_may_follow(
-        self, make_trainer: MakeTrainer, tmp_path: Path
-    ) -> None:
+    def test_a_resumed_run_keeps_its_law(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        def sgd() -> Regression:
+            return Regression(with_options(torch.optim.SGD))
+
         first = SurgeLRCallback(4, probe_every=2, probe_examples=16)
-        trainer = make_trainer(first, gradient_clip_val=1.0)
-        trainer.fit(Regression(), data(16 * 30, 16))
+        trainer = make_trainer(first)
+        trainer.fit(sgd(), data(16 * 30, 16))
         trainer.save_checkpoint(tmp_path / "run.ckpt")
         again = SurgeLRCallback(4, probe_every=2, probe_examples=16)
         # The run is over, so that nothing is measured any more.
-        make_trainer(again, gradient_clip_val=1.0).fit(
-            Regression(), data(16 * 30, 16), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True
+        make_trainer(again).fit(
+            sgd(), data(16 * 30, 16), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True
         )
         assert again.settings.objective == "alignment"
-        assert again.lr_scale(64) == first.lr_scale(64) != 4.0
+        assert again.law is not None
+        assert first.law is not None
+        assert again.law.lr(64.0) == first.law.lr(64.0)
+        assert again.lr_scale(64) == first.lr_scale(64)
 
 
 class Failing(Regression):

@@ -98,6 +98,14 @@ class Learner:
         if settings.base_batch_size is not None:
             self.fix_base(settings.base_batch_size)
 
+    def follow(self, settings: SurgeSettings) -> None:
+        """Take over settings that differ in their objective."""
+        if settings.objective != self._settings.objective:
+            self._settings = settings
+            if self.policy is not None:
+                state = self.policy.state_dict()
+                self.fix_base(self.policy.base_batch_size).load_state_dict(state)
+
     def fix_base(self, base_batch_size: float) -> Policy:
         """Decide from now on at a base batch size, with a policy that knows no law yet.
 

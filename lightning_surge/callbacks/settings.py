@@ -12,6 +12,7 @@ from lightning_surge.objectives import OBJECTIVES
 from lightning_surge.policy import ANCHORS
 
 __all__ = [
+    "ALONG_THE_GRADIENT",
     "DEFAULT_OBJECTIVE",
     "LAWS",
     "REFERENCE_RULES",
@@ -28,8 +29,10 @@ REFERENCE_RULES: dict[str, type[ConstantLaw] | type[SqrtLaw] | type[LinearLaw]] 
 LAWS = ("measured", "theorem2", "theorem3", *REFERENCE_RULES)
 
 
-# What the measured law is followed for unless the user says otherwise (docs/theory.md, section 8).
+# What the measured law is followed for unless the user says otherwise (docs/theory.md, section 8). For steps
+# along the gradient equal progress is linear scaling, whatever is measured; their own law is the other one.
 DEFAULT_OBJECTIVE = "progress"
+ALONG_THE_GRADIENT = "alignment"
 
 
 def default_objective(law: str) -> str:
@@ -39,8 +42,8 @@ def default_objective(law: str) -> str:
         law: key of `LAWS`.
 
     Returns:
-        `"progress"` for the measured law; `"step"` for the paper's closed forms and for fixed rules, which
-        are followed to the letter.
+        `"progress"` for the measured law, replaced by `"alignment"` in training with SGD; `"step"` for the
+        paper's closed forms and for fixed rules, which are followed to the letter.
     """
     return DEFAULT_OBJECTIVE if law == "measured" else "step"
 

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -35,7 +36,14 @@ from lightning_surge.callbacks.measurer import LossFn, Measurer
 from lightning_surge.callbacks.order import batch_size_scheduler, check_indices, take_place
 from lightning_surge.callbacks.pace import Pace
 from lightning_surge.callbacks.saved_state import STATE_VERSION, require_version, saved_base, what_is_wrong
-from lightning_surge.callbacks.settings import LAWS, SurgeSettings, check_functions, default_objective
+from lightning_surge.callbacks.settings import (
+    ALONG_THE_GRADIENT,
+    DEFAULT_OBJECTIVE,
+    LAWS,
+    SurgeSettings,
+    check_functions,
+    default_objective,
+)
 from lightning_surge.callbacks.step_examples import StepExamples
 from lightning_surge.callbacks.step_log import StepLog, add_layout, logs_now, optimizer_suffix
 from lightning_surge.laws import Law
@@ -91,7 +99,8 @@ class SurgeLRCallback(Callback):
             as the schedule decays it becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam in
             float32 with decoupled weight decay, without clipping; it holds one more buffer of the size of the
             parameters. `"step"` is the paper's: it makes every step as good as it can be, and can fall with
-            the batch size. None takes `"progress"`, and `"step"` with a law that is not measured.
+            the batch size. None takes `"progress"`, `"alignment"` with SGD, whose steps
+            progress would scale linearly, and `"step"` with a law that is not measured.
         anchor: `"schedule"`: the scheduled learning rate is right at `base_batch_size`. `"law"`: from the
             first trusted estimate on, the level follows the law too.
         dry_run: Measure and log, never touch the learning rate.
@@ -180,6 +189,7 @@ class SurgeLRCallback(Callback):
             prog_bar=prog_bar,
             optimizer=optimizer,
         )
+        self._may_choose_objective = objective is None and law == "measured"
         check_functions(loss_fn, split_batch)
         self._examples_in = BatchCounter(batch_size_fn, type(self).__name__)
         self._loss_fn = loss_fn
@@ -314,6 +324,11 @@ class SurgeLRCallback(Callback):
             check_weight_decay(served_optimizer(trainer, pl_module, name, index), name)
         if self.settings.follows_edge:
             check_edge(trainer, pl_module, index)
+        if self._may_choose_objective:
+            kind = optimizer_kind(served_optimizer(trainer, pl_module, name, index))
+            objective = ALONG_THE_GRADIENT if kind == "gradient" else DEFAULT_OBJECTIVE
+            self.settings = replace(self.settings, objective=objective)
+            self._learner.follow(self.settings)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the hook that takes the factor off again."""
