@@ -170,12 +170,12 @@ class Policy:
             The decision.
         """
         target, rise = self._target(batch_size, lr), 1.0 + self._max_drift
-        if self._lag < 1.0 and self._is_lagging(batch_size):
-            self._lag = min(1.0, self._lag * rise)
-        else:
-            goal = max(target.used / target.at_once, 1.0)
-            self._heat = min(max(goal, self._heat / rise), self._heat * rise)
-            self._lag = min(1.0, self._lag * rise)
+        caught_up = min(1.0, self._lag * rise)
+        # What the one limit leaves of this step's rise is the other's.
+        left = self._lag * rise / caught_up if self._is_lagging(batch_size) else rise
+        goal = max(target.used / target.at_once, 1.0)
+        self._heat = min(max(goal, self._heat / rise), self._heat * left)
+        self._lag = caught_up
         used, because = self.lr_scale(batch_size, lr), target.because
         if used < target.used:
             because = Reason.RISING
