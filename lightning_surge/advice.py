@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_surge.laws import Law, SGDLaw, require_number
-from lightning_surge.objectives import OBJECTIVES
+from lightning_surge.objectives import OBJECTIVES, alignment_ratio
 from lightning_surge.reasons import Reason
 from lightning_surge.run_logs import RunLog, RunLogError, Series
 from lightning_surge.theorems import Theorem3Law
@@ -54,6 +54,7 @@ class Caveat(Enum):
     LIMITED_MOVE = auto()
     GRADIENT_STEPS = auto()
     INDEPENDENT_NOISE = auto()
+    APPROACH = auto()
 
 
 class Interval(NamedTuple):
@@ -113,6 +114,7 @@ class Option:
         batch_size: examples per step.
         lr_scale: factor on the scheduled learning rate.
         lr: learning rate at this point of the schedule.
+        lr_at_once: what of it may be written at once; the rest is approached (`policy.Policy`).
         steps: steps to the same loss, over those at the batch size in force.
         examples: examples to the same loss, over those at the batch size in force.
         gain: share of what an unlimited batch would gain in the next step.
@@ -122,6 +124,7 @@ class Option:
     batch_size: float
     lr_scale: Interval
     lr: Interval
+    lr_at_once: float
     steps: Interval
     examples: Interval
     gain: Interval
@@ -270,7 +273,7 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
         _interval(law.peak.batch_size, state.peak_error),
         suggested,
         options,
-        tuple(_caveats(state, critical, options, limited=wanted != allowed)),
+        tuple(_caveats(state, critical, options, suggested, limited=wanted != allowed)),
     )
 
 
@@ -281,16 +284,28 @@ def _option(state: RunState, size: float, critical: Interval) -> Option:
     spread = math.exp(error) if error < LARGEST_EXPONENT else math.inf
     scale = Interval(value, value / spread, value * spread)
     smallest, largest = state.measured
+    lr = Interval(*(state.lr_scheduled * one for one in scale))
     return Option(
         size,
         scale,
-        Interval(*(state.lr_scheduled * one for one in scale)),
+        lr,
+        min(lr.value, state.lr_scheduled * state.lr_scale * _at_once(state, size)),
         _ordered(_steps_ratio(size, state.batch_size, one) for one in critical),
         # E = B S.
         _ordered(_steps_ratio(size, state.batch_size, one) * size / state.batch_size for one in critical),
         _ordered(_gain(size, one) for one in critical),
         max(smallest / size, size / largest, 1.0),
     )
+
+
+def _at_once(state: RunState, size: float) -> float:
+    """The factor that a larger batch allows at an unchanged cost of a step; infinite for others."""
+    if size <= state.batch_size:
+        return math.inf
+    try:
+        return alignment_ratio(state.law, size, state.batch_size)
+    except (ArithmeticError, ValueError):
+        return math.sqrt(size / state.batch_size)
 
 
 def _objective(state: RunState, size: float) -> float:
@@ -338,7 +353,7 @@ def _gain(size: float, critical: float) -> float:
 
 
 def _caveats(
-    state: RunState, critical: Interval, options: Iterable[Option], *, limited: bool
+    state: RunState, critical: Interval, options: Iterable[Option], suggested: float, *, limited: bool
 ) -> Iterator[Caveat]:
     if state.reason.held:
         yield Caveat.HELD
@@ -358,6 +373,8 @@ def _caveats(
         yield Caveat.GRADIENT_STEPS
     if isinstance(state.law, Theorem3Law):
         yield Caveat.INDEPENDENT_NOISE
+    if any(one.lr_at_once < one.lr.value for one in options if one.batch_size == suggested):
+        yield Caveat.APPROACH
 
 
 def _nearest_power_of_two_multiple(size: float, target: float) -> float:

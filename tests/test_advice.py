@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning_surge.advice import Caveat, RunState, advise, run_state
 from lightning_surge.edge import EdgeLaw
 from lightning_surge.laws import MeasuredLaw, SGDLaw
-from lightning_surge.objectives import OBJECTIVES, edge_ratio
+from lightning_surge.objectives import OBJECTIVES, alignment_ratio, edge_ratio
 from lightning_surge.reasons import Reason
 from lightning_surge.run_logs import RunLogError
 from lightning_surge.theorems import Theorem3Law
@@ -103,6 +103,16 @@ class TestLearningRate:
     def test_without_any_error_it_is_unknown(self):
         scale = option(replace(STATE, scale_errors=()), 120.0).lr_scale
         assert (scale.low, scale.high) == (0.0, math.inf)
+
+    def test_beyond_what_the_cost_of_a_step_allows_it_is_approached(self):
+        state = replace(STATE, objective="progress", law=critical_at(240.0))
+        larger, smaller = option(state, 240.0), option(state, 30.0)
+        assert larger.lr_at_once == pytest.approx(1e-3 * alignment_ratio(state.law, 240.0, 60.0))
+        assert larger.lr_at_once < larger.lr.value
+        assert smaller.lr_at_once == smaller.lr.value
+        assert Caveat.APPROACH in advise(state).caveats
+        step = replace(state, objective="step")
+        assert option(step, 240.0).lr_at_once == option(step, 240.0).lr.value
 
     def test_a_law_without_an_edge_cannot_tell(self):
         assert math.isnan(option(replace(STATE, objective="edge"), 120.0).lr.value)

@@ -23,6 +23,7 @@ def _caveat_text(caveat: Caveat, advice: Advice) -> str:
 
     state = advice.state
     smallest, largest = state.measured
+    chosen = next(option for option in advice.options if option.batch_size == advice.suggested)
     share = state.lr_scheduled / state.lr_scheduled_max if state.lr_scheduled_max > 0 else 0.0
     return {
         Caveat.HELD: f"the last law is {state.reason.text}; it may no longer fit",
@@ -36,6 +37,10 @@ def _caveat_text(caveat: Caveat, advice: Advice) -> str:
         ),
         Caveat.LIMITED_MOVE: "the critical size is further away than one should go at once: ask again there",
         Caveat.GRADIENT_STEPS: "the law of plain gradient steps (SGD) has no peak and knows no momentum",
+        Caveat.APPROACH: (
+            f"write a learning rate of {chosen.lr_at_once:.3g} at once, and approach {chosen.lr.value:.3g} by a "
+            "few percent a step, as the callback does: curvature has to adapt"
+        ),
         Caveat.INDEPENDENT_NOISE: "Theorem 3 takes noise as independent across coordinates; it seldom is",
     }[caveat]
 
