@@ -289,7 +289,7 @@ def _option(state: RunState, size: float, critical: Interval) -> Option:
         size,
         scale,
         lr,
-        min(lr.value, state.lr_scheduled * state.lr_scale * _at_once(state, size)),
+        min(lr.value, _lr_at_once(state, size)),
         _ordered(_steps_ratio(size, state.batch_size, one) for one in critical),
         # E = B S.
         _ordered(_steps_ratio(size, state.batch_size, one) * size / state.batch_size for one in critical),
@@ -298,14 +298,23 @@ def _option(state: RunState, size: float, critical: Interval) -> Option:
     )
 
 
-def _at_once(state: RunState, size: float) -> float:
-    """The factor that a larger batch allows at an unchanged cost of a step; infinite for others."""
+def _lr_at_once(state: RunState, size: float) -> float:
+    """What `Policy` would write in the next step at a larger batch; infinite for others."""
     if size <= state.batch_size:
         return math.inf
+    level = state.lr_scale / _objective(state, state.batch_size)
+    here, there = (level * _unchanged_cost(state, one) for one in (state.batch_size, size))
+    used = state.lr_used / state.lr_scheduled if state.lr_scheduled > 0.0 else 0.0
+    return state.lr_scheduled * there * max(used / here, 1.0)
+
+
+def _unchanged_cost(state: RunState, size: float) -> float:
+    """The ratio at an unchanged cost of a step; that of the base for smaller batches."""
+    base = state.base_batch_size
     try:
-        return alignment_ratio(state.law, size, state.batch_size)
+        return alignment_ratio(state.law, max(size, base), base)
     except (ArithmeticError, ValueError):
-        return math.sqrt(size / state.batch_size)
+        return math.sqrt(max(size, base) / base)
 
 
 def _objective(state: RunState, size: float) -> float:

@@ -23,6 +23,10 @@ ANCHORS = ("schedule", "law")
 # before measuring, and the room that the default bounds leave for it.
 ANCHOR_LOG_WIDTH = math.log(2.0)
 ANCHOR_ROOM = 10.0
+# What training has got used to it forgets more slowly: batches counted in tokens have another size at every
+# step, and the larger ones would never get what is asked for.
+FORGETTING = 0.1
+ROUNDING = 1e-9
 # No training has batch sizes, or learning rates, that are farther apart.
 FARTHEST = 1e9
 # Batches counted in tokens can have a new size at every step.
@@ -77,7 +81,7 @@ class Policy:
     * A larger batch raises it at once only as far as `objectives.alignment_ratio`, which is right as long as
       the cost of a step stays what it is. Curvature takes some steps to adapt to a larger learning rate: what
       the objective asks for beyond is approached by at most `max_drift_per_step` a step, and so is a rise
-      after a measurement. Downward moves act at once.
+      that a measurement asks for at about the batch size in force. Downward moves act at once.
     * A law that cannot be evaluated is not used: the last good one is held.
 
     Args:
@@ -145,7 +149,9 @@ class Policy:
         self._answers.clear()
         if self._anchored and self._anchor_lr is None and self._trusted(law):
             self._anchor_lr = law.lr(self.base_batch_size)
-        used_to = before if known is None else self._heat * known
+        # In proportion to the new law's ratio, as far as training was hotter than the old one's.
+        hotter = known is not None and math.isfinite(known) and self._heat > 1.0
+        used_to = max(before, self._heat * known) if hotter and known is not None else before
         self._heat = max(used_to / self._target(batch_size, lr).at_once, 1.0)
         self._lag, self._lag_at = min(1.0, before / self._limited(batch_size, lr)), batch_size
 
@@ -174,7 +180,7 @@ class Policy:
         # What the one limit leaves of this step's rise is the other's.
         left = self._lag * rise / caught_up if self._is_lagging(batch_size) else rise
         goal = max(target.used / target.at_once, 1.0)
-        self._heat = min(max(goal, self._heat / rise), self._heat * left)
+        self._heat = min(max(goal, self._heat / (1.0 + FORGETTING * self._max_drift)), self._heat * left)
         self._lag = caught_up
         used, because = self.lr_scale(batch_size, lr), target.because
         if used < target.used:
@@ -224,7 +230,7 @@ class Policy:
         """The ratio wanted, as far as training has got used to it."""
         target = self._target(batch_size, lr)
         limit = target.at_once * self._heat
-        if limit >= target.used:
+        if limit * (1.0 + ROUNDING) >= target.used:
             return target.used
         return self._bounded(limit, batch_size / self.base_batch_size, Reason.RISING)[0]
 
@@ -345,7 +351,8 @@ class Policy:
             None if state[name] is None else require_number(name, state[name], remedy)
             for name in ("anchor_lr", "lag_at")
         )
-        heat, lag = (require_number(name, state[name], remedy) for name in ("heat", "lag"))
+        heat = require_number("heat", state.get("heat", 1.0), remedy)
+        lag = require_number("lag", state["lag"], remedy)
         held = state["held"]
         far = lag_at is not None and not 1 / FARTHEST < lag_at / self.base_batch_size < FARTHEST
         if lag > 1.0 or far or not 1.0 <= heat < FARTHEST or not (held is None or isinstance(held, str)):

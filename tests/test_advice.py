@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning_surge.advice import Caveat, RunState, advise, run_state
 from lightning_surge.edge import EdgeLaw
 from lightning_surge.laws import MeasuredLaw, SGDLaw
-from lightning_surge.objectives import OBJECTIVES, alignment_ratio, edge_ratio
+from lightning_surge.objectives import OBJECTIVES, alignment_ratio, edge_ratio, progress_ratio
 from lightning_surge.reasons import Reason
 from lightning_surge.run_logs import RunLogError
 from lightning_surge.theorems import Theorem3Law
@@ -111,6 +111,13 @@ class TestLearningRate:
         assert larger.lr_at_once < larger.lr.value
         assert smaller.lr_at_once == smaller.lr.value
         assert Caveat.APPROACH in advise(state).caveats
+        # Still on its way up, it goes on from what it uses; from below the base, at once to the base's.
+        wanted = progress_ratio(state.law, 60.0, 15.0)
+        rising = replace(state, base_batch_size=15.0, lr_scale=wanted, lr_used=0.99e-3 * wanted)
+        expected = rising.lr_used * alignment_ratio(state.law, 240.0, 60.0)
+        assert option(rising, 240.0).lr_at_once == pytest.approx(expected)
+        below = replace(state, batch_size=15.0, lr_scale=0.4, lr_used=0.4e-3)
+        assert option(below, 60.0).lr_at_once == option(below, 60.0).lr.value == pytest.approx(1e-3, rel=0.2)
         step = replace(state, objective="step")
         assert option(step, 240.0).lr_at_once == option(step, 240.0).lr.value
 

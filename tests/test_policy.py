@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_surge.edge import EdgeLaw
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import ConstantLaw, Law, LinearLaw, MeasuredLaw, SGDLaw, SqrtLaw
 from lightning_surge.objectives import OBJECTIVES, alignment_ratio, progress_ratio, step_ratio
@@ -361,9 +362,47 @@ class TestAChangeOfTheSize:
         policy = self.policy()
         for _ in range(40):
             policy.decide(256.0)
-        for _ in range(40):
+        for _ in range(400):  # forgotten at a tenth of the rate
             policy.decide(8.0)
         assert policy.decide(256.0).used == pytest.approx(self.AT_ONCE * 1.05)
+
+    @pytest.mark.parametrize("spread", [0.15, 0.3, 0.5])
+    def test_batches_of_another_size_at_every_step_get_what_is_asked_for(self, spread: float) -> None:
+        policy, generator = self.policy(), np.random.default_rng(0)
+        sizes = 128.0 * np.exp(spread * generator.standard_normal(400))
+        decisions = [policy.decide(size) for size in sizes.tolist()][100:]
+        shares = np.array([decision.used / decision.predicted for decision in decisions])
+        assert shares.mean() > 0.97
+        assert np.mean([decision.because == Reason.RISING for decision in decisions]) < 0.15
+
+    def test_what_is_reached_is_not_rising(self) -> None:
+        """Whatever the rounding of the quotient and the product."""
+        for scale in np.geomspace(1.0, 1e4, 200).tolist():
+            law = MeasuredLaw(
+                alignment_limit=1.0, alignment_scale=scale, noise_curvature=1.0, signal_curvature=1.0
+            )
+            policy = Policy(base_batch_size=BASE, objective="progress")
+            policy.update(sure(law), BASE)
+            for _ in range(100):
+                decision = policy.decide(256.0)
+            assert decision.because == Reason.MEASURED
+            assert decision.used == pytest.approx(decision.predicted)
+
+    def test_a_law_that_the_objective_cannot_use_leaves_the_limit_whole(self) -> None:
+        """Resumed with the edge from a run that looked for none."""
+        before = self.policy()
+        policy = Policy(base_batch_size=BASE, objective="edge")
+        policy.load_state_dict(before.state_dict())
+        law = EdgeLaw(
+            alignment_limit=1.0, alignment_scale=100.0, noise_curvature=1.0, signal_curvature=1.0,
+            edge_limit=1.0, edge_sq_slope=1.0,
+        )  # fmt: skip
+        policy.update(sure(law), 64.0, 1e-3)
+        policy.decide(64.0, 1e-3)
+        rise = policy.lr_scale(256.0, 1e-3) / policy.lr_scale(64.0, 1e-3)
+        assert rise <= alignment_ratio(law, 256.0, 64.0) * (1 + 1e-9)
+        again = Policy(base_batch_size=BASE, objective="edge")
+        again.load_state_dict(policy.state_dict())
 
     def test_a_slow_ramp_is_followed(self) -> None:
         policy = self.policy()
