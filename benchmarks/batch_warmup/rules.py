@@ -30,7 +30,7 @@ BASE_BATCH_SIZE = 8
 LARGE_BATCH_SIZE = 128
 BUDGETS = ("short", "long")
 SEEDS = (0, 1, 2)
-MORE_SEEDS = tuple(range(3, 13))
+MORE_SEEDS = tuple(range(3, 23))
 """For the winner and what it is held against, which the others have chosen: until the interval is narrow."""
 MULTIPLIERS = {
     ("short", BASE_BATCH_SIZE): (0.71, 1.0, 1.41, 2.0, 2.83, 4.0),
