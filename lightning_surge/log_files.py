@@ -88,9 +88,14 @@ def _sources(found: Path) -> list[list[Path]]:
     """The files of a run: its event files together, or else its CSV file."""
     if found.is_file():
         return [[found]]
-    # Names begin with the time at which a file was begun.
-    events, table = sorted(found.glob("*tfevents*")), found / "metrics.csv"
+    events, table = sorted(found.glob("*tfevents*"), key=_began), found / "metrics.csv"
     return [files for files in (events, [table] if table.is_file() else []) if files]
+
+
+def _began(path: Path) -> list[tuple[int, str]]:
+    """Names have the second at which a file was begun, and end with a count of the process: numbers."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def _find(path: Path, notes: list[str]) -> Path:

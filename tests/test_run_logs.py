@@ -83,6 +83,13 @@ class TestResumed:
             write_events(tmp_path, {step: {"surge/batch_size": 8 * step} for step in steps}, f".{part}")
         assert numbers(read_run(tmp_path), "batch_size") == ([1, 2, 3, 4], [8, 16, 24, 32])
 
+    def test_the_tenth_file_of_a_process_comes_after_its_ninth(self, tmp_path):
+        """Begun within the same second, as TensorBoard names them: time, host, process, count."""
+        for count, size in ((9, 1.0), (10, 2.0)):
+            path = write_events(tmp_path / str(count), {1: {"surge/batch_size": size}})
+            path.rename(tmp_path / f"events.out.tfevents.1700000000.host.123.{count}")
+        assert numbers(read_run(tmp_path), "batch_size") == ([1], [2.0])
+
     def test_what_a_resumed_run_took_back_is_left_out(self, tmp_path):
         """The second file begins again at step 3; a standard error known before is not one of its own."""
         first = {step: {"surge/batch_size": 1.0, "surge/x_standard_error": 0.1} for step in (1, 2, 3, 4, 5)}
