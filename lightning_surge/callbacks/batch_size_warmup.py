@@ -32,6 +32,7 @@ class BatchSizeWarmup(BatchSizeScheduler):
         MisconfigurationException: As for `BatchSizeScheduler`.
 
     Example:
+        >>> from lightning_surge.schedules import Progress
         >>> warmup = BatchSizeWarmup(start=16, end=512, num_steps=2000)
         >>> warmup.requested_batch_size, warmup.scheduled_batch_size
         (16, 16)
