@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_surge.laws import Law, SGDLaw, require_number
-from lightning_surge.objectives import OBJECTIVES, alignment_ratio
+from lightning_surge.objectives import OBJECTIVES, at_once_ratio
 from lightning_surge.reasons import Reason
 from lightning_surge.run_logs import RunLog, RunLogError, Series
 from lightning_surge.theorems import Theorem3Law
@@ -303,18 +303,11 @@ def _lr_at_once(state: RunState, size: float) -> float:
     if size <= state.batch_size:
         return math.inf
     level = state.lr_scale / _objective(state, state.batch_size)
-    here, there = (level * _unchanged_cost(state, one) for one in (state.batch_size, size))
+    here, there = (
+        level * at_once_ratio(state.law, one, state.base_batch_size) for one in (state.batch_size, size)
+    )
     used = state.lr_used / state.lr_scheduled if state.lr_scheduled > 0.0 else 0.0
     return state.lr_scheduled * there * max(used / here, 1.0)
-
-
-def _unchanged_cost(state: RunState, size: float) -> float:
-    """The ratio at an unchanged cost of a step; that of the base for smaller batches."""
-    base = state.base_batch_size
-    try:
-        return alignment_ratio(state.law, max(size, base), base)
-    except (ArithmeticError, ValueError):
-        return math.sqrt(max(size, base) / base)
 
 
 def _objective(state: RunState, size: float) -> float:

@@ -16,6 +16,7 @@ __all__ = [
     "OBJECTIVES",
     "Objective",
     "alignment_ratio",
+    "at_once_ratio",
     "edge_ratio",
     "progress_ratio",
     "step_ratio",
@@ -97,6 +98,34 @@ def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: flo
         McCandlish et al. 2018, arXiv:1812.06162, section 2.2, for `alpha = 1/2` with a measured noise scale.
     """
     return law.isotropic_lr(batch_size) / law.isotropic_lr(base_batch_size)
+
+
+def at_once_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
+    """How far a larger batch may raise the learning rate at once: as far as a step's cost stays what it is.
+
+    Below the base it is 1, since training is used to the base's learning rate; where the law has no alignment
+    it is that of square-root scaling.
+
+    Args:
+        law: any law.
+        batch_size: examples per optimizer step.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+
+    Returns:
+        `alignment_ratio`, finite and at least that of the base.
+
+    Example:
+        >>> from lightning_surge.theorems import Theorem3Law
+        >>> law = Theorem3Law(noise_scale=100.0, peak_lr=0.1)
+        >>> round(at_once_ratio(law, 64.0, 16.0), 6), at_once_ratio(law, 4.0, 16.0)
+        (2.0, 1.0)
+    """
+    size = max(batch_size, base_batch_size)
+    try:
+        ratio = alignment_ratio(law, size, base_batch_size)
+    except (ArithmeticError, ValueError):
+        ratio = math.nan
+    return ratio if 0.0 < ratio < math.inf else math.sqrt(size / base_batch_size)
 
 
 def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:

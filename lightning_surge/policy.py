@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lightning_surge.estimates import EstimatedLaw
 from lightning_surge.laws import Law, require_number
-from lightning_surge.objectives import FOLLOW_LR, OBJECTIVES, alignment_ratio, step_ratio
+from lightning_surge.objectives import FOLLOW_LR, OBJECTIVES, at_once_ratio, step_ratio
 from lightning_surge.reasons import Reason
 
 __all__ = ["ANCHORS", "Decision", "Policy"]
@@ -78,7 +78,7 @@ class Policy:
       `log R = w log R_measured + (1 - w) log R_sqrt`, `w = t^2 / (t^2 + se^2)`, with the width `t`
       of what is believed beforehand: one standard deviation reaches from sqrt to 1 and to B / base.
     * It stays inside bounds.
-    * A larger batch raises it at once only as far as `objectives.alignment_ratio`, which is right as long as
+    * A larger batch raises it at once only as far as `objectives.at_once_ratio`, which is right as long as
       the cost of a step stays what it is. Curvature takes some steps to adapt to a larger learning rate: what
       the objective asks for beyond is approached by at most `max_drift_per_step` a step, and so is a rise
       that a measurement asks for at about the batch size in force. Downward moves act at once.
@@ -242,18 +242,6 @@ class Policy:
         level = self._level(law)
         return level * self._objective(law, batch_size, self.base_batch_size, level * lr)
 
-    def _log_at_once(self, law: Law, batch_size: float) -> float:
-        """Log of the ratio at an unchanged cost of a step, or of square-root scaling where there is none.
-
-        Below the base it is that of the base: training is used to that learning rate.
-        """
-        size = max(batch_size, self.base_batch_size)
-        try:
-            log_ratio = math.log(self._level(law) * alignment_ratio(law, size, self.base_batch_size))
-        except (ArithmeticError, ValueError):
-            log_ratio = math.nan
-        return log_ratio if math.isfinite(log_ratio) else 0.5 * math.log(size / self.base_batch_size)
-
     def _usable(self, law: EstimatedLaw, batch_size: float, lr: float) -> bool:
         try:
             sizes = (batch_size, self.base_batch_size)
@@ -300,9 +288,10 @@ class Policy:
         width_sq = log_sqrt**2 + (ANCHOR_LOG_WIDTH**2 if self._anchor_lr is not None else 0.0)
         weight = width_sq / (width_sq + error**2) if width_sq > 0.0 else 1.0
         shrunk = math.exp(weight * log_predicted + (1.0 - weight) * log_sqrt)
-        at_once = math.exp(
-            weight * self._log_at_once(self.law, batch_size) + (1.0 - weight) * max(log_sqrt, 0.0)
+        log_at_once = math.log(
+            self._level(self.law) * at_once_ratio(self.law, batch_size, self.base_batch_size)
         )
+        at_once = math.exp(weight * log_at_once + (1.0 - weight) * max(log_sqrt, 0.0))
         because = Reason.MEASURED if weight > 0.5 else Reason.UNCERTAIN
         used, because = self._bounded(shrunk, quotient, because)
         return _Target(predicted, predicted * error, used, held or because, at_once)
