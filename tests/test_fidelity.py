@@ -383,6 +383,24 @@ def test_regrets_of_rules_frozen_and_live_runs() -> None:
     assert pick(rows, rule=f"{OBJECTIVE}, live", seed=0) == []
 
 
+def test_regret_of_a_live_run_at_the_best_base_lr_is_that_runs_own() -> None:
+    sweeps = regrets.sweeps_of([sweep_record(16, 0.5), sweep_record(64, 1.0)])
+    better = live_record(seed=1, multiplier=1.4)
+    better["by_batch_size"]["64"]["loss"] = 1.0 + 0.1 + 0.004
+    others = [live_record(seed=1, **{name: 0.25}) for name in ("max_overhead", "beta_2")]
+    rows = regrets.switch_rows(sweeps, [live_record(seed) for seed in range(3)], [], [better, *others])
+    tuned = {row["seed"]: row["tuned"] for row in pick(rows, rule=f"{OBJECTIVE}, live")}
+    assert tuned == {0: None, 1: pytest.approx(0.004), 2: None}
+    (row,) = pick(rows, rule=f"{OBJECTIVE}, live", seed=1)
+    assert row["regret"] == pytest.approx(0.02)
+    better["by_batch_size"]["64"]["loss"] = None
+    rows = regrets.switch_rows(sweeps, [live_record(seed=1)], [], [better])
+    assert pick(rows, rule=f"{OBJECTIVE}, live")[0]["tuned"] == math.inf
+    rules = (*regrets.FIXED, f"{OBJECTIVE}, live")
+    assert regrets.shared(rows, rules) != []
+    assert {row["seed"] for row in regrets.shared(rows, rules, "tuned")} == {1}
+
+
 def test_regret_is_against_the_common_best_and_not_each_seeds_luck() -> None:
     record = sweep_record(64, 1.0)
     slope = [0.04 * math.log2(multiplier) for multiplier in GRID]
@@ -477,6 +495,7 @@ def fill(directory: Path) -> Store:
         "laws": [one_step_record(), one_step_record(seed=1)],
         "sweep": [sweep_record(16, 0.5), sweep_record(64, 1.0)],
         "live": [live_record(seed) for seed in range(3)],
+        "best_base": [live_record(seed, multiplier=1.4) for seed in (0, 1)],
         "decay": [decay_record()],
         "lag": [sweep_record(64, 1.0, correct_lag=True)],
         "ramp": [ramp_record(rule, seed, 1.0) for rule in ("sqrt", "step") for seed in range(3)],
@@ -494,6 +513,8 @@ def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     # 0.02, less 0.05 * 0.1^2 in the two seeds whose own best is a tenth of an octave off the common one.
     regret = by_name["change of the batch size, live ratio, mean regret (nats)"]
     assert (regret["value"], regret["bound"], regret["met"]) == (0.0197, 0.005, False)
+    at_best_base = by_name["change of the batch size, live ratio, mean regret, at the best base lr (nats)"]
+    assert (at_best_base["value"], at_best_base["met"]) == (0.0198, False)
     frozen = by_name["change of the batch size, frozen ratio, mean |log2(R / R_true)|"]
     assert (frozen["value"], frozen["met"]) == (0.5, False)
     coverage = (tmp_path / "report" / "coverage.md").read_text()
@@ -503,7 +524,8 @@ def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     for name in ("one_step", "calibration", "switch", "regret"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert f"| {OBJECTIVE}, live | 3 |" in (tmp_path / "report" / "switch.md").read_text()
-    assert len(all_rows({kind: store.records(kind) for kind in ("sweep", "live", "laws")})) == 3 * 8
+    kinds = ("sweep", "live", "laws", "best_base")
+    assert len(all_rows({kind: store.records(kind) for kind in kinds})) == 3 * 8
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
@@ -566,6 +588,7 @@ def test_the_page_of_choices(tmp_path: Path) -> None:
             for size, best in ((16, 0.5), (64, 1.5))
         ],
         "live": [live_record(seed, **change) for change in ({}, other) for seed in range(3)],
+        "best_base": [],
         "decay": [decay_record(), decay_record() | other],
     }
     page = leave_out(records)

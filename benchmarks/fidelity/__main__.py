@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 
 from benchmarks.cells import Cell, Store, chosen, run_cells
 from benchmarks.fidelity import procedure, report, secants
+from benchmarks.fidelity.best_base import live_at_best_base
 from benchmarks.fidelity.decay import decay
 from benchmarks.fidelity.live import live
 from benchmarks.fidelity.one_step import laws, truths
 from benchmarks.fidelity.ramp import FIXED_RULES, RULES, ramp
+from benchmarks.fidelity.regrets import DEFAULT
 from benchmarks.fidelity.switch import BATCH_SIZES, SEEDS, sweep
 from benchmarks.fidelity.tuning import tune
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
@@ -60,6 +63,9 @@ def grid() -> list[Cell]:
         unusual = [key["phase"] == "cooled", key["beta_2"] != BETAS[0], key["max_overhead"] != OVERHEADS[0]]
         later = sum(unusual) + (key["seed"] == SEEDS[-1])
         cells.append(Cell("live", key, live, priority=1 + later + later // 2))
+        if key.items() >= DEFAULT.items():
+            at_best_base = partial(live_at_best_base, Store(RESULTS))
+            cells.append(Cell("best_base", key, at_best_base, priority=2 + later))
     for key in product(seed=SEEDS, workload=names, beta_2=BETAS[:1]):
         cells.append(Cell("decay", key, decay, priority=2 + key["seed"]))
     for key in product(seed=SEEDS, budget=("short", "long"), rule=RULES, workload=names, beta_2=BETAS[:1]):

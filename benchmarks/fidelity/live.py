@@ -39,7 +39,13 @@ def loss_of(study: Study) -> float:
 
 
 def live(
-    workload: str, beta_2: float, phase: str, seed: int, max_overhead: float, objective: str
+    workload: str,
+    beta_2: float,
+    phase: str,
+    seed: int,
+    max_overhead: float,
+    objective: str,
+    multiplier: float = 1.0,
 ) -> dict[str, Any]:
     """One training up to the change of the batch size, and one continuation for each size.
 
@@ -50,6 +56,7 @@ def live(
         seed: of the training.
         max_overhead: of the callback.
         objective: of the callback.
+        multiplier: of the base learning rate from the change on.
 
     Returns:
         Measurements before the change; by batch size, the ratio predicted at the change with its standard
@@ -58,7 +65,8 @@ def live(
     what = WORKLOADS[workload]
     settings: dict[str, Any] = {"objective": objective, "max_overhead": max_overhead}
     callback = SurgeLRCallback(BASE_BATCH_SIZE, **settings)
-    _, trainer = train_to(what, beta_2=beta_2, phase=phase, seed=seed, callback=callback)
+    point: dict[str, Any] = {"beta_2": beta_2, "phase": phase, "seed": seed, "multiplier": multiplier}
+    _, trainer = train_to(what, **point, callback=callback)
     result: dict[str, Any] = {"measurements": callback.history.num_measurements, "by_batch_size": {}}
     if result["measurements"]:
         result["noise_scale"] = callback.history.stats().resolved_noise_scale
@@ -67,15 +75,7 @@ def live(
             continue
         after = SurgeLRCallback(BASE_BATCH_SIZE, **settings)
         decisions = Decisions(after)
-        study = continue_run(
-            what,
-            trainer,
-            beta_2=beta_2,
-            phase=phase,
-            seed=seed,
-            batch_size=batch_size,
-            callbacks=[after, decisions],
-        )
+        study = continue_run(what, trainer, **point, batch_size=batch_size, callbacks=[after, decisions])
         first = decisions.seen[0]
         result["by_batch_size"][batch_size] = {
             "predicted": first.predicted,

@@ -18,6 +18,8 @@ DEFAULT = {"objective": SurgeLRCallback().settings.objective, "max_overhead": 0.
 """The callback's default objective. Its default cost is for longer runs than these."""
 CELL = (*POINT, "batch_size", "seed")
 FIXED = ("constant", "sqrt", "linear")
+BEYOND = {"regret": "beyond", "tuned": "tuned_beyond"}
+"""By field with a regret: the one that tells of an lr outside the sweep."""
 
 
 class Sweep(NamedTuple):
@@ -155,19 +157,25 @@ def fixed_ratios(batch_size: int, lives: Sequence[Record], laws: Sequence[Record
 
 
 def switch_rows(
-    sweeps: dict[tuple[Any, ...], Sweep], lives: Iterable[Record], laws: Iterable[Record]
+    sweeps: dict[tuple[Any, ...], Sweep],
+    lives: Iterable[Record],
+    laws: Iterable[Record],
+    at_best_base: Iterable[Record] = (),
 ) -> list[Row]:
     """One row by rule, point, batch size and seed.
 
     `error` is log2(R / R_true), with R_true of the mean over seeds. `regret` is the loss of the seed's run at
     the rule's lr, interpolated, minus the same seed's loss at the lr that is best on average: nats, or
     percent of the best loss where the loss is no cross-entropy. `tuned` is the same with the rule's ratio
-    applied to the best base lr. For "live" the loss is the run's own, and the ratio the mean over its steps.
+    applied to the best base lr. For "live" the losses are those of runs, one at each base lr, and the ratio
+    is the mean over the steps of the first.
     `beyond` and `tuned_beyond` tell of an lr outside the sweep, at whose edge the loss is then taken;
     `censored` of an R_true that is a bound. `overhead` is None for rules that need no callback.
     """
     rows = []
     live_of, laws_of = groups(lives, *POINT), groups(laws, *POINT)
+    settings = ("objective", "max_overhead", "seed")
+    tuned_of = {tuple(run[name] for name in (*POINT, *settings)): run for run in at_best_base}
     for truth in truth_rows(sweeps):
         point, size = tuple(truth[name] for name in POINT), truth["batch_size"]
         found, records = sweeps[*point, size], live_of.get(point, [])
@@ -175,7 +183,7 @@ def switch_rows(
         unit = 1.0 if WORKLOADS[truth["workload"]].cross_entropy else 100.0 / best
         fixed = fixed_ratios(size, pick(records, **DEFAULT), laws_of.get(point, []))
         for seed in found.seeds:
-            rules: list[tuple[str, float | None, float | None, float | None]] = [
+            rules: list[tuple[str, float | None, float | None, tuple[float | None, float | None] | None]] = [
                 (name, None, ratio, None) for name, ratio in fixed.items()
             ]
             for record in pick(records, seed=seed):
@@ -184,27 +192,35 @@ def switch_rows(
                 for name in ("predicted", "used"):
                     ratio = math.log2(run[name]) if run[name] else None
                     rules.append((f"{objective}, {name}", overhead, ratio, None))
-                loss = math.inf if run["loss"] is None else run["loss"]
-                rules.append((f"{objective}, live", overhead, run["mean_log2_ratio"], loss))
-            for rule, overhead, ratio, loss in rules:
+                tuned = tuned_of.get((*point, objective, overhead, seed))
+                ends = (_loss(record, size), None if tuned is None else _loss(tuned, size))
+                rules.append((f"{objective}, live", overhead, run["mean_log2_ratio"], ends))
+            for rule, overhead, ratio, ends in rules:
                 row = {name: truth[name] for name in (*POINT, "batch_size", "censored")}
                 row |= {"seed": seed, "rule": rule}
                 row |= {"overhead": overhead, "ratio": ratio, "error": None, "regret": None, "tuned": None}
                 row["beyond"] = row["tuned_beyond"] = False
                 if ratio is not None:
                     row["error"] = ratio - truth["ratio"]
-                    own = None if loss is None else loss - found.reference(seed)
-                    row["regret"] = unit * (found.regret(seed, ratio) if own is None else own)
-                    row["tuned"] = unit * found.regret(seed, ratio + truth["base"]) if own is None else None
-                    row["beyond"] = own is None and found.beyond(ratio)
-                    row["tuned_beyond"] = own is None and found.beyond(ratio + truth["base"])
+                    for index, (field, x) in enumerate((("regret", ratio), ("tuned", ratio + truth["base"]))):
+                        if ends is None:
+                            row[field] = unit * found.regret(seed, x)
+                            row[BEYOND[field]] = found.beyond(x)
+                        elif (loss := ends[index]) is not None:
+                            row[field] = unit * (loss - found.reference(seed))
                 rows.append(row)
     return rows
 
 
-def shared(rows: Iterable[Row], rules: Sequence[str]) -> list[Row]:
-    """The rows of those cells of which every one of the rules has a regret."""
-    wanted = [row for row in rows if row["rule"] in rules and row["regret"] is not None]
+def _loss(run: Record, batch_size: int) -> float:
+    """Of a live run after the change to a batch size; JSON has no number for one that has diverged."""
+    loss = run["by_batch_size"][str(batch_size)]["loss"]
+    return math.inf if loss is None else loss
+
+
+def shared(rows: Iterable[Row], rules: Sequence[str], field: str = "regret") -> list[Row]:
+    """The rows of those cells of which every one of the rules has a regret, or another field."""
+    wanted = [row for row in rows if row["rule"] in rules and row[field] is not None]
     complete = {
         key for key, found in groups(wanted, *CELL).items() if len({r["rule"] for r in found}) == len(rules)
     }

@@ -28,6 +28,7 @@ KEYS = {
     "sweep": (*POINT, "batch_size"),
     "lag": (*POINT, "batch_size", "correct_lag"),
     "live": (*POINT, "seed", "objective", "max_overhead"),
+    "best_base": (*POINT, "seed", "objective", "max_overhead"),
     "decay": ("workload", "beta_2", "seed"),
     "ramp": ("workload", "beta_2", "budget", "rule", "seed", "max_overhead"),
     "tuning": ("workload", "beta_2"),
@@ -168,18 +169,18 @@ def switch_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Those after a change of the batch size, with the default objective at its default cost."""
     for how, name in (("used", "frozen"), ("live", "live")):
         rule = f"{DEFAULT['objective']}, {how}"
-        same = shared(run_tables.at_default(rows), (*FIXED, rule))
+        rules, default = (*FIXED, rule), run_tables.at_default(rows)
+        same = shared(default, rules)
         if not same:
             continue
         title = f"change of the batch size, {name} ratio"
         errors = mean(abs(row["error"]) for row in pick(same, rule=rule))
         yield target(f"{title}, mean |log2(R / R_true)|", errors.value, 0.25)
-        # A live run knows its own base lr only; a frozen ratio can also be judged at the best one.
-        fields = {"regret": "", "tuned": ", at the best base lr"} if how == "used" else {"regret": ""}
         for (field, base), (nats, unit) in itertools.product(
-            fields.items(), ((True, "cross-entropy"), (False, "autoencoder"))
+            {"regret": "", "tuned": ", at the best base lr"}.items(),
+            ((True, "cross-entropy"), (False, "autoencoder")),
         ):
-            part = run_tables.of_unit(same, nats=nats)
+            part = run_tables.of_unit(shared(default, rules, field), nats=nats)
             own, best = mean(row[field] for row in pick(part, rule=rule)), best_fixed(part, field)
             if best is None:
                 continue

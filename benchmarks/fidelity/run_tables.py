@@ -21,7 +21,16 @@ from benchmarks.fidelity.analysis import (
 )
 from benchmarks.fidelity.decay import RATIO_SIZES
 from benchmarks.fidelity.markdown import average, number, table
-from benchmarks.fidelity.regrets import CELL, DEFAULT, lag_rows, shared, sweeps_of, switch_rows, truth_rows
+from benchmarks.fidelity.regrets import (
+    BEYOND,
+    CELL,
+    DEFAULT,
+    lag_rows,
+    shared,
+    sweeps_of,
+    switch_rows,
+    truth_rows,
+)
 from benchmarks.fidelity.workloads import WORKLOADS
 
 __all__ = [
@@ -44,7 +53,7 @@ REFERENCE = f"{DEFAULT['objective']}, used"
 
 def all_rows(records: Records) -> list[Row]:
     """Of every rule at every change of the batch size."""
-    return switch_rows(sweeps_of(records["sweep"]), records["live"], records["laws"])
+    return switch_rows(sweeps_of(records["sweep"]), records["live"], records["laws"], records["best_base"])
 
 
 def at_default(rows: Sequence[Row]) -> list[Row]:
@@ -93,8 +102,7 @@ def switch(records: Records) -> str:
             columns = [pick(found, workload=name) for name in WORKLOADS]
             columns.append(found if field == "error" else of_unit(found, nats=True))
             columns += [pick(found, censored=False)] if field == "error" else []
-            mark = {"regret": "beyond", "tuned": "tuned_beyond"}.get(field)
-            beyond = [sum(row[mark] for row in found)] if mark else []
+            beyond = [sum(row[BEYOND[field]] for row in found)] if field in BEYOND else []
             lines.append([rule, len(known), *(average(_mean(part, field)) for part in columns), *beyond])
         headers = ["rule", "n", *WORKLOADS, "all" if field == "error" else "cross-entropy, all"]
         headers += ["all but bounds" if field == "error" else "lr beyond the sweep"]

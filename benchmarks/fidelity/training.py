@@ -35,14 +35,20 @@ def before(step: int) -> float:
     return 1.0 - (1.0 - COOLED_TO) * min((step - HOT_STEPS) / (PHASES["cooled"] - HOT_STEPS), 1.0)
 
 
-def schedule(phase: str, steps_after: int) -> Factor:
-    """The factor of a run that changes its batch size at a phase and decays to zero afterwards."""
+def schedule(phase: str, steps_after: int, multiplier: float = 1.0) -> Factor:
+    """The factor of a run that changes its batch size at a phase and decays to zero afterwards.
+
+    Args:
+        phase: of the change.
+        steps_after: from the change to zero.
+        multiplier: of all learning rates from the change on.
+    """
     change = PHASES[phase]
 
     def factor(step: int) -> float:
         if step < change:
             return before(step)
-        return before(change) * max(1.0 - (step - change) / steps_after, 0.0)
+        return multiplier * before(change) * max(1.0 - (step - change) / steps_after, 0.0)
 
     return factor
 
@@ -145,13 +151,20 @@ def fit(
 
 
 def train_to(
-    workload: Workload, *, beta_2: float, phase: str, seed: int, callback: SurgeLRCallback | None = None
+    workload: Workload,
+    *,
+    beta_2: float,
+    phase: str,
+    seed: int,
+    callback: SurgeLRCallback | None = None,
+    multiplier: float = 1.0,
 ) -> tuple[Study, pl.Trainer]:
-    """Train at the base batch size to a phase."""
+    """Train at the base batch size to a phase, from which on learning rates get a multiplier."""
     pl.seed_everything(seed, verbose=False)
-    study = Study(workload, (0.9, beta_2), before)
+    rest = CONTINUED_EXAMPLES // BASE_BATCH_SIZE
+    study = Study(workload, (0.9, beta_2), schedule(phase, rest, multiplier))
     # The callback plans its probes for the whole run, of which the rest comes after the change.
-    steps = PHASES[phase] + CONTINUED_EXAMPLES // BASE_BATCH_SIZE
+    steps = PHASES[phase] + rest
     batches = Batches(workload.data(), BASE_BATCH_SIZE, steps, seed)
     callbacks: list[pl.Callback] = [] if callback is None else [callback]
     return study, fit(study, batches, [*callbacks, StopAt(PHASES[phase])], steps=steps)
@@ -166,11 +179,15 @@ def continue_run(
     seed: int,
     batch_size: int,
     callbacks: Sequence[pl.Callback],
+    multiplier: float = 1.0,
 ) -> Study:
-    """Go on from a phase at another batch size over equal examples, with a decay to zero."""
+    """Go on from a phase at another batch size over equal examples, with a decay to zero.
+
+    `multiplier` is that of `train_to`.
+    """
     steps = CONTINUED_EXAMPLES // batch_size
     change = PHASES[phase]
-    study = Study(workload, (0.9, beta_2), schedule(phase, steps))
+    study = Study(workload, (0.9, beta_2), schedule(phase, steps, multiplier))
     batches = Batches(workload.data(), batch_size, steps, continuation_seed(seed, batch_size), used=change)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "change.ckpt"
