@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.cells import Cell, Store, chosen, run_cells
 from benchmarks.fidelity import procedure, report, secants
+from benchmarks.fidelity.approach import approach
 from benchmarks.fidelity.best_base import live_at_best_base
 from benchmarks.fidelity.decay import decay
 from benchmarks.fidelity.live import live
@@ -71,6 +72,11 @@ def grid() -> list[Cell]:
     for key in product(seed=SEEDS, budget=("short", "long"), rule=RULES, workload=names, beta_2=BETAS[:1]):
         overhead = 0.0 if key["rule"] in ("fixed batch", *FIXED_RULES) else OVERHEADS[0]
         cells.append(Cell("ramp", key | {"max_overhead": overhead}, ramp, priority=3))
+    for key in product(
+        phase=("late", "early", "cooled"), beta_2=BETAS, batch_size=BATCH_SIZES[2:], workload=names
+    ):
+        later = (key["phase"] == "cooled") + (key["beta_2"] != BETAS[0])
+        cells.append(Cell("approach", key, partial(approach, Store(RESULTS)), priority=3 + later))
     cells += [Cell("tuning", key, tune, priority=2) for key in product(workload=names, beta_2=BETAS)]
     for key in product(workload=names, beta_2=BETAS, batch_size=(BATCH_SIZES[0], BATCH_SIZES[-1])):
         correction = key | {"phase": "late", "correct_lag": True}

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.cells import Store
 from benchmarks.fidelity import figures, held_tables, procedure, run_tables, secants
 from benchmarks.fidelity.analysis import POINT, Record, groups, joined, mean, pick, quantile, summary, unique
+from benchmarks.fidelity.approach import approach_table
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
 from benchmarks.fidelity.leave_out import leave_out
 from benchmarks.fidelity.markdown import share, table
@@ -29,6 +30,7 @@ KEYS = {
     "lag": (*POINT, "batch_size", "correct_lag"),
     "live": (*POINT, "seed", "objective", "max_overhead"),
     "best_base": (*POINT, "seed", "objective", "max_overhead"),
+    "approach": (*POINT, "batch_size"),
     "decay": ("workload", "beta_2", "seed"),
     "ramp": ("workload", "beta_2", "budget", "rule", "seed", "max_overhead"),
     "tuning": ("workload", "beta_2"),
@@ -50,6 +52,7 @@ PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "switch_points": (("sweep",), run_tables.switch_points),
     "switch_settings": (("sweep",), run_tables.switch_settings),
     "leave_out": (("live", "decay"), leave_out),
+    "approach": (("approach",), approach_table),
     "decay": (("decay",), run_tables.decay),
     "lag": (("lag",), run_tables.lag),
     "tuning": (("tuning",), tuning_table),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.fidelity.ensemble import Ensemble, shared_batch
 from benchmarks.fidelity.training import (
@@ -17,7 +19,7 @@ from benchmarks.fidelity.training import (
 )
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, Workload, draw
 
-__all__ = ["BATCH_SIZES", "SEEDS", "fixed_sample", "multipliers", "sweep"]
+__all__ = ["BATCH_SIZES", "SEEDS", "final_losses", "fixed_sample", "multipliers", "sweep"]
 
 BATCH_SIZES = tuple(int(BASE_BATCH_SIZE * factor) for factor in (1 / 8, 1, 4, 16))
 SEEDS = (0, 1, 2)
@@ -53,21 +55,43 @@ def sweep(
     Returns:
         Multipliers, and losses by seed and multiplier.
     """
-    what = WORKLOADS[workload]
     factors = multipliers(batch_size)
+    constant = torch.tensor(factors)
+
+    def corrected(step: int) -> Tensor:
+        old = beta_2 ** (step + 1)
+        return constant * math.sqrt(old * batch_size / BASE_BATCH_SIZE + 1.0 - old)
+
+    losses = final_losses(
+        workload, beta_2, phase, batch_size, corrected if correct_lag else lambda step: constant
+    )
+    return {"multipliers": factors, "seeds": list(SEEDS), "losses": losses}
+
+
+def final_losses(
+    workload: str, beta_2: float, phase: str, batch_size: int, multipliers_at: Callable[[int], Tensor]
+) -> list[list[float]]:
+    """Final losses of runs that go on after a change of the batch size.
+
+    Args:
+        workload: its name.
+        beta_2: Adam's.
+        phase: at which the batch size changes.
+        batch_size: after the change.
+        multipliers_at: of the base learning rate, one for each run of a seed, by step since the change.
+
+    Returns:
+        Losses by seed of `SEEDS` and run.
+    """
+    what = WORKLOADS[workload]
+    runs = len(multipliers_at(0))
     snapshots = [train_to(what, beta_2=beta_2, phase=phase, seed=seed)[0].snapshot() for seed in SEEDS]
-    ensemble = Ensemble(what, [s for s in snapshots for _ in factors], (0.9, beta_2))
+    ensemble = Ensemble(what, [s for s in snapshots for _ in range(runs)], (0.9, beta_2))
     steps = CONTINUED_EXAMPLES // batch_size
     lr_of = schedule(phase, steps)
     generators = [torch.Generator().manual_seed(continuation_seed(seed, batch_size)) for seed in SEEDS]
-    peak_lr = what.lr * torch.tensor(factors * len(SEEDS))
-    inverse_size = 1.0 / BASE_BATCH_SIZE
     for step in range(steps):
-        batch = shared_batch(what.data(), batch_size, generators, len(factors))
-        lr = peak_lr * lr_of(PHASES[phase] + step)
-        if correct_lag:
-            inverse_size = beta_2 * inverse_size + (1.0 - beta_2) / batch_size
-            lr = lr * math.sqrt(inverse_size * batch_size)
+        batch = shared_batch(what.data(), batch_size, generators, runs)
+        lr = what.lr * multipliers_at(step).repeat(len(SEEDS)) * lr_of(PHASES[phase] + step)
         ensemble.step(batch, lr)
-    losses = ensemble.losses(fixed_sample(what)).view(len(SEEDS), len(factors))
-    return {"multipliers": factors, "seeds": list(SEEDS), "losses": losses.tolist()}
+    return ensemble.losses(fixed_sample(what)).view(len(SEEDS), runs).tolist()
