@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from benchmarks.cells import Cell, Store, run_cells
 from benchmarks.fidelity import regrets
@@ -14,6 +15,7 @@ from benchmarks.fidelity.analysis import (
     decay_rows,
     joined,
     mean,
+    mean_over_seeds,
     paired,
     pick,
     quantile,
@@ -140,6 +142,16 @@ def test_half_width_is_that_of_student() -> None:
     assert found.half_width == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
     assert mean([1.0]).half_width == math.inf
     assert mean([1.0, math.inf])[:2] == (math.inf, math.inf)
+
+
+def test_half_width_over_seeds_is_blind_to_differences_between_experiments() -> None:
+    rows = [{"at": at, "loss": 10.0 * at + scatter} for at in range(2) for scatter in (-0.1, 0.0, 0.1)]
+    found = mean_over_seeds(rows, "loss", ("at",))
+    # Each mean of three has variance 0.01 / 3, and four degrees of freedom are left.
+    expected = student.ppf(0.975, 4) * math.sqrt(2 * 0.01 / 3) / 2
+    assert found == pytest.approx((5.0, expected, 6))
+    assert mean_over_seeds(rows[2:], "loss", ("at",)).half_width == math.inf
+    assert mean_over_seeds([*rows[:5], rows[5] | {"loss": math.inf}], "loss", ("at",)).half_width == math.inf
 
 
 def test_differences_are_paired_by_key_and_not_by_order() -> None:
@@ -428,6 +440,26 @@ def test_an_lr_beyond_the_sweep_takes_the_loss_of_its_end() -> None:
     assert row["beyond"]
     assert row["regret"] == pytest.approx(0.05 * 9)
     assert not pick(rows, rule="sqrt", seed=1)[0]["beyond"]
+
+
+def test_what_sweeps_found_elsewhere_is_a_ratio_of_its_own() -> None:
+    def records(workload: str, ratio: float) -> list[dict[str, Any]]:
+        return [sweep_record(16, 0.5, workload=workload), sweep_record(64, 0.5 + ratio, workload=workload)]
+
+    ratios = {"perceptron": 0.5, "convnet": 0.0, "transformer": 0.3}
+    sweeps = regrets.sweeps_of(line for name, ratio in ratios.items() for line in records(name, ratio))
+    rows = pick(regrets.switch_rows(sweeps, [], []), rule=regrets.ELSEWHERE, seed=0)
+    assert {row["workload"]: row["ratio"] for row in rows} == pytest.approx(
+        {"perceptron": 0.15, "convnet": 0.4, "transformer": 0.25}
+    )
+    # One workload alone has no others.
+    alone = regrets.sweeps_of(records("perceptron", 0.5))
+    assert not pick(regrets.switch_rows(alone, [], []), rule=regrets.ELSEWHERE)
+
+
+def test_scatter_is_the_mean_absolute_value_of_a_normal_error() -> None:
+    found = regrets.scatter([{"spread": 0.2}, {"spread": 0.4}], 3)
+    assert found == pytest.approx(0.3 / math.sqrt(3) * 0.7979, rel=1e-4)
 
 
 def test_only_cells_that_all_rules_share_are_compared() -> None:

@@ -108,6 +108,25 @@ def mean(values: Iterable[float]) -> Mean:
     return Mean(float(np.mean(found)), float(width), count)
 
 
+def mean_over_seeds(rows: Sequence[Row], field: str, keys: Sequence[str]) -> Mean:
+    """The mean of everything, with the half-width that the scatter over seeds leaves.
+
+    What differs between experiments is what was chosen to be looked at, and no scatter.
+
+    Args:
+        rows: with every experiment at as many seeds.
+        field: to average.
+        keys: what tells experiments apart.
+    """
+    found = [[row[field] for row in part] for part in groups(rows, *keys).values()]
+    everything = mean(value for part in found for value in part)
+    freedom = sum(len(part) - 1 for part in found)
+    if not freedom or min(map(len, found)) < 2 or not math.isfinite(everything.value):
+        return everything._replace(half_width=math.inf)
+    error = math.sqrt(sum(float(np.var(part, ddof=1)) / len(part) for part in found)) / len(found)
+    return everything._replace(half_width=float(student.ppf(0.975, freedom)) * error)
+
+
 def deviation(values: Sequence[float]) -> float:
     """Standard deviation; NaN below two values or beside an infinite one."""
     known = len(values) > 1 and all(map(math.isfinite, values))

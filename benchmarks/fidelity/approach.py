@@ -155,8 +155,8 @@ def approach_table(records: Mapping[str, Sequence[Record]]) -> str:
             "After a change to a larger batch size the ratio starts where the callback's does, at what an "
             "unchanged cost of a step allows, and rises by so much a step to what the objective asks for, or "
             "to sqrt scaling; both frozen at the change. Mean regret over seeds, phases, beta_2 and batch "
-            "sizes, ± 95 % half-widths, against the best constant ratio of the sweep: nats, for the autoencoder "
-            f"percent of the loss. {len(records['approach'])} changes of the batch size.",
+            "sizes, ± 95 % half-widths, against the best constant ratio of the sweep: nats, for the "
+            f"autoencoder percent of the loss. {len(records['approach'])} changes of the batch size.",
             table(["base", "end", "cells", "n", *map(_name, RATES)], lines),
             f"Each workload judges the rate that the others would have chosen on the way to "
             f"`{DEFAULT['objective']}`, in units of the regret of no rise.",

@@ -18,6 +18,8 @@ DEFAULT = {"objective": SurgeLRCallback().settings.objective, "max_overhead": 0.
 """The callback's default objective. Its default cost is for longer runs than these."""
 CELL = (*POINT, "batch_size", "seed")
 FIXED = ("constant", "sqrt", "linear")
+ELSEWHERE = "swept elsewhere"
+"""The mean of what sweeps find on the other workloads at the same batch size, instead of a rule."""
 BEYOND = {"regret": "beyond", "tuned": "tuned_beyond"}
 """By field with a regret: the one that tells of an lr outside the sweep."""
 
@@ -118,6 +120,16 @@ def truth_rows(sweeps: dict[tuple[Any, ...], Sweep]) -> list[Row]:
     return rows
 
 
+def scatter(truths: Sequence[Row], seeds: int) -> float:
+    """Mean absolute log2 error of a rule that is always right, from the scatter of R_true over seeds.
+
+    Args:
+        truths: rows of `truth_rows`.
+        seeds: behind each of them.
+    """
+    return math.sqrt(2 / (math.pi * seeds)) * float(np.mean([truth["spread"] for truth in truths]))
+
+
 def mccandlish(noise_scale: float, batch_size: int) -> float:
     """log2 of sqrt((1 + B_s / base) / (1 + B_s / B)): square-root scaling where the scale is infinite."""
     if math.isinf(noise_scale):
@@ -173,15 +185,19 @@ def switch_rows(
     `censored` of an R_true that is a bound. `overhead` is None for rules that need no callback.
     """
     rows = []
+    truths = truth_rows(sweeps)
     live_of, laws_of = groups(lives, *POINT), groups(laws, *POINT)
     settings = ("objective", "max_overhead", "seed")
     tuned_of = {tuple(run[name] for name in (*POINT, *settings)): run for run in at_best_base}
-    for truth in truth_rows(sweeps):
+    for truth in truths:
         point, size = tuple(truth[name] for name in POINT), truth["batch_size"]
         found, records = sweeps[*point, size], live_of.get(point, [])
         best = float(found.mean.min())
         unit = 1.0 if WORKLOADS[truth["workload"]].cross_entropy else 100.0 / best
         fixed = fixed_ratios(size, pick(records, **DEFAULT), laws_of.get(point, []))
+        elsewhere = [t["ratio"] for t in pick(truths, batch_size=size) if t["workload"] != truth["workload"]]
+        if elsewhere:
+            fixed[ELSEWHERE] = float(np.mean(elsewhere))
         for seed in found.seeds:
             rules: list[tuple[str, float | None, float | None, tuple[float | None, float | None] | None]] = [
                 (name, None, ratio, None) for name, ratio in fixed.items()

@@ -11,7 +11,18 @@ from typing import Any
 
 from benchmarks.cells import Store
 from benchmarks.fidelity import figures, held_tables, procedure, run_tables, secants
-from benchmarks.fidelity.analysis import POINT, Record, groups, joined, mean, pick, quantile, summary, unique
+from benchmarks.fidelity.analysis import (
+    POINT,
+    Record,
+    groups,
+    joined,
+    mean,
+    mean_over_seeds,
+    pick,
+    quantile,
+    summary,
+    unique,
+)
 from benchmarks.fidelity.approach import approach_table
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
 from benchmarks.fidelity.leave_out import leave_out
@@ -100,7 +111,9 @@ def summary_table(found: Iterable[Mapping[str, Any]]) -> str:
     lines = []
     for entry in found:
         bound = f"at {'most' if entry['better'] == 'lower' else 'least'} {entry['bound']:g}"
-        lines.append([entry["name"], f"{entry['value']:.3g}", bound, "met" if entry["met"] else "missed"])
+        width = f" ± {entry['half_width']:.2g}" if "half_width" in entry else ""
+        value = f"{entry['value']:.3g}{width}"
+        lines.append([entry["name"], value, bound, "met" if entry["met"] else "missed"])
     return table(["what", "value", "target", ""], lines)
 
 
@@ -126,18 +139,15 @@ def coverage(records: Records, expected: Mapping[str, int]) -> str:
     )
 
 
-def target(name: str, value: float, bound: float, better: str = "lower") -> dict[str, Any]:
-    """A row of the summary; NaN, nothing measured, meets nothing."""
+def target(
+    name: str, value: float, bound: float, better: str = "lower", half_width: float = math.inf
+) -> dict[str, Any]:
+    """A row of the summary; NaN, nothing measured, meets nothing. The half-width is shown if there is one."""
     met = value <= bound if better == "lower" else value >= bound
     rounded = round(value, 4) if math.isfinite(value) else value
-    return {
-        "name": name,
-        "value": rounded,
-        "bound": bound,
-        "better": better,
-        "met": bool(met),
-        "command": "make fidelity",
-    }
+    row = {"name": name, "value": rounded, "bound": bound, "better": better, "met": bool(met)}
+    row |= {"half_width": round(half_width, 4)} if math.isfinite(half_width) else {}
+    return row | {"command": "make fidelity"}
 
 
 def targets(records: Records) -> list[dict[str, Any]]:
@@ -184,11 +194,13 @@ def switch_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
             ((True, "cross-entropy"), (False, "autoencoder")),
         ):
             part = run_tables.of_unit(shared(default, rules, field), nats=nats)
-            own, best = mean(row[field] for row in pick(part, rule=rule)), best_fixed(part, field)
+            own = mean_over_seeds(pick(part, rule=rule), field, (*POINT, "batch_size"))
+            best = best_fixed(part, field)
             if best is None:
                 continue
             # A fixed rule that loses nothing leaves nothing to be a quarter of.
             quotient = own.value / best[1] if best[1] > 0.0 else math.inf
             yield target(f"{title}, regret over that of {best[0]}, {unit}{base}", quotient, 0.25)
             bound, scale = (0.005, "nats") if nats else (0.5, "% of the loss")
-            yield target(f"{title}, mean regret{base} ({scale})", own.value, bound)
+            name = f"{title}, mean regret{base} ({scale})"
+            yield target(name, own.value, bound, half_width=own.half_width)
