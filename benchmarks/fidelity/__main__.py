@@ -21,6 +21,7 @@ from benchmarks.fidelity import procedure, report, secants
 from benchmarks.fidelity.approach import approach
 from benchmarks.fidelity.best_base import live_at_best_base
 from benchmarks.fidelity.decay import decay
+from benchmarks.fidelity.fine import FINE_WORKLOADS, fine
 from benchmarks.fidelity.live import live
 from benchmarks.fidelity.one_step import laws, truths
 from benchmarks.fidelity.ramp import FIXED_RULES, RULES, ramp
@@ -48,6 +49,8 @@ def grid() -> list[Cell]:
         later = key["seed"] + (key["beta_2"] != BETAS[0])
         cells.append(Cell("truths", key, truths, priority=1 + later))
         cells.append(Cell("laws", key, laws, priority=1 + later))
+        if key["workload"] in FINE_WORKLOADS:
+            cells.append(Cell("fine", key, fine, priority=1 + later))
     for key in product(
         phase=("late", "early", "cooled"), beta_2=BETAS, batch_size=BATCH_SIZES, workload=names
     ):

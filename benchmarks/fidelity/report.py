@@ -24,6 +24,7 @@ from benchmarks.fidelity.analysis import (
     unique,
 )
 from benchmarks.fidelity.approach import approach_table
+from benchmarks.fidelity.fine import refined
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
 from benchmarks.fidelity.leave_out import leave_out
 from benchmarks.fidelity.markdown import share, table
@@ -36,6 +37,7 @@ __all__ = ["targets", "write_report"]
 
 KEYS = {
     "truths": (*POINT, "seed"),
+    "fine": (*POINT, "seed"),
     "laws": (*POINT, "seed"),
     "sweep": (*POINT, "batch_size"),
     "lag": (*POINT, "batch_size", "correct_lag"),
@@ -118,9 +120,10 @@ def summary_table(found: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read(store: Store) -> dict[str, list[Record]]:
-    """The records of each kind, and as `one_step` the points with both a truth and laws."""
+    """The records of each kind, and as `one_step` the points with both a truth, the finest, and laws."""
     records = {kind: unique(store.records(kind), keys) for kind, keys in KEYS.items()}
-    return records | {"one_step": joined(records["truths"], records["laws"], KEYS["truths"])}
+    truths = refined(records["truths"], records["fine"])
+    return records | {"one_step": joined(truths, records["laws"], KEYS["truths"])}
 
 
 def coverage(records: Records, expected: Mapping[str, int]) -> str:
