@@ -3,22 +3,37 @@
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from benchmarks.fidelity import fine as bench
 from benchmarks.fidelity.fine import fine, refined
+from benchmarks.fidelity.training import Study
+from benchmarks.fidelity.workloads import Batch
 
 POINT: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "start"}
 
 
-def test_more_directions_tell_a_best_step_with_a_smaller_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = 3, 9
-    found = {}
-    for count in (few, many):
-        monkeypatch.setattr(bench, "DIRECTIONS", {256: count})
-        found[count] = fine(**POINT, seed=0)["sign"][256]
-    assert 0.0 < found[many]["log2_error"] < found[few]["log2_error"]
-    # The first of them are the same.
-    assert found[few]["lr"] == pytest.approx(found[many]["lr"], rel=0.2)
+def test_every_size_is_searched_along_so_many_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[list[list[Tensor]]] = []
+
+    def search(study: Study, directions: list[list[Tensor]], sample: Batch) -> tuple[float, float]:
+        searched.append(directions)
+        return 0.5 * len(searched), 0.1
+
+    monkeypatch.setattr(bench, "DIRECTIONS", {16: 3, 256: 2})
+    monkeypatch.setattr(bench, "best_step", search)
+    assert fine(**POINT, seed=0) == {
+        "sign": {16: {"lr": 0.5, "log2_error": 0.1}, 256: {"lr": 1.0, "log2_error": 0.1}}
+    }
+    assert [len(directions) for directions in searched] == [3, 2]
+    (first, *_), (second, *_) = searched
+    assert {value for step in (first, second) for tensor in step for value in tensor.unique().tolist()} <= {
+        -1,
+        0,
+        1,
+    }
+    assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_only_the_sizes_searched_again_are_replaced() -> None:

@@ -1,8 +1,8 @@
 """Finer line searches at the sizes whose ratios are judged to a tenth.
 
-The signs of small batches scatter. On the autoencoder and the transformer the directions of `truths` tell the
-best ratio of two sizes to some percent, on the other two to some ten percent, or they find no best step at all. Ten
-times as many directions tell whether a predicted ratio is within 10 percent of it there, too.
+The signs of small batches scatter. On the autoencoder and the transformer the directions of `truths` tell
+the best ratio of two sizes to some percent, on the other two to some ten percent, or they find no best step.
+Ten times as many directions tell whether a predicted ratio is within 10 percent of it there, too.
 """
 
 from __future__ import annotations
