@@ -489,6 +489,16 @@ def test_lag_is_compared_with_the_sweep_of_the_same_key() -> None:
     assert (row["multiplier without"], row["multiplier with"]) == pytest.approx((2.0, 4.0))
     assert row["difference"].value == pytest.approx(-0.1)
     assert (row["difference"].half_width, row["difference"].n) == (pytest.approx(0.0, abs=1e-12), 3)
+    assert row["ruled"].n == 0
+
+
+def test_lag_is_compared_at_the_ratio_that_the_callback_writes() -> None:
+    """An octave above the base's best of a half: best without the correction, half an octave off with it."""
+    plain = [sweep_record(16, -0.5), sweep_record(256, 0.5)]
+    corrected = [sweep_record(256, 1.0, level=0.9, correct_lag=True)]
+    (row,) = regrets.lag_rows(plain, corrected, [live_record(seed) for seed in range(2)])
+    assert row["ruled"].value == pytest.approx(-0.1 + 0.05 * 0.5**2, abs=1e-3)
+    assert row["ruled"].n == 3
 
 
 def test_ramps_are_compared_with_the_best_rule_that_has_every_seed() -> None:

@@ -64,11 +64,15 @@ class Sweep(NamedTuple):
         """Whether the lowest mean is at an end of the grid, beyond which the best may be."""
         return int(np.argmin(self.mean)) in (0, len(self.x) - 1)
 
-    def regret(self, seed: int, x: float) -> float:
-        """Loss of a seed at a multiplier minus its loss at the multiplier that is best on average."""
+    def loss(self, seed: int, x: float) -> float:
+        """Loss of a seed at a multiplier, interpolated; at an end of the grid beyond it."""
         row = self.losses[self.seeds.index(seed)]
         inside = min(max(x, self.x[0]), self.x[-1])
-        return float(PchipInterpolator(self.x, row)(inside)) - self.reference(seed)
+        return float(PchipInterpolator(self.x, row)(inside))
+
+    def regret(self, seed: int, x: float) -> float:
+        """Loss of a seed at a multiplier minus its loss at the multiplier that is best on average."""
+        return self.loss(seed, x) - self.reference(seed)
 
     def reference(self, seed: int) -> float:
         """Loss of a seed at the multiplier of the grid that is best on average."""
@@ -250,13 +254,17 @@ def best_fixed(rows: Sequence[Row], field: str = "regret") -> tuple[str, float] 
     return min(known.items(), key=lambda item: item[1]) if known else None
 
 
-def lag_rows(sweeps: Iterable[Record], corrected: Iterable[Record]) -> list[Row]:
+def lag_rows(
+    sweeps: Iterable[Record], corrected: Iterable[Record], lives: Iterable[Record] = ()
+) -> list[Row]:
     """By key: the best multiplier and loss of the sweep with and without the correction.
 
     `difference` of the losses, corrected minus not, is paired over seeds, each at the multiplier that is best
-    on average.
+    on average. `ruled` is the same at the ratio that the callback writes after the change, times the best
+    base learning rate: who corrects does not sweep again.
     """
     plain = sweeps_of(sweeps)
+    live_of = groups(pick(lives, **DEFAULT), *POINT)
     rows = []
     for key, found in sweeps_of(corrected).items():
         if key not in plain:
@@ -267,5 +275,10 @@ def lag_rows(sweeps: Iterable[Record], corrected: Iterable[Record]) -> list[Row]
             row |= {f"loss {name}": float(entry.mean.min()), f"multiplier {name}": 2.0**entry.best}
         seeds = [seed for seed in found.seeds if seed in plain[key].seeds]
         gaps: Mean = mean(found.reference(seed) - plain[key].reference(seed) for seed in seeds)
-        rows.append(row | {"difference": gaps})
+        used = [live["by_batch_size"][str(key[-1])]["used"] for live in live_of.get(key[:-1], [])]
+        base = plain.get((*key[:-1], BASE_BATCH_SIZE))
+        known = seeds if used and base is not None else []
+        x = float(np.mean(np.log2(used))) + base.best if known and base is not None else math.nan
+        ruled: Mean = mean(found.loss(seed, x) - plain[key].loss(seed, x) for seed in known)
+        rows.append(row | {"difference": gaps, "ruled": ruled})
     return rows

@@ -240,8 +240,9 @@ def lag(records: Records) -> str:
             *(number(row[f"loss {name}"], 4) for name in ("without", "with")),
             average(row["difference"], 4),
             row["difference"].n,
+            average(row["ruled"], 4),
         ]
-        for row in lag_rows(records["sweep"], records["lag"])
+        for row in lag_rows(records["sweep"], records["lag"], records["live"])
     ]
     headers = ["workload", "beta_2", "B", "best multiplier", "corrected", "loss there", "corrected"]
     return "\n\n".join(
@@ -249,8 +250,9 @@ def lag(records: Records) -> str:
             "Sweeps after a change of the batch size in the late phase, with Adam's step and with a "
             "step from which the lag of v behind the new batch size is taken out. Losses are the lowest "
             "mean over seeds; differences, corrected minus not, are paired over seeds, ± 95 % "
-            "half-widths.",
-            table([*headers, "difference", "seeds"], lines),
+            "half-widths: at the best multiplier of each, and at the callback's first ratio times the best "
+            "base lr.",
+            table([*headers, "difference", "seeds", "difference at the callback's"], lines),
         ]
     )
 
