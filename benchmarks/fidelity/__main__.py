@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.cells import Cell, Store, chosen, run_cells
-from benchmarks.fidelity import procedure, report, secants
+from benchmarks.fidelity import longer, procedure, report, secants
 from benchmarks.fidelity.approach import approach
 from benchmarks.fidelity.best_base import live_at_best_base
 from benchmarks.fidelity.decay import decay
@@ -75,6 +75,7 @@ def grid() -> list[Cell]:
     for key in product(seed=SEEDS, budget=("short", "long"), rule=RULES, workload=names, beta_2=BETAS[:1]):
         overhead = 0.0 if key["rule"] in ("fixed batch", *FIXED_RULES) else OVERHEADS[0]
         cells.append(Cell("ramp", key | {"max_overhead": overhead}, ramp, priority=3))
+    cells += longer.cells(Store(RESULTS), names, BETAS[0])
     for key in product(
         phase=("late", "early", "cooled"), beta_2=BETAS, batch_size=BATCH_SIZES[2:], workload=names
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.cells import Store
@@ -13,23 +14,26 @@ from benchmarks.fidelity.workloads import BASE_BATCH_SIZE
 __all__ = ["best_multiplier", "live_at_best_base"]
 
 
-def best_multiplier(store: Store, **point: Any) -> float:
+def best_multiplier(store: Store, kind: str = "sweep", **point: Any) -> float:
     """Of the base learning rate, for the rest of a run that keeps its batch size.
 
     Args:
         store: with the sweeps.
+        kind: of cells that the sweeps are.
         **point: workload, beta_2 and phase.
 
     Raises:
         LookupError: If the sweep at the base batch size is not finished there.
     """
-    sweeps = sweeps_of(pick(store.records("sweep"), batch_size=BASE_BATCH_SIZE, **point))
+    sweeps = sweeps_of(pick(store.records(kind), batch_size=BASE_BATCH_SIZE, **point))
     if not sweeps:
         raise LookupError(f"A sweep at the base batch size has to come first, none is finished at {point}.")
     return float(2.0 ** next(iter(sweeps.values())).best)
 
 
-def live_at_best_base(store: Store, **key: Any) -> dict[str, Any]:
+def live_at_best_base(
+    store: Store, sweeps: str = "sweep", settings: Mapping[str, Any] | None = None, **key: Any
+) -> dict[str, Any]:
     """`live`, whose base learning rate is the best one from the change on.
 
     A rule for ratios can only be as good as the learning rate that it carries over. This takes that one's
@@ -37,6 +41,8 @@ def live_at_best_base(store: Store, **key: Any) -> dict[str, Any]:
 
     Args:
         store: with the sweeps.
+        sweeps: kind of cells that they are.
+        settings: of `live`, beside those in the key.
         **key: of `live`.
 
     Returns:
@@ -45,5 +51,5 @@ def live_at_best_base(store: Store, **key: Any) -> dict[str, Any]:
     Raises:
         LookupError: If the sweep at the base batch size is not finished there.
     """
-    multiplier = best_multiplier(store, **{name: key[name] for name in POINT})
-    return {"multiplier": multiplier} | live(**key, multiplier=multiplier)
+    multiplier = best_multiplier(store, sweeps, **{name: key[name] for name in POINT})
+    return {"multiplier": multiplier} | live(**key, multiplier=multiplier, **(settings or {}))

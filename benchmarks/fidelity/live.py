@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from benchmarks.fidelity.switch import BATCH_SIZES, fixed_sample
-from benchmarks.fidelity.training import Study, continue_run, train_to
+from benchmarks.fidelity.training import CONTINUED_EXAMPLES, Study, continue_run, train_to
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
 from lightning_surge.policy import Decision
 
 __all__ = ["live", "loss_of"]
+
+CHANGED_SIZES = tuple(size for size in BATCH_SIZES if size != BASE_BATCH_SIZE)
 
 
 class Decisions(pl.Callback):
@@ -46,6 +49,8 @@ def live(
     max_overhead: float,
     objective: str,
     multiplier: float = 1.0,
+    batch_sizes: Sequence[int] = CHANGED_SIZES,
+    examples: int = CONTINUED_EXAMPLES,
 ) -> dict[str, Any]:
     """One training up to the change of the batch size, and one continuation for each size.
 
@@ -57,6 +62,8 @@ def live(
         max_overhead: of the callback.
         objective: of the callback.
         multiplier: of the base learning rate from the change on.
+        batch_sizes: after the change.
+        examples: after the change.
 
     Returns:
         Measurements before the change; by batch size, the ratio predicted at the change with its standard
@@ -65,14 +72,13 @@ def live(
     what = WORKLOADS[workload]
     settings: dict[str, Any] = {"objective": objective, "max_overhead": max_overhead}
     callback = SurgeLRCallback(BASE_BATCH_SIZE, **settings)
-    point: dict[str, Any] = {"beta_2": beta_2, "phase": phase, "seed": seed, "multiplier": multiplier}
+    point: dict[str, Any] = {"beta_2": beta_2, "phase": phase, "seed": seed}
+    point |= {"multiplier": multiplier, "examples": examples}
     _, trainer = train_to(what, **point, callback=callback)
     result: dict[str, Any] = {"measurements": callback.history.num_measurements, "by_batch_size": {}}
     if result["measurements"]:
         result["noise_scale"] = callback.history.stats().resolved_noise_scale
-    for batch_size in BATCH_SIZES:
-        if batch_size == BASE_BATCH_SIZE:
-            continue
+    for batch_size in batch_sizes:
         after = SurgeLRCallback(BASE_BATCH_SIZE, **settings)
         decisions = Decisions(after)
         study = continue_run(what, trainer, **point, batch_size=batch_size, callbacks=[after, decisions])

@@ -27,6 +27,7 @@ from benchmarks.fidelity.approach import approach_table
 from benchmarks.fidelity.fine import refined
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
 from benchmarks.fidelity.leave_out import leave_out
+from benchmarks.fidelity.longer import longer_table
 from benchmarks.fidelity.markdown import share, table
 from benchmarks.fidelity.one_step import COUNTS
 from benchmarks.fidelity.regrets import DEFAULT, FIXED, best_fixed, shared
@@ -43,6 +44,9 @@ KEYS = {
     "lag": (*POINT, "batch_size", "correct_lag"),
     "live": (*POINT, "seed", "objective", "max_overhead"),
     "best_base": (*POINT, "seed", "objective", "max_overhead"),
+    "long_sweep": (*POINT, "batch_size"),
+    "long_live": (*POINT, "seed", "objective", "max_overhead"),
+    "long_best_base": (*POINT, "seed", "objective", "max_overhead"),
     "approach": (*POINT, "batch_size"),
     "decay": ("workload", "beta_2", "seed"),
     "ramp": ("workload", "beta_2", "budget", "rule", "seed", "max_overhead"),
@@ -65,6 +69,7 @@ PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "switch_points": (("sweep",), run_tables.switch_points),
     "switch_settings": (("sweep",), run_tables.switch_settings),
     "leave_out": (("live", "decay"), leave_out),
+    "longer": (("long_sweep",), longer_table),
     "approach": (("approach",), approach_table),
     "decay": (("decay",), run_tables.decay),
     "lag": (("lag",), run_tables.lag),

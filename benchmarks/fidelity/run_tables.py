@@ -37,11 +37,13 @@ from benchmarks.fidelity.switch import SEEDS
 from benchmarks.fidelity.workloads import WORKLOADS
 
 __all__ = [
+    "RULE_HEADERS",
     "at_default",
     "decay",
     "lag",
     "of_unit",
     "ramp",
+    "rule_columns",
     "rules",
     "switch",
     "switch_points",
@@ -51,6 +53,10 @@ __all__ = [
 Records = Mapping[str, Sequence[Record]]
 NATS = tuple(name for name, workload in WORKLOADS.items() if workload.cross_entropy)
 PERCENT = tuple(name for name in WORKLOADS if name not in NATS)
+RULE_HEADERS = (
+    "mean absolute log2(R / R_true)",
+    *(f"regret {base}, {unit}" for base in ("at the best base lr", "as run") for unit in ("nats", "%")),
+)
 REFERENCE = f"{DEFAULT['objective']}, used"
 
 
@@ -134,19 +140,19 @@ def rules(records: Records) -> str:
     same = shared(rows, names)
     lines = []
     for (rule,), found in groups(same, "rule").items():
-        units = [
-            average(_mean(of_unit(found, nats=nats), field))
-            for field in ("tuned", "regret")
-            for nats in (True, False)
-        ]
-        lines.append([rule, average(_mean(found, "error")), *units])
-    headers = ["rule", "mean absolute log2(R / R_true)"]
-    headers += [
-        f"regret {base}, {unit}" for base in ("at the best base lr", "as run") for unit in ("nats", "%")
+        lines.append([rule, *rule_columns(found)])
+    count = f"{len(same) // max(len(names), 1)} cells that every rule has."
+    return "\n\n".join([count, table(["rule", *RULE_HEADERS], lines)])
+
+
+def rule_columns(rows: Sequence[Row]) -> list[str]:
+    """Of one rule, under `RULE_HEADERS`."""
+    units = [
+        average(_mean(of_unit(rows, nats=nats), field))
+        for field in ("tuned", "regret")
+        for nats in (True, False)
     ]
-    return "\n\n".join(
-        [f"{len(same) // max(len(names), 1)} cells that every rule has.", table(headers, lines)]
-    )
+    return [average(_mean(rows, "error")), *units]
 
 
 def switch_settings(records: Records) -> str:

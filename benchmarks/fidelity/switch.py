@@ -40,7 +40,12 @@ def multipliers(batch_size: int) -> list[float]:
 
 
 def sweep(
-    workload: str, beta_2: float, phase: str, batch_size: int, correct_lag: bool = False
+    workload: str,
+    beta_2: float,
+    phase: str,
+    batch_size: int,
+    correct_lag: bool = False,
+    examples: int = CONTINUED_EXAMPLES,
 ) -> dict[str, Any]:
     """Final loss for every multiplier and seed.
 
@@ -51,6 +56,7 @@ def sweep(
         batch_size: after the change.
         correct_lag: also undo the lag of Adam's `v` after the change, as far as noise makes `v`: the step is
             divided by `sqrt(EMA[1/B] B)`, the size it has relative to that of a steady state.
+        examples: after the change.
 
     Returns:
         Multipliers, and losses by seed and multiplier.
@@ -62,14 +68,18 @@ def sweep(
         old = beta_2 ** (step + 1)
         return constant * math.sqrt(old * batch_size / BASE_BATCH_SIZE + 1.0 - old)
 
-    losses = final_losses(
-        workload, beta_2, phase, batch_size, corrected if correct_lag else lambda step: constant
-    )
+    multipliers_at = corrected if correct_lag else lambda step: constant
+    losses = final_losses(workload, beta_2, phase, batch_size, multipliers_at, examples)
     return {"multipliers": factors, "seeds": list(SEEDS), "losses": losses}
 
 
 def final_losses(
-    workload: str, beta_2: float, phase: str, batch_size: int, multipliers_at: Callable[[int], Tensor]
+    workload: str,
+    beta_2: float,
+    phase: str,
+    batch_size: int,
+    multipliers_at: Callable[[int], Tensor],
+    examples: int = CONTINUED_EXAMPLES,
 ) -> list[list[float]]:
     """Final losses of runs that go on after a change of the batch size.
 
@@ -79,6 +89,7 @@ def final_losses(
         phase: at which the batch size changes.
         batch_size: after the change.
         multipliers_at: of the base learning rate, one for each run of a seed, by step since the change.
+        examples: after the change.
 
     Returns:
         Losses by seed of `SEEDS` and run.
@@ -87,7 +98,7 @@ def final_losses(
     runs = len(multipliers_at(0))
     snapshots = [train_to(what, beta_2=beta_2, phase=phase, seed=seed)[0].snapshot() for seed in SEEDS]
     ensemble = Ensemble(what, [s for s in snapshots for _ in range(runs)], (0.9, beta_2))
-    steps = CONTINUED_EXAMPLES // batch_size
+    steps = examples // batch_size
     lr_of = schedule(phase, steps)
     generators = [torch.Generator().manual_seed(continuation_seed(seed, batch_size)) for seed in SEEDS]
     for step in range(steps):

@@ -161,10 +161,14 @@ def train_to(
     seed: int,
     callback: SurgeLRCallback | None = None,
     multiplier: float = 1.0,
+    examples: int = CONTINUED_EXAMPLES,
 ) -> tuple[Study, pl.Trainer]:
-    """Train at the base batch size to a phase, from which on learning rates get a multiplier."""
+    """Train at the base batch size to a phase, from which on learning rates get a multiplier.
+
+    `examples` are those that will be trained after it.
+    """
     pl.seed_everything(seed, verbose=False)
-    rest = CONTINUED_EXAMPLES // BASE_BATCH_SIZE
+    rest = examples // BASE_BATCH_SIZE
     study = Study(workload, (0.9, beta_2), schedule(phase, rest, multiplier))
     # The callback plans its probes for the whole run, of which the rest comes after the change.
     steps = PHASES[phase] + rest
@@ -183,12 +187,13 @@ def continue_run(
     batch_size: int,
     callbacks: Sequence[pl.Callback],
     multiplier: float = 1.0,
+    examples: int = CONTINUED_EXAMPLES,
 ) -> Study:
     """Go on from a phase at another batch size over equal examples, with a decay to zero.
 
-    `multiplier` is that of `train_to`.
+    `multiplier` and `examples` are those of `train_to`.
     """
-    steps = CONTINUED_EXAMPLES // batch_size
+    steps = examples // batch_size
     change = PHASES[phase]
     study = Study(workload, (0.9, beta_2), schedule(phase, steps, multiplier))
     batches = Batches(workload.data(), batch_size, steps, continuation_seed(seed, batch_size), used=change)

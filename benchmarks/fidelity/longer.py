@@ -1,0 +1,94 @@
+"""The same changes of the batch size with four times the examples after them: is a ratio a matter of time?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from benchmarks.cells import Cell, Store
+from benchmarks.fidelity.analysis import POINT, Record, Row, groups, pick
+from benchmarks.fidelity.best_base import live_at_best_base
+from benchmarks.fidelity.live import live
+from benchmarks.fidelity.markdown import table
+from benchmarks.fidelity.regrets import DEFAULT, FIXED, shared, sweeps_of, switch_rows, truth_rows
+from benchmarks.fidelity.run_tables import RULE_HEADERS, at_default, rule_columns
+from benchmarks.fidelity.switch import BATCH_SIZES, SEEDS, sweep
+from benchmarks.fidelity.training import CONTINUED_EXAMPLES
+from benchmarks.fidelity.workloads import BASE_BATCH_SIZE
+
+__all__ = ["cells", "longer_table"]
+
+LONG = {"examples": 4 * CONTINUED_EXAMPLES}
+LARGER = tuple(size for size in BATCH_SIZES if size > BASE_BATCH_SIZE)
+PHASES = ("late", "early")
+PRIORITY = 4
+RULES = (
+    *FIXED,
+    "McCandlish",
+    *(f"{DEFAULT['objective']}, {how}" for how in ("predicted", "used", "live")),
+)
+KINDS = {
+    f"{CONTINUED_EXAMPLES}": ("sweep", "live", "best_base"),
+    f"{LONG['examples']}": ("long_sweep", "long_live", "long_best_base"),
+}
+"""By examples after the change: the kinds of cells."""
+
+
+def cells(store: Store, workloads: Iterable[str], beta_2: float) -> list[Cell]:
+    """Sweeps, and the default objective live on the base learning rate of the study and on the best one.
+
+    Args:
+        store: of the finished sweeps.
+        workloads: their names.
+        beta_2: Adam's.
+    """
+    found = []
+    settings = LONG | {"batch_sizes": LARGER}
+    at_best_base = partial(live_at_best_base, store, "long_sweep", settings)
+    for phase, workload in ((phase, workload) for phase in PHASES for workload in workloads):
+        point = {"workload": workload, "beta_2": beta_2, "phase": phase}
+        for size in (BASE_BATCH_SIZE, *LARGER):
+            cell = Cell("long_sweep", point | {"batch_size": size}, partial(sweep, **LONG), PRIORITY)
+            found.append(cell)
+        for seed in SEEDS:
+            key: dict[str, Any] = point | {"seed": seed} | DEFAULT
+            found.append(Cell("long_live", key, partial(live, **settings), PRIORITY))
+            found.append(Cell("long_best_base", key, at_best_base, PRIORITY + 1))
+    return found
+
+
+def longer_table(records: Mapping[str, Sequence[Record]]) -> str:
+    """The best ratios, and what rules lose, by examples after the change; on the changes that both have."""
+    truths_of, rows_of = {}, {}
+    for examples, (sweeps, lives, at_best_base) in KINDS.items():
+        found = sweeps_of(records[sweeps])
+        truths_of[examples] = truth_rows(found)
+        rows_of[examples] = at_default(
+            switch_rows(found, records[lives], records["laws"], records[at_best_base])
+        )
+    both = set.intersection(*({_change(truth) for truth in truths} for truths in truths_of.values()))
+    lines = []
+    for examples, rows in rows_of.items():
+        same = shared([row for row in rows if _change(row) in both], RULES, "tuned")
+        for rule in RULES:
+            part = pick(same, rule=rule)
+            lines.append([examples, rule, len(part), *rule_columns(part)])
+    ratios = [truth for truths in truths_of.values() for truth in truths if _change(truth) in both]
+    best = [
+        [*key, *(f"{2 ** truth['ratio']:.2f} ({2 ** truth['spread']:.2f})" for truth in part)]
+        for key, part in groups(ratios, *POINT, "batch_size").items()
+    ]
+    return "\n\n".join(
+        [
+            "R_true by the examples that are trained after the change, with its standard deviation over "
+            "seeds as a factor.",
+            table([*POINT, "B", *KINDS], best),
+            "Rules on the same changes, in the columns of `rules.md`.",
+            table(["examples", "rule", "n", *RULE_HEADERS], lines),
+        ]
+    )
+
+
+def _change(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in (*POINT, "batch_size"))
