@@ -20,6 +20,7 @@ from benchmarks.cells import Cell, Store, chosen, run_cells
 from benchmarks.fidelity import longer, procedure, report, secants
 from benchmarks.fidelity.approach import approach
 from benchmarks.fidelity.best_base import live_at_best_base
+from benchmarks.fidelity.coupled import COUPLED, coupled
 from benchmarks.fidelity.decay import decay
 from benchmarks.fidelity.fine import FINE_WORKLOADS, fine
 from benchmarks.fidelity.live import live
@@ -75,6 +76,8 @@ def grid() -> list[Cell]:
     for key in product(seed=SEEDS, budget=("short", "long"), rule=RULES, workload=names, beta_2=BETAS[:1]):
         overhead = 0.0 if key["rule"] in ("fixed batch", *FIXED_RULES) else OVERHEADS[0]
         cells.append(Cell("ramp", key | {"max_overhead": overhead}, ramp, priority=3))
+    for key in product(phase=("late", "early", "cooled"), beta_2=BETAS, seed=SEEDS, workload=COUPLED):
+        cells.append(Cell("coupled", key, coupled, priority=3))
     cells += longer.cells(Store(RESULTS), names, BETAS[0])
     for key in product(
         phase=("late", "early", "cooled"), beta_2=BETAS, batch_size=BATCH_SIZES[2:], workload=names

@@ -24,6 +24,7 @@ from benchmarks.fidelity.analysis import (
     unique,
 )
 from benchmarks.fidelity.approach import approach_table
+from benchmarks.fidelity.coupled import coupled_table
 from benchmarks.fidelity.fine import refined
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
 from benchmarks.fidelity.leave_out import leave_out
@@ -44,6 +45,7 @@ KEYS = {
     "lag": (*POINT, "batch_size", "correct_lag"),
     "live": (*POINT, "seed", "objective", "max_overhead"),
     "best_base": (*POINT, "seed", "objective", "max_overhead"),
+    "coupled": (*POINT, "seed"),
     "long_sweep": (*POINT, "batch_size"),
     "long_live": (*POINT, "seed", "objective", "max_overhead"),
     "long_best_base": (*POINT, "seed", "objective", "max_overhead"),
@@ -69,6 +71,7 @@ PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "switch_points": (("sweep",), run_tables.switch_points),
     "switch_settings": (("sweep",), run_tables.switch_settings),
     "leave_out": (("live", "decay"), leave_out),
+    "coupled": (("coupled",), coupled_table),
     "longer": (("long_sweep",), longer_table),
     "approach": (("approach",), approach_table),
     "decay": (("decay",), run_tables.decay),
