@@ -25,6 +25,7 @@ from benchmarks.fidelity.analysis import (
 )
 from benchmarks.fidelity.approach import approach_table
 from benchmarks.fidelity.coupled import coupled_table
+from benchmarks.fidelity.everywhere import everywhere_table
 from benchmarks.fidelity.fine import refined
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
 from benchmarks.fidelity.leave_out import leave_out
@@ -71,6 +72,7 @@ PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "switch_points": (("sweep",), run_tables.switch_points),
     "switch_settings": (("sweep",), run_tables.switch_settings),
     "leave_out": (("live", "decay"), leave_out),
+    "everywhere": (("live",), everywhere_table),
     "coupled": (("coupled",), coupled_table),
     "longer": (("long_sweep",), longer_table),
     "approach": (("approach",), approach_table),
