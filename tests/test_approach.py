@@ -6,17 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.cells import Store
 from benchmarks.fidelity import approach as bench
-from benchmarks.fidelity import switch
-from benchmarks.fidelity.approach import RATES, approach, approach_rows, approach_table, rate_costs, rising
-from benchmarks.fidelity.live import loss_of
+from benchmarks.fidelity.approach import (
+    BASES,
+    DRIFT,
+    RATES,
+    approach,
+    approach_rows,
+    approach_table,
+    at_once,
+    rate_costs,
+    rising,
+)
 from benchmarks.fidelity.regrets import DEFAULT, sweeps_of
-from benchmarks.fidelity.switch import SEEDS, final_losses, sweep
-from benchmarks.fidelity.training import train_to
-from benchmarks.fidelity.workloads import WORKLOADS
+from lightning_surge.estimates import EstimatedLaw
+from lightning_surge.laws import MeasuredLaw
+from lightning_surge.objectives import alignment_ratio, progress_ratio
+from lightning_surge.policy import Policy
+from lightning_surge.reasons import Reason
 
 POINT: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "late"}
 GRID = [0.25, 0.5, 1.0, 2.0, 4.0]
@@ -28,7 +37,8 @@ def sweep_record(batch_size: int, best: float) -> dict[str, Any]:
 
 
 def live_record(seed: int, used: float) -> dict[str, Any]:
-    changes = {"64": {"used": used, "predicted": 4.0 * used}}
+    """Its first step has risen already."""
+    changes = {"64": {"used": used * (1 + DRIFT), "reason": Reason.RISING.text, "predicted": 4.0 * used}}
     return POINT | DEFAULT | {"seed": seed, "by_batch_size": changes}
 
 
@@ -44,11 +54,22 @@ def filled(directory: Path, seeds: int = 3) -> Store:
 
 
 def test_a_ratio_rises_by_its_rate_until_it_is_there() -> None:
-    assert [rising(2.0, 2.4, 0.1, step) for step in range(4)] == pytest.approx([2.0, 2.2, 2.4, 2.4])
+    assert [rising(2.0, 2.5, 0.1, step) for step in range(3)] == pytest.approx([2.2, 2.42, 2.5])
     assert [rising(2.0, 2.4, 0.0, step) for step in (0, 1000)] == [2.0, 2.0]
     assert rising(2.0, 2.4, math.inf, 0) == 2.4
     assert rising(2.0, 1.5, 0.1, 0) == 1.5  # falls act at once
     assert rising(2.0, 2.4, 0.2, 10**9) == pytest.approx(2.4)
+
+
+def test_it_rises_as_the_callbacks_does() -> None:
+    """The policy, with a law whose two ratios are known."""
+    law = MeasuredLaw(alignment_limit=2.0, alignment_scale=48.0, noise_curvature=1.0, signal_curvature=1.0)
+    policy = Policy(base_batch_size=16.0, objective="progress", bounds=(1e-3, 1e3))
+    policy.update(EstimatedLaw(law, ((law, 0.5), (law, 0.5)), num_measurements=2), 16.0)
+    start, end = alignment_ratio(law, 256.0, 16.0), progress_ratio(law, 256.0, 16.0)
+    used = [policy.decide(256.0).used for _ in range(40)]
+    assert used[0] < used[20] < used[-1] == pytest.approx(end)
+    assert used == pytest.approx([rising(start, end, DRIFT, step) for step in range(40)])
 
 
 def test_every_base_end_and_rate_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +89,7 @@ def test_every_base_end_and_rate_is_trained(tmp_path: Path, monkeypatch: pytest.
     assert record["bases"] == pytest.approx({"as run": 1.0, "best base lr": 0.5})
     count = len(RATES)
     first, last = asked
-    to_8, to_2 = [2.0] * (count - 1) + [8.0], [2.0] * count
+    to_8, to_2 = [2.0 * (1 + rate) for rate in RATES[:-1]] + [8.0], [2.0] * count
     assert first == pytest.approx([*to_8, *to_2, *(m / 2 for m in (*to_8, *to_2))])
     to_8 = [2.0] + [8.0] * (count - 1)
     assert last == pytest.approx([*to_8, *to_2, *(m / 2 for m in (*to_8, *to_2))])
@@ -82,52 +103,44 @@ def test_without_the_callbacks_runs_there_is_nothing_to_approach(tmp_path: Path)
         approach(filled(tmp_path, seeds=2), **POINT, batch_size=64)
 
 
-def rising_record(**changes: Any) -> dict[str, Any]:
-    """Staying costs 0.2, each faster rate 0.1 less, and the fastest diverges."""
-    losses = [[seed + 0.2 - 0.1 * index for index in range(len(RATES) - 1)] + [None] for seed in range(3)]
-    rates = [*RATES[:-1], None]
-    by_base = {"as run": {DEFAULT["objective"]: losses}}
-    record = POINT | {"batch_size": 64, "rates": rates, "seeds": [0, 1, 2], "losses": by_base}
-    return record | {"seconds": 60.0} | changes
+def test_without_a_rise_the_first_step_is_all_that_is_allowed_at_once() -> None:
+    assert at_once({"used": 2.1, "reason": Reason.RISING.text}) == pytest.approx(2.0)
+    assert at_once({"used": 2.1, "reason": Reason.MEASURED.text}) == 2.1
+
+
+def rising_record(workload: str = "perceptron", slope: float = 0.1) -> dict[str, Any]:
+    """Staying costs 0.2, each faster rate less by a slope, and the fastest diverges."""
+    losses = [[seed + 0.2 - slope * index for index in range(len(RATES) - 1)] + [None] for seed in range(3)]
+    by_base = {base: {DEFAULT["objective"]: losses} for base in BASES}
+    key = POINT | {"workload": workload, "batch_size": 64, "seeds": [0, 1, 2]}
+    return key | {"losses": by_base, "bases": dict(zip(BASES, (1.0, 0.5), strict=True))}
 
 
 def test_regrets_are_against_the_best_constant_ratio_of_the_same_seed() -> None:
     sweeps = sweeps_of([sweep_record(64, 1.0)])
-    rows = approach_rows([rising_record(), rising_record(batch_size=256)], sweeps)
-    by_rate = {row["rate"]: row["regret"] for row in rows if row["seed"] == 2}
+    rows = approach_rows([rising_record(), rising_record() | {"batch_size": 256}], sweeps)
+    by_rate = {row["rate"]: row["regret"] for row in rows if row["seed"] == 2 and row["base"] == BASES[0]}
     expected = [*(0.2 - 0.1 * index for index in range(len(RATES) - 1)), math.inf]
     assert by_rate == pytest.approx(dict(zip(RATES, expected, strict=True)))
     assert {row["batch_size"] for row in rows} == {64}
-    assert rate_costs(rows)["perceptron"]["0 %"] == 1.0
 
 
-def test_the_table_of_rates() -> None:
-    page = approach_table({"approach": [rising_record()], "sweep": [sweep_record(64, 1.0)]})
-    (line,) = [line for line in page.splitlines() if "| perceptron |" in line]
-    assert line.startswith(
-        f"| as run | {DEFAULT['objective']} | perceptron | 3 | 0.200 ± 0.000 | 0.100 ± 0.000 |"
-    )
-    assert line.endswith("| inf |")
+def test_costs_are_in_units_of_a_constant_learning_rate() -> None:
+    """Half of the best base learning rate is an octave, and so a loss of 1, below the best ratio."""
+    rows = approach_rows([rising_record()], sweeps_of([sweep_record(64, 1.0)]))
+    costs = rate_costs([row for row in rows if row["base"] == BASES[1]])
+    assert costs["perceptron"]["0 %"] == pytest.approx(0.2)
+    assert costs["perceptron"]["1.25 %"] == pytest.approx(0.1)
 
 
-def test_multipliers_are_those_of_their_steps() -> None:
-    """Of two steps: none, both, the first only."""
-    losses = final_losses("perceptron", 0.95, "start", 4096, lambda step: torch.tensor([0.0, 1.0, step == 0]))
-    study, _ = train_to(WORKLOADS["perceptron"], beta_2=0.95, phase="start", seed=SEEDS[1])
-    held, moved, partly = losses[1]
-    assert held == pytest.approx(loss_of(study), rel=1e-5)
-    assert len({held, moved, partly}) == 3
-
-
-def test_the_correction_for_the_lag_is_that_of_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`sqrt(EMA[1/B] B)`, the average begun at the base batch size."""
-    seen: list[float] = []
-    monkeypatch.setattr(
-        switch, "final_losses", lambda *key: seen.extend(float(key[4](s)[0]) for s in range(3))
-    )
-    factors = sweep("perceptron", 0.9, "start", 64, correct_lag=True)["multipliers"]
-    average, expected = 1 / 16, []
-    for _ in range(3):
-        average = 0.9 * average + 0.1 / 64
-        expected.append(factors[0] * math.sqrt(average * 64))
-    assert seen == pytest.approx(expected)
+def test_the_page_of_rates() -> None:
+    """One workload likes a rise, the other does not: each would choose wrongly for the other."""
+    other = {"workload": "convnet"}
+    records = [rising_record(), rising_record("convnet", slope=-0.1)]
+    sweeps = [sweep_record(64, 2.0), sweep_record(64, 2.0) | other]
+    page = approach_table({"approach": records, "sweep": sweeps})
+    means, gaps = [line for line in page.splitlines() if line.startswith(f"| perceptron | {BASES[0]} |")]
+    assert "| 3 | 0.200 | 0.100 | 0.000 | -0.100 |" in means
+    assert means.endswith("| inf |")
+    assert "| 3 | 0.300 ± 0.000 | 0.200 ± 0.000 | 0.100 ± 0.000 | 0.000 ± 0.000 |" in gaps
+    assert "| convnet | 20 % | 0.700 | 0 % | 0.200 | 0.500 |" in page

@@ -17,15 +17,15 @@ POINT: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "sta
 def test_every_size_is_searched_along_so_many_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[list[list[Tensor]]] = []
 
-    def search(study: Study, directions: list[list[Tensor]], sample: Batch) -> tuple[float, float]:
+    def search(
+        study: Study, directions: list[list[Tensor]], sample: Batch, full: list[Tensor]
+    ) -> dict[str, float]:
         searched.append(directions)
-        return 0.5 * len(searched), 0.1
+        return {"lr": 0.5 * len(searched)}
 
     monkeypatch.setattr(bench, "DIRECTIONS", {16: 3, 256: 2})
-    monkeypatch.setattr(bench, "best_step", search)
-    assert fine(**POINT, seed=0) == {
-        "sign": {16: {"lr": 0.5, "log2_error": 0.1}, 256: {"lr": 1.0, "log2_error": 0.1}}
-    }
+    monkeypatch.setattr(bench, "searched", search)
+    assert fine(**POINT, seed=0) == {"sign": {16: {"lr": 0.5}, 256: {"lr": 1.0}}}
     assert [len(directions) for directions in searched] == [3, 2]
     (first, *_), (second, *_) = searched
     assert {value for step in (first, second) for tensor in step for value in tensor.unique().tolist()} <= {

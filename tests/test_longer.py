@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from benchmarks.cells import Store
-from benchmarks.fidelity import best_base
+from benchmarks.fidelity import best_base, longer
 from benchmarks.fidelity.longer import KINDS, LONG, cells, longer_table
 from benchmarks.fidelity.regrets import DEFAULT
-from benchmarks.fidelity.training import CONTINUED_EXAMPLES, PHASES, Study, train_to
+from benchmarks.fidelity.training import CONTINUED_EXAMPLES, PHASES, train_to
 from benchmarks.fidelity.workloads import WORKLOADS
 
 POINT: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "late"}
@@ -30,24 +30,28 @@ def live_record(seed: int, loss: float) -> dict[str, Any]:
 
 def test_every_cell_has_four_times_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(best_base, "live", lambda **key: asked.append(key) or {"by_batch_size": {}})
+
+    def called(**key: Any) -> dict[str, Any]:
+        asked.append(key)
+        return {}
+
+    monkeypatch.setattr(best_base, "live", called)
+    monkeypatch.setattr(longer, "live", called)
+    monkeypatch.setattr(longer, "sweep", called)
     monkeypatch.setattr(best_base, "best_multiplier", lambda store, kind, **point: {"long_sweep": 0.5}[kind])
     grid = cells(Store(tmp_path), ["perceptron"], 0.95)
-    (cell,) = [
-        c for c in grid if c.kind == "long_best_base" and c.key["phase"] == "late" and c.key["seed"] == 1
-    ]
-    assert cell.measure(**cell.key)["multiplier"] == 0.5
-    expected = {**LONG, "batch_sizes": (64, 256), "multiplier": 0.5}
-    assert asked == [POINT | {"seed": 1} | DEFAULT | expected]
+    for kind in KINDS[LONGER]:
+        cell = [cell for cell in grid if cell.kind == kind and cell.key["phase"] == "late"][-1]
+        cell.measure(**cell.key)
+    run = POINT | {"seed": 2} | DEFAULT | LONG | {"batch_sizes": (64, 256)}
+    assert asked == [POINT | {"batch_size": 256} | LONG, run, run | {"multiplier": 0.5}]
     assert LONG["examples"] == 4 * CONTINUED_EXAMPLES
     sizes = [c.key["batch_size"] for c in grid if c.kind == "long_sweep" and c.key["phase"] == "early"]
     assert sizes == [16, 64, 256]
 
 
-def test_the_callback_plans_for_the_examples_that_come() -> None:
-    what = WORKLOADS["perceptron"]
-    study, trainer = train_to(what, beta_2=0.95, phase="start", seed=0, examples=3200)
-    assert isinstance(study, Study)
+def test_a_run_stops_at_the_change_and_plans_for_the_examples_after_it() -> None:
+    _, trainer = train_to(WORKLOADS["perceptron"], beta_2=0.95, phase="start", seed=0, examples=3200)
     assert trainer.max_steps == PHASES["start"] + 3200 // 16
     assert trainer.global_step == PHASES["start"]
 

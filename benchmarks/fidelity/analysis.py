@@ -23,6 +23,7 @@ Record = dict[str, Any]
 Row = dict[str, Any]
 
 POINT = ("workload", "beta_2", "phase")
+CHANGE = (*POINT, "batch_size")
 
 
 class Summary(NamedTuple):
@@ -108,23 +109,18 @@ def mean(values: Iterable[float]) -> Mean:
     return Mean(float(np.mean(found)), float(width), count)
 
 
-def mean_over_seeds(rows: Sequence[Row], field: str, keys: Sequence[str]) -> Mean:
-    """The mean of everything, with the half-width that the scatter over seeds leaves.
+def mean_over_seeds(rows: Sequence[Row], field: str) -> Mean:
+    """The mean of everything, with the half-width of the mean over seeds of each seed's own mean.
 
-    What differs between experiments is what was chosen to be looked at, and no scatter.
+    What differs between experiments is what was chosen to be looked at, and no scatter; and one seed's
+    initial weights and batches are in many of them.
 
     Args:
-        rows: with every experiment at as many seeds.
+        rows: with every experiment at every seed.
         field: to average.
-        keys: what tells experiments apart.
     """
-    found = [[row[field] for row in part] for part in groups(rows, *keys).values()]
-    everything = mean(value for part in found for value in part)
-    freedom = sum(len(part) - 1 for part in found)
-    if not freedom or min(map(len, found)) < 2 or not math.isfinite(everything.value):
-        return everything._replace(half_width=math.inf)
-    error = math.sqrt(sum(float(np.var(part, ddof=1)) / len(part) for part in found)) / len(found)
-    return everything._replace(half_width=float(student.ppf(0.975, freedom)) * error)
+    of_seeds = mean(mean(row[field] for row in part).value for part in groups(rows, "seed").values())
+    return of_seeds._replace(n=len(rows))
 
 
 def deviation(values: Sequence[float]) -> float:

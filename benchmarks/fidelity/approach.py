@@ -1,12 +1,13 @@
 """How fast may the ratio rise after a change to a larger batch size, and how far?
 
 The callback's default writes at once what an unchanged cost of a step allows, and approaches the rest of what
-the objective asks for by `max_drift_per_step`. Here the same two ratios are taken from its runs, frozen, and
-approached at other rates, and up to square-root scaling as well.
+the objective asks for by `max_drift_per_step`. Here both ratios are taken from its runs, frozen, and the way
+between them is taken at other rates, and up to square-root scaling as well.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,30 +17,43 @@ import torch
 from torch import Tensor
 
 from benchmarks.cells import Store
-from benchmarks.fidelity.analysis import POINT, Mean, Record, Row, groups, mean, pick
+from benchmarks.fidelity.analysis import CHANGE, Record, Row, groups, mean, paired, pick
 from benchmarks.fidelity.best_base import best_multiplier
-from benchmarks.fidelity.leave_out import chosen_elsewhere
+from benchmarks.fidelity.leave_out import choices_table
 from benchmarks.fidelity.markdown import average, number, table
-from benchmarks.fidelity.regrets import DEFAULT, Sweep, sweeps_of
+from benchmarks.fidelity.regrets import CELL, DEFAULT, Sweep, loss_of_run, regret_unit, sweeps_of
 from benchmarks.fidelity.switch import SEEDS, final_losses
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
+from lightning_surge.reasons import Reason
 
 __all__ = ["RATES", "approach", "approach_rows", "approach_table", "rising"]
 
 DRIFT = SurgeLRCallback().settings.max_drift_per_step
-# 0 stays at what is written at once; infinity writes the end at once.
+# 0 stays at the ratio at an unchanged cost; infinity writes the end at once.
 RATES = (0.0, DRIFT / 4, DRIFT / 2, DRIFT, 2 * DRIFT, 4 * DRIFT, math.inf)
 """Largest relative rises per step."""
 BASES = ("as run", "best base lr")
 
 
 def rising(start: float, end: float, rate: float, step: int) -> float:
-    """The ratio of a step after the change: from one ratio to another by a rate, at once if it falls."""
+    """The ratio of a step after the change. The first one rises already, as the callback's does.
+
+    Args:
+        start: ratio at an unchanged cost of a step.
+        end: ratio to come to; one below the start acts at once.
+        rate: largest relative rise per step.
+        step: since the change, from 0.
+    """
     if end <= start or math.isinf(rate):
         return end
     # Beyond any end the power would overflow.
-    return start * math.exp(min(step * math.log1p(rate), math.log(end / start)))
+    return start * math.exp(min((step + 1) * math.log1p(rate), math.log(end / start)))
+
+
+def at_once(change: Mapping[str, Any]) -> float:
+    """The ratio at an unchanged cost of a step, of what a run of the callback says of its first step."""
+    return float(change["used"]) / (1.0 + DRIFT if change["reason"] == Reason.RISING.text else 1.0)
 
 
 def approach(store: Store, workload: str, beta_2: float, phase: str, batch_size: int) -> dict[str, Any]:
@@ -53,8 +67,8 @@ def approach(store: Store, workload: str, beta_2: float, phase: str, batch_size:
         batch_size: after the change, above the base.
 
     Returns:
-        The ratio in the first step and the ends, means of the callback's over seeds in the logarithm; losses
-        by base learning rate and end, by seed and rate.
+        The ratio at an unchanged cost of a step, and the ends: the callback's, before its shrinkage, as means
+        over seeds in the logarithm. Losses by base learning rate and end, by seed and rate.
 
     Raises:
         LookupError: If the callback's runs or the sweep are not finished there.
@@ -64,7 +78,8 @@ def approach(store: Store, workload: str, beta_2: float, phase: str, batch_size:
     if {live["seed"] for live in lives} < set(SEEDS):
         raise LookupError(f"The callback's runs have to come first, not all are finished at {point}.")
     changes = [live["by_batch_size"][str(batch_size)] for live in lives]
-    start, asked = (_mean_ratio([change[name] for change in changes]) for name in ("used", "predicted"))
+    start = _mean_ratio([at_once(change) for change in changes])
+    asked = _mean_ratio([change["predicted"] for change in changes])
     ends = {DEFAULT["objective"]: asked, "sqrt": math.sqrt(batch_size / BASE_BATCH_SIZE)}
     bases = dict(zip(BASES, (1.0, best_multiplier(store, **point)), strict=True))
     kinds = [(base, end, rate) for base in bases.values() for end in ends.values() for rate in RATES]
@@ -94,76 +109,78 @@ def _mean_ratio(ratios: Sequence[float]) -> float:
 def approach_rows(records: Iterable[Record], sweeps: Mapping[tuple[Any, ...], Sweep]) -> list[Row]:
     """By change, base, end, rate and seed: the regret against the best *constant* multiplier of the sweep.
 
-    In nats, or percent of the best loss where the loss is no cross-entropy; infinite for a run that diverged.
-    Changes without a sweep have no row.
+    In nats, or percent of the lowest loss where the loss is no cross-entropy; infinite for a run that
+    diverged. `constant lr` is the regret of the same seed at a ratio of 1. Without a sweep there is no row.
     """
     rows = []
     for record in records:
-        found = sweeps.get(tuple(record[name] for name in (*POINT, "batch_size")))
+        found = sweeps.get(tuple(record[name] for name in CHANGE))
         if found is None:
             continue
-        unit = 1.0 if WORKLOADS[record["workload"]].cross_entropy else 100.0 / float(found.mean.min())
-        for base, by_end in record["losses"].items():
+        unit = regret_unit(record["workload"], found)
+        for (base, by_end), seed in itertools.product(record["losses"].items(), record["seeds"]):
+            index = record["seeds"].index(seed)
+            constant = unit * found.regret(seed, math.log2(record["bases"][base]))
+            row = {name: record[name] for name in CHANGE} | {
+                "seed": seed,
+                "base": base,
+                "constant lr": constant,
+            }
             for end, by_seed in by_end.items():
-                for seed, losses in zip(record["seeds"], by_seed, strict=True):
-                    for rate, loss in zip(record["rates"], losses, strict=True):
-                        row = {name: record[name] for name in (*POINT, "batch_size")}
-                        row |= {"seed": seed, "base": base, "end": end}
-                        # JSON has no number for an infinite rate, nor for a run that has diverged.
-                        row["rate"] = math.inf if rate is None else rate
-                        regret = math.inf if loss is None else unit * (loss - found.reference(seed))
-                        rows.append(row | {"regret": regret})
+                for rate, loss in zip(RATES, by_seed[index], strict=True):
+                    regret = unit * (loss_of_run(loss) - found.reference(seed))
+                    rows.append(row | {"end": end, "rate": rate, "regret": regret})
     return rows
 
 
 def rate_costs(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Mean regret by workload and rate, in units of that of staying at what is written at once.
-
-    A workload on which staying loses nothing has no unit, and is left out.
-    """
+    """Mean regret by workload and rate, over that of a constant learning rate where that loses anything."""
     costs = {}
     for (workload,), found in groups(rows, "workload").items():
-        by_rate = {rate: _mean_regret(part).value for (rate,), part in groups(found, "rate").items()}
-        if by_rate[0.0] > 0.0:
-            costs[workload] = {_name(rate): value / by_rate[0.0] for rate, value in by_rate.items()}
+        unit = mean(row["constant lr"] for row in found).value
+        by_rate = groups(found, "rate").items() if unit > 0.0 else ()
+        costs[workload] = {
+            rate_name(rate): mean(row["regret"] for row in part).value / unit for (rate,), part in by_rate
+        }
     return costs
 
 
-def _name(rate: float) -> str:
+def rate_name(rate: float) -> str:
+    """In percent."""
     return "at once" if math.isinf(rate) else f"{100 * rate:g} %"
 
 
 def approach_table(records: Mapping[str, Sequence[Record]]) -> str:
-    """Mean regret by rate and end, and what other workloads would have chosen."""
+    """Mean regrets by rate and end, their differences to the callback's, and what others would choose."""
     rows = approach_rows(records["approach"], sweeps_of(records["sweep"]))
-    lines = []
-    for key, found in groups(rows, "base", "end", "workload").items():
-        entries = [average(_mean_regret(pick(found, rate=rate))) for rate in RATES]
-        lines.append([*key, len(found) // len(RATES), *entries])
-    for key, found in groups(rows, "base", "end", "batch_size").items():
-        found = [row for row in found if WORKLOADS[row["workload"]].cross_entropy]
-        entries = [average(_mean_regret(pick(found, rate=rate))) for rate in RATES]
-        lines.append([*key[:2], f"cross-entropy, B = {key[2]}", len(found) // len(RATES), *entries])
-    chosen = []
-    for (base,), found in groups(pick(rows, end=DEFAULT["objective"]), "base").items():
-        for row in chosen_elsewhere(rate_costs(found), _name(DRIFT)):
-            costs = [number(row[name], 2) for name in ("cost", "best cost", "default cost")]
-            chosen.append([base, row["workload"], row["chosen"], costs[0], row["best"], *costs[1:]])
-    headers = ["base", "left out", "the others choose", "which costs here", "best here", "costs"]
-    return "\n\n".join(
-        [
-            "After a change to a larger batch size the ratio starts where the callback's does, at what an "
-            "unchanged cost of a step allows, and rises by so much a step to what the objective asks for, or "
-            "to sqrt scaling; both frozen at the change. Mean regret over seeds, phases, beta_2 and batch "
-            "sizes, ± 95 % half-widths, against the best constant ratio of the sweep: nats, for the "
-            f"autoencoder percent of the loss. {len(records['approach'])} changes of the batch size.",
-            table(["base", "end", "cells", "n", *map(_name, RATES)], lines),
-            f"Each workload judges the rate that the others would have chosen on the way to "
-            f"`{DEFAULT['objective']}`, in units of the regret of no rise.",
-            table([*headers, f"callback: {_name(DRIFT)}"], chosen),
+    larger = groups([row for row in rows if WORKLOADS[row["workload"]].cross_entropy], "batch_size")
+    cells = {name: found for (name,), found in groups(rows, "workload").items()}
+    cells |= {f"cross-entropy, B = {size}": found for (size,), found in larger.items()}
+    means, gaps = [], []
+    for name, in_cell in cells.items():
+        for (base, end), found in groups(in_cell, "base", "end").items():
+            by_rate = [pick(found, rate=rate) for rate in RATES]
+            own = by_rate[RATES.index(DRIFT)]
+            key = [name, base, end, len(own)]
+            means.append([*key, *(number(mean(row["regret"] for row in part).value, 3) for part in by_rate)])
+            gaps.append([*key, *(average(paired(part, own, "regret", CELL)) for part in by_rate)])
+    headers = ["cells", "base", "end", "n", *map(rate_name, RATES)]
+    objective = DEFAULT["objective"]
+    parts = [
+        "After a change to a larger batch size the ratio starts at what an unchanged cost of a step allows, "
+        "and rises by so much a step to what the objective asks for, or to sqrt scaling; as the callback has "
+        "them at the change. Mean regret over seeds, phases, beta_2 and batch sizes, against the best "
+        "constant ratio of the sweep: nats, for the autoencoder percent of the loss. "
+        f"{len(groups(rows, *CHANGE))} changes of the batch size.",
+        table(headers, means),
+        f"The same minus that at {rate_name(DRIFT)}, the callback's, paired over cells, ± 95 % half-widths.",
+        table(headers, gaps),
+    ]
+    for base in BASES:
+        costs = rate_costs(pick(rows, end=objective, base=base))
+        parts += [
+            f"Each workload judges the rate that the others would have chosen on the way to `{objective}`, "
+            f"{base}; in units of the regret of a constant learning rate.",
+            choices_table(costs, rate_name(DRIFT)),
         ]
-    )
-
-
-def _mean_regret(rows: Sequence[Row]) -> Mean:
-    return mean(row["regret"] for row in rows)
+    return "\n\n".join(parts)

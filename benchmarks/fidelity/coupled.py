@@ -10,7 +10,7 @@ import torch
 from benchmarks.fidelity.analysis import POINT, Record, Row, groups, mean, pick
 from benchmarks.fidelity.live import loss_of
 from benchmarks.fidelity.markdown import number, table
-from benchmarks.fidelity.regrets import DEFAULT, ELSEWHERE, FIXED
+from benchmarks.fidelity.regrets import DEFAULT, ELSEWHERE, FIXED, shared
 from benchmarks.fidelity.run_tables import RULE_HEADERS, all_rows, at_default, rule_columns
 from benchmarks.fidelity.switch import BATCH_SIZES, fixed_sample
 from benchmarks.fidelity.training import train_to
@@ -19,7 +19,6 @@ from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 __all__ = ["COUPLED", "coupled", "coupled_table"]
 
 COUPLED = ("convnet",)
-EXAMPLES = 2048
 RULES = (*FIXED, "McCandlish", ELSEWHERE, *(f"{DEFAULT['objective']}, {how}" for how in ("used", "live")))
 
 
@@ -34,7 +33,7 @@ def coupled(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, An
     """
     study, _ = train_to(WORKLOADS[workload], beta_2=beta_2, phase=phase, seed=seed)
     running = loss_of(study)
-    sample = [tensor[:EXAMPLES] for tensor in fixed_sample(study.workload)]
+    sample = fixed_sample(study.workload)
     study.network.train()
     by_size = {}
     for size in BATCH_SIZES:
@@ -58,7 +57,7 @@ def coupled_table(records: Mapping[str, Sequence[Record]]) -> str:
         ]
         for key, found in groups(records["coupled"], *POINT).items()
     ]
-    rows = at_default(all_rows(records))
+    rows = shared(at_default(all_rows(records)), RULES, "tuned")
     parts = {
         "all": rows,
         f"{', '.join(COUPLED)} below B = {BASE_BATCH_SIZE}": [row for row in rows if _below(row)],

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.fidelity.analysis import POINT, Record, Row, groups, mean
+from benchmarks.fidelity.analysis import CHANGE, Record, Row, groups, mean
 from benchmarks.fidelity.markdown import number, share, table
 from benchmarks.fidelity.regrets import shared
 from benchmarks.fidelity.run_tables import all_rows, at_default
@@ -27,7 +27,7 @@ def everywhere_rows(rows: Sequence[Row], field: str) -> list[Row]:
     known = [row for row in rows if row[field] is not None]
     rules = [rule for (rule,) in groups(known, "rule")]
     found = []
-    for key, part in groups(shared(known, rules, field), *POINT, "batch_size").items():
+    for key, part in groups(shared(known, rules, field), *CHANGE).items():
         by_rule = groups(part, "rule").items()
         means = {rule: mean(row[field] for row in of_rule).value for (rule,), of_rule in by_rule}
         nats = WORKLOADS[key[0]].cross_entropy

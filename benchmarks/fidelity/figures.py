@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.fidelity.analysis import POINT, Record, Row, groups, mean, pick, quantile
+from benchmarks.fidelity.analysis import CHANGE, Record, Row, groups, mean, pick, quantile
 from benchmarks.fidelity.held import LAWS, calibration_rows, one_step_rows
 from benchmarks.fidelity.held_tables import NEAR
 from benchmarks.fidelity.one_step import COUNTS, SIZES
@@ -194,7 +194,7 @@ def draw_regret(records: Records) -> Figure:
         axes.axvline(0.0, color=BLACK, linewidth=0.8)
         axes.grid(axis="x", color=GREY, alpha=0.3, linewidth=0.6)
         axes.set_axisbelow(True)
-        changes = len(groups(found, *POINT, "batch_size"))
+        changes = len(groups(found, *CHANGE))
         kind = "cross-entropy" if unit == "nats" else ", ".join(dict.fromkeys(r["workload"] for r in found))
         axes.set_title(f"{kind}, {changes} changes of B", fontsize=10)
         unit = "nats, linear below 0.01" if unit == "nats" else "% of the best loss, linear below 1"

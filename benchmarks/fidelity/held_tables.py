@@ -6,7 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from benchmarks.fidelity.analysis import POINT, Record, Row, groups, mean, pick, quantile, rms, summary
+from benchmarks.fidelity.analysis import (
+    CHANGE,
+    POINT,
+    Record,
+    Row,
+    groups,
+    mean,
+    pick,
+    quantile,
+    rms,
+    summary,
+)
 from benchmarks.fidelity.held import (
     LAWS,
     alignment_rows,
@@ -198,12 +209,12 @@ def direction(records: Records) -> str:
     for truth in truths:
         entries: list[object] = []
         for kind in KINDS:
-            point = {name: truth[name] for name in (*POINT, "batch_size")}
+            point = {name: truth[name] for name in CHANGE}
             found = [row["ratio"] for row in pick(rows, kind=kind, **point) if row["ratio"] is not None]
             entries.append(f"{2 ** mean(found).value:.2f} ({len(found)})" if found else "-")
             errors[kind] += [abs(mean(found).value - truth["ratio"])] if found else []
         if any(entry != "-" for entry in entries):
-            point_names = [truth[name] for name in (*POINT, "batch_size")]
+            point_names = [truth[name] for name in CHANGE]
             lines.append([*point_names, f"{2 ** truth['ratio']:.2f}", *entries])
     signs = []
     for (phase, kind), found in groups(rows, "phase", "kind").items():

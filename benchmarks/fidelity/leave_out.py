@@ -11,7 +11,7 @@ from benchmarks.fidelity.regrets import CELL, DEFAULT, FIXED, best_fixed, shared
 from benchmarks.fidelity.run_tables import all_rows, at_default
 from lightning_surge import SurgeLRCallback
 
-__all__ = ["chosen_elsewhere", "half_life_costs", "leave_out", "objective_costs"]
+__all__ = ["choices_table", "chosen_elsewhere", "half_life_costs", "leave_out", "objective_costs"]
 
 Costs = Mapping[str, Mapping[str, float]]
 """By workload and choice; smaller is better, and comparable between workloads."""
@@ -80,15 +80,21 @@ def leave_out(records: Mapping[str, Sequence[Record]]) -> str:
             "on it, and what the callback does.",
             "**The objective**, after a change of the batch size: mean regret of live runs over that of the "
             f"best fixed rule on the same workload. {len(cells)} cells.",
-            _table(objective_costs(rows), DEFAULT["objective"]),
+            choices_table(objective_costs(rows), DEFAULT["objective"]),
             "**The averaging window**, through a decay: root mean square of log2 R minus that of the model "
             f"held, by half-life in measurements. {len(records['decay'])} runs.",
-            _table(half_life_costs(records["decay"]), f"{SurgeLRCallback().settings.half_life:g}"),
+            choices_table(half_life_costs(records["decay"]), f"{SurgeLRCallback().settings.half_life:g}"),
         ]
     )
 
 
-def _table(costs: Costs, default: str) -> str:
+def choices_table(costs: Costs, default: str) -> str:
+    """What the others choose, by workload left out.
+
+    Args:
+        costs: by workload and choice.
+        default: the callback's choice.
+    """
     rows = chosen_elsewhere(costs, default)
     headers = [
         "left out",

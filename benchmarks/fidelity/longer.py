@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 from benchmarks.cells import Cell, Store
-from benchmarks.fidelity.analysis import POINT, Record, Row, groups, pick
+from benchmarks.fidelity.analysis import CHANGE, Record, Row, groups, pick
 from benchmarks.fidelity.best_base import live_at_best_base
 from benchmarks.fidelity.live import live
 from benchmarks.fidelity.markdown import table
-from benchmarks.fidelity.regrets import DEFAULT, FIXED, shared, sweeps_of, switch_rows, truth_rows
-from benchmarks.fidelity.run_tables import RULE_HEADERS, at_default, rule_columns
+from benchmarks.fidelity.regrets import CELL, DEFAULT, FIXED, shared, sweeps_of, switch_rows, truth_rows
+from benchmarks.fidelity.run_tables import RULE_HEADERS, at_default, rule_columns, true_ratio
 from benchmarks.fidelity.switch import BATCH_SIZES, SEEDS, sweep
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE
@@ -67,28 +67,29 @@ def longer_table(records: Mapping[str, Sequence[Record]]) -> str:
         rows_of[examples] = at_default(
             switch_rows(found, records[lives], records["laws"], records[at_best_base])
         )
-    both = set.intersection(*({_change(truth) for truth in truths} for truths in truths_of.values()))
-    lines = []
-    for examples, rows in rows_of.items():
-        same = shared([row for row in rows if _change(row) in both], RULES, "tuned")
-        for rule in RULES:
-            part = pick(same, rule=rule)
-            lines.append([examples, rule, len(part), *rule_columns(part)])
-    ratios = [truth for truths in truths_of.values() for truth in truths if _change(truth) in both]
+    of_all = {examples: shared(rows, RULES, "tuned") for examples, rows in rows_of.items()}
+    same = set.intersection(*({_cell(row) for row in rows} for rows in of_all.values()))
+    lines = [
+        [examples, rule, len(part), *rule_columns(part)]
+        for examples, rows in of_all.items()
+        for rule in RULES
+        if (part := [row for row in pick(rows, rule=rule) if _cell(row) in same])
+    ]
     best = [
-        [*key, *(f"{2 ** truth['ratio']:.2f} ({2 ** truth['spread']:.2f})" for truth in part)]
-        for key, part in groups(ratios, *POINT, "batch_size").items()
+        [*key, *(true_ratio(truth) for truth in part)]
+        for key, part in groups([truth for truths in truths_of.values() for truth in truths], *CHANGE).items()
+        if len(part) == len(KINDS)
     ]
     return "\n\n".join(
         [
             "R_true by the examples that are trained after the change, with its standard deviation over "
-            "seeds as a factor.",
-            table([*POINT, "B", *KINDS], best),
-            "Rules on the same changes, in the columns of `rules.md`.",
+            "seeds as a factor. `*`: a lowest loss is at an end of a sweep, so that it is a bound.",
+            table([*CHANGE[:-1], "B", *KINDS], best),
+            "Rules on the same changes and seeds, in the columns of `rules.md`.",
             table(["examples", "rule", "n", *RULE_HEADERS], lines),
         ]
     )
 
 
-def _change(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in (*POINT, "batch_size"))
+def _cell(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in CELL)

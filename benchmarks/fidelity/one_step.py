@@ -23,7 +23,18 @@ from lightning_surge.estimates import EstimatedLaw, estimate, fit_sign_law
 from lightning_surge.laws import Law
 from lightning_surge.noise import NoiseHistory
 
-__all__ = ["ACTIVE", "COUNTS", "SIZES", "best_step", "fresh_directions", "laws", "measure", "truths"]
+__all__ = [
+    "ACTIVE",
+    "COUNTS",
+    "SIZES",
+    "best_step",
+    "fresh_directions",
+    "gradient_of",
+    "laws",
+    "measure",
+    "searched",
+    "truths",
+]
 
 ACTIVE = 64
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)
@@ -148,14 +159,7 @@ def truths(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any
         result["grad_sq_of_batches"][size] = float(np.mean([_dot(g, g) for g in batches]))
         for kind in KINDS:
             steps = [_direction(study, kind, g) for g in batches]
-            alignment = [_dot(step, full) for step in steps]
-            lr, error = best_step(study, steps, sample)
-            result[kind][size] = {
-                "lr": lr,
-                "log2_error": error,
-                "alignment": float(np.mean(alignment)),
-                "alignment_error": float(np.std(alignment, ddof=1) / math.sqrt(directions)),
-            }
+            result[kind][size] = searched(study, steps, sample, full)
             if kind == "sign":
                 result[kind][size]["curvature"] = _curvature(study, steps[:4], sample, full)
     result["grad_sq"] = _dot(full, full)
@@ -163,6 +167,20 @@ def truths(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any
     for buffer, value in zip(study.network.buffers(), buffers, strict=True):
         buffer.copy_(value)
     return result
+
+
+def searched(
+    study: Study, directions: Sequence[list[Tensor]], sample: Batch, full: Sequence[Tensor]
+) -> dict[str, Any]:
+    """The best step along directions, their alignment with the sample's gradient, and the errors of both."""
+    alignment = [_dot(direction, full) for direction in directions]
+    lr, error = best_step(study, directions, sample)
+    return {
+        "lr": lr,
+        "log2_error": error,
+        "alignment": float(np.mean(alignment)),
+        "alignment_error": float(np.std(alignment, ddof=1) / math.sqrt(len(directions))),
+    }
 
 
 def fresh_directions(study: Study, size: int, count: int, seed: int) -> list[list[Tensor]]:

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from benchmarks.fidelity.analysis import POINT, Array, Mean, Record, Row, groups, mean, pick
+from benchmarks.fidelity.analysis import CHANGE, POINT, Array, Record, Row, groups, mean, pick
 from benchmarks.fidelity.one_step import SIZES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
 
 DEFAULT = {"objective": SurgeLRCallback().settings.objective, "max_overhead": 0.05}
 """The callback's default objective. Its default cost is for longer runs than these."""
-CELL = (*POINT, "batch_size", "seed")
+CELL = (*CHANGE, "seed")
 FIXED = ("constant", "sqrt", "linear")
 ELSEWHERE = "swept elsewhere"
 """The mean of what sweeps find on the other workloads at the same batch size, instead of a rule."""
@@ -58,6 +58,11 @@ class Sweep(NamedTuple):
     def bests(self) -> Array:
         """The same of each seed."""
         return np.array([vertex(self.x, row) for row in self.losses])
+
+    @property
+    def lowest(self) -> float:
+        """The mean loss at the multiplier that is best on average."""
+        return float(self.mean.min())
 
     @property
     def censored(self) -> bool:
@@ -107,8 +112,18 @@ def vertex(x: Array, losses: Array) -> float:
 
 def sweeps_of(records: Iterable[Record]) -> dict[tuple[Any, ...], Sweep]:
     """By workload, beta_2, phase and batch size; without those that diverged at nearly every multiplier."""
-    found = {tuple(record[name] for name in (*POINT, "batch_size")): Sweep.of(record) for record in records}
+    found = {tuple(record[name] for name in CHANGE): Sweep.of(record) for record in records}
     return {key: sweep for key, sweep in found.items() if len(sweep.x) >= 3}
+
+
+def regret_unit(workload: str, found: Sweep) -> float:
+    """What a difference of losses is multiplied with: nats stay, others become percent of the lowest loss."""
+    return 1.0 if WORKLOADS[workload].cross_entropy else 100.0 / found.lowest
+
+
+def loss_of_run(loss: float | None) -> float:
+    """JSON has no number for a run that has diverged."""
+    return math.inf if loss is None else loss
 
 
 def truth_rows(sweeps: dict[tuple[Any, ...], Sweep]) -> list[Row]:
@@ -124,14 +139,19 @@ def truth_rows(sweeps: dict[tuple[Any, ...], Sweep]) -> list[Row]:
     return rows
 
 
-def scatter(truths: Sequence[Row], seeds: int) -> float:
-    """Mean absolute log2 error of a rule that is always right, from the scatter of R_true over seeds.
+def error_of_the_right_rule(truths: Sequence[Row], seeds: int) -> float:
+    """About the mean absolute log2 error of a rule that is always right, as R_true scatters over seeds.
+
+    That of a normal mean of so many, `sqrt(2 / (pi seeds))` standard deviations, which are on average larger
+    than those found in so few.
 
     Args:
-        truths: rows of `truth_rows`.
+        truths: rows of `truth_rows`; those at the end of a sweep tell no scatter.
         seeds: behind each of them.
     """
-    return math.sqrt(2 / (math.pi * seeds)) * float(np.mean([truth["spread"] for truth in truths]))
+    spread = float(np.mean([truth["spread"] for truth in truths if not truth["censored"]]))
+    too_small = math.sqrt(2 / (seeds - 1)) * math.gamma(seeds / 2) / math.gamma((seeds - 1) / 2)
+    return math.sqrt(2 / (math.pi * seeds)) * spread / too_small
 
 
 def mccandlish(noise_scale: float, batch_size: int) -> float:
@@ -196,8 +216,7 @@ def switch_rows(
     for truth in truths:
         point, size = tuple(truth[name] for name in POINT), truth["batch_size"]
         found, records = sweeps[*point, size], live_of.get(point, [])
-        best = float(found.mean.min())
-        unit = 1.0 if WORKLOADS[truth["workload"]].cross_entropy else 100.0 / best
+        unit = regret_unit(truth["workload"], found)
         fixed = fixed_ratios(size, pick(records, **DEFAULT), laws_of.get(point, []))
         elsewhere = [t["ratio"] for t in pick(truths, batch_size=size) if t["workload"] != truth["workload"]]
         if elsewhere:
@@ -216,7 +235,7 @@ def switch_rows(
                 ends = (_loss(record, size), None if tuned is None else _loss(tuned, size))
                 rules.append((f"{objective}, live", overhead, run["mean_log2_ratio"], ends))
             for rule, overhead, ratio, ends in rules:
-                row = {name: truth[name] for name in (*POINT, "batch_size", "censored")}
+                row = {name: truth[name] for name in (*CHANGE, "censored")}
                 row |= {"seed": seed, "rule": rule}
                 row |= {"overhead": overhead, "ratio": ratio, "error": None, "regret": None, "tuned": None}
                 row["beyond"] = row["tuned_beyond"] = False
@@ -233,9 +252,8 @@ def switch_rows(
 
 
 def _loss(run: Record, batch_size: int) -> float:
-    """Of a live run after the change to a batch size; JSON has no number for one that has diverged."""
-    loss = run["by_batch_size"][str(batch_size)]["loss"]
-    return math.inf if loss is None else loss
+    """Of a live run after the change to a batch size."""
+    return loss_of_run(run["by_batch_size"][str(batch_size)]["loss"])
 
 
 def shared(rows: Iterable[Row], rules: Sequence[str], field: str = "regret") -> list[Row]:
@@ -252,33 +270,3 @@ def best_fixed(rows: Sequence[Row], field: str = "regret") -> tuple[str, float] 
     means = {name: mean(row[field] for row in pick(rows, rule=name)) for name in FIXED}
     known = {name: found.value for name, found in means.items() if found.n}
     return min(known.items(), key=lambda item: item[1]) if known else None
-
-
-def lag_rows(
-    sweeps: Iterable[Record], corrected: Iterable[Record], lives: Iterable[Record] = ()
-) -> list[Row]:
-    """By key: the best multiplier and loss of the sweep with and without the correction.
-
-    `difference` of the losses, corrected minus not, is paired over seeds, each at the multiplier that is best
-    on average. `ruled` is the same at the ratio that the callback writes after the change, times the best
-    base learning rate: who corrects does not sweep again.
-    """
-    plain = sweeps_of(sweeps)
-    live_of = groups(pick(lives, **DEFAULT), *POINT)
-    rows = []
-    for key, found in sweeps_of(corrected).items():
-        if key not in plain:
-            continue
-        both = {"without": plain[key], "with": found}
-        row = dict(zip((*POINT, "batch_size"), key, strict=True))
-        for name, entry in both.items():
-            row |= {f"loss {name}": float(entry.mean.min()), f"multiplier {name}": 2.0**entry.best}
-        seeds = [seed for seed in found.seeds if seed in plain[key].seeds]
-        gaps: Mean = mean(found.reference(seed) - plain[key].reference(seed) for seed in seeds)
-        used = [live["by_batch_size"][str(key[-1])]["used"] for live in live_of.get(key[:-1], [])]
-        base = plain.get((*key[:-1], BASE_BATCH_SIZE))
-        known = seeds if used and base is not None else []
-        x = float(np.mean(np.log2(used))) + base.best if known and base is not None else math.nan
-        ruled: Mean = mean(found.loss(seed, x) - plain[key].loss(seed, x) for seed in known)
-        rows.append(row | {"difference": gaps, "ruled": ruled})
-    return rows

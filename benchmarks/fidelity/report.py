@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.cells import Store
 from benchmarks.fidelity import figures, held_tables, procedure, run_tables, secants
 from benchmarks.fidelity.analysis import (
+    CHANGE,
     POINT,
     Record,
     groups,
@@ -28,11 +29,13 @@ from benchmarks.fidelity.coupled import coupled_table
 from benchmarks.fidelity.everywhere import everywhere_table
 from benchmarks.fidelity.fine import refined
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
+from benchmarks.fidelity.lag import lag_table
 from benchmarks.fidelity.leave_out import leave_out
 from benchmarks.fidelity.longer import longer_table
 from benchmarks.fidelity.markdown import share, table
 from benchmarks.fidelity.one_step import COUNTS
 from benchmarks.fidelity.regrets import DEFAULT, FIXED, best_fixed, shared
+from benchmarks.fidelity.switch import SEEDS
 from benchmarks.fidelity.tuning import tuning_table
 from benchmarks.results import finite, machine
 
@@ -42,15 +45,15 @@ KEYS = {
     "truths": (*POINT, "seed"),
     "fine": (*POINT, "seed"),
     "laws": (*POINT, "seed"),
-    "sweep": (*POINT, "batch_size"),
-    "lag": (*POINT, "batch_size", "correct_lag"),
+    "sweep": CHANGE,
+    "lag": (*CHANGE, "correct_lag"),
     "live": (*POINT, "seed", "objective", "max_overhead"),
     "best_base": (*POINT, "seed", "objective", "max_overhead"),
     "coupled": (*POINT, "seed"),
-    "long_sweep": (*POINT, "batch_size"),
+    "long_sweep": CHANGE,
     "long_live": (*POINT, "seed", "objective", "max_overhead"),
     "long_best_base": (*POINT, "seed", "objective", "max_overhead"),
-    "approach": (*POINT, "batch_size"),
+    "approach": CHANGE,
     "decay": ("workload", "beta_2", "seed"),
     "ramp": ("workload", "beta_2", "budget", "rule", "seed", "max_overhead"),
     "tuning": ("workload", "beta_2"),
@@ -77,7 +80,7 @@ PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "longer": (("long_sweep",), longer_table),
     "approach": (("approach",), approach_table),
     "decay": (("decay",), run_tables.decay),
-    "lag": (("lag",), run_tables.lag),
+    "lag": (("lag",), lag_table),
     "tuning": (("tuning",), tuning_table),
     "ramp": (("ramp",), run_tables.ramp),
     "procedure": (("procedure_grid", "procedure_following"), procedure.table),
@@ -126,7 +129,8 @@ def summary_table(found: Iterable[Mapping[str, Any]]) -> str:
         width = f" ± {entry['half_width']:.2g}" if "half_width" in entry else ""
         value = f"{entry['value']:.3g}{width}"
         lines.append([entry["name"], value, bound, "met" if entry["met"] else "missed"])
-    return table(["what", "value", "target", ""], lines)
+    note = "After a mean regret: its 95 % half-width, from the means over all changes of each seed."
+    return f"{table(['what', 'value', 'target', ''], lines)}\n\n{note}"
 
 
 def read(store: Store) -> dict[str, list[Record]]:
@@ -168,6 +172,13 @@ def targets(records: Records) -> list[dict[str, Any]]:
     return [*held_targets(records["one_step"]), *switch_targets(run_tables.all_rows(records))]
 
 
+def with_every_seed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of changes that have been run at every seed."""
+    changes = groups(rows, *CHANGE).items()
+    complete = {key for key, part in changes if {row["seed"] for row in part} == set(SEEDS)}
+    return [row for row in rows if tuple(row[name] for name in CHANGE) in complete]
+
+
 def held_targets(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
     """Those at points where the model was held."""
     if not records:
@@ -206,8 +217,8 @@ def switch_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
             {"regret": "", "tuned": ", at the best base lr"}.items(),
             ((True, "cross-entropy"), (False, "autoencoder")),
         ):
-            part = run_tables.of_unit(shared(default, rules, field), nats=nats)
-            own = mean_over_seeds(pick(part, rule=rule), field, (*POINT, "batch_size"))
+            part = run_tables.of_unit(with_every_seed(shared(default, rules, field)), nats=nats)
+            own = mean_over_seeds(pick(part, rule=rule), field)
             best = best_fixed(part, field)
             if best is None:
                 continue

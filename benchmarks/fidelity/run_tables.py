@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.fidelity.analysis import (
+    CHANGE,
     POINT,
     Mean,
     Record,
@@ -26,8 +27,7 @@ from benchmarks.fidelity.regrets import (
     CELL,
     DEFAULT,
     ELSEWHERE,
-    lag_rows,
-    scatter,
+    error_of_the_right_rule,
     shared,
     sweeps_of,
     switch_rows,
@@ -38,9 +38,9 @@ from benchmarks.fidelity.workloads import WORKLOADS
 
 __all__ = [
     "RULE_HEADERS",
+    "all_rows",
     "at_default",
     "decay",
-    "lag",
     "of_unit",
     "ramp",
     "rule_columns",
@@ -48,6 +48,7 @@ __all__ = [
     "switch",
     "switch_points",
     "switch_settings",
+    "true_ratio",
 ]
 
 Records = Mapping[str, Sequence[Record]]
@@ -95,8 +96,8 @@ def switch(records: Records) -> str:
         "% half-widths over cells of workload, phase, beta_2, B and seed, n of them; the seeds of one "
         f"change share its R_true. {len(truths)} changes have a sweep at both sizes, "
         f"{sum(t['censored'] for t in truths)} of them with a minimum at an end of a sweep, so that R_true "
-        "is a bound. The scatter of R_true over seeds leaves an error of "
-        f"{number(scatter(truths, len(SEEDS)))} in the mean to a rule that is always right. "
+        "is a bound. The scatter of R_true over seeds leaves an error of about "
+        f"{number(error_of_the_right_rule(truths, len(SEEDS)))} in the mean to a rule that is always right. "
         f"`{ELSEWHERE}`: the mean of log2 R_true of the other workloads at the same B. The callback has "
         f"max_overhead={DEFAULT['max_overhead']:g}.",
     ]
@@ -175,6 +176,11 @@ def _measured(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row["rule"] for row in rows if row["overhead"] is not None))
 
 
+def true_ratio(truth: Row) -> str:
+    """R_true and its standard deviation over seeds as a factor; `*` where it is a bound."""
+    return f"{2 ** truth['ratio']:.2f}{'*' if truth['censored'] else ''} ({number(2 ** truth['spread'])})"
+
+
 def switch_points(records: Records) -> str:
     """R and regret by change of the batch size."""
     rows = at_default(all_rows(records))
@@ -182,15 +188,13 @@ def switch_points(records: Records) -> str:
     truths = truth_rows(sweeps_of(records["sweep"]))
     ratios, regrets = [], []
     for truth in truths:
-        point: dict[str, Any] = {name: truth[name] for name in (*POINT, "batch_size")}
-        mark = "*" if truth["censored"] else ""
+        point: dict[str, Any] = {name: truth[name] for name in CHANGE}
         found = [pick(rows, rule=rule, **point) for rule in rules]
         logs = [mean(row["ratio"] for row in part if row["ratio"] is not None) for part in found]
         losses = [mean(row["regret"] for row in part if row["regret"] is not None) for part in found]
         edges = ["*" if any(row["beyond"] for row in part) else "" for part in found]
-        spread = number(2 ** truth["spread"])
         ratios.append(
-            [*point.values(), f"{2 ** truth['base']:.2f}", f"{2 ** truth['ratio']:.2f}{mark} ({spread})"]
+            [*point.values(), f"{2 ** truth['base']:.2f}", true_ratio(truth)]
             + [f"{2**log.value:.2f}" if log.n else "-" for log in logs]
         )
         regrets.append(
@@ -233,32 +237,6 @@ def decay(records: Records) -> str:
                 ["B", "window (measurements)", *(f"at {mark:g}" for mark in marks), "all"],
                 [[size, name, *entries] for size, name, entries in order],
             ),
-        ]
-    )
-
-
-def lag(records: Records) -> str:
-    """What undoing the lag of Adam's second average is worth."""
-    lines = [
-        [
-            *(row[name] for name in ("workload", "beta_2", "batch_size")),
-            *(number(row[f"multiplier {name}"]) for name in ("without", "with")),
-            *(number(row[f"loss {name}"], 4) for name in ("without", "with")),
-            average(row["difference"], 4),
-            row["difference"].n,
-            average(row["ruled"], 4),
-        ]
-        for row in lag_rows(records["sweep"], records["lag"], records["live"])
-    ]
-    headers = ["workload", "beta_2", "B", "best multiplier", "corrected", "loss there", "corrected"]
-    return "\n\n".join(
-        [
-            "Sweeps after a change of the batch size in the late phase, with Adam's step and with a "
-            "step from which the lag of v behind the new batch size is taken out. Losses are the lowest "
-            "mean over seeds; differences, corrected minus not, are paired over seeds, ± 95 % "
-            "half-widths: at the best multiplier of each, and at the callback's first ratio times the best "
-            "base lr.",
-            table([*headers, "difference", "seeds", "difference at the callback's"], lines),
         ]
     )
 

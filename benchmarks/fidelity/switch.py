@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.fidelity.ensemble import Ensemble, shared_batch
@@ -19,10 +21,15 @@ from benchmarks.fidelity.training import (
 )
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, Workload, draw
 
-__all__ = ["BATCH_SIZES", "SEEDS", "final_losses", "fixed_sample", "multipliers", "sweep"]
+__all__ = ["BATCH_SIZES", "SEEDS", "beyond", "final_losses", "fixed_sample", "multipliers", "sweep"]
+
+Array = NDArray[np.float64]
 
 BATCH_SIZES = tuple(int(BASE_BATCH_SIZE * factor) for factor in (1 / 8, 1, 4, 16))
 SEEDS = (0, 1, 2)
+# A sweep whose lowest loss is at an end of its grid goes on beyond it, so many multipliers at a time.
+MORE = 2
+EXTENSIONS = 3
 
 
 def fixed_sample(workload: Workload) -> tuple[torch.Tensor, ...]:
@@ -47,7 +54,7 @@ def sweep(
     correct_lag: bool = False,
     examples: int = CONTINUED_EXAMPLES,
 ) -> dict[str, Any]:
-    """Final loss for every multiplier and seed.
+    """Final loss for every multiplier and seed; beyond the grid as long as the lowest mean is at its end.
 
     Args:
         workload: its name.
@@ -55,22 +62,47 @@ def sweep(
         phase: at which the batch size changes.
         batch_size: after the change.
         correct_lag: also undo the lag of Adam's `v` after the change, as far as noise makes `v`: the step is
-            divided by `sqrt(EMA[1/B] B)`, the size it has relative to that of a steady state.
+            multiplied by `sqrt(EMA[1/B] B)`, which makes it as long as in a steady state.
         examples: after the change.
 
     Returns:
         Multipliers, and losses by seed and multiplier.
     """
+
+    def losses_at(factors: Sequence[float]) -> Array:
+        constant = torch.tensor(factors)
+
+        def corrected(step: int) -> Tensor:
+            old = beta_2 ** (step + 1)
+            return constant * math.sqrt(old * batch_size / BASE_BATCH_SIZE + 1.0 - old)
+
+        multipliers_at = corrected if correct_lag else lambda step: constant
+        return np.array(final_losses(workload, beta_2, phase, batch_size, multipliers_at, examples))
+
     factors = multipliers(batch_size)
-    constant = torch.tensor(factors)
+    losses = losses_at(factors)
+    for _ in range(EXTENSIONS):
+        more = beyond(factors, losses)
+        if not more:
+            break
+        order = np.argsort([*factors, *more])
+        losses = np.hstack([losses, losses_at(more)])[:, order]
+        factors = [[*factors, *more][index] for index in order]
+    return {"multipliers": factors, "seeds": list(SEEDS), "losses": losses.tolist()}
 
-    def corrected(step: int) -> Tensor:
-        old = beta_2 ** (step + 1)
-        return constant * math.sqrt(old * batch_size / BASE_BATCH_SIZE + 1.0 - old)
 
-    multipliers_at = corrected if correct_lag else lambda step: constant
-    losses = final_losses(workload, beta_2, phase, batch_size, multipliers_at, examples)
-    return {"multipliers": factors, "seeds": list(SEEDS), "losses": losses}
+def beyond(factors: Sequence[float], losses: Array) -> list[float]:
+    """The next multipliers at the end of a grid where the lowest mean over seeds is, none if it is inside.
+
+    Args:
+        factors: multipliers, increasing at equal ratios.
+        losses: by seed and multiplier; of runs that diverged not finite, which ends a grid as well.
+    """
+    means = np.where(np.isfinite(losses).all(axis=0), losses.mean(axis=0), np.inf)
+    low, ratio = int(np.argmin(means)), factors[1] / factors[0]
+    if low == len(factors) - 1:
+        return [factors[-1] * ratio**index for index in range(1, MORE + 1)]
+    return [factors[0] / ratio**index for index in range(MORE, 0, -1)] if low == 0 else []
 
 
 def final_losses(
