@@ -39,7 +39,8 @@ SWITCH_RULES = {
 }
 PHASES = ("early", "late", "cooled")
 SHOWN_BETA = 0.95
-SWEEP = "sweep, sd of seeds"
+SWEEP, SWEPT_LONGER = "sweep, sd of seeds", "sweep, four times the examples"
+REGRETS = {"tuned": "at the best base lr", "regret": "as run"}
 
 
 def draw(records: Records, directory: Path) -> list[Path]:
@@ -139,6 +140,7 @@ def draw_switch(records: Records) -> Figure:
     # One size makes no curve.
     panels = [part for part in groups(every, "workload", "phase").values() if len(part) > 1]
     truths = [row for part in panels for row in part]
+    longer = truth_rows(sweeps_of(records["long_sweep"]))
     rows = pick(at_default(all_rows(records)), beta_2=SHOWN_BETA)
     names = [name for name in WORKLOADS if pick(truths, workload=name)]
     phases = [phase for phase in PHASES if pick(truths, phase=phase)]
@@ -164,6 +166,10 @@ def draw_switch(records: Records) -> Figure:
             factor = np.array([2 ** row["spread"] for row in found])
             bars = (best - best / factor, best * factor - best)
             axes.errorbar(sizes, best, bars, fmt="o", color=BLACK, capsize=3, label=SWEEP, zorder=5)
+            later = pick(longer, workload=name, phase=phase)
+            sizes_later = [row["batch_size"] for row in later]
+            best_later = [2 ** row["ratio"] for row in later]
+            axes.plot(sizes_later, best_later, "o", mfc="none", color=BLACK, label=SWEPT_LONGER, zorder=5)
             axes.set_title(f"{name}, {phase}", fontsize=10)
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -176,28 +182,51 @@ def draw_switch(records: Records) -> Figure:
 
 
 def draw_regret(records: Records) -> Figure:
-    """Mean regret by rule with 95 % half-widths."""
-    rows = [row for row in at_default(all_rows(records)) if row["regret"] is not None]
-    units = {"nats": pick(rows, workload=NATS), "%": [r for r in rows if r["workload"] not in NATS]}
+    """Mean regret by rule with 95 % half-widths, at the best base lr and as run."""
+    every = at_default(all_rows(records))
+    units = {"nats": pick(every, workload=NATS), "%": [r for r in every if r["workload"] not in NATS]}
     shown: dict[str, list[Row]] = {unit: found for unit, found in units.items() if found}
-    rules = [rule for (rule,) in groups(rows, "rule")]
-    figure = Figure(figsize=(4.6 * len(shown), 0.28 * len(rules) + 1.2), dpi=90, layout="constrained")
-    grid = figure.subplots(1, len(shown), squeeze=False, sharey=True)
-    for axes, (unit, found) in zip(grid.flat, shown.items(), strict=True):
-        means = [mean(row["regret"] for row in pick(found, rule=rule)) for rule in rules]
-        values = [entry.value if math.isfinite(entry.value) else 0.0 for entry in means]
-        widths = [entry.half_width if math.isfinite(entry.half_width) else 0.0 for entry in means]
-        colours = [SWITCH_RULES.get(f"{rule.partition(',')[0]}, used", (GREY, ""))[0] for rule in rules]
-        axes.barh(rules, values, xerr=widths, color=colours, error_kw={"capsize": 2, "linewidth": 1})
-        axes.set_xscale("symlog", linthresh=0.01 if unit == "nats" else 1.0)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.axvline(0.0, color=BLACK, linewidth=0.8)
-        axes.grid(axis="x", color=GREY, alpha=0.3, linewidth=0.6)
-        axes.set_axisbelow(True)
-        changes = len(groups(found, *CHANGE))
-        kind = "cross-entropy" if unit == "nats" else ", ".join(dict.fromkeys(r["workload"] for r in found))
-        axes.set_title(f"{kind}, {changes} changes of B", fontsize=10)
-        unit = "nats, linear below 0.01" if unit == "nats" else "% of the best loss, linear below 1"
-        axes.set_xlabel(f"mean regret ({unit})")
-    grid[0, 0].invert_yaxis()
+    # A rule that has not been run there has no bar, and no line.
+    rules = {field: [rule for (rule,) in groups(_known(every, field), "rule")] for field in REGRETS}
+    heights = [0.26 * max(len(names), 1) + 1.0 for names in rules.values()]
+    figure = Figure(figsize=(4.6 * len(shown), sum(heights)), dpi=90, layout="constrained")
+    grid = figure.subplots(len(rules), len(shown), squeeze=False, sharey="row", height_ratios=heights)
+    for line, (field, base) in zip(grid, REGRETS.items(), strict=True):
+        for axes, (unit, found) in zip(line, shown.items(), strict=True):
+            known = _known(found, field)
+            _regret_bars(axes, known, field, rules[field], unit)
+            names = (
+                "cross-entropy"
+                if unit == "nats"
+                else ", ".join(dict.fromkeys(row["workload"] for row in found))
+            )
+            axes.set_title(f"{names}, {base}, {len(groups(known, *CHANGE))} changes of B", fontsize=10)
+        line[0].invert_yaxis()
     return figure
+
+
+def _known(rows: Sequence[Row], field: str) -> list[Row]:
+    return [row for row in rows if row[field] is not None]
+
+
+def _regret_bars(axes: Axes, rows: Sequence[Row], field: str, rules: Sequence[str], unit: str) -> None:
+    means = [mean(row[field] for row in pick(rows, rule=rule)) for rule in rules]
+    values = [entry.value if math.isfinite(entry.value) else 0.0 for entry in means]
+    widths = [entry.half_width if math.isfinite(entry.half_width) else 0.0 for entry in means]
+    colours = [SWITCH_RULES.get(f"{rule.partition(',')[0]}, used", (GREY, ""))[0] for rule in rules]
+    linear = 0.01 if unit == "nats" else 1.0
+    # A mean that one ruinous change makes says nothing on the other side of zero.
+    pairs = zip(values, widths, strict=True)
+    below = [min(width, value + linear) if value > linear else width for value, width in pairs]
+    axes.barh(rules, values, xerr=(below, widths), color=colours, error_kw={"capsize": 2, "linewidth": 1})
+    axes.set_xscale("symlog", linthresh=linear)
+    highest = max([math.log10(max(value, linear) / linear) for value in values], default=0.0)
+    decades = [linear * 10.0**power for power in range(0, math.ceil(highest) + 1, 1 + round(highest / 4))]
+    axes.set_xticks([-linear, 0.0, *decades])
+    axes.set_xlim(left=-2 * linear, right=decades[-1] * 3)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.axvline(0.0, color=BLACK, linewidth=0.8)
+    axes.grid(axis="x", color=GREY, alpha=0.3, linewidth=0.6)
+    axes.set_axisbelow(True)
+    name = "nats" if unit == "nats" else "% of the best loss"
+    axes.set_xlabel(f"mean regret ({name}, linear below {linear:g})")
