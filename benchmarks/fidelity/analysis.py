@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from benchmarks.fidelity.decay import RATIO_SIZES
-from benchmarks.fidelity.ramp import FIXED_RULES
 
 Array = NDArray[np.float64]
 Record = dict[str, Any]
@@ -172,25 +171,18 @@ def decay_rows(records: Iterable[Record]) -> list[Row]:
 
 
 def ramp_rows(records: Iterable[Record]) -> list[Row]:
-    """By workload, beta_2, budget and rule: loss over seeds, and the difference to the best fixed rule.
+    """By workload, beta_2, budget and rule: loss over seeds, and the difference to sqrt scaling.
 
-    That is the one with the lowest mean loss among the fixed batch and the fixed scalings. Differences are
-    paired over seeds.
+    `difference` is paired over the seeds that both have.
     """
     rows = []
     # JSON has no number for a run that has diverged.
     runs_of_all = [r | {"loss": math.inf if r["loss"] is None else r["loss"]} for r in records]
     for key, found in groups(runs_of_all, "workload", "beta_2", "budget").items():
-        by_rule = {rule: runs for (rule,), runs in groups(found, "rule").items()}
-        # Of those that have as many seeds as any, so that a rule with one lucky seed is not the best.
-        most = max(len(runs) for runs in by_rule.values())
-        fixed = [r for r in ("fixed batch", *FIXED_RULES) if len(by_rule.get(r, ())) == most]
-        losses = {rule: mean(run["loss"] for run in runs) for rule, runs in by_rule.items()}
-        best = min(fixed, key=lambda rule: losses[rule].value) if fixed else None
-        for rule, runs in by_rule.items():
-            row = dict(zip(("workload", "beta_2", "budget"), key, strict=True)) | {"rule": rule, "best": best}
-            row |= {"loss": losses[rule].value, "steps": mean(run["steps"] for run in runs).value}
-            row |= {"spread": deviation([run["loss"] for run in runs])}
-            against = by_rule[best] if best is not None else []
-            rows.append(row | {"count": len(runs), "difference": paired(runs, against, "loss", ("seed",))})
+        reference = pick(found, rule="sqrt")
+        for (rule,), runs in groups(found, "rule").items():
+            row = dict(zip(("workload", "beta_2", "budget"), key, strict=True)) | {"rule": rule}
+            row |= {name: mean(run[name] for run in runs).value for name in ("loss", "steps")}
+            row |= {"count": len(runs), "spread": deviation([run["loss"] for run in runs])}
+            rows.append(row | {"difference": paired(runs, reference, "loss", ("seed",))})
     return rows

@@ -22,6 +22,7 @@ from benchmarks.fidelity.analysis import (
 )
 from benchmarks.fidelity.decay import RATIO_SIZES
 from benchmarks.fidelity.markdown import average, number, table
+from benchmarks.fidelity.ramp import BUDGETS, RULES
 from benchmarks.fidelity.regrets import (
     BEYOND,
     CELL,
@@ -34,7 +35,7 @@ from benchmarks.fidelity.regrets import (
     truth_rows,
 )
 from benchmarks.fidelity.switch import SEEDS
-from benchmarks.fidelity.workloads import WORKLOADS
+from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 
 __all__ = [
     "RULE_HEADERS",
@@ -242,24 +243,31 @@ def decay(records: Records) -> str:
 
 
 def ramp(records: Records) -> str:
-    """Final losses of ramps."""
-    lines = [
-        [
-            *(row[name] for name in ("workload", "beta_2", "budget", "rule")),
-            row["count"],
-            number(row["loss"], 4),
-            number(row["spread"], 4),
-            number(row["steps"], 0),
-            "best fixed" if row["rule"] == row["best"] else average(row["difference"], 4),
-        ]
-        for row in ramp_rows(records["ramp"])
+    """Final losses of ramps, by budget."""
+    parts = [
+        "Final loss of a gradual ramp from 16 to 256 examples over equal examples, with a decay to zero: mean "
+        "over seeds ± their standard deviation, in nats, for the autoencoder squared error per image; and "
+        "minus that of sqrt scaling, paired over seeds, ± 95 % half-width. `fixed batch` stays at 16 examples.",
     ]
-    headers = ["workload", "beta_2", "budget", "rule", "seeds", "final loss", "standard deviation", "steps"]
-    return "\n\n".join(
-        [
-            "Final loss of a gradual ramp from 16 to 256 examples over equal examples, mean over seeds; "
-            "nats, for the autoencoder squared error per image. Differences to the best rule without a "
-            "callback are paired over seeds, ± 95 % half-widths.",
-            table([*headers, "minus the best fixed"], lines),
+    for (beta_2, budget), found in groups(ramp_rows(records["ramp"]), "beta_2", "budget").items():
+        names = [name for name in WORKLOADS if pick(found, workload=name)]
+        steps = {round(row["steps"]) for row in found if row["rule"] != "fixed batch"}
+        lines = []
+        for rule in RULES:
+            rows = {row["workload"]: row for row in pick(found, rule=rule)}
+            lines.append([rule, *(_final_loss(rows.get(name)) for name in names)])
+        parts += [
+            f"**{budget}**: {BUDGETS[budget]:,} examples, {' or '.join(map(str, sorted(steps)))} steps on the "
+            f"ramp and {BUDGETS[budget] // BASE_BATCH_SIZE} at a fixed batch; beta_2 = {beta_2:g}.",
+            table(["rule", *names], lines),
         ]
-    )
+    return "\n\n".join(parts)
+
+
+def _final_loss(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    loss = f"{number(row['loss'], 4)} ± {number(row['spread'], 4)}"
+    missing = "" if row["count"] == len(SEEDS) else f" (n {row['count']})"
+    gap = "" if row["rule"] in ("sqrt", "fixed batch") else f"; {average(row['difference'], 4)}"
+    return loss + missing + gap
