@@ -247,7 +247,7 @@ def ramp(records: Records) -> str:
     parts = [
         "Final loss of a gradual ramp from 16 to 256 examples over equal examples, with a decay to zero: mean "
         "over seeds ± their standard deviation, in nats, for the autoencoder squared error per image; and "
-        "minus that of sqrt scaling, paired over seeds, ± 95 % half-width. `fixed batch` stays at 16 examples.",
+        "minus that of sqrt scaling, paired over seeds, ± 95 % half-width. `fixed batch` stays at 16.",
     ]
     for (beta_2, budget), found in groups(ramp_rows(records["ramp"]), "beta_2", "budget").items():
         names = [name for name in WORKLOADS if pick(found, workload=name)]
@@ -257,8 +257,8 @@ def ramp(records: Records) -> str:
             rows = {row["workload"]: row for row in pick(found, rule=rule)}
             lines.append([rule, *(_final_loss(rows.get(name)) for name in names)])
         parts += [
-            f"**{budget}**: {BUDGETS[budget]:,} examples, {' or '.join(map(str, sorted(steps)))} steps on the "
-            f"ramp and {BUDGETS[budget] // BASE_BATCH_SIZE} at a fixed batch; beta_2 = {beta_2:g}.",
+            f"**{budget}**: {BUDGETS[budget]:,} examples, {' or '.join(map(str, sorted(steps)))} steps on "
+            f"the ramp and {BUDGETS[budget] // BASE_BATCH_SIZE} at a fixed batch; beta_2 = {beta_2:g}.",
             table(["rule", *names], lines),
         ]
     return "\n\n".join(parts)
