@@ -26,6 +26,7 @@ from benchmarks.fidelity.analysis import (
 )
 from benchmarks.fidelity.approach import approach_table
 from benchmarks.fidelity.coupled import coupled_table
+from benchmarks.fidelity.effective import effective_table
 from benchmarks.fidelity.everywhere import everywhere_table
 from benchmarks.fidelity.fine import refined
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
@@ -75,6 +76,7 @@ PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "switch_points": (("sweep",), run_tables.switch_points),
     "switch_settings": (("sweep",), run_tables.switch_settings),
     "leave_out": (("live", "decay"), leave_out),
+    "effective": (("live",), effective_table),
     "everywhere": (("live",), everywhere_table),
     "coupled": (("coupled",), coupled_table),
     "longer": (("long_sweep",), longer_table),

@@ -245,9 +245,9 @@ def decay(records: Records) -> str:
 def ramp(records: Records) -> str:
     """Final losses of ramps, by budget."""
     parts = [
-        "Final loss of a gradual ramp from 16 to 256 examples over equal examples, with a decay to zero: mean "
-        "over seeds ± their standard deviation, in nats, for the autoencoder squared error per image; and "
-        "minus that of sqrt scaling, paired over seeds, ± 95 % half-width. `fixed batch` stays at 16.",
+        "Final loss of a gradual ramp from 16 to 256 examples over equal examples, with a decay to zero: "
+        "mean over seeds ± their standard deviation, in nats, for the autoencoder squared error per image; "
+        "and minus that of sqrt scaling, paired over seeds, ± 95 % half-width. `fixed batch` stays at 16.",
     ]
     for (beta_2, budget), found in groups(ramp_rows(records["ramp"]), "beta_2", "budget").items():
         names = [name for name in WORKLOADS if pick(found, workload=name)]
