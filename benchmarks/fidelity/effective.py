@@ -50,9 +50,9 @@ def effective_table(records: Mapping[str, Sequence[Record]]) -> str:
         lines.append([f"{factor:.3g}", *map(number, errors)])
     return "\n\n".join(
         [
-            "Mean absolute log2 of sqrt((1 + B_s / 16) / (1 + B_s / B)) over R_true, with the callback's noise "
-            f"scale times a factor for B_s. If momentum of beta_1 = {BETA_1} made the effective batch larger "
-            f"by as much as it makes the noise of an average smaller, {MOMENTUM:.3g} would fit best. "
+            "Mean absolute log2 of sqrt((1 + B_s / 16) / (1 + B_s / B)) over R_true, with the callback's "
+            f"noise scale times a factor for B_s. If momentum of beta_1 = {BETA_1} made the effective batch "
+            f"larger by as much as it makes the noise of an average smaller, {MOMENTUM:.3g} would fit best. "
             f"{len(rows) // len(FACTORS)} changes of the batch size.",
             table(["factor", "all", *(f"B = {size}" for size in sizes)], lines),
         ]
