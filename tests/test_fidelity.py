@@ -11,6 +11,7 @@ import pytest
 from benchmarks.cells import Cell, Store, run_cells
 from benchmarks.fidelity import regrets
 from benchmarks.fidelity.analysis import (
+    Mean,
     decay_rows,
     joined,
     mean,
@@ -36,6 +37,7 @@ from benchmarks.fidelity.held import (
 )
 from benchmarks.fidelity.lag import lag_rows
 from benchmarks.fidelity.leave_out import chosen_elsewhere, half_life_costs, leave_out, objective_costs
+from benchmarks.fidelity.markdown import average, number
 from benchmarks.fidelity.one_step import COUNTS, KINDS, SIZES
 from benchmarks.fidelity.report import target, write_report
 from benchmarks.fidelity.run_tables import all_rows, ramp
@@ -155,6 +157,19 @@ def test_half_width_over_seeds_is_blind_to_differences_between_experiments() -> 
         expected = (5.0 * (experiments - 1), 4.302653 * 0.1 / math.sqrt(3), 3 * experiments)
         assert mean_over_seeds(rows, "loss") == pytest.approx(expected)
     assert mean_over_seeds([*rows, rows[0] | {"loss": math.inf}], "loss").half_width == math.inf
+
+
+def test_numbers_are_as_long_as_they_say_something() -> None:
+    assert [number(value, 3) for value in (-0.0001, 12.3456, 276827.4, -math.inf, math.nan, None)] == [
+        "0.000",
+        "12.346",
+        "2.8e+05",
+        "-inf",
+        "-",
+        "-",
+    ]
+    assert average(Mean(2.0, 54321.0, 3)) == "2.000 ± 5.4e+04"
+    assert average(Mean(2.0, math.inf, 1)) == "2.000"
 
 
 def test_differences_are_paired_by_key_and_not_by_order() -> None:

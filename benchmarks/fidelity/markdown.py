@@ -9,6 +9,9 @@ from benchmarks.fidelity.analysis import Mean, Summary
 
 __all__ = ["average", "number", "share", "spread", "table"]
 
+# From here on a number is written as a power of ten.
+MANY = 1e4
+
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table; bars inside cells are escaped."""
@@ -20,9 +23,11 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """`-` for what is unknown, `inf` for what has no bound."""
+    """`-` for what is unknown, `inf` for what has no bound; as a power of ten where digits say nothing."""
     if value is None or math.isnan(value):
         return "-"
+    if MANY <= abs(value) < math.inf:
+        return f"{value:.1e}"
     # Adding 0 takes the sign off a rounded zero.
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
@@ -34,7 +39,7 @@ def share(part: int, whole: int) -> str:
 
 def average(found: Mean, digits: int = 3) -> str:
     """A mean and its half-width, the latter only where there is one."""
-    width = f" ± {found.half_width:.{digits}f}" if math.isfinite(found.half_width) else ""
+    width = f" ± {number(found.half_width, digits)}" if math.isfinite(found.half_width) else ""
     return number(found.value, digits) + width
 
 
