@@ -187,29 +187,33 @@ def switch_points(records: Records) -> str:
     rows = at_default(all_rows(records))
     rules = [rule for (rule,) in groups(rows, "rule")]
     truths = truth_rows(sweeps_of(records["sweep"]))
-    ratios, regrets = [], []
+    ratios: list[list[object]] = []
+    regrets: dict[str, list[list[object]]] = {field: [] for field in BEYOND}
     for truth in truths:
         point: dict[str, Any] = {name: truth[name] for name in CHANGE}
         found = [pick(rows, rule=rule, **point) for rule in rules]
         logs = [mean(row["ratio"] for row in part if row["ratio"] is not None) for part in found]
-        losses = [mean(row["regret"] for row in part if row["regret"] is not None) for part in found]
-        edges = ["*" if any(row["beyond"] for row in part) else "" for part in found]
         ratios.append(
             [*point.values(), f"{2 ** truth['base']:.2f}", true_ratio(truth)]
             + [f"{2**log.value:.2f}" if log.n else "-" for log in logs]
         )
-        regrets.append(
-            [*point.values(), "nats" if truth["workload"] in NATS else "%"]
-            + [f"{number(loss.value, 3)}{edge}" for loss, edge in zip(losses, edges, strict=True)]
-        )
+        for field, beyond in BEYOND.items():
+            losses = [mean(row[field] for row in part if row[field] is not None) for part in found]
+            edges = ["*" if any(row[beyond] for row in part) else "" for part in found]
+            regrets[field].append(
+                [*point.values(), "nats" if truth["workload"] in NATS else "%"]
+                + [f"{number(loss.value, 3)}{edge}" for loss, edge in zip(losses, edges, strict=True)]
+            )
     return "\n\n".join(
         [
             "Ratio R of the lr after a change of the batch size to B, as means over seeds in the "
             "logarithm; after R_true, its standard deviation over seeds as a factor. `*`: a lowest loss "
             "is at an end of a sweep, so that R_true is a bound.",
             table([*POINT, "B", "best multiplier at 16", "R_true", *rules], ratios),
-            "Mean regret over seeds. `*`: the lr is beyond the sweep, and the loss that of its end.",
-            table([*POINT, "B", "unit", *rules], regrets),
+            "Mean regret over seeds, as run. `*`: the lr is beyond the sweep, and the loss that of its end.",
+            table([*POINT, "B", "unit", *rules], regrets["regret"]),
+            "The same at the best base lr.",
+            table([*POINT, "B", "unit", *rules], regrets["tuned"]),
         ]
     )
 
