@@ -296,6 +296,11 @@ def test_ratios_settle_towards_their_average_and_the_truth() -> None:
     rows = settling_rows([record])
     assert {row["average"] for row in rows} == {3.0}
     assert {row["truth"] for row in rows} == {math.inf}
+    # Errors of 0.05 at both ends.
+    assert all(row["known"] for row in rows)
+    record["sign"]["64"] = record["sign"]["64"] | {"log2_error": 0.2}
+    record["sign"]["256"] = record["sign"]["256"] | {"log2_error": None}
+    assert not any(row["known"] for row in settling_rows([record]))
 
 
 def test_alignment_of_the_right_scale_has_no_error() -> None:

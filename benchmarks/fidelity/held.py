@@ -139,7 +139,10 @@ def measurements_until(errors: Sequence[float], bound: float, counts: Sequence[i
 
 
 def settling_rows(records: Iterable[Record], bound: float = math.log2(1.1)) -> list[Row]:
-    """Measurements until R(64) and R(256) stay within a bound of their long average, and of the truth."""
+    """Measurements until R(64) and R(256) stay within a bound of their long average, and of the truth.
+
+    `known` tells whether the standard error of the truth is within the bound.
+    """
     rows = []
     for record in records:
         for half_life, size in ((h, s) for h in HALF_LIVES for s in (64, 256)):
@@ -154,6 +157,8 @@ def settling_rows(records: Iterable[Record], bound: float = math.log2(1.1)) -> l
             goals = {"average": ratio(f"{HALF_LIVES[-1]:g}/{COUNTS[-1]}"), "truth": difference(*truths)}
             row = {name: record[name] for name in (*POINT, "seed")}
             row |= {"half_life": f"{half_life:g}", "batch_size": size}
+            errors_of_truth = [record["sign"][str(s)]["log2_error"] for s in (size, BASE_BATCH_SIZE)]
+            row["known"] = None not in errors_of_truth and math.hypot(*errors_of_truth) <= bound
             for name, goal in goals.items():
                 errors = [math.inf if r is None or goal is None else abs(r - goal) for r in found]
                 row[name] = measurements_until(errors, bound)

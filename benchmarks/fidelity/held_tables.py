@@ -128,6 +128,7 @@ def calibration(records: Records) -> str:
                 share(sum(math.isfinite(row[goal]) for row in found), len(found))
                 for goal in ("average", "truth")
             ),
+            share(sum(row["known"] for row in found), len(found)),
         ]
         for (half_life, size), found in groups(settled, "half_life", "batch_size").items()
     ]
@@ -141,10 +142,16 @@ def calibration(records: Records) -> str:
             f"**By batch size, half-life 8, {COUNTS[-1]} measurements**",
             table(["B", *names], by_size),
             "**Measurements until R stays within 10 %** (medians over points; inf: not within "
-            f"{COUNTS[-1]}; at most {COUNTS[0]} is shown as {COUNTS[0]}). The truth itself is seldom "
-            "known to 10 %.",
+            f"{COUNTS[-1]}; at most {COUNTS[0]} is shown as {COUNTS[0]}), and how often the standard error "
+            "of the truth is below 10 %.",
             table(
-                ["half-life", "B", "n", *(f"of {g}" for g in goals), *(f"reached, {g}" for g in goals)], waits
+                [
+                    *("half-life", "B", "n"),
+                    *(f"of {g}" for g in goals),
+                    *(f"reached, {g}" for g in goals),
+                    "truth known",
+                ],
+                waits,
             ),
         ]
     )

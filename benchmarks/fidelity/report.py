@@ -197,11 +197,15 @@ def held_targets(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
         part = sum(inside) / len(inside) if inside else math.nan
         for bound, better in ((0.55, "higher"), (0.8, "lower")):
             yield target(f"share of true {name} inside the 68 % interval", part, bound, better)
-    settled = pick(settling_rows(records), half_life="8")
-    for (size,), found in groups(settled, "batch_size").items():
+    for (half_life, size), found in groups(settling_rows(records), "half_life", "batch_size").items():
+        alike = "" if half_life == "8" else ", all counted alike"
         for goal, name in (("average", "its long average"), ("truth", "the truth")):
+            if alike and goal == "average":
+                continue
             count = quantile([row[goal] for row in found], 0.5)
-            yield target(f"measurements until R({size}) stays within 10 % of {name}, median", count, 50)
+            yield target(
+                f"measurements until R({size}) stays within 10 % of {name}, median{alike}", count, 50
+            )
 
 
 def switch_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
