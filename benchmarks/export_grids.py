@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.cells import Store
-from benchmarks.fidelity import procedure
+from benchmarks.fidelity.procedure_optima import log_steps
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "fidelity" / "results"
@@ -35,7 +35,7 @@ def tables() -> Iterator[tuple[str, str]]:
         ]
         for record in sorted(mine, key=lambda record: record["batch_size"]):
             for index, target in enumerate(record["targets"]):
-                logs = procedure.log_steps(record, index)
+                logs = log_steps(record, index)
                 for seed, row in zip(record["seeds"], logs.tolist(), strict=True):
                     lines += [
                         f"{record['batch_size']},{lr:g},{seed},{target:.6g},"

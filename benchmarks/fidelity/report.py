@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import Store
-from benchmarks.fidelity import figures, held_tables, procedure, run_tables, secants
+from benchmarks.fidelity import figures, held_tables, procedure_figures, procedure_tables, run_tables, secants
 from benchmarks.fidelity.analysis import (
     CHANGE,
     POINT,
@@ -85,7 +85,7 @@ PAGES: dict[str, tuple[tuple[str, ...], Callable[[Records], str]]] = {
     "lag": (("lag",), lag_table),
     "tuning": (("tuning",), tuning_table),
     "ramp": (("ramp",), run_tables.ramp),
-    "procedure": (("procedure_grid", "procedure_following"), procedure.table),
+    "procedure": (("procedure_grid", "procedure_following"), procedure_tables.table),
     "secants": (
         ("secants",),
         lambda records: secants.table(records["secants"]).replace("(package)", "(one small)"),
@@ -109,11 +109,11 @@ def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> No
         (results / f"{name}.md").write_text(text + "\n")
     (results / "coverage.md").write_text(coverage(records, expected) + "\n")
     figures.draw(records, results)
-    procedure.figures(records, results)
+    procedure_figures.figures(records, results)
     found = targets(records)
     (results / "summary.md").write_text(summary_table(found) + "\n")
     raw = {"machine": machine(), "cells": {kind: len(records[kind]) for kind in KEYS}}
-    raw["procedure"] = procedure.claims(records)
+    raw["procedure"] = procedure_tables.claims_of(records)
     (results / "raw.json").write_text(json.dumps(finite(raw), indent=1) + "\n")
     (results / "summary.json").write_text(json.dumps(finite(found), indent=1) + "\n")
     for entry in found:
