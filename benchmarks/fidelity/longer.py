@@ -17,7 +17,7 @@ from benchmarks.fidelity.switch import BATCH_SIZES, SEEDS, sweep
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE
 
-__all__ = ["cells", "longer_table"]
+__all__ = ["cells", "longer_rows", "longer_table"]
 
 LONG = {"examples": 4 * CONTINUED_EXAMPLES}
 LARGER = tuple(size for size in BATCH_SIZES if size > BASE_BATCH_SIZE)
@@ -60,13 +60,8 @@ def cells(store: Store, workloads: Iterable[str], beta_2: float) -> list[Cell]:
 
 def longer_table(records: Mapping[str, Sequence[Record]]) -> str:
     """The best ratios, and what rules lose, by examples after the change; on the changes that both have."""
-    truths_of, rows_of = {}, {}
-    for examples, (sweeps, lives, at_best_base) in KINDS.items():
-        found = sweeps_of(records[sweeps])
-        truths_of[examples] = truth_rows(found)
-        rows_of[examples] = at_default(
-            switch_rows(found, records[lives], records["laws"], records[at_best_base])
-        )
+    truths_of = {examples: truth_rows(sweeps_of(records[kinds[0]])) for examples, kinds in KINDS.items()}
+    rows_of = {examples: at_default(_rows(records, examples)) for examples in KINDS}
     of_all = {examples: shared(rows, RULES, "tuned") for examples, rows in rows_of.items()}
     same = set.intersection(*({_cell(row) for row in rows} for rows in of_all.values()))
     lines = [
@@ -89,6 +84,16 @@ def longer_table(records: Mapping[str, Sequence[Record]]) -> str:
             table(["examples", "rule", "n", *RULE_HEADERS], lines),
         ]
     )
+
+
+def longer_rows(records: Mapping[str, Sequence[Record]]) -> list[Row]:
+    """Of every rule at every change with more examples after it."""
+    return _rows(records, f"{LONG['examples']}")
+
+
+def _rows(records: Mapping[str, Sequence[Record]], examples: str) -> list[Row]:
+    sweeps, lives, at_best_base = (records[kind] for kind in KINDS[examples])
+    return switch_rows(sweeps_of(sweeps), lives, records["laws"], at_best_base)
 
 
 def _cell(row: Row) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ from benchmarks.fidelity.fine import refined
 from benchmarks.fidelity.held import calibration_rows, one_step_rows, settling_rows
 from benchmarks.fidelity.lag import lag_table
 from benchmarks.fidelity.leave_out import leave_out
-from benchmarks.fidelity.longer import longer_table
+from benchmarks.fidelity.longer import longer_rows, longer_table
 from benchmarks.fidelity.markdown import share, table
 from benchmarks.fidelity.one_step import COUNTS
 from benchmarks.fidelity.regrets import DEFAULT, FIXED, best_fixed, shared
@@ -171,7 +171,11 @@ def target(
 
 def targets(records: Records) -> list[dict[str, Any]]:
     """Every target of which something is measured."""
-    return [*held_targets(records["one_step"]), *switch_targets(run_tables.all_rows(records))]
+    return [
+        *held_targets(records["one_step"]),
+        *switch_targets(run_tables.all_rows(records)),
+        *switch_targets(longer_rows(records), ", four times the examples"),
+    ]
 
 
 def with_every_seed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -208,15 +212,20 @@ def held_targets(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
             )
 
 
-def switch_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Those after a change of the batch size, with the default objective at its default cost."""
+def switch_targets(rows: Sequence[dict[str, Any]], which: str = "") -> Iterable[dict[str, Any]]:
+    """Those after a change of the batch size, with the default objective at its default cost.
+
+    Args:
+        rows: of all rules.
+        which: changes these are, for the names.
+    """
     for how, name in (("used", "frozen"), ("live", "live")):
         rule = f"{DEFAULT['objective']}, {how}"
         rules, default = (*FIXED, rule), run_tables.at_default(rows)
         same = shared(default, rules)
         if not same:
             continue
-        title = f"change of the batch size, {name} ratio"
+        title = f"change of the batch size{which}, {name} ratio"
         errors = mean(abs(row["error"]) for row in pick(same, rule=rule))
         yield target(f"{title}, mean |log2(R / R_true)|", errors.value, 0.25)
         for (field, base), (nats, unit) in itertools.product(

@@ -163,18 +163,25 @@ def switch_settings(records: Records) -> str:
     default = at_default(rows)
     lines = []
     for field in ("overhead", "beta_2", "phase", "batch_size"):
-        shown = pick(rows, rule=_measured(rows)) if field == "overhead" else default
+        shown = _at_every_cost(rows) if field == "overhead" else default
         for (value, rule), found in groups(shown, field, "rule").items():
             units = [average(_mean(of_unit(found, nats=nats), "regret")) for nats in (True, False)]
             label = value if field == "phase" else f"{field} {value:g}"
             lines.append([label, rule, len(found), average(_mean(found, "error")), *units])
     headers = ["cells", "rule", "n", "mean absolute log2(R / R_true)", "regret, nats", "regret, percent"]
-    note = "Means ± 95 % half-widths as in `switch.md`, of the ratio times the base lr of the run."
+    note = (
+        "Means ± 95 % half-widths as in `switch.md`, of the ratio times the base lr of the run. Costs of the "
+        "callback (`overhead`) are compared on the cells that have been run at all of them."
+    )
     return "\n\n".join([note, table(headers, lines)])
 
 
-def _measured(rows: Sequence[Row]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(row["rule"] for row in rows if row["overhead"] is not None))
+def _at_every_cost(rows: Sequence[Row]) -> list[Row]:
+    """Of the callback's rules: the cells that have been run at every cost that any has."""
+    measured = [row for row in rows if row["overhead"] is not None]
+    costs = {row["overhead"] for row in measured}
+    by_cell = groups(measured, "rule", *CELL).values()
+    return [row for part in by_cell if {row["overhead"] for row in part} == costs for row in part]
 
 
 def true_ratio(truth: Row) -> str:
