@@ -296,8 +296,14 @@ def test_the_page_is_what_the_program_prints(
         assert status == 0, err
         # The last digit of a quantile may differ from one processor to the next.
         assert NUMBER.sub("#", out).split() == NUMBER.sub("#", shown).split()
-        numbers = [[float(each) for each in NUMBER.findall(text)] for text in (out, shown)]
-        assert numbers[0] == pytest.approx(numbers[1], rel=0.02)
+        lines = [[line for line in text.splitlines() if line.strip()] for text in (out, shown)]
+        for printed, told in zip(*lines, strict=True):
+            numbers = [[float(each) for each in NUMBER.findall(line)] for line in (printed, told)]
+            if "at the end of the range searched" in told:
+                # Such parameters lie on a ridge of equal misfit, on which rounding picks a place. How well the
+                # law predicts is another matter.
+                numbers = [found[:1] for found in numbers]
+            assert numbers[0] == pytest.approx(numbers[1], rel=0.02), told
     names: dict[str, Any] = {}
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, names)
