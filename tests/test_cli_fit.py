@@ -300,8 +300,8 @@ def test_the_page_is_what_the_program_prints(
         for printed, told in zip(*lines, strict=True):
             numbers = [[float(each) for each in NUMBER.findall(line)] for line in (printed, told)]
             if "at the end of the range searched" in told:
-                # Such parameters lie on a ridge of equal misfit, on which rounding picks a place. How well the
-                # law predicts is another matter.
+                # Such parameters lie on a ridge of equal misfit, on which rounding picks a place. How well
+                # the law predicts is another matter.
                 numbers = [found[:1] for found in numbers]
             assert numbers[0] == pytest.approx(numbers[1], rel=0.02), told
     names: dict[str, Any] = {}
