@@ -112,7 +112,7 @@ def rising_record(workload: str = "perceptron", slope: float = 0.1) -> dict[str,
     """Staying costs 0.2, each faster rate less by a slope, and the fastest diverges."""
     losses = [[seed + 0.2 - slope * index for index in range(len(RATES) - 1)] + [None] for seed in range(3)]
     by_base = {base: {DEFAULT["objective"]: losses} for base in BASES}
-    key = POINT | {"workload": workload, "batch_size": 64, "seeds": [0, 1, 2]}
+    key = POINT | {"workload": workload, "batch_size": 64, "seeds": [0, 1, 2], "rates": [*RATES[:-1], None]}
     return key | {"losses": by_base, "bases": dict(zip(BASES, (1.0, 0.5), strict=True))}
 
 

@@ -127,9 +127,11 @@ def approach_rows(records: Iterable[Record], sweeps: Mapping[tuple[Any, ...], Sw
                 "constant lr": constant,
             }
             for end, by_seed in by_end.items():
-                for rate, loss in zip(RATES, by_seed[index], strict=True):
+                for rate, loss in zip(record["rates"], by_seed[index], strict=True):
                     regret = unit * (loss_of_run(loss) - found.reference(seed))
-                    rows.append(row | {"end": end, "rate": rate, "regret": regret})
+                    # JSON has no number for an infinite rate.
+                    of_rate = {"end": end, "rate": math.inf if rate is None else rate}
+                    rows.append(row | of_rate | {"regret": regret})
     return rows
 
 
