@@ -58,7 +58,6 @@ class ProbeBudget:
         self._trained_at_last = 0.0
         self._steps_since_last = 0
         self._spacing = 1.0
-        self._hurried = False
 
     def train(self, examples: float) -> None:
         """Count one optimizer step of so many examples."""
@@ -75,7 +74,6 @@ class ProbeBudget:
         self.spent += SAFETY * passes
         self.measurements += measured
         self._trained_at_last = self.trained
-        self._hurried = False
         if measured:
             self._spacing = max(1.0, self._spacing / WIDENING)
 
@@ -86,10 +84,6 @@ class ProbeBudget:
     def widen(self) -> None:
         """Double the spacing after a probe failed; every one that succeeds halves it again."""
         self._spacing *= WIDENING
-
-    def hurry(self) -> None:
-        """Let the next probe come at the early rate, if the budget as a whole has room for it."""
-        self._hurried = True
 
     def due(self, passes: float, planned_examples: float = math.inf) -> bool:
         """Whether a probe that costs `passes` may start.
@@ -112,7 +106,7 @@ class ProbeBudget:
         early = self.measurements < EARLY_MEASUREMENTS and not (
             known and self.spent + cost > EARLY_SHARE * total
         )
-        if early or (known and self._hurried):
+        if early:
             rate = EARLY_RATE * self.max_overhead
         elif known:
             rate = (total - self.spent) / left

@@ -19,7 +19,7 @@ ROWS = [
         "edge", "gradients", "objectives", "optima", "ranks", "sweeping.losses",
         "sweeping.planning", "sweeping.pool", "sweeping.table", "theorems", "tradeoff", "windows",
     ],
-    ["curvature", "deposits", "families", "micro_batches", "moments", "run_logs", "sampling", "step_noise"],
+    ["curvature", "deposits", "families", "micro_batches", "moments", "run_logs", "sampling"],
     ["advice", "charts", "law_fits", "measuring", "sharpness"],
     ["coordinates", "noise", "plots", "probing", "repetitions"],
     ["estimates", "fitting", "pages"],
@@ -28,7 +28,7 @@ ROWS = [
     ["callbacks.counting", "callbacks.hosts", "callbacks.loss_scaling", "callbacks.pace"],
     ["callbacks.loader_states", "callbacks.random_streams"],
     ["callbacks.obstacles"],
-    ["callbacks.noise_watch", "callbacks.saved_state", "callbacks.step_examples"],
+    ["callbacks.saved_state", "callbacks.step_examples"],
     ["callbacks.resuming"],
     ["callbacks.loaders"],
     ["callbacks.processes"],
@@ -136,7 +136,6 @@ def test_rooms_that_stand_alone(room: str) -> None:
 
 def test_the_graph_between_measuring_and_deciding() -> None:
     assert rooms_of("curvature") == {"gradients", "shards"}
-    assert rooms_of("step_noise") == {"gradients"}
     assert rooms_of("measuring") == {"curvature", "gradients", "ranks", "replay"}
     assert rooms_of("noise") == {"gradients", "measuring"}
     assert rooms_of("sharpness") == {"curvature", "gradients", "shards"}

@@ -137,20 +137,6 @@ class TestSpending:
         assert times(plain, 80.0, 60) == [49]
         assert times(widened, 80.0, 110) == [99]
 
-    def test_hurrying_brings_the_next_probe_at_the_early_rate_once(self) -> None:
-        def gaps(hurried: bool) -> list[int]:
-            budget = ProbeBudget(0.05)
-            last = times(budget, 80.0, 6000, planned=1e6)[-1] - 6000
-            if hurried:
-                budget.hurry()
-            first, second = times(budget, 80.0, 450, planned=1e6)[:2]
-            return [first - last, second - first]
-
-        assert min(gaps(False)) > 150
-        first, second = gaps(True)
-        assert first <= 100
-        assert second > 150
-
 
 class TestProbeEvery:
     def test_counts_steps_and_nothing_else(self) -> None:

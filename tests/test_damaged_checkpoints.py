@@ -27,7 +27,6 @@ from lightning_surge.noise import NoiseHistory
 from lightning_surge.policy import Policy
 from lightning_surge.schedules import LinearRamp
 from lightning_surge.sharpness import Sharpness
-from lightning_surge.step_noise import StepNoise
 
 MakeTrainer = Callable[..., pl.Trainer]
 State = dict[str, Any]
@@ -197,7 +196,7 @@ def assert_sane(callback: SurgeLRCallback) -> None:
 def is_fresh(callback: SurgeLRCallback) -> bool:
     """Whether nothing of a run is left but the base batch size."""
     state, fresh = callback.state_dict(), surge().state_dict()
-    parts = ("history", "step_noise", "moments", "law_metrics")
+    parts = ("history", "moments", "law_metrics")
     policy = state["policy"]
     return (
         all(state[part] == fresh[part] for part in parts)
@@ -273,7 +272,6 @@ class TestDamage:
         (("policy", "held"), 3, "held=3"),
         (("measurer", "budget", "_spacing"), 0.5, "Expected spacing of at least 1.0 .* got 0.5"),
         (("measurer", "budget", "trained"), math.inf, "Expected trained of at least 0.0 .* got inf"),
-        (("measurer", "budget", "_hurried"), "yes", "Expected hurried .* got 'yes'"),
         (("measurer", "seen"), [3, 0.0], "got 3 batches of 0 examples"),
         (("measurer", "seen"), [3, 16.0], "hold the 224 trained on, got 3 batches of 16 examples"),
         (("measurer", "seen"), [3, 1e9], "got 3 batches of 1e.09 examples"),
@@ -284,16 +282,14 @@ class TestDamage:
             torch.tensor([1.0, math.nan]),
             r"got torch.float32 of shape \(2,\)",
         ),
-        (("step_noise", "weight"), -1.0, "weight=-1.0: load what"),
-        (("step_noise", "sum"), math.nan, "Expected a finite sum .* got sum=nan"),
         (("moments", "_betas"), [0.9, 1.0], r"Expected betas .* got betas=\(0.9, 1.0\)"),
         (("moments", "_steps"), 2.5, "whole steps"),
         (("moments", "_second"), math.nan, "second=nan: load what"),
         (("scheduled_lr",), -0.1, "Expected 0 <= scheduled_lr < inf, got scheduled_lr=-0.1"),
         (("law_metrics",), {"surge/a": None}, "TypeError"),
         (("noise_at_measurement",), None, "TypeError"),
-        (("version",), 0, "state of version 1 in the checkpoint, got 0: "),
-        (("version",), DELETED, "state of version 1 in the checkpoint, got None: "),
+        (("version",), 0, "state of version 2 in the checkpoint, got 0: "),
+        (("version",), DELETED, "state of version 2 in the checkpoint, got None: "),
     )
 
     @pytest.mark.parametrize(("path", "value", "message"), CASES)
@@ -342,7 +338,6 @@ class TestRooms:
         [
             (lambda: ProbeBudget(0.01), ("spent",), math.nan),
             (AdamMoments, ("_first",), -1.0),
-            (StepNoise, ("sum",), "0"),
             (NoiseHistory, ("records",), [{}]),
             (lambda: Policy(base_batch_size=4), ("lag",), math.nan),
             (Sharpness, ("vector",), [torch.ones(2), None]),
@@ -552,7 +547,7 @@ class TestBatchSizeScheduler:
             (("examples",), math.nan, "Expected 0 <= examples < inf, got examples=nan"),
             (("epoch_begin",), [1.0], "not enough values to unpack"),
             (("followed",), "16", "got followed='16'"),
-            (("version",), 0, "version 1 in the checkpoint, got 0"),
+            (("version",), 0, "version 2 in the checkpoint, got 0"),
         ],
     )
     def test_the_damage_is_named(self, path: tuple[Any, ...], value: Any, message: str) -> None:

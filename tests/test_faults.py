@@ -500,26 +500,6 @@ class TestElsewhere:
         assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
         assert trainer.global_step == 10
 
-    def test_the_noise_of_steps_is_given_up_where_it_fails(
-        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def update(*args: Any) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-        monkeypatch.setattr("lightning_surge.callbacks.noise_watch.StepNoise.update", update)
-        module = Drawing()
-        callback = surge(1)
-        with pytest.warns(
-            UserWarning, match="state of AdamW is not read for its noise: OutOfMemoryError"
-        ) as told:
-            make_trainer(callback).fit(module, data(12))
-        assert len([warning for warning in told if "OutOfMemory" in str(warning.message)]) == 1
-        assert callback.history.num_measurements == 11
-        found = module.traces
-        plain = Drawing()
-        make_trainer().fit(plain, data(12))
-        assert plain.traces == found
-
     def test_a_trace_that_cannot_be_undone_leaves_nothing_of_the_measurement_behind(
         self, make_trainer: MakeTrainer, inject: Callable[[Injector], None]
     ) -> None:

@@ -19,7 +19,6 @@ from lightning_surge.callbacks.checks import rounds_products
 from lightning_surge.measuring import Measurement
 from lightning_surge.moments import AdamMoments
 from lightning_surge.noise import NoiseHistory
-from lightning_surge.step_noise import StepNoise
 
 MakeTrainer = Callable[..., pl.Trainer]
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -324,17 +323,6 @@ class TestScaler:
     def _scale(measure: Measure) -> float:
         return float(measure.trainer.precision_plugin.scaler.get_scale())  # type: ignore[union-attr]
 
-    @pytest.mark.parametrize("make_optimizer", [adamw, fused])
-    def test_what_steps_tell_of_the_noise_does_not_either(
-        self, measure: Measure, make_optimizer: MakeOptimizer
-    ) -> None:
-        traces = []
-        for scale in (256.0, 4096.0):
-            measure(Net(make_optimizer), live=False, batches=6, plugins=scaling(scale))
-            traces.append(measure.callback._learner.noise_watch.trace_cov)
-        measure(Net(make_optimizer), live=False, batches=6)
-        assert traces == pytest.approx([measure.callback._learner.noise_watch.trace_cov] * 2, rel=0.02)
-
     @pytest.mark.parametrize("live", [True, False])
     @pytest.mark.parametrize("make_optimizer", [adamw, fused])
     def test_skipped_steps_count_for_nothing(
@@ -430,21 +418,6 @@ def _with_lr(optimizer: Optimizer, lr: float) -> Optimizer:
     return optimizer
 
 
-def test_half_precision_gradients_tell_the_noise_in_float32() -> None:
-    def trace(dtype: torch.dtype) -> float:
-        generator = torch.Generator().manual_seed(0)
-        weight = nn.Parameter(torch.zeros(1000, dtype=dtype))
-        optimizer, noise = AdamW([weight], lr=0.0), StepNoise()
-        for _ in range(20):
-            # Their squares overflow in float16.
-            weight.grad = (40.0 * torch.randn(1000, generator=generator)).to(dtype)
-            noise.update(optimizer, 2.0)
-            optimizer.step()
-        return noise.trace_cov
-
-    assert trace(torch.float16) == pytest.approx(trace(torch.float32), rel=2e-3)
-
-
 class TestClipping:
     OPTIONS = (
         {"gradient_clip_val": 1e6, "gradient_clip_algorithm": "norm"},
@@ -488,13 +461,3 @@ class TestClipping:
     def test_of_plain_gradients_is_warned_of(self, make_trainer: MakeTrainer) -> None:
         with pytest.warns(UserWarning, match="steps of SGD to be the gradient's, got clipping.*law='sqrt'"):
             make_trainer(surge(), gradient_clip_val=1.0).fit(Net(sgd), data(2))
-
-    def test_hides_what_averages_would_tell(self, make_trainer: MakeTrainer) -> None:
-        def logged(make_optimizer: MakeOptimizer, **options: Any) -> bool:
-            trainer = make_trainer(surge(), **options)
-            trainer.fit(Net(make_optimizer), data(4))
-            return "surge/trace_cov_steps" in trainer.callback_metrics
-
-        assert logged(adamw)
-        assert not logged(adamw, gradient_clip_val=1.0)
-        assert not logged(lambda m: torch.optim.Adam(m.parameters(), weight_decay=0.1))

@@ -546,7 +546,7 @@ class TestLogging:
             "surge/lr_used/opt1/in",
             "surge/lr_used/opt1/1",
         }
-        for name in ("batch_size", "noise_scale", "overhead", "lr_scale", "trace_cov_steps"):
+        for name in ("batch_size", "noise_scale", "overhead", "lr_scale"):
             assert {f"surge/{name}/opt0", f"surge/{name}/opt1"} <= set(keys)
         assert [float(row["surge/batch_size/opt1"]) for row in rows] == [16.0] * 4
 

@@ -485,7 +485,7 @@ class TestResume:
 
     def test_from_a_checkpoint_of_another_version_starts_afresh(self) -> None:
         callback = SurgeLRCallback(4)
-        with pytest.warns(UserWarning, match="version 1 in the checkpoint, got 0: .* afresh"):
+        with pytest.warns(UserWarning, match="version 2 in the checkpoint, got 0: .* afresh"):
             callback.load_state_dict(callback.state_dict() | {"version": 0})
         assert callback.law is None
 

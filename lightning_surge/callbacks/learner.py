@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from lightning_surge.callbacks.logging import law_metrics, run_metrics
 from lightning_surge.callbacks.measurer import Measurer
-from lightning_surge.callbacks.noise_watch import NoiseWatch
 from lightning_surge.callbacks.saved_state import saved_base
 from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
 from lightning_surge.estimates import (
@@ -61,14 +60,12 @@ class StepToCome(NamedTuple):
         kind: of its family.
         number: steps it has taken before.
         batch_size: examples behind the gradients.
-        loss_scale: factor that they carry.
     """
 
     optimizer: Optimizer
     kind: OptimizerKind
     number: int
     batch_size: float
-    loss_scale: float
 
 
 class Learner:
@@ -83,7 +80,6 @@ class Learner:
         policy: at the base batch size; None before the first step fixes that.
         moments: what Adam's averages tell, followed from step to step.
         scheduled_lr: the learning rate that the schedule set last, of the group where it is largest.
-        noise_watch: compares the noise of the steps with that of the last measurement.
     """
 
     def __init__(self, settings: SurgeSettings) -> None:
@@ -91,7 +87,6 @@ class Learner:
         self.history = NoiseHistory(settings.half_life)
         self.law_history: deque[LawRecord] = deque(maxlen=LAW_HISTORY)
         self.policy: Policy | None = None
-        self.noise_watch = NoiseWatch()
         self.moments = AdamMoments()
         self.scheduled_lr = math.nan
         self._law_metrics: dict[str, float] = {}
@@ -145,10 +140,9 @@ class Learner:
         Returns:
             Whether measurements were forgotten: those of other parameters are no part of the law of these.
         """
-        hurry, self.noise_watch.changed = self.noise_watch.changed, False
         law, base = None if self.policy is None else self.policy.law, self.base_batch_size
         delta = None if law is None or base is None else law.lr(base)
-        measurer.open_window(batch, batch_idx, size, base=base, delta=delta, hurry=hurry)
+        measurer.open_window(batch, batch_idx, size, base=base, delta=delta)
         if not (measurer.parameters_changed and self.history.num_measurements):
             return False
         self.history = NoiseHistory(self._settings.half_life)
@@ -164,7 +158,7 @@ class Learner:
         plain: Callable[[], bool],
         tell: Callable[[EstimatedLaw], None] | None,
     ) -> None:
-        """Take what a step tells of the noise, and the window's measurement if it has one.
+        """Take the window's measurement, if it has one.
 
         Args:
             step: about to be taken.
@@ -173,9 +167,6 @@ class Learner:
             tell: called with a law just fitted.
         """
         begin = time.perf_counter()
-        # Of sharded parameters each process sees a piece: their sum would take a message at every step.
-        if not measurer.sharded:
-            self.noise_watch.step(step.optimizer, step.batch_size, step.loss_scale)
         # Asking whether the averages can be read walks the optimizer's state: not at every step.
         readable = measurer.ready and plain() and self.moments.readable(step.optimizer)
         policy, moments = self.policy, self.moments if readable else None
@@ -222,7 +213,6 @@ class Learner:
                 tell(law)
             self.law_history.append(LawRecord(step.number, law, self.history.stats()))
         self._law_metrics = law_metrics(self.history, law, step.batch_size, deviation_l1)
-        self.noise_watch.measured()
 
     def _fit(self, step: StepToCome) -> Fit:
         """Which law the measurements are fitted with."""
@@ -268,7 +258,6 @@ class Learner:
             "base_batch_size": self.base_batch_size,
             "history": self.history.state_dict(),
             "policy": None if self.policy is None else self.policy.state_dict(),
-            **self.noise_watch.state_dict(),
             "moments": self.moments.state_dict(),
             "scheduled_lr": self.scheduled_lr,
             "law_metrics": dict(self._law_metrics),
@@ -291,7 +280,6 @@ class Learner:
             policy = self.fix_base(base)
             if state["policy"] is not None:
                 policy.load_state_dict(state["policy"])
-        self.noise_watch.load_state_dict(state)
         self.moments.load_state_dict(state["moments"])
         scheduled_lr = float(state.get("scheduled_lr", math.nan))
         if not (math.isnan(scheduled_lr) or 0.0 <= scheduled_lr < math.inf):

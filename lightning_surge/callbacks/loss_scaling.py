@@ -1,29 +1,15 @@
-"""What a gradient scaler does to the coming step: whether it skips it, how much gradients are scaled."""
+"""Whether a gradient scaler skips the coming step."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-__all__ = ["StepScaling", "step_scaling"]
+__all__ = ["skips_step"]
 
 
-class StepScaling(NamedTuple):
-    """The coming step, as the scaler of `precision="16-mixed"` sees it.
-
-    Attributes:
-        skipped: whether gradients are not finite, so that the optimizer will leave the parameters alone.
-        loss_scale: factor that the gradients in `.grad` still carry.
-    """
-
-    skipped: bool
-    loss_scale: float
-
-
-def step_scaling(trainer: pl.Trainer, optimizer: Optimizer, *, has_loss: bool) -> StepScaling:
-    """Ask the scaler in `on_before_optimizer_step`.
+def skips_step(trainer: pl.Trainer, optimizer: Optimizer, *, has_loss: bool) -> bool:
+    """Ask the scaler of `precision="16-mixed"` in `on_before_optimizer_step`.
 
     Lightning has unscaled the gradients by then and looked for infinities, except those of a fused optimizer
     (`_step_supports_amp_scaling`), which does both within its step. For that one the scaler is made to look
@@ -36,16 +22,13 @@ def step_scaling(trainer: pl.Trainer, optimizer: Optimizer, *, has_loss: bool) -
             it returned None.
 
     Returns:
-        Not skipped, and a scale of 1, where there is no scaler.
+        Whether gradients are not finite, so that the optimizer will leave the parameters alone; False where
+        there is no scaler.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not scaler.is_enabled():
-        return StepScaling(False, 1.0)
+        return False
     if not has_loss:
-        return StepScaling(True, 1.0)
-    found = scaler._found_inf_per_device(optimizer)
-    loss_scale = 1.0
-    if not found:
-        loss_scale = float(scaler.get_scale())
-        found = scaler._check_inf_per_device(optimizer)
-    return StepScaling(any(bool(value) for value in found.values()), loss_scale)
+        return True
+    found = scaler._found_inf_per_device(optimizer) or scaler._check_inf_per_device(optimizer)
+    return any(bool(value) for value in found.values())

@@ -135,11 +135,6 @@ class Measurer:
         self._live.close()
 
     @property
-    def sharded(self) -> bool:
-        """Whether each process holds only a piece of the parameters."""
-        return self._ranks.reduces
-
-    @property
     def one_lr(self) -> bool:
         """Whether all parameters move at the same learning rate, so that directions are plain signs."""
         return self._instruments.one_lr
@@ -168,7 +163,6 @@ class Measurer:
         *,
         base: float | None,
         delta: float | None,
-        hurry: bool = False,
     ) -> None:
         """Decide at a window's first micro-batch whether and how the window is measured.
 
@@ -178,7 +172,6 @@ class Measurer:
             size: examples in it, of this process.
             base: base batch size; None if this window will fix it.
             delta: the optimal learning rate as far as it is known.
-            hurry: whether something has changed since the last measurement.
 
         Raises:
             MisconfigurationException: if batches cannot be cut, before the first step is taken.
@@ -193,8 +186,6 @@ class Measurer:
         if self._cutting.allowed and not free and self._first_window and size >= 2:
             self._cutting.check(batch, self._prober)
         self._first_window = False
-        if hurry:
-            self.budget.hurry()
         if self._pool.target:
             return  # still pooling
         window = plan.look_ahead(self._trainer, self._pace, batch_idx, typical)
@@ -270,26 +261,25 @@ class Measurer:
         else:
             self._pool.add(piece, self._versions)
 
-    def end_window(self, examples: float, batches: int, *, changed: bool) -> tuple[float, bool]:
+    def end_window(self, examples: float, batches: int) -> float:
         """Learn what the other processes had in the window that ends: the one message of an ordinary step.
 
         Args:
             examples: behind the step, of this process.
             batches: micro-batches that hold them.
-            changed: whether this process saw the noise change.
 
         Returns:
-            The examples behind the step, and whether the noise has changed for any process.
+            The examples behind the step.
         """
         pool = self._pool
-        total, pool.gathered, changes, failures = self._ranks.examples(
-            examples, pool.examples, float(changed), float(pool.broken is not None)
+        total, pool.gathered, failures = self._ranks.examples(
+            examples, pool.examples, float(pool.broken is not None)
         )
         self._plan.see(total, batches)
         if failures:
             self.fail(pool.broken or RankError("Another process could not keep its batches"))
             pool.broken = None
-        return total, changes > 0.0
+        return total
 
     # ------------------------------------------------------------------ measurements
 

@@ -8,7 +8,7 @@ from lightning_surge.laws import require_number
 
 __all__ = ["STATE_VERSION", "VersionError", "require_version", "saved_base", "what_is_wrong"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 # What nobody counts in a batch: a base batch size beyond this, or below its inverse, is damage.
 LARGEST_BASE = 1e12
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-from lightning_surge.callbacks.checks import clips_gradients, served_optimizer, trained_optimizers
+from lightning_surge.callbacks.checks import served_optimizer, trained_optimizers
 from lightning_surge.callbacks.logging import add_tensorboard_layout, group_suffixes, lr_metrics
-from lightning_surge.optimizers import has_plain_averages
 from lightning_surge.policy import Decision
 
 __all__ = ["StepLog", "StepRecord", "add_layout", "logs_now", "optimizer_suffix"]
@@ -64,20 +62,15 @@ class StepLog:
         used = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.unlogged = StepRecord(decision, batch_size, scheduled, used)
 
-    def write(self, pl_module: pl.LightningModule, metrics: dict[str, float], *, trace_cov: float) -> None:
+    def write(self, pl_module: pl.LightningModule, metrics: dict[str, float]) -> None:
         """Log the step that was kept.
 
         Args:
             pl_module: the module that trains.
             metrics: what is to be logged besides its learning rates, by names without the suffix.
-            trace_cov: `tr Sigma` as the steps tell it, which is logged too where it is an estimate.
         """
         record, self.unlogged = self.unlogged, None
         assert record is not None
-        # Averages of clipped gradients, or with weight decay in them, are no estimate of the mean gradient.
-        told = has_plain_averages(self.optimizer) and not clips_gradients(pl_module.trainer, pl_module)
-        if told and math.isfinite(trace_cov):
-            metrics = metrics | {"surge/trace_cov_steps": trace_cov}
         logged = {name + self.suffix: value for name, value in metrics.items()}
         logged |= lr_metrics(
             group_suffixes(self.optimizer, self.suffix),

@@ -30,7 +30,7 @@ from lightning_surge.callbacks.checks import (
 from lightning_surge.callbacks.counting import BatchCounter
 from lightning_surge.callbacks.hosts import Callback
 from lightning_surge.callbacks.learner import LawRecord, Learner, StepToCome
-from lightning_surge.callbacks.loss_scaling import step_scaling
+from lightning_surge.callbacks.loss_scaling import skips_step
 from lightning_surge.callbacks.lr_hooks import LearningRateHooks
 from lightning_surge.callbacks.measurer import LossFn, Measurer
 from lightning_surge.callbacks.order import batch_size_scheduler, check_indices, take_place
@@ -406,15 +406,14 @@ class SurgeLRCallback(Callback):
                 "objective='progress'."
             )
         has_loss = behind.manual or behind.counts_batch
-        skipped, loss_scale = step_scaling(trainer, optimizer, has_loss=has_loss)
-        if behind.examples <= 0.0 or skipped:
+        if behind.examples <= 0.0 or skips_step(trainer, optimizer, has_loss=has_loss):
             # Without a step no hook would take the factor off before the scheduler moves.
             rates.writer.restore()
             self._measurer.drop_window()
             self._close_window()
         elif not behind.decided:
             behind.decided = True
-            step = self._end_window(trainer, optimizer, loss_scale)
+            step = self._end_window(trainer, optimizer)
             decision = self._decide(step, f"optimizer {self.settings.optimizer}, " if step_log.suffix else "")
             rates.warn_of_a_cap()
             if behind.manual or logs_now(trainer):  # reading learning rates back may wait for the device
@@ -422,14 +421,12 @@ class SurgeLRCallback(Callback):
             if not behind.manual:
                 self._log(pl_module)
 
-    def _end_window(self, trainer: pl.Trainer, optimizer: Optimizer, loss_scale: float) -> StepToCome:
+    def _end_window(self, trainer: pl.Trainer, optimizer: Optimizer) -> StepToCome:
         """Learn what the window tells, and count it."""
         behind, learner, measurer = self._behind_step, self._learner, self._measurer
-        number, noise = behind.steps(trainer.global_step), learner.noise_watch
-        behind.examples, noise.changed = measurer.end_window(
-            behind.examples, behind.batches, changed=noise.sees_change(number)
-        )
-        step = StepToCome(optimizer, self._kind, number, behind.examples, loss_scale)
+        number = behind.steps(trainer.global_step)
+        behind.examples = measurer.end_window(behind.examples, behind.batches)
+        step = StepToCome(optimizer, self._kind, number, behind.examples)
         if learner.policy is None:
             learner.fix_base(step.batch_size)
         self._read_schedule()
@@ -485,7 +482,7 @@ class SurgeLRCallback(Callback):
             return
         metrics = self._learner.metrics(self._step_log.unlogged.batch_size, self._measurer.budget.trained)
         metrics |= {"surge/overhead": self.overhead, "surge/overhead_time": self.overhead_time}
-        self._step_log.write(pl_module, metrics, trace_cov=self._learner.noise_watch.trace_cov)
+        self._step_log.write(pl_module, metrics)
 
     def _read_schedule(self) -> None:
         if self._rates is not None:
