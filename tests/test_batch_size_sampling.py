@@ -784,7 +784,7 @@ class TestOtherRuns:
         torch.save(checkpoint, tmp_path / "old.ckpt")
         model, scheduler = OneHot(), BatchSizeScheduler(Milestones({0: 16, 13: 4, 26: 8}))
         trainer = make_trainer(scheduler, max_epochs=3)
-        with pytest.warns(UserWarning, match="Expected state of version 2 in the checkpoint, got None"):
+        with pytest.warns(UserWarning, match="Expected state of version 1 in the checkpoint, got None"):
             trainer.fit(model, loader, ckpt_path=tmp_path / "old.ckpt", weights_only=True)
         assert model.sizes == [8, 8, 8, 8, 8, 8, 2]
         assert scheduler.examples == SIZE

@@ -715,7 +715,7 @@ class TestWarnings:
         checkpoint["callbacks"]["Owner"]["version"] = 99
         torch.save(checkpoint, tmp_path / "other.ckpt")
         (warning,) = warnings_of(shuffled, Owner(), resume=tmp_path / "other.ckpt")
-        assert "version 2 in the checkpoint, got 99" in warning
+        assert "version 1 in the checkpoint, got 99" in warning
 
     def test_after_an_exception_no_rank_waits_for_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
