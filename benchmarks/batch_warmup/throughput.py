@@ -23,8 +23,8 @@ from benchmarks.batch_warmup.training import quiet_trainer
 from benchmarks.batch_warmup.workloads import CONTEXT, WORKLOADS
 from examples.stdlib_transformer import ByteTransformer
 from lightning_surge.callbacks import BatchSizeScheduler
-from lightning_surge.sampling import Itinerary, ScheduledBatchSampler, follow, unfollow
-from lightning_surge.schedules import ConstantSize
+from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
+from lightning_surge.schedules.sizes import ConstantSize
 
 __all__ = ["BATCH_SIZES", "EXAMPLES", "LOADER", "MODELS", "throughput"]
 

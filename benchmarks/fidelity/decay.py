@@ -16,8 +16,8 @@ from benchmarks.fidelity.one_step import measure
 from benchmarks.fidelity.training import HOT_STEPS, Batches, Study, fit
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
-from lightning_surge.estimates import estimate, fit_sign_law
-from lightning_surge.noise import NoiseHistory
+from lightning_surge.policy.estimates import estimate, fit_sign_law
+from lightning_surge.policy.history import NoiseHistory
 
 __all__ = ["HALF_LIVES", "MARKS", "RATIO_SIZES", "decay"]
 

@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from benchmarks.fidelity.analysis import POINT, Array, Record, Row, difference, log2
 from benchmarks.fidelity.one_step import COUNTS, HALF_LIVES, KINDS, SIZES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE
-from lightning_surge.laws import MeasuredLaw
+from lightning_surge.laws.base import MeasuredLaw
 
 LAWS = {
     "measured, 50": "8/50",

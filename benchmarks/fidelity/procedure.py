@@ -25,7 +25,7 @@ from benchmarks.fidelity.switch import fixed_sample
 from benchmarks.fidelity.training import Batches, Study, fit
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, Workload
 from lightning_surge import SurgeLRCallback
-from lightning_surge.laws import Law
+from lightning_surge.laws.base import Law
 
 __all__ = ["BATCH_SIZES", "BETAS", "TARGETS", "cells", "following", "grid"]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.fidelity.procedure import BATCH_SIZES, BETAS, TARGETS
 from benchmarks.fidelity.workloads import WORKLOADS
-from lightning_surge import tradeoff
+from lightning_surge.laws import tradeoff
 
 __all__ = [
     "Case",

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.results import row, write
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback
-from lightning_surge.schedules import GeometricRamp
+from lightning_surge.schedules.sizes import GeometricRamp
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "make soak"
