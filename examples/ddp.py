@@ -19,7 +19,7 @@ from examples.digits_model import BASE_LR, MICRO_BATCH_SIZE, ConvolutionalClassi
 from examples.epoch_table import EpochTable, quiet_trainer
 from examples.report import fast_and_seed, prepare
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
-from lightning_surge.estimates import EstimatedLaw
+from lightning_surge.policy.estimates import EstimatedLaw
 
 RANKS = 2
 TUNED_AT = MICRO_BATCH_SIZE

@@ -18,8 +18,8 @@ import lightning.pytorch as pl
 from examples.digits_model import BASE_LR, MICRO_BATCH_SIZE, ConvolutionalClassifier, Digits
 from examples.report import parse_arguments, prepare, print_report, progress_bar, run_loggers
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
-from lightning_surge.schedules import GeometricRamp
-from lightning_surge.windows import AccumulatedSchedule, total_steps
+from lightning_surge.schedules.sizes import GeometricRamp
+from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
 
 __all__ = ["BASE_LR", "ConvolutionalClassifier", "Digits", "main"]
 

@@ -18,7 +18,7 @@ from examples.digits_model import MICRO_BATCH_SIZE, ConvolutionalClassifier, Dig
 from examples.epoch_table import quiet_trainer
 from examples.report import fast_and_seed, prepare
 from lightning_surge import SurgeLRCallback
-from lightning_surge.estimates import EstimatedLaw
+from lightning_surge.policy.estimates import EstimatedLaw
 
 
 def train(callbacks: list[SurgeLRCallback], epochs: int, seed: int) -> ConvolutionalClassifier:

@@ -16,11 +16,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_surge.families import LAWS
-from lightning_surge.fit_figure import draw_fits
-from lightning_surge.fitting import GridFit, fit_grid, remedy, split_targets
-from lightning_surge.grid_tables import read_table
-from lightning_surge.repetitions import Estimate
+from lightning_surge.tables.bootstrap import Estimate
+from lightning_surge.tables.figure import draw_fits
+from lightning_surge.tables.fit import GridFit, fit_grid, remedy, split_targets
+from lightning_surge.tables.law_fits import LAWS
+from lightning_surge.tables.read import read_table
 
 # A perceptron whose step is the sign of the gradient: five batch sizes, eight learning rates, three seeds.
 TABLE = Path(__file__).parent / "tables" / "perceptron_sign.csv"

@@ -20,7 +20,7 @@ from examples.digits_model import Batch, ConvolutionalClassifier, Digits
 from examples.epoch_table import EpochTable, quiet_trainer
 from examples.report import fast_and_seed, prepare
 from lightning_surge import BatchSizeScheduler, ScheduledBatchSampler, SurgeLRCallback, by_examples
-from lightning_surge.schedules import LinearRamp
+from lightning_surge.schedules.sizes import LinearRamp
 
 TUNED_AT, LARGEST = 8, 96
 

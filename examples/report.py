@@ -15,12 +15,12 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from lightning_surge.charts import LawSnapshot
-from lightning_surge.laws import Law
-from lightning_surge.noise import Contrast, NoiseStats
-from lightning_surge.objectives import OBJECTIVES
-from lightning_surge.plots import plot_run
-from lightning_surge.run_logs import RunLog, Series, read_run
+from lightning_surge.laws.base import Law
+from lightning_surge.laws.objectives import OBJECTIVES
+from lightning_surge.policy.history import Contrast, NoiseStats
+from lightning_surge.runs.charts import LawSnapshot
+from lightning_surge.runs.plots import plot_run
+from lightning_surge.runs.run_log import RunLog, Series, read_run
 
 
 def fast_and_seed(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.report import parse_arguments, prepare, print_report, progress_bar, run_loggers
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
-from lightning_surge.schedules import GeometricRamp
-from lightning_surge.windows import AccumulatedSchedule, total_steps
+from lightning_surge.schedules.sizes import GeometricRamp
+from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
 
 MICRO_BATCH_SIZE = 8
 

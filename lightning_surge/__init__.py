@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_surge.callbacks import BatchSizeScheduler, BatchSizeWarmup, SurgeLRCallback
-    from lightning_surge.clocks import by_examples
-    from lightning_surge.follow_peak import FollowPeak
-    from lightning_surge.sampling import ScheduledBatchSampler
+    from lightning_surge.schedules import FollowPeak, ScheduledBatchSampler, by_examples
 
 __all__ = [
     "BatchSizeScheduler",
@@ -20,23 +18,23 @@ __all__ = [
 ]
 __version__ = version("lightning-surge")
 
-# torch and lightning take seconds to import, and the command line and the rooms of floats need neither: a
+# torch and lightning take seconds to import, and the command line and the packages of floats need neither: a
 # name is imported when it is first asked for.
-_ROOMS = {
+_PACKAGES = {
     "BatchSizeScheduler": "callbacks",
     "BatchSizeWarmup": "callbacks",
-    "FollowPeak": "follow_peak",
-    "ScheduledBatchSampler": "sampling",
+    "FollowPeak": "schedules",
+    "ScheduledBatchSampler": "schedules",
     "SurgeLRCallback": "callbacks",
-    "by_examples": "clocks",
+    "by_examples": "schedules",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name."""
-    if name not in _ROOMS:
+    if name not in _PACKAGES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_PACKAGES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_surge.laws import MeasuredLaw
-from lightning_surge.objectives import OBJECTIVES
-from lightning_surge.run_logs import RunLog, Series
+from lightning_surge.laws.base import MeasuredLaw
+from lightning_surge.laws.objectives import OBJECTIVES
+from lightning_surge.runs.run_log import RunLog, Series
 
 # r = 4: the peak is at 100 examples, half of the gain at 60.
 LAW = MeasuredLaw(alignment_limit=2.0, alignment_scale=300.0, noise_curvature=1.0, signal_curvature=1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lightning_surge import SurgeLRCallback
-from lightning_surge.objectives import OBJECTIVES
+from lightning_surge.laws.objectives import OBJECTIVES
 
 BASE_BATCH_SIZE = 8
 LARGE_BATCH_SIZE = 128

@@ -14,9 +14,9 @@ from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.trainer import quiet_trainer
 from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks import BatchSizeScheduler
-from lightning_surge.follow_peak import FollowPeak
-from lightning_surge.sampling import ScheduledBatchSampler
-from lightning_surge.schedules import ConstantSize, GeometricRamp
+from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
+from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.sizes import ConstantSize, GeometricRamp
 
 __all__ = ["constant", "ramp"]
 

@@ -20,7 +20,7 @@ from benchmarks.batch_warmup.rules import BASE_BATCH_SIZE
 from examples import digits, stdlib_transformer
 from examples.digits import ConvolutionalClassifier, Digits
 from examples.stdlib_transformer import ByteTransformer, StandardLibraryText
-from lightning_surge.clocks import by_examples
+from lightning_surge.schedules.by_examples import by_examples
 
 __all__ = ["CONTEXT", "WORKLOADS", "Workload"]
 

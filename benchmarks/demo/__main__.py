@@ -22,8 +22,8 @@ from benchmarks.results import commit, target, write
 from examples import stdlib_transformer
 from examples.report import stages
 from lightning_surge import SurgeLRCallback
-from lightning_surge.objectives import OBJECTIVES
-from lightning_surge.run_logs import read_run
+from lightning_surge.laws.objectives import OBJECTIVES
+from lightning_surge.runs.run_log import read_run
 
 RESULTS = Path(__file__).parent / "results"
 FIXED = {"constant": "constant lr", "sqrt": "sqrt", "linear": "linear"}

@@ -25,7 +25,7 @@ from benchmarks.fidelity.switch import SEEDS, final_losses
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
-from lightning_surge.reasons import Reason
+from lightning_surge.policy.reasons import Reason
 
 __all__ = ["RATES", "approach", "approach_rows", "approach_table", "rising"]
 

@@ -11,7 +11,7 @@ from benchmarks.fidelity.analysis import POINT, Record, Row, difference, groups,
 from benchmarks.fidelity.markdown import share, spread, table
 from benchmarks.fidelity.one_step import SIZES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE
-from lightning_surge.laws import MeasuredLaw
+from lightning_surge.laws.base import MeasuredLaw
 
 LAWS = {
     "measured, 50": "50",

@@ -14,7 +14,7 @@ from benchmarks.fidelity.switch import BATCH_SIZES, fixed_sample
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES, Study, continue_run, train_to
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
-from lightning_surge.policy import Decision
+from lightning_surge.policy.policy import Decision
 
 __all__ = ["live", "loss_of"]
 

@@ -18,9 +18,9 @@ from benchmarks.fidelity.switch import fixed_sample
 from benchmarks.fidelity.training import Batches, Study, fit, train_to
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, Batch, draw
 from lightning_surge import SurgeLRCallback
-from lightning_surge.estimates import EstimatedLaw, estimate, fit_sign_law
-from lightning_surge.laws import Law
-from lightning_surge.noise import NoiseHistory
+from lightning_surge.laws.base import Law
+from lightning_surge.policy.estimates import EstimatedLaw, estimate, fit_sign_law
+from lightning_surge.policy.history import NoiseHistory
 
 __all__ = ["ACTIVE", "COUNTS", "SIZES", "best_step", "fresh_directions", "laws", "measure", "truths"]
 

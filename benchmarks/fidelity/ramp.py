@@ -16,8 +16,8 @@ from benchmarks.fidelity.switch import SEEDS
 from benchmarks.fidelity.training import Batches, Study, fit
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
-from lightning_surge.schedules import GeometricRamp
-from lightning_surge.windows import AccumulatedSchedule, total_steps
+from lightning_surge.schedules.sizes import GeometricRamp
+from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
 
 __all__ = ["BUDGETS", "FIXED_RULES", "RULES", "ramp", "ramp_rows", "ramp_table"]
 

@@ -30,8 +30,8 @@ from benchmarks.results import target, write
 from benchmarks.trainer import quiet_trainer
 from examples.stdlib_transformer import FULL, MICRO_BATCH_SIZE, ByteTransformer, StandardLibraryText
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
-from lightning_surge.schedules import GeometricRamp
-from lightning_surge.windows import AccumulatedSchedule, total_steps
+from lightning_surge.schedules.sizes import GeometricRamp
+from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "make bench"

@@ -32,7 +32,7 @@ from benchmarks.fidelity.markdown import table, targets_table
 from benchmarks.results import target, write
 from benchmarks.trainer import quiet_trainer
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback
-from lightning_surge.schedules import GeometricRamp
+from lightning_surge.schedules.sizes import GeometricRamp
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "make soak"

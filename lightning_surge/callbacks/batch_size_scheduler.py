@@ -8,6 +8,8 @@ So the accumulation is written in one place, ``on_train_batch_start``, where the
 new one is aligned. A *batch sampler* gives steps of any size, if the loader has a `ScheduledBatchSampler`.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
@@ -21,14 +23,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_surge.callbacks.batch_size_checks import (
+from lightning_surge.callbacks.checks import (
     check_accumulated_sizes,
     check_host,
     check_sampled_sizes,
+    ranks_of,
 )
-from lightning_surge.callbacks.counting import BatchCounter
-from lightning_surge.callbacks.hosts import Callback
-from lightning_surge.callbacks.loaders import (
+from lightning_surge.callbacks.lightning_host import (
+    BatchCounter,
+    Callback,
     batches_per_epoch,
     loader_batch_size,
     refresh_epoch_length,
@@ -36,17 +39,17 @@ from lightning_surge.callbacks.loaders import (
     replicas_of,
     scheduled_sampler,
 )
-from lightning_surge.callbacks.processes import ranks_of
-from lightning_surge.callbacks.resuming import Resumption
-from lightning_surge.clocks import ExamplesClock
-from lightning_surge.estimates import EstimatedLaw
-from lightning_surge.follow_peak import FollowPeak
-from lightning_surge.laws import require_number
-from lightning_surge.sampling import Itinerary, ScheduledBatchSampler, follow, unfollow
-from lightning_surge.schedules import BatchSizeRule, Progress, Schedule, whole_number
-from lightning_surge.windows import Window, accumulation_for, aligned_accumulation
+from lightning_surge.callbacks.resuming.exact_resume import Resumption
+from lightning_surge.laws.base import require_number
+from lightning_surge.policy.estimates import EstimatedLaw
+from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
+from lightning_surge.schedules.by_examples import ExamplesClock
+from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, Progress, Schedule, whole_number
+from lightning_surge.schedules.windows import Window, accumulation_for, aligned_accumulation
 
-__all__ = ["BatchSizeScheduler"]
+__all__ = ["BatchSizeScheduler", "BatchSizeWarmup"]
+
 
 STATE_VERSION = 1
 # Weights that differ from 1 by rounding alone are not worth a pass over the gradients.
@@ -99,7 +102,7 @@ class BatchSizeScheduler(Callback):
             accumulation; in ``on_train_start``, for sizes that steps cannot have.
 
     Example:
-        >>> from lightning_surge.schedules import LinearRamp
+        >>> from lightning_surge.schedules.sizes import LinearRamp
         >>> scheduler = BatchSizeScheduler(LinearRamp(16, 512, duration=1_000_000, unit="examples"))
         >>> scheduler.requested_batch_size, scheduler.scheduled_batch_size
         (16, 16)
@@ -542,3 +545,49 @@ class BatchSizeScheduler(Callback):
 
 def _optional(name: str, size: int | None) -> int | None:
     return None if size is None else whole_number(name, size, minimum=1)
+
+
+class BatchSizeWarmup(BatchSizeScheduler):
+    """Ramps the number of examples per optimizer step from ``start`` to ``end``, by equal factors.
+
+    At optimizer step t (``trainer.global_step``) the ramp requests
+    ``start * (end / start) ** (t / num_steps)`` examples: `BatchSizeScheduler` with a `GeometricRamp`.
+
+    Args:
+        start: Examples per optimizer step at first. Where a DataLoader's batches are accumulated: the
+            micro-batch size times the replicas, times a power of two.
+        end: Examples per optimizer step from ``num_steps`` on, of the same form, at least ``start``.
+        num_steps: Length of the ramp in optimizer steps.
+        micro_batch_size: Examples per micro-batch on one replica. ``None`` reads the ``batch_size``
+            of the training DataLoader, or of its batch sampler.
+        batch_size_fn: Counts the examples, or tokens, in a batch; None takes the leading dimension of its
+            first tensor.
+
+    Raises:
+        ValueError: If an argument is no positive whole number, or ``end < start``.
+        MisconfigurationException: As for `BatchSizeScheduler`.
+
+    Example:
+        >>> from lightning_surge.schedules.sizes import Progress
+        >>> warmup = BatchSizeWarmup(start=16, end=512, num_steps=2000)
+        >>> warmup.requested_batch_size, warmup.scheduled_batch_size
+        (16, 16)
+        >>> [warmup.schedule(Progress(step=step)) for step in (0, 400, 2000)]
+        [16, 32, 512]
+    """
+
+    def __init__(
+        self,
+        start: int,
+        end: int,
+        num_steps: int,
+        *,
+        micro_batch_size: int | None = None,
+        batch_size_fn: Callable[[Any], float] | None = None,
+    ) -> None:
+        num_steps = whole_number("num_steps", num_steps, minimum=1)
+        super().__init__(
+            GeometricRamp(start, end, num_steps),
+            micro_batch_size=micro_batch_size,
+            batch_size_fn=batch_size_fn,
+        )

@@ -10,27 +10,41 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.rnn import RNNBase
 from torch.optim import Optimizer
 
-from lightning_surge.callbacks.hosts import overrides
-from lightning_surge.callbacks.processes import check_processes
+from lightning_surge.callbacks.lightning_host import is_accumulation_scheduler, overrides, replicas_of
 from lightning_surge.callbacks.settings import REFERENCE_RULES
-from lightning_surge.moments import LEAST_BETA_1
-from lightning_surge.optimizer_families import optimizer_family
-from lightning_surge.optimizers import decay_follows_lr, has_coupled_decay, stability_constant
+from lightning_surge.measure.distributed import Ranks
+from lightning_surge.optimizers.families import (
+    decay_follows_lr,
+    has_coupled_decay,
+    optimizer_family,
+    stability_constant,
+)
+from lightning_surge.optimizers.moments import LEAST_BETA_1
+from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
+from lightning_surge.schedules.sizes import BatchSizeRule, Schedule
+from lightning_surge.schedules.windows import accumulation_for
 
 __all__ = [
+    "check_accumulated_sizes",
     "check_edge",
+    "check_host",
     "check_optimizer",
+    "check_processes",
+    "check_sampled_sizes",
     "check_trainer",
     "check_weight_decay",
     "clips_gradients",
+    "ranks_of",
     "rounds_products",
     "served_optimizer",
     "trained_optimizers",
 ]
+
 
 # The others compute with copies of the weights in 8 or 16 bits.
 FULL_PRECISION = ("32-true", "64-true")
@@ -294,3 +308,174 @@ def _check_parameters(optimizer: Optimizer, name: str) -> None:
 def trained_optimizers(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     """The real ones: Lightning stands in an optimizer without parameters where there is none."""
     return [optimizer for optimizer in optimizers if any(group["params"] for group in optimizer.param_groups)]
+
+
+def check_host(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
+    """Refuse a Trainer, a strategy, another callback or a module that a changing accumulation cannot go with.
+
+    Args:
+        trainer: that is set up.
+        pl_module: that it will train.
+        name: of the callback that asks.
+
+    Raises:
+        MisconfigurationException: with what was found, and the remedy.
+    """
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} needs automatic optimization, got automatic_optimization=False in"
+            f" {type(pl_module).__name__}: Lightning accumulates no gradients in manual optimization."
+            " Remove the callback, or set automatic_optimization=True."
+        )
+    if trainer.strategy.handles_gradient_accumulation:
+        raise MisconfigurationException(
+            f"{name} needs a strategy that lets Lightning accumulate gradients, got"
+            f" strategy={type(trainer.strategy).__name__}, which fixes the accumulation when it starts:"
+            " use strategy='ddp', or remove the callback."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise MisconfigurationException(
+            f"{name} sets the accumulation itself and needs Trainer(accumulate_grad_batches=1), got"
+            f" accumulate_grad_batches={trainer.accumulate_grad_batches}: remove it from the Trainer;"
+            " the schedule sets the first size."
+        )
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks:
+        if is_accumulation_scheduler(other):
+            raise MisconfigurationException(
+                f"Expected one callback that changes the accumulation, got {name} and"
+                f" {type(other).__name__}: remove one of the two."
+            )
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        # Lightning knows the index of such a batch only after the step, so it zeroes gradients
+        # one micro-batch late and drops the first of every window.
+        raise MisconfigurationException(
+            f"{name} needs training_step(batch, batch_idx), got training_step(dataloader_iter) in"
+            f" {type(pl_module).__name__}, where Lightning accumulates wrongly: take the batch as an"
+            " argument."
+        )
+
+
+def check_accumulated_sizes(schedule: BatchSizeRule, micro_batch_size: int, replicas: int) -> None:
+    """Refuse sizes that are no power of two of micro-batches.
+
+    Args:
+        schedule: of which the named sizes are looked at.
+        micro_batch_size: examples, on one replica.
+        replicas: data-parallel ones.
+
+    Raises:
+        MisconfigurationException: with the nearest sizes that are.
+    """
+    unit = micro_batch_size * replicas
+    for name, size in schedule.named_sizes.items():
+        below = unit * accumulation_for(size, unit)
+        if size != below:
+            remedy = f"{name}={below}" if size < unit else f"{name}={below} or {name}={2 * below}"
+            raise MisconfigurationException(
+                f"Expected {name} to be micro-batch size x replicas ({micro_batch_size} x"
+                f" {replicas}) times a power of two, got {name}={size}: use {remedy}, or change the"
+                " DataLoader's batch_size. A ScheduledBatchSampler in the DataLoader, and no"
+                " micro_batch_size=, allow any size."
+            )
+
+
+def check_sampled_sizes(
+    schedule: Schedule, sampler: ScheduledBatchSampler, replicas: int, *, counts_tokens: bool
+) -> None:
+    """Refuse sizes that the batch sampler cannot give.
+
+    Args:
+        schedule: of which the named sizes are looked at.
+        sampler: of the training loader.
+        replicas: data-parallel ones.
+        counts_tokens: whether batches are counted by a function of the user's.
+
+    Raises:
+        MisconfigurationException: with what was found, and the remedy.
+    """
+    if counts_tokens and schedule.unit == "examples":
+        raise MisconfigurationException(
+            "Expected a schedule in steps or epochs with a ScheduledBatchSampler and batch_size_fn=, got"
+            " unit='examples': a sampler cannot know how many tokens an example will have. Use"
+            " unit='steps', or DataLoader(batch_size=...), whose batches are accumulated."
+        )
+    epoch = len(sampler.sampler) * replicas  # type: ignore[arg-type]
+    for name, size in schedule.named_sizes.items():
+        if size % replicas:
+            below = max(size // replicas, 1) * replicas
+            raise MisconfigurationException(
+                f"Expected {name} to be a multiple of the {replicas} data-parallel replicas, got"
+                f" {name}={size}: use {name}={below}."
+            )
+        if sampler.drop_last and size > epoch:
+            raise MisconfigurationException(
+                f"Expected {name} to be at most the {epoch} examples of an epoch, which drop_last=True"
+                f" would leave without a step, got {name}={size}: use drop_last=False, or {name}={epoch}."
+            )
+
+
+def check_processes(trainer: pl.Trainer, name: str, *, measures: bool) -> None:
+    """Refuse strategies whose gradients cannot be told process by process.
+
+    Args:
+        trainer: at `setup`.
+        name: of the callback, for messages.
+        measures: whether gradients will be measured; a rule only needs to count examples.
+
+    Raises:
+        MisconfigurationException: with the rule, what was found, and the remedy.
+    """
+    strategy = trainer.strategy
+    if strategy.handles_gradient_accumulation:
+        raise MisconfigurationException(
+            f"{name} needs the gradients that autograd leaves, got {type(strategy).__name__}, "
+            "which keeps its own: use strategy='auto', 'ddp', or ModelParallelStrategy with fully_shard."
+        )
+    if trainer.world_size == 1 or not measures:
+        return
+    if not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            f"{name} measures under strategy='ddp' and ModelParallelStrategy (FSDP2), got "
+            f"{type(strategy).__name__} with {trainer.world_size} processes: use one of them; a module "
+            "sharded with fully_shard in configure_model takes the place of FSDPStrategy."
+        )
+    replicas = replicas_of(trainer)
+    if isinstance(strategy, ModelParallelStrategy) and replicas != trainer.world_size:
+        raise MisconfigurationException(
+            f"{name} measures data-parallel processes only, got {trainer.world_size} processes for "
+            f"{replicas} replicas of the data: use ModelParallelStrategy(data_parallel_size="
+            f"{trainer.world_size}, tensor_parallel_size=1)."
+        )
+    if isinstance(strategy, DDPStrategy):
+        _check_ddp(strategy, name)
+
+
+def _check_ddp(strategy: DDPStrategy, name: str) -> None:
+    if strategy._model_averaging_period is not None:
+        raise MisconfigurationException(
+            f"{name} needs equal parameters on all processes, got DDPStrategy with model_averaging_period="
+            f"{strategy._model_averaging_period}, which lets them drift apart: leave it out."
+        )
+    if strategy._ddp_kwargs.get("static_graph", False):
+        raise MisconfigurationException(
+            f"{name} runs backward passes of its own, got DDPStrategy(static_graph=True), which counts every "
+            "pass in the first step: leave it out."
+        )
+
+
+def ranks_of(trainer: pl.Trainer) -> Ranks:
+    """The processes that measure together.
+
+    Args:
+        trainer: with its processes started.
+    """
+    if trainer.world_size == 1:
+        return Ranks()
+    return Ranks(
+        trainer.strategy.root_device,
+        count=trainer.world_size,
+        rank=trainer.global_rank,
+        replicas=replicas_of(trainer),
+        reduces=isinstance(trainer.strategy, ModelParallelStrategy),
+    )

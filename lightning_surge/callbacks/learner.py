@@ -13,10 +13,12 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.logging import law_metrics, run_metrics
-from lightning_surge.callbacks.measurer import Measurer
-from lightning_surge.callbacks.saved_state import saved_base
+from lightning_surge.callbacks.measuring.measurer import Measurer
 from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
-from lightning_surge.estimates import (
+from lightning_surge.laws.base import require_number
+from lightning_surge.optimizers.families import OptimizerKind, stability_constant
+from lightning_surge.optimizers.moments import AdamMoments
+from lightning_surge.policy.estimates import (
     EstimatedLaw,
     Fit,
     estimate,
@@ -25,14 +27,21 @@ from lightning_surge.estimates import (
     fit_sign_law,
     fit_theorem3_law,
 )
-from lightning_surge.moments import AdamMoments
-from lightning_surge.noise import NoiseHistory, NoiseStats
-from lightning_surge.optimizer_families import OptimizerKind
-from lightning_surge.optimizers import stability_constant
-from lightning_surge.policy import Policy
-from lightning_surge.reasons import Reason
+from lightning_surge.policy.history import NoiseHistory, NoiseStats
+from lightning_surge.policy.policy import Policy
+from lightning_surge.policy.reasons import Reason
 
-__all__ = ["LawRecord", "Learner", "StepToCome"]
+__all__ = [
+    "STATE_VERSION",
+    "LawRecord",
+    "Learner",
+    "StepToCome",
+    "VersionError",
+    "require_version",
+    "saved_base",
+    "what_is_wrong",
+]
+
 
 # Laws kept to look at after a run, at 35 KiB each; the oldest go first.
 LAW_HISTORY = 256
@@ -287,3 +296,68 @@ class Learner:
         self.scheduled_lr = scheduled_lr
         self._law_metrics = {str(name): float(value) for name, value in state["law_metrics"].items()}
         return saved
+
+
+STATE_VERSION = 2
+# What nobody counts in a batch: a base batch size beyond this, or below its inverse, is damage.
+LARGEST_BASE = 1e12
+
+
+class VersionError(ValueError):
+    """State that another release has written, or none at all."""
+
+
+def require_version(state: Any) -> None:
+    """Refuse what this release has not written.
+
+    Args:
+        state: of the callback, as a checkpoint has it.
+
+    Raises:
+        VersionError: with what was expected and found.
+    """
+    version = state.get("version") if isinstance(state, dict) else None
+    if type(version) is not int or version != STATE_VERSION:
+        raise VersionError(f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}")
+
+
+def saved_base(state: dict[str, Any]) -> float | None:
+    """The base batch size in a checkpoint.
+
+    Args:
+        state: of the callback.
+
+    Returns:
+        Examples; None if no step had fixed it.
+
+    Raises:
+        ValueError: if it is none that anybody counts.
+        KeyError: if it is missing.
+
+    Example:
+        >>> saved_base({"base_batch_size": 16.0})
+        16.0
+    """
+    base: float | None = state["base_batch_size"]
+    if base is None:
+        return None
+    require_number("base_batch_size", base, "load what state_dict returned")
+    if not 1.0 / LARGEST_BASE < base < LARGEST_BASE:
+        raise ValueError(f"Expected base_batch_size < {LARGEST_BASE:g}, got base_batch_size={base}.")
+    return base
+
+
+def what_is_wrong(error: Exception) -> str:
+    """Why state could not be loaded, as the first words of a message.
+
+    Args:
+        error: that loading it raised.
+
+    Example:
+        >>> what_is_wrong(KeyError("history"))
+        "Expected whole state in the checkpoint, got what cannot be read: KeyError: 'history'"
+    """
+    if isinstance(error, VersionError):
+        return str(error)
+    found = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
+    return f"Expected whole state in the checkpoint, got what cannot be read: {found}"

@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_surge.callbacks.hosts import overrides
+from lightning_surge.callbacks.lightning_host import overrides
 from lightning_surge.callbacks.settings import SurgeSettings
-from lightning_surge.lr_writer import LearningRateWriter
-from lightning_surge.optimizers import decay_follows_lr, largest_lr
+from lightning_surge.optimizers.families import decay_follows_lr, largest_lr
+from lightning_surge.optimizers.lr_writer import LearningRateWriter
 
 __all__ = ["LearningRateHooks"]
 

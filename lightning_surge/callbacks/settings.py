@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from lightning_surge.laws import ConstantLaw, LinearLaw, SqrtLaw
-from lightning_surge.objectives import OBJECTIVES
-from lightning_surge.policy import ANCHORS
+from lightning_surge.laws.base import ConstantLaw, LinearLaw, SqrtLaw
+from lightning_surge.laws.objectives import OBJECTIVES
+from lightning_surge.policy.policy import ANCHORS
 
 __all__ = [
     "ALONG_THE_GRADIENT",

@@ -6,18 +6,18 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_surge.batches import SplitBatch
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.callbacks.checks import (
     check_edge,
@@ -27,15 +27,25 @@ from lightning_surge.callbacks.checks import (
     clips_gradients,
     served_optimizer,
 )
-from lightning_surge.callbacks.counting import BatchCounter
-from lightning_surge.callbacks.hosts import Callback
-from lightning_surge.callbacks.learner import LawRecord, Learner, StepToCome
-from lightning_surge.callbacks.loss_scaling import skips_step
+from lightning_surge.callbacks.learner import (
+    STATE_VERSION,
+    LawRecord,
+    Learner,
+    StepToCome,
+    require_version,
+    saved_base,
+    what_is_wrong,
+)
+from lightning_surge.callbacks.lightning_host import (
+    BatchCounter,
+    Callback,
+    is_accumulation_scheduler,
+    skips_step,
+)
+from lightning_surge.callbacks.logging import StepLog, add_layout, logs_now, optimizer_suffix
 from lightning_surge.callbacks.lr_hooks import LearningRateHooks
-from lightning_surge.callbacks.measurer import LossFn, Measurer
-from lightning_surge.callbacks.order import batch_size_scheduler, check_indices, take_place
-from lightning_surge.callbacks.pace import Pace
-from lightning_surge.callbacks.saved_state import STATE_VERSION, require_version, saved_base, what_is_wrong
+from lightning_surge.callbacks.measuring.measurer import LossFn, Measurer
+from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import (
     ALONG_THE_GRADIENT,
     DEFAULT_OBJECTIVE,
@@ -45,13 +55,14 @@ from lightning_surge.callbacks.settings import (
     default_objective,
 )
 from lightning_surge.callbacks.step_examples import StepExamples
-from lightning_surge.callbacks.step_log import StepLog, add_layout, logs_now, optimizer_suffix
-from lightning_surge.laws import Law
-from lightning_surge.noise import NoiseHistory
-from lightning_surge.optimizer_families import OptimizerKind, optimizer_kind
-from lightning_surge.policy import Decision
+from lightning_surge.laws.base import Law
+from lightning_surge.measure.batches import SplitBatch
+from lightning_surge.optimizers.families import OptimizerKind, optimizer_kind
+from lightning_surge.policy.history import NoiseHistory
+from lightning_surge.policy.policy import Decision
 
-__all__ = ["LawRecord", "SurgeLRCallback"]
+__all__ = ["LawRecord", "SurgeLRCallback", "batch_size_scheduler", "check_indices", "take_place"]
+
 
 log = logging.getLogger(__name__)
 
@@ -586,3 +597,52 @@ class SurgeLRCallback(Callback):
         rank_zero_warn(
             f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}."
         )
+
+
+def batch_size_scheduler(trainer: pl.Trainer) -> BatchSizeScheduler | None:
+    """The callback of a Trainer that sets its batch size, if there is one."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in callbacks if isinstance(one, BatchSizeScheduler)), None)
+
+
+def check_indices(indices: Sequence[int | None], name: str) -> None:
+    """Refuse several callbacks that serve the same optimizer.
+
+    Args:
+        indices: of the optimizers that the callbacks of this kind serve.
+        name: of the callback, for messages.
+
+    Raises:
+        MisconfigurationException: with the rule, and what was found.
+    """
+    if len(indices) > 1 and (None in indices or len(set(indices)) < len(indices)):
+        raise MisconfigurationException(
+            f"Expected one {name}, or several with a different optimizer= each, got {len(indices)} with "
+            f"optimizer={indices}: two would multiply the same learning rate."
+        )
+
+
+def take_place(trainer: pl.Trainer, served: Sequence[pl.Callback], *, measures: bool) -> None:
+    """Put callbacks that set learning rates between schedules of the batch size and everything else.
+
+    Monitors must see the learning rate of the step, so they come after; schedules of the batch size must have
+    spoken, so they come before.
+
+    Args:
+        trainer: at `setup`.
+        served: the callbacks that set learning rates.
+        measures: whether laws will be measured, which schedules may follow.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    first = [
+        callback
+        for callback in callbacks
+        if isinstance(callback, BatchSizeScheduler) or is_accumulation_scheduler(callback)
+    ]
+    rest = [callback for callback in callbacks if callback not in first and callback not in served]
+    # A new list: Lightning iterates over the old one now.
+    trainer.callbacks = [*first, *served, *rest]  # type: ignore[attr-defined]
+    if measures:
+        for callback in first:
+            if isinstance(callback, BatchSizeScheduler):
+                callback.expect_law()

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_surge.cli.command import Command, CommandError
 from lightning_surge.cli.plot import choose_group, read
-from lightning_surge.log_files import RunLogError
+from lightning_surge.runs.log_files import RunLogError
 
 if TYPE_CHECKING:
-    from lightning_surge.advice import Advice, Caveat, Interval, Option
+    from lightning_surge.runs.advice import Advice, Caveat, Interval, Option
 
 __all__ = ["ADVISE"]
 
 
 def _caveat_text(caveat: Caveat, advice: Advice) -> str:
-    from lightning_surge.advice import Caveat
+    from lightning_surge.runs.advice import Caveat
 
     state = advice.state
     smallest, largest = state.measured
@@ -119,7 +119,7 @@ def _change(ratio: Interval) -> str:
 
 def _plain(value: Any) -> Any:
     """What JSON can hold: null for numbers that are not finite, names for what is one of a few."""
-    from lightning_surge.advice import Interval
+    from lightning_surge.runs.advice import Interval
 
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
@@ -160,7 +160,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from lightning_surge.advice import advise, run_state
+    from lightning_surge.runs.advice import advise, run_state
 
     run = read(options.path)
     group = choose_group(run, options.group)

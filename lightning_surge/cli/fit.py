@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.grid_tables import Columns, RunTable, read_table
+from lightning_surge.tables.read import Columns, RunTable, read_table
 
 if TYPE_CHECKING:
-    from lightning_surge.fitting import GridFit, Unfitted
+    from lightning_surge.tables.fit import GridFit, Unfitted
 
 __all__ = ["FIT"]
 
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Read, fit, print, draw."""
     from lightning_surge.cli.fit_report import as_json, as_text
-    from lightning_surge.fitting import Unfitted, fit_grid
+    from lightning_surge.tables.fit import Unfitted, fit_grid
 
     _check_figure(options.figure)
     names = {role: getattr(options, f"{role}_column") for role in Columns._fields}
@@ -148,7 +148,7 @@ def _count(text: str) -> int:
 
 def _chosen(table: RunTable, wanted: list[float] | None) -> list[tuple[float | None, RunTable]]:
     """The targets asked for; a value need not have all the digits of the table's."""
-    from lightning_surge.fitting import split_targets
+    from lightning_surge.tables.fit import split_targets
 
     count = 1 if table.targets is None else np.unique(table.targets).size
     if wanted is None and count > MAX_TARGETS:
@@ -205,7 +205,7 @@ def _check_figure(path: Path | None) -> None:
 
 
 def _draw(fits: list[GridFit], path: Path) -> None:
-    from lightning_surge.fit_figure import draw_fits
+    from lightning_surge.tables.figure import draw_fits
 
     try:
         draw_fits(fits).savefig(path)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lightning_surge.families import LAWS
-from lightning_surge.fitting import FittedLaw, GridFit, Unfitted, remedy
-from lightning_surge.grid_tables import RunTable
-from lightning_surge.optima import Valley
-from lightning_surge.repetitions import CONFIDENCE, Estimate
+from lightning_surge.tables.bootstrap import CONFIDENCE, Estimate
+from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, remedy
+from lightning_surge.tables.law_fits import LAWS
+from lightning_surge.tables.optima import Valley
+from lightning_surge.tables.read import RunTable
 
 __all__ = ["as_json", "as_text"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.log_files import RunLogError
+from lightning_surge.runs.log_files import RunLogError
 
 if TYPE_CHECKING:
-    from lightning_surge.run_logs import RunLog
+    from lightning_surge.runs.run_log import RunLog
 
 __all__ = ["PLOT", "choose_group", "read"]
 
@@ -31,7 +31,7 @@ def read(path: str) -> RunLog:
         CommandError: if it cannot be read.
     """
     # Imported here: it needs scipy, which --help need not wait for.
-    from lightning_surge.run_logs import read_run
+    from lightning_surge.runs.run_log import read_run
 
     try:
         run = read_run(path)
@@ -94,8 +94,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from lightning_surge.pages import run_page
-    from lightning_surge.plots import plot_run
+    from lightning_surge.runs.pages import run_page
+    from lightning_surge.runs.plots import plot_run
 
     output: Path | None = options.output
     if output is not None and output.suffix.lower() not in FORMATS:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.cli.sweep_progress import SweepProgress
-from lightning_surge.cli.sweep_report import print_plan, print_result
-from lightning_surge.sweeping.cells import (
+from lightning_surge.cli.sweep_output import SweepProgress, print_plan, print_result
+from lightning_surge.sweep.cells import (
     Cell,
     CellSpec,
     Grid,
@@ -23,13 +22,12 @@ from lightning_surge.sweeping.cells import (
     SweepError,
     SweepSettings,
 )
-from lightning_surge.sweeping.numbers import accumulation_for, parse_numbers
-from lightning_surge.sweeping.planning import planned
-from lightning_surge.sweeping.pool import CellProcess, Job, run_cells
-from lightning_surge.sweeping.table import SweepTable
+from lightning_surge.sweep.grid import accumulation_for, parse_numbers, planned
+from lightning_surge.sweep.pool import CellProcess, Job, run_cells
+from lightning_surge.sweep.table import SweepTable
 
 if TYPE_CHECKING:
-    from lightning_surge.callbacks.sweep_config import TrainingConfig
+    from lightning_surge.sweep.config import TrainingConfig
 
 __all__ = ["SWEEP"]
 
@@ -179,7 +177,7 @@ def _with_config(
 ) -> tuple[SweepSettings, Grid, TrainingConfig]:
     """The same, with what the configuration says; and that it takes what cells will give it."""
     # Imported here: it needs the parser of LightningCLI, which other commands do not.
-    from lightning_surge.callbacks.sweep_config import check_arguments, files_digest, read_config
+    from lightning_surge.sweep.config import check_arguments, files_digest, read_config
 
     training = read_config(settings)
     settings = replace(
@@ -263,7 +261,7 @@ class _Here:
 def _start(options: argparse.Namespace, settings: SweepSettings, logs: Path, cell: Cell, slot: int) -> Job:
     spec = CellSpec(settings, cell)
     if options.processes == 0:
-        from lightning_surge.callbacks.sweep_cell import run_cell
+        from lightning_surge.sweep.worker import run_cell
 
         with redirect_stdout(sys.stderr):  # standard output is for the result
             return _Here(run_cell(spec))

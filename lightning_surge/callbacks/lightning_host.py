@@ -1,0 +1,245 @@
+"""Lightning under its two names, `lightning.pytorch` and `pytorch_lightning`.
+
+They are two copies of one code base, each with classes of its own, and whoever has `lightning` has both. A
+Trainer of either takes callbacks and modules by their methods; where a class is asked for, this module knows
+both. Only `pytorch_lightning`'s LightningCLI asks for a class of callbacks: import it before
+`lightning_surge`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning_utilities.core.overrides import is_overridden
+
+if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
+    Callback = pl.Callback
+else:
+    # LightningCLI accepts subclasses of its own package's Callback only. The other package is not imported
+    # for that: it would take over the logger through which Lightning speaks.
+    from pytorch_lightning import Callback as _OtherCallback
+
+    class Callback(pl.Callback, _OtherCallback):
+        """A callback to both packages."""
+
+
+import math
+from collections.abc import Callable
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch.optim import Optimizer
+
+from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
+
+__all__ = [
+    "BatchCounter",
+    "Callback",
+    "batches_per_epoch",
+    "is_accumulation_scheduler",
+    "is_sampler_wrapper",
+    "loader_batch_size",
+    "overrides",
+    "refresh_epoch_length",
+    "refuse_scheduled_validation",
+    "replicas_of",
+    "scheduled_sampler",
+    "skips_step",
+]
+
+
+def is_accumulation_scheduler(callback: object) -> bool:
+    """Whether a callback is Lightning's own `GradientAccumulationScheduler`, of either package."""
+    return isinstance(callback, _classes("pytorch.callbacks", "GradientAccumulationScheduler"))
+
+
+def is_sampler_wrapper(sampler: object) -> bool:
+    """Whether Lightning has put a sampler between a rank and the user's, as either package does."""
+    return isinstance(sampler, _classes("fabric.utilities.distributed", "DistributedSamplerWrapper"))
+
+
+def overrides(pl_module: pl.LightningModule, name: str) -> bool:
+    """Whether a module brings a method of its own in place of LightningModule's.
+
+    Args:
+        pl_module: of either package.
+        name: of the method.
+    """
+    parents = _classes("pytorch", "LightningModule")
+    return is_overridden(name, pl_module, next(kind for kind in parents if isinstance(pl_module, kind)))
+
+
+def _classes(path: str, name: str) -> tuple[type[Any], ...]:
+    """The class of that name in each package that has been imported: others have no objects."""
+    part, _, rest = path.partition(".")
+    packages = (f"lightning.{part}", {"pytorch": "pytorch_lightning", "fabric": "lightning_fabric"}[part])
+    modules = (sys.modules.get(f"{package}.{rest}".rstrip(".")) for package in packages)
+    return tuple(getattr(module, name) for module in modules if module is not None)
+
+
+def batches_per_epoch(trainer: pl.Trainer) -> int | None:
+    """Micro-batches of the present epoch; None if it has no end that is known."""
+    # An IterableDataset without a length counts as infinitely many.
+    batches = trainer.num_training_batches
+    return batches if isinstance(batches, int) else None
+
+
+def replicas_of(trainer: pl.Trainer) -> int:
+    """Number of data-parallel replicas, which all see different examples."""
+    # Not world_size: under tensor parallelism several ranks share one replica's examples.
+    kwargs = trainer.distributed_sampler_kwargs
+    return 1 if kwargs is None else int(kwargs["num_replicas"])
+
+
+def loader_batch_size(loader: Any) -> int:
+    """Examples per micro-batch that a loader was made with.
+
+    Raises:
+        MisconfigurationException: if it does not say.
+    """
+    size = getattr(loader, "batch_size", None)
+    if size is None:  # a DataLoader with a batch sampler has batch_size=None
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise MisconfigurationException(
+            f"Expected a training DataLoader with a batch_size, got batch_size={size!r} from"
+            f" {type(loader).__name__}: pass micro_batch_size= to BatchSizeScheduler."
+        )
+    return size
+
+
+def scheduled_sampler(loader: Any) -> ScheduledBatchSampler | None:
+    """The batch sampler of a loader, if it is one that follows schedules.
+
+    Raises:
+        MisconfigurationException: if it sits in one of several loaders.
+    """
+    if isinstance(loader, (list, tuple, dict)):
+        if _has_scheduled_sampler(loader):
+            raise MisconfigurationException(
+                f"Expected one training DataLoader with a ScheduledBatchSampler, got {len(loader)} loaders:"
+                " Lightning puts their batches together. Use DataLoader(batch_size=...) in each, and pass"
+                " micro_batch_size= to BatchSizeScheduler, which then accumulates."
+            )
+        return None
+    sampler = getattr(loader, "batch_sampler", None)
+    return sampler if isinstance(sampler, ScheduledBatchSampler) else None
+
+
+def _has_scheduled_sampler(loaders: Any) -> bool:
+    if isinstance(loaders, (list, tuple, dict)):
+        parts = loaders.values() if isinstance(loaders, dict) else loaders
+        return any(_has_scheduled_sampler(part) for part in parts)
+    return isinstance(getattr(loaders, "batch_sampler", None), ScheduledBatchSampler)
+
+
+def refuse_scheduled_validation(trainer: pl.Trainer) -> None:
+    """Refuse a sampler that would cut validation into the micro-batches of training, and leave out the rest.
+
+    Raises:
+        MisconfigurationException: if a validation loader has a `ScheduledBatchSampler`.
+    """
+    if _has_scheduled_sampler(trainer.val_dataloaders):
+        raise MisconfigurationException(
+            "Expected a ScheduledBatchSampler in the training DataLoader only, got one for validation, whose"
+            " batches would follow the sizes of training: use DataLoader(batch_size=...) there."
+        )
+
+
+def refresh_epoch_length(trainer: pl.Trainer) -> None:
+    """Let Lightning read the length of the training loader again, as if the epoch were the first.
+
+    It reads it once per `fit`. With a stale one it would skip validation and the last step of an epoch that
+    got shorter, and leave out examples of one that got longer.
+
+    Args:
+        trainer: in `on_train_epoch_start`, with one training DataLoader that has a length.
+    """
+    length, limit = len(trainer.train_dataloader), trainer.limit_train_batches  # type: ignore[arg-type]
+    # At least one, where the first epoch had one: without a batch Lightning ends the training.
+    batches = min(length, limit) if isinstance(limit, int) else max(1, int(length * limit))
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None
+    combined.limits = [batches]
+    trainer.fit_loop.max_batches = batches
+    interval = trainer.val_check_interval
+    if isinstance(interval, int):
+        # Lightning refuses an interval longer than the epoch, and would here never validate again.
+        if trainer.check_val_every_n_epoch is not None:
+            trainer.val_check_batch = min(interval, batches)
+    elif isinstance(interval, float) and trainer.val_check_batch is not None:
+        trainer.val_check_batch = max(1, int(batches * interval))
+
+
+def skips_step(trainer: pl.Trainer, optimizer: Optimizer, *, has_loss: bool) -> bool:
+    """Ask the scaler of `precision="16-mixed"` in `on_before_optimizer_step`.
+
+    Lightning has unscaled the gradients by then and looked for infinities, except those of a fused optimizer
+    (`_step_supports_amp_scaling`), which does both within its step. For that one the scaler is made to look
+    now: one more pass over the gradients, which waits for the device.
+
+    Args:
+        trainer: at `on_before_optimizer_step`.
+        optimizer: the raw torch optimizer, whose gradients are complete.
+        has_loss: whether the last `training_step` returned one; Lightning leaves out the scaler's step where
+            it returned None.
+
+    Returns:
+        Whether gradients are not finite, so that the optimizer will leave the parameters alone; False where
+        there is no scaler.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return False
+    if not has_loss:
+        return True
+    found = scaler._found_inf_per_device(optimizer) or scaler._check_inf_per_device(optimizer)
+    return any(bool(value) for value in found.values())
+
+
+class BatchCounter:
+    """Counts with the user's function, or along the leading dimension of the first tensor.
+
+    Args:
+        batch_size_fn: counts the examples, or tokens, in a batch; None for the leading dimension.
+        owner: name of the callback, for messages.
+
+    Raises:
+        ValueError: if `batch_size_fn` is no function.
+
+    Example:
+        >>> import torch
+        >>> BatchCounter(None, "Callback")((torch.zeros(8, 3), torch.zeros(8)))
+        8.0
+    """
+
+    def __init__(self, batch_size_fn: Callable[[Any], float] | None, owner: str) -> None:
+        if batch_size_fn is not None and not callable(batch_size_fn):
+            raise ValueError(
+                f"Expected batch_size_fn to be a function or None, got batch_size_fn={batch_size_fn!r}."
+            )
+        self._function = batch_size_fn or extract_batch_size
+        self._owner = owner
+
+    def __call__(self, batch: Any) -> float:
+        """Examples in a batch.
+
+        Raises:
+            MisconfigurationException: if the batch holds nothing that can be counted.
+            ValueError: if the count is not positive and finite.
+        """
+        try:
+            size = self._function(batch)
+        except MisconfigurationException as error:
+            raise MisconfigurationException(
+                f"{self._owner} cannot tell how many examples a {type(batch).__name__} holds: pass "
+                "batch_size_fn=, a function that counts them."
+            ) from error
+        if not (size > 0 and math.isfinite(size)):
+            raise ValueError(
+                f"Expected batch_size_fn to count a positive, finite number of examples, got {size}: it must "
+                "count what one batch of the training DataLoader holds."
+            )
+        return float(size)

@@ -1,0 +1,1 @@
+"""Which windows of a training are measured, and how."""

@@ -1,0 +1,235 @@
+"""Which parameters a measurement displaces, how far, and with which instrument it looks at the change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_surge.callbacks.settings import SurgeSettings
+from lightning_surge.laws.base import require_number
+from lightning_surge.measure.coordinates import CoordinateMeasurement
+from lightning_surge.measure.curvature import Sample, probe_distance
+from lightning_surge.measure.measurement import ALONE, LawMeasurement, MoreSecants
+from lightning_surge.measure.probing import Prober
+from lightning_surge.measure.records import Measurement, SizedValue
+from lightning_surge.measure.replay import Chunk
+from lightning_surge.measure.sharpness import Sharpness, SharpnessError
+from lightning_surge.optimizers.families import OptimizerKind, lr_scales, parameter_scales
+from lightning_surge.optimizers.lr_writer import LearningRateWriter
+from lightning_surge.optimizers.moments import AdamMoments
+
+__all__ = ["Instruments"]
+
+# Where the schedule's learning rate is (nearly) zero, curvature is measured over this share of its largest.
+SMALLEST_DELTA = 0.03
+# The curvature wanted is that over the optimal step. Until it is known, this share of the learning rate.
+FIRST_DELTA = 0.125
+
+# A second batch size for the sharpness: the one in force if it is far enough from the base, else this
+# multiple of the base.
+FAR_ENOUGH = 2.0
+FAR = 4.0
+# The edge is about curvature at the point itself. A search for the largest over longer moves finds cliffs
+# nearby: on the demo it told up to twice the limit at the secants' distance, and at this share the limit.
+SHARPNESS_DELTA = 0.03
+
+
+class Instruments:
+    """Makes the measurements of what an optimizer moves, as far as it moves it.
+
+    Args:
+        settings: the callback's.
+
+    Attributes:
+        optimal_lr: distance that the curvature is wanted over, as far as it is known.
+        parameters: that the optimizer moves.
+        parameters_changed: since the window before, as where a callback unfreezes some.
+    """
+
+    # Of the run in hand; absent between runs.
+    _optimizer: Optimizer
+    _kind: OptimizerKind
+    _writer: LearningRateWriter
+    _prober: Prober
+
+    def __init__(self, settings: SurgeSettings) -> None:
+        self._settings = settings
+        self.optimal_lr: float | None = None
+        self._ranks = ALONE
+        self._largest_lr = 0.0
+        self._sharpness = Sharpness()
+        self.end()
+
+    def begin(
+        self, optimizer: Optimizer, kind: OptimizerKind, writer: LearningRateWriter, prober: Prober
+    ) -> None:
+        """Take hold of a run that starts.
+
+        Args:
+            optimizer: that moves the parameters.
+            kind: of its direction.
+            writer: knows the scheduled learning rates.
+            prober: computes gradients, on all processes.
+        """
+        self._optimizer, self._kind = optimizer, kind
+        self._writer, self._prober = writer, prober
+        self._ranks = prober.ranks
+
+    def end(self) -> None:
+        """Let go of the run."""
+        for name in ("_optimizer", "_kind", "_writer", "_prober"):
+            vars(self).pop(name, None)
+        self.parameters: list[Tensor] = []
+        self.parameters_changed = False
+        self._scales: list[float] = []
+
+    def refresh(self) -> None:
+        """Read the parameter groups afresh: fine-tuning callbacks unfreeze and add."""
+        lrs = self._writer.scheduled()
+        self._largest_lr = max(self._largest_lr, *lrs)
+        groups = zip(self._optimizer.param_groups, lr_scales(lrs), strict=True)
+        rows = [
+            (p, scale * distance)
+            for group, scale in groups
+            for p, distance in zip(group["params"], parameter_scales(self._optimizer, group), strict=True)
+            if p.requires_grad
+        ]
+        before = [id(parameter) for parameter in self.parameters]
+        self.parameters = [parameter for parameter, _ in rows]
+        self.parameters_changed = bool(before) and before != [id(parameter) for parameter, _ in rows]
+        self._scales = [scale for _, scale in rows]
+
+    @property
+    def one_lr(self) -> bool:
+        """Whether all parameters move at the same learning rate, so that directions are plain signs."""
+        return len(set(self._scales)) == 1
+
+    def _delta(self, share: float = 1.0) -> float:
+        """Distance of the secants: the optimal step as far as it is known, within the schedule's scale."""
+        lr = max(*self._writer.scheduled(), SMALLEST_DELTA * self._largest_lr)
+        wanted = FIRST_DELTA * lr if self.optimal_lr is None else self.optimal_lr
+        return probe_distance(self.parameters, share * min(max(wanted, SMALLEST_DELTA * lr), lr))
+
+    # ------------------------------------------------------------------ instruments
+
+    def law(self, num_chunks: int, stride: int = 1) -> LawMeasurement:
+        """For the measured law.
+
+        Args:
+            num_chunks: chunks to come.
+            stride: chunks that make the smallest direction.
+        """
+        return LawMeasurement(
+            self.parameters,
+            num_chunks=num_chunks,
+            replay=self._prober.replay,
+            # Along the gradient the direction itself carries the loss scale.
+            delta=self._delta() / (self._prober.loss_scale if self._kind == "gradient" else 1.0),
+            scales=self._scales,
+            direction=_identity if self._kind == "gradient" else torch.sign,
+            stride=stride,
+            keep_all=self._settings.follows_edge,
+            ranks=self._ranks,
+        )
+
+    def coordinates(
+        self, chunks: Sequence[Chunk], base: float, moments: AdamMoments | None, seed: int
+    ) -> CoordinateMeasurement:
+        """For the theorems.
+
+        Args:
+            chunks: that it will be run with.
+            base: base batch size.
+            moments: of the optimizer; None if they are not readable now.
+            seed: of the random signs.
+        """
+        return CoordinateMeasurement(
+            self.parameters,
+            replay=self._prober.replay,
+            delta=self._delta(),
+            scales=self._scales,
+            sizes=CoordinateMeasurement.sizes_for(chunks, base),
+            law=self._settings.law,
+            seed=seed,
+            variance_of=None if moments is None else partial(self._variance, moments),
+            ranks=self._ranks,
+        )
+
+    def _variance(self, moments: AdamMoments, parameter: Tensor) -> Tensor | None:
+        """Adam's averages are of unscaled gradients, those of the probe carry its loss scale."""
+        variance = moments.variance(self._optimizer, parameter)
+        return None if variance is None else variance.mul_(self._prober.loss_scale**2)
+
+    @property
+    def secants(self) -> int:
+        """Gradients of half of the examples that the next sharpness will take."""
+        return self._sharpness.secants
+
+    def sharpness(self, moments: AdamMoments | None, base: float, batch_size: float) -> MoreSecants | None:
+        """For Adam's edge, if it is asked for and can be told; runs within the measurement of the law.
+
+        Args:
+            moments: of the optimizer; None if they are not readable now.
+            base: base batch size.
+            batch_size: examples behind the step about to be taken.
+        """
+        if moments is None or not self._settings.follows_edge:
+            return None
+        far = max(batch_size / base, base / batch_size) >= FAR_ENOUGH
+        sizes = (base, batch_size if far else FAR * base)
+
+        def follow(search: Sample, judge: Sample) -> tuple[SizedValue, ...]:
+            def inverse_root(size: float) -> Iterator[Tensor]:
+                averages = self._optimizer, self.parameters, self._scales
+                return moments.inverse_root(*averages, size, damping[size])
+
+            try:
+                damping = {size: moments.damping(self._optimizer, self.parameters, size) for size in sizes}
+                return self._sharpness.measure(
+                    self.parameters,
+                    sizes=sizes,
+                    inverse_root=inverse_root,
+                    search=search,
+                    judge=judge,
+                    delta=self._delta(SHARPNESS_DELTA),
+                )
+            except SharpnessError:
+                return ()  # gradients of zero; the rest of the measurement is good
+
+        return follow
+
+    def unscaled(self, measurement: Measurement) -> Measurement:
+        """What a measurement says of the loss itself, without the factor that it was taken with."""
+        power = 1 if self._kind == "gradient" else 0
+        return measurement.unscaled(self._prober.loss_scale, direction_power=power)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """A plain number, and the tensors of the sharpness."""
+        return {
+            "largest_lr": self._largest_lr,
+            # A checkpoint keeps what the first process has. Pieces of the others would be missing.
+            "sharpness": {"vector": []} if self._ranks.reduces else self._sharpness.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that it can have; this object is of no use then.
+            KeyError: if one is missing.
+        """
+        remedy = "load what state_dict returned"
+        self._largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
+        if self._settings.follows_edge and "sharpness" in state:
+            self._sharpness.load_state_dict(state["sharpness"])
+
+
+def _identity(gradient: Tensor) -> Tensor:
+    return gradient

@@ -1,0 +1,236 @@
+"""Batches kept from one window to the next, until they are enough for a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_surge.measure.batches import BatchError, SplitBatch, split_leading_dimension, tensors_in
+from lightning_surge.measure.budget import ProbeBudget
+from lightning_surge.measure.probing import Prober
+from lightning_surge.measure.replay import Chunk, Piece, TraceError
+
+__all__ = ["Cutting", "Pool", "Versions"]
+
+
+# Checkpoints in a row that may interrupt a measurement before the user is told.
+PATIENCE = 3
+
+
+class Versions:
+    """Tells whether a pass has changed its batch, which then cannot be passed again.
+
+    Args:
+        batch: before the pass.
+
+    Example:
+        >>> import torch
+        >>> batch = torch.ones(2)
+        >>> versions = Versions(batch)
+        >>> versions.check(batch)
+        True
+        >>> batch.add_(1.0)
+        tensor([2., 2.])
+        >>> versions.check(batch)
+        Traceback (most recent call last):
+        ...
+        lightning_surge.measure.replay.TraceError: Expected a training_step that leaves its batch ...
+    """
+
+    def __init__(self, batch: Any = None) -> None:
+        self._versions = [tensor._version for tensor in tensors_in(batch)]
+
+    def check(self, batch: Any) -> bool:
+        """True, after the pass.
+
+        Raises:
+            TraceError: if it has changed a tensor.
+        """
+        if self._versions != [tensor._version for tensor in tensors_in(batch)]:
+            raise TraceError(
+                "Expected a training_step that leaves its batch alone, but it changes a tensor of it in "
+                "place: work on a copy"
+            )
+        return True
+
+
+class Pool:
+    """Gathers the batches of consecutive windows up to a number of examples.
+
+    Attributes:
+        pieces: whole batches of this process.
+        target: examples of all processes that are wanted; 0 while none are.
+        gathered: examples of all processes, as far as this one has been told.
+        broken: why a batch could not be kept.
+
+    Example:
+        >>> pool = Pool()
+        >>> pool.target = 8.0
+        >>> for batch in ([1], [2]):
+        ...     pool.open_window()
+        ...     pool.add(Piece(batch, 0, 4.0), Versions(batch))
+        >>> pool.gathered = pool.examples
+        >>> pool.full
+        True
+        >>> pool.drop_window()
+        >>> [piece.batch for piece in pool.pieces]
+        [[1]]
+    """
+
+    def __init__(self) -> None:
+        self.broken: Exception | None = None
+        self._dropped = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Start afresh: no batch is wanted."""
+        self.pieces: list[Piece] = []
+        self.target = 0.0
+        self.gathered = 0.0
+        self._before = 0
+
+    @property
+    def examples(self) -> float:
+        """That this process holds."""
+        return sum(piece.size for piece in self.pieces)
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many examples as were wanted."""
+        return self.target > 0.0 and self.gathered >= self.target
+
+    def open_window(self) -> None:
+        """Remember where a window begins."""
+        self._before = len(self.pieces)
+
+    def drop_window(self) -> None:
+        """Forget the batches of a window whose step is skipped."""
+        del self.pieces[self._before :]
+
+    def add(self, piece: Piece, versions: Versions) -> None:
+        """Keep a batch, if any is wanted.
+
+        Args:
+            piece: the batch, which has been passed.
+            versions: of its tensors before that.
+        """
+        # Several steps on one batch see the same examples, which are no news of the noise.
+        seen = bool(self.pieces) and self.pieces[-1].batch is piece.batch
+        if not self.target or piece.size <= 0.0 or seen:
+            return
+        try:
+            versions.check(piece.batch)
+        except TraceError as error:
+            self.broken = error  # the other processes must hear of it
+        else:
+            self.pieces.append(piece)
+
+    def drop(self) -> None:
+        """Let go of the batches when a checkpoint is saved: a run that resumes from it has none."""
+        if self.pieces:
+            self._dropped += 1
+            if self._dropped == PATIENCE:
+                rank_zero_warn(
+                    f"The last {PATIENCE} checkpoints each came while batches were being pooled for a "
+                    "measurement, and dropped them: nothing is measured. Save less often, or set "
+                    "probe_examples= lower."
+                )
+        self.clear()
+
+    def measured(self) -> None:
+        """A measurement has been taken in spite of checkpoints."""
+        self._dropped = 0
+
+
+class Cutting:
+    """Knows how batches are cut, and finds out once whether their slices agree with them.
+
+    Args:
+        split_batch: cuts a batch; None for the default, False never to cut.
+
+    Attributes:
+        allowed: whether batches may be cut, as far as it is known.
+    """
+
+    def __init__(self, split_batch: SplitBatch | Literal[False] | None) -> None:
+        self._split_batch = split_batch or split_leading_dimension
+        self.allowed = split_batch is not False
+        self._checked = False
+
+    @property
+    def split_batch(self) -> SplitBatch | None:
+        """What cuts a batch; None if batches must stay whole."""
+        return self._split_batch if self.allowed else None
+
+    def check(self, batch: Any, prober: Prober) -> None:
+        """Try it before the first step is taken.
+
+        Args:
+            batch: of at least 2 examples.
+            prober: cuts it.
+
+        Raises:
+            MisconfigurationException: if the batch cannot be cut.
+        """
+        try:
+            prober.cut(Piece(batch, 0, 2.0), 2)
+        except Exception as error:
+            reason = str(error) if isinstance(error, BatchError) else f"{type(error).__name__}: {error}."
+            raise MisconfigurationException(
+                f"SurgeLRCallback cannot cut a batch into slices. {reason} Or pass split_batch=False to "
+                "measure from whole, pooled batches."
+            ) from error
+
+    def agrees(
+        self, pieces: Sequence[Piece], chunks: Sequence[Chunk], prober: Prober, budget: ProbeBudget
+    ) -> bool:
+        """Whether chunks can be measured in place of the batches, which is made sure of once.
+
+        Args:
+            pieces: whole batches.
+            chunks: made of them.
+            prober: passes the batches and their slices, on all processes.
+            budget: pays for the passes.
+        """
+        if self._checked or len(chunks) <= len(pieces):
+            return True
+        num_slices = max(len(chunks) // len(pieces), 2)
+        # The cheapest that can be cut: a size may count tokens, and a batch be a single row.
+        piece = next(
+            (
+                piece
+                for piece in sorted(pieces, key=lambda piece: piece.size)
+                if len(prober.cut(piece, num_slices)) > 1
+            ),
+            None,
+        )
+        prober.ranks.meet()
+        if not any(prober.ranks.total(float(piece is not None))):
+            return True  # nothing was cut
+        agree, passes = prober.slices_agree(piece or pieces[0], num_slices)
+        self._checked = True
+        budget.charge(passes, measured=False)
+        if not agree:
+            self.allowed = False
+            rank_zero_warn(
+                "The mean gradient of a batch's slices is not the gradient of the batch: the loss couples "
+                "examples (BatchNorm, a contrastive loss), is a sum over them, or a mean over something "
+                "else, as tokens without padding (then pass batch_size_fn=). Whole batches are pooled "
+                "instead of sliced; pass loss_fn= or split_batch= if slices can be made to agree."
+            )
+        return agree
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been found out."""
+        return {"slices_checked": self._checked, "may_split": self.allowed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of `state_dict`.
+
+        Raises:
+            KeyError: if a value is missing.
+        """
+        self._checked, self.allowed = bool(state["slices_checked"]), bool(state["may_split"])

@@ -1,0 +1,191 @@
+"""The loss that training minimises, once more for the same batch and without a trace."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor
+
+from lightning_surge.measure.batches import shared_copy
+from lightning_surge.measure.distributed import RankError, Ranks
+from lightning_surge.measure.replay import Chunk, no_trace
+
+__all__ = ["Attempts", "LossFn", "RepeatedLoss"]
+
+
+LossFn = Callable[[pl.LightningModule, Any], Tensor]
+"""Mean loss of a batch, given the module and the batch."""
+
+
+class RepeatedLoss:
+    """Computes the loss of a batch as Lightning does, in the middle of a training.
+
+    Args:
+        trainer: of a run that has started.
+        pl_module: whose loss it is.
+        loss_fn: mean loss of a batch; None repeats `training_step`.
+        ranks: the processes that measure together.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        loss_fn: LossFn | None,
+        ranks: Ranks,
+    ) -> None:
+        self._trainer = trainer
+        self._module = pl_module
+        self._loss_fn = loss_fn
+        self._ranks = ranks
+
+    def __call__(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss, as a fresh graph.
+
+        Args:
+            batch: the user's code gets a copy, whose tensors are the same.
+            batch_idx: its index in the epoch.
+
+        Raises:
+            TypeError: if what computes the loss returns no tensor.
+        """
+        batch = shared_copy(batch)
+        if self._loss_fn is not None:
+            with self._trainer.precision_plugin.train_step_context():
+                loss: Any = self._loss_fn(self._module, batch)
+        else:
+            parameters = inspect.signature(self._module.training_step).parameters
+            arguments = (batch, batch_idx)[: len(parameters)]
+            if self._ranks.reducer_owns_gradients:
+                # Around the wrapper, whose forward pass would prepare a reduction.
+                with self._trainer.precision_plugin.train_step_context():
+                    loss = self._module.training_step(*arguments)
+            else:
+                loss = self._trainer.strategy.training_step(*arguments)
+            if isinstance(loss, Mapping):
+                loss = loss.get("loss")
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"Expected a loss tensor from {'loss_fn' if self._loss_fn else 'training_step'}, "
+                f"got {type(loss).__name__}: return the mean loss of the batch"
+            )
+        return loss
+
+    @contextmanager
+    def isolated(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """No trace in the module, its gradients, the random streams, or the logs.
+
+        Args:
+            parameters: that the optimizer moves, if they are not the module's.
+        """
+        loggers = self._trainer.loggers
+        unique = {id(p): p for p in (*self._module.parameters(), *parameters)}.values()
+        try:
+            with no_trace(list(self._module.modules()), unique):
+                # Instance attributes hide the methods; they vanish with every other trace.
+                vars(self._module)["log"] = vars(self._module)["log_dict"] = _log_nothing
+                self._trainer.loggers = [DummyLogger() for _ in loggers]
+                yield
+        finally:
+            self._trainer.loggers = loggers
+
+    @property
+    def scale(self) -> float:
+        """Factor that a gradient scaler puts on the loss in training."""
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def scale_for(self, chunks: Sequence[Chunk], mean_batch: float) -> float:
+        """Factor that the losses of slices may carry, so that no example weighs more than in training.
+
+        A scaler goes to where gradients of whole windows nearly overflow. Those of a slice are means over
+        fewer examples. A power of two leaves every digit as it is.
+
+        Args:
+            chunks: slices, or whole batches.
+            mean_batch: examples in a batch of training.
+        """
+        scale = self.scale
+        if scale == 1.0:
+            return scale
+        (smallest,) = self._ranks.least(-max(piece.size for chunk in chunks for piece in chunk.pieces))
+        largest = -smallest
+        window = max(mean_batch, largest) * self._trainer.accumulate_grad_batches
+        share = min(chunk.size for chunk in chunks) / window
+        return scale * 2.0 ** min(math.floor(math.log2(share)), 0)
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+T = TypeVar("T")
+
+
+class Attempts:
+    """Runs parts of a measurement, and survives their failure.
+
+    Args:
+        ranks: the processes that measure together.
+        isolated: makes a context that leaves no trace, given the parameters that are measured.
+        give_up: told of every failure, on each process.
+
+    Example:
+        >>> from contextlib import nullcontext
+        >>> attempts = Attempts(Ranks(), lambda parameters: nullcontext(), lambda error: print(repr(error)))
+        >>> attempts.together(lambda: 1 / 2)
+        0.5
+        >>> attempts.together(lambda: 1 / 0)
+        ZeroDivisionError('division by zero')
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        isolated: Callable[[Sequence[Tensor]], AbstractContextManager[None]],
+        give_up: Callable[[Exception], None],
+    ) -> None:
+        self._ranks = ranks
+        self._isolated = isolated
+        self._give_up = give_up
+
+    def together(self, work: Callable[[], T]) -> T | None:
+        """Run what may fail, and go on only if it failed on no process.
+
+        Args:
+            work: whose collectives begin with a meeting, so that a process that fails is met at the next one.
+
+        Returns:
+            What it returned; None if it failed.
+        """
+        try:
+            result = work()
+            self._ranks.meet()
+        except RankError as error:
+            self._give_up(error)
+        except Exception as error:
+            self._ranks.meet(failed=True)
+            self._give_up(error)
+        else:
+            return result
+        return None
+
+    def without_trace(self, work: Callable[[], T], parameters: Sequence[Tensor]) -> T | None:
+        """The same for what must leave no trace in training.
+
+        Args:
+            work: as in `together`.
+            parameters: that are measured.
+        """
+
+        def isolated() -> T:
+            with self._isolated(parameters):
+                return work()
+
+        return self.together(isolated)

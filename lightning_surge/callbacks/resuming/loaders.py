@@ -1,0 +1,218 @@
+"""Where training loaders stand: the samplers and generators in them, and the states that they take back."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_surge.callbacks.lightning_host import is_sampler_wrapper
+
+__all__ = [
+    "Obstacle",
+    "epoch_samplers",
+    "generators_of",
+    "in_order",
+    "is_stateful",
+    "leave_epoch",
+    "load_loaders",
+    "order_of",
+    "share_samplers",
+    "why_not_resumable",
+]
+
+
+def is_stateful(thing: Any) -> bool:
+    """Whether something says where it stands, and can be put there."""
+    return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
+
+
+def epoch_samplers(loaders: list[Any]) -> list[Any]:
+    """Samplers that have to be told the epoch, as Lightning tells them."""
+    found = {}
+    for loader in loaders:
+        batches = getattr(loader, "batch_sampler", None)
+        for sampler in (getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
+            if callable(getattr(sampler, "set_epoch", None)):
+                found[id(sampler)] = sampler
+    return list(found.values())
+
+
+def generators_of(loaders: list[Any]) -> list[torch.Generator]:
+    """Generators that the loaders draw their order from, each once."""
+    found: dict[int, torch.Generator] = {}
+    for loader in loaders:
+        batches = getattr(loader, "batch_sampler", None)
+        owners = [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+        owners += [sampler.dataset._sampler for sampler in share_samplers([loader])]
+        for owner in owners:
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
+
+
+def share_samplers(loaders: list[Any]) -> list[Any]:
+    """Samplers that Lightning made, to give each rank its share of what another sampler draws.
+
+    They know how many indices were used, but draw others when they are asked again.
+    """
+    samplers = epoch_samplers(loaders)
+    return [sampler for sampler in samplers if is_sampler_wrapper(sampler)]
+
+
+def order_of(sampler: Any) -> Tensor:
+    """The indices of the present epoch, of all ranks."""
+    return torch.tensor(sampler.dataset._sampler_list or [])
+
+
+@contextmanager
+def in_order(samplers: list[Any], orders: list[Tensor]) -> Iterator[None]:
+    """Let samplers begin an epoch with the indices that were saved."""
+    drawn_from = [sampler.dataset._sampler for sampler in samplers]
+    for sampler, order in zip(samplers, orders, strict=False):
+        if len(order):
+            sampler.dataset._sampler = order.tolist()
+    try:
+        yield
+    finally:
+        for sampler, source in zip(samplers, drawn_from, strict=True):
+            sampler.dataset._sampler = source
+
+
+def load_loaders(loaders: list[Any], states: list[Any]) -> None:
+    """Give those loaders that have a state theirs."""
+    stateful = [loader for loader in loaders if is_stateful(loader)]
+    for loader, state in zip(stateful, states, strict=False):
+        loader.load_state_dict(state)
+
+
+def leave_epoch(loader: Any) -> None:
+    """Let the next `iter` of a loader that was given its state begin the next epoch."""
+    if not _is_torchdata(loader) or loader._iterator is not None:
+        return
+    loader.state_dict()  # makes the iterator that was saved, which the next iter() would return
+    iterator: Any = loader._iterator
+    if iterator._num_yielded and not iterator._finished:
+        # Some samplers and datasets go to their place at the first example, and else would in the next epoch.
+        next(iter(loader), None)
+
+
+def _is_torchdata(loader: Any) -> bool:
+    module = sys.modules.get("torchdata.stateful_dataloader")  # imported, if one of its loaders is here
+    return module is not None and isinstance(loader, module.StatefulDataLoader)
+
+
+class Obstacle(NamedTuple):
+    """Why a run cannot be resumed exactly.
+
+    Attributes:
+        text: the rule, what was found, and the remedy.
+        certain: whether it cannot; else it depends on what this package cannot see.
+    """
+
+    text: str
+    certain: bool
+
+
+def why_not_resumable(loader: Any, *, mid_epoch: bool = True) -> Obstacle | None:
+    """What keeps a training loader from going on exactly where it was.
+
+    Args:
+        loader: one loader, as the Trainer uses it.
+        mid_epoch: whether the run is to be resumed within an epoch, or at the end of one.
+
+    Returns:
+        None if it will give the batches that were left, in their order.
+
+    Example:
+        >>> why_not_resumable(DataLoader(range(4))).certain
+        True
+        >>> why_not_resumable(DataLoader(range(4)), mid_epoch=False) is None
+        True
+    """
+    if mid_epoch and not is_stateful(loader):
+        return Obstacle(
+            "Expected a training loader with state_dict and load_state_dict, got "
+            f"{type(loader).__name__}: resumed in mid-epoch, it begins the epoch anew, with examples already "
+            "seen. Use torchdata.stateful_dataloader.StatefulDataLoader, or save at an epoch's end.",
+            certain=True,
+        )
+    if not isinstance(loader, DataLoader):
+        return None
+    if mid_epoch and (obstacle := _order_obstacle(loader)) is not None:
+        return obstacle
+    if loader.num_workers and not (is_stateful(loader) and is_stateful(loader.dataset)):
+        workers = f"{loader.num_workers} persistent workers" if loader.persistent_workers else "workers"
+        if mid_epoch or loader.persistent_workers:
+            return Obstacle(
+                "Expected the dataset to save the random states of workers, got "
+                f"{type(loader.dataset).__name__} in {workers}, whose random numbers begin anew on resuming. "
+                "If it draws any, wrap it in ResumableDataset and load it with StatefulDataLoader, or use "
+                "num_workers=0.",
+                certain=False,
+            )
+    return None
+
+
+def _order_obstacle(loader: DataLoader[Any]) -> Obstacle | None:
+    """What keeps a loader that has a state from giving the batches that were left, in their order."""
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        if _saves_iteration(dataset):
+            return None
+        return Obstacle(
+            f"Expected an IterableDataset with state_dict and load_state_dict, got {type(dataset).__name__}: "
+            "resumed in mid-epoch, it is read again up to its place, which is right only if it gives the "
+            "same examples again. Give it the two methods.",
+            certain=False,
+        )
+    if loader.num_workers and not getattr(loader, "in_order", True):
+        return Obstacle(
+            "Expected in_order=True, got in_order=False: batches of several workers come in another order "
+            "after resuming in mid-epoch. Leave in_order as it is.",
+            certain=True,
+        )
+    sampler: Any = loader.sampler
+    if loader.batch_sampler is not None:
+        if not _counts_only(loader.batch_sampler) and _saves_iteration(loader.batch_sampler):
+            return None
+        sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+    if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
+        return Obstacle(
+            f"Expected a sampler with a state, got torch's {type(sampler).__name__}: resumed in mid-epoch, "
+            "it draws another order. Use StatefulDataLoader(shuffle=True), or save at an epoch's end.",
+            certain=True,
+        )
+    if isinstance(sampler, (SequentialSampler, DistributedSampler, Sequence)) or _saves_iteration(sampler):
+        return None
+    return Obstacle(
+        f"Expected a sampler with state_dict and load_state_dict, got {type(sampler).__name__}: resumed in "
+        "mid-epoch, it is asked again for the indices already used, which is right only if it draws no "
+        "random numbers. Give it the two methods.",
+        certain=False,
+    )
+
+
+def _saves_iteration(iterable: Any) -> bool:
+    """Whether an iterable, or (for all that can be told) its iterator, has a state."""
+    return is_stateful(iterable) or not inspect.isgeneratorfunction(getattr(type(iterable), "__iter__", None))
+
+
+def _counts_only(batches: Any) -> bool:
+    """Whether a batch sampler is torch's or torchdata's, which know how many indices were used, not which."""
+    return type(batches).__module__ in ("torch.utils.data.sampler", "torchdata.stateful_dataloader.sampler")

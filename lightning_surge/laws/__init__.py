@@ -1,0 +1,47 @@
+"""Laws of the optimal learning rate, objectives and trade-offs between steps and examples: floats only."""
+
+from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, Peak, SGDLaw, SqrtLaw
+from lightning_surge.laws.edge import EdgeLaw
+from lightning_surge.laws.objectives import (
+    OBJECTIVES,
+    alignment_ratio,
+    at_once_ratio,
+    edge_ratio,
+    progress_ratio,
+    step_ratio,
+)
+from lightning_surge.laws.theorems import Theorem2Law, Theorem3Law, large_batch_limit
+from lightning_surge.laws.tradeoff import (
+    TradeoffFit,
+    examples_at_steps,
+    examples_needed,
+    fit_tradeoff,
+    gain_fraction,
+    steps_needed,
+)
+
+__all__ = [
+    "OBJECTIVES",
+    "ConstantLaw",
+    "EdgeLaw",
+    "Law",
+    "LinearLaw",
+    "MeasuredLaw",
+    "Peak",
+    "SGDLaw",
+    "SqrtLaw",
+    "Theorem2Law",
+    "Theorem3Law",
+    "TradeoffFit",
+    "alignment_ratio",
+    "at_once_ratio",
+    "edge_ratio",
+    "examples_at_steps",
+    "examples_needed",
+    "fit_tradeoff",
+    "gain_fraction",
+    "large_batch_limit",
+    "progress_ratio",
+    "step_ratio",
+    "steps_needed",
+]

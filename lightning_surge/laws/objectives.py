@@ -1,0 +1,175 @@
+"""What a learning rate may be held to as the batch size changes: ratios of a law.
+
+Each is a function of a law, a batch size, the base batch size and the scheduled learning rate. They answer
+for the policy while a model trains, and for whoever reads the logs of a run afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lightning_surge.laws.base import Law
+
+__all__ = [
+    "FOLLOW_LR",
+    "OBJECTIVES",
+    "Objective",
+    "alignment_ratio",
+    "at_once_ratio",
+    "edge_ratio",
+    "progress_ratio",
+    "step_ratio",
+]
+
+Objective = Callable[[Law, float, float, float], float]
+"""Maps a law, a batch size, the base batch size and the scheduled learning rate to the wanted ratio."""
+
+
+def step_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
+    """Ratio that keeps every step as good as it can be: `lr(B) / lr(base)` of the law.
+
+    Args:
+        law: any law.
+        batch_size: examples per optimizer step.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+        lr: scheduled learning rate, without influence here.
+
+    Returns:
+        The ratio; it falls beyond the law's peak.
+
+    References:
+        Li et al. 2024, arXiv:2405.14578, Lemma 1 (Eq. 6).
+    """
+    return law.lr(batch_size) / law.lr(base_batch_size)
+
+
+def progress_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
+    """Ratio that keeps the expected progress per example: `(B / base) N(base) / N(B)`.
+
+    Square-root scaling while noise dominates the alignment N, linear scaling beyond. It has no falling
+    side, and counts on the schedule to cool what it heats.
+
+    Args:
+        law: any law whose gain is in the unit of its learning rate.
+        batch_size: examples per optimizer step.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+        lr: scheduled learning rate, without influence here.
+
+    Returns:
+        The ratio.
+
+    Example:
+        With `N ~ sqrt(B)`, as for Theorem 3, it is square-root scaling.
+
+        >>> from lightning_surge.laws.theorems import Theorem3Law
+        >>> round(progress_ratio(Theorem3Law(noise_scale=100.0, peak_lr=0.1), 64.0, 16.0), 6)
+        2.0
+    """
+    progress = law.alignment(base_batch_size) / law.alignment(batch_size)
+    return batch_size / base_batch_size * progress
+
+
+def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
+    """Ratio of what a step gains: `N(B) / N(base)`, as if its cost were the same at every batch size.
+
+    Square-root scaling while noise dominates the alignment N, constant beyond. For plain gradients, whose
+    length changes with the batch size, it is the ratio of their law. Where `step_ratio` takes the curvature
+    as it is found, this one counts on training to adapt it to the learning rate that comes.
+
+    Args:
+        law: any law.
+        batch_size: examples per optimizer step.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+        lr: scheduled learning rate, without influence here.
+
+    Returns:
+        The ratio; it rises with the batch size and saturates.
+
+    Example:
+        >>> from lightning_surge.laws.base import MeasuredLaw
+        >>> law = MeasuredLaw(
+        ...     alignment_limit=2.0, alignment_scale=48.0, noise_curvature=1.0, signal_curvature=1.0
+        ... )
+        >>> round(alignment_ratio(law, 144.0, 16.0), 6)  # sqrt((1 + 48 / 16) / (1 + 48 / 144))
+        1.732051
+
+    References:
+        McCandlish et al. 2018, arXiv:1812.06162, section 2.2, for `alpha = 1/2` with a measured noise scale.
+    """
+    return law.isotropic_lr(batch_size) / law.isotropic_lr(base_batch_size)
+
+
+def at_once_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
+    """How far a larger batch may raise the learning rate at once: as far as a step's cost stays what it is.
+
+    Below the base it is 1, since training is used to the base's learning rate; where the law has no alignment
+    it is that of square-root scaling.
+
+    Args:
+        law: any law.
+        batch_size: examples per optimizer step.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+
+    Returns:
+        `alignment_ratio`, finite and at least that of the base.
+
+    Example:
+        >>> from lightning_surge.laws.theorems import Theorem3Law
+        >>> law = Theorem3Law(noise_scale=100.0, peak_lr=0.1)
+        >>> round(at_once_ratio(law, 64.0, 16.0), 6), at_once_ratio(law, 4.0, 16.0)
+        (2.0, 1.0)
+    """
+    size = max(batch_size, base_batch_size)
+    try:
+        ratio = alignment_ratio(law, size, base_batch_size)
+    except (ArithmeticError, ValueError):
+        ratio = math.nan
+    return ratio if 0.0 < ratio < math.inf else math.sqrt(size / base_batch_size)
+
+
+def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:
+    """Progress per example, capped smoothly by the edge of stability.
+
+        R = h(B) / h(base)        1 / h(B) = 1 / (lr R_progress(B)) + 1 / edge_lr(B)
+
+    Its limits are `progress_ratio` where the learning rate is far below the edge, and the ratio of the edges
+    far above. Where noise is all there is, the two are `sqrt(B / base)` and its inverse, and `h` has the
+    form of Theorem 3, with the peak where `lr R_progress` meets the edge.
+
+    Args:
+        law: a law that knows the edge.
+        batch_size: examples per optimizer step.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+        lr: scheduled learning rate; 0 leaves the progress alone.
+
+    Returns:
+        The ratio; NaN for a law that knows no edge.
+
+    Example:
+        >>> from lightning_surge.laws.edge import EdgeLaw
+        >>> law = EdgeLaw(
+        ...     alignment_limit=1.0, alignment_scale=1e12, noise_curvature=1.0, signal_curvature=0.0,
+        ...     edge_limit=0.0, edge_sq_slope=16.0,
+        ... )
+        >>> [round(edge_ratio(law, 64.0, 16.0, lr), 4) for lr in (0.0, 0.5, 1.0)]
+        [2.0, 1.0, 0.8]
+
+    References:
+        Cohen et al. 2022, arXiv:2207.14484, for the edge. That the two limits add like resistances is a
+        choice, which has the form of Theorem 3 of Li et al. 2024, arXiv:2405.14578 (Eq. 13).
+    """
+    progress = progress_ratio(law, batch_size, base_batch_size)
+    at_base, here = lr / law.edge_lr(base_batch_size), lr / law.edge_lr(batch_size)
+    return (1.0 + at_base) / (1.0 / progress + here)
+
+
+# In the order of the codes under `surge/objective`: new ones go to the end.
+OBJECTIVES: dict[str, Objective] = {
+    "step": step_ratio,
+    "alignment": alignment_ratio,
+    "progress": progress_ratio,
+    "edge": edge_ratio,
+}
+# Those that follow the scheduled learning rate at every step.
+FOLLOW_LR = frozenset({"edge"})

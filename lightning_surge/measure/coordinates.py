@@ -1,0 +1,278 @@
+"""Per-coordinate mean and deviation, and the sums over coordinates that the theorems need.
+
+Theorems 2 and 3 treat coordinates as independent: they need `E_i = erf(sqrt(B / 2) u_i)` with
+`u_i = mu_i / sigma_i` for every coordinate, and sums of the Hessian weighted by them. `E` and `u`
+enter quadratically, where noise in `mu` would add up instead of averaging out, so every product is
+one of two independent halves of the data. The Hessian's diagonal comes from random signs `z`:
+`E[(z o a)' H (z o b)] = sum_i a_i b_i H_ii` (Hutchinson).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_surge.measure.curvature import Displacement, secant_curvature
+from lightning_surge.measure.distributed import Ranks, Shards
+from lightning_surge.measure.gradients import blocks, dense, zeros
+from lightning_surge.measure.measurement import ALONE, Replay, pass_chunk
+from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
+from lightning_surge.measure.replay import Chunk
+
+__all__ = ["CoordinateMeasurement"]
+
+# Secants that each law takes, two passes of the first half each.
+SECANTS = {"theorem2": 4, "theorem3": 3}
+
+
+class CoordinateMeasurement:
+    """Measures what Theorems 2 and 3 are made of, in four gradient-sized buffers.
+
+    Two halves' means and the per-coordinate second moment are summed in one pass; then the means
+    become `u` in place, the second moment is dropped, and each secant differences two gradients in
+    one buffer by giving the losses opposite signs.
+
+    Args:
+        parameters: the parameters that the optimizer moves.
+        replay: recomputes a piece's gradient into `.grad`.
+        delta: distance of the secants, a learning rate.
+        scales: per parameter, its learning rate relative to the run's.
+        sizes: batch sizes at which Theorem 2 is evaluated, each smaller than half of the examples.
+        law: `"theorem2"` or `"theorem3"`: which secants to take.
+        seed: of the random signs.
+        variance_of: per-coordinate variance of one example's gradient from elsewhere, for example Adam's
+            averages; None measures it from the chunks.
+        ranks: the processes that measure together.
+
+    References:
+        Li et al. 2024, arXiv:2405.14578, Theorem 2 (Eq. 9, 10), Theorem 3 (Eq. 13-16).
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        replay: Replay,
+        delta: float,
+        scales: Sequence[float],
+        sizes: Sequence[float],
+        law: str,
+        seed: int,
+        variance_of: Callable[[Tensor], Tensor | None] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._ranks = ranks
+        self._shards = Shards(parameters)
+        self._parameters = parameters
+        self._replay = replay
+        self._delta = delta
+        self._scales = scales
+        self._sizes = tuple(sizes)
+        self._law = law
+        self._seed = seed
+        self._variance_of = variance_of
+        self._passes = 0.0
+        self._halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._evaluation: list[Chunk] = []
+
+    # The reciprocal of a deviation has no variance with fewer.
+    FEWEST_CHUNKS = 8
+
+    @staticmethod
+    def sizes_for(chunks: Sequence[Chunk], base_batch_size: float) -> tuple[float, float]:
+        """Two batch sizes that can be measured from these chunks, the base among them if possible."""
+        half = len(chunks) // 2
+        largest = min(sum(chunk.size for chunk in part) for part in (chunks[:half], chunks[half:])) / 2.0
+        return min(base_batch_size, largest / 2.0), largest
+
+    @staticmethod
+    def cost(examples: float, law: str = "theorem2") -> float:
+        """Examples passed by a measurement from so many examples."""
+        return examples * (1.0 + SECANTS[law])
+
+    def run(self, chunks: Sequence[Chunk]) -> Measurement:
+        """Measure from chunks whose gradients have yet to be computed.
+
+        Args:
+            chunks: at least 8, and then as many as there are.
+
+        Returns:
+            A measurement whose alignments and curvatures are Theorem 2's, with the sums of Theorem 3.
+
+        Raises:
+            ValueError: with fewer than 8 chunks, or a size that they cannot imitate.
+        """
+        if len(chunks) < self.FEWEST_CHUNKS:
+            raise ValueError(
+                f"Expected at least {self.FEWEST_CHUNKS} chunks, got {len(chunks)}: a deviation per "
+                "coordinate needs more data. Use larger batches, or probe_examples=."
+            )
+        half = len(chunks) // 2
+        first, second = chunks[:half], chunks[half:]
+        self._half_sizes = (sum(chunk.size for chunk in first), sum(chunk.size for chunk in second))
+        if self._sizes and max(self._sizes) >= min(self._half_sizes):
+            raise ValueError(
+                f"Expected sizes below {min(self._half_sizes):g}, half of the examples, got "
+                f"sizes={self._sizes}: a half's own noise is that of a batch of its size, and only smaller "
+                "batches can be imitated."
+            )
+        norms, alignment_slope, deviation_l1, alignments = self._moments(first, second)
+        curvatures: tuple[SizedValue, ...] = ()
+        trace_hessian = coherent = math.nan
+        if self._law == "theorem2":
+            curvatures = tuple(SizedValue(b, self._theorem2_curvature(b)) for b in self._sizes)
+            trace_hessian = coherent = 0.0  # not measured, not used
+        else:
+            trace_hessian = self._secant(lambda: self._signs(lambda u, _: torch.ones_like(u)))
+            total = self._secant(lambda: self._walk(0, _same), lambda: self._walk(1, _same))
+            diagonal = self._secant(
+                lambda: self._signs(lambda u, _: u), lambda: self._signs(lambda _, other: other)
+            )
+            coherent = total - diagonal
+        return Measurement(
+            ChunkStatistics(float(sum(self._half_sizes)), norms[0], norms[1], alignments),
+            curvatures,
+            self._passes,
+            len(chunks),
+            CoordinateSums(trace_hessian, coherent, alignment_slope, deviation_l1),
+        )
+
+    def _moments(
+        self, first: Sequence[Chunk], second: Sequence[Chunk]
+    ) -> tuple[tuple[float, float], float, float, tuple[SizedValue, ...]]:
+        """One pass over both halves; leaves `u` of each half in `self._halves`."""
+        sums = tuple([zeros(p) for p in self._parameters] for _ in range(2))
+        squares = [] if self._variance_of else [zeros(p) for p in self._parameters]
+        self._evaluation = []
+        for index, chunks in enumerate((first, second)):
+            for chunk in chunks:
+                passed = self._add_gradient(chunk, 1.0)
+                self._ranks.sum_gradients(self._parameters)
+                if index == 0:
+                    self._evaluation.append(passed)
+                for position, parameter in enumerate(self._parameters):
+                    if parameter.grad is not None:
+                        total = sums[index][position]
+                        gradient = dense(parameter.grad).to(total.dtype)
+                        total.add_(gradient, alpha=chunk.size)
+                        if squares:
+                            squares[position].addcmul_(gradient, gradient, value=chunk.size)
+                        parameter.grad = None
+        size_a, size_b = self._half_sizes
+        size = size_a + size_b
+        # Scatter within the halves, so that a difference between them does not shrink their common u.
+        freedom = len(first) + len(second) - 2
+        grad_sq = trace = slope = deviation_l1 = 0.0
+        products = dict.fromkeys(self._sizes, 0.0)
+        root, inverse = (_root_bias(freedom), _inverse_bias(freedom)) if squares else (1.0, 1.0)
+        for position, (left, right, scale) in enumerate(zip(*sums, self._scales, strict=True)):
+            known = None if self._variance_of is None else self._variance_of(self._parameters[position])
+            source = squares[position] if squares else zeros(left) if known is None else known
+            for a, b, s in blocks(left, right, source):
+                mean, mu_a, mu_b = (a + b) / size, a / size_a, b / size_b
+                variance = ((s - a * mu_a - b * mu_b) / freedom).clamp_(min=0.0) if squares else s.clone()
+                # The traces have no halves, so they take all degrees of freedom.
+                total = (s - size * mean * mean) / (freedom + 1) if squares else s
+                mean_sq, spread = float(torch.dot(mean, mean)), float(total.sum())
+                grad_sq += mean_sq - spread / size
+                trace += spread
+                deviation = variance.sqrt_()
+                deviation_l1 += float(deviation.sum()) / root
+                noisy = deviation > 0
+                a.copy_(torch.where(noisy, mu_a / (deviation * inverse), 0.0))
+                b.copy_(torch.where(noisy, mu_b / (deviation * inverse), 0.0))
+                slope += scale * float(torch.dot(a, mu_b))
+                for batch_size in products:
+                    both = torch.dot(self._mean_sign(a, 0, batch_size), mu_b)
+                    both += torch.dot(self._mean_sign(b, 1, batch_size), mu_a)
+                    products[batch_size] += 0.5 * scale * float(both)
+        self._halves = (sums[0], sums[1])
+        found = [grad_sq, trace, slope, deviation_l1, *products.values()]
+        device = self._parameters[0].device
+        found = self._shards.sum(torch.tensor(found, dtype=torch.float64, device=device)).tolist()
+        alignments = tuple(SizedValue(float(b), value) for b, value in zip(products, found[4:], strict=True))
+        return (found[0], found[1]), found[2], found[3], alignments
+
+    def _mean_sign(self, u: Tensor, half: int, batch_size: float) -> Tensor:
+        """Estimate of `erf(sqrt(B / 2) u)` from one half's noisy `u`.
+
+        That `u` has a variance of one over the half's size, and `E erf(sqrt(B' / 2) (u + noise))` is the erf
+        of a batch with `1 / B = 1 / B' + 1 / size`. So the smoothing that is there already is left out of B'.
+        """
+        wanted = 1.0 / (1.0 / batch_size - 1.0 / self._half_sizes[half])
+        return torch.erf(u * math.sqrt(wanted / 2.0))
+
+    def _theorem2_curvature(self, batch_size: float) -> float:
+        """`sum_i (1 - E_i^2) H_ii + sum_ij E_i E_j H_ij`, each product of two halves."""
+
+        def noise(u: Tensor, other: Tensor) -> Tensor:
+            signs = self._mean_sign(u, 0, batch_size), self._mean_sign(other, 1, batch_size)
+            return (1.0 - signs[0] * signs[1]).sqrt_()
+
+        diagonal = self._secant(lambda: self._signs(noise))
+        coherent = self._secant(
+            lambda: self._walk(0, lambda u: self._mean_sign(u, 0, batch_size)),
+            lambda: self._walk(1, lambda u: self._mean_sign(u, 1, batch_size)),
+        )
+        return diagonal + coherent
+
+    def _walk(self, half: int, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        for tensor, scale in zip(self._halves[half], self._scales, strict=True):
+            for (block,) in blocks(tensor):
+                yield function(block) * scale
+
+    def _signs(self, function: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
+        """A function of both halves' `u`, times random signs that are the same on every walk."""
+        seed = self._seed * self._shards.count + self._shards.index
+        generator = torch.Generator(device=self._parameters[0].device).manual_seed(seed)
+        for left, right, scale in zip(*self._halves, self._scales, strict=True):
+            for u, other in blocks(left, right):
+                draws = torch.randint(0, 2, u.shape, generator=generator, device=u.device, dtype=u.dtype)
+                yield draws.mul_(2.0).sub_(1.0).mul_(function(u, other)).mul_(scale)
+
+    def _secant(self, direction: Displacement, against: Displacement | None = None) -> float:
+        size = sum(chunk.size for chunk in self._evaluation)
+        for parameter in self._parameters:
+            parameter.grad = None
+        for chunk in self._evaluation:
+            self._add_gradient(chunk, -chunk.size / size)
+
+        def difference() -> list[Tensor | None]:
+            for chunk in self._evaluation:
+                self._add_gradient(chunk, chunk.size / size)
+            self._ranks.sum_gradients(self._parameters)
+            return [parameter.grad for parameter in self._parameters]
+
+        curvature = secant_curvature(
+            self._parameters,
+            direction=direction,
+            slope=0.0,
+            gradient_at_displaced=difference,
+            delta=self._delta,
+            against=against,
+        )
+        for parameter in self._parameters:
+            parameter.grad = None
+        return curvature
+
+    def _add_gradient(self, chunk: Chunk, weight: float) -> Chunk:
+        self._passes += chunk.size + chunk.idle
+        return pass_chunk(chunk, self._replay, weight)
+
+
+def _same(u: Tensor) -> Tensor:
+    return u
+
+
+def _root_bias(freedom: int) -> float:
+    """`E[sample deviation] / deviation` for Gaussian samples with so many degrees of freedom."""
+    return math.sqrt(2.0 / freedom) * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+
+
+def _inverse_bias(freedom: int) -> float:
+    """`deviation * E[1 / sample deviation]`, likewise; it needs at least two degrees of freedom."""
+    log_ratio = math.lgamma((freedom - 1) / 2) - math.lgamma(freedom / 2)
+    return math.sqrt(freedom / 2.0) * math.exp(log_ratio)

@@ -1,0 +1,285 @@
+"""Chunk gradients in, unbiased statistics of the gradient out.
+
+A *chunk* is a group of examples and its *chunk gradient* the mean of their gradients, all
+taken at one point of parameter space. Chunks come from anywhere (slices of a batch,
+micro-batches of an accumulation window); this module sees tensors and sizes only.
+
+Chunks arrive one at a time and are folded into running sums, whatever their number. They take turns:
+
+* one makes a *direction*, the step that an optimizer would take from it;
+* the next one, which shares no example with it, says what that direction is worth.
+
+The former add up to the *prefix*, whose direction is that of a large batch, the latter to the *reference*, an
+estimate of the true gradient. That separation is what makes the alignment unbiased: a sign dotted with a
+gradient that went into it tends to a function of the batch size alone as soon as noise dominates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_surge.measure.distributed import Shards, local
+from lightning_surge.measure.records import ChunkStatistics, SizedValue
+
+__all__ = [
+    "ChunkStream",
+    "Direction",
+    "blocks",
+    "dense",
+    "weighted_mean",
+    "zeros",
+]
+
+# Elementwise arithmetic on whole gradients works through blocks of this many elements, so that its
+# temporaries stay small beside a gradient even where one parameter holds most of the model.
+BLOCK_ELEMENTS = 1 << 20
+
+Direction = Callable[[Tensor], Tensor]
+"""Elementwise map from a mean gradient to the optimizer's update direction, e.g. `torch.sign`."""
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Walk tensors of one shape together, in flat blocks of at most `BLOCK_ELEMENTS` elements.
+
+    Of a sharded tensor, the piece of this process.
+
+    Args:
+        *tensors: tensors of equal shape; a non-contiguous one is copied whole.
+
+    Yields:
+        Tuples of matching one-dimensional blocks, in logical (row-major) order.
+    """
+    flat = [local(tensor).detach().reshape(-1) for tensor in tensors]
+    for start in range(0, flat[0].numel(), BLOCK_ELEMENTS):
+        yield tuple(tensor[start : start + BLOCK_ELEMENTS] for tensor in flat)
+
+
+class ChunkStream:
+    r"""Folds chunk gradients into `|G|^2`, `tr Sigma` and alignments, in two buffers.
+
+    With chunk sizes `n_k`, `n = sum n_k` and `g = sum n_k g_k / n`, taking expectations of
+    `sum n_k |g_k|^2` and `|g|^2` and solving gives, for equal and unequal sizes alike,
+
+        tr Sigma = (sum_k n_k |g_k|^2 - n |g|^2) / (K - 1)
+        |G|^2    = |g|^2 - tr Sigma / n
+
+    Both are unbiased because `E|g_k|^2 = |G|^2 + tr Sigma / n_k` for independent examples. The
+    alignment `N(b)` is the direction of a group of chunks dotted with the mean of the group after it,
+    averaged over such pairs, and for the largest size the direction of the whole prefix dotted with the
+    whole reference; both are unbiased because the examples are independent.
+
+    Args:
+        parameters: the parameters whose gradients will be added.
+        num_chunks: how many chunks will come, at least 2. Fewer may come in the end.
+        scales: per parameter, its learning rate relative to the run's; 1 if not given. A step
+            moves parameter `i` by `lr * scales[i] * direction(g_i)`.
+        direction: elementwise update direction, `torch.sign` for Adam-style optimizers.
+        stride: chunks that make one group, where single chunks are smaller than any direction of interest.
+
+    Raises:
+        ValueError: if fewer than two chunks are announced.
+
+    Example:
+        Two one-example chunks with gradients (3, 0) and (1, 0): the mean is (2, 0), so
+        `tr Sigma = (9 + 1 - 2 * 4) / 1 = 2` and `|G|^2 = 4 - 2 / 2 = 3`, which is also the
+        product of the two independent gradients.
+
+        >>> stream = ChunkStream([torch.zeros(2)], num_chunks=2)
+        >>> stream.add([torch.tensor([3.0, 0.0])], size=1)
+        False
+        >>> stream.add([torch.tensor([1.0, 0.0])], size=1)
+        True
+        >>> stream.statistics()._replace(alignments=())
+        ChunkStatistics(batch_size=2.0, grad_sq=3.0, trace_cov=2.0, alignments=())
+
+    References:
+        McCandlish et al. 2018, arXiv:1812.06162, Appendix A.1, for two sizes; the form for
+        arbitrary sizes is derived above.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        num_chunks: int,
+        scales: Sequence[float] | None = None,
+        direction: Direction = torch.sign,
+        stride: int = 1,
+    ) -> None:
+        if num_chunks < 2:
+            raise ValueError(
+                f"Expected num_chunks >= 2, got num_chunks={num_chunks}: noise shows only as a difference "
+                "between chunks, so split the batch into at least 2 slices or pool 2 batches."
+            )
+        self.scales = [1.0] * len(parameters) if scales is None else list(scales)
+        self.direction = direction
+        self.stride = stride
+        self._shards = Shards(parameters)
+        self.prefix = [zeros(parameter) for parameter in parameters]
+        self.reference = [zeros(parameter) for parameter in parameters]
+        self.prefix_size = 0.0
+        self.reference_size = 0.0
+        self.num_added = 0
+        # The group that makes a direction, a sum, and what the group after it has said of it.
+        self.group: list[Tensor] = []
+        self.group_size = 0.0
+        self.partner_size = 0.0
+        self._group_slope = torch.zeros(())
+        self._weighted_squares: list[tuple[float, Tensor]] = []
+        self._pairs: list[tuple[float, float, Tensor]] = []
+
+    @property
+    def in_reference(self) -> bool:
+        """Whether the next chunk belongs to the reference."""
+        return self.num_added // self.stride % 2 == 1
+
+    def add(self, gradient: Sequence[Tensor | None], size: float) -> bool:
+        """Fold in the next chunk; `gradient` is read, not kept.
+
+        Args:
+            gradient: mean gradient over the chunk, one tensor per parameter; None counts as zero.
+            size: examples in the chunk, any positive number.
+
+        Returns:
+            Whether this chunk completes a pair of groups.
+
+        Raises:
+            ValueError: if `size` is not positive and finite.
+        """
+        if not (size > 0 and math.isfinite(size)):
+            raise ValueError(
+                f"Expected a positive, finite chunk size, got size={size}: "
+                "check batch_size_fn, which must count the examples of every slice."
+            )
+        self._weighted_squares.append((size, self._shards.sum(_squared_norm(gradient, self.reference))))
+        first = self.num_added % self.stride == 0
+        last = (self.num_added + 1) % self.stride == 0
+        if self.in_reference:
+            if first:
+                self.partner_size, self._group_slope = 0.0, torch.zeros_like(self._weighted_squares[0][1])
+            self._group_slope = self._group_slope + size * self._along(self.group, gradient, self.group_size)
+            self.partner_size += size
+            _add_scaled(self.reference, gradient, size)
+            self.reference_size += size
+            if last:
+                self._pairs.append(
+                    (self.group_size, self.partner_size, self._group_slope / self.partner_size)
+                )
+        else:
+            if first:
+                self.group = [torch.zeros_like(total) for total in self.prefix]
+                self.group_size = 0.0
+            _add_scaled(self.group, gradient, size)
+            self.group_size += size
+            _add_scaled(self.prefix, gradient, size)
+            self.prefix_size += size
+        complete = self.in_reference and last
+        self.num_added += 1
+        return complete
+
+    @property
+    def more_than_a_pair(self) -> bool:
+        """Whether the prefix or the reference has grown beyond the first pair of groups."""
+        return self.num_added > 2 * self.stride
+
+    def group_direction(self) -> Iterator[Tensor]:
+        """Walk the scaled direction of the latest group, in flat blocks."""
+        return self._walk(self.group, self.group_size)
+
+    def prefix_direction(self) -> Iterator[Tensor]:
+        """Walk the scaled direction of the prefix, in flat blocks."""
+        return self._walk(self.prefix, self.prefix_size)
+
+    def _walk(self, total: Sequence[Tensor], size: float) -> Iterator[Tensor]:
+        for tensor, scale in zip(total, self.scales, strict=True):
+            for (block,) in blocks(tensor):
+                yield self.direction(block / size).mul(scale)
+
+    def _along(self, total: Sequence[Tensor], other: Sequence[Tensor | None], size: float) -> Tensor:
+        """`sum_i scale_i V_i . other_i` with the direction `V` of a sum over `size` examples."""
+        result = torch.zeros((), dtype=torch.float64, device=total[0].device)
+        for tensor, gradient, scale in zip(total, other, self.scales, strict=True):
+            if gradient is not None:
+                for block, grad_block in blocks(tensor, dense(gradient)):
+                    result += scale * torch.dot(self.direction(block / size), grad_block.to(block.dtype))
+        return self._shards.sum(result)
+
+    def statistics(self) -> ChunkStatistics:
+        """Close the stream and return what it measured.
+
+        Returns:
+            The debiased statistics of all chunks added.
+
+        Raises:
+            ValueError: if not even one pair of groups came.
+        """
+        if not self._pairs:
+            raise ValueError(
+                f"Expected at least {2 * self.stride} chunks, got {self.num_added}: the window "
+                "ended early; a longer one will be measured next time."
+            )
+        size = self.reference_size + self.prefix_size
+        mean_sq = self._mean_squared_norm(size)
+        weighted = sum(chunk_size * square.item() for chunk_size, square in self._weighted_squares)
+        trace_cov = (weighted - size * mean_sq) / (self.num_added - 1)
+        whole = self._along(self.prefix, self.reference, self.prefix_size).item() / self.reference_size
+        alignments = [SizedValue(float(self.prefix_size), whole)]
+        if self.more_than_a_pair:
+            pairs = [
+                (group_size, partner_size, value.item()) for group_size, partner_size, value in self._pairs
+            ]
+            alignments.insert(0, weighted_mean(pairs))
+        # The reverse pair is free: the direction of the reference against the prefix.
+        reverse = self._along(self.reference, self.prefix, self.reference_size).item() / self.prefix_size
+        return ChunkStatistics(
+            batch_size=float(size),
+            grad_sq=mean_sq - trace_cov / size,
+            trace_cov=trace_cov,
+            alignments=(*alignments, SizedValue(float(self.reference_size), reverse)),
+        )
+
+    def _mean_squared_norm(self, size: float) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self.reference[0].device)
+        for reference, prefix in zip(self.reference, self.prefix, strict=True):
+            for reference_block, prefix_block in blocks(reference, prefix):
+                mean = (reference_block + prefix_block) / size
+                total += torch.dot(mean, mean)
+        return float(self._shards.sum(total).item())
+
+
+def weighted_mean(rows: Sequence[tuple[float, float, float]]) -> SizedValue:
+    """Mean size and mean value of rows of size, weight and value."""
+    total = sum(weight for _, weight, _ in rows)
+    return SizedValue(
+        sum(weight * size for size, weight, _ in rows) / total,
+        sum(weight * value for _, weight, value in rows) / total,
+    )
+
+
+def zeros(parameter: Tensor) -> Tensor:
+    """A buffer for sums of a parameter's gradients: in float32 at least, whatever the gradients are in."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros(local(parameter).shape, dtype=dtype, device=parameter.device)
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """The same gradient, or this process's piece of it, as an ordinary strided tensor."""
+    return gradient.to_dense() if gradient.is_sparse else local(gradient)
+
+
+def _add_scaled(total: Sequence[Tensor], gradient: Sequence[Tensor | None], size: float) -> None:
+    for accumulated, grad in zip(total, gradient, strict=True):
+        if grad is not None:
+            accumulated.add_(local(grad.detach()), alpha=size)
+
+
+def _squared_norm(gradient: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=like[0].device)
+    for grad, tensor in zip(gradient, like, strict=True):
+        if grad is not None:
+            total += torch.linalg.vector_norm(dense(grad.detach()), dtype=tensor.dtype).double().square()
+    return total

@@ -1,0 +1,207 @@
+"""Turn the batches at hand into chunks, and their losses into gradients.
+
+A probe recomputes gradients of batches that training has at hand: the current one cut into slices,
+or several consecutive ones pooled. This module decides how many examples and chunks that takes, and checks
+once that cutting a batch does not change what is being measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_surge.measure.batches import SplitBatch, TooFewExamplesError, group_evenly
+from lightning_surge.measure.distributed import Ranks, Shards
+from lightning_surge.measure.gradients import dense
+from lightning_surge.measure.measurement import ALONE, MAX_SLICES, MIN_SLICES, slices_for
+from lightning_surge.measure.replay import Chunk, Piece, RandomState
+
+__all__ = ["ComputeLoss", "Prober", "examples_wanted"]
+
+ComputeLoss = Callable[[Any, int], Tensor]
+"""Mean loss of a batch, given the batch and its index."""
+
+# Fewer, larger probes resolve the signal better at equal cost (its noise falls with the size of a probe
+# but only with the root of their number), until there are too few of them to follow training.
+ENOUGH_PROBES = 20.0
+# The mean batch is a little smaller than most where the last one of an epoch is short.
+NEARLY = 0.75
+# Slices whose mean gradient differs from the whole batch's by more than this share of its squared length,
+# beyond three times what repeating the whole batch with other random numbers changes on average, measure
+# something else. (Dropout alone makes the two equal on average.)
+TOLERATED_MISMATCH = 0.01
+TOLERATED_NOISE = 3.0
+REPEATS = 3
+
+
+def examples_wanted(
+    batch_size: float,
+    base_batch_size: float,
+    affordable: Callable[[float], float],
+    *,
+    smallest: float,
+) -> float:
+    """How many examples a probe should see: consecutive batches are pooled up to this number.
+
+    Args:
+        batch_size: examples per optimizer step now.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+        affordable: how many probes that see so many examples the whole run can pay for.
+        smallest: examples below which no two sizes of direction can be made.
+
+    Returns:
+        A power-of-two multiple of the batch size: the largest up to 16 times the base for which at
+        least 20 probes are affordable, and never less than one batch or `smallest`.
+
+    Example:
+        >>> examples_wanted(8, 8, lambda examples: 1500 / examples, smallest=32)
+        64
+    """
+    examples = batch_size
+    while examples < NEARLY * smallest:
+        examples *= 2
+    while 2 * examples <= MAX_SLICES * base_batch_size and affordable(2 * examples) >= ENOUGH_PROBES:
+        examples *= 2
+    return examples
+
+
+class Prober:
+    """Cuts and groups batches, and adds their gradients to `.grad`.
+
+    Args:
+        parameters: the parameters that the optimizer moves.
+        compute_loss: mean loss of a batch at the current parameters.
+        backward: what calls `backward` on a loss.
+        batch_size_fn: examples in a batch.
+        split_batch: cuts a batch; None if batches must stay whole.
+        ranks: the processes that measure together, each from batches of its own.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        compute_loss: ComputeLoss,
+        backward: Callable[[Tensor], None],
+        batch_size_fn: Callable[[Any], float],
+        split_batch: SplitBatch | None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.ranks = ranks
+        self.parameters = parameters
+        self._compute_loss = compute_loss
+        self._backward = backward
+        self._batch_size_fn = batch_size_fn
+        self.split_batch = split_batch
+        self.loss_scale = 1.0
+
+    def replay(self, piece: Piece, weight: float) -> None:
+        """Add `weight * loss_scale` times the mean gradient of a piece to `.grad`."""
+        with torch.enable_grad():
+            loss = self._compute_loss(piece.batch, piece.batch_idx)
+            self._backward(loss * (weight * self.loss_scale * self.ranks.share))
+
+    def chunks(
+        self, pieces: Sequence[Piece], base_batch_size: float, fewest: int = MIN_SLICES
+    ) -> list[Chunk]:
+        """Arrange pieces into chunks: whole batches grouped, or each cut into slices.
+
+        A chunk holds pieces of every process.
+
+        Args:
+            pieces: whole batches or micro-batches, at least one.
+            base_batch_size: examples at which the scheduled learning rate was tuned.
+            fewest: chunks to make if there are examples enough.
+
+        Returns:
+            The chunks, in the order of the examples.
+
+        Raises:
+            BatchError: if a batch cannot be cut.
+        """
+        (examples,) = self.ranks.total(sum(piece.size for piece in pieces))
+        wanted = slices_for(examples, base_batch_size, fewest)
+        if self.split_batch is not None and 0 < len(pieces) < wanted:
+            per_piece = math.ceil(wanted / len(pieces))
+            pieces = [slice_ for piece in pieces for slice_ in self.cut(piece, per_piece)]
+            wanted = len(pieces)
+        self.ranks.meet()  # cutting is the user's code
+        # Short batches can be cut into fewer slices, and any process may have one.
+        (count,) = self.ranks.least(float(min(wanted, len(pieces))))
+        chunks = [Chunk(tuple(group)) for group in group_evenly(pieces, int(count))]
+        if self.ranks.count == 1:
+            return chunks
+        sizes = self.ranks.total(*(chunk.size for chunk in chunks))
+        return [chunk._replace(total=size) for chunk, size in zip(chunks, sizes, strict=True)]
+
+    def cut(self, piece: Piece, num_slices: int) -> list[Piece]:
+        """Cut one batch into slices that know their sizes: so many, or fewer if it has fewer examples."""
+        if self.split_batch is None or num_slices < 2:
+            return [piece]
+        try:
+            slices = self.split_batch(piece.batch, num_slices)
+        except TooFewExamplesError:
+            return self.cut(piece, num_slices // 2)
+        return [Piece(part, piece.batch_idx, self._batch_size_fn(part)) for part in slices]
+
+    def slices_agree(self, piece: Piece, num_slices: int) -> tuple[bool, float]:
+        """Whether the mean of the slices' gradients is the whole batch's gradient.
+
+        It is not where the loss couples the examples of a batch (contrastive losses, batch statistics), or
+        is a sum over them. Dropout makes two passes differ too; how much is measured by repeating the
+        whole batch with other random numbers, and only if the first comparison fails.
+
+        Args:
+            piece: one batch.
+            num_slices: slices to cut it into, at least 2.
+
+        Returns:
+            Whether they agree, and the examples passed.
+        """
+        slices = self.cut(piece, num_slices)
+        self.ranks.meet()
+        (size,) = self.ranks.total(sum(part.size for part in slices))
+        share = piece.size / size if self.ranks.count > 1 else 1.0
+        self.replay(piece, share)
+        whole = self._take()
+        for part in slices:
+            self.replay(part, part.size / size)
+        mismatch = self._relative_difference(whole)
+        if not math.isfinite(mismatch):
+            raise ArithmeticError(
+                "Expected finite gradients, got some that are not, as where the loss scale overflows"
+            )
+        if mismatch <= TOLERATED_MISMATCH:
+            return True, 2 * size
+        state = RandomState.capture()
+        repeat = 0.0
+        for _ in range(REPEATS):
+            self.replay(piece, share)
+            repeat += self._relative_difference(whole) / REPEATS
+        state.restore()
+        return mismatch <= TOLERATED_MISMATCH + TOLERATED_NOISE * repeat, (2 + REPEATS) * size
+
+    def _take(self) -> list[Tensor | None]:
+        self.ranks.sum_gradients(self.parameters)
+        gradients = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return gradients
+
+    def _relative_difference(self, reference: Sequence[Tensor | None]) -> float:
+        """`|g - reference|^2 / |reference|^2` of the gradient at hand, which is dropped."""
+        change, length = 0.0, 0.0
+        for gradient, other in zip(self._take(), reference, strict=True):
+            if other is not None:
+                length += float(torch.linalg.vector_norm(dense(other)).square())
+                difference = other if gradient is None else gradient - other
+                change += float(torch.linalg.vector_norm(dense(difference)).square())
+            elif gradient is not None:
+                change += float(torch.linalg.vector_norm(dense(gradient)).square())
+        both = torch.tensor([change, length], dtype=torch.float64, device=self.parameters[0].device)
+        change, length = Shards(self.parameters).sum(both).tolist()
+        return change / length if length > 0.0 else float(change > 0.0)

@@ -1,0 +1,1 @@
+"""Kinds of optimizers, and the factor on their learning rate."""

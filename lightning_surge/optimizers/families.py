@@ -1,0 +1,351 @@
+"""How far an optimizer's learning rate moves, how its weight decay enters, and what its state knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+__all__ = [
+    "Family",
+    "OptimizerKind",
+    "decay_follows_lr",
+    "has_coupled_decay",
+    "has_plain_averages",
+    "largest_lr",
+    "lr_scales",
+    "optimizer_family",
+    "optimizer_kind",
+    "parameter_scales",
+    "stability_constant",
+]
+
+
+# Adam's own averages `exp_avg` and `exp_avg_sq`, moved at every step. (SparseAdam leaves rows out.)
+PLAIN_AVERAGES = frozenset({"Adam", "AdamW", "NAdam", "RAdam"})
+DECOUPLED = ("adamw", "adafactor", "lion", "muon", "sgdw")
+
+
+def _heavy_ball(beta: float) -> float:
+    return (2.0 + 2.0 * beta) / (1.0 - beta)
+
+
+def _nesterov(beta: float) -> float:
+    return (2.0 + 2.0 * beta) / ((1.0 - beta) * (1.0 + 2.0 * beta))
+
+
+# What the learning rate times the sharpness of the preconditioned Hessian must stay below, as a function of
+# beta_1. By exact class name along the ancestry: variants keep their averages in other forms.
+STABILITY: dict[str, Callable[[float], float]] = {
+    "Adam": _heavy_ball,
+    "AdamW": _heavy_ball,
+    "RAdam": _heavy_ball,
+    "NAdam": _nesterov,
+}
+
+
+def lr_scales(lrs: Sequence[float]) -> list[float]:
+    """Each parameter group's learning rate relative to the largest.
+
+    Args:
+        lrs: learning rates of the groups.
+
+    Returns:
+        Numbers from 0 to 1; all 1 where every learning rate is 0, as in the first step of a warm-up.
+
+    Example:
+        >>> lr_scales([0.1, 0.05]), lr_scales([0.0, 0.0])
+        ([1.0, 0.5], [1.0, 1.0])
+    """
+    largest = max(lrs)
+    return [lr / largest for lr in lrs] if largest > 0.0 else [1.0] * len(lrs)
+
+
+def parameter_scales(optimizer: Optimizer, group: Mapping[str, Any]) -> list[float]:
+    """How far a learning rate of 1 moves a coordinate of each parameter of a group.
+
+    Adafactor's steps are relative: its learning rate is multiplied by the root mean square of the parameter.
+
+    Args:
+        optimizer: the raw torch optimizer.
+        group: one of its parameter groups.
+
+    Returns:
+        One number per parameter; 1 for every optimizer but Adafactor.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.Adafactor([torch.full((4,), 0.5, requires_grad=True)])
+        >>> parameter_scales(optimizer, optimizer.param_groups[0])
+        [0.5]
+
+    References:
+        Shazeer and Stern 2018, arXiv:1804.04235, section 8.
+    """
+    parameters = group["params"]
+    relative = any(kind.__name__.lower() == "adafactor" for kind in type(optimizer).__mro__)
+    if not relative or not parameters or not group.get("scale_parameter", True):
+        return [1.0] * len(parameters)
+    epsilon = group.get("eps")
+    least = float(
+        (epsilon[1] if isinstance(epsilon, (tuple, list)) else None) or group.get("eps_scale", 1e-3)
+    )
+    norms = torch.stack([torch.linalg.vector_norm(p.detach().float()).cpu() for p in parameters]).tolist()
+    return [max(least, norm / math.sqrt(p.numel())) for norm, p in zip(norms, parameters, strict=True)]
+
+
+def largest_lr(optimizer: Optimizer) -> float:
+    """The learning rate above which the optimizer takes no more notice of it in its coming step.
+
+    torch's Adafactor uses `min(lr, 1 / sqrt(t))` at step `t`.
+
+    Args:
+        optimizer: the raw torch optimizer.
+
+    Returns:
+        A learning rate; infinite for every other optimizer.
+    """
+    if not isinstance(optimizer, torch.optim.Adafactor):
+        return math.inf
+    steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
+    return 1.0 / math.sqrt(max(steps, default=0.0) + 1.0)
+
+
+def decay_follows_lr(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter group's weight decay takes `lr * weight_decay` of the weights at every step.
+
+    Args:
+        optimizer: the raw torch optimizer.
+        group: one of its parameter groups.
+
+    Returns:
+        True for decoupled decay, and for SGD without momentum, where the two forms are one.
+
+    Example:
+        >>> import torch
+        >>> for kind in (torch.optim.AdamW, torch.optim.Adam):
+        ...     optimizer = kind([torch.ones(1, requires_grad=True)])
+        ...     print(decay_follows_lr(optimizer, optimizer.param_groups[0]))
+        True
+        False
+
+    References:
+        Loshchilov and Hutter 2019, arXiv:1711.05101, Propositions 1 and 2.
+    """
+    if group.get("fixed_decay", False) or group.get("unscaled_wd", False):
+        return False
+    for option in ("decoupled_weight_decay", "weight_decouple"):
+        if option in group:
+            return bool(group[option])
+    names = [kind.__name__.lower() for kind in type(optimizer).__mro__]
+    if any(name.startswith("sgd") for name in names) and group.get("momentum", 0.0) == 0.0:
+        return True
+    return any(part in name for name in names for part in DECOUPLED)
+
+
+def has_coupled_decay(optimizer: Optimizer) -> bool:
+    """Whether weight decay goes through the gradient, and so through the averages.
+
+    Args:
+        optimizer: of the Adam family.
+
+    Returns:
+        True if it does in any parameter group.
+    """
+    return any(
+        group.get("weight_decay", 0.0) != 0.0 and not decay_follows_lr(optimizer, group)
+        for group in optimizer.param_groups
+    )
+
+
+def has_plain_averages(optimizer: Optimizer) -> bool:
+    """Whether its state holds the averages of the loss's gradients and of their squares, as Adam keeps them.
+
+    Args:
+        optimizer: the raw torch optimizer.
+
+    Returns:
+        False for variants, and where weight decay enters the averages.
+    """
+    known = any(kind.__name__ in PLAIN_AVERAGES for kind in type(optimizer).__mro__)
+    return known and not has_coupled_decay(optimizer)
+
+
+def stability_constant(optimizer: Optimizer) -> float:
+    r"""`C` of Adam's edge of stability `C / lambda_max(P^-1/2 H P^-1/2)`.
+
+    For momentum that averages, as Adam's does, `(2 + 2 beta) / (1 - beta)`; in Nesterov's form
+    `(2 + 2 beta) / ((1 - beta)(1 + 2 beta))`.
+
+    Args:
+        optimizer: the raw torch optimizer.
+
+    Returns:
+        The constant, without unit.
+
+    Raises:
+        ValueError: for an optimizer whose edge is not known, or groups of different momentum.
+
+    Example:
+        >>> import torch
+        >>> round(stability_constant(torch.optim.AdamW([torch.ones(1)], betas=(0.9, 0.999))), 6)
+        38.0
+
+    References:
+        Cohen et al. 2022, arXiv:2207.14484, section 3 (38 for beta_1 = 0.9); Cohen et al. 2021,
+        arXiv:2103.00065, for the threshold of Nesterov's form without averaging.
+    """
+    names = [kind.__name__ for kind in type(optimizer).__mro__]
+    name = next((name for name in names if name in STABILITY), None)
+    if name is None or any(group.get("amsgrad", False) for group in optimizer.param_groups):
+        raise ValueError(
+            f"Expected one of {', '.join(STABILITY)} without amsgrad for objective='edge', got "
+            f"{type(optimizer).__name__}: its edge of stability cannot be told at other batch sizes. Use "
+            "objective='progress'."
+        )
+    momenta = {float(group["betas"][0]) for group in optimizer.param_groups}
+    if len(momenta) > 1:
+        raise ValueError(
+            f"Expected one beta_1 for objective='edge', got {sorted(momenta)}: give all parameter groups the "
+            "same betas, or use objective='progress'."
+        )
+    return STABILITY[name](momenta.pop())
+
+
+OptimizerKind = Literal["sign", "gradient", "unmeasured", "unscalable", "unknown"]
+
+
+class Family(NamedTuple):
+    """What is known of an optimizer.
+
+    Attributes:
+        kind: `"sign"`: an update's length does not grow with the gradient, coordinate by coordinate;
+            `"gradient"`: it is the gradient; `"unmeasured"`: it takes neither of these directions, so only
+            rules that measure nothing apply; `"unscalable"`: a learning rate written for one step does not
+            act on that step; `"unknown"`.
+        why: the reason, as the end of a sentence about the optimizer.
+        names: of classes, in lower case.
+        fragments: parts of such names, for variants (`AdamW8bit`, `FusedAdam`).
+    """
+
+    kind: OptimizerKind
+    why: str
+    names: frozenset[str] = frozenset()
+    fragments: tuple[str, ...] = ()
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# By class name, so that the same algorithm from another package is recognised too. The first that matches
+# counts: `MuonWithAuxAdam` is no Adam.
+FAMILIES = (
+    Family("unscalable", "takes its learning rate for the sizes of its first steps only", _names("rprop")),
+    Family(
+        "unscalable",
+        "takes the learning rate that it finds at one step for the next one, so a factor comes a step late",
+        _names("asgd"),
+    ),
+    Family(
+        "unmeasured",
+        "steps by whole matrices, evening out their singular values or axes, not coordinate by coordinate",
+        _names(
+            "soap dion scion scionlight kron psgd splus spectralsphere adago conda racs alice fira apollo"
+        ),
+        ("muon", "shampoo", "galore"),
+    ),
+    Family(
+        "unmeasured",
+        "finds the size of its steps itself, so its learning rate is no distance",
+        _names("adadelta"),
+        ("dadapt", "prodigy"),
+    ),
+    Family(
+        "unmeasured",
+        "steps from a point other than the one at which it takes gradients",
+        fragments=("schedulefree",),
+    ),
+    Family(
+        "unmeasured",
+        "divides whole tensors by one size, so that layers count otherwise than in a measurement",
+        _names("lars larc novograd nvnovograd adammini adam_mini fromage nero"),
+        ("lamb", "lars"),
+    ),
+    Family(
+        "unmeasured",
+        "divides by an estimate of the curvature, so its steps go along neither sign nor gradient",
+        _names("lbfgs adahessian"),
+    ),
+    Family(
+        "sign",
+        "divides by a running size of the gradient, or takes its sign",
+        _names("adamax adan signsgd tiger"),
+        ("adam", "lion", "adafactor", "adagrad", "rmsprop"),
+    ),
+    Family("gradient", "steps along the gradient", _names("sgd sgdw sgd8bit sgd32bit fusedsgd")),
+)
+UNKNOWN = Family("unknown", "is not known here")
+
+
+def optimizer_family(optimizer: Optimizer) -> Family:
+    """What is known of an optimizer, from its class and its options.
+
+    Subclasses count as what they derive from; quantised and fused variants (`AdamW8bit`, `FusedAdam`)
+    are recognised by the name they contain.
+
+    Args:
+        optimizer: the raw torch optimizer.
+
+    Returns:
+        Its kind, and the reason.
+
+    Example:
+        >>> import torch
+        >>> optimizer_family(torch.optim.Rprop([torch.nn.Parameter(torch.ones(1))])).why
+        'takes its learning rate for the sizes of its first steps only'
+
+    References:
+        Li et al. 2024, arXiv:2405.14578, section 2, for Adam-style updates as sign updates; Bernstein and
+        Newhouse 2024, arXiv:2409.20325, for Muon's and Shampoo's as the same in the spectral norm.
+    """
+    for kind in type(optimizer).__mro__:
+        name = kind.__name__.lower()
+        for family in FAMILIES:
+            if name in family.names or any(fragment in name for fragment in family.fragments):
+                return _with_options(family, optimizer)
+    return UNKNOWN
+
+
+def _with_options(family: Family, optimizer: Optimizer) -> Family:
+    groups = optimizer.param_groups
+    if family.kind in ("sign", "gradient") and any(group.get("maximize", False) for group in groups):
+        return Family("unmeasured", "climbs, with maximize=True, where measurements assume a descent")
+    if family.kind == "sign" and any(group.get("centered", False) for group in groups):
+        return Family(
+            "unmeasured",
+            "divides, with centered=True, by the deviation alone: its steps grow with the gradient's mean",
+        )
+    return family
+
+
+def optimizer_kind(optimizer: Optimizer) -> OptimizerKind:
+    """Whether an optimizer steps along the sign of the gradient or along the gradient.
+
+    Args:
+        optimizer: the raw torch optimizer.
+
+    Returns:
+        The kind of its `Family`.
+
+    Example:
+        >>> import torch
+        >>> optimizer_kind(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
+        'sign'
+        >>> optimizer_kind(torch.optim.LBFGS([torch.nn.Parameter(torch.ones(1))]))
+        'unmeasured'
+    """
+    return optimizer_family(optimizer).kind

@@ -1,0 +1,258 @@
+"""Per-coordinate mean and variance of the gradient, read from Adam's own moving averages.
+
+Adam already keeps `m`, the average of the gradients, and `v`, the average of their squares. For gradients
+of `B` examples with per-example mean `mu` and variance `sigma^2`, and bias-corrected averages,
+
+    E[m^2] = mu^2 + b sigma^2       b: sum of squared weights of m, each over the batch size of its step
+    E[v]   = mu^2 + a sigma^2       a: average of 1 / B with the weights of v
+
+so two numbers that follow the batch size from step to step turn them into `mu^2` and `sigma^2`, with
+no memory and no pass. At a constant batch size `b / a` is `(1 - beta_1) / (1 + beta_1)`. The two say what
+`v` would be at any other batch size, `v_B = mu^2 + sigma^2 / B`, and with it how Adam would step there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_surge.measure.distributed import Shards, local
+from lightning_surge.measure.gradients import blocks
+from lightning_surge.optimizers.families import has_plain_averages
+
+__all__ = ["LEAST_BETA_1", "AdamMoments"]
+
+# `b` must be less than half of `a`, or their difference drowns in noise. In the long run that takes a beta_1
+# above 1/3.
+LARGEST_SHARE = 0.5
+LEAST_BETA_1 = (1.0 - LARGEST_SHARE) / (1.0 + LARGEST_SHARE)
+# Of the steps counted, a parameter must have taken part in this share.
+LEAST_STEPS = 0.9
+
+
+class AdamMoments:
+    """Follows the batch size behind Adam's averages, and reads mean and variance off them.
+
+    It assumes that the gradient's moments hold still over the memory of `v`, `1 / (1 - beta_2)` steps. It
+    declines where the averages are not those of the loss's gradient, as with coupled weight decay or variants
+    of Adam, where it has not seen the state's first steps or enough since, where parameters joined later,
+    and where `beta_1` is so small that `m` and `v` tell the same. Clipping also makes them averages of
+    something else; the caller must know of it.
+
+    Example:
+        After one step at B = 4 with `beta_1 = 0.5`, `beta_2 = 0.75`, both averages have one entry, 1 / 4.
+
+        >>> moments = AdamMoments()
+        >>> moments.step(4.0, (0.5, 0.75))
+        >>> moments.second, moments.first
+        (0.25, 0.25)
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._seen_from_start = True
+        self._first = 0.0
+        self._second = 0.0
+        self._betas = (0.0, 0.0)
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """Start a run: afresh with an optimizer that has no history, else knowing what was known."""
+        if not optimizer.state:
+            vars(self).update(vars(AdamMoments()))
+        elif self._steps == 0:
+            self._seen_from_start = False
+
+    def step(self, batch_size: float, betas: tuple[float, float]) -> None:
+        """Count one optimizer step.
+
+        Args:
+            batch_size: examples behind it.
+            betas: of the optimizer.
+        """
+        beta_1, beta_2 = self._betas = betas
+        self._first = beta_1**2 * self._first + (1.0 - beta_1) ** 2 / batch_size
+        self._second = beta_2 * self._second + (1.0 - beta_2) / batch_size
+        self._steps += 1
+
+    @property
+    def first(self) -> float:
+        """`b`: what `m^2` holds of `sigma^2`, bias-corrected."""
+        return self._first / (1.0 - self._betas[0] ** self._steps) ** 2
+
+    @property
+    def second(self) -> float:
+        """`a`: what `v` holds of `sigma^2`, bias-corrected."""
+        return self._second / (1.0 - self._betas[1] ** self._steps)
+
+    def readable(self, optimizer: Optimizer) -> bool:
+        """Whether the averages tell mean and variance apart now.
+
+        Args:
+            optimizer: whose averages they are.
+
+        Returns:
+            False where the class says it declines.
+        """
+        if not has_plain_averages(optimizer):
+            return False
+        if any(tuple(group.get("betas", ()))[:2] != self._betas for group in optimizer.param_groups):
+            return False
+        if self._steps < 2 or not any("exp_avg_sq" in state for state in optimizer.state.values()):
+            return False
+        memory = 1.0 / (1.0 - self._betas[1]) if self._betas[1] < 1.0 else math.inf
+        if not (self._seen_from_start or self._steps > 3.0 * memory):
+            return False
+        # Parameters that joined later, or had no gradient at times, have averages of other steps than those
+        # counted here, until they have forgotten where they began.
+        known = LEAST_STEPS * min(float(self._steps), 3.0 * memory)
+        return self._fewest_steps(optimizer) >= known and self.first < LARGEST_SHARE * self.second
+
+    @staticmethod
+    def _fewest_steps(optimizer: Optimizer) -> float:
+        """Of the parameters that are trained and have averages."""
+        rows = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        states = [optimizer.state[p] for p in rows if p in optimizer.state]
+        return min((float(state["step"]) for state in states if "exp_avg_sq" in state), default=math.inf)
+
+    def variance(self, optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
+        """Per-coordinate variance of one example's gradient, debiased and not below zero.
+
+        Args:
+            optimizer: whose averages to read; `readable` must hold.
+            parameter: of the optimizer.
+
+        Returns:
+            A tensor of the parameter's shape; None if the parameter has no averages.
+        """
+        state = optimizer.state.get(parameter)
+        if not state or "exp_avg_sq" not in state:
+            return None
+        return self._split(local(state["exp_avg"]), local(state["exp_avg_sq"]), float(state["step"]))[1]
+
+    def _split(self, mean: Tensor, square: Tensor, steps: float) -> tuple[Tensor, Tensor]:
+        """`mu^2` and `sigma^2`, neither below zero, from averages not yet corrected for their start."""
+        mean_sq = (mean / (1.0 - self._betas[0] ** steps)).square_()
+        variance = (square / (1.0 - self._betas[1] ** steps)).sub_(mean_sq)
+        variance = variance.div_(self.second - self.first).clamp_(min=0.0)
+        return mean_sq.sub_(variance, alpha=self.first).clamp_(min=0.0), variance
+
+    def damping(
+        self, optimizer: Optimizer, parameters: Sequence[Tensor], batch_size: float
+    ) -> dict[int, Tensor]:
+        """`w_1 mean(v_B)` of each parameter that has averages, by its `id`; see `inverse_root`.
+
+        Args:
+            optimizer: whose averages to read; `readable` must hold.
+            parameters: of the optimizer.
+            batch_size: examples.
+
+        Returns:
+            Scalars on the device, so that no walk waits for them.
+        """
+        means = {}
+        for parameter in parameters:
+            state = optimizer.state.get(parameter)
+            if state and "exp_avg_sq" in state:
+                steps = float(state["step"])
+                one = (1.0 - self._betas[1]) / (1.0 - self._betas[1] ** steps)
+                total = torch.zeros((), dtype=state["exp_avg"].dtype, device=parameter.device)
+                for square in self._squares(state, steps, batch_size):
+                    total += square.sum()
+                means[id(parameter)] = one * total / parameter.numel()
+        # Before any walk: pieces of a parameter differ in length, so that walks do not keep step.
+        if (shards := Shards(parameters)).count > 1 and means:
+            summed = shards.sum(torch.stack(list(means.values())))
+            means = dict(zip(means, summed, strict=True))
+        return means
+
+    def inverse_root(
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        scales: Sequence[float],
+        batch_size: float,
+        damping: dict[int, Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        r"""Walk `P^-1/2` as it would be had Adam taken batches of another size all along.
+
+        With `w_1 = (1 - beta_2) / (1 - beta_2^t)`, the weight of one gradient in `v`, and `mean` over the
+        coordinates of a parameter tensor,
+
+            P = (sqrt(v_B + w_1 mean(v_B)) + eps) / scale        v_B = mu^2 + sigma^2 / B
+
+        The damping is what one more gradient of the tensor's typical size would add. A coordinate that few
+        gradients have touched has a `v` that says nothing about the next one that does, and Adam divides by
+        a `v` with that one in it; without the damping such coordinates make up the largest eigenvalues.
+
+        Args:
+            optimizer: whose averages to read; `readable` must hold.
+            parameters: of the optimizer, in the order of the walk.
+            scales: per parameter, its learning rate relative to the run's.
+            batch_size: examples.
+            damping: of this batch size; None computes it.
+
+        Yields:
+            Flat blocks as of `gradients.blocks`; zeros for parameters that have no averages.
+        """
+        if damping is None:
+            damping = self.damping(optimizer, parameters, batch_size)
+        epsilon = {id(p): group["eps"] for group in optimizer.param_groups for p in group["params"]}
+        for parameter, scale in zip(parameters, scales, strict=True):
+            state = optimizer.state.get(parameter)
+            if not state or "exp_avg_sq" not in state:
+                yield from (torch.zeros_like(block) for (block,) in blocks(parameter))
+                continue
+            steps = float(state["step"])
+            floor = damping[id(parameter)]
+            for square in self._squares(state, steps, batch_size):
+                yield square.add_(floor).sqrt_().add_(epsilon[id(parameter)]).div_(scale).rsqrt_()
+
+    def _squares(self, state: dict[str, Any], steps: float, batch_size: float) -> Iterator[Tensor]:
+        for mean, square in blocks(state["exp_avg"], state["exp_avg_sq"]):
+            mean_sq, variance = self._split(mean, square, steps)
+            yield mean_sq.add_(variance, alpha=1.0 / batch_size)
+
+    def deviation_l1(self, optimizer: Optimizer) -> float:
+        """`sum_i sigma_i` over all coordinates that have averages; NaN where `readable` does not hold."""
+        if not self.readable(optimizer):
+            return math.nan
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+        for parameter in parameters:
+            variance = self.variance(optimizer, parameter)
+            if variance is not None:
+                total += variance.sqrt_().sum(dtype=torch.float64)
+        return float(Shards(parameters).sum(total).item())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {**vars(self), "_betas": list(self._betas)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that averages can have; nothing is taken over then.
+            KeyError: if one is missing.
+        """
+        beta_1, beta_2 = state["_betas"]
+        steps, first, second = state["_steps"], state["_first"], state["_second"]
+        numbers = (beta_1, beta_2, steps, first, second)
+        if not (
+            all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in numbers)
+            and max(beta_1, beta_2) < 1.0
+            and steps == int(steps) < 2**63
+        ):
+            raise ValueError(
+                f"Expected betas from 0 to below 1, whole steps and averages that are not negative, got "
+                f"betas={(beta_1, beta_2)}, steps={steps!r}, first={first!r}, second={second!r}: load what "
+                "state_dict returned."
+            )
+        self._betas, self._steps = (float(beta_1), float(beta_2)), int(steps)
+        self._first, self._second = float(first), float(second)
+        self._seen_from_start = bool(state["_seen_from_start"])

@@ -1,0 +1,425 @@
+"""Averaged noise statistics in, a law with standard errors out.
+
+The measured law has four numbers. With the saturation `h(B)^2 = 1 / (1 + B_phi / B)`:
+
+* `B_phi`, the alignment scale, is the noise scale `tr Sigma / |G|^2` of the averaged norms;
+* `N_inf` is the least-squares fit of the alignments to `N_inf h(b)`;
+* `D_0` and `c N_inf^2` are the non-negative fit of the curvatures to `D_0 + (c N_inf^2) h(b)^2`, with
+  the slope from sizes measured at the same point of training.
+
+The ratio of two learning rates needs only `B_phi` and `r = c N_inf^2 / D_0`, so the noise of `N_inf`,
+by far the largest, drops out of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw, require_number
+from lightning_surge.laws.edge import EdgeLaw
+from lightning_surge.laws.theorems import Theorem3Law
+from lightning_surge.policy.history import Bin, Contrast, NoiseHistory, NoiseStats
+
+__all__ = [
+    "EstimatedLaw",
+    "Fit",
+    "estimate",
+    "fit_edge_law",
+    "fit_sgd_law",
+    "fit_sign_law",
+    "fit_theorem3_law",
+]
+
+Fit = Callable[[NoiseStats], Law | None]
+"""Turns averaged statistics into a law, or None where they do not determine one."""
+
+# A noise scale beyond this many times the largest direction measured cannot be told from an infinite
+# one: the law is in its square-root regime at every batch size in reach.
+LARGEST_SCALE = 1e4
+# The shapes of N and D are assumptions outside the sizes measured. Standard deviation of the log of a
+# predicted ratio, per factor of two beyond them: a choice, more cautious than line searches up to 16 times
+# beyond have shown.
+EXTRAPOLATION_ERROR = 0.1
+# Beyond this nothing is known, and its square still is a number.
+LARGEST_ERROR = 1e100
+
+
+@dataclass(frozen=True)
+class EstimatedLaw(Law):
+    """A law together with what it would have been without each group of measurements.
+
+    It answers what a `Law` answers; `standard_error` says how sure each answer is.
+
+    Attributes:
+        law: the law fitted to all measurements.
+        replicates: the laws fitted without one group each, None where that fit failed, with the share
+            of the weight that the group has.
+        num_measurements: measurements behind the law.
+        reach: smallest and largest size of direction measured, examples.
+
+    Example:
+        >>> laws = [SGDLaw(max_lr=lr, noise_scale=1.0) for lr in (2.0, 1.0, 3.0)]
+        >>> law = EstimatedLaw(laws[0], ((laws[1], 0.5), (laws[2], 0.5)), num_measurements=2)
+        >>> law.lr(1.0), law.standard_error(lambda law: law.lr(1.0))
+        (1.0, 0.5)
+    """
+
+    law: Law
+    replicates: tuple[tuple[Law | None, float], ...]
+    num_measurements: int
+    reach: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def peak(self) -> Peak:
+        """The law's peak."""
+        return self.law.peak
+
+    @property
+    def critical_batch_size(self) -> float:
+        """The law's critical batch size, examples."""
+        return self.law.critical_batch_size
+
+    def isotropic_lr(self, batch_size: float) -> float:
+        """The law's learning rate for constant curvature, up to a factor."""
+        return self.law.isotropic_lr(batch_size)
+
+    def edge_lr(self, batch_size: float) -> float:
+        """The law's edge of stability, a learning rate; NaN if it does not know it."""
+        return self.law.edge_lr(batch_size)
+
+    def _lr(self, batch_size: float) -> float:
+        return self.law.lr(batch_size)
+
+    def _gain(self, batch_size: float) -> float:
+        return self.law.gain(batch_size)
+
+    def standard_error(self, quantity: Callable[[Law], float]) -> float:
+        r"""Standard error of anything a law can be asked, by a delete-a-group jackknife.
+
+        A group with a share `w_g` of the weight has the pseudo-value
+        `q / w_g - (1 / w_g - 1) q_(g)`, with `q_(g)` the answer without the group. These scatter around
+        their weighted mean, and the variance of that mean is
+        `sum_g w_g^2 / (1 - w_g) (pseudo_g - mean)^2`: the usual formula where all shares are equal.
+
+        Args:
+            quantity: function of a law, for example `lambda law: law.lr(64)`.
+
+        Returns:
+            The standard error in the quantity's unit; infinite with fewer than two measurements, or if the
+            quantity is infinite or undefined without some group.
+
+        References:
+            Busing, Meijer and van der Leeden 1999, *Statistics and Computing* 9, for pseudo-values of
+            unequal groups. Their variance is for groups of unequal size; here it is the weights that differ.
+        """
+        if len(self.replicates) < 2:
+            return math.inf
+        # A replicate decides by its law alone; a failed fit is as unsure as can be.
+        values = [math.nan if law is None else _evaluate(quantity, law) for law, _ in self.replicates]
+        whole = _evaluate(quantity, self.law)
+        if not all(map(math.isfinite, (whole, *values))):
+            return math.inf
+        shares = np.array([share for _, share in self.replicates])
+        with np.errstate(all="ignore"):
+            pseudo = whole / shares - (1.0 / shares - 1.0) * np.array(values)
+            centre = np.sum(shares * pseudo)
+            error = float(np.sqrt(np.sum(shares**2 / (1.0 - shares) * (pseudo - centre) ** 2)))
+        return error if error < LARGEST_ERROR else math.inf
+
+    def extrapolation_error(self, batch_size: float) -> float:
+        """Standard deviation to add to the log of a ratio for asking outside the sizes measured.
+
+        Args:
+            batch_size: examples.
+
+        Returns:
+            0 inside the reach, then 0.1 per factor of two.
+        """
+        low, high = self.reach
+        beyond = max(low / batch_size, batch_size / high, 1.0)
+        return EXTRAPOLATION_ERROR * math.log2(beyond)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, from which `from_state_dict` makes an equal law."""
+        return {
+            "law": _law_state(self.law),
+            "replicates": [
+                [None if law is None else _law_state(law), share] for law, share in self.replicates
+            ],
+            "num_measurements": self.num_measurements,
+            "reach": list(self.reach),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> EstimatedLaw:
+        """The law that `state_dict` described.
+
+        Raises:
+            ValueError: if a value is none that a law can have.
+            KeyError: if one is missing, or the kind of law is not known.
+        """
+        replicates = tuple(
+            (None if law is None else _law_from_state(law), share) for law, share in state["replicates"]
+        )
+        low, high = state["reach"]
+        if not (all(0.0 < share <= 1.0 for _, share in replicates) and 0.0 <= low <= high and high > 0.0):
+            raise ValueError(
+                f"Expected shares between 0 and 1 and a reach from low to high, got "
+                f"{[share for _, share in replicates]} and {(low, high)}: load what state_dict returned."
+            )
+        number = require_number("num_measurements", state["num_measurements"], "count them", zero=True)
+        return cls(_law_from_state(state["law"]), replicates, int(number), (low, high))
+
+
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MeasuredLaw, EdgeLaw, SGDLaw, Theorem3Law)}
+
+
+def _law_state(law: Law) -> dict[str, Any]:
+    return {"kind": type(law).__name__, **asdict(law)}  # type: ignore[call-overload]
+
+
+def _law_from_state(state: dict[str, Any]) -> Law:
+    numbers = dict(state)
+    law: Law = _KINDS[numbers.pop("kind")](**numbers)
+    return law
+
+
+def _evaluate(quantity: Callable[[Law], float], law: Law) -> float:
+    try:
+        return quantity(law)
+    except (ArithmeticError, ValueError):
+        return math.nan
+
+
+def estimate(history: NoiseHistory, fit: Fit) -> EstimatedLaw | None:
+    """Fit a law to a history and to the history without each group.
+
+    Args:
+        history: the measurements.
+        fit: which law, for example `fit_sign_law`.
+
+    Returns:
+        The law, or None if the measurements do not determine one.
+    """
+    stats = history.stats()
+    law = _attempt(fit, stats)
+    if law is None:
+        return None
+    replicates = tuple((_attempt(fit, left_out), share) for left_out, share in history.replicates())
+    sizes = [entry.batch_size for entry in (*stats.alignments, *stats.curvatures)]
+    reach = (min(sizes), max(sizes)) if sizes else (0.0, math.inf)
+    return EstimatedLaw(law, replicates, history.num_measurements, reach)
+
+
+def _attempt(fit: Fit, stats: NoiseStats) -> Law | None:
+    """A fit that meets numbers no law can have has not determined one."""
+    try:
+        return fit(stats)
+    except (ArithmeticError, ValueError):
+        return None
+
+
+def fit_sign_law(stats: NoiseStats) -> MeasuredLaw | None:
+    """Lemma 1 with measured terms, for updates along the sign of the gradient.
+
+    Args:
+        stats: averaged statistics with alignments and curvatures.
+
+    Returns:
+        The law; None if the curvature is not positive at any size, or nothing was measured.
+
+    Example:
+        Alignments `2 h(b)` and curvatures `1 + 3 h(b)^2` with a noise scale of 48 examples, seen at
+        16 examples (`h^2 = 1/4`) and at 48 (`h^2 = 1/2`):
+
+        >>> law = fit_sign_law(NoiseStats(2, 1.0, 48.0,
+        ...     alignments=(Bin(16, 1.0, 1.0, 0.0), Bin(48, 2.0**0.5, 1.0, 0.0)),
+        ...     curvatures=(), contrasts=(Contrast((16, 48), (1.75, 2.5), 1.0),)))
+        >>> [round(value, 6) for value in (law.alignment_limit, law.alignment_scale, law.noise_curvature)]
+        [2.0, 48.0, 1.0]
+        >>> round(law.signal_curvature * law.alignment_limit**2, 6)
+        3.0
+
+    References:
+        Li et al. 2024, arXiv:2405.14578, Lemma 1 (Eq. 6, 7) and the form of Eq. 11.
+    """
+    if not stats.alignments or not stats.contrasts:
+        return None
+    scale = _bounded_scale(stats)
+    limit = _alignment_limit(stats.alignments, scale)
+    if limit <= 0.0:
+        return None
+    noise, signal = _fit_curvature(stats.contrasts, lambda size: 1.0 / (1.0 + scale / size))
+    if noise + signal <= 0.0:
+        return None
+    return MeasuredLaw(
+        alignment_limit=limit,
+        alignment_scale=scale,
+        noise_curvature=noise,
+        signal_curvature=signal / limit**2,
+    )
+
+
+def fit_edge_law(stats: NoiseStats, stability: float) -> MeasuredLaw | None:
+    """`fit_sign_law`, with Adam's edge of stability where the sharpness determines it.
+
+    The level is the mean sharpness `s` at the base batch size. Averages of pairs measured at one point
+    give `(s(base) / s(B))^2 = share + (1 - share) base / B`, a line whose one number, the signal's share of
+    `v` at the base, is fitted by least squares and kept between 0 and 1.
+
+    Args:
+        stats: averaged statistics with `sharpness`.
+        stability: the optimizer's constant `C`; the edge is `C / s`.
+
+    Returns:
+        The law; without an edge while the mean sharpness is not positive, or none was measured.
+
+    Example:
+        Sharpness 380 at 16 examples and twice that at 64: noise alone, with `C = 38` an edge of 0.1 at 16.
+
+        >>> law = fit_edge_law(NoiseStats(2, 1.0, 48.0,
+        ...     alignments=(Bin(16, 1.0, 1.0, 0.0),),
+        ...     curvatures=(), contrasts=(Contrast((16, 48), (1.0, 2.0), 1.0),),
+        ...     sharpness=(Contrast((16, 64), (380.0, 760.0), 1.0),)), stability=38.0)
+        >>> round(law.edge_lr(16), 6), round(law.edge_lr(64), 6)
+        (0.1, 0.05)
+
+    References:
+        Cohen et al. 2022, arXiv:2207.14484, for the edge; docs/theory.md, section 6, for the line.
+    """
+    law = fit_sign_law(stats)
+    if law is None or not stats.sharpness:
+        return law
+    base = stats.sharpness[-1].sizes[0]
+    # A resumed run may have been given another base.
+    pairs = [pair for pair in stats.sharpness if pair.sizes[0] == base]
+    at_base = float(np.average([pair.values[0] for pair in pairs], weights=[pair.weight for pair in pairs]))
+    if at_base <= 0.0:
+        return law
+    edge_sq = (stability / at_base) ** 2
+    share = _signal_share(pairs)
+    return EdgeLaw(
+        **asdict(law), edge_limit=math.sqrt(share * edge_sq), edge_sq_slope=(1.0 - share) * base * edge_sq
+    )
+
+
+def _signal_share(pairs: Sequence[Contrast]) -> float:
+    """Least-squares share of the signal in `v` at the base; 1, no change with the size, if nothing tells."""
+    # Sizes of a ramp are kept apart: roots and ratios are taken of averages over one size only.
+    by_size: dict[int, list[Contrast]] = {}
+    for pair in pairs:
+        by_size.setdefault(round(2 * math.log2(pair.sizes[1] / pair.sizes[0])), []).append(pair)
+    total = norm = 0.0
+    for group in by_size.values():
+        weights = [pair.weight for pair in group]
+        # Plain numbers: a checkpoint holds no numpy scalars.
+        first, second = np.average([pair.values for pair in group], axis=0, weights=weights).tolist()
+        if first <= 0.0 or second <= 0.0:
+            continue
+        quotient = float(np.average([pair.sizes[0] / pair.sizes[1] for pair in group], weights=weights))
+        spread = sum(weights) * (1.0 - quotient)
+        total += spread * ((first / second) ** 2 - quotient)
+        norm += spread * (1.0 - quotient)
+    return min(max(total / norm, 0.0), 1.0) if norm > 0.0 else 1.0
+
+
+def fit_sgd_law(stats: NoiseStats) -> SGDLaw | None:
+    """The law of plain gradient steps, `lr = |G|^2 / (G'HG + tr(H Sigma) / B)`.
+
+    Along `V = g_b` the alignment is `|G|^2` at every size and the curvature `G'HG + tr(H Sigma) / b`.
+
+    Args:
+        stats: averaged statistics with directions `V = g`.
+
+    Returns:
+        The law; None if `G'HG` is not positive, where no finite learning rate is best.
+
+    References:
+        McCandlish et al. 2018, arXiv:1812.06162, Eq. 2.6 to 2.8; Eq. 1 of Li et al. 2024.
+    """
+    if not stats.alignments or not stats.contrasts:
+        return None
+    signal, noise = _fit_curvature(stats.contrasts, lambda size: 1.0 / size)
+    if signal <= 0.0:
+        return None
+    limit = _resolved_mean(stats.alignments, [1.0] * len(stats.alignments))
+    if limit <= 0.0:
+        return None
+    return SGDLaw(max_lr=limit / signal, noise_scale=noise / signal)
+
+
+def fit_theorem3_law(stats: NoiseStats) -> Theorem3Law | None:
+    """Theorem 3 from averaged coordinate sums.
+
+    Args:
+        stats: averaged statistics with `coordinate_sums`.
+
+    Returns:
+        The law; None if the trace of the Hessian is not positive or the alignment not resolved.
+
+    References:
+        Li et al. 2024, arXiv:2405.14578, Eq. 13-16.
+    """
+    sums = stats.coordinate_sums
+    if sums is None or sums.trace_hessian <= 0.0 or sums.alignment_slope <= 0.0:
+        return None
+    slope = math.sqrt(2.0 / math.pi) * sums.alignment_slope / sums.trace_hessian
+    if sums.coherent_curvature <= 0.0:
+        return Theorem3Law(noise_scale=math.inf, peak_lr=math.inf, sqrt_coefficient=slope)
+    noise_scale = math.pi * sums.trace_hessian / (2.0 * sums.coherent_curvature)
+    return Theorem3Law(noise_scale=noise_scale, peak_lr=slope * math.sqrt(noise_scale) / 2.0)
+
+
+def _bounded_scale(stats: NoiseStats) -> float:
+    largest = max(entry.batch_size for entry in stats.alignments)
+    # A negative trace is noise around no noise at all.
+    return max(min(stats.resolved_noise_scale, LARGEST_SCALE * largest), 0.0)
+
+
+def _alignment_limit(alignments: Sequence[Bin], scale: float) -> float:
+    basis = [1.0 / math.sqrt(1.0 + scale / entry.batch_size) for entry in alignments]
+    return _resolved_mean(alignments, basis)
+
+
+def _resolved_mean(alignments: Sequence[Bin], basis: Sequence[float]) -> float:
+    """Least-squares coefficient of `values ~ coefficient * basis`; 0 where nothing resolves it.
+
+    All sizes share the examples they are dotted with, so their errors are alike and the fit is unweighted by
+    size. A coefficient below its own scatter is reported as that scatter: the level of the law is then
+    unknown, which its standard error says, but ratios do not depend on it.
+    """
+    x = np.array(basis)
+    y = np.array([entry.value for entry in alignments])
+    weights = np.array([entry.weight for entry in alignments])
+    norm = float(np.sum(weights * x**2))
+    coefficient = float(np.sum(weights * x * y)) / norm
+    variances = np.array([entry.variance for entry in alignments])
+    scatter = float(np.sqrt(np.sum((weights * x) ** 2 * variances))) / norm
+    return max(coefficient, scatter, 0.0)
+
+
+def _fit_curvature(contrasts: Sequence[Contrast], basis: Callable[[float], float]) -> tuple[float, float]:
+    """Non-negative `(a, b)` of `D ~ a + b basis(size)`: the slope from within, the level from all.
+
+    The level of the curvature drifts while a model trains, several-fold in a run. Sizes measured at different
+    times, as in a ramp, must not be compared: the slope is the least-squares fit to the differences inside
+    each measurement. The constant then makes the line pass through the weighted mean.
+    """
+    weights = np.array([entry.weight for entry in contrasts])
+    values = np.array([entry.values for entry in contrasts])
+    x = np.array([[basis(size) for size in entry.sizes] for entry in contrasts])
+    spread = x[:, 1] - x[:, 0]
+    norm = float(np.sum(weights * spread**2))
+    slope = float(np.sum(weights * spread * (values[:, 1] - values[:, 0]))) / norm if norm > 0.0 else 0.0
+    level = float(np.sum(weights * values.mean(axis=1)) / np.sum(weights))
+    centre = float(np.sum(weights * x.mean(axis=1)) / np.sum(weights))
+    if level <= 0.0:
+        return 0.0, 0.0
+    slope = min(max(slope, 0.0), level / centre)
+    # Where the clamp acts the difference is zero up to rounding, which may be negative.
+    return max(level - slope * centre, 0.0), slope

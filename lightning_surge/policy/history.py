@@ -1,0 +1,322 @@
+"""Measurements in, averaged noise statistics out.
+
+One measurement is very noisy, so what is used is a decayed average of many. Sums are averaged;
+ratios, roots and clamps come only afterwards (`estimates`), because the mean of a ratio is not the
+ratio of the means. A ramp changes the sizes behind each alignment and curvature: alignments are kept
+per bin of log2 of the batch size, and curvatures measurement by measurement, because their level
+drifts with training and only sizes seen at the same point can be compared. Records stay apart until
+they are asked for: leaving out one group at a time is what standard errors are made of.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
+
+__all__ = ["Bin", "NoiseHistory", "NoiseStats"]
+
+
+# A size that a ramp has left behind weighs less and less; below this share of the heaviest bin's weight it
+# tells of another time, and is left out.
+STALE = 0.25
+# No count of examples or tokens is smaller: in a checkpoint it is damage.
+SMALLEST = 1e-12
+
+
+class Bin(NamedTuple):
+    """A weighted mean over measurements with directions of about the same size.
+
+    Attributes:
+        batch_size: geometric mean of the sizes, examples.
+        value: weighted mean of the values.
+        weight: sum of the weights.
+        variance: of `value`, from the scatter of the values; 0 with a single one.
+    """
+
+    batch_size: float
+    value: float
+    weight: float
+    variance: float
+
+
+class Contrast(NamedTuple):
+    """Two curvatures of one measurement, for two batch sizes at one point of training.
+
+    Attributes:
+        sizes: examples; of directions, the smaller one first.
+        values: the curvatures.
+        weight: of the measurement.
+        alignments: along directions of the same sizes.
+    """
+
+    sizes: tuple[float, float]
+    values: tuple[float, float]
+    weight: float
+    alignments: tuple[float, float] = (math.nan, math.nan)
+
+
+class NoiseStats(NamedTuple):
+    """Averaged statistics of the gradient.
+
+    Attributes:
+        num_measurements: measurements behind them.
+        grad_sq: `|G|^2`, debiased; negative while noise hides the signal.
+        trace_cov: `tr Sigma`.
+        alignments: `N(b)` by size of direction.
+        curvatures: `D(b)` by size of direction, to look at.
+        contrasts: the curvatures measurement by measurement, to fit.
+        grad_sq_error: standard error of `grad_sq`, from its scatter.
+        coordinate_sums: what the theorems need, if measured.
+        sharpness: of Adam's preconditioned Hessian at the base and another batch size, in this order,
+            measurement by measurement.
+    """
+
+    num_measurements: int
+    grad_sq: float
+    trace_cov: float
+    alignments: tuple[Bin, ...]
+    curvatures: tuple[Bin, ...]
+    contrasts: tuple[Contrast, ...] = ()
+    grad_sq_error: float = 0.0
+    coordinate_sums: CoordinateSums | None = None
+    sharpness: tuple[Contrast, ...] = ()
+
+    @property
+    def noise_scale(self) -> float:
+        """`B_simple = tr Sigma / |G|^2` in examples; infinite while noise hides `|G|^2` altogether.
+
+        References:
+            McCandlish et al. 2018, arXiv:1812.06162, Eq. 2.9.
+        """
+        return self.trace_cov / self.grad_sq if self.grad_sq > 0 else math.inf
+
+    @property
+    def resolved_noise_scale(self) -> float:
+        """The noise scale, with `|G|^2` no smaller than its own standard error.
+
+        A signal below that could have any size, so the smallest noise scale that agrees with the data is
+        taken: the law then claims to know less about large batches, not more.
+        """
+        return self.trace_cov / max(self.grad_sq, self.grad_sq_error, 1e-300)
+
+
+class NoiseHistory:
+    """The latest measurements, with weights that halve every `half_life` measurements.
+
+    Args:
+        half_life: in measurements, positive.
+
+    Example:
+        Two measurements, the older one worth half with `half_life=1`: (1 * 6 + 0.5 * 3) / 1.5 = 5.
+
+        >>> history = NoiseHistory(half_life=1)
+        >>> for grad_sq in (3.0, 6.0):
+        ...     history.add(Measurement(ChunkStatistics(8.0, grad_sq, 10.0, ()), (), passes=16.0))
+        >>> history.stats().grad_sq
+        5.0
+    """
+
+    def __init__(self, half_life: float = 8.0) -> None:
+        if not (half_life > 0 and math.isfinite(half_life)):
+            raise ValueError(
+                f"Expected 0 < half_life < inf, got half_life={half_life}: 8 measurements is a good start."
+            )
+        self.half_life = half_life
+        # Beyond six half-lives a record weighs less than 2 %.
+        self._records: deque[Measurement] = deque(maxlen=max(2, math.ceil(6 * half_life)))
+        self.num_measurements = 0
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def latest(self) -> Measurement | None:
+        """The newest measurement."""
+        return self._records[-1] if self._records else None
+
+    def add(self, measurement: Measurement) -> None:
+        """Append a measurement.
+
+        Raises:
+            ValueError: if one of its numbers is not finite; nothing is added then.
+        """
+        statistics = measurement.statistics
+        sized = (*statistics.alignments, *measurement.curvatures, *measurement.sharpness)
+        values = [value for pair in sized for value in pair]
+        if not all(map(math.isfinite, (*statistics[:3], *values, *(measurement.coordinate_sums or ())))):
+            raise ValueError(
+                f"Expected finite gradient statistics, got {measurement}: this measurement is left out."
+            )
+        self._records.append(measurement)
+        self.num_measurements += 1
+
+    def stats(self) -> NoiseStats:
+        """Average all records."""
+        return self._average(range(len(self._records)))
+
+    def replicates(self, max_groups: int = 16) -> list[tuple[NoiseStats, float]]:
+        """Averages that leave out one group of consecutive records each, for a jackknife.
+
+        Args:
+            max_groups: groups to form; consecutive records share one, since they resemble each other.
+
+        Returns:
+            Pairs of the average without a group and the share of all weight that the group has.
+        """
+        count = len(self._records)
+        groups = min(count, max_groups)
+        if groups < 2:
+            return []
+        weights = self._weights()
+        total = sum(weights)
+        edges = [round(index * count / groups) for index in range(groups + 1)]
+        result = []
+        for start, stop in pairwise(edges):
+            kept = [index for index in range(count) if not start <= index < stop]
+            result.append((self._average(kept), sum(weights[start:stop]) / total))
+        return result
+
+    def _weights(self) -> list[float]:
+        count = len(self._records)
+        return [2.0 ** (-(count - 1 - index) / self.half_life) for index in range(count)]
+
+    def _average(self, indices: Iterable[int]) -> NoiseStats:
+        all_weights = self._weights()
+        records = [(self._records[index], all_weights[index]) for index in indices]
+        total = sum(weight for _, weight in records)
+        if not records:
+            return NoiseStats(0, math.nan, math.nan, (), ())
+        # One "size" for all: the norms need no bins, but the same scatter.
+        norm = _bin([(weight, 0.0, record.statistics.grad_sq) for record, weight in records])
+        return NoiseStats(
+            num_measurements=len(records),
+            grad_sq=norm.value,
+            grad_sq_error=math.sqrt(norm.variance),
+            trace_cov=sum(weight * record.statistics.trace_cov for record, weight in records) / total,
+            alignments=_bins((record.statistics.alignments, weight) for record, weight in records),
+            curvatures=_bins((record.curvatures, weight) for record, weight in records),
+            contrasts=tuple(_contrast(record, weight) for record, weight in records if record.curvatures),
+            coordinate_sums=_mean_sums(records, total),
+            sharpness=tuple(
+                _pair(record.sharpness, weight) for record, weight in records if record.sharpness
+            ),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records as plain numbers and lists."""
+        return {
+            "num_measurements": self.num_measurements,
+            "records": [
+                {
+                    "norms": list(record.statistics[:3]),
+                    "alignments": [list(sized) for sized in record.statistics.alignments],
+                    "curvatures": [list(sized) for sized in record.curvatures],
+                    "passes": record.passes,
+                    "num_chunks": record.num_chunks,
+                    "coordinate_sums": list(record.coordinate_sums) if record.coordinate_sums else None,
+                    "sharpness": [list(sized) for sized in record.sharpness],
+                }
+                for record in self._records
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the records of `state_dict`.
+
+        Raises:
+            ValueError: if a value is none that a measurement can have; nothing is taken over then.
+            KeyError: if one is missing.
+        """
+        loaded = NoiseHistory(self.half_life)
+        for record in state["records"]:
+            loaded.add(_measurement(record))
+        # At least the records that are kept.
+        number = _saved("num_measurements", state["num_measurements"], len(loaded))
+        self._records, self.num_measurements = loaded._records, int(number)
+
+
+def _saved(name: str, value: float, smallest: float) -> float:
+    """A number from a checkpoint, which may be damaged."""
+    if not (isinstance(value, (int, float)) and smallest <= value < sys.float_info.max):
+        raise ValueError(
+            f"Expected {name} of at least {smallest:g}, got {name}={value!r}: load what state_dict returned."
+        )
+    return float(value)
+
+
+def _measurement(record: dict[str, Any]) -> Measurement:
+    """One record of `NoiseHistory.state_dict`; `add` then refuses numbers that are not finite."""
+    batch_size, grad_sq, trace_cov = record["norms"]
+    sums, sharpness = record["coordinate_sums"], _sized(record.get("sharpness", ()))
+    if len(sharpness) not in (0, 2):
+        raise ValueError(f"Expected the sharpness at two batch sizes or none, got {len(sharpness)}.")
+    return Measurement(
+        ChunkStatistics(
+            _saved("batch_size", batch_size, SMALLEST), grad_sq, trace_cov, _sized(record["alignments"])
+        ),
+        _sized(record["curvatures"]),
+        _saved("passes", record["passes"], 0.0),
+        int(record["num_chunks"]),
+        None if sums is None else CoordinateSums(*sums),
+        sharpness,
+    )
+
+
+def _pair(sized: Sequence[SizedValue], weight: float) -> Contrast:
+    first, second = sized
+    return Contrast((first.batch_size, second.batch_size), (first.value, second.value), weight)
+
+
+def _contrast(record: Measurement, weight: float) -> Contrast:
+    small = min(record.curvatures)
+    large = max(record.curvatures)
+    sizes = (small.batch_size, large.batch_size)
+    alignments = (_alignment_at(record, sizes[0]), _alignment_at(record, sizes[1]))
+    return Contrast(sizes, (small.value, large.value), weight, alignments)
+
+
+def _alignment_at(record: Measurement, size: float) -> float:
+    values = [sized.value for sized in record.statistics.alignments if sized.batch_size == size]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _mean_sums(records: Sequence[tuple[Measurement, float]], total: float) -> CoordinateSums | None:
+    rows = [(record.coordinate_sums, weight) for record, weight in records]
+    if any(sums is None for sums, _ in rows):
+        return None
+    return CoordinateSums(
+        *(
+            sum(weight * sums[i] for sums, weight in rows if sums) / total
+            for i in range(len(CoordinateSums._fields))
+        )
+    )
+
+
+def _sized(pairs: Iterable[Sequence[float]]) -> tuple[SizedValue, ...]:
+    return tuple(SizedValue(_saved("batch_size", batch_size, SMALLEST), value) for batch_size, value in pairs)
+
+
+def _bins(records: Iterable[tuple[Sequence[SizedValue], float]]) -> tuple[Bin, ...]:
+    grouped: dict[int, list[tuple[float, float, float]]] = {}
+    for sized_values, weight in records:
+        for batch_size, value in sized_values:
+            log_size = math.log2(batch_size)
+            grouped.setdefault(round(log_size), []).append((weight, log_size, value))
+    bins = [_bin(entries) for _, entries in sorted(grouped.items())]
+    heaviest = max((entry.weight for entry in bins), default=0.0)
+    return tuple(entry for entry in bins if entry.weight >= STALE * heaviest)
+
+
+def _bin(entries: Sequence[tuple[float, float, float]]) -> Bin:
+    total = sum(weight for weight, _, _ in entries)
+    log_size = sum(weight * log_size for weight, log_size, _ in entries) / total
+    mean = sum(weight * value for weight, _, value in entries) / total
+    scatter = sum((weight * (value - mean)) ** 2 for weight, _, value in entries) / total**2
+    count = len(entries)
+    return Bin(2.0**log_size, mean, total, scatter * count / (count - 1) if count > 1 else 0.0)

@@ -1,0 +1,409 @@
+"""What a run's logs say about the next batch size and learning rate, and how far to believe it.
+
+The law in force at one step gives the critical batch size of the *next step*: where it gains half of what an
+unlimited batch would. A run whose steps all have that critical batch size takes `S(B) = S_min (1 + B_crit /
+B)` steps and `E(B) = E_min (1 + B / B_crit)` examples to a given loss; of a run in which it moves, these say
+what a change of the batch size costs and saves at this point. Only floats, no tensors: an answer can be
+checked by hand.
+
+References:
+    Li et al. 2024, arXiv:2405.14578, Theorem 5, Eq. 18-20; McCandlish et al. 2018, arXiv:1812.06162.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lightning_surge.laws.base import Law, SGDLaw, require_number
+from lightning_surge.laws.objectives import OBJECTIVES, at_once_ratio
+from lightning_surge.laws.theorems import Theorem3Law
+from lightning_surge.laws.tradeoff import gain_fraction, steps_needed
+from lightning_surge.policy.reasons import Reason
+from lightning_surge.runs.run_log import RunLog, RunLogError, Series
+
+__all__ = ["Advice", "Caveat", "Interval", "Option", "RunState", "advise", "run_state"]
+
+# The suggestion moves by at most this factor: the law was measured on the way that training took, and moves
+# on.
+LARGEST_MOVE = 4.0
+# Thresholds of the caveats: measurements; relative standard error; factor beyond the measured sizes; share of
+# the largest scheduled learning rate; share of the run since the last measurement.
+FEW_MEASUREMENTS = 5
+LARGE_ERROR = 0.5
+FAR_BEYOND = 2.0
+DECAYED = 0.1
+STALE = 0.25
+LARGEST_EXPONENT = 700.0
+
+
+class Caveat(Enum):
+    """When an advice must not be trusted, or only so far."""
+
+    HELD = auto()
+    FEW_MEASUREMENTS = auto()
+    UNCERTAIN = auto()
+    STALE = auto()
+    EXTRAPOLATING = auto()
+    DECAYED = auto()
+    LIMITED_MOVE = auto()
+    GRADIENT_STEPS = auto()
+    INDEPENDENT_NOISE = auto()
+    APPROACH = auto()
+
+
+class Interval(NamedTuple):
+    """A value with one standard error on both sides; `high` is infinite where the error is not known."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run at one logged step.
+
+    Attributes:
+        step: optimizer step.
+        batch_size: examples per step in force.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+        lr_scheduled: learning rate of the schedule.
+        lr_scheduled_max: its largest value up to here.
+        lr_used: learning rate written.
+        lr_scale: factor on the scheduled learning rate that the objective asks for.
+        objective: key of `OBJECTIVES`.
+        law: the law in force.
+        critical_error: standard error of its critical batch size, examples; infinite if unknown.
+        peak_error: standard error of its peak batch size, examples; infinite if unknown.
+        scale_errors: relative standard errors of the factor that were logged, each with its batch size.
+        measured: smallest and largest batch size measured, examples.
+        num_measurements: measurements behind the law.
+        measured_step: step of the last measurement.
+        reason: what decided the factor.
+    """
+
+    step: int
+    batch_size: float
+    base_batch_size: float
+    lr_scheduled: float
+    lr_scheduled_max: float
+    lr_used: float
+    lr_scale: float
+    objective: str
+    law: Law
+    critical_error: float
+    peak_error: float
+    scale_errors: tuple[tuple[float, float], ...]
+    measured: tuple[float, float]
+    num_measurements: int
+    measured_step: int
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one batch size would mean from here on.
+
+    Attributes:
+        batch_size: examples per step.
+        lr_scale: factor on the scheduled learning rate.
+        lr: learning rate at this point of the schedule.
+        lr_at_once: what of it may be written at once; the rest is approached (`policy.Policy`).
+        steps: steps to the same loss, over those at the batch size in force.
+        examples: examples to the same loss, over those at the batch size in force.
+        gain: share of what an unlimited batch would gain in the next step.
+        beyond: factor by which it is outside the sizes measured; 1 inside.
+    """
+
+    batch_size: float
+    lr_scale: Interval
+    lr: Interval
+    lr_at_once: float
+    steps: Interval
+    examples: Interval
+    gain: Interval
+    beyond: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """An answer for one step of a run.
+
+    Attributes:
+        state: the run there.
+        critical_batch_size: of the next step, examples.
+        peak_batch_size: where the law's learning rate is largest, examples; infinite if it never falls.
+        suggested: the batch size to go on with.
+        options: the one in force, the suggested one, twice the one in force, and those asked for; increasing.
+        caveats: why not to trust it.
+    """
+
+    state: RunState
+    critical_batch_size: Interval
+    peak_batch_size: Interval
+    suggested: float
+    options: tuple[Option, ...]
+    caveats: tuple[Caveat, ...]
+
+
+def run_state(run: RunLog, *, step: int | None = None, group: str | None = None) -> RunState:
+    """A run at one step.
+
+    Args:
+        run: what it logged.
+        step: optimizer step; the last logged one up to it is taken. None takes the last.
+        group: the parameter group whose learning rate counts, where there are several.
+
+    Returns:
+        The state.
+
+    Raises:
+        RunLogError: if nothing was logged by then, or no law was known.
+    """
+    run = run.of_group(group)
+    logged = run.require("batch_size").steps
+    index = int(np.searchsorted(logged, run.last_step if step is None else step, side="right")) - 1
+    if index < 0:
+        raise RunLogError(
+            f"Expected {logged[0]} <= step <= {logged[-1]}, got step={step}: pass one of these."
+        )
+    at = int(logged[index])
+    law = run.law_at(at)
+    measured = run.at("num_measurements", at)
+    if law is None:
+        nothing = math.isnan(measured)
+        got = "no measurement" if nothing else f"{measured:g} measurements, which do not determine it"
+        later = run.law_steps[run.law_steps > at]
+        remedy = f"pass a step from {later[0]} on" if later.size else "train longer, or raise max_overhead"
+        raise RunLogError(f"Expected a law to be known by step {at}, got {got}: {remedy}.")
+
+    def value(name: str, group: str | None = None) -> float:
+        if math.isnan(number := run.at(name, at, group)):
+            run.require(name, group)
+            raise RunLogError(f"Expected {name} to be logged at step {at}, got none: pass another step.")
+        return number
+
+    def one_of(kind: str, known: dict[int, Any]) -> Any:
+        if (code := int(value(kind))) not in known:
+            raise RunLogError(f"Expected {kind} to be one of {list(known)}, got {code}: use a newer version.")
+        return known[code]
+
+    size, scale = value("batch_size"), value("lr_scale_predicted")
+    scheduled = run.require("lr_scheduled", group)
+    errors = (
+        (size, run.at("lr_scale_standard_error", at) / scale),
+        (2.0 * size, run.at("lr_scale_doubled_standard_error", at) / run.at("lr_scale_doubled", at)),
+    )
+    return RunState(
+        step=at,
+        batch_size=size,
+        base_batch_size=value("base_batch_size"),
+        lr_scheduled=value("lr_scheduled", group),
+        lr_scheduled_max=float(np.max(scheduled.values[scheduled.steps <= at])),
+        lr_used=value("lr_used", group),
+        lr_scale=scale,
+        objective=one_of("objective", dict(enumerate(OBJECTIVES))),
+        law=law,
+        critical_error=_known(run.at("critical_batch_size_standard_error", at)),
+        peak_error=_known(run.at("peak_batch_size_standard_error", at)),
+        scale_errors=tuple((size, error) for size, error in errors if not math.isnan(error)),
+        measured=(value("law/smallest_measured"), value("law/largest_measured")),
+        num_measurements=int(value("num_measurements")),
+        measured_step=_last_change(run.get("num_measurements"), at),
+        reason=one_of("held_because", {int(reason): reason for reason in Reason}),
+    )
+
+
+def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
+    """Which batch size and learning rate to go on with.
+
+    The suggestion is the power-of-two multiple of the batch size in force that is nearest to the critical
+    one, where steps and examples are both twice the fewest: a larger one mostly costs examples, a smaller one
+    mostly costs steps.
+
+    Args:
+        state: the run at one step.
+        batch_sizes: further sizes to judge, examples, positive.
+
+    Returns:
+        The advice.
+
+    Raises:
+        ValueError: if a batch size is not positive and finite.
+
+    Example:
+        A critical batch size of 60 examples, with 60 in force. Twice as many need `(60 + 120) / (60 + 60)`
+        times the examples in three quarters of the steps.
+
+        >>> from lightning_surge.laws.base import MeasuredLaw
+        >>> state = RunState(
+        ...     step=100, batch_size=60.0, base_batch_size=60.0, lr_scheduled=0.001, lr_scheduled_max=0.001,
+        ...     lr_used=0.001, lr_scale=1.0, objective="step",
+        ...     law=MeasuredLaw(
+        ...         alignment_limit=2.0, alignment_scale=300.0, noise_curvature=1.0, signal_curvature=1.0
+        ...     ),
+        ...     critical_error=10.0, peak_error=20.0, scale_errors=((60.0, 0.0), (120.0, 0.1)),
+        ...     measured=(30.0, 120.0), num_measurements=20, measured_step=100, reason=Reason.MEASURED,
+        ... )
+        >>> advice = advise(state)
+        >>> advice.critical_batch_size, advice.suggested, advice.caveats
+        (Interval(value=60.0, low=50.0, high=70.0), 60.0, ())
+        >>> doubled = advice.options[1]
+        >>> doubled.batch_size, doubled.examples.value, doubled.steps.value
+        (120.0, 1.5, 0.75)
+    """
+    size, law = state.batch_size, state.law
+    critical = _interval(law.critical_batch_size, state.critical_error)
+    wanted = _nearest_power_of_two_multiple(size, critical.value)
+    allowed = min(max(wanted, size / LARGEST_MOVE), size * LARGEST_MOVE)
+    suggested = max(1.0, float(round(allowed)))
+    sizes = {size, 2.0 * size, suggested}
+    for one in batch_sizes:
+        sizes.add(require_number("batch_size", one, "count the examples behind one optimizer step"))
+    options = tuple(_option(state, one, critical) for one in sorted(sizes))
+    return Advice(
+        state,
+        critical,
+        _interval(law.peak.batch_size, state.peak_error),
+        suggested,
+        options,
+        tuple(_caveats(state, critical, options, suggested, limited=wanted != allowed)),
+    )
+
+
+def _option(state: RunState, size: float, critical: Interval) -> Option:
+    # Relative to what was logged, which the level of a law that is an anchor has gone into.
+    value = state.lr_scale * _objective(state, size) / _objective(state, state.batch_size)
+    error = _relative_error(state, size)
+    spread = math.exp(error) if error < LARGEST_EXPONENT else math.inf
+    scale = Interval(value, value / spread, value * spread)
+    smallest, largest = state.measured
+    lr = Interval(*(state.lr_scheduled * one for one in scale))
+    return Option(
+        size,
+        scale,
+        lr,
+        min(lr.value, _lr_at_once(state, size)),
+        _ordered(_steps_ratio(size, state.batch_size, one) for one in critical),
+        # E = B S.
+        _ordered(_steps_ratio(size, state.batch_size, one) * size / state.batch_size for one in critical),
+        _ordered(_gain(size, one) for one in critical),
+        max(smallest / size, size / largest, 1.0),
+    )
+
+
+def _lr_at_once(state: RunState, size: float) -> float:
+    """What `Policy` would write in the next step at a larger batch; infinite for others."""
+    if size <= state.batch_size:
+        return math.inf
+    level = state.lr_scale / _objective(state, state.batch_size)
+    here, there = (
+        level * at_once_ratio(state.law, one, state.base_batch_size) for one in (state.batch_size, size)
+    )
+    used = state.lr_used / state.lr_scheduled if state.lr_scheduled > 0.0 else 0.0
+    return state.lr_scheduled * there * max(used / here, 1.0)
+
+
+def _objective(state: RunState, size: float) -> float:
+    """The ratio that the objective asks for; NaN where the law cannot tell."""
+    try:
+        return OBJECTIVES[state.objective](state.law, size, state.base_batch_size, state.lr_scheduled)
+    except (ArithmeticError, ValueError):
+        return math.nan
+
+
+def _relative_error(state: RunState, size: float) -> float:
+    """Standard error of the log of the factor at any batch size.
+
+    Nothing is unsure at the base, where it is 1. What is measured is about the exponent of a power law, so
+    that the error grows with the distance from the base: in proportion, from the nearest size at which it is
+    known.
+    """
+
+    def distance(one: float) -> float:
+        return abs(math.log2(one / state.base_batch_size))
+
+    known = [(one, error) for one, error in state.scale_errors if distance(one) > 0.0]
+    if distance(size) == 0.0:
+        return dict(state.scale_errors).get(size, 0.0)
+    if not known:
+        return math.inf
+    nearest, error = min(known, key=lambda pair: abs(math.log2(pair[0] / size)))
+    return error * distance(size) / distance(nearest)
+
+
+def _steps_ratio(size: float, now: float, critical: float) -> float:
+    """Steps to the same loss at one batch size over those at another."""
+    if critical <= 0.0:
+        return 1.0
+    if math.isinf(critical):
+        return now / size
+    needed = [steps_needed(one, critical_batch_size=critical, min_steps=1.0) for one in (size, now)]
+    return needed[0] / needed[1]
+
+
+def _gain(size: float, critical: float) -> float:
+    if critical <= 0.0 or math.isinf(critical):
+        return float(critical <= 0.0)
+    return gain_fraction(size, critical_batch_size=critical)
+
+
+def _caveats(
+    state: RunState, critical: Interval, options: Iterable[Option], suggested: float, *, limited: bool
+) -> Iterator[Caveat]:
+    if state.reason.held:
+        yield Caveat.HELD
+    if state.num_measurements < FEW_MEASUREMENTS:
+        yield Caveat.FEW_MEASUREMENTS
+    if not critical.high - critical.value < LARGE_ERROR * critical.value:
+        yield Caveat.UNCERTAIN
+    if state.step - state.measured_step > STALE * state.step:
+        yield Caveat.STALE
+    if any(option.beyond > FAR_BEYOND for option in options):
+        yield Caveat.EXTRAPOLATING
+    if state.lr_scheduled < DECAYED * state.lr_scheduled_max:
+        yield Caveat.DECAYED
+    if limited:
+        yield Caveat.LIMITED_MOVE
+    if isinstance(state.law, SGDLaw):
+        yield Caveat.GRADIENT_STEPS
+    if isinstance(state.law, Theorem3Law):
+        yield Caveat.INDEPENDENT_NOISE
+    if any(one.lr_at_once < one.lr.value for one in options if one.batch_size == suggested):
+        yield Caveat.APPROACH
+
+
+def _nearest_power_of_two_multiple(size: float, target: float) -> float:
+    if target <= 0.0 or math.isinf(target):
+        return target
+    return float(size * 2.0 ** round(math.log2(target / size)))
+
+
+def _interval(value: float, error: float) -> Interval:
+    if math.isinf(value):
+        return Interval(value, 0.0, math.inf)
+    return Interval(value, max(value - error, 0.0), value + error)
+
+
+def _ordered(values: Iterable[float]) -> Interval:
+    """From a quantity at the value and at both ends of what it depends on."""
+    value, *ends = values
+    return Interval(value, min(ends), max(ends))
+
+
+def _last_change(series: Series, step: int) -> int:
+    """The last step up to one at which a series took a new value."""
+    past = series.steps <= step
+    changed = np.concatenate([[True], np.diff(series.values[past]) != 0])
+    return int(series.steps[past][changed][-1])
+
+
+def _known(error: float) -> float:
+    """A standard error is logged only while it is finite."""
+    return math.inf if math.isnan(error) else error

@@ -1,0 +1,203 @@
+"""What a run has logged: its series, its parameter groups, and its law at any step.
+
+Logs are read from event files of TensorBoard or from the `metrics.csv` of Lightning's CSVLogger, which hold
+the same keys; docs/logged-values.md lists them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_surge.laws.base import Law, MeasuredLaw, SGDLaw
+from lightning_surge.laws.edge import EdgeLaw
+from lightning_surge.laws.theorems import Theorem3Law
+from lightning_surge.runs.log_files import NOTHING, PREFIX, RunLogError, Series, read_files
+
+__all__ = ["RunLog", "RunLogError", "Series", "law_from_numbers", "read_run"]
+
+FloatArray = NDArray[np.float64]
+
+LAW_PREFIX = f"{PREFIX}law/"
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What one run has logged.
+
+    Attributes:
+        source: the directory or file that was read.
+        series: one `Series` per key, those of other callbacks and the module's own too.
+        notes: what a reader should know of the files: which run was chosen, what was left out.
+
+    Example:
+        >>> steps = np.array([10, 20])
+        >>> run = RunLog("here", {"surge/batch_size": Series(steps, np.array([8.0, 16.0]))})
+        >>> run.at("batch_size", 20), run.at("batch_size", 15), run.last_step
+        (16.0, nan, 20)
+    """
+
+    source: str
+    series: Mapping[str, Series]
+    notes: tuple[str, ...] = ()
+
+    def of_group(self, group: str | None) -> RunLog:
+        """The run as one of several optimizers saw it, if that is what the group is of.
+
+        Args:
+            group: as `"opt0"`, or `"opt0/1"` for a parameter group of it; anything else changes nothing.
+
+        Returns:
+            The run without what the other optimizers logged, its own keys also without the optimizer's name.
+        """
+        chosen = (group or "").partition("/")[0]
+        if chosen not in self.optimizers:
+            return self
+        ending, others = f"/{chosen}", set(self.optimizers) - {chosen}
+        kept = {key: found for key, found in self.series.items() if others.isdisjoint(key.split("/"))}
+        own = {key.removesuffix(ending): found for key, found in kept.items() if key.endswith(ending)}
+        return replace(self, series=kept | own)
+
+    def get(self, name: str, group: str | None = None) -> Series:
+        """The series of `surge/<name>`, or of `surge/<name>/<group>`; empty if it was not logged."""
+        return self.series.get(f"{PREFIX}{name}" if group is None else f"{PREFIX}{name}/{group}", NOTHING)
+
+    def require(self, name: str, group: str | None = None) -> Series:
+        """The same, or an error that says which keys there are.
+
+        Raises:
+            RunLogError: if it was not logged.
+        """
+        found = self.get(name, group)
+        if found.steps.size == 0:
+            key = f"{PREFIX}{name}" if group is None else f"{PREFIX}{name}/{group}"
+            known = sorted(key for key in self.series if key.startswith(PREFIX)) or "none"
+            raise RunLogError(
+                f"Expected a run that logged {key!r}, got these surge keys: {known}. Read a run that was "
+                "trained with SurgeLRCallback, and name the group if it has several parameter groups."
+            )
+        return found
+
+    def at(self, name: str, step: int, group: str | None = None) -> float:
+        """The value logged at a step, NaN if there is none."""
+        steps, values = self.get(name, group)
+        index = int(np.searchsorted(steps, step))
+        return float(values[index]) if index < steps.size and steps[index] == step else math.nan
+
+    @property
+    def last_step(self) -> int:
+        """The last optimizer step at which the callback logged."""
+        return int(self.require("batch_size").steps[-1])
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the parameter groups; empty if there is one, which has no name."""
+        start = f"{PREFIX}lr_used/"
+        return tuple(key.removeprefix(start) for key in self.series if key.startswith(start))
+
+    @cached_property
+    def optimizers(self) -> tuple[str, ...]:
+        """Names of the optimizers that have a callback each, as `"opt0"`; empty if there is one optimizer."""
+        start = f"{PREFIX}batch_size/"
+        return tuple(key.removeprefix(start) for key in self.series if key.startswith(start))
+
+    @cached_property
+    def base_batch_size(self) -> float:
+        """Examples at which the scheduled learning rate was tuned; NaN if it was not logged."""
+        values = self.get("base_batch_size").values
+        return float(values[-1]) if values.size else math.nan
+
+    @cached_property
+    def law_steps(self) -> NDArray[np.int64]:
+        """Logged steps at which the law was a new one; shape `(n,)`, increasing."""
+        changed = []
+        for key, (steps, values) in self.series.items():
+            if key.startswith(LAW_PREFIX) and steps.size:
+                changed.append(steps[np.concatenate([[True], values[1:] != values[:-1]])])
+        return np.unique(np.concatenate(changed)) if changed else NOTHING.steps
+
+    def law_at(self, step: int) -> Law | None:
+        """The law that was in force at a logged step, made again from its numbers.
+
+        Args:
+            step: optimizer step.
+
+        Returns:
+            The law; None if none was known then.
+        """
+        names = [key.removeprefix(LAW_PREFIX) for key in self.series if key.startswith(LAW_PREFIX)]
+        numbers = {name: self.at(f"law/{name}", step) for name in names}
+        return law_from_numbers({name: value for name, value in numbers.items() if not math.isnan(value)})
+
+    def examples_at(self, steps: ArrayLike) -> FloatArray:
+        """Examples trained by each step, in proportion between two that were logged.
+
+        Args:
+            steps: optimizer steps, any shape.
+
+        Raises:
+            RunLogError: if they were not logged.
+        """
+        examples = self.require("examples")
+        return np.interp(np.asarray(steps, dtype=np.float64), examples.steps, examples.values)
+
+
+def law_from_numbers(numbers: Mapping[str, float]) -> Law | None:
+    """The law whose parameters were logged; the names tell which one it is.
+
+    Args:
+        numbers: parameters by name; others are ignored.
+
+    Returns:
+        The law; None if no law has these parameters, or not with these values.
+
+    Example:
+        >>> law_from_numbers({"max_lr": 0.1, "noise_scale": 300.0, "exponent": 1.0, "smallest_measured": 8.0})
+        SGDLaw(max_lr=0.1, noise_scale=300.0, exponent=1.0)
+        >>> law_from_numbers({"max_lr": 0.1})
+    """
+    # An edge law has all that a measured law has.
+    kinds: tuple[type[Any], ...] = (EdgeLaw, MeasuredLaw, SGDLaw, Theorem3Law)
+    for kind in kinds:
+        names = {field.name for field in fields(kind)}
+        if {field.name for field in fields(kind) if field.default is MISSING} <= numbers.keys():
+            try:
+                law: Law = kind(**{name: value for name, value in numbers.items() if name in names})
+            except ValueError:  # single precision has rounded a number to 0 or infinity
+                return None
+            return law
+    return None
+
+
+def read_run(path: str | Path) -> RunLog:
+    r"""Read one run.
+
+    Args:
+        path: An event file, a `metrics.csv`, the directory that holds them (`logger.log_dir`), or one above
+            it that holds a single run. Of the `version_N` of one logger the newest is taken.
+
+    Returns:
+        What was logged. Steps that a resumed run repeated appear once.
+
+    Raises:
+        ModuleNotFoundError: If tensorboard is needed and not installed.
+        RunLogError: If there is no run, more than one, or nothing that `SurgeLRCallback` has logged.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     rows = "epoch,step,surge/batch_size,val_loss\n0,1,8,\n0,1,,2.5\n0,2,16,\n"
+        ...     _ = Path(directory, "metrics.csv").write_text(rows)
+        ...     run = read_run(directory)
+        >>> run.series["surge/batch_size"].values.tolist(), run.series["val_loss"].values.tolist()
+        ([8.0, 16.0], [2.5])
+    """
+    source, series, notes = read_files(Path(path))
+    return RunLog(str(source), series, tuple(notes))

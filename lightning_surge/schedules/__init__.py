@@ -1,0 +1,45 @@
+"""Batch sizes over a run: schedules, the windows of micro-batches they lead to, a sampler, and clocks."""
+
+from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
+from lightning_surge.schedules.by_examples import by_examples
+from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.sizes import (
+    ConstantSize,
+    CosineRamp,
+    GeometricRamp,
+    LinearRamp,
+    Milestones,
+    Phase,
+    Phases,
+    Progress,
+    Schedule,
+)
+from lightning_surge.schedules.windows import (
+    AccumulatedSchedule,
+    SampledSchedule,
+    Window,
+    plan_windows,
+    total_examples,
+    total_steps,
+)
+
+__all__ = [
+    "AccumulatedSchedule",
+    "ConstantSize",
+    "CosineRamp",
+    "FollowPeak",
+    "GeometricRamp",
+    "LinearRamp",
+    "Milestones",
+    "Phase",
+    "Phases",
+    "Progress",
+    "SampledSchedule",
+    "Schedule",
+    "ScheduledBatchSampler",
+    "Window",
+    "by_examples",
+    "plan_windows",
+    "total_examples",
+    "total_steps",
+]

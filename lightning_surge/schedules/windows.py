@@ -1,0 +1,381 @@
+"""How requested batch sizes become micro-batches: pure integers, so that a run can be counted in advance.
+
+A *window* is what lies behind one optimizer step: one micro-batch or several, whose gradients are
+accumulated. Lightning zeroes gradients where ``batch_idx % accumulation == 0`` and steps where
+``(batch_idx + 1) % accumulation == 0``, both counted from the start of the epoch. Windows are therefore
+powers of two of micro-batches that begin at a multiple of their own length. Two mechanisms fill them:
+
+* accumulation over the micro-batches that a DataLoader yields, whatever they are (`AccumulatedSchedule`);
+* a batch sampler that cuts an epoch into micro-batches of the sizes wanted (`plan_windows`,
+  `SampledSchedule`), as few as fit into memory.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from typing import Protocol
+
+from lightning_surge.schedules.sizes import Progress, Schedule, whole_number
+
+__all__ = [
+    "AccumulatedSchedule",
+    "SampledSchedule",
+    "Window",
+    "accumulation_for",
+    "aligned_accumulation",
+    "plan_windows",
+    "total_examples",
+    "total_steps",
+]
+
+Window = tuple[int, ...]
+"""Examples in each micro-batch behind one optimizer step, on one replica."""
+
+
+def accumulation_for(requested: int, micro_batch_size: int, *, limit: int | None = None) -> int:
+    """The largest power of two of micro-batches that does not exceed the requested size.
+
+    Powers of two, because any of them can follow a smaller one after at most one extra window
+    (see ``aligned_accumulation``); a change from 7 to 8 could wait for dozens of micro-batches.
+
+    Args:
+        requested: Examples per optimizer step.
+        micro_batch_size: Examples per micro-batch, summed over data-parallel replicas.
+        limit: Micro-batches in an epoch. A window cannot be longer, since Lightning steps at the
+            end of every epoch. ``None`` when the epoch's length is unknown.
+
+    Returns:
+        The accumulation, at least 1 even where a single micro-batch exceeds the request.
+
+    Raises:
+        ValueError: If an argument is no positive whole number.
+
+    Example:
+        >>> [accumulation_for(size, micro_batch_size=8) for size in (4, 8, 31, 32, 100)]
+        [1, 1, 2, 4, 8]
+        >>> accumulation_for(100, micro_batch_size=8, limit=5)
+        4
+    """
+    requested = whole_number("requested", requested, minimum=1)
+    most = max(1, requested // whole_number("micro_batch_size", micro_batch_size, minimum=1))
+    if limit is not None:
+        most = min(most, whole_number("limit", limit, minimum=1))
+    return 1 << (most.bit_length() - 1)
+
+
+def aligned_accumulation(target: int, batch_idx: int) -> int:
+    """The accumulation closest to ``target`` that may begin at micro-batch ``batch_idx``.
+
+    A window of ``a`` micro-batches that begins anywhere but at a multiple of ``a`` would either step
+    on gradients that were never zeroed or be cut short. For ``target`` a power of two, the largest
+    power of two that divides both is ``gcd(target, batch_idx)``. Where a window of ``a`` has just
+    ended, ``batch_idx`` is a multiple of ``a``, so the result is at least ``min(a, target)``: the
+    size never falls while waiting, and reaches ``2 a`` after at most one more window of ``a``.
+
+    Args:
+        target: Wanted accumulation, a power of two.
+        batch_idx: Index of the micro-batch in its epoch, at which a window begins.
+
+    Returns:
+        A power of two that divides ``batch_idx`` and is at most ``target``.
+
+    Example:
+        At micro-batch 6 a window of 2 fits, but not one of 4; at 8 it does.
+
+        >>> [aligned_accumulation(4, batch_idx) for batch_idx in (0, 6, 8)]
+        [4, 2, 4]
+    """
+    return math.gcd(target, batch_idx)
+
+
+def plan_windows(
+    schedule: Schedule,
+    begin: Progress,
+    *,
+    examples: int,
+    largest: int,
+    replicas: int = 1,
+    drop_last: bool = False,
+) -> Iterator[Window]:
+    """The windows of one epoch, for a sampler that may cut micro-batches of any size.
+
+    Every example of the epoch is in exactly one micro-batch. A window has the size requested, in the
+    fewest micro-batches, a power of two, that memory allows; where twice as many begin to be needed it may
+    have to wait for an aligned micro-batch, at the largest size that fits meanwhile. Micro-batches of one
+    window differ by at most one example. Where memory allows one example only, sizes are powers of two.
+
+    Args:
+        schedule: Examples per optimizer step, over all replicas.
+        begin: Progress at which the epoch begins.
+        examples: Examples of the epoch on one replica.
+        largest: Examples that a micro-batch may have.
+        replicas: Number of data-parallel replicas, which all have windows of the same sizes. Requests
+            are rounded down to a multiple of it.
+        drop_last: Whether to leave out the examples at the end that do not fill a window.
+
+    Yields:
+        Windows, in order.
+
+    Raises:
+        ValueError: If ``largest`` or ``replicas`` is no whole number >= 1, or ``examples`` none >= 0.
+
+    Example:
+        Micro-batches of at most 4. Step 2 would need four of them at micro-batch 2, and gets two.
+
+        >>> from lightning_surge.schedules.sizes import Milestones
+        >>> schedule = Milestones({0: 3, 1: 7, 2: 16})
+        >>> list(plan_windows(schedule, Progress(), examples=40, largest=4))
+        [(3,), (4,), (4, 4), (4, 4, 4, 4), (2, 2, 2, 3)]
+    """
+    examples = whole_number("examples", examples, minimum=0)
+    largest = whole_number("largest", largest, minimum=1)
+    replicas = whole_number("replicas", replicas, minimum=1)
+    batch_idx = done = 0
+    step = begin.step
+    while done < examples:
+        epoch = math.floor(begin.epoch) + done / examples
+        requested = schedule(Progress(step, begin.examples + done * replicas, epoch))
+        wanted = max(1, requested // replicas)
+        if drop_last and wanted > examples - done:
+            return
+        wanted = min(wanted, examples - done)
+        # The smallest power of two of micro-batches that are small enough ...
+        parts = 1 << (-(-wanted // largest) - 1).bit_length()
+        # ... unless some would be empty, as where 3 examples are to be 4 micro-batches of 1.
+        parts = aligned_accumulation(parts if parts <= wanted else parts // 2, batch_idx)
+        size = min(wanted, parts * largest)
+        yield tuple(size * (part + 1) // parts - size * part // parts for part in range(parts))
+        batch_idx += parts
+        done += size
+        step += 1
+
+
+class Replay(Protocol):
+    """Anything that can tell the number of examples behind every optimizer step of a run."""
+
+    def sizes(self) -> Iterator[int]:
+        """Yields the actual number of examples of step 0, 1, 2, ... without end."""
+        ...
+
+
+@dataclass(frozen=True)
+class AccumulatedSchedule:
+    """The sizes that optimizer steps really have when a schedule is carried out by accumulation.
+
+    It replays, in integers, what ``BatchSizeScheduler`` and Lightning's loop do: sizes are the
+    micro-batch times a power of two, a larger window waits for an aligned micro-batch, and the
+    last window of an epoch takes whatever is left and steps.
+
+    Args:
+        schedule: Requested examples per optimizer step.
+        micro_batch_size: Examples per micro-batch on one replica (the DataLoader's ``batch_size``).
+        replicas: Number of data-parallel replicas.
+        examples_per_epoch: Length of the training set over all replicas; with ``drop_last=True``
+            without the dropped rest. Each replica gets an equal share, rounded up, as from a
+            ``DistributedSampler``. ``None``: one pass without an end.
+
+    Raises:
+        ValueError: If a number is not positive and whole.
+
+    Example:
+        Micro-batches of 2 and an epoch of 26. The request for 8 comes at step 4, which begins at
+        micro-batch 6: it waits for micro-batch 8. Step 6 gets the 2 examples that are left.
+
+        >>> from itertools import islice
+        >>> from lightning_surge.schedules.sizes import GeometricRamp
+        >>> actual = AccumulatedSchedule(GeometricRamp(2, 8, duration=4), 2, examples_per_epoch=26)
+        >>> list(islice(actual.sizes(), 9))
+        [2, 2, 4, 4, 4, 8, 2, 8, 8]
+        >>> total_steps(actual, examples=2 * 26), total_examples(actual, steps=7)
+        (11, 26)
+    """
+
+    schedule: Schedule
+    micro_batch_size: int
+    replicas: int = 1
+    examples_per_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        _make_whole(self, "micro_batch_size", "replicas")
+        if self.examples_per_epoch is not None:
+            _make_whole(self, "examples_per_epoch")
+
+    def sizes(self) -> Iterator[int]:
+        """Yields the actual number of examples of step 0, 1, 2, ... without end."""
+        micro = self.micro_batch_size
+        share = None if self.examples_per_epoch is None else -(-self.examples_per_epoch // self.replicas)
+        batches = None if share is None else -(-share // micro)
+        batch_idx = step = examples = epoch = 0
+        while True:
+            part = 0.0 if batches is None else batch_idx / batches
+            requested = self.schedule(Progress(step, examples, epoch + part))
+            target = accumulation_for(requested, micro * self.replicas, limit=batches)
+            window_end = batch_idx + aligned_accumulation(target, batch_idx)
+            if share is None or batches is None:
+                size = (window_end - batch_idx) * micro * self.replicas
+                batch_idx = window_end
+            else:
+                # The last window may lack micro-batches, and the last micro-batch examples.
+                size = (min(window_end * micro, share) - batch_idx * micro) * self.replicas
+                batch_idx = window_end
+                if window_end >= batches:
+                    batch_idx, epoch = 0, epoch + 1
+            yield size
+            step, examples = step + 1, examples + size
+
+
+@dataclass(frozen=True)
+class SampledSchedule:
+    """The sizes that optimizer steps really have under a ``ScheduledBatchSampler``.
+
+    Args:
+        schedule: Requested examples per optimizer step.
+        largest_micro_batch: The sampler's ``batch_size``: examples that a micro-batch may have.
+        examples_per_epoch: Length of the training set over all replicas.
+        replicas: Number of data-parallel replicas; each gets an equal share, rounded up, as from a
+            ``DistributedSampler``.
+        drop_last: The sampler's.
+
+    Raises:
+        ValueError: If a number is not positive and whole.
+
+    Example:
+        >>> from itertools import islice
+        >>> from lightning_surge.schedules.sizes import LinearRamp
+        >>> actual = SampledSchedule(LinearRamp(2, 10, duration=4), 8, examples_per_epoch=26)
+        >>> list(islice(actual.sizes(), 8))
+        [2, 4, 6, 8, 6, 10, 10, 6]
+        >>> total_steps(actual, examples=2 * 26)
+        8
+    """
+
+    schedule: Schedule
+    largest_micro_batch: int
+    examples_per_epoch: int
+    replicas: int = 1
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        _make_whole(self, "largest_micro_batch", "examples_per_epoch", "replicas")
+
+    def sizes(self) -> Iterator[int]:
+        """Yields the actual number of examples of step 0, 1, 2, ... without end.
+
+        Raises:
+            ValueError: If ``drop_last`` leaves an epoch without a step.
+        """
+        share = -(-self.examples_per_epoch // self.replicas)
+        progress = Progress()
+        while True:
+            windows = plan_windows(
+                self.schedule,
+                progress,
+                examples=share,
+                largest=self.largest_micro_batch,
+                replicas=self.replicas,
+                drop_last=self.drop_last,
+            )
+            steps = 0
+            for window in windows:
+                size = sum(window) * self.replicas
+                yield size
+                steps += 1
+                progress = progress._replace(examples=progress.examples + size)
+            if not steps:
+                raise ValueError(
+                    f"Expected epochs that hold a step, got examples_per_epoch={self.examples_per_epoch}, "
+                    "which drop_last leaves without one: use smaller batches or drop_last=False."
+                )
+            progress = progress._replace(step=progress.step + steps, epoch=progress.epoch + 1)
+
+
+def _make_whole(replay: AccumulatedSchedule | SampledSchedule, *names: str) -> None:
+    for name in names:
+        object.__setattr__(replay, name, whole_number(name, getattr(replay, name), minimum=1))
+
+
+def _step_sizes(schedule: Schedule | Replay) -> Iterator[int]:
+    if isinstance(schedule, Schedule):
+        sizes = _requested_sizes(schedule)
+    elif callable(getattr(schedule, "sizes", None)):
+        sizes = schedule.sizes()
+    else:
+        raise ValueError(
+            f"Expected a Schedule, AccumulatedSchedule or SampledSchedule, got {schedule!r}: only sizes known"
+            " beforehand can be counted; make other functions a Schedule."
+        )
+    for step, size in enumerate(sizes):
+        # A size of zero would make the counts below run for ever.
+        yield whole_number(f"schedule at step {step}", size, minimum=1)
+
+
+def _requested_sizes(schedule: Schedule) -> Iterator[int]:
+    if schedule.unit == "epochs":
+        raise ValueError(
+            "Expected a schedule in steps or examples, got unit='epochs', whose length is not known: pass an"
+            " AccumulatedSchedule or a SampledSchedule, which know examples_per_epoch."
+        )
+    step = examples = 0
+    while True:
+        size = schedule(Progress(step, examples))
+        yield size
+        step, examples = step + 1, examples + size
+
+
+def total_steps(schedule: Schedule | Replay, examples: int) -> int:
+    """Counts the optimizer steps that a schedule takes to consume a number of examples.
+
+    The length for a learning-rate schedule that should end with the data. The count is exact for
+    the sizes given: pass an ``AccumulatedSchedule`` where a DataLoader's batches are accumulated, since the
+    requested sizes are rounded down and their sum would promise too few steps; a ``SampledSchedule`` under
+    a ``ScheduledBatchSampler``.
+
+    Args:
+        schedule: Examples per optimizer step.
+        examples: Examples to consume.
+
+    Returns:
+        The smallest ``n`` for which the first ``n`` steps hold at least ``examples``.
+
+    Raises:
+        ValueError: If ``examples`` is no whole number >= 0, the schedule returns a size below 1, is in epochs
+            of unknown length, or is none.
+
+    Example:
+        2 + 4 + 8 = 14 examples in three steps, so 15 need a fourth.
+
+        >>> from lightning_surge.schedules.sizes import GeometricRamp
+        >>> ramp = GeometricRamp(start=2, end=8, duration=2)
+        >>> total_steps(ramp, examples=14), total_steps(ramp, examples=15)
+        (3, 4)
+    """
+    examples = whole_number("examples", examples, minimum=0)
+    if not examples:
+        return 0
+    for steps, consumed in enumerate(accumulate(_step_sizes(schedule)), 1):
+        if consumed >= examples:
+            return steps
+    raise AssertionError("schedules have no end")
+
+
+def total_examples(schedule: Schedule | Replay, steps: int) -> int:
+    """Counts the examples that the first ``steps`` optimizer steps of a schedule consume.
+
+    Args:
+        schedule: Examples per optimizer step, as in `total_steps`.
+        steps: Number of optimizer steps.
+
+    Returns:
+        The sum of the first ``steps`` sizes.
+
+    Raises:
+        ValueError: If ``steps`` is no whole number >= 0, the schedule returns a size below 1, is in epochs
+            of unknown length, or is none.
+
+    Example:
+        >>> from lightning_surge.schedules.sizes import GeometricRamp
+        >>> total_examples(GeometricRamp(start=2, end=8, duration=2), steps=4)
+        22
+    """
+    return sum(islice(_step_sizes(schedule), whole_number("steps", steps, minimum=0)))

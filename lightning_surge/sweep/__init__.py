@@ -1,0 +1,1 @@
+"""Grids of runs: every batch size at every learning rate, each run in a process of its own."""

@@ -1,1 +1,0 @@
-"""A grid of (batch size, learning rate, seed) trained cell by cell: no torch and no Lightning in here."""

@@ -1,0 +1,160 @@
+"""Intervals for what was fitted to a grid, by fitting it again to runs that could as well have been found.
+
+Every mean of the grid is drawn again from the scatter of its seeds, and everything that follows from the
+means is done again. Where no learning rate was run twice nothing is known of that scatter, and of a learning
+rate that somebody tuned it is not known how well: then each law's optima are drawn from its own residuals,
+and a best learning rate has no interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_surge.laws.base import Law
+from lightning_surge.laws.tradeoff import TradeoffFit
+from lightning_surge.tables.law_fits import LAWS, LawFit, Optima, fit_law
+from lightning_surge.tables.optima import Valley
+
+__all__ = ["CONFIDENCE", "Estimate", "Repetitions", "repeat"]
+
+FloatArray = npt.NDArray[np.float64]
+
+CONFIDENCE = 0.95
+FEWEST = 20
+"""Repetitions behind an interval: the ends of fewer are the largest and the smallest of a handful."""
+
+
+class Estimate(NamedTuple):
+    """A number with its interval.
+
+    Attributes:
+        name: what it is.
+        value: the fit to all runs.
+        low: lower end of the interval at `CONFIDENCE`; NaN if there is none.
+        high: upper end; infinite where that many repetitions found no finite value.
+    """
+
+    name: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+@dataclass(frozen=True)
+class Repetitions:
+    """What the repetitions found.
+
+    Attributes:
+        laws: by name, the fitted laws.
+        logs: log of the best learning rate, by repetition and batch size; none without scatter of seeds.
+        lines: Eq. 22 of those repetitions that have it.
+        from_seeds: whether the scatter of the seeds is behind the laws, or that of the optima around each.
+    """
+
+    laws: Mapping[str, Sequence[Law]]
+    logs: FloatArray
+    lines: Sequence[TradeoffFit]
+    from_seeds: bool
+
+    def of_law(self, name: str, what: str, value: float, quantity: Callable[[Law], float]) -> Estimate:
+        """Interval of a number that belongs to a law."""
+        return estimate(what, value, [quantity(law) for law in self.laws[name]])
+
+    def of_line(self, line: TradeoffFit | None) -> tuple[Estimate, ...]:
+        """Intervals of what Eq. 22 says."""
+        if line is None:
+            return ()
+        columns = zip(*self.lines, strict=True) if self.lines else [()] * len(line)
+        return tuple(
+            estimate(name, value, list(drawn))
+            for name, value, drawn in zip(line._fields, line, columns, strict=True)
+        )
+
+
+def estimate(name: str, value: float, drawn: Sequence[float]) -> Estimate:
+    """Interval between the quantiles of repetitions.
+
+    Example:
+        >>> estimate("peak_lr", 2.0, [1.0, 2.0, 3.0] * 10)
+        Estimate(name='peak_lr', value=2.0, low=1.0, high=3.0)
+    """
+    if len(drawn) < FEWEST:
+        return Estimate(name, value)
+    tail = (1 - CONFIDENCE) / 2
+    # Values that occurred, and no mean of two: one of them may be infinite.
+    low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf").tolist()
+    return Estimate(name, value, low, high)
+
+
+def repeat(
+    used: Sequence[Valley],
+    optima: Optima,
+    fits: Mapping[str, LawFit],
+    *,
+    repetitions: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Repetitions:
+    """Fit laws again and again.
+
+    Args:
+        used: valleys with an optimum.
+        optima: theirs.
+        fits: by name, the laws fitted to them.
+        repetitions: how often, at least 0.
+        seed: of the random numbers.
+        progress: told how many repetitions are done, of how many.
+
+    Returns:
+        What was found; a repetition whose law cannot be fitted is left out.
+    """
+    generator = np.random.default_rng(seed)
+    known = [(valley.noise, valley.freedom) for valley in used if valley.freedom > 0]
+    laws: dict[str, list[Law]] = {name: [] for name in fits}
+    rows, lines = [], []
+    # A batch size with one seed borrows the noise of the others.
+    freedom = sum(each for _, each in known)
+    pooled = math.sqrt(sum(noise**2 * each for noise, each in known) / freedom) if known else math.nan
+    from_seeds = bool(known) and all(valley.optimum.status != "tuned" for valley in used)
+    for index in range(repetitions):
+        drawn = optima
+        if known:
+            bottoms = [
+                valley.draw(generator, valley.noise, valley.freedom)
+                if valley.freedom
+                else valley.draw(generator, pooled, freedom)
+                for valley in used
+            ]
+            steps = None if optima.steps is None else np.array([outcome for _, outcome in bottoms])
+            drawn = optima._replace(steps=steps)
+            if (line := drawn.line()) is not None:
+                lines.append(line)
+        if from_seeds:
+            drawn = drawn._replace(logs=np.array([x for x, _ in bottoms]))
+            rows.append(drawn.logs)
+            found = {name: fit_law(name, drawn, precise=False) for name in fits}
+        else:
+            found = {name: _from_residuals(name, fit, drawn, generator) for name, fit in fits.items()}
+        for name, each in found.items():
+            if each is not None:
+                laws[name].append(each.law)
+        if progress is not None:
+            progress(index + 1, repetitions)
+    return Repetitions(laws, np.array(rows).reshape(len(rows), len(used)), lines, from_seeds)
+
+
+def _from_residuals(name: str, fit: LawFit, optima: Optima, generator: np.random.Generator) -> LawFit | None:
+    """Fit to the law's own optima, scattered as those found are around it; None if they cannot scatter."""
+    count = fit.residuals.size
+    spare = count - LAWS[name].size
+    if spare <= 0:
+        return None
+    # A fit leaves residuals smaller than the errors: by the share of what it had to spare.
+    drawn = generator.choice(fit.residuals, count) * math.sqrt(count / spare)
+    return fit_law(name, optima._replace(logs=optima.logs + fit.residuals + drawn), precise=False)

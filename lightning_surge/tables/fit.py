@@ -1,0 +1,280 @@
+"""Fit laws of the optimal learning rate to grids of runs, and say how well each predicts.
+
+A grid gives the best learning rate of each batch size (`optima`); laws are fitted to those (`law_fits`), with
+intervals from repetitions (`repetitions`); and they are compared by what each says of a batch size that took
+no part in its fit.
+
+References:
+    Li et al., arXiv:2405.14578, Eq. 22-24 and Figures 2-5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lightning_surge.laws.base import Law
+from lightning_surge.tables.bootstrap import Estimate, Repetitions, estimate, repeat
+from lightning_surge.tables.law_fits import LAWS, HeldOut, LawFit, Optima, fit_law, hold_out
+from lightning_surge.tables.optima import Valley, valleys
+from lightning_surge.tables.read import Measure, RunTable
+
+__all__ = ["FittedLaw", "GridFit", "Unfitted", "fit_grid", "remedy", "split_targets"]
+
+FEWEST = 3
+"""Batch sizes with an optimum inside their grid."""
+MAX_SIZES = 200
+"""Batch sizes up to which a table is a grid."""
+
+
+class FittedLaw(NamedTuple):
+    """One law.
+
+    Attributes:
+        name: a key of `families.LAWS`.
+        law: with its parameters.
+        parameters: those, with intervals.
+        peak_batch_size: where its learning rate is largest, in examples; infinite if it never falls.
+        peak_lr: the learning rate there, or its limit; infinite if it grows without bound.
+        critical_batch_size: where a step gains half of the most it can, in examples.
+        limited: whether a parameter of its shape stopped at the end of the range searched, far from the batch
+            sizes tried: the grid only says that it is at least, or at most, so much.
+        residual: root mean square of log2 of fitted over found.
+        held_out: None with too few batch sizes.
+    """
+
+    name: str
+    law: Law
+    parameters: tuple[Estimate, ...]
+    peak_batch_size: Estimate
+    peak_lr: Estimate
+    critical_batch_size: Estimate
+    limited: bool
+    residual: float
+    held_out: HeldOut | None
+
+
+class GridFit(NamedTuple):
+    """All that a grid says.
+
+    Attributes:
+        measure: what was made smallest.
+        target: the loss that was to be reached; None if the table does not say.
+        valleys: the grid, by batch size.
+        lrs: interval of each valley's best learning rate.
+        tradeoff: critical batch size, fewest steps and fewest examples by Eq. 22; empty without steps.
+        laws: by held-out error, best first.
+        best: the name of the law with the smallest held-out error; None where nothing was held out.
+        ties: names of laws whose held-out errors exceed the best one's by less than two standard errors.
+        from_seeds: whether intervals of laws come from the scatter of seeds, or of the optima around them.
+        notes: what a reader should know.
+    """
+
+    measure: Measure
+    target: float | None
+    valleys: tuple[Valley, ...]
+    lrs: tuple[Estimate, ...]
+    tradeoff: tuple[Estimate, ...]
+    laws: tuple[FittedLaw, ...]
+    best: str | None
+    ties: tuple[str, ...]
+    from_seeds: bool
+    notes: tuple[str, ...]
+
+
+class Unfitted(NamedTuple):
+    """A grid that says too little.
+
+    Attributes:
+        target: the loss that was to be reached; None if the table does not say.
+        reason: what is missing.
+    """
+
+    target: float | None
+    reason: str
+
+
+def split_targets(table: RunTable) -> list[tuple[float | None, RunTable]]:
+    """One table for each target, from the highest loss to the lowest."""
+    if table.targets is None:
+        return [(None, table)]
+    parts = []
+    for target in sorted(np.unique(table.targets).tolist(), reverse=True):
+        rows = table.targets == target
+        part = table._replace(
+            batch_sizes=table.batch_sizes[rows],
+            lrs=table.lrs[rows],
+            outcomes=table.outcomes[rows],
+            seeds=None if table.seeds is None else table.seeds[rows],
+            targets=table.targets[rows],
+        )
+        parts.append((target, part))
+    return parts
+
+
+def fit_grid(
+    table: RunTable,
+    *,
+    laws: Collection[str] = tuple(LAWS),
+    tuned: bool = False,
+    bootstrap: int = 200,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> GridFit:
+    """Fit laws to one grid of runs.
+
+    Args:
+        table: runs to one target.
+        laws: names from `families.LAWS`.
+        tuned: whether a learning rate that is the only one of its batch size is the best one, as in tables of
+            runs that others have tuned.
+        bootstrap: repetitions for the intervals, at least 0.
+        seed: of the repetitions.
+        progress: told how many repetitions are done, of how many.
+
+    Returns:
+        Optima, laws and their intervals.
+
+    Raises:
+        ValueError: for fewer than three batch sizes with an optimum inside their grid, saying which are
+            missing and why; for a name that is no law, or a negative `bootstrap`.
+
+    Example:
+        Optimal learning rates 0.004, 0.005, 0.004 are those of Theorem 3 with its peak of 0.005 at 32.
+
+        >>> import numpy as np
+        >>> best = np.repeat([0.004, 0.005, 0.004], 3)
+        >>> lrs = best * np.tile([0.5, 1.0, 2.0], 3)
+        >>> table = RunTable("loss", np.repeat([8.0, 32.0, 128.0], 3), lrs, np.log(lrs / best) ** 2)
+        >>> fit = fit_grid(table, laws=["adam"], bootstrap=0)
+        >>> [(each.name, round(each.value, 6)) for each in fit.laws[0].parameters]
+        [('peak_lr', 0.005), ('noise_scale', 32.0)]
+    """
+    if unknown := [name for name in laws if name not in LAWS]:
+        raise ValueError(f"Expected laws among {', '.join(LAWS)}, got {unknown[0]!r}: choose one of them.")
+    if bootstrap < 0:
+        raise ValueError(f"Expected bootstrap >= 0, got bootstrap={bootstrap}: use 0 for no intervals.")
+    if table.targets is not None and (count := np.unique(table.targets).size) > 1:
+        raise ValueError(f"Expected runs to one target, got {count} targets: pass them one by one.")
+    if (count := np.unique(table.batch_sizes).size) > MAX_SIZES:
+        raise ValueError(
+            f"Expected at most {MAX_SIZES} batch sizes, got {count}: a grid repeats batch sizes with several "
+            "learning rates each; round them."
+        )
+    grid = valleys(table, tuned=tuned)
+    used = [valley for valley in grid if valley.optimum.found]
+    if len(used) < FEWEST:
+        raise ValueError(_too_little(grid))
+    optima = Optima(
+        sizes=np.array([valley.batch_size for valley in used]),
+        logs=np.log([valley.optimum.lr for valley in used]),
+        steps=np.array([valley.optimum.outcome for valley in used]) if table.measure == "steps" else None,
+    )
+    fits, notes = _fit_all([name for name in LAWS if name in laws], optima)
+    drawn = repeat(used, optima, fits, repetitions=bootstrap, seed=seed, progress=progress)
+    fitted = [_fitted(name, fit, hold_out(name, optima), drawn) for name, fit in fits.items()]
+    # What cannot be held out comes last.
+    fitted.sort(key=lambda each: math.inf if each.held_out is None else each.held_out.error)
+    best, ties = _ranking(fitted)
+    return GridFit(
+        measure=table.measure,
+        target=None if table.targets is None else float(table.targets[0]),
+        valleys=tuple(grid),
+        lrs=_learning_rates(grid, drawn),
+        tradeoff=drawn.of_line(optima.line()),
+        laws=tuple(fitted),
+        best=best,
+        ties=ties,
+        from_seeds=drawn.from_seeds,
+        notes=(*table.notes, *notes),
+    )
+
+
+def _fit_all(names: Sequence[str], optima: Optima) -> tuple[dict[str, LawFit], list[str]]:
+    """Every law that there are batch sizes enough for, and what to say of the others."""
+    fits, notes = {}, []
+    if optima.steps is not None and optima.line() is None:
+        notes.append("Eq. 22 gives no scale: steps do not fall towards a limit as examples grow")
+    for name in names:
+        if LAWS[name].size <= optima.sizes.size and (fit := fit_law(name, optima)) is not None:
+            fits[name] = fit
+    return fits, notes
+
+
+def _fitted(name: str, fit: LawFit, held_out: HeldOut | None, drawn: Repetitions) -> FittedLaw:
+    describe, law = LAWS[name].describe, fit.law
+    parameters = describe(law)
+    return FittedLaw(
+        name=name,
+        law=law,
+        parameters=tuple(
+            drawn.of_law(name, key, value, lambda each, key=key: describe(each)[key])  # type: ignore[misc]
+            for key, value in parameters.items()
+        ),
+        peak_batch_size=drawn.of_law(
+            name, "peak_batch_size", law.peak.batch_size, lambda each: each.peak.batch_size
+        ),
+        peak_lr=drawn.of_law(name, "peak_lr", law.peak.lr, lambda each: each.peak.lr),
+        critical_batch_size=drawn.of_law(
+            name, "critical_batch_size", law.critical_batch_size, lambda each: each.critical_batch_size
+        ),
+        limited=fit.limited,
+        residual=float(np.sqrt(np.mean(fit.residuals**2)) / math.log(2)),
+        held_out=held_out,
+    )
+
+
+def _learning_rates(grid: Sequence[Valley], drawn: Repetitions) -> tuple[Estimate, ...]:
+    columns = iter(np.exp(drawn.logs).T.tolist())
+    return tuple(
+        estimate("lr", valley.optimum.lr, next(columns) if valley.optimum.found else []) for valley in grid
+    )
+
+
+def _ranking(fitted: Sequence[FittedLaw]) -> tuple[str | None, tuple[str, ...]]:
+    """The law that predicts best, and those that the batch sizes do not tell from it."""
+    ranked = [(each.name, each.held_out) for each in fitted if each.held_out is not None]
+    if not ranked:
+        return None, ()
+    best, winner = ranked[0]
+    errors = np.abs([error for _, error in winner.by_batch_size])
+    ties = []
+    for name, other in ranked[1:]:
+        excess = np.abs([error for _, error in other.by_batch_size]) - errors
+        if excess.mean() < 2 * excess.std(ddof=1) / math.sqrt(excess.size) + 1e-9:
+            ties.append(name)
+    return best, tuple(ties)
+
+
+REMEDIES = {
+    "edge_low": "the best learning rate is the smallest one tried, {lr:.3g}: extend the grid downwards",
+    "edge_high": "the best learning rate is the largest one tried, {lr:.3g}: extend the grid upwards",
+    "flat": "no valley stands out of the noise: add seeds, or learning rates further apart",
+    "few": "fewer than 3 learning rates: add some on both sides of {lr:.3g}, or pass --tuned if the only one "
+    "is known to be best",
+    "failed": "every learning rate has a run that failed: add smaller ones, or longer runs",
+}
+"""What to do where a batch size has no optimum inside its grid, by status."""
+
+
+def remedy(valley: Valley) -> str:
+    """Why a batch size has no optimum inside its grid, and what would give it one; empty if it has."""
+    optimum = valley.optimum
+    return REMEDIES.get(optimum.status, "").format(lr=optimum.lr)
+
+
+def _too_little(grid: Sequence[Valley]) -> str:
+    missing = [valley for valley in grid if not valley.optimum.found]
+    found = len(grid) - len(missing)
+    reasons = "; ".join(f"at B = {valley.batch_size:g} {remedy(valley)}" for valley in missing[:6])
+    if len(missing) > 6:
+        reasons += f"; and {len(missing) - 6} more"
+    count = f"{len(grid)} batch size" + ("s" if len(grid) > 1 else "")
+    return (
+        f"Expected {FEWEST} batch sizes with an optimum inside their grid, got {found} of {count}: "
+        + (reasons or "add batch sizes, each with at least 3 learning rates")
+        + "."
+    )

@@ -1,0 +1,293 @@
+"""Fit one law to optimal learning rates, and predict those that took no part.
+
+Residuals are differences of logs, since a learning rate is wrong by a factor. A soft-l1 loss lets one bad
+optimum bend the curve less. Parameters are logs too, which keeps them positive.
+
+References:
+    Li et al., arXiv:2405.14578, Eq. 22 (critical batch size from steps and examples).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import least_squares
+
+from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, SGDLaw, SqrtLaw
+from lightning_surge.laws.theorems import Theorem3Law
+from lightning_surge.laws.tradeoff import TradeoffFit, fit_tradeoff
+
+__all__ = ["LAWS", "Family", "HeldOut", "LawFit", "Optima", "fit_law", "hold_out"]
+
+
+FloatArray = npt.NDArray[np.float64]
+
+RESIDUAL_SCALE = 0.2
+"""Log of the learning rate beyond which a residual counts linearly: a fifth, the error of a good optimum."""
+BEYOND = 1e3
+"""Factor beyond the batch sizes tried up to which a scale is looked for; there its effect is out of sight."""
+SHARES = (1e-3, 1e7)
+"""Range of the measured law's ratio of coherent to noisy curvature."""
+STARTS_PER_DECADE = 2
+REFINED = 3
+"""Starts from which a precise fit goes on; a repetition of it goes on from the best one only."""
+TOLERANCE, ROUGH_TOLERANCE = 1e-12, 1e-5
+EVALUATIONS, ROUGH_EVALUATIONS = 100, 30
+"""Most of a fit: where a parameter hardly matters, or goes to its end, the rest of the way is in vain."""
+AT_LIMIT = 1e-3
+"""Distance of a log from the end of its range at which it counts as stopped there."""
+
+
+class HeldOut(NamedTuple):
+    """Errors of predictions at batch sizes that took no part in the fit.
+
+    Attributes:
+        error: mean of the absolute log2 of predicted over found; 1 is a factor of two.
+        by_batch_size: batch size, and log2 of predicted over found there.
+    """
+
+    error: float
+    by_batch_size: tuple[tuple[float, float], ...]
+
+
+class Optima(NamedTuple):
+    """Batch sizes with their best learning rates.
+
+    Attributes:
+        sizes: examples, shape `(n,)`.
+        logs: logs of the best learning rates, shape `(n,)`.
+        steps: steps to the target there, shape `(n,)`, if those were counted.
+    """
+
+    sizes: FloatArray
+    logs: FloatArray
+    steps: FloatArray | None
+
+    def without(self, index: int) -> Optima:
+        """All but one batch size."""
+        kept = np.arange(self.sizes.size) != index
+        return Optima(self.sizes[kept], self.logs[kept], None if self.steps is None else self.steps[kept])
+
+    def line(self) -> TradeoffFit | None:
+        """Eq. 22; None without steps, or where they do not fall towards a limit as examples grow."""
+        if self.steps is None:
+            return None
+        return _line(tuple(self.steps.tolist()), tuple((self.sizes * self.steps).tolist()))
+
+
+class LawFit(NamedTuple):
+    """A fitted law.
+
+    Attributes:
+        law: with its parameters.
+        residuals: log of fitted over found, shape `(n,)`.
+        limited: whether a parameter of its shape stopped at the end of the range searched.
+    """
+
+    law: Law
+    residuals: FloatArray
+    limited: bool
+
+
+def fit_law(name: str, optima: Optima, *, precise: bool = True) -> LawFit | None:
+    """Fit one law.
+
+    Args:
+        name: a key of `LAWS`.
+        optima: at least as many batch sizes as the law has parameters.
+        precise: False for a repetition of which only quantiles are wanted.
+
+    Returns:
+        The fit; None where the law needs a scale from Eq. 22 and there is none.
+
+    Example:
+        >>> optima = Optima(np.array([8.0, 32.0, 128.0]), np.log([0.001, 0.002, 0.004]), None)
+        >>> round(fit_law("sqrt", optima).law.lr(2), 6)
+        0.0005
+    """
+    family, sizes, logs = LAWS[name], optima.sizes, optima.logs
+    base = float(sizes[0])
+    given: tuple[float, ...] = ()
+    if family.given_scale:
+        line = optima.line()
+        if line is None:
+            return None
+        given = (line.critical_batch_size,)
+
+    def curve(shape: npt.ArrayLike) -> FloatArray:
+        law = family.build(1.0, given or tuple(np.exp(shape).tolist()), base)
+        logs_of_law: FloatArray = np.log([law.lr(size) for size in sizes.tolist()])
+        return logs_of_law
+
+    # The amplitude is that of the mean over the batch sizes, so that it does not depend on the shape.
+    def residuals(parameters: FloatArray) -> FloatArray:
+        shape = curve(parameters[1:])
+        differences: FloatArray = parameters[0] + shape - shape.mean() - logs
+        return differences
+
+    if given or family.size == 1:
+        starts, low, high = [()], np.array([]), np.array([])
+    else:
+        shapes, curves, low, high = _starts(name, tuple(sizes.tolist()))
+        misfit = curves - (logs - logs.mean())
+        misfit -= np.median(misfit, axis=1, keepdims=True)
+        order = np.argsort(np.sqrt(1 + (misfit / RESIDUAL_SCALE) ** 2).sum(axis=1), kind="stable")
+        starts = shapes[order[: REFINED if precise else 1]].tolist()
+    tolerance = TOLERANCE if precise else ROUGH_TOLERANCE
+    found = min(
+        (
+            least_squares(
+                residuals,
+                np.array([logs.mean(), *start]),
+                jac="3-point" if precise else "2-point",
+                bounds=([-np.inf, *low], [np.inf, *high]),
+                loss="soft_l1",
+                f_scale=RESIDUAL_SCALE,
+                xtol=tolerance,
+                ftol=tolerance,
+                gtol=tolerance,
+                max_nfev=EVALUATIONS if precise else ROUGH_EVALUATIONS,
+            )
+            for start in starts
+        ),
+        key=lambda result: float(result.cost),
+    ).x
+    shape = curve(found[1:])
+    amplitude = math.exp(found[0] - shape.mean())
+    law = family.build(amplitude, given or tuple(np.exp(found[1:]).tolist()), base)
+    limited = bool((np.minimum(found[1:] - low, high - found[1:]) < AT_LIMIT).any())
+    return LawFit(law, residuals(found), limited)
+
+
+@lru_cache(maxsize=64)
+def _starts(name: str, sizes: tuple[float, ...]) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Shapes to start from, their curves without amplitude, and the range of the shapes."""
+    family: Family = LAWS[name]
+    scale = (math.log(min(sizes) / BEYOND), math.log(max(sizes) * BEYOND))
+    share = (math.log(SHARES[0]), math.log(SHARES[1]))
+    ranges = [scale] * family.scales + [share] * family.shares
+    axes = [np.linspace(a, b, 2 + round(STARTS_PER_DECADE * (b - a) / math.log(10)))[1:-1] for a, b in ranges]
+    shapes = np.array(list(product(*axes)))
+    laws = [family.build(1.0, shape, sizes[0]) for shape in np.exp(shapes).tolist()]
+    curves = np.log([[law.lr(size) for size in sizes] for law in laws])
+    low, high = np.array(ranges).T
+    return shapes, curves - curves.mean(axis=1, keepdims=True), low, high
+
+
+# Several laws of one repetition ask for the same line.
+@lru_cache(maxsize=8)
+def _line(steps: tuple[float, ...], examples: tuple[float, ...]) -> TradeoffFit | None:
+    try:
+        return fit_tradeoff(steps, examples)
+    except ValueError:
+        return None
+
+
+def hold_out(name: str, optima: Optima) -> HeldOut | None:
+    """Predict the best learning rate of every batch size from the others.
+
+    Args:
+        name: a key of `LAWS`.
+        optima: batch sizes.
+
+    Returns:
+        The errors; None if the law has as many parameters as there are batch sizes, or no scale from Eq. 22.
+
+    Example:
+        Two sizes that a constant learning rate cannot join: each is missed by a factor of four.
+
+        >>> optima = Optima(np.array([8.0, 32.0]), np.log([0.001, 0.004]), None)
+        >>> [(size, round(error, 6)) for size, error in hold_out("constant", optima).by_batch_size]
+        [(8.0, 2.0), (32.0, -2.0)]
+    """
+    if optima.sizes.size <= LAWS[name].size:
+        return None
+    errors = []
+    for index, size in enumerate(optima.sizes.tolist()):
+        fit = fit_law(name, optima.without(index))
+        if fit is None:
+            return None
+        errors.append((size, (math.log(fit.law.lr(size)) - float(optima.logs[index])) / math.log(2)))
+    return HeldOut(float(np.mean([abs(error) for _, error in errors])), tuple(errors))
+
+
+class Family(NamedTuple):
+    """A law with its shape left open.
+
+    Attributes:
+        label: for tables and figures.
+        scales: batch sizes among the shape's parameters, each looked for around those tried.
+        shares: ratios among them.
+        build: the law from an amplitude, the shape and a batch size to refer to.
+        describe: the law's parameters, by name.
+        given_scale: whether the batch size in the shape is that of Eq. 22 instead of a fitted one.
+    """
+
+    label: str
+    scales: int
+    shares: int
+    build: Callable[[float, Sequence[float], float], Law]
+    describe: Callable[[Law], dict[str, float]]
+    given_scale: bool = False
+
+    @property
+    def size(self) -> int:
+        """Parameters to fit, the amplitude among them."""
+        return 1 + self.shares + (0 if self.given_scale else self.scales)
+
+
+def _theorem3(amplitude: float, shape: Sequence[float], _: float) -> Law:
+    return Theorem3Law(peak_lr=amplitude, noise_scale=shape[0])
+
+
+def _sgd(exponent: float) -> Callable[[float, Sequence[float], float], Law]:
+    return lambda amplitude, shape, _: SGDLaw(max_lr=amplitude, noise_scale=shape[0], exponent=exponent)
+
+
+def _measured(amplitude: float, shape: Sequence[float], _: float) -> Law:
+    # The learning rate does not tell the unit of the loss: alignment is counted in its limit.
+    return MeasuredLaw(
+        alignment_limit=1.0,
+        alignment_scale=shape[0],
+        noise_curvature=1 / amplitude,
+        signal_curvature=shape[1] / amplitude,
+    )
+
+
+def _power(kind: type[SqrtLaw | LinearLaw | ConstantLaw]) -> Callable[[float, Sequence[float], float], Law]:
+    return lambda amplitude, _, base: kind(base_lr=amplitude, base_batch_size=base)
+
+
+def _parts(law: Law) -> dict[str, float]:
+    assert isinstance(law, MeasuredLaw)
+    return {
+        "lr_limit": 1 / (law.noise_curvature + law.signal_curvature),
+        "alignment_scale": law.alignment_scale,
+        "signal_share": law.signal_curvature / law.noise_curvature,
+    }
+
+
+def _fields(*names: str) -> Callable[[Law], dict[str, float]]:
+    return lambda law: {name: float(getattr(law, name)) for name in names}
+
+
+LAWS: dict[str, Family] = {
+    "measured": Family("measured-law form", 1, 1, _measured, _parts),
+    "adam": Family("Adam, Eq. 23", 1, 0, _theorem3, _fields("peak_lr", "noise_scale")),
+    "sgd": Family("SGD, exponent 1", 1, 0, _sgd(1.0), _fields("max_lr", "noise_scale")),
+    "sgd_sqrt": Family("SGD, exponent 1/2", 1, 0, _sgd(0.5), _fields("max_lr", "noise_scale")),
+    "adam_eq22": Family("Adam, B of Eq. 22", 1, 0, _theorem3, _fields("peak_lr", "noise_scale"), True),
+    "sgd_eq22": Family("SGD 1, B of Eq. 22", 1, 0, _sgd(1.0), _fields("max_lr", "noise_scale"), True),
+    "sgd_sqrt_eq22": Family("SGD 1/2, B of Eq. 22", 1, 0, _sgd(0.5), _fields("max_lr", "noise_scale"), True),
+    "sqrt": Family("sqrt scaling", 0, 0, _power(SqrtLaw), _fields("base_lr")),
+    "linear": Family("linear scaling", 0, 0, _power(LinearLaw), _fields("base_lr")),
+    "constant": Family("constant", 0, 0, _power(ConstantLaw), _fields("base_lr")),
+}
+"""What can be fitted. Names that end in `_eq22` are the paper's own procedure: the scale comes from steps and
+examples, and only the amplitude from learning rates."""

@@ -1,0 +1,619 @@
+"""The reporting side of the fidelity bench on records whose answers are known, and the cells it runs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.cells import Cell, Store, run_cells
+from benchmarks.fidelity import regrets
+from benchmarks.fidelity.analysis import (
+    Mean,
+    joined,
+    mean,
+    mean_over_seeds,
+    paired,
+    pick,
+    quantile,
+    summary,
+    unique,
+)
+from benchmarks.fidelity.held import (
+    calibration,
+    calibration_rows,
+    exact_law,
+    exact_noise_scale,
+    one_step_rows,
+)
+from benchmarks.fidelity.leave_out import chosen_elsewhere, leave_out, objective_costs
+from benchmarks.fidelity.markdown import average, number
+from benchmarks.fidelity.one_step import COUNTS, SIZES
+from benchmarks.fidelity.ramp import ramp_rows, ramp_table
+from benchmarks.fidelity.report import read, write_report
+from benchmarks.fidelity.training import CONTINUED_EXAMPLES
+from benchmarks.results import target
+from lightning_surge.laws.base import MeasuredLaw
+from lightning_surge.laws.theorems import Theorem3Law
+
+OBJECTIVE = regrets.DEFAULT["objective"]
+LAW = MeasuredLaw(alignment_limit=2.0, alignment_scale=48.0, noise_curvature=100.0, signal_curvature=150.0)
+POINT = {"workload": "perceptron", "beta_2": 0.95, "phase": "late"}
+GRID = [2.0 ** (index / 2) for index in range(-6, 7)]
+
+
+def one_step_record(**changes: Any) -> dict[str, Any]:
+    """A point of training at which `LAW` holds exactly and every law says so."""
+    right: dict[str, Any] = {"lr": [LAW.lr(size) for size in SIZES]}
+    errors = {f"{what}_error": [0.1] * len(SIZES) for what in ("lr", "ratio")}
+    measured = right | errors | {"extrapolation": [0.0] * len(SIZES)}
+    step = {
+        str(size): {
+            "lr": LAW.lr(size),
+            "log2_error": 0.05,
+            "alignment": LAW.alignment(size),
+            "alignment_error": 0.01,
+        }
+        for size in SIZES
+    }
+    return {
+        **POINT,
+        "seed": 0,
+        "seconds": 60.0,
+        "measured": {str(count): measured for count in COUNTS},
+        "theorem2": right,
+        "theorem3": right,
+        "noise_scale_measured": 48.0,
+        "grad_sq_of_batches": {str(size): 1.0 + 48.0 / size for size in SIZES},
+        "sign": step,
+        **changes,
+    }
+
+
+def sweep_record(batch_size: int, best: float, level: float = 1.0, **changes: Any) -> dict[str, Any]:
+    """Parabolas in log2 of the multiplier: three seeds, whose levels and bests are spread evenly."""
+    losses = [
+        [level + 0.1 * seed + 0.05 * (math.log2(m) - best - 0.1 * (seed - 1)) ** 2 for m in GRID]
+        for seed in range(3)
+    ]
+    record = {**POINT, "batch_size": batch_size, "multipliers": GRID, "seeds": [0, 1, 2], "losses": losses}
+    return record | {"examples": CONTINUED_EXAMPLES, "seconds": 60.0} | changes
+
+
+def live_record(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A run that uses a ratio of 2 at every size and ends 0.02 above the best of the parabola."""
+    runs = {
+        str(size): {
+            "predicted": 4.0,
+            "standard_error": None,
+            "used": 2.0,
+            "reason": "measured",
+            "loss": 1.0 + 0.1 * seed + 0.02,
+            "mean_log2_ratio": 1.5,
+            "overhead": 0.05,
+        }
+        for size in (2, 64, 256)
+    }
+    record = {**POINT, "seed": seed, "max_overhead": 0.05, "objective": OBJECTIVE, "by_batch_size": runs}
+    record |= {"examples": CONTINUED_EXAMPLES, "measurements": 10, "noise_scale": 48.0, "seconds": 60.0}
+    return record | changes
+
+
+def ramp_record(rule: str, seed: int, loss: float | None) -> dict[str, Any]:
+    key = {"workload": "perceptron", "beta_2": 0.95, "budget": "short", "rule": rule, "seed": seed}
+    return key | {"max_overhead": 0.0, "loss": loss, "steps": 100, "seconds": 60.0}
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+def test_quantiles_of_missing_laws_are_infinite_only_where_these_take_part() -> None:
+    values = [math.inf, 3.0, 1.0, 2.0]
+    assert quantile(values, 1 / 3) == pytest.approx(2.0)
+    assert quantile(values, 0.5) == pytest.approx(2.5)
+    assert quantile(values, 0.9) == math.inf
+    assert math.isnan(quantile([], 0.5))
+
+
+def test_a_missing_law_is_counted_and_a_missing_truth_is_not() -> None:
+    assert summary([-1.0, 0.5, math.inf, None]) == (3, 1, 1.0, math.inf)
+
+
+def test_half_width_is_that_of_student() -> None:
+    found = mean([1.0, 2.0, 3.0])
+    assert (found.value, found.n) == (2.0, 3)
+    assert found.half_width == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
+    assert mean([1.0]).half_width == math.inf
+    assert mean([1.0, math.inf])[:2] == (math.inf, math.inf)
+
+
+def test_half_width_over_seeds_is_blind_to_differences_between_experiments() -> None:
+    """A seed that is worse is worse everywhere: more experiments do not make that scatter less."""
+    for experiments in (2, 20):
+        rows = [
+            {"seed": seed, "loss": 10.0 * at + scatter}
+            for at in range(experiments)
+            for seed, scatter in enumerate((-0.1, 0.0, 0.1))
+        ]
+        expected = (5.0 * (experiments - 1), 4.302653 * 0.1 / math.sqrt(3), 3 * experiments)
+        assert mean_over_seeds(rows, "loss") == pytest.approx(expected)
+    assert mean_over_seeds([*rows, rows[0] | {"loss": math.inf}], "loss").half_width == math.inf
+
+
+def test_numbers_are_as_long_as_they_say_something() -> None:
+    assert [number(value, 3) for value in (-0.0001, 12.3456, 276827.4, -math.inf, math.nan, None)] == [
+        "0.000",
+        "12.346",
+        "2.8e+05",
+        "-inf",
+        "-",
+        "-",
+    ]
+    assert average(Mean(2.0, 54321.0, 3)) == "2.000 ± 5.4e+04"
+    assert average(Mean(2.0, math.inf, 1)) == "2.000"
+
+
+def test_differences_are_paired_by_key_and_not_by_order() -> None:
+    left = [{"seed": 0, "loss": 1.0}, {"seed": 1, "loss": 5.0}, {"seed": 2, "loss": 9.0}]
+    right = [{"seed": 1, "loss": 4.0}, {"seed": 0, "loss": 0.5}]
+    found = paired(left, right, "loss", ("seed",))
+    assert (found.value, found.n) == (0.75, 2)
+
+
+def test_the_last_of_two_records_of_one_cell_counts() -> None:
+    records = [{"seed": 0, "loss": 1}, {"seed": 1, "loss": 2}, {"seed": 0, "loss": 3}]
+    assert [record["loss"] for record in unique(records, ("seed",))] == [3, 2]
+
+
+def test_joined_records_are_those_of_keys_that_both_have() -> None:
+    left = [{"seed": 0, "a": 1}, {"seed": 1, "a": 2}]
+    right = [{"seed": 1, "b": 3}, {"seed": 2, "b": 4}]
+    assert joined(left, right, ("seed",)) == [{"seed": 1, "a": 2, "b": 3}]
+
+
+# ---------------------------------------------------------------------- held points
+
+
+def test_exact_statistics_of_a_law_give_that_law_back() -> None:
+    record = one_step_record()
+    assert exact_noise_scale(record) == pytest.approx(48.0)
+    found = exact_law(record)
+    assert found is not None
+    for size in SIZES:
+        assert found.lr(size) == pytest.approx(LAW.lr(size), rel=1e-9)
+
+
+def test_no_exact_law_where_the_signal_or_a_truth_is_missing() -> None:
+    drowned = {str(size): 48.0 / size for size in SIZES} | {str(SIZES[-1]): 1e-6}
+    assert exact_law(one_step_record(grad_sq_of_batches=drowned)) is None
+    record = one_step_record()
+    record["sign"] = record["sign"] | {"64": record["sign"]["64"] | {"lr": None}}
+    assert exact_law(record) is None
+
+
+def test_errors_of_one_step_by_law() -> None:
+    twice = {"lr": [2 * LAW.lr(size) for size in SIZES]}
+    steep = {"lr": [LAW.lr(size) * size / 16 for size in SIZES]}
+    record = one_step_record(theorem2=twice, theorem3=steep)
+    record["measured"] = record["measured"] | {"12": None}
+    rows = pick(one_step_rows([record]), batch_size=256)
+    by_law = {row["law"]: (row["lr"], row["ratio"]) for row in rows}
+    assert by_law["measured, 50"] == (0.0, 0.0)
+    assert by_law["exact statistics"] == pytest.approx((0.0, 0.0), abs=1e-9)
+    assert by_law["theorem 2"] == pytest.approx((1.0, 0.0))
+    assert by_law["theorem 3"] == pytest.approx((4.0, 4.0))
+    assert by_law["measured, 12"] == (math.inf, math.inf)
+    at_base = pick(one_step_rows([record]), batch_size=16, law="theorem 2")
+    assert (at_base[0]["lr"], at_base[0]["ratio"]) == (1.0, None)
+
+
+def test_without_a_truth_there_is_no_error() -> None:
+    record = one_step_record()
+    record["sign"] = record["sign"] | {"256": record["sign"]["256"] | {"lr": None, "log2_error": None}}
+    rows = pick(one_step_rows([record]), batch_size=256)
+    assert {row["lr"] for row in rows} == {row["ratio"] for row in rows} == {None}
+
+
+@pytest.mark.parametrize(
+    ("factor", "lr", "ratio"), [(1.076, True, True), (1.085, False, True), (1.09, False, False)]
+)
+def test_truths_inside_the_interval(factor: float, lr: bool, ratio: bool) -> None:
+    """0.1 and the truth's 0.05 make 0.112 in log2, a factor of 1.081; the base's 0.05 makes it 1.089."""
+    record = one_step_record()
+    entry = record["measured"]["50"]
+    shifted = entry | {"lr": [LAW.lr(size) * (1.0 if size == 16 else factor) for size in SIZES]}
+    record["measured"] = record["measured"] | {"50": shifted, "3": None}
+    rows = calibration_rows([record])
+    (row,) = pick(rows, count=50, batch_size=64)
+    assert (row["lr"], row["ratio"]) == (lr, ratio)
+    (at_base,) = pick(rows, count=50, batch_size=16)
+    assert (at_base["lr"], at_base["ratio"]) == (True, None)
+    (without,) = pick(rows, count=3, batch_size=64)
+    assert (without["lr"], without["ratio"]) == (None, None)
+
+
+def test_an_interval_without_bounds_holds_everything() -> None:
+    record = one_step_record()
+    far = {"lr": [100 * LAW.lr(size) for size in SIZES], "lr_error": [None] * len(SIZES)}
+    record["measured"] = record["measured"] | {"50": record["measured"]["50"] | far}
+    (row,) = pick(calibration_rows([record]), count=50, batch_size=64)
+    assert row["lr"] is True
+
+
+def test_extrapolation_widens_the_interval_at_both_ends_of_a_ratio() -> None:
+    """Off by 0.4: outside hypot(0.1, 0.05, 0.05) = 0.12 and hypot with 0.3, inside with 0.3 at both ends."""
+    record = one_step_record()
+    entry = record["measured"]["50"]
+    off = entry | {"lr": [LAW.lr(size) * (1.0 if size == 16 else 2**0.4) for size in SIZES]}
+    for allowed, inside in (([0.3] * len(SIZES), True), ([0.3 * (size != 16) for size in SIZES], False)):
+        record["measured"] = {"50": off | {"extrapolation": allowed}}
+        (row,) = pick(calibration_rows([record]), batch_size=64)
+        assert (row["lr"], row["lr_alone"]) == (False, False)
+        assert (row["ratio"], row["ratio_alone"]) == (inside, False)
+
+
+def test_the_page_of_intervals_counts_truths_by_measurements() -> None:
+    """Off by 0.2, outside every interval; the ratio, off at both ends alike, is not."""
+    record = one_step_record()
+    off = record["measured"]["50"] | {"lr": [LAW.lr(size) * 2**0.2 for size in SIZES]}
+    record["measured"] = {"3": record["measured"]["3"], "50": off}
+    page = calibration({"one_step": [record]})
+    assert "| 3 | 100 % (5 of 5) | 100 % (4 of 4) | 100 % (5 of 5) | 100 % (4 of 4) |" in page
+    assert "| 50 | 0 % (0 of 5) | 100 % (4 of 4) | 0 % (0 of 5) | 100 % (4 of 4) |" in page
+
+
+# ---------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("best", [-1.7, 0.0, 0.3, 2.9])
+def test_vertex_of_a_parabola_is_exact(best: float) -> None:
+    x = np.log2(GRID)
+    assert regrets.vertex(x, 3.0 + 0.2 * (x - best) ** 2) == pytest.approx(best, abs=1e-9)
+
+
+def test_vertex_stays_next_to_the_lowest_point() -> None:
+    """A wall two points off would draw the parabola through five points away from it."""
+    x = np.arange(7.0)
+    found = regrets.vertex(x, np.array([0.3, 0.2, 0.1, 0.0, 0.1, 50.0, 90.0]))
+    assert found == pytest.approx(3.0)
+    assert regrets.vertex(x, -x) == 6.0
+    # A mild bend is averaged: over five points the slope is 0.08 / 10 and half the curvature 0.4 / 14.
+    found = regrets.vertex(x, np.array([1.0, 0.10, 0.04, 0.0, 0.04, 0.14, 1.0]))
+    assert found == pytest.approx(3.0 - (0.08 / 10) / (2 * 0.4 / 14))
+
+
+def test_true_ratio_is_that_of_the_two_best_multipliers() -> None:
+    sweeps = regrets.sweeps_of([sweep_record(16, 0.3), sweep_record(64, 1.3)])
+    (row,) = regrets.truth_rows(sweeps)
+    assert row["ratio"] == pytest.approx(1.0)
+    assert row["spread"] == pytest.approx(0.0, abs=1e-9)
+    assert row["base"] == pytest.approx(0.3)
+    assert not row["censored"]
+    assert regrets.truth_rows(regrets.sweeps_of([sweep_record(64, 1.0)])) == []
+
+
+def test_a_minimum_at_the_end_of_a_sweep_is_marked() -> None:
+    sweeps = regrets.sweeps_of([sweep_record(16, 0.0), sweep_record(64, 5.0)])
+    (row,) = regrets.truth_rows(sweeps)
+    assert row["censored"]
+    assert row["ratio"] == pytest.approx(3.0)
+
+
+def test_multipliers_at_which_a_seed_diverged_are_left_out() -> None:
+    record = sweep_record(64, 0.0)
+    record["losses"][1][-1] = None
+    found = regrets.Sweep.of(record)
+    assert len(found.x) == len(GRID) - 1
+    assert found.best == pytest.approx(0.0, abs=1e-9)
+    record["losses"][2][: len(GRID) - 3] = [None] * (len(GRID) - 3)
+    assert regrets.sweeps_of([record]) == {}
+
+
+def test_fixed_ratios() -> None:
+    law = Theorem3Law(noise_scale=100.0, peak_lr=0.01)
+    one_step = one_step_record(theorem3={"lr": [law.lr(size) for size in SIZES]})
+    ratios = regrets.fixed_ratios(2, [live_record()], [one_step])
+    assert ratios["constant"] == 0.0
+    assert (ratios["sqrt"], ratios["linear"]) == (-1.5, -3.0)
+    assert ratios["McCandlish"] == pytest.approx(0.5 * math.log2((1 + 3) / (1 + 24)))
+    assert ratios["theorem 3"] == pytest.approx(math.log2(law.lr(2) / law.lr(16)))
+    unresolved = regrets.fixed_ratios(64, [live_record(noise_scale=None)], [])
+    assert unresolved["McCandlish"] == unresolved["sqrt"] == 1.0
+    assert set(regrets.fixed_ratios(64, [], [])) == {"constant", "sqrt", "linear"}
+
+
+def test_regrets_of_rules_frozen_and_live_runs() -> None:
+    sweeps = regrets.sweeps_of([sweep_record(16, 0.5), sweep_record(64, 1.0)])
+    rows = regrets.switch_rows(sweeps, [live_record(seed=1)], [])
+
+    def of(rule: str) -> dict[str, Any]:
+        (row,) = pick(rows, rule=rule, seed=1)
+        return row
+
+    # Multipliers 1, 2 and 4 are of the grid, where interpolation is exact; 2 is best, and R_true sqrt(2).
+    assert of("constant")["error"] == pytest.approx(-0.5)
+    assert of("constant")["regret"] == pytest.approx(0.05)
+    assert of("sqrt")["regret"] == pytest.approx(0.0, abs=1e-12)
+    assert of("linear")["regret"] == pytest.approx(0.05)
+    assert of("sqrt")["tuned"] == pytest.approx(0.05 * 0.25)
+    assert of(f"{OBJECTIVE}, predicted")["regret"] == pytest.approx(0.05)
+    assert of(f"{OBJECTIVE}, used")["regret"] == pytest.approx(0.0, abs=1e-12)
+    assert of(f"{OBJECTIVE}, live")["regret"] == pytest.approx(0.02)
+    assert of(f"{OBJECTIVE}, live")["error"] == pytest.approx(1.0)
+    assert of(f"{OBJECTIVE}, live")["tuned"] is None
+    assert pick(rows, rule=f"{OBJECTIVE}, live", seed=0) == []
+
+
+def test_regret_of_a_live_run_at_the_best_base_lr_is_that_runs_own() -> None:
+    sweeps = regrets.sweeps_of([sweep_record(16, 0.5), sweep_record(64, 1.0)])
+    better = live_record(seed=1, multiplier=1.4)
+    better["by_batch_size"]["64"]["loss"] = 1.0 + 0.1 + 0.004
+    others = [live_record(seed=1, **{name: 0.25}) for name in ("max_overhead", "beta_2")]
+    rows = regrets.switch_rows(sweeps, [live_record(seed) for seed in range(3)], [], [better, *others])
+    tuned = {row["seed"]: row["tuned"] for row in pick(rows, rule=f"{OBJECTIVE}, live")}
+    assert tuned == {0: None, 1: pytest.approx(0.004), 2: None}
+    (row,) = pick(rows, rule=f"{OBJECTIVE}, live", seed=1)
+    assert row["regret"] == pytest.approx(0.02)
+    better["by_batch_size"]["64"]["loss"] = None
+    rows = regrets.switch_rows(sweeps, [live_record(seed=1)], [], [better])
+    assert pick(rows, rule=f"{OBJECTIVE}, live")[0]["tuned"] == math.inf
+    rules = (*regrets.FIXED, f"{OBJECTIVE}, live")
+    assert regrets.shared(rows, rules) != []
+    assert {row["seed"] for row in regrets.shared(rows, rules, "tuned")} == {1}
+
+
+def test_regret_is_against_the_common_best_and_not_each_seeds_luck() -> None:
+    record = sweep_record(64, 1.0)
+    slope = [0.04 * math.log2(multiplier) for multiplier in GRID]
+    record["losses"][0] = [loss + more for loss, more in zip(record["losses"][0], slope, strict=True)]
+    found = regrets.Sweep.of(record)
+    # The mean is lowest at 2, the first seed half an octave before.
+    assert found.regret(0, 1.0) == 0.0
+    assert found.regret(0, 0.5) == pytest.approx(0.05 * (0.4**2 - 0.1**2) - 0.5 * 0.04)
+    assert found.regret(0, 0.5) < 0.0
+
+
+def test_regret_of_no_cross_entropy_is_a_percentage() -> None:
+    other = {"workload": "autoencoder"}
+    records = [sweep_record(size, 0.0, level=3.9, **other) for size in (16, 64)]
+    rows = regrets.switch_rows(regrets.sweeps_of(records), [], [])
+    best = 3.9 + 0.1 + 0.05 * 0.02 / 3
+    (row,) = pick(rows, rule="sqrt", seed=1)
+    assert row["regret"] == pytest.approx(100 * 0.05 / best)
+
+
+def test_an_lr_beyond_the_sweep_takes_the_loss_of_its_end() -> None:
+    records = [sweep_record(16, 0.0), sweep_record(256, 0.0)]
+    rows = regrets.switch_rows(regrets.sweeps_of(records), [], [])
+    (row,) = pick(rows, rule="linear", seed=1)
+    assert row["regret"] == pytest.approx(0.05 * 9)
+
+
+def test_what_sweeps_found_elsewhere_is_a_ratio_of_its_own() -> None:
+    def records(workload: str, ratio: float) -> list[dict[str, Any]]:
+        return [sweep_record(16, 0.5, workload=workload), sweep_record(64, 0.5 + ratio, workload=workload)]
+
+    ratios = {"perceptron": 0.5, "convnet": 0.0, "transformer": 0.3}
+    sweeps = regrets.sweeps_of(line for name, ratio in ratios.items() for line in records(name, ratio))
+    rows = pick(regrets.switch_rows(sweeps, [], []), rule=regrets.ELSEWHERE, seed=0)
+    assert {row["workload"]: row["ratio"] for row in rows} == pytest.approx(
+        {"perceptron": 0.15, "convnet": 0.4, "transformer": 0.25}
+    )
+    # One workload alone has no others.
+    alone = regrets.sweeps_of(records("perceptron", 0.5))
+    assert not pick(regrets.switch_rows(alone, [], []), rule=regrets.ELSEWHERE)
+
+
+def test_only_cells_that_all_rules_share_are_compared() -> None:
+    sweeps = regrets.sweeps_of([sweep_record(16, 0.5), sweep_record(64, 1.0)])
+    rows = regrets.switch_rows(sweeps, [live_record(seed=1)], [])
+    same = regrets.shared(rows, (*regrets.FIXED, f"{OBJECTIVE}, live"))
+    assert {row["seed"] for row in same} == {1}
+    assert len(same) == 4
+    found = regrets.best_fixed(same)
+    assert found is not None
+    assert found == ("sqrt", pytest.approx(0.0, abs=1e-12))
+    assert regrets.best_fixed([]) is None
+
+
+def test_ramps_are_compared_with_sqrt_scaling_seed_by_seed() -> None:
+    losses = {
+        "sqrt": [1.0, 2.0, 3.0],
+        "fixed batch": [1.2, 2.2, 3.2],
+        "constant": [0.1],
+        "step": [0.9, 1.9, 2.9],
+        "linear": [1.0, None, 1.0],
+    }
+    records = [ramp_record(rule, s, loss) for rule, entry in losses.items() for s, loss in enumerate(entry)]
+    rows = {row["rule"]: row for row in ramp_rows(records)}
+    assert rows["step"]["difference"].value == pytest.approx(-0.1)
+    assert rows["constant"]["difference"].n == 1
+    assert rows["linear"]["loss"] == math.inf
+    assert (rows["sqrt"]["loss"], rows["sqrt"]["spread"], rows["sqrt"]["count"]) == (2.0, 1.0, 3)
+    page = ramp_table({"ramp": records})
+    assert "16,384 examples, 100 steps on the ramp and 1024 at a fixed batch" in page
+    assert "| sqrt | 2.0000 ± 1.0000 |" in page
+    assert "| step | 1.9000 ± 1.0000; -0.1000 ± 0.0000 |" in page
+    assert "| constant | 0.1000 ± - (n 1); -0.9000 |" in page
+
+
+# ---------------------------------------------------------------------- report
+
+
+def test_a_target_without_a_number_is_missed() -> None:
+    assert target("a", 0.5, 0.5, "make")["met"]
+    assert not target("a", 0.5001, 0.5, "make")["met"]
+    assert target("a", 0.6, 0.55, "make", better="higher")["met"]
+    assert not target("a", math.nan, 0.5, "make")["met"]
+    assert not target("a", math.inf, 0.5, "make")["met"]
+
+
+def fill(directory: Path) -> Store:
+    """Some cells of some kinds."""
+    directory.mkdir()
+    records = {
+        "truths": [one_step_record()],
+        "laws": [one_step_record(), one_step_record(seed=1)],
+        "sweep": [sweep_record(16, 0.5), sweep_record(64, 1.0)],
+        "live": [live_record(seed) for seed in range(3)],
+        "best_base": [live_record(seed, multiplier=1.4) for seed in range(3)],
+        "ramp": [ramp_record(rule, seed, 1.0) for rule in ("sqrt", "step") for seed in range(3)],
+    }
+    for kind, lines in records.items():
+        (directory / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Store(directory)
+
+
+def test_report_of_a_partial_grid(tmp_path: Path) -> None:
+    store = fill(tmp_path / "results")
+    write_report(store, tmp_path / "report", {"truths": 4, "live": 3, "approach": 2})
+    rows = json.loads((tmp_path / "report" / "summary.json").read_text())["targets"]
+    by_name = {row["name"]: row for row in rows}
+    # 0.02, less 0.05 * 0.1^2 in the two seeds whose own best is a tenth of an octave off the common one.
+    regret = by_name["change of the batch size, live ratio, mean regret (nats)"]
+    assert (regret["value"], regret["bound"], regret["met"]) == (0.0197, 0.005, False)
+    at_best_base = by_name["change of the batch size, live ratio, mean regret, at the best base lr (nats)"]
+    assert (at_best_base["value"], at_best_base["met"]) == (0.0197, False)
+    frozen = by_name["change of the batch size, frozen ratio, mean |log2(R / R_true)|"]
+    assert (frozen["value"], frozen["met"]) == (0.5, False)
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "25 % (1 of 4)" in page
+    assert "0 % (0 of 2)" in page
+    assert "## approach\n\nNo cell is finished.\n\n## ramp" in page
+    for name in ("one_step", "regret"):
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len(read(store)["rules"]) == 3 * 8
+    assert read(store)["longer"] == []
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    write_report(Store(tmp_path), tmp_path / "report", {"live": 648})
+    assert json.loads((tmp_path / "report" / "summary.json").read_text())["targets"] == []
+    assert "0 % (0 of 648)" in (tmp_path / "report" / "report.md").read_text()
+
+
+# ---------------------------------------------------------------------- choices
+
+
+def test_a_workload_judges_what_the_others_choose() -> None:
+    costs = {
+        "a": {"x": 1.0, "y": 3.0, "only here": 0.0},
+        "b": {"x": 2.0, "y": 1.0},
+        "c": {"x": 1.0, "y": 1.5},
+    }
+    a, b, c = chosen_elsewhere(costs, "y")
+    # The others' sums are 3 and 2.5, 2 and 4.5, 3 and 4.
+    assert [row[1] for row in (a, b, c)] == ["y", "x", "x"]
+    assert a == ["a", "y", 3.0, "x", 1.0, 3.0]
+    assert chosen_elsewhere({"a": {"x": 1.0}}, "x") == []
+
+
+def test_regrets_of_live_runs_are_in_units_of_the_best_fixed_rule() -> None:
+    rows = [
+        {
+            "workload": "a",
+            "beta_2": 0.9,
+            "phase": "late",
+            "batch_size": 64,
+            "seed": seed,
+            "rule": rule,
+            "regret": regret,
+        }
+        for rule, regret in {
+            "constant": 0.4,
+            "sqrt": 0.2,
+            "linear": 0.6,
+            "edge, live": 0.1,
+            "step, live": 0.3,
+        }.items()
+        for seed in range(2)
+    ]
+    assert objective_costs(rows) == {"a": pytest.approx({"edge": 0.5, "step": 1.5})}
+
+
+def test_the_page_of_choices() -> None:
+    other = {"workload": "autoencoder"}
+    sweeps = [
+        sweep_record(size, best, **change) for change in ({}, other) for size, best in ((16, 0.5), (64, 1.5))
+    ]
+    lives = [live_record(seed, **change) for change in ({}, other) for seed in range(3)]
+    rows = regrets.all_rows({"laws": [], "sweep": sweeps, "live": lives, "best_base": []})
+    page = leave_out({"rules": rows})
+    assert f"| perceptron | {OBJECTIVE} |" in page
+    assert "6 cells." in page
+
+
+# ---------------------------------------------------------------------- cells
+
+
+def cell(index: int, ran: list[int], priority: int = 0) -> Cell:
+    def measure(index: int) -> dict[str, Any]:
+        ran.append(index)
+        return {"value": float("nan") if index == 3 else index}
+
+    return Cell("kind", {"index": index}, measure, priority)
+
+
+def test_finished_cells_are_not_run_again_and_the_order_is_that_of_priorities(tmp_path: Path) -> None:
+    store, ran = Store(tmp_path), []
+    assert run_cells([cell(0, ran)], store, 60.0) == 0
+    assert run_cells([cell(0, ran), cell(1, ran, priority=2), cell(2, ran, priority=1)], store, 60.0) == 0
+    assert ran == [0, 2, 1]
+    assert [record["value"] for record in store.records("kind")] == [0, 2, 1]
+
+
+def test_a_torn_last_line_is_run_again_and_does_not_spoil_the_next(tmp_path: Path) -> None:
+    store, ran = Store(tmp_path), []
+    run_cells([cell(0, ran), cell(1, ran)], store, 60.0)
+    path = store.path("kind")
+    path.write_text(path.read_text()[:-20])
+    assert [record["index"] for record in store.records("kind")] == [0]
+    assert run_cells([cell(0, ran), cell(1, ran), cell(3, ran)], store, 60.0) == 0
+    assert ran == [0, 1, 1, 3]
+    assert [(r["index"], r["value"]) for r in store.records("kind")] == [(0, 0), (1, 1), (3, None)]
+
+
+def test_a_line_torn_only_of_its_end_still_counts(tmp_path: Path) -> None:
+    store, ran = Store(tmp_path), []
+    run_cells([cell(0, ran)], store, 60.0)
+    path = store.path("kind")
+    path.write_text(path.read_text()[:-1])
+    run_cells([cell(0, ran), cell(1, ran)], store, 60.0)
+    assert ran == [0, 1]
+    assert [record["index"] for record in store.records("kind")] == [0, 1]
+
+
+def test_no_cell_starts_after_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ran = [0.0], []
+    monkeypatch.setattr("benchmarks.cells.time.monotonic", lambda: now[0])
+
+    def slow(index: int) -> dict[str, Any]:
+        ran.append(index)
+        now[0] += 10.0
+        return {}
+
+    cells = [Cell("kind", {"index": index}, slow) for index in range(5)]
+    assert run_cells(cells, Store(tmp_path), 15.0) == 3
+    assert ran == [0, 1]
+    assert [record["seconds"] for record in Store(tmp_path).records("kind")] == [10.0, 10.0]
+
+
+def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(index: int) -> dict[str, Any]:
+        raise ZeroDivisionError("of course")
+
+    store, ran = Store(tmp_path), []
+    assert run_cells([Cell("kind", {"index": 9}, fail, -1), cell(0, ran)], store, 60.0) == 1
+    assert ran == [0]
+    assert [record["index"] for record in store.records("kind")] == [0]
+    assert "failed: ZeroDivisionError: of course" in capsys.readouterr().err
+
+
+def test_without_a_store_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran: list[int] = []
+    assert run_cells([cell(0, ran), cell(1, ran)], None, 60.0) == 0
+    assert ran == [0, 1]
+    assert list(tmp_path.iterdir()) == []

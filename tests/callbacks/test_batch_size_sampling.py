@@ -1,0 +1,915 @@
+"""Batch sizes that a ScheduledBatchSampler sets: real fits, in one process and in two."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler, BatchSizeWarmup
+from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
+from lightning_surge.schedules.by_examples import by_examples
+from lightning_surge.schedules.sizes import (
+    ConstantSize,
+    GeometricRamp,
+    LinearRamp,
+    Milestones,
+    Phase,
+    Phases,
+    Schedule,
+)
+from lightning_surge.schedules.windows import AccumulatedSchedule, SampledSchedule
+
+MakeTrainer = Callable[..., pl.Trainer]
+
+pytestmark = [
+    # Lightning's own advice, about the worker count of the tiny loaders used here.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+]
+forks = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="autograd's threads for a GPU do not survive a fork"
+)
+
+SIZE = 50
+LARGEST = 8  # examples that fit into a micro-batch
+# Epochs of 7 to 25 micro-batches, that get longer, shorter, or both.
+SCHEDULES = {
+    "up and down": Milestones({0: 3, 7: 11, 9: 40, 12: 5}),
+    "longer": Milestones({0: 40, 4: 3}),
+    "shorter": LinearRamp(2, 50, 10),
+    "epochs": Milestones({0: 40, 1: 3, 2: 50}, unit="epochs"),
+    "examples": GeometricRamp(2, 32, 120, unit="examples"),
+    "phases": Phases([Phase(0, 5, ConstantSize(7)), Phase(5, None, LinearRamp(7, 30, 8))]),
+}
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+
+
+class OneHot(pl.LightningModule):
+    """Its gradient spells out which examples are behind a step: example i pulls on coordinate i only."""
+
+    def __init__(self, size: int = SIZE, make_scheduler: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(size))
+        self.lr = 0.5
+        self.make_scheduler = make_scheduler
+        self.gradients: list[Tensor] = []
+        self.epochs: list[int] = []
+        self.lrs: list[float] = []
+        self.micro_batches: list[tuple[int, int]] = []  # with their epochs
+        self.validated: list[tuple[int, int]] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.micro_batches.append((self.trainer.current_epoch, len(batch)))
+        return (batch @ self.weight).mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.validated.append((self.trainer.current_epoch, self.trainer.global_step))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.weight.grad is not None
+        self.gradients.append(self.weight.grad.clone())
+        self.epochs.append(self.trainer.current_epoch)
+        self.lrs.append(optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        return optimizer if self.make_scheduler is None else ([optimizer], [self.make_scheduler(optimizer)])
+
+    @property
+    def examples(self) -> list[list[int]]:
+        return [gradient.nonzero().flatten().tolist() for gradient in self.gradients]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Examples behind each step; it makes sure that the gradient is their mean."""
+        for gradient, examples in zip(self.gradients, self.examples, strict=True):
+            expected = torch.full((len(examples),), 1 / len(examples))
+            torch.testing.assert_close(gradient[examples], expected, rtol=2e-6, atol=0)
+        return [len(examples) for examples in self.examples]
+
+    def seen(self, epoch: int) -> list[int]:
+        windows = zip(self.epochs, self.examples, strict=True)
+        return sorted(chain.from_iterable(examples for e, examples in windows if e == epoch))
+
+    @property
+    def epoch_lengths(self) -> list[int]:
+        """Micro-batches in each epoch."""
+        return [len(list(group)) for _, group in groupby(epoch for epoch, _ in self.micro_batches)]
+
+
+class Validated(OneHot):
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.eye(4, SIZE), batch_size=2)  # type: ignore[arg-type]
+
+
+def sampled(
+    size: int = SIZE, largest: int = LARGEST, *, shuffle: bool = True, drop_last: bool = False, **options: Any
+) -> DataLoader[Any]:
+    data: Any = torch.eye(size)
+    sampler = RandomSampler(data) if shuffle else SequentialSampler(data)
+    return DataLoader(data, batch_sampler=ScheduledBatchSampler(sampler, largest, drop_last), **options)
+
+
+def replayed(schedule: Schedule, steps: int, *, size: int = SIZE, **options: Any) -> list[int]:
+    return list(islice(SampledSchedule(schedule, LARGEST, size, **options).sizes(), steps))
+
+
+class TestEpochs:
+    """Every epoch has every example once, whatever its length in micro-batches."""
+
+    @every_schedule
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_sizes_are_exact_and_every_example_comes_once(
+        self, make_trainer: MakeTrainer, schedule: Schedule, workers: int
+    ) -> None:
+        model = Validated(make_scheduler=lambda optimizer: StepLR(optimizer, 1))  # by epochs
+        scheduler = BatchSizeScheduler(schedule)
+        trainer = make_trainer(scheduler, max_epochs=4)
+        trainer.fit(model, sampled(num_workers=workers))
+        assert model.sizes == replayed(schedule, len(model.sizes))
+        assert [model.seen(epoch) for epoch in range(4)] == [list(range(SIZE))] * 4
+        assert scheduler.examples == 4 * SIZE
+        assert max(size for _, size in model.micro_batches) <= LARGEST
+        # What Lightning thinks of it.
+        assert trainer.global_step == len(model.sizes)
+        assert trainer.current_epoch == 4
+        assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == len(model.micro_batches)
+        assert trainer.num_training_batches == model.epoch_lengths[-1]
+        assert len(set(model.epoch_lengths)) > 1
+        assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2, 3]  # the first is the sanity check
+        assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
+
+    def test_persistent_workers(self, make_trainer: MakeTrainer) -> None:
+        schedule = SCHEDULES["up and down"]
+        model = OneHot()
+        make_trainer(BatchSizeScheduler(schedule), max_epochs=4).fit(
+            model, sampled(num_workers=2, persistent_workers=True)
+        )
+        assert model.sizes == replayed(schedule, len(model.sizes))
+        assert [model.seen(epoch) for epoch in range(4)] == [list(range(SIZE))] * 4
+
+    @settings(max_examples=20, deadline=None)
+    @given(
+        start=st.integers(1, 9),
+        growth=st.integers(0, 40),
+        duration=st.integers(1, 20),
+        unit=st.sampled_from(["steps", "examples", "epochs"]),
+        size=st.integers(1, 60),
+        largest=st.integers(1, 9),
+        epochs=st.integers(1, 3),
+    )
+    def test_any_ramp(
+        self, start: int, growth: int, duration: int, unit: Any, size: int, largest: int, epochs: int
+    ) -> None:
+        schedule = LinearRamp(start, start + growth, duration, unit=unit)
+        model = OneHot(size)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            barebones=True,  # the fastest, and one that may not log
+            callbacks=[BatchSizeScheduler(schedule)],
+        )
+        trainer.fit(model, sampled(size, largest))
+        expected = SampledSchedule(schedule, largest, size).sizes()
+        assert model.sizes == list(islice(expected, len(model.sizes)))
+        assert [model.seen(epoch) for epoch in range(epochs)] == [list(range(size))] * epochs
+        assert max(examples for _, examples in model.micro_batches) <= largest
+
+    def test_drop_last_leaves_out_what_fills_no_step(self, make_trainer: MakeTrainer) -> None:
+        schedule = SCHEDULES["up and down"]
+        model = OneHot()
+        scheduler = BatchSizeScheduler(schedule)
+        make_trainer(scheduler, max_epochs=4).fit(model, sampled(drop_last=True))
+        assert model.sizes == [*[3] * 7, 8, 11, 40, 40, 40, 5, 5]
+        assert model.sizes == replayed(schedule, 14, drop_last=True)
+        assert scheduler.examples == sum(model.sizes)
+
+    def test_an_epoch_cut_short_by_the_module(self, make_trainer: MakeTrainer) -> None:
+        class Skips(OneHot):
+            def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+                return -1 if self.trainer.current_epoch == 1 and batch_idx == 5 else None
+
+        for workers in (0, 2):
+            model = Skips()
+            trainer = make_trainer(BatchSizeScheduler(Milestones({0: 4, 13: 16})), max_epochs=3)
+            trainer.fit(model, sampled(num_workers=workers))
+            # The second epoch ends within a window, whose gradients are zeroed by the next.
+            assert model.sizes == [*[4] * 12, 2, 16, 16, 16, 16, 16, 2]
+            assert model.epochs == [0] * 13 + [1] * 2 + [2] * 4
+
+    def test_a_second_fit_goes_on(self, make_trainer: MakeTrainer) -> None:
+        schedule = SCHEDULES["shorter"]
+        model, scheduler = OneHot(), BatchSizeScheduler(schedule)
+        trainer = make_trainer(scheduler, max_epochs=1)
+        trainer.fit(model, sampled())
+        trainer.fit_loop.max_epochs = 3
+        trainer.fit(model, sampled())
+        assert model.sizes == replayed(schedule, len(model.sizes))
+        assert scheduler.examples == 3 * SIZE
+
+    def test_a_callback_serves_a_second_training(self, make_trainer: MakeTrainer) -> None:
+        scheduler = BatchSizeScheduler(SCHEDULES["shorter"])
+        sizes = []
+        for _ in range(2):
+            model = OneHot()
+            make_trainer(scheduler, max_epochs=2).fit(model, sampled())
+            sizes.append(model.sizes)
+        assert sizes[0] == sizes[1]
+
+    def test_a_constant_size_is_plain_training_bit_for_bit(self, make_trainer: MakeTrainer) -> None:
+        class Order(OneHot):
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                return super().training_step(batch, batch_idx).sin()
+
+        weights = []
+        for callbacks, loader in (
+            ([], DataLoader(torch.eye(SIZE), batch_size=LARGEST, shuffle=True)),  # type: ignore[arg-type]
+            ([BatchSizeScheduler(ConstantSize(LARGEST))], sampled()),
+        ):
+            pl.seed_everything(0, verbose=False)
+            model = Order()
+            make_trainer(*callbacks, max_epochs=3).fit(model, loader)
+            weights.append(model.weight)
+        assert torch.equal(*weights)
+
+    def test_outside_a_training_the_sampler_is_an_ordinary_one(self, make_trainer: MakeTrainer) -> None:
+        loader = sampled(shuffle=False)
+        model = OneHot()
+        trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]))
+        trainer.fit(model, loader)
+        assert [len(batch) for batch in loader] == [8] * 6 + [2]
+        trainer.validate(model, loader, verbose=False)
+        assert trainer.num_val_batches == [7]
+
+    @pytest.mark.parametrize("where", ["setup", "on_train_epoch_end"])
+    def test_also_after_an_exception(self, make_trainer: MakeTrainer, where: str) -> None:
+        class Fails(pl.Callback):
+            pass
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("the machine was switched off")
+
+        setattr(Fails, where, fail)
+        loader = sampled()
+        trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), Fails())
+        with pytest.raises(RuntimeError, match="switched off"):
+            trainer.fit(OneHot(), loader)
+        assert len(loader) == 7
+        assert trainer.accumulate_grad_batches == 1
+
+
+class TestTrainerOptions:
+    @every_schedule
+    @pytest.mark.parametrize("limit", [5, 0.5])
+    def test_limit_train_batches(
+        self, make_trainer: MakeTrainer, schedule: Schedule, limit: int | float
+    ) -> None:
+        model = Validated()
+        scheduler = BatchSizeScheduler(schedule)
+        trainer = make_trainer(scheduler, max_epochs=4, limit_train_batches=limit)
+        trainer.fit(model, sampled())
+        assert trainer.global_step == len(model.sizes)
+        assert scheduler.examples == sum(model.sizes) == sum(size for _, size in model.micro_batches)
+        assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2, 3]
+        if limit == 5:
+            assert model.epoch_lengths == [5] * 4
+        else:
+            assert all(length <= 13 for length in model.epoch_lengths)
+
+    def test_a_share_of_an_epoch_that_got_too_short_is_one_micro_batch(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        model = OneHot()
+        trainer = make_trainer(
+            BatchSizeScheduler(Milestones({0: 2, 4: 50})), max_epochs=6, limit_train_batches=0.1
+        )
+        trainer.fit(model, sampled())  # epochs of 10 micro-batches, later of 8
+        assert trainer.current_epoch == 6
+        assert model.epoch_lengths == [1] * 6
+
+    @every_schedule
+    @pytest.mark.parametrize("interval", [2, 7, 0.25])
+    def test_val_check_interval(
+        self, make_trainer: MakeTrainer, schedule: Schedule, interval: int | float
+    ) -> None:
+        model = Validated()
+        trainer = make_trainer(
+            BatchSizeScheduler(schedule), max_epochs=4, val_check_interval=interval, num_sanity_val_steps=0
+        )
+        trainer.fit(model, sampled())
+        assert model.sizes == replayed(schedule, len(model.sizes))
+        validations = [
+            length // (min(interval, length) if isinstance(interval, int) else int(length * interval))
+            for length in model.epoch_lengths
+        ]
+        assert [sum(e == epoch for e, _ in model.validated) for epoch in range(4)] == validations
+
+    def test_an_epoch_shorter_than_the_interval_is_validated_at_its_end(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        model = Validated()
+        trainer = make_trainer(
+            BatchSizeScheduler(Milestones({0: 3, 17: 40})), max_epochs=3, val_check_interval=15
+        )
+        trainer.fit(model, sampled())
+        assert model.epoch_lengths[0] == 17
+        assert max(model.epoch_lengths[1:]) < 15
+        assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2]
+
+    def test_validation_by_batches_of_the_whole_training(self, make_trainer: MakeTrainer) -> None:
+        model = Validated()
+        trainer = make_trainer(
+            BatchSizeScheduler(SCHEDULES["up and down"]),
+            max_epochs=4,
+            val_check_interval=5,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(model, sampled())
+        assert len(model.validated) == len(model.micro_batches) // 5
+
+    @every_schedule
+    def test_max_steps(self, make_trainer: MakeTrainer, schedule: Schedule) -> None:
+        model = OneHot()
+        scheduler = BatchSizeScheduler(schedule)
+        trainer = make_trainer(scheduler, max_epochs=-1, max_steps=13)
+        trainer.fit(model, sampled())
+        assert trainer.global_step == 13
+        assert model.sizes == replayed(schedule, 13)
+        assert scheduler.examples == sum(model.sizes)
+
+    def test_overfit_batches(self, make_trainer: MakeTrainer) -> None:
+        model = OneHot()
+        make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3, overfit_batches=4).fit(
+            model, sampled(shuffle=False)
+        )
+        assert model.epoch_lengths == [4] * 3
+        assert model.sizes == [2, 6, 11, 16, 16, 26]
+        assert [model.seen(epoch) for epoch in range(3)] == [list(range(n)) for n in (19, 32, 26)]
+
+    def test_fast_dev_run(self, make_trainer: MakeTrainer) -> None:
+        model = OneHot()
+        make_trainer(BatchSizeScheduler(SCHEDULES["longer"]), fast_dev_run=3).fit(model, sampled())
+        assert model.sizes == [15]  # three of eight micro-batches
+
+    def test_early_stopping(self, make_trainer: MakeTrainer) -> None:
+        class Stuck(OneHot):
+            def on_train_epoch_end(self) -> None:
+                self.log("stuck", 1.0)
+
+        trainer = make_trainer(
+            BatchSizeScheduler(SCHEDULES["shorter"]), EarlyStopping("stuck", patience=1), max_epochs=9
+        )
+        trainer.fit(Stuck(), sampled())
+        assert trainer.current_epoch == 2
+
+    def test_the_progress_bar_knows_the_length_of_the_epoch(self, make_trainer: MakeTrainer) -> None:
+        totals = []
+
+        class Bar(TQDMProgressBar):
+            def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+                super().on_train_epoch_start(trainer, *args)
+                totals.append(self.train_progress_bar.total)
+
+        model = OneHot()
+        make_trainer(
+            Bar(), BatchSizeScheduler(SCHEDULES["up and down"]), max_epochs=4, enable_progress_bar=True
+        ).fit(model, sampled())
+        assert totals == model.epoch_lengths
+
+    def test_requested_and_scheduled_sizes_are_logged(
+        self, make_trainer: MakeTrainer, tmp_path: Path
+    ) -> None:
+        schedule = SCHEDULES["up and down"]
+        logger = CSVLogger(tmp_path)
+        model = OneHot()
+        make_trainer(BatchSizeScheduler(schedule), logger=logger, max_epochs=4).fit(model, sampled())
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [float(row["surge/batch_size_scheduled"]) for row in rows] == model.sizes
+        # A step gets less where a larger window has to wait, and at the end of an epoch.
+        requested = [float(row["surge/batch_size_requested"]) for row in rows]
+        assert requested == [*[3] * 7, 11, 11, 40, 40, 40, *[5] * 20]
+
+
+class TestLoaders:
+    def test_from_the_module(self, make_trainer: MakeTrainer) -> None:
+        class Own(OneHot):
+            def train_dataloader(self) -> DataLoader[Any]:
+                return sampled()
+
+        model = Own()
+        make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3).fit(model)
+        assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
+
+    def test_from_a_data_module(self, make_trainer: MakeTrainer) -> None:
+        class Data(pl.LightningDataModule):
+            def train_dataloader(self) -> DataLoader[Any]:
+                return sampled()
+
+        model = OneHot()
+        make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3).fit(model, datamodule=Data())
+        assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
+
+    def test_reloaded_every_epoch_with_another_length(self, make_trainer: MakeTrainer) -> None:
+        class Grows(Validated):
+            def train_dataloader(self) -> DataLoader[Any]:
+                data: Any = torch.eye(SIZE)[: 20 + 15 * self.trainer.current_epoch]
+                return DataLoader(data, batch_sampler=ScheduledBatchSampler(RandomSampler(data), LARGEST))
+
+        model = Grows()
+        scheduler = BatchSizeScheduler(Milestones({0: 3, 7: 12, 12: 16}))
+        make_trainer(scheduler, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(model)
+        assert [model.seen(epoch) for epoch in range(3)] == [list(range(size)) for size in (20, 35, 50)]
+        assert model.sizes == [*[3] * 6, 2, 12, 12, 11, 12, 12, 16, 10]
+        assert scheduler.examples == 105
+        assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2]
+
+    def test_reloaded_with_and_without_the_sampler(self, make_trainer: MakeTrainer) -> None:
+        class Mixed(OneHot):
+            def train_dataloader(self) -> DataLoader[Any]:
+                if self.trainer.current_epoch == 1:
+                    return DataLoader(torch.eye(SIZE), batch_size=2)  # type: ignore[arg-type]
+                return sampled()
+
+        model = Mixed()
+        trainer = make_trainer(
+            BatchSizeScheduler(ConstantSize(10)), max_epochs=3, reload_dataloaders_every_n_epochs=1
+        )
+        trainer.fit(model)
+        assert model.sizes == [*[10] * 5, *[8] * 6, 2, *[10] * 5]
+
+    def test_reloaded_with_another_batch_size(self, make_trainer: MakeTrainer) -> None:
+        class Larger(OneHot):
+            def train_dataloader(self) -> DataLoader[Any]:
+                return DataLoader(torch.eye(SIZE), batch_size=[2, 4][self.trainer.current_epoch])  # type: ignore[arg-type]
+
+        model = Larger()
+        make_trainer(
+            BatchSizeScheduler(ConstantSize(8)), max_epochs=2, reload_dataloaders_every_n_epochs=1
+        ).fit(model)
+        assert model.sizes == [8, 8, 8, 8, 8, 8, 2] * 2
+
+    def test_a_sampler_that_gives_fewer_or_more_than_its_length(self, make_trainer: MakeTrainer) -> None:
+        class Vague(Sampler[int]):
+            def __init__(self, indices: int) -> None:
+                self.indices = indices
+
+            def __iter__(self) -> Iterator[int]:
+                return iter(range(self.indices))
+
+            def __len__(self) -> int:
+                return 48
+
+        for indices in (45, 50):
+            model = OneHot()
+            loader: Any = DataLoader(
+                torch.eye(SIZE),  # type: ignore[arg-type]
+                batch_sampler=ScheduledBatchSampler(Vague(indices), LARGEST),
+            )
+            make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3).fit(model, loader)
+            assert [len(model.seen(epoch)) for epoch in range(3)] == [min(indices, 48)] * 3
+
+    def test_validation_with_the_same_kind_of_sampler_is_refused(self, make_trainer: MakeTrainer) -> None:
+        # It would be cut like an epoch of training, and Lightning would read its length only once.
+        trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]))
+        with pytest.raises(
+            MisconfigurationException, match=r"in the training DataLoader only, got one for v"
+        ):
+            trainer.fit(OneHot(), sampled(), sampled(shuffle=False))
+
+    def test_several_loaders(self, make_trainer: MakeTrainer) -> None:
+        plain = DataLoader(torch.eye(SIZE), batch_size=2)  # type: ignore[arg-type]
+        for loaders in ([plain, sampled()], {"a": sampled(), "b": plain}):
+            with pytest.raises(
+                MisconfigurationException, match=r"one training DataLoader with a Sch.* got 2 loaders.*Use D"
+            ):
+                make_trainer(BatchSizeScheduler(ConstantSize(4))).fit(OneHot(), loaders)
+
+
+class TestFinders:
+    def test_a_learning_rate_finder_before(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        finder = LearningRateFinder(num_training_steps=12, max_lr=1e-2, early_stop_threshold=None)
+        model, scheduler = OneHot(), BatchSizeScheduler(SCHEDULES["shorter"])
+        trainer = make_trainer(finder, scheduler, max_epochs=3, default_root_dir=tmp_path)
+        trainer.fit(model, sampled())
+        tried = len(model.gradients) - trainer.global_step
+        assert tried == 12
+        del model.gradients[:tried], model.epochs[:tried]
+        assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
+        assert [model.seen(epoch) for epoch in range(3)] == [list(range(SIZE))] * 3
+        assert scheduler.examples == 3 * SIZE
+
+    def test_a_batch_size_finder_before(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        class Sized(Validated):
+            batch_size = 4
+
+            def train_dataloader(self) -> DataLoader[Any]:
+                return DataLoader(torch.eye(SIZE), batch_size=self.batch_size)  # type: ignore[arg-type]
+
+        finder = BatchSizeFinder(steps_per_trial=1, max_trials=2, init_val=1)
+        model, scheduler = Sized(), BatchSizeScheduler(GeometricRamp(8, 32, 6))
+        make_trainer(finder, scheduler, max_epochs=2, default_root_dir=tmp_path).fit(model)
+        assert model.batch_size == 2
+        replay = AccumulatedSchedule(GeometricRamp(8, 32, 6), 2, examples_per_epoch=SIZE).sizes()
+        steps = model.trainer.global_step
+        assert model.sizes[-steps:] == list(islice(replay, steps))
+        assert scheduler.examples == 2 * SIZE
+
+    def test_weight_averaging(self, make_trainer: MakeTrainer) -> None:
+        class Normalized(OneHot):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm = torch.nn.BatchNorm1d(SIZE)
+
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                self.norm(batch)
+                return super().training_step(batch, batch_idx)
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD([self.weight], lr=0.1)
+
+        model = Normalized()
+        averaging = StochasticWeightAveraging(0.1, swa_epoch_start=2)
+        trainer = make_trainer(averaging, BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3)
+        with pytest.warns(UserWarning, match="expected accumulate_grad_batches=2, got 1.: another callback"):
+            trainer.fit(model, sampled())
+        # The fourth pass recomputes the statistics of BatchNorm.
+        assert sum(size for epoch, size in model.micro_batches if epoch == 3) == SIZE
+        assert model.epochs[-1] == 3
+        del model.gradients[-1], model.epochs[-1]
+        assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
+
+
+class TestMaxMicroBatchSize:
+    @pytest.mark.parametrize(("largest", "options"), [(64, {}), (1000, {"max_micro_batch_size": 64})])
+    def test_a_ramp_to_4096_in_as_few_micro_batches_as_fit(
+        self, make_trainer: MakeTrainer, largest: int, options: dict[str, int]
+    ) -> None:
+        class Sum(OneHot):
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                self.micro_batches.append((self.trainer.global_step, len(batch)))
+                return batch.mean() * self.weight.sum()
+
+        size = 60_000
+        data: Any = torch.ones(size, 1)
+        model, scheduler = Sum(1), BatchSizeScheduler(GeometricRamp(16, 4096, 30), **options)
+        loader: Any = DataLoader(data, batch_sampler=ScheduledBatchSampler(RandomSampler(data), largest))
+        make_trainer(scheduler).fit(model, loader)
+        windows = [
+            [n for _, n in group] for _, group in groupby(model.micro_batches, key=lambda pair: pair[0])
+        ]
+        assert max(map(sum, windows)) == 4096
+        for window in windows:
+            assert max(window) <= 64
+            assert max(window) - min(window) <= 1
+            # A power of two, and half as many would not do.
+            assert len(window).bit_count() == 1
+            assert len(window) == 1 or sum(window) > 64 * len(window) // 2
+        assert scheduler.examples == sum(map(sum, windows)) == size
+        torch.testing.assert_close(
+            torch.stack(model.gradients), torch.ones(len(windows), 1), rtol=1e-5, atol=0
+        )
+
+    def test_a_loader_of_larger_batches_is_refused(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer(BatchSizeScheduler(ConstantSize(4), max_micro_batch_size=2))
+        with pytest.raises(
+            MisconfigurationException, match=r"at most max_micro_batch_size=2, got 4: .* batch_size=2"
+        ):
+            trainer.fit(OneHot(), DataLoader(torch.eye(SIZE), batch_size=4))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("value", [0, 2.0, True])
+    def test_bad_numbers(self, value: Any) -> None:
+        with pytest.raises(ValueError, match=r"Expected max_micro_batch_size .* use an int >= 1"):
+            BatchSizeScheduler(ConstantSize(4), max_micro_batch_size=value)
+
+
+class TestReports:
+    @pytest.mark.parametrize(
+        ("loader", "text"),
+        [
+            (sampled, "set by the batch sampler, exactly: micro-batches of at most 8 examples"),
+            (
+                lambda: DataLoader(torch.eye(SIZE), batch_size=2),  # type: ignore[arg-type]
+                "set by accumulation, in powers of two of micro-batch 2 x replicas 1",
+            ),
+        ],
+    )
+    def test_the_mechanism_is_named_once(
+        self,
+        make_trainer: MakeTrainer,
+        caplog: pytest.LogCaptureFixture,
+        loader: Callable[[], Any],
+        text: str,
+    ) -> None:
+        make_trainer(BatchSizeScheduler(GeometricRamp(4, 16, 6)), max_epochs=3).fit(OneHot(), loader())
+        assert len([message for message in caplog.messages if message.startswith("Batch sizes are set")]) == 1
+        assert text in caplog.text
+
+    def test_sizes_that_replicas_cannot_share(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # One process stands in for three: the check is what is tested here.
+        monkeypatch.setattr(pl.Trainer, "distributed_sampler_kwargs", {"num_replicas": 3, "rank": 0})
+        for schedule, message in (
+            (LinearRamp(3, 40, 5), r"Expected end to be a multiple of the 3 .* got end=40: use end=39"),
+            (LinearRamp(2, 39, 5), "got start=2: use start=3"),
+            (Milestones({0: 3, 7: 5}), r"Expected sizes\[7\] .* use sizes\[7\]=3"),
+        ):
+            model = OneHot()
+            with pytest.raises(MisconfigurationException, match=message):
+                make_trainer(BatchSizeScheduler(schedule)).fit(model, sampled())
+            assert model.gradients == []
+
+    def test_sizes_beyond_an_epoch_with_drop_last(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer(BatchSizeScheduler(LinearRamp(4, 64, 9)), max_epochs=9)
+        with pytest.raises(
+            MisconfigurationException, match=r"Expected end to be at most the 50 .* got end=64: use drop_last"
+        ):
+            trainer.fit(OneHot(), sampled(drop_last=True))
+
+    def test_a_sampler_cannot_count_tokens(self, make_trainer: MakeTrainer) -> None:
+        schedule = LinearRamp(4, 16, 1000, unit="examples")
+        trainer = make_trainer(BatchSizeScheduler(schedule, batch_size_fn=torch.numel))
+        with pytest.raises(
+            MisconfigurationException, match=r"in steps or epochs .* batch_size_fn=, got unit='examples'"
+        ):
+            trainer.fit(OneHot(), sampled())
+
+
+def clock(total: int) -> Callable[[torch.optim.Optimizer], dict[str, Any]]:
+    """A cosine written for a constant training with batches of 5."""
+
+    def make(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        cosine = CosineAnnealingLR(optimizer, total // 5)
+        return {"scheduler": by_examples(cosine, examples_per_step=5), "interval": "step"}
+
+    return make
+
+
+class TestClocks:
+    @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
+    def test_a_cosine_ends_at_zero_with_the_data(self, make_trainer: MakeTrainer, mechanism: str) -> None:
+        model = Validated(make_scheduler=clock(4 * SIZE))
+        scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 8))
+        loader = sampled() if mechanism == "sampler" else DataLoader(torch.eye(SIZE), batch_size=4)  # type: ignore[arg-type]
+        trainer = make_trainer(scheduler, max_epochs=4)
+        trainer.fit(model, loader)
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+        # Before the last step it was where the examples before it had brought it.
+        done = (4 * SIZE - model.sizes[-1]) // 5
+        cosine = CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), 4 * SIZE // 5)
+        for _ in range(done):
+            cosine.optimizer.step()
+            cosine.step()
+        assert model.lrs[-1] == cosine.get_last_lr()[0] > 0
+
+    @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+    def test_examples_without_a_loss_count_too(self, make_trainer: MakeTrainer) -> None:
+        class Skips(OneHot):
+            def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+                loss = super().training_step(batch, batch_idx)
+                return loss if batch_idx % 3 else None
+
+            def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+                pass
+
+        scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 8))
+        trainer = make_trainer(scheduler, max_epochs=4)
+        trainer.fit(Skips(make_scheduler=clock(4 * SIZE)), sampled())
+        assert scheduler.examples == 4 * SIZE
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+
+    @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
+    def test_also_when_resumed_at_the_end_of_an_epoch(
+        self, make_trainer: MakeTrainer, tmp_path: Path, mechanism: str
+    ) -> None:
+        def fit(epochs: int, ckpt_path: Path | None = None) -> tuple[OneHot, pl.Trainer, BatchSizeScheduler]:
+            model = OneHot(make_scheduler=clock(4 * SIZE))
+            scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 100, unit="examples"))
+            trainer = make_trainer(scheduler, max_epochs=epochs)
+            loader = (
+                sampled(shuffle=False)
+                if mechanism == "sampler"
+                else DataLoader(torch.eye(SIZE), batch_size=4)  # type: ignore[arg-type]
+            )
+            trainer.fit(model, loader, ckpt_path=ckpt_path, weights_only=True)
+            return model, trainer, scheduler
+
+        whole, *_ = fit(4)
+        _, trainer, _ = fit(2)
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+        model, trainer, scheduler = fit(4, tmp_path / "half.ckpt")
+        assert model.sizes == whole.sizes[-len(model.sizes) :]
+        assert torch.equal(model.weight, whole.weight)
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+        assert scheduler.examples == 4 * SIZE
+
+
+class TestOtherRuns:
+    """Checkpoints of epochs' ends, taken up with something else."""
+
+    @pytest.mark.parametrize("first", ["sampler", "accumulation"])
+    @pytest.mark.parametrize("second", ["sampler", "accumulation"])
+    def test_with_another_schedule_and_mechanism(
+        self, make_trainer: MakeTrainer, tmp_path: Path, first: str, second: str
+    ) -> None:
+        loaders: dict[str, Any] = {
+            "sampler": sampled(),
+            "accumulation": DataLoader(torch.eye(SIZE), batch_size=2),  # type: ignore[arg-type]
+        }
+        trainer = make_trainer(BatchSizeScheduler(GeometricRamp(4, 16, 9)), max_epochs=2)
+        trainer.fit(OneHot(), loaders[first])
+        trainer.save_checkpoint(tmp_path / "other.ckpt")
+        model = OneHot()
+        # Its place is counted in examples: 20 more at 4, then 16.
+        scheduler = BatchSizeScheduler(Milestones({0: 8, 100: 4, 120: 16}, unit="examples"))
+        trainer = make_trainer(scheduler, max_epochs=4)
+        trainer.fit(model, loaders[second], ckpt_path=tmp_path / "other.ckpt", weights_only=True)
+        # Windows of 2 to 8 micro-batches wait for a place that they divide.
+        waiting = [8, 16, 6] if second == "sampler" else [4, 8, 16, 2]
+        assert model.sizes == [4, 4, 4, 4, 4, *waiting, 16, 16, 16, 2]
+        assert scheduler.examples == 4 * SIZE
+
+    @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
+    @pytest.mark.parametrize(
+        "schedule", [Milestones({0: 16, 13: 4, 26: 8}), Milestones({0: 16, 1: 4, 2: 8}, unit="epochs")]
+    )
+    def test_of_a_training_without_the_callback(
+        self, make_trainer: MakeTrainer, tmp_path: Path, mechanism: str, schedule: Schedule
+    ) -> None:
+        plain = DataLoader(torch.eye(SIZE), batch_size=4)  # type: ignore[arg-type]
+        trainer = make_trainer(max_epochs=2)
+        trainer.fit(OneHot(), plain)
+        trainer.save_checkpoint(tmp_path / "plain.ckpt")
+        model = OneHot()
+        trainer = make_trainer(BatchSizeScheduler(schedule), max_epochs=4)
+        loader = sampled() if mechanism == "sampler" else plain
+        trainer.fit(model, loader, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+        assert model.sizes == [8, 8, 8, 8, 8, 8, 2] * 2
+
+    @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
+    def test_of_an_older_release(self, make_trainer: MakeTrainer, tmp_path: Path, mechanism: str) -> None:
+        loader = sampled() if mechanism == "sampler" else DataLoader(torch.eye(SIZE), batch_size=4)  # type: ignore[arg-type]
+        trainer = make_trainer(BatchSizeScheduler(ConstantSize(4)), max_epochs=2)
+        trainer.fit(OneHot(), loader)
+        trainer.save_checkpoint(tmp_path / "new.ckpt")
+        checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+        checkpoint["callbacks"]["BatchSizeScheduler"] = {"accumulation": 1}
+        torch.save(checkpoint, tmp_path / "old.ckpt")
+        model, scheduler = OneHot(), BatchSizeScheduler(Milestones({0: 16, 13: 4, 26: 8}))
+        trainer = make_trainer(scheduler, max_epochs=3)
+        with pytest.warns(UserWarning, match="Expected state of version 1 in the checkpoint, got None"):
+            trainer.fit(model, loader, ckpt_path=tmp_path / "old.ckpt", weights_only=True)
+        assert model.sizes == [8, 8, 8, 8, 8, 8, 2]
+        assert scheduler.examples == SIZE
+
+
+class Reports(Validated):
+    """Writes down what a forked process cannot bring back."""
+
+    path: Path
+
+    def on_train_end(self) -> None:
+        (scheduler,) = (c for c in self.trainer.callbacks if isinstance(c, BatchSizeScheduler))  # type: ignore[attr-defined]
+        report = {
+            "sizes": self.sizes,
+            "examples": self.examples,
+            "seen": [self.seen(epoch) for epoch in range(3)],
+            "micro_batches": self.micro_batches,
+            "validated": [epoch for epoch, _ in self.validated],
+            "counted": scheduler.examples,
+            "steps": self.trainer.global_step,
+            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        (self.path / f"{self.trainer.global_rank}.json").write_text(json.dumps(report))
+
+
+@forks
+class TestTwoProcesses:
+    """Two gloo processes, three epochs. Gradients are reduced, so both see the examples of both."""
+
+    RAMP = LinearRamp(2, 40, 10)
+
+    @staticmethod
+    def fit(
+        make_trainer: MakeTrainer,
+        model: Reports,
+        path: Path,
+        *data: Any,
+        scheduler: BatchSizeScheduler | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        model.path = path
+        trainer = make_trainer(
+            scheduler or BatchSizeScheduler(TestTwoProcesses.RAMP),
+            strategy="ddp_fork",
+            devices=2,
+            max_epochs=3,
+            **options,
+        )
+        trainer.fit(model, *data)
+        first, second = (json.loads((path / f"{rank}.json").read_text()) for rank in range(2))
+        shared = ["sizes", "examples", "counted", "steps", "lr"]
+        assert [first[key] for key in shared] == [second[key] for key in shared]
+        assert first["steps"] == len(first["sizes"])
+        return first
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_loader_passed_to_fit(self, make_trainer: MakeTrainer, tmp_path: Path, workers: int) -> None:
+        report = self.fit(make_trainer, Reports(), tmp_path, sampled(num_workers=workers))
+        assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2)
+        assert report["seen"] == [list(range(SIZE))] * 3
+        assert report["counted"] == 3 * SIZE
+        assert report["validated"] == [0, 0, 1, 2]
+        assert max(size for _, size in report["micro_batches"]) <= LARGEST
+
+    def test_a_loader_from_a_hook_that_is_reloaded(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        class Own(Reports):
+            def train_dataloader(self) -> DataLoader[Any]:
+                return sampled(drop_last=True)
+
+        report = self.fit(make_trainer, Own(), tmp_path, reload_dataloaders_every_n_epochs=1)
+        assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2, drop_last=True)
+
+    def test_an_odd_number_of_examples(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        # A DistributedSampler gives both processes as many, so one example comes twice.
+        report = self.fit(make_trainer, Reports(SIZE - 1), tmp_path, sampled(SIZE - 1), scheduler=None)
+        assert report["seen"][0][0] == 0
+        assert [len(set(seen)) for seen in report["seen"]] == [SIZE - 1] * 3
+        assert report["counted"] == 3 * SIZE
+
+    def test_an_own_distributed_sampler(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        class Own(Reports):
+            def train_dataloader(self) -> DataLoader[Any]:
+                data: Any = torch.eye(SIZE)
+                own = DistributedSampler(data, num_replicas=2, rank=self.trainer.global_rank)
+                return DataLoader(data, batch_sampler=ScheduledBatchSampler(own, LARGEST))
+
+        report = self.fit(make_trainer, Own(), tmp_path, use_distributed_sampler=False)
+        assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2)
+        assert report["seen"] == [list(range(SIZE))] * 3
+
+    def test_micro_batches_that_differ_between_processes(
+        self, make_trainer: MakeTrainer, tmp_path: Path
+    ) -> None:
+        class Ragged(Reports):
+            def train_dataloader(self) -> DataLoader[Any]:
+                rank = self.trainer.global_rank
+                sizes = [[4, 1, 3, 4, 2, 4, 4, 3], [2, 4, 4, 4, 4, 1, 4, 2]][rank]
+                batches: Any = torch.eye(SIZE)[25 * rank :][:25].split(sizes)
+                return DataLoader(batches, batch_size=None)
+
+        scheduler = BatchSizeScheduler(Milestones({0: 8, 3: 16}), micro_batch_size=4)
+        report = self.fit(
+            make_trainer, Ragged(), tmp_path, scheduler=scheduler, use_distributed_sampler=False
+        )
+        # That gradients are means over the examples of both is checked with their sizes.
+        assert report["sizes"] == [6, 5, 7, 8, 11, 13, *[11, 15, 11, 13] * 2]
+        assert report["counted"] == 3 * SIZE
+
+    @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
+    def test_a_clock(self, make_trainer: MakeTrainer, tmp_path: Path, mechanism: str) -> None:
+        loader = sampled() if mechanism == "sampler" else DataLoader(torch.eye(SIZE), batch_size=2)  # type: ignore[arg-type]
+        scheduler = BatchSizeWarmup(4, 16, 8)
+        model = Reports(make_scheduler=clock(3 * SIZE))
+        report = self.fit(make_trainer, model, tmp_path, loader, scheduler=scheduler)
+        assert report["lr"] == 0.0
+        assert report["counted"] == 3 * SIZE
+
+    def test_sizes_that_cannot_be_shared_are_refused_before_training(
+        self, make_trainer: MakeTrainer, tmp_path: Path
+    ) -> None:
+        with pytest.raises(Exception, match=r"multiple of the 2 data-parallel replicas, got start=3: use s"):
+            self.fit(
+                make_trainer,
+                Reports(),
+                tmp_path,
+                sampled(),
+                scheduler=BatchSizeScheduler(LinearRamp(3, 40, 10)),
+            )
+        assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,487 @@
+import csv
+import json
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+
+from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler, BatchSizeWarmup
+from lightning_surge.schedules.sizes import ConstantSize, GeometricRamp
+from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
+
+pytestmark = [
+    # Lightning's own advice, about the worker count of the tiny loaders used here.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    # Lightning asks torch's tree utilities about leaves in the way of older versions.
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
+]
+
+# 13 micro-batches of 2. Requests 2 2 4 5 8 8 ..., windows begin at micro-batches 0 1 2 4 6 8 12 of
+# the first epoch; the window of 4 requested at 6 waits for 8, and the one at 12 gets a single one.
+HAND = {
+    "requested": [2, 2, 4, 5, 8, 8, 8, 8, 8, 8, 8],
+    "scheduled": [2, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8],
+    "actual": [2, 2, 4, 4, 4, 8, 2, 8, 8, 8, 2],
+    "first_micro_batch": [0, 1, 2, 4, 6, 8, 12, 0, 4, 8, 12],
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class OneHot(pl.LightningModule):
+    """Its gradient spells out which examples are behind a step: example i pulls on coordinate i only.
+
+    The loss of example i is its i-th parameter, so the mean over examples i in S has the gradient
+    1/|S| at the coordinates in S and zero elsewhere. Powers of two keep it exact.
+    """
+
+    def __init__(self, size: int, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(size))
+        self.fail_at = fail_at
+        self.gradients: list[Tensor] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.zeroed_at: list[int] = []
+        self.stepped_at: list[int] = []
+        self.index = -1
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.fail_at == batch_idx:
+            raise RuntimeError("the machine was switched off")
+        self.index = batch_idx
+        return (batch @ self.weight).mean()
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        self.zeroed_at.append(self.index)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.weight.grad is not None
+        self.gradients.append(self.weight.grad.clone())
+        self.stepped_at.append(self.index)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, BatchSizeWarmup):
+                self.sizes.append((callback.requested_batch_size, callback.scheduled_batch_size))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
+
+    @property
+    def examples(self) -> list[list[int]]:
+        return [gradient.nonzero().flatten().tolist() for gradient in self.gradients]
+
+
+def trainer_with(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
+
+
+def loader(size: int, batch_size: int = 2, **options: Any) -> DataLoader[Tensor]:
+    return DataLoader(torch.eye(size), batch_size=batch_size, **options)  # type: ignore[arg-type]
+
+
+def fit(warmup: BatchSizeWarmup, size: int, batch_size: int = 2, **options: Any) -> OneHot:
+    model = OneHot(size)
+    trainer_with(warmup, **options).fit(model, loader(size, batch_size))
+    return model
+
+
+class Endless(IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.ones(4)
+
+
+class ResumableLoader(DataLoader[Tensor]):
+    """Continues at the micro-batch that a checkpoint stopped at, in the simplest way."""
+
+    position = 0
+
+    def __iter__(self) -> Any:
+        # The Trainer stops asking at the last micro-batch, so an epoch's end is seen only here.
+        first = self.position % len(self)
+        for self.position, batch in enumerate(list(super().__iter__())[first:], start=first + 1):
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class TestWindows:
+    def test_sizes_and_examples_by_hand_over_two_epochs(self) -> None:
+        model = fit(BatchSizeWarmup(2, 8, 4), size=26, max_epochs=2)
+        assert [requested for requested, _ in model.sizes] == HAND["requested"]
+        assert [scheduled for _, scheduled in model.sizes] == HAND["scheduled"]
+        windows = zip(HAND["first_micro_batch"], HAND["actual"], strict=True)
+        assert model.examples == [list(range(2 * first, 2 * first + actual)) for first, actual in windows]
+
+    def test_every_gradient_is_the_mean_over_its_window(self) -> None:
+        model = fit(BatchSizeWarmup(2, 8, 4), size=26, max_epochs=2)
+        for gradient, examples in zip(model.gradients, model.examples, strict=True):
+            expected = torch.zeros(26)
+            # In the last window of an epoch too, where Lightning alone divides by the scheduled size.
+            expected[examples] = 1 / len(examples)
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+    def test_gradients_are_zeroed_once_at_the_start_of_each_window(self) -> None:
+        model = fit(BatchSizeWarmup(2, 8, 4), size=26, max_epochs=2)
+        assert model.zeroed_at == HAND["first_micro_batch"]
+        assert model.stepped_at == [0, 1, 3, 5, 7, 11, 12, 3, 7, 11, 12]
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        micro=st.integers(1, 3),
+        low=st.integers(0, 2),
+        doublings=st.integers(0, 4),
+        num_steps=st.integers(1, 12),
+        size=st.integers(1, 70),
+        epochs=st.integers(1, 3),
+    )
+    @pytest.mark.filterwarnings("ignore:end=.* needs .* micro-batches per optimizer step")
+    def test_no_example_is_lost_and_the_replay_agrees(
+        self, micro: int, low: int, doublings: int, num_steps: int, size: int, epochs: int
+    ) -> None:
+        start = micro * 2**low
+        warmup = BatchSizeWarmup(start, start * 2**doublings, num_steps)
+        model = fit(warmup, size=size, batch_size=micro, max_epochs=epochs)
+        assert list(chain.from_iterable(model.examples)) == list(range(size)) * epochs
+        actual = AccumulatedSchedule(warmup.schedule, micro, examples_per_epoch=size)
+        assert len(model.examples) == total_steps(actual, epochs * size)
+        assert [len(window) for window in model.examples] == list(islice(actual.sizes(), len(model.examples)))
+
+    def test_a_learning_rate_sized_by_total_steps_ends_at_zero(self) -> None:
+        class Cosine(OneHot):
+            def configure_optimizers(self) -> Any:
+                actual = AccumulatedSchedule(GeometricRamp(2, 8, 4), 2, examples_per_epoch=26)
+                self.steps = total_steps(actual, examples=3 * 26)
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+                scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+                return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+        model = Cosine(26)
+        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), max_epochs=3)
+        trainer.fit(model, loader(26))
+        assert trainer.global_step == model.steps == 15
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+    def test_validation_within_an_epoch_changes_nothing(self) -> None:
+        class Validated(OneHot):
+            def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+                self.log("loss", batch.sum())
+
+        model = Validated(26)
+        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), max_epochs=2, val_check_interval=3)
+        trainer.fit(model, loader(26), loader(26))
+        assert [len(window) for window in model.examples] == HAND["actual"]
+
+    def test_a_loader_without_a_length(self) -> None:
+        model = OneHot(4)
+        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), max_epochs=-1, max_steps=9)
+        trainer.fit(model, DataLoader(Endless(), batch_size=2))
+        assert [scheduled for _, scheduled in model.sizes] == [2, 2, 4, 4, 4, 8, 8, 8, 8]
+
+    def test_sizes_count_every_replica(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # One process stands in for two: the arithmetic is what is tested here.
+        monkeypatch.setattr(pl.Trainer, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": 0})
+        model = fit(BatchSizeWarmup(4, 16, 4), size=26)
+        assert [scheduled for _, scheduled in model.sizes] == [4, 4, 8, 8, 8, 16, 16]
+        assert [len(window) for window in model.examples] == HAND["actual"][:7]
+
+    @pytest.mark.skipif(
+        torch.cuda.is_available(), reason="autograd's threads for a GPU do not survive a fork"
+    )
+    @pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
+    def test_two_processes_change_together(self, tmp_path: Path) -> None:
+        class Reports(OneHot):
+            def on_train_end(self) -> None:
+                # A forked process brings nothing back but what it wrote.
+                windows = [
+                    [scheduled, *window]
+                    for (_, scheduled), window in zip(self.sizes, self.examples, strict=True)
+                ]
+                (tmp_path / f"{self.trainer.global_rank}.json").write_text(json.dumps(windows))
+
+        warmup = BatchSizeWarmup(4, 16, 4)
+        trainer = trainer_with(warmup, strategy="ddp_fork", devices=2, max_epochs=2)
+        trainer.fit(Reports(28), loader(28))  # 14 examples, 7 micro-batches to a process
+        first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+        assert first == second  # gradients are reduced, so both see the examples of both
+        assert [scheduled for scheduled, *_ in first] == [4, 4, 8, 8, 8, 16, 16]
+        actual = AccumulatedSchedule(warmup.schedule, 2, replicas=2, examples_per_epoch=28)
+        assert [len(window) for _, *window in first] == list(islice(actual.sizes(), 7))
+        assert sorted(chain.from_iterable(window for _, *window in first[:5])) == list(range(28))
+
+    def test_an_epoch_shorter_than_the_last_window_caps_it(self) -> None:
+        warmup = BatchSizeWarmup(2, 16, 3)
+        with pytest.warns(
+            UserWarning, match=r"end=16 needs 8 micro-batches .* got an epoch of 3: .* at 4 or"
+        ):
+            model = fit(warmup, size=26, limit_train_batches=3, max_epochs=4)
+        assert [scheduled for _, scheduled in model.sizes] == [2, 2] + [4] * 7
+        assert [len(window) for window in model.examples] == [2, 2, 2] + [4, 2] * 3
+
+    def test_fast_dev_run_is_not_bothered(self) -> None:
+        model = fit(BatchSizeWarmup(4, 16, 3), size=26, fast_dev_run=True)
+        assert model.examples == [[0, 1]]
+
+
+class TestMicroBatchSize:
+    def test_is_read_from_the_batch_sampler(self) -> None:
+        data: Any = torch.eye(26)
+        sampled = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, drop_last=False))
+        model = OneHot(26)
+        trainer_with(BatchSizeWarmup(2, 8, 4), max_epochs=2).fit(model, sampled)
+        assert [scheduled for _, scheduled in model.sizes] == HAND["scheduled"]
+
+    def test_argument_overrides_the_loader(self) -> None:
+        # Sixteen tokens to the example, say: sizes are then in tokens, the windows are the same.
+        model = fit(BatchSizeWarmup(32, 128, 4, micro_batch_size=32), size=26, max_epochs=2)
+        assert [scheduled for _, scheduled in model.sizes] == [16 * size for size in HAND["scheduled"]]
+        assert [len(window) for window in model.examples] == HAND["actual"]
+
+    def test_error_when_it_cannot_be_told(self) -> None:
+        data = [torch.eye(4)[:2], torch.eye(4)[2:]]
+        trainer = trainer_with(BatchSizeWarmup(2, 4, 1))
+        with pytest.raises(
+            MisconfigurationException, match=r"got batch_size=None from DataLoader: pass micro_b"
+        ):
+            trainer.fit(OneHot(4), DataLoader(data, batch_size=None))  # type: ignore[arg-type]
+        assert trainer.accumulate_grad_batches == 1
+        with pytest.raises(MisconfigurationException, match=r"from list: pass micro_batch_size="):
+            trainer_with(BatchSizeWarmup(2, 4, 1)).fit(OneHot(4), data)
+
+    @pytest.mark.parametrize(
+        ("start", "end", "message"),
+        [
+            (1, 8, r"Expected start .* \(2 x 1\) times a power of two, got start=1: use start=2, or"),
+            (6, 8, r"got start=6: use start=4 or start=8, or change the DataLoader's batch_size"),
+            (3, 8, r"got start=3: use start=2 or start=4"),
+            (2, 20, r"Expected end .* got end=20: use end=16 or end=32"),
+        ],
+    )
+    def test_error_when_start_or_end_cannot_be_reached(self, start: int, end: int, message: str) -> None:
+        with pytest.raises(MisconfigurationException, match=message):
+            fit(BatchSizeWarmup(start, end, 4), size=26)
+        warmup = BatchSizeWarmup(start, end, 4, micro_batch_size=2)
+        trainer = trainer_with(warmup)
+        with pytest.raises(MisconfigurationException, match=message):
+            warmup.setup(trainer, OneHot(26), "fit")
+
+
+class TestErrors:
+    @pytest.mark.parametrize("name", ["start", "end", "num_steps", "micro_batch_size"])
+    @pytest.mark.parametrize("value", [0, -2, 2.0, float("nan"), True, "8"])
+    def test_bad_numbers_at_construction(self, name: str, value: object) -> None:
+        arguments: dict[str, Any] = {"start": 2, "end": 8, "num_steps": 4} | {name: value}
+        with pytest.raises(ValueError, match=rf"Expected {name} .* got {name}={value!r}: use an int >= 1"):
+            BatchSizeWarmup(**arguments)
+
+    def test_shrinking_at_construction(self) -> None:
+        with pytest.raises(ValueError, match="Expected start <= end, got start=8, end=2"):
+            BatchSizeWarmup(8, 2, 4)
+
+    def test_manual_optimization(self) -> None:
+        model = OneHot(4)
+        model.automatic_optimization = False
+        with pytest.raises(
+            MisconfigurationException, match=r"automatic_optimization=False in OneHot.* Remove"
+        ):
+            trainer_with(BatchSizeWarmup(2, 4, 1)).fit(model, loader(4))
+
+    def test_trainer_that_accumulates(self) -> None:
+        trainer = trainer_with(BatchSizeWarmup(2, 4, 1), accumulate_grad_batches=4)
+        with pytest.raises(MisconfigurationException, match="got accumulate_grad_batches=4: remove it"):
+            trainer.fit(OneHot(4), loader(4))
+        assert trainer.accumulate_grad_batches == 4
+
+    def test_two_callbacks_for_one_job(self) -> None:
+        with pytest.raises(MisconfigurationException, match="and GradientAccumulationScheduler: remove one"):
+            trainer_with(BatchSizeWarmup(2, 4, 1), GradientAccumulationScheduler({0: 2})).fit(
+                OneHot(4), loader(4)
+            )
+
+    def test_two_schedules(self) -> None:
+        # Lightning's own words, since the two would have one place in a checkpoint.
+        with pytest.raises(RuntimeError, match="more than one stateful callback of type `BatchSizeWarmup`"):
+            trainer_with(BatchSizeWarmup(2, 4, 1), BatchSizeWarmup(2, 8, 4)).fit(OneHot(4), loader(4))
+
+    def test_strategy_that_accumulates_by_itself(self) -> None:
+        class LikeDeepSpeed(SingleDeviceStrategy):
+            handles_gradient_accumulation = True  # as DeepSpeedStrategy says
+
+        trainer = trainer_with(BatchSizeWarmup(2, 4, 1), accelerator="auto", strategy=LikeDeepSpeed("cpu"))
+        with pytest.raises(
+            MisconfigurationException, match=r"got strategy=LikeDeepSpeed, .*: use strategy='ddp'"
+        ):
+            trainer.fit(OneHot(4), loader(4))
+
+    @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+    def test_step_that_takes_the_iterator(self) -> None:
+        class Iterates(OneHot):
+            def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+                return super().training_step(*next(dataloader_iter)[:2])
+
+        with pytest.raises(
+            MisconfigurationException, match=r"got training_step\(dataloader_iter\) in Iterates"
+        ):
+            trainer_with(BatchSizeWarmup(2, 4, 1)).fit(Iterates(4), loader(4))
+
+    def test_other_stages_are_left_alone(self) -> None:
+        class Tested(OneHot):
+            def test_step(self, batch: Tensor, batch_idx: int) -> None:
+                self.log("loss", batch.sum())
+
+        trainer = trainer_with(BatchSizeWarmup(2, 4, 1), accumulate_grad_batches=4)
+        trainer.test(Tested(4), loader(4), verbose=False)
+        assert trainer.accumulate_grad_batches == 4
+
+
+class TestManners:
+    def test_trainer_gets_its_accumulation_back(self) -> None:
+        warmup = BatchSizeWarmup(2, 8, 4)
+        trainer = trainer_with(warmup)
+        trainer.fit(OneHot(26), loader(26))
+        assert trainer.accumulate_grad_batches == 1
+        assert (warmup.requested_batch_size, warmup.scheduled_batch_size) == (8, 8)
+
+    @pytest.mark.filterwarnings("ignore:Expected a training loader with state_dict")
+    def test_trainer_gets_its_accumulation_back_after_an_exception(self) -> None:
+        warmup = BatchSizeWarmup(2, 8, 4)
+        trainer = trainer_with(warmup)
+        with pytest.raises(RuntimeError, match="switched off"):
+            trainer.fit(OneHot(26, fail_at=10), loader(26))
+        assert trainer.accumulate_grad_batches == 1
+        assert warmup.state_dict()["accumulation"] == 4
+
+    def test_one_callback_serves_a_second_run(self) -> None:
+        warmup = BatchSizeWarmup(2, 8, 4)
+        fit(warmup, size=26)
+        model = fit(warmup, size=26, max_epochs=2)
+        assert [scheduled for _, scheduled in model.sizes] == HAND["scheduled"]
+        assert [len(window) for window in model.examples] == HAND["actual"]
+
+    def test_another_writer_is_left_alone_and_named_once(self) -> None:
+        class OneWindow(pl.Callback):
+            """Stretches the second epoch into a single window, as StochasticWeightAveraging may."""
+
+            def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+                if trainer.current_epoch == 1:
+                    self.before, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 13
+
+            def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+                if trainer.current_epoch == 1:
+                    trainer.accumulate_grad_batches = self.before
+
+        model = OneHot(26)
+        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), OneWindow(), max_epochs=3)
+        with pytest.warns(UserWarning, match="expected accumulate_grad_batches=4, got 13: another") as caught:
+            trainer.fit(model, loader(26))
+        assert len([warning for warning in caught if "another" in str(warning.message)]) == 1
+        assert [len(window) for window in model.examples] == [*HAND["actual"][:7], 26, *HAND["actual"][7:]]
+        assert model.sizes[7] == (8, 26)
+        assert trainer.accumulate_grad_batches == 1
+
+    def test_logs_both_sizes_at_every_step(self, tmp_path: Path) -> None:
+        logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+        trainer = trainer_with(
+            BatchSizeWarmup(2, 8, 4),
+            logger=logger,
+            log_every_n_steps=1,
+            default_root_dir=tmp_path,
+            max_epochs=2,
+        )
+        trainer.fit(OneHot(26), loader(26))
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in rows] == list(range(11))
+        assert [float(row["surge/batch_size_requested"]) for row in rows] == HAND["requested"]
+        assert [float(row["surge/batch_size_scheduled"]) for row in rows] == HAND["scheduled"]
+
+    def test_barebones_trainer_gets_no_warnings(self) -> None:
+        model = OneHot(26)
+        # Refuses even to be told that there is no logger.
+        pl.Trainer(barebones=True, accelerator="cpu", max_epochs=2, callbacks=[BatchSizeWarmup(2, 8, 4)]).fit(
+            model, loader(26)
+        )
+        assert [len(window) for window in model.examples] == HAND["actual"]
+
+
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty")
+class TestResume:
+    """Micro-batches of 2 in epochs of 13, three epochs: 15 steps, every one of them checkpointed."""
+
+    @staticmethod
+    def run(path: Path, resume_from: int | None = None, fail_at: int | None = None) -> OneHot:
+        model = OneHot(26, fail_at=fail_at)
+        checkpoint = ModelCheckpoint(path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), checkpoint, max_epochs=3, default_root_dir=path)
+        resumable = ResumableLoader(torch.eye(26), batch_size=2)  # type: ignore[arg-type]
+        ckpt_path = None if resume_from is None else path / f"step={resume_from}.ckpt"
+        trainer.fit(model, resumable, ckpt_path=ckpt_path, weights_only=True)
+        return model
+
+    def test_every_step_is_a_point_to_resume_from(self, tmp_path: Path) -> None:
+        whole = self.run(tmp_path)
+        assert [len(window) for window in whole.examples] == HAND["actual"] + [8, 8, 8, 2]
+        for step in range(1, 15):
+            resumed = self.run(tmp_path, resume_from=step)
+            assert resumed.sizes == whole.sizes[step:]
+            assert resumed.examples == whole.examples[step:]
+            torch.testing.assert_close(resumed.weight, whole.weight, rtol=0, atol=0)
+
+    def test_after_a_crash_within_a_window(self, tmp_path: Path) -> None:
+        whole = self.run(tmp_path / "whole")
+        with pytest.raises(RuntimeError, match="switched off"):
+            self.run(tmp_path / "cut", fail_at=10)  # the third of 8 9 10 11
+        resumed = self.run(tmp_path / "cut", resume_from=5)
+        assert resumed.sizes == whole.sizes[5:]
+        torch.testing.assert_close(resumed.weight, whole.weight, rtol=0, atol=0)
+
+    def test_a_window_cut_in_two_is_finished_with_what_is_left(self, tmp_path: Path) -> None:
+        class SaveWithin(pl.Callback):
+            def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+                if args[-1] == 9:  # the second micro-batch of the window 8 9 10 11
+                    trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+        trainer_with(BatchSizeWarmup(2, 8, 4), SaveWithin()).fit(
+            OneHot(26),
+            ResumableLoader(torch.eye(26), batch_size=2),  # type: ignore[arg-type]
+        )
+        model = OneHot(26)
+        trainer_with(BatchSizeWarmup(2, 8, 4)).fit(
+            model,
+            ResumableLoader(torch.eye(26), batch_size=2),  # type: ignore[arg-type]
+            ckpt_path=tmp_path / "within.ckpt",
+            weights_only=True,
+        )
+        assert model.examples == [[20, 21, 22, 23], [24, 25]]
+        assert [scheduled for _, scheduled in model.sizes] == [8, 8]
+
+    def test_a_run_may_be_resumed_with_another_schedule(self) -> None:
+        keys = {BatchSizeWarmup(2, 8, 4).state_key, BatchSizeScheduler(ConstantSize(4)).state_key}
+        assert keys == {"BatchSizeScheduler"}

@@ -1,0 +1,615 @@
+"""State that no run wrote: damaged, of another version, of other settings, or none at all."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback, by_examples
+from lightning_surge.callbacks.resuming.random_streams import random_states
+from lightning_surge.laws.base import SGDLaw
+from lightning_surge.measure.budget import ProbeBudget
+from lightning_surge.measure.sharpness import Sharpness
+from lightning_surge.optimizers.moments import AdamMoments
+from lightning_surge.policy.estimates import EstimatedLaw
+from lightning_surge.policy.history import NoiseHistory
+from lightning_surge.policy.policy import Policy
+from lightning_surge.schedules.sizes import LinearRamp
+
+MakeTrainer = Callable[..., pl.Trainer]
+State = dict[str, Any]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+]
+
+BATCH, STEPS = 16, 14
+SIZES = (1.0, 16.0, 300.0)
+
+
+class Net(pl.LightningModule):
+    """Notes the learning rate of every step; as wide as asked."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        pl.seed_everything(0, verbose=False)
+        self.net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
+        self.lrs: list[float] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = AdamW(self.parameters(), lr=0.01)
+        optimizer.register_step_post_hook(lambda o, *_: self.lrs.append(float(o.param_groups[0]["lr"])))
+        return optimizer
+
+
+def data() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(BATCH * STEPS, 4, generator=generator)
+    y = x.sum(dim=1, keepdim=True) + torch.randn(len(x), 1, generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=BATCH)
+
+
+def surge(**options: Any) -> SurgeLRCallback:
+    chosen: State = {"base_batch_size": 4, "probe_every": 1, "probe_examples": BATCH}
+    return SurgeLRCallback(**(chosen | options))
+
+
+def train(make_trainer: MakeTrainer, *callbacks: Callback, net: Net | None = None, **options: Any) -> Net:
+    net = net or Net()
+    ckpt_path = options.pop("ckpt_path", None)
+    trainer = make_trainer(*callbacks, **options)
+    trainer.fit(net, data(), ckpt_path=ckpt_path)
+    return net
+
+
+OPTIONS: dict[str, State] = {
+    "edge": {"objective": "edge"},
+    "anchored": {"objective": "alignment", "anchor": "law", "base_batch_size": None},
+    "theorem3": {"law": "theorem3"},
+}
+
+
+class States(dict[str, State]):
+    """The state of a short run with every objective that keeps something of its own."""
+
+    def __repr__(self) -> str:
+        return "whole"  # Hypothesis would print all of it
+
+
+@pytest.fixture(scope="module")
+def whole() -> States:
+    torch.set_num_threads(1)
+    states = States()
+    for name, options in OPTIONS.items():
+        callback = surge(**options)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_epochs=1,
+            callbacks=[callback],
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(Net(), data())
+        states[name] = callback.state_dict()
+        assert callback.law is not None
+    assert len(states["edge"]["measurer"]["sharpness"]["vector"]) == 4
+    return states
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths to everything in a nested state, containers too."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from leaves(item, (*path, index))
+
+
+DELETED = object()
+WRONG = [
+    None,
+    "text",
+    "",
+    [],
+    {},
+    [1.0],
+    {"a": 1},
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1.0,
+    -1,
+    0,
+    0.5,
+    1,
+    1e300,
+    1.7e308,
+    5e-324,
+    10**400,
+    1 + 2j,
+    True,
+    False,
+    torch.tensor([math.nan]),
+    torch.zeros(0),
+    torch.zeros(3, 2, dtype=torch.int64),
+]
+
+
+def damaged(state: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy with one entry replaced, or deleted; lists lose everything behind it too."""
+    state = copy.deepcopy(state)
+    parent = state
+    for key in path[:-1]:
+        parent = parent[key]
+    if value is not DELETED:
+        parent[path[-1]] = value
+    elif isinstance(parent, dict):
+        del parent[path[-1]]
+    else:
+        del parent[path[-1] :]
+    return state
+
+
+def loaded(callback: SurgeLRCallback, state: Any) -> list[str]:
+    """Load, and say what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback.load_state_dict(state)
+    # torch has its own to say of tensors where they do not belong.
+    return [str(warning.message) for warning in caught if "SurgeLRCallback" in str(warning.message)]
+
+
+def assert_sane(callback: SurgeLRCallback) -> None:
+    base = callback.base_batch_size
+    for lr in (None, 0.0, 0.01):
+        for size in SIZES:
+            scale = callback.lr_scale(size, lr)
+            reach = 1.0 if base is None else max(size / base, base / size)
+            room = 10.0 if callback.settings.anchor == "law" else 1.0
+            assert 1.0 / (reach * room) <= scale <= reach * room, (size, lr, scale)
+
+
+def is_fresh(callback: SurgeLRCallback) -> bool:
+    """Whether nothing of a run is left but the base batch size."""
+    state, fresh = callback.state_dict(), surge().state_dict()
+    parts = ("history", "moments", "law_metrics")
+    policy = state["policy"]
+    return (
+        all(state[part] == fresh[part] for part in parts)
+        and state["measurer"]["budget"] == fresh["measurer"]["budget"]
+        and state["measurer"]["sharpness"]["vector"] == []
+        and (policy is None or (policy["law"] is None and policy["lag"] == 1.0))
+        and math.isnan(state["scheduled_lr"])
+        and callback.law is None
+    )
+
+
+class TestAnyDamage:
+    @pytest.mark.parametrize("kind", ["edge", "anchored", "theorem3"])
+    @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(chosen=st.data())
+    def test_of_one_entry_is_left_out_as_a_whole_or_does_no_harm(
+        self, whole: States, kind: str, chosen: st.DataObject
+    ) -> None:
+        state = whole[kind]
+        # Any kind of entry as often as another, though there are far more numbers in records.
+        room = chosen.draw(st.sampled_from(sorted(state)))
+        paths = [path for path in leaves(state) if path[0] == room]
+        path = chosen.draw(st.sampled_from(paths))
+        value = chosen.draw(st.sampled_from([DELETED, *WRONG]))
+        callback = surge(**OPTIONS[kind])
+        told = loaded(callback, damaged(state, path, value))
+        assert_sane(callback)
+        if told:
+            (message,) = told
+            assert "starts measuring afresh, and base_batch_size is" in message
+            assert is_fresh(callback)
+        callback.state_dict()
+
+    @pytest.mark.parametrize("kind", ["edge", "anchored", "theorem3"])
+    def test_nothing_is_wrong_with_a_whole_one(self, whole: States, kind: str) -> None:
+        callback = surge(**OPTIONS[kind])
+        assert loaded(callback, whole[kind]) == []
+        assert callback.law is not None
+        assert repr(callback.state_dict()) == repr(whole[kind])
+
+
+class TestDamage:
+    """Of each kind, by example."""
+
+    CASES: tuple[tuple[tuple[Any, ...], Any, str], ...] = (
+        (("history", "records"), DELETED, "KeyError: 'records'"),
+        (("history", "records", 0, "norms", 1), math.nan, "ValueError: Expected finite gradient statistics"),
+        (("history", "records", 0, "norms"), [1.0, 2.0], "ValueError: not enough values to unpack"),
+        (
+            ("history", "records", 0, "norms", 0),
+            -4.0,
+            "Expected batch_size of at least 1e-12, got batch_size=-4.0",
+        ),
+        (("history", "records", 0, "sharpness"), [[4.0, 1.0]], "sharpness at two batch sizes or none, got 1"),
+        (("history", "records", 0, "passes"), -1.0, "Expected passes of at least 0, got passes=-1.0"),
+        (
+            ("history", "num_measurements"),
+            1,
+            "Expected num_measurements of at least 13, got num_measurements=1",
+        ),
+        (("policy", "law", "kind"), "GoodLaw", "KeyError"),
+        (("policy", "law", "law", "kind"), "GoodLaw", "KeyError: 'GoodLaw'"),
+        (("policy", "law", "law", "alignment_scale"), math.nan, "Expected 0 <= alignment_scale < inf, got"),
+        (("policy", "law", "law", "alignment_scale"), "48", "got alignment_scale=48"),
+        (("policy", "law", "replicates", 0, 1), 1.5, "Expected shares between 0 and 1"),
+        (("policy", "law", "reach"), [8.0, 4.0], "a reach from low to high, got .*(8.0, 4.0)"),
+        (("policy", "lag"), 2.0, "lag <= 1 at a batch size"),
+        (("policy", "heat"), 0.5, "Expected heat >= 1"),
+        (("policy", "heat"), math.nan, "Expected 0 < heat < inf, got heat=nan"),
+        (("policy", "lag"), 0.0, "Expected 0 < lag < inf, got lag=0.0"),
+        (("policy", "lag_at"), 5e-324, "in reach of 4"),
+        (("policy", "anchor_lr"), -1.0, "Expected 0 < anchor_lr < inf, got anchor_lr=-1.0"),
+        (("policy", "held"), 3, "held=3"),
+        (("measurer", "budget", "_spacing"), 0.5, "Expected spacing of at least 1.0 .* got 0.5"),
+        (("measurer", "budget", "trained"), math.inf, "Expected trained of at least 0.0 .* got inf"),
+        (("measurer", "seen"), [3, 0.0], "got 3 batches of 0 examples"),
+        (("measurer", "seen"), [3, 16.0], "hold the 224 trained on, got 3 batches of 16 examples"),
+        (("measurer", "seen"), [3, 1e9], "got 3 batches of 1e.09 examples"),
+        (("measurer", "largest_lr"), math.nan, "got largest_lr=nan"),
+        (("measurer", "sharpness", "vector", 0), "w", "finite floating-point tensors in the vector, got 'w'"),
+        (
+            ("measurer", "sharpness", "vector", 0),
+            torch.tensor([1.0, math.nan]),
+            r"got torch.float32 of shape \(2,\)",
+        ),
+        (("moments", "_betas"), [0.9, 1.0], r"Expected betas .* got betas=\(0.9, 1.0\)"),
+        (("moments", "_steps"), 2.5, "whole steps"),
+        (("moments", "_second"), math.nan, "second=nan: load what"),
+        (("scheduled_lr",), -0.1, "Expected 0 <= scheduled_lr < inf, got scheduled_lr=-0.1"),
+        (("law_metrics",), {"surge/a": None}, "TypeError"),
+        (("version",), 0, "state of version 2 in the checkpoint, got 0: "),
+        (("version",), DELETED, "state of version 2 in the checkpoint, got None: "),
+    )
+
+    @pytest.mark.parametrize(("path", "value", "message"), CASES)
+    def test_is_named_and_the_run_begins_afresh(
+        self, whole: States, path: tuple[Any, ...], value: Any, message: str
+    ) -> None:
+        # A callback that has seen another run forgets that one too.
+        callback = surge(objective="edge")
+        callback.load_state_dict(whole["edge"])
+        state = whole["edge"]
+        if path == ("policy", "law", "kind"):
+            path, value = ("policy", "law", "law"), {"kind": "GoodLaw"}
+        with pytest.warns(UserWarning, match=f"{message}.*starts measuring afresh"):
+            callback.load_state_dict(damaged(state, path, value))
+        assert is_fresh(callback)
+        assert callback.base_batch_size == 4
+        assert callback.lr_scale(64) == 4.0
+
+    @pytest.mark.parametrize("state", [[1, 2], "state", 7])
+    def test_of_all_of_it(self, state: Any) -> None:
+        callback = SurgeLRCallback()
+        with pytest.warns(UserWarning, match="of version 2 .* got None: .* first step: pass base"):
+            callback.load_state_dict(state)
+        assert is_fresh(callback)
+        assert callback.lr_scale(64) == 1.0
+
+    @pytest.mark.parametrize(
+        ("base", "kept"), [(16.0, 16.0), (math.nan, None), ("16", None), (5e-324, None), (1e300, None)]
+    )
+    def test_leaves_the_base_batch_size_if_that_is_whole(
+        self, whole: States, base: Any, kept: float | None
+    ) -> None:
+        callback = SurgeLRCallback()
+        state = damaged(damaged(whole["edge"], ("policy",), DELETED), ("base_batch_size",), base)
+        with pytest.warns(UserWarning, match=r"base_batch_size is (16\.|that of the first step: pass)"):
+            callback.load_state_dict(state)
+        assert callback.base_batch_size == kept
+        assert callback.lr_scale(64) == (1.0 if kept is None else 2.0)
+
+
+class TestRooms:
+    """Each refuses what is damaged, and is then as it was."""
+
+    @pytest.mark.parametrize(
+        ("make", "path", "value"),
+        [
+            (lambda: ProbeBudget(0.01), ("spent",), math.nan),
+            (AdamMoments, ("_first",), -1.0),
+            (NoiseHistory, ("records",), [{}]),
+            (lambda: Policy(base_batch_size=4), ("lag",), math.nan),
+            (Sharpness, ("vector",), [torch.ones(2), None]),
+        ],
+    )
+    def test_is_untouched(self, make: Callable[[], Any], path: tuple[Any, ...], value: Any) -> None:
+        room = make()
+        before = repr(room.state_dict())
+        with pytest.raises((ValueError, TypeError, KeyError)):
+            room.load_state_dict(damaged(room.state_dict(), path, value))
+        assert repr(room.state_dict()) == before
+
+    def test_numbers_that_no_square_can_hold_are_no_standard_error(self) -> None:
+        # A share this small makes a pseudo-value beyond every number.
+        laws = [SGDLaw(max_lr=1.0, noise_scale=scale) for scale in (1.0, 2.0)]
+        law = EstimatedLaw(laws[0], ((laws[1], 5e-324), (laws[0], 0.5)), num_measurements=2)
+        assert law.standard_error(lambda law: law.lr(1.0)) == math.inf
+
+
+class TestGoingOn:
+    """With a Trainer, from a checkpoint on disk."""
+
+    @pytest.fixture
+    def checkpoint(self, make_trainer: MakeTrainer, tmp_path: Path) -> Path:
+        callback = surge(objective="edge")
+        trainer = make_trainer(callback)
+        trainer.fit(Net(), data())
+        trainer.save_checkpoint(tmp_path / "whole.ckpt")
+        return tmp_path / "whole.ckpt"
+
+    @staticmethod
+    def _with(checkpoint: Path, change: Callable[[State], None]) -> Path:
+        content = torch.load(checkpoint, weights_only=True)
+        change(content["callbacks"])
+        path = checkpoint.with_name("changed.ckpt")
+        torch.save(content, path)
+        return path
+
+    def _resumed(
+        self, make_trainer: MakeTrainer, path: Path, callback: SurgeLRCallback, *others: Callback
+    ) -> Net:
+        net = Net()
+        make_trainer(callback, *others, max_epochs=2).fit(net, data(), ckpt_path=path, weights_only=True)
+        assert len(net.lrs) == STEPS
+        assert all(0.01 / 4 <= lr <= 0.04 for lr in net.lrs)
+        return net
+
+    def test_from_one_that_knows_nothing_of_the_callback(
+        self, make_trainer: MakeTrainer, checkpoint: Path
+    ) -> None:
+        path = self._with(checkpoint, lambda callbacks: callbacks.clear())
+        callback = surge(base_batch_size=None)
+        with pytest.warns(
+            UserWarning, match="law='measured' in the checkpoint, got none: .*that of the first"
+        ):
+            net = self._resumed(make_trainer, path, callback)
+        assert callback.base_batch_size == BATCH
+        assert net.lrs[0] == 0.01
+        assert callback.history.num_measurements > 4
+
+    # Lightning says, too, that a callback of the checkpoint is missing.
+    @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+    def test_with_another_law(self, make_trainer: MakeTrainer, checkpoint: Path) -> None:
+        callback = surge(base_batch_size=None, law="theorem3")
+        with pytest.warns(
+            UserWarning, match="law='theorem3' .* got that of .*'measured'.* base_batch_size is 4"
+        ):
+            net = self._resumed(make_trainer, checkpoint, callback)
+        assert callback.base_batch_size == 4
+        assert net.lrs[0] == 0.02  # sqrt(16 / 4) until something is measured
+        assert callback.history.num_measurements > 4
+
+    @pytest.mark.parametrize("objective", ["alignment", "progress", "step"])
+    def test_with_another_objective_goes_on_with_the_measurements(
+        self, make_trainer: MakeTrainer, checkpoint: Path, objective: str
+    ) -> None:
+        callback = surge(objective=objective)
+        self._resumed(make_trainer, checkpoint, callback)
+        assert callback.history.num_measurements > STEPS
+
+    def test_with_the_edge_where_none_was_measured(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        trainer = make_trainer(surge(objective="alignment"))
+        trainer.fit(Net(), data())
+        trainer.save_checkpoint(tmp_path / "alignment.ckpt")
+        callback = surge(objective="edge")
+        net = self._resumed(make_trainer, tmp_path / "alignment.ckpt", callback)
+        assert net.lrs[0] == 0.02  # no edge is known yet
+        assert callback.law is not None
+        assert math.isfinite(callback.law.edge_lr(BATCH))
+
+    def test_with_other_parameters_behind_the_sharpness(
+        self, make_trainer: MakeTrainer, checkpoint: Path
+    ) -> None:
+        def change(callbacks: State) -> None:
+            (state,) = callbacks.values()
+            state["measurer"]["sharpness"]["vector"] = [torch.ones(3), torch.ones(2, 2, dtype=torch.float64)]
+
+        callback = surge(objective="edge")
+        self._resumed(make_trainer, self._with(checkpoint, change), callback)
+        vector = callback.state_dict()["measurer"]["sharpness"]["vector"]
+        assert [tuple(w.shape) for w in vector] == [(6, 4), (6,), (1, 6), (1,)]
+
+    def test_with_a_sharpness_of_the_same_shapes_in_other_numbers(
+        self, make_trainer: MakeTrainer, checkpoint: Path
+    ) -> None:
+        def change(callbacks: State) -> None:
+            (state,) = callbacks.values()
+            sharpness = state["measurer"]["sharpness"]
+            sharpness["vector"] = [w.double() for w in sharpness["vector"]]
+
+        callback = surge(objective="edge")
+        self._resumed(make_trainer, self._with(checkpoint, change), callback)
+        vector = callback.state_dict()["measurer"]["sharpness"]["vector"]
+        assert {w.dtype for w in vector} == {torch.float32}
+
+    def test_from_damaged_state(self, make_trainer: MakeTrainer, checkpoint: Path) -> None:
+        def change(callbacks: State) -> None:
+            (state,) = callbacks.values()
+            del state["history"]["records"][2]["curvatures"]
+
+        callback = surge(objective="edge")
+        with pytest.warns(UserWarning, match="KeyError: 'curvatures': .*afresh"):
+            net = self._resumed(make_trainer, self._with(checkpoint, change), callback)
+        assert net.lrs[0] == 0.02
+        assert callback.history.num_measurements > 4
+
+    @pytest.mark.parametrize("whole_state", [True, False])
+    def test_in_the_middle_of_a_run(self, make_trainer: MakeTrainer, whole_state: bool) -> None:
+        # As a learning-rate finder does that is asked within training.
+        class Restoring(Callback):
+            def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+                if trainer.global_step == 7:
+                    state = copy.deepcopy(callback.state_dict())
+                    callback.load_state_dict(state if whole_state else {"version": 2})
+
+        callback = surge(objective="edge")
+        again = Net()
+        if whole_state:
+            make_trainer(callback, Restoring()).fit(again, data())
+            plain, without = Net(), surge(objective="edge")
+            make_trainer(without).fit(plain, data())
+            assert again.lrs == plain.lrs
+            assert repr(callback.state_dict()) == repr(without.state_dict())
+        else:
+            with pytest.warns(UserWarning, match="KeyError: 'measurer'.*afresh"):
+                make_trainer(callback, Restoring()).fit(again, data())
+            assert callback.history.num_measurements == STEPS - 7 - 1
+
+    def test_a_validation_of_a_checkpoint_without_state_keeps_what_was_measured(
+        self, make_trainer: MakeTrainer, checkpoint: Path
+    ) -> None:
+        class Validated(Net):
+            def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+                self.net(batch[0])
+
+            def val_dataloader(self) -> Any:
+                return data()
+
+        path = self._with(checkpoint, lambda callbacks: callbacks.clear())
+        callback = surge()
+        trainer = make_trainer(callback)
+        net = Validated()
+        trainer.fit(net, data())
+        count = callback.history.num_measurements
+        trainer.validate(net, data(), ckpt_path=path, verbose=False)
+        assert callback.history.num_measurements == count > 4
+
+
+class TestBatchSizeScheduler:
+    RULES: ClassVar[dict[str, Any]] = {
+        "law": FollowPeak(start=4, maximum=64),
+        "ramp": LinearRamp(4, 64, duration=1000, unit="examples"),
+    }
+
+    @staticmethod
+    def _state() -> State:
+        state = BatchSizeScheduler(FollowPeak(start=4, maximum=64)).state_dict()
+        state |= {"accumulation": 4, "examples": 400.0, "epoch_begin": [3, 320.0, 1.0], "followed": 16}
+        return copy.deepcopy(state)
+
+    @pytest.mark.parametrize("rule", RULES)
+    @settings(max_examples=100, deadline=None)
+    @given(chosen=st.data())
+    def test_any_damage_of_one_entry_is_left_out_as_a_whole(self, rule: str, chosen: st.DataObject) -> None:
+        state = self._state()
+        path = chosen.draw(st.sampled_from(list(leaves(state))))
+        value = chosen.draw(st.sampled_from([DELETED, *WRONG]))
+        scheduler = BatchSizeScheduler(self.RULES[rule])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scheduler.load_state_dict(damaged(state, path, value))
+        now = scheduler.state_dict()
+        begin = now["epoch_begin"]
+        assert type(now["accumulation"]) is int
+        assert now["accumulation"] >= 1
+        assert all(0.0 <= number < math.inf for number in (now["examples"], *begin))
+        assert 4 <= now["followed"] <= 64
+        if caught:
+            assert "counts examples from 0" in str(caught[0].message)
+            assert (now["accumulation"], now["examples"], begin) == (1, 0.0, [0, 0.0, 0.0])
+
+    @pytest.mark.parametrize(
+        ("path", "value", "message"),
+        [
+            (("accumulation",), 0, "accumulation to be a whole number of at least 1, got accumulation=0"),
+            (("accumulation",), 2.0, "got accumulation=2.0"),
+            (("examples",), math.nan, "Expected 0 <= examples < inf, got examples=nan"),
+            (("epoch_begin",), [1.0], "not enough values to unpack"),
+            (("followed",), "16", "got followed='16'"),
+            (("version",), 0, "version 1 in the checkpoint, got 0"),
+        ],
+    )
+    def test_the_damage_is_named(self, path: tuple[Any, ...], value: Any, message: str) -> None:
+        scheduler = BatchSizeScheduler(FollowPeak(start=4, maximum=64))
+        with pytest.warns(UserWarning, match=f"{message}.*counts examples from 0"):
+            scheduler.load_state_dict(damaged(self._state(), path, value))
+
+    @pytest.mark.filterwarnings("ignore:Expected a training loader with state_dict and load_state_dict")
+    @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            (("ranks",), DELETED),
+            (("ranks", 0, "streams"), DELETED),
+            (("ranks", 0, "streams", "torch"), torch.zeros(3, dtype=torch.uint8)),
+            (("ranks", 0, "streams", "python", "words"), torch.zeros(7, dtype=torch.int64)),
+            (("ranks", 0, "streams", "numpy", "words"), torch.zeros(7, dtype=torch.int64)),
+            (("ranks", 0, "streams", "numpy", "name"), "MT1"),
+            (("ranks", 0, "seeds"), None),
+        ],
+    )
+    def test_damaged_random_states_are_left_alone_altogether(
+        self, make_trainer: MakeTrainer, tmp_path: Path, path: tuple[Any, ...], value: Any
+    ) -> None:
+        scheduler = BatchSizeScheduler(LinearRamp(16, 16, duration=10))
+        saving = ModelCheckpoint(tmp_path, filename="whole", every_n_train_steps=STEPS)
+        make_trainer(scheduler, saving).fit(Net(), data())
+        content = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+        state = content["callbacks"]["BatchSizeScheduler"]
+        state["resumption"] = damaged(state["resumption"], path, value)
+        torch.save(content, tmp_path / "changed.ckpt")
+
+        class Look(Callback):
+            def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+                self.streams = random_states()
+
+        look, net = Look(), Net()
+        again = BatchSizeScheduler(LinearRamp(16, 16, duration=10))
+        trainer = make_trainer(again, look, max_epochs=2)
+        pl.seed_everything(5, verbose=False)
+        expected = random_states()
+        with pytest.warns(UserWarning, match="Expected whole random states in the checkpoint, got "):
+            trainer.fit(net, data(), ckpt_path=tmp_path / "changed.ckpt", weights_only=True)
+        assert len(net.lrs) == STEPS
+        assert torch.equal(look.streams["python"]["words"], expected["python"]["words"])
+        assert torch.equal(look.streams["numpy"]["words"], expected["numpy"]["words"])
+
+
+class TestClock:
+    @pytest.mark.parametrize(
+        ("name", "value"), [("examples", math.nan), ("examples", -1.0), ("rounding", "0"), ("ticks", 1.5)]
+    )
+    def test_damage_is_refused_before_the_scheduler_is_touched(self, name: str, value: Any) -> None:
+        def clock() -> Any:
+            optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+            return by_examples(torch.optim.lr_scheduler.StepLR(optimizer, 1), examples_per_step=4)
+
+        saved = clock()
+        saved.advance(8.0)
+        saved.optimizer.step()
+        saved.step()
+        fresh = clock()
+        before = fresh.state_dict()
+        with pytest.raises(ValueError, match=f"finite counts .* {name}={value!r}.* resume from another one"):
+            fresh.load_state_dict(saved.state_dict() | {name: value})
+        assert fresh.state_dict() == before

@@ -1,0 +1,517 @@
+"""The callback on several processes: what one process measures on the same examples, and equal everywhere."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import ProcessRaisedException
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback
+from lightning_surge.callbacks.checks import check_processes
+from lightning_surge.schedules.sizes import GeometricRamp
+from tests.processes import environment, on_ranks
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
+
+GLOBAL, SLICES, STEPS = 16, 4, 6
+
+
+class Rows(Dataset[tuple[Tensor, Tensor]]):
+    """Examples of a noisy regression, each the same whoever asks for it."""
+
+    def __init__(self, size: int = GLOBAL * STEPS) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.x = torch.randn(size, 6, generator=generator)
+        noise = torch.randn(size, 1, generator=generator)
+        self.y = self.x[:, :1] - 0.5 * self.x[:, 1:2] + noise
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+class Portions:
+    """Of each global batch, the part of one process; the whole, slice by slice, for a process alone."""
+
+    def __init__(self, rank: int, parts: Sequence[int], size: int, micro: int, slices: int) -> None:
+        self.rank, self.parts, self.size, self.micro, self.slices = rank, parts, size, micro, slices
+
+    def __len__(self) -> int:
+        return self.size // sum(self.parts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        whole = sum(self.parts)
+        for start in range(0, self.size, whole):
+            begins = [start + sum(self.parts[:rank]) for rank in range(len(self.parts))]
+            rows = [list(range(begin, begin + part)) for begin, part in zip(begins, self.parts, strict=True)]
+            if self.rank >= 0:
+                yield rows[self.rank]
+            else:
+                cut = [[part[i * len(part) // self.slices : (i + 1) * len(part) // self.slices]
+                        for i in range(self.slices)] for part in rows]  # fmt: skip
+                yield [row for slices in zip(*cut, strict=True) for part in slices for row in part]
+
+
+class Net(pl.LightningModule):
+    def __init__(
+        self, path: Path, parts: Sequence[int] = (8, 8), *, alone: bool = False, shard: bool = False
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 1))
+        self.unused = nn.Linear(2, 2)
+        self.unused.requires_grad_(False)
+        self.path, self.parts, self.alone, self.shard = path, parts, alone, shard
+        self.lrs: list[float] = []
+        self.expected: list[float] = []
+
+    def configure_model(self) -> None:
+        if self.shard and not hasattr(self, "sharded"):
+            self.sharded = True
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return (self.net(x) - y).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.01, betas=(0.9, 0.95))
+        # Before the gradients are there, and after the step: the second is what counts.
+        optimizer.register_step_pre_hook(lambda *_: self.expected.append(optimizer.param_groups[0]["lr"]))
+        optimizer.register_step_post_hook(lambda *_: self.lrs.append(optimizer.param_groups[0]["lr"]))
+        return optimizer
+
+    def train_dataloader(self) -> Any:
+        data = Rows()
+        rank = -1 if self.alone else self.trainer.global_rank
+        return DataLoader(data, batch_sampler=Portions(rank, self.parts, len(data), 1, SLICES))  # type: ignore[arg-type]
+
+    def on_train_end(self) -> None:
+        callback = next((c for c in self.trainer.callbacks if isinstance(c, SurgeLRCallback)), None)  # type: ignore[attr-defined]
+        weights = [
+            parameter.full_tensor() if self.shard else parameter.detach()
+            for parameter in self.net.parameters()
+        ]
+        said: dict[str, Any] = {"lrs": self.lrs, "expected": self.expected}
+        said["weights"] = [weight.detach().clone() for weight in weights]
+        if callback is not None:
+            said["stats"] = repr(callback.history.stats())
+            said["measured"] = callback.history.num_measurements
+            said["numbers"] = numbers(callback)
+            said["budget"] = callback._measurer.budget.state_dict()
+        torch.save(said, self.path / f"{self.trainer.global_rank}.pt")
+
+
+def numbers(callback: SurgeLRCallback) -> list[float]:
+    stats = callback.history.stats()
+    law = callback.law
+    found = [stats.grad_sq, stats.trace_cov]
+    if law is not None:
+        found += [law.lr(b) for b in (4.0, 16.0, 64.0)]
+        found += [law.alignment(b) for b in (4.0, 16.0, 64.0)]
+    return found
+
+
+class Run(NamedTuple):
+    lrs: list[float]
+    weights: list[Tensor]
+    said: dict[str, Any]
+
+
+def train(
+    path: Path,
+    *callbacks: pl.Callback,
+    devices: int = 2,
+    make: Callable[..., pl.LightningModule] = Net,
+    strategy: Any = "ddp_fork",
+    resume: Path | None = None,
+    module: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[Run]:
+    torch.set_num_threads(1)
+    path.mkdir(parents=True, exist_ok=True)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy if devices > 1 else "auto",
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        **{
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+            "max_epochs": 1,
+        }
+        | options,
+    )
+    net = make(path, **({"alone": devices == 1} | (module or {})))
+    trainer.fit(net, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    if os.environ.get("LOCAL_RANK"):
+        return []  # one of several processes, of which others may still be at work
+    return [loaded(path, rank) for rank in range(devices)]
+
+
+def loaded(path: Path, rank: int) -> Run:
+    said = torch.load(path / f"{rank}.pt")
+    return Run(said["lrs"], said["weights"], said)
+
+
+def surge(**options: Any) -> SurgeLRCallback:
+    return SurgeLRCallback(8, **({"probe_every": 2, "custom_scalars": False} | options))
+
+
+def assert_equal(left: Run, right: Run) -> None:
+    assert left.lrs == right.lrs
+    assert left.said["expected"] == right.said["expected"]
+    for a, b in zip(left.weights, right.weights, strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_alike(left: Run, right: Run, **tolerance: float) -> None:
+    """Up to the rounding of sums that are taken in another order."""
+    tolerance = {"rel": 1e-3, "abs": 1e-9} | tolerance
+    assert left.said["measured"] == right.said["measured"] > 0
+    assert left.said["numbers"] == pytest.approx(right.said["numbers"], **tolerance)
+    assert left.lrs == pytest.approx(right.lrs, **tolerance)
+    for a, b in zip(left.weights, right.weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+OBJECTIVES: list[dict[str, Any]] = [
+    {"objective": "edge"},
+    {"objective": "step"},
+    {"law": "theorem2", "probe_examples": 32},
+]
+
+
+@pytest.mark.parametrize("options", OBJECTIVES, ids=["edge", "step", "theorem2"])
+def test_two_processes_measure_what_one_does(tmp_path: Path, options: dict[str, Any]) -> None:
+    first, second = train(tmp_path / "two", surge(**options))
+    (alone,) = train(tmp_path / "one", surge(**options), devices=1)
+    assert_equal(first, second)
+    assert first.said["stats"] == second.said["stats"]
+    assert_alike(first, alone)
+
+
+def test_four_processes_measure_what_one_does(tmp_path: Path) -> None:
+    parts = {"parts": (4, 4, 4, 4)}
+    first, *others = train(tmp_path / "four", surge(), devices=4, module=parts)
+    (alone,) = train(tmp_path / "one", surge(), devices=1, module=parts)
+    for other in others:
+        assert_equal(first, other)
+    assert_alike(first, alone)
+
+
+class TestAccumulation:
+    """Every micro-batch's own gradient, which the reducer never shows: it adds up what has accumulated."""
+
+    @pytest.mark.parametrize("view", [False, True])
+    def test_two_processes_measure_what_one_does(self, tmp_path: Path, view: bool) -> None:
+        options = {"accumulate_grad_batches": 4, "max_epochs": 4}
+        parts = {"parts": (2, 2)}
+        strategy = DDPStrategy(start_method="fork", gradient_as_bucket_view=view)
+        first, second = train(tmp_path / "two", surge(), strategy=strategy, module=parts, **options)
+        (alone,) = train(tmp_path / "one", surge(), devices=1, module=parts, **options)
+        assert_equal(first, second)
+        assert_alike(first, alone)
+
+    @pytest.mark.parametrize(("devices", "accumulation"), [(2, 2), (4, 1)])
+    def test_processes_make_chunks_of_their_own_where_batches_stay_whole(
+        self, tmp_path: Path, devices: int, accumulation: int
+    ) -> None:
+        """One process gets the same chunks, as many more micro-batches of its own."""
+        options = {"max_epochs": 4, "accumulate_grad_batches": accumulation}
+        parts = {"parts": (4,) * devices}
+        whole = surge(split_batch=False)
+        first, *others = train(tmp_path / "many", whole, devices=devices, module=parts, **options)
+        options["accumulate_grad_batches"] = accumulation * devices
+        (alone,) = train(tmp_path / "one", whole, devices=1, module={"parts": (4,)}, **options)
+        for other in others:
+            assert_equal(first, other)
+        assert_alike(first, alone)
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "unused": {"find_unused_parameters": True},
+    "views": {"gradient_as_bucket_view": True},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("accumulation", "options"), [(1, {}), (4, {}), (2, {"split_batch": False})])
+def test_a_dry_run_leaves_no_trace(
+    tmp_path: Path, strategy: str, accumulation: int, options: dict[str, Any]
+) -> None:
+    def runs(name: str, *callbacks: pl.Callback) -> list[Run]:
+        ddp = DDPStrategy(start_method="fork", **STRATEGIES[strategy])
+        return train(
+            tmp_path / name, *callbacks, strategy=ddp, max_epochs=2, accumulate_grad_batches=accumulation
+        )
+
+    measured = runs("measured", surge(dry_run=True, probe_every=1, **options))
+    assert measured[0].said["measured"] > 0
+    for with_callback, without in zip(measured, runs("plain"), strict=True):
+        assert_equal(with_callback, without)
+
+
+def test_a_process_with_shorter_batches_counts_by_its_examples(tmp_path: Path) -> None:
+    parts = {"parts": (12, 4)}
+    scheduler = BatchSizeScheduler(GeometricRamp(16, 16, 1), micro_batch_size=8)
+    first, second = train(tmp_path / "two", scheduler, surge(), module=parts)
+    (alone,) = train(tmp_path / "one", surge(), devices=1, module=parts)
+    assert_equal(first, second)
+    assert_alike(first, alone)
+
+
+class Messages(pl.Callback):
+    """Counts the collectives of each optimizer step."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path, self.counts, self.monkeypatch = path, Counter[int](), monkeypatch
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name in ("all_reduce", "broadcast", "all_gather", "barrier", "broadcast_object_list"):
+            self._count(trainer, name, getattr(torch.distributed, name))
+
+    def _count(self, trainer: pl.Trainer, name: str, collective: Any) -> None:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.counts[trainer.global_step] += 1
+            return collective(*args, **kwargs)
+
+        self.monkeypatch.setattr(torch.distributed, name, counted)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        torch.save(dict(self.counts), self.path / f"messages {trainer.global_rank}.pt")
+
+
+def test_an_ordinary_step_sends_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {}
+    for name, callbacks in {"with": [surge(probe_every=4, probe_examples=16)], "without": []}.items():
+        train(tmp_path / name, *callbacks, Messages(tmp_path / name, monkeypatch))
+        counts[name] = torch.load(tmp_path / name / "messages 0.pt")
+        assert counts[name] == torch.load(tmp_path / name / "messages 1.pt")
+        monkeypatch.undo()
+    more = [counts["with"].get(step, 0) - counts["without"].get(step, 0) for step in range(STEPS)]
+    # The very first window asks how large batches are; the one that is measured, much more.
+    assert more[:4] == [2, 1, 1, 1]
+    assert more[4] > 10
+    assert more[5] == 1
+
+
+class Fails(SurgeLRCallback):
+    """Runs out of memory on one process, at one of the passes of its first measurement."""
+
+    def __init__(self, rank: int, at: int, **options: Any) -> None:
+        super().__init__(8, probe_every=1, dry_run=True, custom_scalars=False, **options)
+        self.rank, self.at, self.passes = rank, at, 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        replay = self._measurer._prober._compute_loss
+
+        def compute_loss(batch: Any, batch_idx: int) -> Tensor:
+            self.passes += 1
+            if trainer.global_rank == self.rank and self.passes == self.at:
+                raise torch.OutOfMemoryError("no memory for this")
+            return replay(batch, batch_idx)
+
+        self._measurer._prober._compute_loss = compute_loss
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.filterwarnings("ignore:Measuring failed")
+def test_one_process_runs_out_of_memory(tmp_path: Path, rank: int, accumulation: int) -> None:
+    options: dict[str, Any] = {"max_epochs": 2 * accumulation, "accumulate_grad_batches": accumulation}
+    plain = train(tmp_path / "plain", **options)
+    for at in (1, 2, 5):
+        runs = train(tmp_path / f"fails {at}", Fails(rank, at), **options)
+        for run, expected in zip(runs, plain, strict=True):
+            assert_equal(run, expected)
+        assert runs[0].said["budget"] == runs[1].said["budget"]
+        assert runs[0].said["measured"] == runs[1].said["measured"] > 0
+
+
+class Dies(Net):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.trainer.global_rank == 1 and self.trainer.global_step == 3:
+            raise RuntimeError("this process is done for")
+
+
+def test_a_process_that_dies_ends_the_training_of_all(tmp_path: Path) -> None:
+    """As without the callback: nobody waits for ever for the one that is gone."""
+    with pytest.raises(ProcessRaisedException, match="this process is done for"):
+        train(tmp_path, surge(), make=Dies)
+
+
+def test_follow_peak_grows_alike_on_all_processes(tmp_path: Path) -> None:
+    def follow() -> list[pl.Callback]:
+        schedule = FollowPeak(start=16, maximum=64, confidence=0.1)
+        return [BatchSizeScheduler(schedule, micro_batch_size=8), surge(probe_every=1)]
+
+    first, second = train(tmp_path / "two", *follow(), max_epochs=6)
+    assert_equal(first, second)
+    assert len(first.lrs) < 6 * STEPS  # it has grown
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_resumed_on_two_processes(tmp_path: Path) -> None:
+    def saving(name: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1)
+
+    def callbacks(name: str) -> list[pl.Callback]:
+        return [surge(probe_examples=GLOBAL), saving(name)]
+
+    whole = train(tmp_path / "a", *callbacks("whole"), max_epochs=3)
+    middle = tmp_path / "whole" / f"step={STEPS}.ckpt"
+    again = train(tmp_path / "b", *callbacks("again"), max_epochs=3, resume=middle)
+    for left, right in zip(whole, again, strict=True):
+        assert left.lrs[STEPS:] == right.lrs
+        assert left.said["numbers"] == right.said["numbers"]
+        for a, b in zip(left.weights, right.weights, strict=True):
+            assert torch.equal(a, b)
+
+
+class BatchNormNet(Net):
+    def __init__(self, path: Path, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.net = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 1))
+
+
+@pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices is not")
+def test_batch_norm_leaves_batches_whole_and_buffers_alone(tmp_path: Path) -> None:
+    def runs(name: str, *callbacks: pl.Callback) -> list[Run]:
+        return train(tmp_path / name, *callbacks, make=BatchNormNet, max_epochs=3)
+
+    measured = runs("measured", surge(dry_run=True, probe_every=1))
+    assert measured[0].said["measured"] > 0
+    for with_callback, without in zip(measured, runs("plain"), strict=True):
+        assert_equal(with_callback, without)
+
+
+class TwoPlayers(Net):
+    """Two optimizers that the user steps, each with a loss of its own."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.automatic_optimization = False
+        self.other = nn.Linear(6, 1)
+
+    def losses(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        return (self.net(x) - y).square().mean(), (self.other(x) - self.net(x).detach()).square().mean()
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Any:
+        for index, optimizer in enumerate(self.optimizers()):
+            optimizer.zero_grad()
+            self.manual_backward(self.losses(batch)[index])
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [super().configure_optimizers(), torch.optim.Adam(self.other.parameters(), lr=0.01)]
+
+
+def first_loss(module: TwoPlayers, batch: Sequence[Tensor]) -> Tensor:
+    return module.losses(batch)[0]
+
+
+def second_loss(module: TwoPlayers, batch: Sequence[Tensor]) -> Tensor:
+    return module.losses(batch)[1]
+
+
+def test_two_optimizers_on_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    def players(**options: Any) -> list[pl.Callback]:
+        losses = (first_loss, second_loss)
+        return [surge(optimizer=index, loss_fn=loss, **options) for index, loss in enumerate(losses)]
+
+    def two(name: str, *callbacks: pl.Callback) -> list[Run]:
+        ddp = DDPStrategy(start_method="fork", find_unused_parameters=True)
+        return train(tmp_path / name, *callbacks, make=TwoPlayers, strategy=ddp)
+
+    first, second = two("two", *players())
+    (alone,) = train(tmp_path / "one", *players(), make=TwoPlayers, devices=1)
+    assert_equal(first, second)
+    assert_alike(first, alone)
+    for with_callbacks, without in zip(two("dry", *players(dry_run=True)), two("plain"), strict=True):
+        assert_equal(with_callbacks, without)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "sharded as one": (FSDPStrategy(), "got FSDPStrategy with 2 processes: use one of them"),
+    "drifting": (DDPStrategy(model_averaging_period=2), "got DDPStrategy with model_averaging_period=2"),
+    "counting passes": (DDPStrategy(static_graph=True), r"got DDPStrategy\(static_graph=True\)"),
+    "one replica": (ModelParallelStrategy(1, 2), "2 processes for 1 replicas of the data: use"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_strategies_are_refused_before_training(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy, message = REFUSED[case]
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(pl.Trainer, "strategy", property(lambda self: strategy))
+    monkeypatch.setattr(pl.Trainer, "world_size", property(lambda self: 2))
+    replicas = {"num_replicas": 1 if case == "one replica" else 2, "rank": 0}
+    monkeypatch.setattr(pl.Trainer, "distributed_sampler_kwargs", property(lambda self: replicas))
+    with pytest.raises(MisconfigurationException, match=message):
+        check_processes(trainer, "SurgeLRCallback", measures=True)
+    check_processes(trainer, "SurgeLRCallback", measures=False)
+
+
+class TestSharded:
+    """FSDP2: every process holds a piece of the parameters, and gradients arrive summed."""
+
+    @staticmethod
+    def runs(path: Path, *callbacks: pl.Callback, count: int = 2, **options: Any) -> list[Run]:
+        """As `train`, in processes that were started from outside, as this strategy wants them."""
+
+        def work(rank: int, count: int) -> None:
+            os.environ["LOCAL_RANK"] = os.environ["RANK"] = str(rank)
+            strategy = ModelParallelStrategy(data_parallel_size=count, tensor_parallel_size=1)
+            train(path, *callbacks, devices=count, strategy=strategy, module={"shard": True}, **options)
+
+        torch.set_num_threads(1)
+        with environment(count):
+            on_ranks(work, count, talk=False)
+        return [loaded(path, rank) for rank in range(count)]
+
+    @pytest.mark.parametrize("options", OBJECTIVES, ids=["edge", "step", "theorem2"])
+    def test_two_processes_measure_what_one_does(self, tmp_path: Path, options: dict[str, Any]) -> None:
+        first, second = self.runs(tmp_path / "two", surge(**options))
+        (alone,) = train(tmp_path / "one", surge(**options), devices=1)
+        assert_equal(first, second)
+        assert first.said["stats"] == second.said["stats"]
+        if options.get("law") == "theorem2":
+            # Its random signs differ from piece to piece: only what needs none of them is the same.
+            assert first.said["numbers"][:2] == pytest.approx(alone.said["numbers"][:2], rel=1e-3)
+        else:
+            assert_alike(first, alone)
+
+    def test_accumulation(self, tmp_path: Path) -> None:
+        options: dict[str, Any] = {"accumulate_grad_batches": 4, "max_epochs": 4}
+        first, second = self.runs(tmp_path / "two", surge(), **options)
+        (alone,) = train(tmp_path / "one", surge(), devices=1, **options)
+        assert_equal(first, second)
+        assert_alike(first, alone)
+
+    @pytest.mark.parametrize("accumulation", [1, 4])
+    def test_a_dry_run_leaves_no_trace(self, tmp_path: Path, accumulation: int) -> None:
+        options: dict[str, Any] = {"accumulate_grad_batches": accumulation, "max_epochs": 2}
+        measured = self.runs(tmp_path / "measured", surge(dry_run=True, probe_every=1), **options)
+        assert measured[0].said["measured"] > 0
+        for with_callback, without in zip(measured, self.runs(tmp_path / "plain", **options), strict=True):
+            assert_equal(with_callback, without)

@@ -1,0 +1,523 @@
+"""Whatever fails while measuring, wherever it fails: training goes on, or ends, with what it had."""
+
+import gc
+import math
+import random
+import signal
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_surge import SurgeLRCallback
+from lightning_surge.callbacks.measuring.measurer import Measurer
+from lightning_surge.callbacks.measuring.repeated_loss import RepeatedLoss
+from lightning_surge.measure.budget import ProbeBudget
+from lightning_surge.measure.coordinates import CoordinateMeasurement
+from lightning_surge.measure.measurement import LawMeasurement
+
+MakeTrainer = Callable[..., pl.Trainer]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:Measuring failed and is tried again later"),
+]
+
+MICRO = 8
+
+
+class Passing(torch.autograd.Function):
+    """Nothing, forward and backward, but that somebody is told of the latter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tell: Callable[[str], None]) -> Tensor:
+        ctx.tell = tell
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.tell("backward")
+        return gradients[0], None
+
+
+class Drawing(pl.LightningModule):
+    """Draws from every random stream at every step, and keeps buffers and counts."""
+
+    def __init__(self, optimizer: str = "adamw") -> None:
+        super().__init__()
+        pl.seed_everything(3, verbose=False)
+        self.first = nn.Linear(3, 4)
+        self.drop = nn.Dropout(0.25)
+        self.last = nn.Linear(4, 1)
+        self.optimizer = optimizer
+        self.register_buffer("seen", torch.zeros(()))
+        self.count = 0
+        self.notes: list[float] = []
+        self.tell: Callable[[str], None] = lambda stage: None
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        self.tell("forward")
+        self.seen += 1
+        self.count += 1
+        self.notes.append(random.random() + np.random.rand())  # noqa: NPY002
+        hidden = torch.tanh(self.first(x + 0.01 * torch.randn_like(x)))
+        hidden = Passing.apply(self.drop(hidden), self.tell)
+        return nn.functional.mse_loss(self.last(hidden), y) * (1.0 + 1e-3 * self.notes[-1])
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "sgd":
+            return SGD(self.parameters(), lr=0.01, momentum=0.9)
+        return AdamW(self.parameters(), lr=0.01, betas=(0.9, 0.95))
+
+    @property
+    def traces(self) -> tuple[Any, ...]:
+        """All that training leaves in the module, and where its random streams stand."""
+        return (
+            [value.tolist() for value in self.state_dict().values()],
+            self.count,
+            self.notes,
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+        )
+
+
+def data(batches: int) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(MICRO * batches, 3, generator=generator)
+    y = x.sum(dim=1, keepdim=True) + torch.randn(len(x), 1, generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=MICRO)
+
+
+class Allocations(TorchDispatchMode):
+    """Tells of every operation that makes a tensor: where memory may turn out to be too small."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func._schema.returns
+        if any(str(result.type) == "Tensor" and result.alias_info is None for result in results):
+            self.tell("allocation")
+        return func(*args, **(kwargs or {}))
+
+
+class Injector:
+    """Raises at the n-th event of a kind in every measurement, or every second one, with n growing.
+
+    The training stops by itself when a measurement to be spoilt got through: every n has been tried.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        error: type[BaseException],
+        *,
+        first: int = 1,
+        stride: int = 1,
+        every_second: bool = False,
+        quiet: int = 0,
+    ) -> None:
+        self.stage, self.error, self.stride = stage, error, stride
+        self.every_second, self.quiet = every_second, quiet
+        self.target = first
+        self.windows = self.events = 0
+        self.measuring = self.fired = False
+        self.spoilt: list[int] = []
+        self.alive: list[weakref.ref[Any]] = []
+        self.leaked = 0
+        self.done = False
+
+    def begin_window(self) -> None:
+        self.windows += 1
+        self.events, self.fired = 0, False
+
+    @property
+    def armed(self) -> bool:
+        due = self.windows > self.quiet and not (self.every_second and self.windows % 2)
+        return due and self.measuring and not self.fired
+
+    def tell(self, stage: str) -> None:
+        if stage != self.stage or not self.armed or self.done:
+            return
+        self.events += 1
+        if self.events == self.target:
+            self.fired = True
+            self.spoilt.append(self.target)
+            self.target += self.stride
+            # A new one each time: one that is kept keeps the frames that it went through.
+            raise self.error("CUDA out of memory, or whatever it may be")
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """What is done inside is done for measuring."""
+        self.measuring = True
+        try:
+            if self.stage == "allocation":
+                with Allocations(self.tell):
+                    yield
+            else:
+                yield
+        finally:
+            self.measuring = False
+
+    def end_window(self) -> None:
+        self.leaked += sum(ref() is not None for ref in self.alive)
+        self.alive.clear()
+        if not self.fired and self.events and not (self.every_second and self.windows % 2):
+            self.done = True
+
+
+@pytest.fixture
+def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[Injector], None]:
+    """Watches every part of a measurement, and lets failures have no effect on its spacing."""
+
+    def install(injector: Injector) -> None:
+        monkeypatch.setattr(ProbeBudget, "widen", lambda self: None)
+        for name in ("_start_live", "after_backward", "collect"):
+            original = getattr(Measurer, name)
+
+            def watched(self: Measurer, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+                with injector.watched():
+                    return original(self, *args, **kwargs)
+
+            monkeypatch.setattr(Measurer, name, watched)
+        for kind in (LawMeasurement, CoordinateMeasurement):
+            make = kind.__init__
+
+            def made(self: Any, *args: Any, make: Any = make, **kwargs: Any) -> None:
+                injector.alive.append(weakref.ref(self))
+                make(self, *args, **kwargs)
+
+            monkeypatch.setattr(kind, "__init__", made)
+        compute = RepeatedLoss.__call__
+
+        def computed(self: RepeatedLoss, *args: Any) -> Tensor:
+            loss = compute(self, *args)
+            injector.alive.append(weakref.ref(loss))  # and with it all that its graph holds
+            return loss
+
+        monkeypatch.setattr(RepeatedLoss, "__call__", computed)
+
+    return install
+
+
+class Steering(Callback):
+    """Tells the injector of windows, and ends the training when it has tried everything."""
+
+    def __init__(self, injector: Injector) -> None:
+        self.injector = injector
+        self.micro_batches = 0
+
+    def on_train_start(self, *args: Any) -> None:
+        self.injector.begin_window()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.micro_batches += 1
+        if self.micro_batches % trainer.accumulate_grad_batches == 0:
+            self.injector.end_window()
+            self.injector.begin_window()
+            trainer.should_stop = self.injector.done
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "edge": {"options": {"objective": "edge"}},
+    "theorem3": {"options": {"law": "theorem3"}},
+    "sgd": {"options": {"objective": "step"}, "optimizer": "sgd"},
+    "micro-batches": {"options": {"objective": "edge"}, "accumulation": 4},
+}
+# How far apart the events are that are tried; the primes differ, so that together they hit most of them.
+STRIDES = {"edge": 61, "theorem3": 67, "sgd": 31, "micro-batches": 61}
+
+
+def surge(accumulation: int, **options: Any) -> SurgeLRCallback:
+    """Measures at every step, at the base batch size, where the factor is 1 whatever is measured."""
+    size = MICRO * accumulation
+    return SurgeLRCallback(**({"base_batch_size": size, "probe_every": 1, "probe_examples": size} | options))
+
+
+class TestAnywhere:
+    """A failure at every single place of a measurement, one after the other, in one training."""
+
+    @pytest.mark.parametrize("every_second", [True, False], ids=["after a whole one", "after another"])
+    @pytest.mark.parametrize("stage", ["forward", "backward", "allocation"])
+    @pytest.mark.parametrize("case", CASES)
+    def test_it_leaves_the_training_that_there_was(
+        self,
+        make_trainer: MakeTrainer,
+        inject: Callable[[Injector], None],
+        case: str,
+        stage: str,
+        every_second: bool,
+    ) -> None:
+        accumulation = CASES[case].get("accumulation", 1)
+        optimizer = CASES[case].get("optimizer", "adamw")
+        error = torch.OutOfMemoryError if stage == "allocation" else RuntimeError
+        stride = STRIDES[case] if stage == "allocation" else 1
+        injector = Injector(stage, error, stride=stride, every_second=every_second)
+        inject(injector)
+        module = Drawing(optimizer)
+        module.tell = injector.tell
+        callback = surge(accumulation, **CASES[case]["options"])
+        trainer = make_trainer(
+            callback, Steering(injector), accumulate_grad_batches=accumulation, max_epochs=40
+        )
+        gc.disable()  # what is left must go by itself
+        try:
+            trainer.fit(module, data(60 * accumulation))
+        finally:
+            gc.enable()
+        found = module.traces
+        assert injector.done
+        assert len(injector.spoilt) >= 4
+        assert injector.leaked == 0
+        assert callback.history.num_measurements >= (len(injector.spoilt) - 2 if every_second else 1)
+
+        plain = Drawing(optimizer)
+        again = make_trainer(
+            accumulate_grad_batches=accumulation, max_epochs=-1, max_steps=trainer.global_step
+        )
+        again.fit(plain, data(60 * accumulation))
+        assert plain.traces == found
+
+    def test_errors_of_the_users_code_are_told_wherever_they_are_raised(
+        self, make_trainer: MakeTrainer, inject: Callable[[Injector], None]
+    ) -> None:
+        # ValueError and ZeroDivisionError are what measuring itself raises where there is nothing to measure.
+        for error in (ValueError, ZeroDivisionError):
+            injector = Injector("forward", error, stride=4, every_second=True)
+            inject(injector)
+            module = Drawing()
+            module.tell = injector.tell
+            callback = surge(1, objective="edge")
+            trainer = make_trainer(callback, Steering(injector), max_epochs=40)
+            with pytest.warns(UserWarning, match=f"Measuring failed .* {error.__name__}: CUDA") as told:
+                trainer.fit(module, data(60))
+            assert len([warning for warning in told if error.__name__ in str(warning.message)]) == len(
+                injector.spoilt
+            )
+
+
+class EndIn(Callback):
+    """Ends a training without the callback where another was ended while measuring."""
+
+    def __init__(self, batch_idx: int) -> None:
+        self.batch_idx = batch_idx
+        self.batch = -1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self.batch = batch_idx
+
+    def on_after_backward(self, *args: Any) -> None:
+        if self.batch == self.batch_idx:
+            raise KeyboardInterrupt
+
+
+class Noting(EndIn):
+    """Notes the micro-batch in hand."""
+
+    def __init__(self) -> None:
+        super().__init__(-2)
+
+
+@pytest.fixture
+def _interrupts_stay_possible() -> Iterator[None]:
+    # Lightning ignores further ones, for the rest of the process.
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts_stay_possible")
+class TestInterrupts:
+    # In a probe: slices, a secant, the reference, the sharpness. In a window: secants after the second and
+    # the fourth micro-batch, and the sharpness.
+    @pytest.mark.parametrize(
+        ("case", "stage", "event"),
+        [
+            ("edge", "forward", 1),
+            ("edge", "forward", 4),
+            ("edge", "backward", 8),
+            ("edge", "allocation", 150),
+            ("theorem3", "forward", 6),
+            ("micro-batches", "forward", 1),
+            ("micro-batches", "backward", 3),
+            ("micro-batches", "allocation", 40),
+            ("micro-batches", "allocation", 90),
+        ],
+    )
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+    def test_end_the_training_as_if_nothing_had_been_measured(
+        self,
+        make_trainer: MakeTrainer,
+        inject: Callable[[Injector], None],
+        case: str,
+        stage: str,
+        event: int,
+        error: type[BaseException],
+    ) -> None:
+        def ended(*callbacks: Callback, tell: Any = None) -> tuple[Drawing, pl.Trainer]:
+            module = Drawing(CASES[case].get("optimizer", "adamw"))
+            module.tell = tell or module.tell
+            trainer = make_trainer(*callbacks, accumulate_grad_batches=accumulation)
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                trainer.fit(module, data(60 * accumulation))
+            return module, trainer
+
+        accumulation = CASES[case].get("accumulation", 1)
+        injector = Injector(stage, error, first=event, quiet=6)
+        inject(injector)
+        noting = Noting()
+        callback = surge(accumulation, **CASES[case]["options"])
+        found, trainer = ended(callback, Steering(injector), noting, tell=injector.tell)
+        assert injector.spoilt == [event]
+        assert callback.history.num_measurements == 5
+        expected, _ = ended(EndIn(noting.batch))
+        assert found.traces == expected.traces
+        for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None)
+            assert one.grad is None or torch.equal(one.grad, other.grad)
+        assert "log" not in vars(found)
+        assert all(group["lr"] == 0.01 for group in trainer.optimizers[0].param_groups)
+
+    @pytest.mark.parametrize("accumulation", [1, 4])
+    def test_give_the_learning_rate_back(
+        self, make_trainer: MakeTrainer, inject: Callable[[Injector], None], accumulation: int
+    ) -> None:
+        injector = Injector("forward", KeyboardInterrupt, quiet=6)
+        inject(injector)
+        seen: list[float] = []
+
+        def tell(stage: str) -> None:
+            if injector.measuring:
+                seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+            injector.tell(stage)
+
+        module = Drawing()
+        module.tell = tell
+        callback = surge(accumulation, base_batch_size=MICRO * accumulation / 4, objective="alignment")
+        trainer = make_trainer(callback, Steering(injector), accumulate_grad_batches=accumulation)
+        with pytest.raises(SystemExit):
+            trainer.fit(module, data(60))
+        assert seen[-1] > 0.01
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+        assert len(trainer.optimizers[0]._optimizer_step_post_hooks) == 0
+
+
+class Refusing(CSVLogger):
+    """Writes so many times, and then never again."""
+
+    def __init__(self, path: str, times: float) -> None:
+        super().__init__(path)
+        self.left = times
+        self.calls = 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.calls += 1
+        if self.calls > self.left:
+            raise OSError("no space left on device")
+        super().log_metrics(metrics, step)
+
+
+class TestElsewhere:
+    def test_a_logger_that_fails_ends_the_training_as_it_would_without_the_callback(
+        self, make_trainer: MakeTrainer, tmp_path: Any
+    ) -> None:
+        module = Drawing()
+        callback = surge(1, base_batch_size=2)
+        trainer = make_trainer(callback, logger=Refusing(str(tmp_path), 3))
+        with pytest.raises(OSError, match="no space left"):
+            trainer.fit(module, data(12))
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+        assert trainer.global_step == 4
+
+    def test_a_logger_is_never_asked_within_a_measurement(
+        self, make_trainer: MakeTrainer, tmp_path: Any
+    ) -> None:
+        class Logging(Drawing):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                loss = super().training_step(batch, batch_idx)
+                self.log("loss", loss)
+                assert self.logger is not None
+                self.logger.log_metrics({"direct": loss.item()}, step=self.count)
+                return loss
+
+        logger = Refusing(str(tmp_path), math.inf)
+        callback = surge(1)
+        make_trainer(callback, logger=logger).fit(Logging(), data(12))
+        assert callback.history.num_measurements == 11
+        assert logger.calls == 2 * 12  # by training_step itself, and by the Trainer for it
+
+    def test_batch_size_fn_that_fails_on_a_slice_costs_the_measurement(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        # The first batch is cut before training begins, and would be refused there.
+        slices: list[bool] = []
+
+        def count(batch: list[Tensor]) -> float:
+            slices.append(len(batch[0]) < MICRO)
+            if slices[-1] and sum(slices) > 4:
+                raise KeyError("lengths")
+            return float(len(batch[0]))
+
+        module = Drawing()
+        callback = surge(1, batch_size_fn=count)
+        with pytest.warns(UserWarning, match="Measuring failed .* KeyError: 'lengths'"):
+            make_trainer(callback).fit(module, data(12))
+        found = module.traces
+        plain = Drawing()
+        make_trainer().fit(plain, data(12))
+        assert plain.traces == found
+        assert callback.history.num_measurements == 0
+
+    def test_batch_size_fn_that_fails_on_a_batch_is_the_users_error(self, make_trainer: MakeTrainer) -> None:
+        # Without it there is no learning rate to decide on.
+        calls: list[int] = []
+
+        def count(batch: list[Tensor]) -> float:
+            calls.append(len(batch[0]))
+            if len(calls) > 20:
+                raise KeyError("lengths")
+            return float(len(batch[0]))
+
+        trainer = make_trainer(SurgeLRCallback(2, "linear", batch_size_fn=count))
+        with pytest.raises(KeyError, match="lengths"):
+            trainer.fit(Drawing(), data(40))
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+        assert trainer.global_step == 10
+
+    def test_a_trace_that_cannot_be_undone_leaves_nothing_of_the_measurement_behind(
+        self, make_trainer: MakeTrainer, inject: Callable[[Injector], None]
+    ) -> None:
+        class Scribbling(Drawing):
+            def __init__(self) -> None:
+                super().__init__()
+                self.large = torch.zeros((1 << 20) + 1)  # too large to copy
+
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                self.large[0] += 1
+                return super().training_step(batch, batch_idx)
+
+        watching = Injector("nothing", RuntimeError)
+        inject(watching)
+        gc.disable()
+        try:
+            with pytest.warns(UserWarning, match="Measuring failed .* TraceError"):
+                make_trainer(surge(1), Steering(watching)).fit(Scribbling(), data(8))
+        finally:
+            gc.enable()
+        assert watching.leaked == 0

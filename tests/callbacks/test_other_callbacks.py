@@ -1,0 +1,472 @@
+"""Lightning's own callbacks and tuners beside ours, in both orders.
+
+Two exact references. A rule that doubles every learning rate must train as twice the learning rate does
+alone, whatever another callback does with it; and a dry run that measures must leave no trace in anything.
+"""
+
+import csv
+import math
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    Callback,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    TQDMProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_surge import BatchSizeScheduler, SurgeLRCallback
+from lightning_surge.schedules.sizes import ConstantSize
+
+MakeTrainer = Callable[..., pl.Trainer]
+Arrange = Callable[[Callback, Callback], list[Callback]]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    # Said by one of Lightning's callbacks of another, whether or not ours are there.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*was called without a model"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
+]
+
+LR = 0.03125
+ORDERS = [
+    pytest.param(lambda ours, other: [ours, other], id="ours first"),
+    pytest.param(lambda ours, other: [other, ours], id="ours last"),
+]
+
+
+class Net(pl.LightningModule):
+    """A network of two parts with batch statistics, a schedule, and a note of the learning rates used."""
+
+    def __init__(
+        self, lr: float = LR, *, batch_size: int = 8, norm: bool = True, scheduled: bool = True
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5) if norm else nn.Tanh())
+        self.head = nn.Linear(5, 1)
+        self.lr, self.batch_size, self.scheduled = lr, batch_size, scheduled
+        self.calls = 0
+        self.used: list[list[float]] = []
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(self.head(torch.tanh(self.backbone(x))), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls += 1
+        loss = self.loss(batch)
+        self.log("loss", loss, on_epoch=True)
+        return loss
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return data(self.batch_size)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return data(16)
+
+    def configure_optimizers(self) -> Any:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = AdamW(parameters, lr=self.lr)
+        optimizer.register_step_post_hook(self.note)
+        if not self.scheduled:
+            return optimizer
+        # Recursive: whatever stays in the learning rate compounds.
+        return [optimizer], [ExponentialLR(optimizer, 0.5)]
+
+    def note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # StochasticWeightAveraging steps once more, without gradients, after its pass for batch statistics.
+        if any(parameter.grad is not None for parameter in self.parameters()):
+            self.used.append([float(group["lr"]) for group in optimizer.param_groups])
+
+    @property
+    def weights(self) -> Tensor:
+        return torch.cat([value.detach().double().reshape(-1) for value in self.state_dict().values()])
+
+
+def data(batch_size: int) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(48, 3, generator=generator)
+    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).sin()), batch_size)
+
+
+def loss_of(module: Any, batch: Any) -> Tensor:
+    return module.loss(batch)
+
+
+def doubling() -> SurgeLRCallback:
+    return SurgeLRCallback(4, "linear")
+
+
+def dry() -> SurgeLRCallback:
+    return SurgeLRCallback(4, dry_run=True, probe_every=1, probe_examples=16)
+
+
+class Case(NamedTuple):
+    """Another callback, by the learning rate that it may have a share in, and what shows what it did."""
+
+    make: Callable[[float, Path], Callback]
+    seen: Callable[[Any, pl.Trainer], Any] = lambda callback, trainer: None
+    options: dict[str, Any] = {}  # noqa: RUF012
+    norm: bool = True
+
+
+class PerStep(EMAWeightAveraging):
+    """Notes the average at every validation, for which the weights are swapped."""
+
+    def __init__(self) -> None:
+        super().__init__(decay=0.75)
+        self.validated: list[float] = []
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.validated.append(float(pl_module.weights.sum()))
+        super().on_validation_epoch_end(trainer, pl_module)
+
+
+def checkpoints(callback: ModelCheckpoint, trainer: pl.Trainer) -> Any:
+    """Of every file: the step, the scheduled learning rate relative to the module's, and the weights."""
+    rows = []
+    for path in sorted(Path(str(callback.dirpath)).glob("*.ckpt")):
+        saved = torch.load(path, weights_only=False)
+        (optimizer,) = saved["optimizer_states"]
+        lr = optimizer["param_groups"][0]["lr"] / trainer.lightning_module.lr  # type: ignore[union-attr, operator]
+        weights = torch.cat([value.double().reshape(-1) for value in saved["state_dict"].values()])
+        rows.append((path.name, saved["global_step"], lr, weights.tolist()))
+    assert len(rows) > 1
+    return rows
+
+
+CASES = {
+    "EMAWeightAveraging": Case(lambda lr, path: PerStep(), lambda callback, _: callback.validated),
+    "StochasticWeightAveraging": Case(
+        lambda lr, path: StochasticWeightAveraging(lr / 4, swa_epoch_start=1, annealing_epochs=1)
+    ),
+    "StochasticWeightAveraging without BatchNorm": Case(
+        lambda lr, path: StochasticWeightAveraging(lr / 4, swa_epoch_start=1, annealing_epochs=1), norm=False
+    ),
+    "EarlyStopping": Case(
+        lambda lr, path: EarlyStopping("val_loss", min_delta=0.02, patience=1),
+        lambda callback, trainer: (callback.stopped_epoch, float(callback.best_score), trainer.current_epoch),
+        {"max_epochs": 6},
+    ),
+    "ModelCheckpoint at epoch ends": Case(
+        lambda lr, path: ModelCheckpoint(path, save_top_k=-1, save_on_train_epoch_end=True), checkpoints
+    ),
+    "ModelCheckpoint after validation": Case(
+        lambda lr, path: ModelCheckpoint(path, save_top_k=-1, monitor="val_loss"), checkpoints
+    ),
+    "ModelCheckpoint at steps": Case(
+        lambda lr, path: ModelCheckpoint(path, save_top_k=-1, every_n_train_steps=4), checkpoints
+    ),
+    "BackboneFinetuning": Case(
+        lambda lr, path: BackboneFinetuning(1, lambda epoch: 1.5, backbone_initial_ratio_lr=0.25),
+        lambda callback, trainer: len(trainer.optimizers[0].param_groups),
+        norm=False,  # batch norms are not frozen
+    ),
+    "Timer": Case(lambda lr, path: Timer(timedelta(hours=1))),
+    "ModelSummary": Case(lambda lr, path: ModelSummary(), options={"enable_model_summary": True}),
+    "TQDMProgressBar": Case(lambda lr, path: TQDMProgressBar(), options={"enable_progress_bar": True}),
+    "DeviceStatsMonitor": Case(
+        lambda lr, path: DeviceStatsMonitor(cpu_stats=False), options={"logger": True}
+    ),
+    "OnExceptionCheckpoint": Case(
+        lambda lr, path: OnExceptionCheckpoint(path), options={"enable_checkpointing": True}
+    ),
+    "LearningRateMonitor": Case(
+        lambda lr, path: LearningRateMonitor("step"), lambda callback, _: callback.lrs, {"logger": True}
+    ),
+}
+
+
+@pytest.fixture
+def fitted(make_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., Any]:
+    """Trains with another callback, alone or beside ours; what it led to."""
+    count = 0
+
+    def fit(case: Case, lr: float, ours: Callback | None, arrange: Arrange | None = None) -> Any:
+        nonlocal count
+        count += 1
+        path = tmp_path / str(count)
+        other = case.make(lr, path)
+        callbacks = [other] if ours is None or arrange is None else arrange(ours, other)
+        options = {"max_epochs": 3, "default_root_dir": path} | case.options
+        if options.pop("logger", False):
+            options["logger"] = CSVLogger(path)
+        module = Net(lr, norm=case.norm)
+        if isinstance(other, BackboneFinetuning):
+            # What is frozen at first has no place in the optimizer yet.
+            module.scheduled = False
+        trainer = make_trainer(*callbacks, **options)
+        trainer.fit(module)
+        return module.used, module.weights.tolist(), case.seen(other, trainer)
+
+    return fit
+
+
+@pytest.mark.parametrize("arrange", ORDERS)
+@pytest.mark.parametrize("name", CASES)
+class TestBeside:
+    def test_twice_the_learning_rate_is_twice_the_learning_rate(
+        self, fitted: Callable[..., Any], name: str, arrange: Arrange
+    ) -> None:
+        case = CASES[name]
+        assert fitted(case, LR, doubling(), arrange) == fitted(case, 2.0 * LR, None)
+
+    @pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices is not")
+    def test_a_dry_run_leaves_no_trace(self, fitted: Callable[..., Any], name: str, arrange: Arrange) -> None:
+        case, ours = CASES[name], dry()
+        assert fitted(case, LR, ours, arrange) == fitted(case, LR, None)
+        assert ours.history.num_measurements >= 2
+
+
+def test_checkpoints_hold_the_scheduled_learning_rate(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=3)
+    module = Net()
+    make_trainer(saver, doubling(), max_epochs=2).fit(module)
+    lrs = {
+        saved["global_step"]: saved["optimizer_states"][0]["param_groups"][0]["lr"]
+        for saved in (torch.load(path, weights_only=False) for path in tmp_path.glob("*.ckpt"))
+    }
+    assert lrs == {3: LR, 6: LR / 2, 9: LR / 2, 12: LR / 4}
+    assert module.used == [[2 * LR]] * 6 + [[LR]] * 6
+
+
+@pytest.mark.parametrize("arrange", ORDERS)
+def test_a_run_saved_at_its_exception_goes_on(
+    make_trainer: MakeTrainer, tmp_path: Path, arrange: Arrange
+) -> None:
+    class Crash(Net):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            # Before a window begins: one that is cut in two has lost its gradients, or batches being pooled.
+            if self.trainer.global_step == 6 and self.trainer.training:
+                raise RuntimeError("crash")
+            return batch
+
+    def ours() -> SurgeLRCallback:
+        return SurgeLRCallback(2, probe_every=2)
+
+    whole, measured = Net(norm=False), ours()
+    make_trainer(measured, max_epochs=3).fit(whole)
+    broken = arrange(ours(), OnExceptionCheckpoint(tmp_path))
+    with pytest.raises(RuntimeError, match="crash"):
+        make_trainer(*broken, max_epochs=3, enable_checkpointing=True).fit(Crash(norm=False))
+    (path,) = tmp_path.glob("*.ckpt")
+    assert torch.load(path, weights_only=False)["optimizer_states"][0]["param_groups"][0]["lr"] == LR / 2
+    again, resumed = ours(), Net(norm=False)
+    make_trainer(again, max_epochs=3).fit(resumed, ckpt_path=path)
+    assert resumed.used == whole.used[6:]
+    assert torch.equal(resumed.weights, whole.weights)
+    assert again.history.state_dict() == measured.history.state_dict()
+
+
+@pytest.mark.parametrize("arrange", ORDERS)
+def test_lightnings_accumulation_schedule_is_followed(make_trainer: MakeTrainer, arrange: Arrange) -> None:
+    module = Net(scheduled=False)
+    other = GradientAccumulationScheduler({0: 1, 1: 2})
+    make_trainer(*arrange(SurgeLRCallback(8, "linear"), other), max_epochs=2).fit(module)
+    assert module.used == [[LR]] * 6 + [[2 * LR]] * 3
+
+
+class TestLearningRateFinder:
+    OPTIONS: dict[str, Any] = {  # noqa: RUF012
+        "min_lr": 1e-4,
+        "max_lr": 0.5,
+        "num_training_steps": 20,
+        "early_stop_threshold": None,
+    }
+
+    @staticmethod
+    def net() -> Net:
+        """An epoch of 24 steps, which ends no sooner than the finder."""
+        return Net(batch_size=2, norm=False, scheduled=False)
+
+    def suggested(self, make_trainer: MakeTrainer, path: Path, *ours: Callback) -> tuple[Net, Any]:
+        finder = LearningRateFinder(**self.OPTIONS)
+        module = self.net()
+        make_trainer(*ours, finder, default_root_dir=path).fit(module)
+        return module, finder.optimal_lr
+
+    @pytest.mark.parametrize("arrange", ORDERS)
+    def test_finds_the_same_and_its_learning_rate_is_the_base(
+        self, make_trainer: MakeTrainer, tmp_path: Path, arrange: Arrange
+    ) -> None:
+        alone, reference = self.suggested(make_trainer, tmp_path)
+        finder, ours = LearningRateFinder(**self.OPTIONS), SurgeLRCallback(1, "linear")
+        module = self.net()
+        make_trainer(*arrange(ours, finder), default_root_dir=tmp_path).fit(module)
+        assert finder.optimal_lr.results == reference.results
+        lr = reference.suggestion()
+        assert alone.used[20:] == [[lr]] * 24
+        assert module.used[:20] == alone.used[:20]
+        assert module.used[20:] == [[2 * lr]] * 24
+        assert ours._measurer.budget.trained == 48
+
+    def test_is_not_measured(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        _, reference = self.suggested(make_trainer, tmp_path)
+        ours = SurgeLRCallback(1, dry_run=True, probe_every=1, probe_examples=8)
+        _, found = self.suggested(make_trainer, tmp_path, ours)
+        assert found.results == reference.results
+        assert ours.history.num_measurements >= 2
+        assert all(record.step < 24 for record in ours.law_history)
+        assert ours._measurer.budget.trained == 48
+
+    def test_of_the_tuner(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        module, reference = self.net(), self.net()
+        found = Tuner(make_trainer(default_root_dir=tmp_path)).lr_find(reference, **self._tuner_options())
+        trainer = make_trainer(SurgeLRCallback(1, "linear"), default_root_dir=tmp_path)
+        assert Tuner(trainer).lr_find(module, **self._tuner_options()).results == found.results  # type: ignore[union-attr]
+        module.used.clear()
+        trainer.fit(module)
+        assert module.used == [[2 * found.suggestion()]] * 24  # type: ignore[union-attr, operator]
+
+    def _tuner_options(self) -> dict[str, Any]:
+        options = dict(self.OPTIONS)
+        return {"num_training": options.pop("num_training_steps"), **options}
+
+    @pytest.mark.parametrize("arrange", ORDERS)
+    def test_in_the_midst_of_training(
+        self, make_trainer: MakeTrainer, tmp_path: Path, arrange: Arrange
+    ) -> None:
+        """At the start of an epoch, as Lightning's documentation shows it: our hook is installed by then."""
+
+        class AtEpochs(LearningRateFinder):
+            def on_fit_start(self, *args: Any, **kwargs: Any) -> None:
+                return
+
+            def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+                if trainer.current_epoch == 1:
+                    self.lr_find(trainer, pl_module)
+
+        def run(*ours: Callback) -> tuple[Net, AtEpochs]:
+            module, finder = self.net(), AtEpochs(**self.OPTIONS)
+            callbacks = arrange(ours[0], finder) if ours else [finder]
+            make_trainer(*callbacks, max_epochs=2, default_root_dir=tmp_path).fit(module)
+            return module, finder
+
+        alone, reference = run()
+        ours = SurgeLRCallback(1, dry_run=True, probe_every=1, probe_examples=8)
+        watched, finder = run(ours)
+        assert finder.optimal_lr.results == reference.optimal_lr.results  # type: ignore[union-attr]
+        assert watched.used == alone.used
+        assert torch.equal(watched.weights, alone.weights)
+        # 48 examples in each of two epochs: the finder's steps are not counted, its restart is survived.
+        assert ours._measurer.budget.trained == 96
+        assert ours.history.num_measurements >= 2
+
+
+class TestBatchSizeFinder:
+    @pytest.mark.parametrize("arrange", ORDERS)
+    def test_its_size_is_the_batch_size(
+        self, make_trainer: MakeTrainer, tmp_path: Path, arrange: Arrange
+    ) -> None:
+        finder = BatchSizeFinder(steps_per_trial=2, init_val=2, max_trials=2)
+        module, ours = Net(scheduled=False), SurgeLRCallback(law="linear")
+        trainer = make_trainer(*arrange(ours, finder), default_root_dir=tmp_path)
+        trainer.fit(module)
+        assert finder.optimal_batch_size == module.batch_size == 4
+        assert ours.base_batch_size == 4
+        assert module.used[-12:] == [[LR]] * 12
+        assert ours._measurer.budget.trained == 48
+
+    def test_is_not_measured(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        modules = []
+        for ours in ([], [dry()]):
+            module = Net(norm=False, scheduled=False)
+            finder = BatchSizeFinder(steps_per_trial=2, init_val=2, max_trials=2)
+            make_trainer(*ours, finder, default_root_dir=tmp_path).fit(module)
+            modules.append(module)
+        assert modules[0].used == modules[1].used
+        assert torch.equal(modules[0].weights, modules[1].weights)
+        assert ours[0].history.num_measurements >= 2
+        assert ours[0]._measurer.budget.trained == 48
+
+    def test_of_the_tuner(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        module = Net(scheduled=False)
+        ours = SurgeLRCallback(2, "linear")
+        trainer = make_trainer(ours, default_root_dir=tmp_path)
+        found = Tuner(trainer).scale_batch_size(module, steps_per_trial=2, init_val=2, max_trials=2)
+        assert found == module.batch_size == 4
+        module.used.clear()
+        trainer.fit(module)
+        assert module.used == [[2 * LR]] * 12
+
+
+class TestBatchSizeScheduler:
+    """Ours for the batch size, beside those that look at the weights or at the steps."""
+
+    @pytest.mark.filterwarnings("ignore:Expected a training loader with state_dict")
+    @pytest.mark.parametrize("arrange", ORDERS)
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "EMAWeightAveraging",
+            "EarlyStopping",
+            "ModelCheckpoint at steps",
+            "BackboneFinetuning",
+            "LearningRateMonitor",
+        ],
+    )
+    def test_is_the_accumulation_it_sets(
+        self, fitted: Callable[..., Any], name: str, arrange: Arrange
+    ) -> None:
+        case = CASES[name]
+        reference = case._replace(options={**case.options, "accumulate_grad_batches": 2})
+        ours = BatchSizeScheduler(ConstantSize(16))
+        assert fitted(case, LR, ours, arrange) == fitted(reference, LR, None)
+
+
+def test_the_monitor_logs_what_the_step_used(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Side by side in one file, once the factor has been measured."""
+    module = Net(norm=False)
+    logger = CSVLogger(tmp_path)
+    ours = SurgeLRCallback(4, probe_every=1, objective="alignment", max_drift_per_step=1e-9)
+    make_trainer(LearningRateMonitor("step"), ours, logger=logger, max_epochs=2).fit(module)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    used = [float(row["surge/lr_used"]) for row in rows if row["surge/lr_used"]]
+    assert used == pytest.approx([lr for (lr,) in module.used], rel=1e-6)
+    seen = [float(row["lr-AdamW"]) for row in rows if row["lr-AdamW"]]
+    # The monitor looks before the step; what the step measures itself comes a step later.
+    assert len(seen) == len(used)
+    assert all(math.isclose(one, other, rel_tol=0.2) for one, other in zip(seen, used, strict=True))
+    assert seen[0] == pytest.approx(used[0])
+
+
+def test_a_plain_optimizer_is_left_as_it_was_by_all(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class Plain(Net):
+        def configure_optimizers(self) -> Optimizer:
+            return SGD(self.parameters(), lr=self.lr)
+
+    module = Plain()
+    others = [PerStep(), ModelCheckpoint(tmp_path, every_n_train_steps=2), Timer(timedelta(hours=1))]
+    trainer = make_trainer(*others, doubling(), max_epochs=2)
+    trainer.fit(module)
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [LR]

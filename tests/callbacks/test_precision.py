@@ -1,0 +1,463 @@
+"""Measurements in 16 and 64 bits, under a gradient scaler, and with clipped gradients, against 32 bits."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_surge import SurgeLRCallback
+from lightning_surge.callbacks.checks import rounds_products
+from lightning_surge.measure.records import Measurement
+from lightning_surge.optimizers.moments import AdamMoments
+from lightning_surge.policy.history import NoiseHistory
+
+MakeTrainer = Callable[..., pl.Trainer]
+MakeOptimizer = Callable[[Any], Optimizer]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+]
+
+
+def adamw(module: nn.Module) -> Optimizer:
+    return AdamW(module.parameters(), lr=0.01, weight_decay=0.0)
+
+
+def fused(module: nn.Module) -> Optimizer:
+    return AdamW(module.parameters(), lr=0.01, weight_decay=0.0, fused=True)
+
+
+def sgd(module: nn.Module) -> Optimizer:
+    return SGD(module.parameters(), lr=0.05)
+
+
+class Net(pl.LightningModule):
+    """A network whose loss is infinite at some batches, and flat at the first `still` ones."""
+
+    def __init__(
+        self, make_optimizer: MakeOptimizer = adamw, overflows: tuple[int, ...] = (), still: int = 0
+    ) -> None:
+        super().__init__()
+        pl.seed_everything(0, verbose=False)
+        self.net = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1))
+        self.make_optimizer, self.overflows = make_optimizer, overflows
+        self.still = still
+        self.calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls += 1
+        x, y = batch
+        loss = nn.functional.mse_loss(self.net(x).float(), y.float())
+        if batch_idx < self.still:
+            return 0.0 * loss
+        return loss * math.inf if batch_idx in self.overflows else loss
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.make_optimizer(self)
+
+    @property
+    def weights(self) -> Tensor:
+        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters()])
+
+
+def data(batches: int, batch_size: int = 16, dtype: torch.dtype = torch.float32) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batches * batch_size, 16, generator=generator)
+    y = x[:, :4].sum(dim=1, keepdim=True) + torch.randn(len(x), 1, generator=generator)
+    return DataLoader(TensorDataset(x.to(dtype), y.to(dtype)), batch_size=batch_size)
+
+
+def scaling(init_scale: float = 256.0, **options: Any) -> MixedPrecision:
+    return MixedPrecision(
+        "16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=init_scale, **options)
+    )
+
+
+@pytest.fixture
+def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Measurement]:
+    taken: list[Measurement] = []
+    add = NoiseHistory.add
+
+    def noted(self: NoiseHistory, measurement: Measurement) -> None:
+        taken.append(measurement)
+        add(self, measurement)
+
+    monkeypatch.setattr(NoiseHistory, "add", noted)
+    return taken
+
+
+def surge(**options: Any) -> SurgeLRCallback:
+    settings: dict[str, Any] = {"base_batch_size": 4, "probe_every": 1, "probe_examples": 16}
+    return SurgeLRCallback(objective="alignment", **(settings | options))
+
+
+def numbers(measurement: Measurement) -> list[float]:
+    norms = measurement.statistics
+    sized = (*norms.alignments, *measurement.curvatures)
+    return [norms.grad_sq, norms.trace_cov, *[value for _, value in sized]]
+
+
+class Measure:
+    """Runs a training and returns its measurements, live from accumulation or from probes."""
+
+    def __init__(self, make_trainer: MakeTrainer, measurements: list[Measurement]) -> None:
+        self.make_trainer, self.measurements = make_trainer, measurements
+
+    def __call__(
+        self, module: Net, *, live: bool, batches: int = 4, dry_run: bool = True, **options: Any
+    ) -> list[list[float]]:
+        self.measurements.clear()
+        self.callback = surge(dry_run=dry_run)
+        loader = data(4 * batches, 4) if live else data(batches)
+        self.trainer = self.make_trainer(self.callback, accumulate_grad_batches=4 if live else 1, **options)
+        self.trainer.fit(module, loader)
+        return [numbers(measurement) for measurement in self.measurements]
+
+
+@pytest.fixture
+def measure(make_trainer: MakeTrainer, measurements: list[Measurement]) -> Measure:
+    return Measure(make_trainer, measurements)
+
+
+def with_lr(kind: Callable[..., Optimizer], lr: float) -> MakeOptimizer:
+    return lambda module: kind(module.parameters(), lr=lr)
+
+
+def scaled_or(precision: str) -> dict[str, Any]:
+    return {"plugins": scaling()} if precision == "16-mixed" else {"precision": precision}
+
+
+def tf32(x: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, ties to even."""
+    bits = x.detach().contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return tf32(x) @ tf32(weight).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return tf32(grads[0]) @ tf32(weight), tf32(grads[0]).T @ tf32(x)
+
+
+class Rounded(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = Product.apply(x, self.weight)
+        return product + self.bias
+
+
+class TestAgainst32Bits:
+    @pytest.mark.parametrize("live", [True, False])
+    @pytest.mark.parametrize("make_optimizer", [with_lr(torch.optim.Adam, 0.1), with_lr(SGD, 0.1)])
+    @pytest.mark.parametrize(
+        # Of the norms, of the alignments, and of curvatures over about half of an optimal step.
+        ("precision", "tolerances"),
+        [
+            ("64-true", (1e-5, 1e-5, 1e-3)),
+            ("bf16-mixed", (0.01, 0.05, 0.08)),
+            ("16-mixed", (0.002, 0.01, 0.02)),
+        ],
+    )
+    def test_the_first_measurement_is_the_same(
+        self,
+        measure: Measure,
+        precision: str,
+        tolerances: tuple[float, float, float],
+        make_optimizer: MakeOptimizer,
+        live: bool,
+    ) -> None:
+        # The first step moves nothing, so that both are taken at the same point.
+        still = 4 if live else 1
+        reference = measure(Net(make_optimizer, still=still), live=live, batches=2)
+        module = Net(make_optimizer, still=still)
+        if precision == "64-true":
+            module.double()
+        got = measure(module, live=live, batches=2, **scaled_or(precision))
+        assert len(got) == len(reference) == 1
+        norms, alignments, curvatures = tolerances
+        for value, expected, tolerance in zip(
+            got[0], reference[0], [norms] * 2 + [alignments] * 3 + [curvatures] * 2, strict=True
+        ):
+            assert value == pytest.approx(expected, rel=tolerance)
+
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+    def test_short_secants_scatter_but_have_no_bias(self, measure: Measure, precision: str) -> None:
+        """Over a twentieth of the optimal step, where rounding is a good part of what changes."""
+        ratios = []
+        for seed in range(16):
+            values = []
+            for options in ({}, scaled_or(precision)):
+                module = Net(with_lr(torch.optim.Adam, 0.01), still=1)
+                for parameter in module.parameters():
+                    generator = torch.Generator().manual_seed(seed)
+                    parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+                values.append(measure(module, live=False, batches=2, **options)[0][-2:])
+            ratios.append(torch.tensor(values[1]) / torch.tensor(values[0]))
+        ratio = torch.stack(ratios)
+        error = ratio.std(dim=0) / len(ratios) ** 0.5
+        assert ((ratio.mean(dim=0) - 1.0).abs() < 4.0 * error).all()
+        assert (error < 0.06).all()
+
+    def test_64_bits_follow_the_edge(self, make_trainer: MakeTrainer) -> None:
+        callback = SurgeLRCallback(4, objective="edge", probe_every=1, probe_examples=16)
+        make_trainer(callback, precision="64-true").fit(Net(), data(12, dtype=torch.float64))
+        assert callback.law is not None
+        assert callback.law.edge_lr(16.0) > 0.0
+
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+    def test_mixed_precision_follows_the_default(self, make_trainer: MakeTrainer, precision: str) -> None:
+        callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
+        make_trainer(callback, **scaled_or(precision)).fit(Net(), data(6))
+        assert callback.settings.objective == "progress"
+        assert callback.history.num_measurements >= 4
+
+    def test_other_precisions_have_no_edge_either(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # transformer-engine computes in 8 bits; it is not installed where these tests run.
+        monkeypatch.setattr(pl.Trainer, "precision", property(lambda self: "transformer-engine"))
+        with pytest.raises(MisconfigurationException, match="got 'transformer-engine'"):
+            make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))
+
+
+class TestTF32:
+    @pytest.fixture(autouse=True)
+    def _switches(self) -> Any:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        yield
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+    def test_is_what_rounds_products(self) -> None:
+        linear, convolution = Net(), Net()
+        convolution.extra = nn.Conv1d(1, 1, 1)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+        assert not rounds_products(linear)
+        assert rounds_products(convolution)
+        torch.backends.cudnn.allow_tf32 = False
+        assert not rounds_products(convolution)
+        torch.set_float32_matmul_precision("high")
+        assert rounds_products(linear)
+
+    def test_has_no_edge(self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.set_float32_matmul_precision("high")
+        make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))  # on the CPU there is no TF32
+        monkeypatch.setattr("lightning_surge.callbacks.checks._on_gpu", lambda optimizer: True)
+        make_trainer(SurgeLRCallback(4)).fit(Net(), data(2))
+        with pytest.raises(
+            MisconfigurationException, match=r"got TF32, .*set_float32_matmul_precision\('high"
+        ):
+            make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))
+
+    def test_would_raise_the_edge_that_is_measured(self, make_trainer: MakeTrainer) -> None:
+        """With products rounded as a GPU would."""
+        edges = []
+        for kind in (nn.Linear, Rounded):
+            module = Net(with_lr(AdamW, 1e-3))
+            for layer in (module.net[0], module.net[2]):
+                layer.__class__ = kind
+            callback = SurgeLRCallback(4, objective="edge", probe_every=6, probe_examples=32, dry_run=True)
+            make_trainer(callback).fit(module, data(40))
+            assert callback.law is not None
+            edges.append(callback.law.edge_lr(16.0))
+        assert edges[1] > 1.5 * edges[0]
+
+
+class Test16BitParameters:
+    @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+    def test_are_refused_with_every_remedy(self, make_trainer: MakeTrainer, precision: Any) -> None:
+        module = Net(sgd)
+        message = (
+            r"Expected float32 parameters, got dtype torch.b?float16, .*precision='bf16-mixed' or '16-mixed' "
+            r".*law='sqrt', law='linear' or law='constant'"
+        )
+        with pytest.raises(MisconfigurationException, match=message):
+            make_trainer(SurgeLRCallback(4), precision=precision).fit(module, data(2))
+        assert module.calls == 0
+
+    @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+    def test_suit_rules(self, make_trainer: MakeTrainer, precision: Any) -> None:
+        def run(lr: float, *callbacks: Callback) -> Tensor:
+            module = Net(lambda m: SGD(m.parameters(), lr=lr))
+            make_trainer(*callbacks, precision=precision).fit(module, data(4))
+            assert module.weights.element_size() == 2
+            return module.weights
+
+        # 16 examples at a base of 4: the square root of four.
+        assert torch.equal(run(0.01, SurgeLRCallback(4, "sqrt")), run(0.02))
+
+
+class TestScaler:
+    @pytest.mark.parametrize("live", [True, False])
+    @pytest.mark.parametrize("make_optimizer", [adamw, sgd, fused])
+    def test_measurements_do_not_depend_on_the_scale(
+        self, measure: Measure, make_optimizer: MakeOptimizer, live: bool
+    ) -> None:
+        low, high = (
+            measure(Net(make_optimizer), live=live, plugins=scaling(scale)) for scale in (256.0, 4096.0)
+        )
+        grown = measure(Net(make_optimizer), live=live, plugins=scaling(256.0, growth_interval=1))
+        assert self._scale(measure) == 256.0 * 2**4
+        assert len(low) == len(high) == len(grown) == 3
+        for others in (high, grown):
+            for row, other in zip(low, others, strict=True):
+                assert other == pytest.approx(row, rel=1e-3)
+
+    @staticmethod
+    def _scale(measure: Measure) -> float:
+        return float(measure.trainer.precision_plugin.scaler.get_scale())  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize("live", [True, False])
+    @pytest.mark.parametrize("make_optimizer", [adamw, fused])
+    def test_skipped_steps_count_for_nothing(
+        self, measure: Measure, make_optimizer: MakeOptimizer, live: bool
+    ) -> None:
+        module = Net(make_optimizer, overflows=(8, 9) if live else (2,))
+        measure(module, live=live, batches=6, dry_run=False, plugins=scaling())
+        callback = measure.callback
+        assert callback._measurer.budget.trained == 5 * 16
+        assert callback._learner.moments.state_dict()["_steps"] == 5
+        # Nothing is left of the skipped window in the next one, and its learning rate is restored.
+        assert callback.decision is not None
+        assert measure.trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+        (step,) = {float(state["step"]) for state in measure.trainer.optimizers[0].state.values()}
+        assert step == 5.0
+        assert all(math.isfinite(value) for m in measure.measurements for value in numbers(m))
+        # The probe that met the overflowing batch was not taken either.
+        assert callback.history.num_measurements <= 5
+
+    @pytest.mark.parametrize("make_optimizer", [adamw, fused])
+    def test_a_fused_step_is_scaled_like_any_other(
+        self, make_trainer: MakeTrainer, make_optimizer: MakeOptimizer
+    ) -> None:
+        def run(lr: float, *callbacks: Callback) -> Tensor:
+            module = Net(lambda m: _with_lr(make_optimizer(m), lr), overflows=(1, 3))
+            make_trainer(*callbacks, plugins=scaling()).fit(module, data(6))
+            return module.weights
+
+        assert torch.equal(run(0.01, SurgeLRCallback(4, "sqrt")), run(0.02))
+
+    @pytest.mark.parametrize("law", ["theorem2", "theorem3"])
+    def test_theorems_do_not_depend_on_the_scale(
+        self,
+        make_trainer: MakeTrainer,
+        measurements: list[Measurement],
+        monkeypatch: pytest.MonkeyPatch,
+        law: Any,
+    ) -> None:
+        """Their variances come from Adam's averages, which are those of unscaled gradients."""
+        variances: list[float] = []
+        variance = AdamMoments.variance
+
+        def noted(self: AdamMoments, optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
+            result = variance(self, optimizer, parameter)
+            assert result is not None
+            variances.append(float(result.sum()))
+            return result
+
+        monkeypatch.setattr(AdamMoments, "variance", noted)
+
+        def measured(**options: Any) -> list[float]:
+            measurements.clear()
+            variances.clear()
+            callback = SurgeLRCallback(2, law, probe_every=8, probe_examples=32, dry_run=True)
+            make_trainer(callback, **options).fit(Net(with_lr(torch.optim.Adam, 1e-4)), data(12))
+            (measurement,) = measurements
+            assert measurement.statistics.trace_cov == pytest.approx(sum(variances), rel=1e-4)
+            norms, sums = measurement.statistics, measurement.coordinate_sums
+            assert sums is not None
+            first = [norms.trace_cov, sums.alignment_slope, sums.deviation_l1]
+            curvatures = [value for _, value in measurement.curvatures]
+            return [*first, *(value for _, value in norms.alignments), *curvatures, *sums[:2]]
+
+        reference, low, high = measured(), measured(plugins=scaling(256.0)), measured(plugins=scaling(4096.0))
+        assert high == pytest.approx(low, rel=0.01)
+        # Secants of this learning rate are too short for the curvatures in 16 bits.
+        assert low[:5] == pytest.approx(reference[:5], rel=0.02)
+
+    def test_a_measurement_of_a_skipped_window_is_dropped_but_paid(self, measure: Measure) -> None:
+        # The third micro-batch of the second window overflows: the first pair's secant was taken before.
+        measure(Net(overflows=(6,)), live=True, batches=2, plugins=scaling())
+        assert measure.measurements == []
+        assert measure.callback._measurer.budget.spent > 0.0
+        assert measure.callback._measurer.budget.measurements == 0
+
+    def test_slices_do_not_overflow_where_the_batch_does_not(self, measure: Measure) -> None:
+        """Scalers settle at the edge of overflow, and a slice's gradients are means over fewer examples."""
+        largest = 0.0
+        for power in range(8, 24):
+            measure(Net(still=1), live=False, batches=2, plugins=scaling(2.0**power))
+            if self._scale(measure) < 2.0**power:
+                break  # which the scaler has backed off from
+            largest = 2.0**power
+        assert largest >= 2.0**10
+        assert power < 23
+        taken = measure(Net(still=1), live=False, batches=2, plugins=scaling(largest))
+        assert len(taken) == 1
+        assert taken[0] == pytest.approx(measure(Net(still=1), live=False, batches=2)[0], rel=0.03)
+
+
+def _with_lr(optimizer: Optimizer, lr: float) -> Optimizer:
+    optimizer.param_groups[0]["lr"] = lr
+    return optimizer
+
+
+class TestClipping:
+    OPTIONS = (
+        {"gradient_clip_val": 1e6, "gradient_clip_algorithm": "norm"},
+        {"gradient_clip_val": 1e6, "gradient_clip_algorithm": "value"},
+    )
+
+    @pytest.mark.parametrize("live", [True, False])
+    @pytest.mark.parametrize("options", OPTIONS)
+    @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+    def test_that_never_bites_changes_nothing(
+        self, measure: Measure, options: dict[str, Any], precision: str, live: bool
+    ) -> None:
+        def plugins() -> dict[str, Any]:
+            return {"plugins": scaling()} if precision == "16-mixed" else {}
+
+        plain, clipped = Net(), Net()
+        expected = measure(plain, live=live, dry_run=False, **plugins())
+        law = measure.callback.law
+        got = measure(clipped, live=live, dry_run=False, **plugins(), **options)
+        assert got == expected
+        assert measure.callback.law == law
+        assert torch.equal(plain.weights, clipped.weights)
+
+    @pytest.mark.parametrize("live", [True, False])
+    @pytest.mark.parametrize("algorithm", ["norm", "value"])
+    def test_that_bites_leaves_measurements_those_of_the_unclipped_gradient(
+        self, measure: Measure, algorithm: str, live: bool
+    ) -> None:
+        still = 4 if live else 1
+        expected = measure(Net(still=still), live=live, batches=2)
+        assert len(expected) == 1
+        options = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": algorithm}
+        plain, clipped = Net(still=still), Net(still=still)
+        assert measure(clipped, live=live, batches=2, **options) == expected
+        # In a dry run, clipping bites as it would without the callback.
+        measure.make_trainer(accumulate_grad_batches=4 if live else 1, **options).fit(
+            plain, data(8, 4) if live else data(2)
+        )
+        assert torch.equal(plain.weights, clipped.weights)
+
+    def test_of_plain_gradients_is_warned_of(self, make_trainer: MakeTrainer) -> None:
+        with pytest.warns(UserWarning, match="steps of SGD to be the gradient's, got clipping.*law='sqrt'"):
+            make_trainer(surge(), gradient_clip_val=1.0).fit(Net(sgd), data(2))

@@ -1,0 +1,250 @@
+"""A training with a ramp that is killed and resumed is the training that was not, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_surge import (
+    BatchSizeScheduler,
+    FollowPeak,
+    ScheduledBatchSampler,
+    SurgeLRCallback,
+    by_examples,
+)
+from lightning_surge.callbacks.resuming.random_streams import ResumableDataset
+from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, LinearRamp
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+    # Saved at every step, where the first measurements take several.
+    pytest.mark.filterwarnings("ignore:The last 3 checkpoints each came while batches were being pooled"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
+]
+
+EXAMPLES, EPOCHS = 44, 3
+
+
+class Noisy(Dataset[Any]):
+    """Its examples differ whenever they are read."""
+
+    def __len__(self) -> int:
+        return EXAMPLES
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return index, torch.linspace(-1, 1, 6) * index / EXAMPLES + 0.1 * torch.randn(6)
+
+
+class Net(pl.LightningModule):
+    """Dropout, AdamW and a cosine that counts examples."""
+
+    def __init__(self, loader: Callable[[], Any]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.loader = loader
+        self.taken: list[list[int]] = []
+
+    def train_dataloader(self) -> Any:
+        return self.loader()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        indices, inputs = batch
+        self.taken.append(indices.tolist())
+        return (self.net(inputs).squeeze(1) - indices / EXAMPLES).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[1] + torch.randn_like(batch[1]))  # draws from the streams of training
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Noisy(), batch_size=EXAMPLES)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, betas=(0.9, 0.95))
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS * EXAMPLES // 2)
+        return [optimizer], [{"scheduler": by_examples(cosine, examples_per_step=2), "interval": "step"}]
+
+
+def accumulated(workers: int = 0) -> StatefulDataLoader:
+    dataset: Any = ResumableDataset(Noisy()) if workers else Noisy()
+    return StatefulDataLoader(dataset, batch_size=2, shuffle=True, num_workers=workers)
+
+
+def sampled(workers: int = 0) -> StatefulDataLoader:
+    dataset: Any = ResumableDataset(Noisy()) if workers else Noisy()
+    batches = ScheduledBatchSampler(RandomSampler(dataset), batch_size=5)
+    return StatefulDataLoader(dataset, batch_sampler=batches, num_workers=workers)
+
+
+RAMPS: dict[str, BatchSizeRule] = {
+    "doublings": GeometricRamp(2, 16, duration=1.5 * EXAMPLES, unit="examples"),
+    "any size": LinearRamp(2, 16, duration=1.5 * EXAMPLES, unit="examples"),
+    "law": FollowPeak(start=2, maximum=16, confidence=0.0, growth_only=False),
+}
+
+
+def run(
+    path: Path,
+    loader: Callable[[], Any],
+    rule: BatchSizeRule,
+    *callbacks: pl.Callback,
+    resume: Path | None = None,
+    **options: Any,
+) -> Net:
+    """Train on other random streams if resumed, saving after every optimizer step."""
+    torch.set_num_threads(1)
+    pl.seed_everything(1 if resume is None else 77, verbose=False)
+    model = Net(loader)
+    # Measurements often enough to be under way at any checkpoint.
+    surge = SurgeLRCallback(base_batch_size=2, probe_every=4, split_batch=None, custom_scalars=False)
+    saving = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=EPOCHS,
+        callbacks=[BatchSizeScheduler(rule), surge, saving, *callbacks],
+        **({"devices": 1} | options),
+    )
+    trainer.fit(model, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    return model
+
+
+def steps(path: Path) -> list[Path]:
+    return sorted(path.glob("step=*.ckpt"), key=lambda file: int(file.stem.removeprefix("step=")))
+
+
+def weights(file: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = torch.load(file, weights_only=True)["state_dict"]
+    return found
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize(
+    ("loader", "rule", "workers", "every"),
+    [
+        (accumulated, "doublings", 0, 1),
+        (sampled, "any size", 0, 1),
+        (accumulated, "law", 0, 3),
+        (accumulated, "doublings", 2, 9),
+        (sampled, "any size", 2, 9),
+    ],
+)
+def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
+    tmp_path: Path, loader: Callable[[int], Any], rule: str, workers: int, every: int
+) -> None:
+    whole = run(tmp_path / "whole", lambda: loader(workers), RAMPS[rule])
+    saved = steps(tmp_path / "whole")
+    last = weights(saved[-1])
+    assert len(saved) > 9
+    assert set(chain.from_iterable(whole.taken)) == set(range(EXAMPLES))
+    for index, checkpoint in enumerate(saved[:-1:every]):
+        path = tmp_path / f"from {index}"
+        run(path, lambda: loader(workers), RAMPS[rule], resume=checkpoint)
+        again = steps(path)
+        # One of an epoch's last step may be saved a second time, when the epoch is ended.
+        later = [file.name for file in again if file.name != checkpoint.name]
+        assert later == [file.name for file in saved[index * every + 1 :]]
+        assert_same(weights(again[-1]), last)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
+@pytest.mark.parametrize(("loader", "rule"), [(accumulated, "doublings"), (sampled, "any size")])
+def test_two_processes(tmp_path: Path, loader: Callable[[], Any], rule: str) -> None:
+    def train(path: Path, resume: Path | None = None) -> list[Path]:
+        torch.set_num_threads(1)
+        pl.seed_everything(1 if resume is None else 77, verbose=False)
+        ramp = LinearRamp(4, 16, duration=1.5 * EXAMPLES, unit="examples")
+        saving = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            strategy="ddp_fork",
+            devices=2,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_epochs=EPOCHS,
+            callbacks=[BatchSizeScheduler(ramp), saving],
+        )
+        trainer.fit(Net(loader), ckpt_path=None if resume is None else str(resume), weights_only=True)
+        return steps(path)
+
+    saved = train(tmp_path / "whole")
+    for index in (2, len(saved) // 2, len(saved) - 3):
+        again = train(tmp_path / f"from {index}", saved[index])
+        later = [file.name for file in again if file.name != saved[index].name]
+        assert later == [file.name for file in saved[index + 1 :]]
+        assert_same(weights(again[-1]), weights(saved[-1]))
+
+
+class Hold(pl.Callback):
+    """Says that a step begins, and waits for the end at the one where the process will be killed."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("killed_at", [5, 12])
+def test_killed_within_a_step_and_resumed_from_the_last_checkpoint(tmp_path: Path, killed_at: int) -> None:
+    run(tmp_path / "whole", sampled, RAMPS["any size"])
+    code = (
+        "from pathlib import Path; import tests.test_resumed_runs as t; "
+        f"t.run(Path({str(tmp_path / 'killed')!r}), t.sampled, t.RAMPS['any size'], t.Hold({killed_at}))"
+    )
+    root = Path(__file__).parents[2]
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    left = steps(tmp_path / "killed")
+    assert len(left) == killed_at
+    run(tmp_path / "resumed", sampled, RAMPS["any size"], resume=left[-1])
+    assert_same(weights(steps(tmp_path / "resumed")[-1]), weights(steps(tmp_path / "whole")[-1]))
+
+
+@pytest.mark.parametrize("saved_within", [True, False])
+def test_a_loader_that_starts_the_epoch_over_is_named(tmp_path: Path, saved_within: bool) -> None:
+    def plain() -> Any:
+        return DataLoader(Noisy(), batch_size=2, shuffle=True)
+
+    path = tmp_path / "run"
+    if saved_within:
+        with pytest.warns(UserWarning, match="in mid-epoch, it begins the epoch anew"):
+            run(path, plain, RAMPS["doublings"])
+    else:
+        pl.seed_everything(1, verbose=False)
+        pl.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_epochs=2,
+            callbacks=[
+                BatchSizeScheduler(RAMPS["doublings"]),
+                ModelCheckpoint(path, every_n_epochs=1, save_on_train_epoch_end=True),
+            ],
+        ).fit(Net(plain))
+        assert len(list(path.glob("*.ckpt"))) == 1

@@ -1,0 +1,762 @@
+"""A run that was killed and resumed takes the same batches to the same weights as one that was not.
+
+The exact comparisons are also the tests of what `Resumption` relies on in Lightning and torchdata: the layout
+of the loops' states in a checkpoint, `fit_loop._resuming_from_checkpoint`, `fit_loop._data_fetcher` and its
+iterator, the samplers that Lightning makes, and `_num_yielded` and `_finished` of torchdata's iterators.
+"""
+
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+from lightning_surge.callbacks.resuming.exact_resume import Resumption
+from lightning_surge.callbacks.resuming.loaders import Obstacle, why_not_resumable
+from lightning_surge.callbacks.resuming.random_streams import (
+    ResumableDataset,
+    random_states,
+    restore_random_states,
+)
+from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
+
+pytestmark = [
+    # Lightning's own advice, about the worker count of the tiny loaders used here.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
+    # torchdata 0.11 on torch 2.13, at every loader.
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
+    # Workers and ranks are forked from a process that has threads, but none at work.
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+]
+no_fork = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="autograd's threads for a GPU do not survive a fork"
+)
+
+EXAMPLES, BATCH = 12, 4
+
+MakeLoader = Callable[[], Any]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Noisy(Dataset[Any]):
+    """Its examples differ every time."""
+
+    def __init__(self, size: int = EXAMPLES) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        noise = torch.randn(3) + np.random.normal() + random.random()  # noqa: NPY002
+        return index, index / self.size + 0.1 * noise
+
+
+class Counting(IterableDataset[Any]):
+    """Counts its passes, and reads on from its state, which it takes up at the first example."""
+
+    def __init__(self) -> None:
+        self.position = self.start = self.passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += self.start == 0
+        self.position, self.start = self.start, 0
+        while self.position < EXAMPLES:
+            self.position += 1
+            example = torch.full((3,), self.position / EXAMPLES) + 0.1 * torch.randn(3)
+            yield 100 * self.passes + self.position, example
+        self.position = 0  # torchdata begins the next epoch from the state that a finished one leaves
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "passes": self.passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start, self.passes = state["position"], state["passes"]
+
+
+class CountingWithLength(Counting):
+    def __len__(self) -> int:
+        return EXAMPLES
+
+
+class Net(pl.LightningModule):
+    """Dropout, momentum, and a learning rate that depends on the epoch."""
+
+    def __init__(self, loader: MakeLoader) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+        self.loader = loader
+        self.taken: list[Any] = []
+
+    def train_dataloader(self) -> Any:
+        return self.loader()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        parts = list(batch.values()) if isinstance(batch, dict) else [batch]
+        indices = [indices.tolist() for indices, _ in parts]
+        # Lightning counts epochs several times; samplers are told this one.
+        epoch = self.trainer.fit_loop.epoch_progress.current.processed
+        self.taken.append((self.trainer.current_epoch, epoch, batch_idx, indices))
+        inputs = torch.cat([inputs for _, inputs in parts])
+        return (self.net(inputs) - inputs.sum(1, keepdim=True)).pow(2).mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)]
+
+
+class ValidatedNet(Net):
+    def val_dataloader(self) -> Any:
+        return DataLoader(Noisy(8), batch_size=4)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[1])
+
+
+class Owner(pl.Callback):
+    """As a callback uses it that does nothing else."""
+
+    def __init__(self) -> None:
+        self.resumption = Resumption()
+        self.trainer: pl.Trainer
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.trainer = trainer
+        self.resumption.setup()
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.resumption.on_load_checkpoint(trainer, checkpoint)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.resumption.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.resumption.state_dict(self.trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.resumption.on_train_start(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.resumption.on_train_batch_end(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.resumption.on_validation_end(trainer)
+
+
+class SaveEverywhere(Checkpoint):
+    """Saves between any two optimizer steps, after validations, and at the end of epochs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: list[tuple[Path, int]] = []
+        self.steps = 0
+
+    def _save(self, trainer: pl.Trainer, where: str) -> None:
+        path = self.folder / f"{len(self.saved):02d}-{where}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        self.saved.append((path, len(trainer.lightning_module.taken)))  # type: ignore[arg-type]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step > self.steps:
+            self.steps = trainer.global_step
+            self._save(trainer, f"batch{args[-1]}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, "epoch")
+
+
+class Ran(NamedTuple):
+    taken: list[Any]
+    weights: dict[str, Tensor]
+
+    def after(self, batches: int) -> "Ran":
+        return Ran(self.taken[batches:], self.weights)
+
+    def same_as(self, other: "Ran") -> bool:
+        return self.same_batches_as(other) and all(
+            torch.equal(weight, other.weights[name]) for name, weight in self.weights.items()
+        )
+
+    def same_batches_as(self, other: "Ran") -> bool:
+        return self.taken == other.taken
+
+
+def trainer_with(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "max_epochs": 2,
+        "num_sanity_val_steps": 0,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
+
+
+def run(
+    net: type[Net], loader: MakeLoader, *callbacks: pl.Callback, resume: Any = None, **options: Any
+) -> Ran:
+    # A script is started anew in another state than the one in which it was killed.
+    pl.seed_everything(1 if resume is None else 2, verbose=False)
+    model = net(loader)
+    trainer_with(*callbacks, **options).fit(model, ckpt_path=resume, weights_only=True if resume else None)
+    return Ran(model.taken, {name: weight.clone() for name, weight in model.state_dict().items()})
+
+
+def shuffled(**options: Any) -> StatefulDataLoader[Any]:
+    return StatefulDataLoader(Noisy(), **({"batch_size": BATCH, "shuffle": True} | options))
+
+
+def assert_exact(net: type[Net], loader: MakeLoader, folder: Path, every: int = 1, **options: Any) -> None:
+    """Resume from every checkpoint of a run and compare what follows."""
+    save = SaveEverywhere(folder)
+    whole = run(net, loader, Owner(), save, **options)
+    assert len(whole.taken) >= 4
+    for path, taken in save.saved[::every]:
+        resumed = run(net, loader, Owner(), resume=path, **options)
+        assert resumed.same_as(whole.after(taken)), path.name
+
+
+class TestStreams:
+    def test_they_go_on_where_they_were(self) -> None:
+        states = random_states()
+        first = random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist()  # noqa: NPY002
+        restore_random_states(states)
+        assert first == (random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist())  # noqa: NPY002
+
+    def test_half_used_gaussians_too(self) -> None:
+        random.gauss(0, 1), np.random.normal()  # noqa: NPY002
+        states = random_states()
+        first = random.gauss(0, 1), np.random.normal()  # noqa: NPY002
+        restore_random_states(states)
+        assert first == (random.gauss(0, 1), np.random.normal())  # noqa: NPY002
+
+    def test_any_checkpoint_can_hold_them(self, tmp_path: Path) -> None:
+        torch.save(random_states(), tmp_path / "states")
+        states = torch.load(tmp_path / "states", weights_only=True)
+        first = random.random(), np.random.normal(), torch.rand(2).tolist()  # noqa: NPY002
+        restore_random_states(states)
+        assert first == (random.random(), np.random.normal(), torch.rand(2).tolist())  # noqa: NPY002
+
+    def test_of_devices_that_are_not_here(self) -> None:
+        restore_random_states(random_states() | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99})
+
+    def test_without_numpys_own_generator(self) -> None:
+        states = random_states()
+        del states["numpy"]
+        before = np.random.get_state()  # noqa: NPY002
+        restore_random_states(states)
+        assert before[2] == np.random.get_state()[2]  # noqa: NPY002
+
+
+class TestOneProcess:
+    @pytest.mark.parametrize(
+        ("net", "options"),
+        [
+            (Net, {}),
+            (Net, {"accumulate_grad_batches": 2}),
+            (Net, {"max_steps": 6, "max_epochs": -1}),
+            (Net, {"limit_train_batches": 2}),
+            (ValidatedNet, {}),
+            (ValidatedNet, {"max_steps": 6, "max_epochs": -1}),
+            (ValidatedNet, {"val_check_interval": 1}),
+            (ValidatedNet, {"val_check_interval": 2, "max_steps": 6, "max_epochs": -1}),
+        ],
+    )
+    def test_from_every_checkpoint(self, net: type[Net], options: dict[str, Any], tmp_path: Path) -> None:
+        assert_exact(net, shuffled, tmp_path, **options)
+
+    @pytest.mark.parametrize(
+        "loader",
+        [
+            lambda: shuffled(shuffle=False),
+            lambda: shuffled(generator=torch.Generator().manual_seed(5)),
+            lambda: shuffled(batch_sampler=BatchSampler(SequentialSampler(Noisy()), 4, False), **UNBATCHED),
+            lambda: shuffled(batch_sampler=ScheduledBatchSampler(RandomSampler(Noisy()), 4), **UNBATCHED),
+            lambda: StatefulDataLoader(CountingWithLength(), batch_size=BATCH),
+            lambda: {"long": shuffled(), "short": StatefulDataLoader(Noisy(8), batch_size=4, shuffle=True)},
+        ],
+        ids=["in order", "generator", "batch sampler", "scheduled", "iterable", "two loaders"],
+    )
+    def test_with_every_loader(self, loader: MakeLoader, tmp_path: Path) -> None:
+        assert_exact(Net, loader, tmp_path)
+
+    def test_a_run_that_was_resumed_before(self, tmp_path: Path) -> None:
+        for options in ({}, {"max_steps": 6, "max_epochs": -1}):
+            save = SaveEverywhere(tmp_path)
+            whole = run(Net, shuffled, Owner(), save, **options)
+            for path, taken in save.saved[1:4]:  # in mid-epoch, after its last batch, at its end
+                (tmp_path / "again").mkdir(exist_ok=True)
+                again = SaveEverywhere(tmp_path / "again")
+                run(Net, shuffled, Owner(), again, resume=path, **options)
+                for later, more in again.saved:
+                    resumed = run(Net, shuffled, Owner(), resume=later, **options)
+                    assert resumed.same_as(whole.after(taken + more)), (path.name, later.name)
+
+    @pytest.mark.parametrize("epochs", [1, 2])
+    @pytest.mark.parametrize("by_steps", [False, True])
+    def test_a_run_that_goes_on_after_its_end(self, epochs: int, by_steps: bool, tmp_path: Path) -> None:
+        def until(epochs: int) -> dict[str, Any]:
+            return {"max_steps": 3 * epochs, "max_epochs": -1} if by_steps else {"max_epochs": epochs}
+
+        pl.seed_everything(1, verbose=False)
+        model, path = Net(shuffled), tmp_path / "end.ckpt"
+        trainer = trainer_with(Owner(), **until(epochs))
+        trainer.fit(model)
+        trainer.save_checkpoint(path, weights_only=False)
+        resumed = run(Net, shuffled, Owner(), resume=path, **until(3))
+        assert resumed.same_as(run(Net, shuffled, Owner(), **until(3)).after(3 * epochs))
+
+    @no_fork
+    def test_killed(self, tmp_path: Path) -> None:
+        class Killer(pl.Callback):
+            def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+                if trainer.global_step == 4:
+                    os._exit(9)
+
+        def doomed() -> None:
+            save = ModelCheckpoint(
+                tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}"
+            )
+            run(Net, shuffled, Owner(), save, Killer())
+
+        process = mp.get_context("fork").Process(target=doomed)
+        process.start()
+        process.join()
+        assert process.exitcode == 9
+        resumed = run(Net, shuffled, Owner(), resume=tmp_path / "saved" / "step=4.ckpt")
+        assert resumed.same_as(run(Net, shuffled, Owner()).after(4))
+
+    def test_a_plain_loader_at_the_end_of_epochs(self, tmp_path: Path) -> None:
+        def loader() -> DataLoader[Any]:
+            return DataLoader(Noisy(), batch_size=BATCH, shuffle=True)
+
+        for options in ({}, {"max_steps": 6, "max_epochs": -1}):
+            save = SaveEverywhere(tmp_path)
+            with pytest.warns(UserWarning, match="Expected a training loader with state_dict"):
+                whole = run(ValidatedNet, loader, Owner(), save, **options)
+            # After the last batch, the validation, and the epoch.
+            for path, taken in save.saved[2:5]:
+                resumed = run(ValidatedNet, loader, Owner(), resume=path, **options)
+                assert resumed.same_as(whole.after(taken)), path.name
+
+    def test_a_loader_without_a_length_at_the_end_of_epochs(self, tmp_path: Path) -> None:
+        def loader() -> StatefulDataLoader[Any]:
+            return StatefulDataLoader(Counting(), batch_size=BATCH)
+
+        save = SaveEverywhere(tmp_path)
+        with pytest.warns(UserWarning, match="Expected a training loader with a length"):
+            whole = run(Net, loader, Owner(), save)
+        for path, taken in save.saved[2:4]:  # after the last batch, after the epoch
+            assert run(Net, loader, Owner(), resume=path).same_as(whole.after(taken)), path.name
+
+    def test_a_checkpoint_of_a_run_without_it(self, tmp_path: Path) -> None:
+        save = SaveEverywhere(tmp_path)
+        whole = run(Net, lambda: shuffled(shuffle=False), save)
+        for path, taken in save.saved:
+            resumed = run(Net, lambda: shuffled(shuffle=False), Owner(), resume=path)
+            assert resumed.same_batches_as(whole.after(taken)), path.name
+
+    def test_validation_leaves_training_alone(self) -> None:
+        without = run(Net, shuffled, Owner())
+        validated = run(ValidatedNet, shuffled, Owner(), val_check_interval=1)
+        assert validated.same_as(without)
+
+    def test_a_checkpoint_in_the_midst_of_validation(self, tmp_path: Path) -> None:
+        class SaveWhileValidating(pl.Callback):
+            def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+                path = tmp_path / f"{trainer.global_step}.ckpt"
+                trainer.save_checkpoint(path, weights_only=False)
+
+        options = {"val_check_interval": 2}
+        whole = run(ValidatedNet, shuffled, SaveWhileValidating(), Owner(), **options)
+        resumed = run(ValidatedNet, shuffled, Owner(), resume=tmp_path / "2.ckpt", **options)
+        assert resumed.same_as(whole.after(2))
+
+    def test_a_validation_of_its_own_leaves_streams_alone(self) -> None:
+        model, owned, other = ValidatedNet(shuffled), trainer_with(Owner()), trainer_with()
+        owned.fit(model)
+        after = []
+        for trainer in (owned, other):
+            torch.manual_seed(3)
+            trainer.validate(model, verbose=False)
+            after.append(torch.get_rng_state())
+        assert torch.equal(*after)
+
+
+# What a DataLoader with a batch sampler must not be given.
+UNBATCHED: dict[str, Any] = {"batch_size": 1, "shuffle": False}
+
+
+class TestWhatLightningDoesAlone:
+    """If one of these fails, Lightning has been mended, and `Resumption` can do less."""
+
+    def test_it_leaves_out_an_epoch(self, tmp_path: Path) -> None:
+        save = SaveEverywhere(tmp_path)
+        run(Net, shuffled, save, max_epochs=3)
+        assert len(run(Net, shuffled, resume=save.saved[2][0], max_epochs=3).taken) == 3  # not 6
+
+    def test_it_counts_an_epoch_twice(self, tmp_path: Path) -> None:
+        save = SaveEverywhere(tmp_path)
+        run(Net, shuffled, save, max_steps=6, max_epochs=-1)
+        model = Net(shuffled)
+        trainer = trainer_with(max_steps=6, max_epochs=-1)
+        trainer.fit(model, ckpt_path=save.saved[3][0])
+        assert trainer.fit_loop.epoch_progress.current.processed == 3  # not 2
+
+    def test_it_begins_with_other_examples(self, tmp_path: Path) -> None:
+        save = SaveEverywhere(tmp_path)
+        whole = run(Net, shuffled, save)
+        assert not run(Net, shuffled, resume=save.saved[3][0]).same_batches_as(whole.after(3))
+
+
+class TestWorkers:
+    def test_augmentation_in_workers(self, tmp_path: Path) -> None:
+        def loader() -> StatefulDataLoader[Any]:
+            return StatefulDataLoader(ResumableDataset(Noisy()), BATCH, shuffle=True, num_workers=2)
+
+        assert_exact(ValidatedNet, loader, tmp_path, every=3, val_check_interval=2)
+
+    def test_persistent_workers(self, tmp_path: Path) -> None:
+        def loader() -> StatefulDataLoader[Any]:
+            options = {"num_workers": 2, "persistent_workers": True, "snapshot_every_n_steps": 2}
+            return StatefulDataLoader(ResumableDataset(Noisy()), BATCH, shuffle=True, **options)
+
+        assert_exact(Net, loader, tmp_path, every=3)
+
+    def test_a_scheduled_batch_sampler(self, tmp_path: Path) -> None:
+        def loader() -> StatefulDataLoader[Any]:
+            sampler = ScheduledBatchSampler(RandomSampler(Noisy()), BATCH)
+            return StatefulDataLoader(ResumableDataset(Noisy()), batch_sampler=sampler, num_workers=2)
+
+        assert_exact(Net, loader, tmp_path, every=3)
+
+    def test_without_the_wrapper_only_the_order_is_kept(self, tmp_path: Path) -> None:
+        def loader() -> StatefulDataLoader[Any]:
+            return shuffled(num_workers=2)
+
+        save = SaveEverywhere(tmp_path)
+        whole = run(Net, loader, Owner(), save)
+        with pytest.warns(UserWarning, match="Noisy in workers, whose random numbers begin anew"):
+            resumed = run(Net, loader, Owner(), resume=save.saved[0][0])
+        assert resumed.same_batches_as(whole.after(1))
+        assert not resumed.same_as(whole.after(1))
+
+    def test_the_wrapper_is_its_dataset(self) -> None:
+        class AtOnce(Noisy):
+            def __getitems__(self, indices: list[int]) -> list[int]:
+                return [-index for index in indices]
+
+        assert len(ResumableDataset(Noisy())) == EXAMPLES
+        assert [index for index, _ in ResumableDataset(Noisy()).__getitems__([2, 1])] == [2, 1]
+        assert ResumableDataset(AtOnce()).__getitems__([2, 1]) == [-2, -1]
+
+    def test_the_wrapper_has_no_state_in_the_main_process(self) -> None:
+        dataset = ResumableDataset(Noisy())
+        assert dataset.state_dict() == {}
+        before = torch.get_rng_state()
+        dataset.load_state_dict(random_states() | {"torch": torch.zeros_like(before)})
+        assert torch.equal(before, torch.get_rng_state())
+
+
+class WroteRan(pl.Callback):
+    """A forked process brings nothing back but what it wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        ran = {"taken": pl_module.taken, "weights": pl_module.state_dict()}
+        torch.save(ran, self.folder / f"{trainer.global_rank}.pt")
+
+    def read(self) -> list[Ran]:
+        return [Ran(**torch.load(self.folder / f"{rank}.pt")) for rank in range(2)]
+
+
+class SeededApart(pl.Callback):
+    """Gives every rank streams of its own, and kills all of them."""
+
+    def __init__(self, kill_at: int = -1) -> None:
+        self.kill_at = kill_at
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            pl.seed_everything(100 + trainer.global_rank, verbose=False)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.kill_at:
+            os._exit(9)
+
+
+def sharded() -> StatefulDataLoader[Any]:
+    sampler = StatefulDistributedSampler(Noisy(), 2, torch.distributed.get_rank())
+    return shuffled(sampler=sampler, shuffle=None, batch_size=2)
+
+
+@no_fork
+class TestTwoProcesses:
+    @pytest.mark.parametrize(
+        ("loader", "options"),
+        [
+            (lambda: shuffled(batch_size=2), {"max_steps": 6, "max_epochs": -1}),
+            (lambda: shuffled(batch_size=2, shuffle=False), {}),
+            (sharded, {}),
+            (
+                lambda: shuffled(batch_sampler=ScheduledBatchSampler(RandomSampler(Noisy()), 2), **UNBATCHED),
+                {"use_distributed_sampler": False, "max_epochs": 1},
+            ),
+        ],
+        ids=["shuffled", "distributed sampler", "stateful distributed sampler", "each its own"],
+    )
+    def test_killed(self, loader: MakeLoader, options: dict[str, Any], tmp_path: Path) -> None:
+        def fit(*callbacks: pl.Callback, resume: Any = None) -> list[Ran]:
+            ran = WroteRan(tmp_path)
+            callbacks = (Owner(), *callbacks, ran)
+            run(ValidatedNet, loader, *callbacks, resume=resume, strategy="ddp_fork", devices=2, **options)
+            return ran.read()
+
+        # The last is killed, which leaves what it had saved.
+        whole = fit(SeededApart())
+        save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        with pytest.raises(mp.ProcessExitedException):
+            fit(SeededApart(kill_at=5), save)
+        for step in (2, 3, 5):  # in mid-epoch, after an epoch, in mid-epoch of another
+            resumed = fit(SeededApart(), resume=tmp_path / "saved" / f"step={step}.ckpt")
+            for rank in range(2):
+                assert resumed[rank].same_as(whole[rank].after(step)), (rank, step)
+
+    def test_augmentation_in_workers_differs(self, tmp_path: Path) -> None:
+        """Lightning alone would give rank one the random states of rank zero's workers."""
+
+        def loader() -> StatefulDataLoader[Any]:
+            return StatefulDataLoader(ResumableDataset(Noisy()), batch_size=2, shuffle=True, num_workers=1)
+
+        def fit(*callbacks: pl.Callback, resume: Any = None) -> list[Ran]:
+            ran = WroteRan(tmp_path)
+            callbacks = (Owner(), *callbacks, ran)
+            run(Net, loader, *callbacks, resume=resume, strategy="ddp_fork", devices=2, max_epochs=1)
+            return ran.read()
+
+        save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        whole = fit(SeededApart(), save)
+        resumed = fit(SeededApart(), resume=tmp_path / "saved" / "step=1.ckpt")
+        assert all(resumed[rank].same_as(whole[rank].after(1)) for rank in range(2))
+
+
+class Generated(RandomSampler):
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(EXAMPLES).tolist()
+
+
+class OwnSampler:
+    def __iter__(self) -> Iterator[int]:
+        yield from range(EXAMPLES)
+
+    def __len__(self) -> int:
+        return EXAMPLES
+
+
+class Generating(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        yield from range(EXAMPLES)
+
+
+class TestWhyNotResumable:
+    @pytest.mark.parametrize(
+        ("loader", "text", "certain"),
+        [
+            (lambda: DataLoader(Noisy()), "state_dict and load_state_dict, got DataLoader: .* anew", True),
+            (lambda: [1, 2], "state_dict and load_state_dict, got list", True),
+            (lambda: shuffled(sampler=RandomSampler(Noisy()), shuffle=None), "torch's RandomSampler", True),
+            (lambda: shuffled(sampler=Generated(Noisy()), shuffle=None), "torch's Generated", True),
+            (
+                lambda: shuffled(sampler=WeightedRandomSampler([1.0] * 12, 12), shuffle=None),
+                r"torch's WeightedRandomSampler: .* Use StatefulDataLoader\(shuffle=True\)",
+                True,
+            ),
+            (
+                lambda: shuffled(batch_sampler=BatchSampler(RandomSampler(Noisy()), 4, False), **UNBATCHED),
+                "torch's RandomSampler",
+                True,
+            ),
+            (lambda: shuffled(sampler=OwnSampler(), shuffle=None), "got OwnSampler: .* asked again", False),
+            (lambda: StatefulDataLoader(Generating()), "an IterableDataset .* got Generating", False),
+            (lambda: shuffled(num_workers=1), "got Noisy in workers, .* ResumableDataset", False),
+            (lambda: shuffled(num_workers=1, in_order=False), "got in_order=False", True),
+        ],
+    )
+    def test_in_mid_epoch(self, loader: MakeLoader, text: str, certain: bool) -> None:
+        obstacle = why_not_resumable(loader())
+        assert obstacle is not None
+        assert obstacle.certain == certain
+        with pytest.warns(UserWarning, match=text):
+            warnings.warn(obstacle.text, stacklevel=1)
+
+    @pytest.mark.parametrize(
+        "loader",
+        [
+            shuffled,
+            lambda: shuffled(shuffle=False),
+            lambda: shuffled(sampler=range(3), shuffle=None),
+            lambda: shuffled(batch_sampler=ScheduledBatchSampler(RandomSampler(Noisy()), 4), **UNBATCHED),
+            lambda: StatefulDataLoader(Counting()),
+            lambda: StatefulDataLoader(ResumableDataset(Noisy()), num_workers=1),
+        ],
+    )
+    def test_nothing_in_mid_epoch(self, loader: MakeLoader) -> None:
+        assert why_not_resumable(loader()) is None
+        assert why_not_resumable(loader(), mid_epoch=False) is None
+
+    def test_at_the_end_of_an_epoch(self) -> None:
+        def why(**options: Any) -> Obstacle | None:
+            return why_not_resumable(DataLoader(Noisy(), shuffle=True, **options), mid_epoch=False)
+
+        assert why() is None
+        assert why(num_workers=1) is None
+        obstacle = why(num_workers=1, persistent_workers=True)
+        assert obstacle is not None
+        assert "Noisy in 1 persistent workers" in obstacle.text
+        assert not obstacle.certain
+
+
+def warnings_of(loader: MakeLoader, *callbacks: pl.Callback, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(Net, loader, *callbacks, **options)
+    return [str(warning.message) for warning in caught if str(warning.message).startswith("Expected")]
+
+
+class TestWarnings:
+    def plain(self) -> DataLoader[Any]:
+        return DataLoader(Noisy(), batch_size=BATCH)
+
+    def test_once_when_saving_in_mid_epoch(self, tmp_path: Path) -> None:
+        (warning,) = warnings_of(self.plain, Owner(), SaveEverywhere(tmp_path))
+        assert "got DataLoader" in warning
+
+    def test_once_when_resuming_in_mid_epoch(self, tmp_path: Path) -> None:
+        save = SaveEverywhere(tmp_path)
+        warnings_of(self.plain, save)
+        (tmp_path / "again").mkdir()
+        again = SaveEverywhere(tmp_path / "again")
+        (warning,) = warnings_of(self.plain, Owner(), again, resume=save.saved[0][0])
+        assert "got DataLoader" in warning
+
+    def test_none_at_the_end_of_an_epoch(self, tmp_path: Path) -> None:
+        save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+        assert warnings_of(self.plain, Owner(), save) == []
+        assert warnings_of(self.plain, Owner(), resume=tmp_path / "epoch=0.ckpt") == []
+
+    def test_none_with_a_loader_that_can(self, tmp_path: Path) -> None:
+        save = SaveEverywhere(tmp_path)
+        assert warnings_of(shuffled, Owner(), save) == []
+        assert warnings_of(shuffled, Owner(), resume=save.saved[0][0]) == []
+
+    def test_a_doubt_only_when_resuming(self, tmp_path: Path) -> None:
+        def loader() -> StatefulDataLoader[Any]:
+            return shuffled(sampler=OwnSampler(), shuffle=None)
+
+        save = SaveEverywhere(tmp_path)
+        assert warnings_of(loader, Owner(), save) == []
+        assert len(warnings_of(loader, Owner(), resume=save.saved[0][0])) == 1
+
+    def test_a_loader_without_a_length(self, tmp_path: Path) -> None:
+        def loader() -> StatefulDataLoader[Any]:
+            return StatefulDataLoader(Counting(), batch_size=BATCH)
+
+        (warning,) = warnings_of(loader, Owner(), SaveEverywhere(tmp_path))
+        assert "a length, got one without: Lightning fetches one batch ahead" in warning
+        save = SaveEverywhere(tmp_path)
+        assert warnings_of(loader, Owner(), save, limit_train_batches=3) == []
+
+    def test_another_number_of_processes(self, tmp_path: Path) -> None:
+        save = SaveEverywhere(tmp_path)
+        run(Net, shuffled, Owner(), save)
+        checkpoint = torch.load(save.saved[0][0], weights_only=True)
+        checkpoint["callbacks"]["Owner"]["ranks"] *= 2
+        checkpoint["callbacks"]["Owner"]["loaders"] = []  # not to be taken from either
+        torch.save(checkpoint, tmp_path / "two.ckpt")
+        (warning,) = warnings_of(shuffled, Owner(), resume=tmp_path / "two.ckpt")
+        assert "resume on 2 processes, as the checkpoint was saved, got 1" in warning
+
+    def test_another_version(self, tmp_path: Path) -> None:
+        save = SaveEverywhere(tmp_path)
+        run(Net, shuffled, Owner(), save)
+        checkpoint = torch.load(save.saved[0][0], weights_only=True)
+        checkpoint["callbacks"]["Owner"]["version"] = 99
+        torch.save(checkpoint, tmp_path / "other.ckpt")
+        (warning,) = warnings_of(shuffled, Owner(), resume=tmp_path / "other.ckpt")
+        assert "version 1 in the checkpoint, got 99" in warning
+
+    def test_after_an_exception_no_rank_waits_for_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        trainer = trainer_with()
+        monkeypatch.setattr(type(trainer), "world_size", 2)
+        trainer.state.status = TrainerStatus.INTERRUPTED
+        state = Resumption().state_dict(trainer)
+        assert [rank is None for rank in state["ranks"]] == [False, True]
+        resumption = Resumption()
+        with pytest.warns(UserWarning, match="random states of 2 processes in the checkpoint, got those of"):
+            assert resumption._own(trainer, state) is not None
+
+
+def test_states_that_no_run_resumes_from_are_forgotten() -> None:
+    """A learning-rate finder, say, loads the checkpoint that it saved before the first step."""
+    owner = Owner()
+    model = Net(shuffled)
+    trainer = trainer_with(owner)
+    trainer.fit(model)
+    state = owner.state_dict()
+
+    class Finder(pl.Callback):
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            owner.on_load_checkpoint(
+                trainer,
+                pl_module,
+                {
+                    "loops": {
+                        "fit_loop": {
+                            "state_dict": {},
+                            "epoch_progress": {},
+                            "epoch_loop.batch_progress": {"is_last_batch": False},
+                        }
+                    }
+                },
+            )
+            owner.load_state_dict(state)
+
+    found = run(Net, shuffled, owner, Finder())
+    assert found.same_as(run(Net, shuffled))

@@ -1,0 +1,688 @@
+"""Several optimizers and manual optimization: each has its own statistics, learning rate and budget."""
+
+import copy
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_surge import BatchSizeWarmup, SurgeLRCallback
+from lightning_surge.callbacks.measuring.plan import Pace
+from lightning_surge.callbacks.step_examples import Deposits
+
+MakeTrainer = Callable[..., pl.Trainer]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+]
+
+LATENT = 2
+
+
+class Gan(pl.LightningModule):
+    """The usual recipe: one network after the other on every batch, with noise drawn on the way."""
+
+    def __init__(
+        self, *, lrs: tuple[float, float] = (0.01, 0.02), toggled: bool = False, draws: bool = True
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.critic = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Dropout(0.1 * draws), nn.Linear(6, 1))
+        self.generator = nn.Sequential(nn.Linear(LATENT, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.rates = lrs
+        self.toggled, self.draws = toggled, draws
+        self.used: list[list[float]] = [[], []]
+        self.scheduled: list[list[float]] = [[], []]
+
+    def fake(self, real: Tensor) -> Tensor:
+        latent = torch.randn(len(real), LATENT) if self.draws else real[:, :LATENT]
+        return self.generator(latent)
+
+    def critic_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        (real,) = batch
+        fake = self.fake(real).detach()
+        softplus = nn.functional.softplus
+        return softplus(-self.critic(real)).mean() + softplus(self.critic(fake)).mean()
+
+    def generator_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        fake = self.fake(batch[0])
+        return nn.functional.softplus(-self.critic(fake)).mean()
+
+    def losses(self) -> list[Callable[[Any], Tensor]]:
+        return [self.critic_loss, self.generator_loss]
+
+    def turn(self, index: int, batch: Any) -> None:
+        optimizer: Any = self.optimizers()[index]  # type: ignore[index]
+        if self.toggled:
+            self.toggle_optimizer(optimizer)
+        optimizer.zero_grad()
+        loss = self.losses()[index](batch)
+        self.manual_backward(loss)
+        optimizer.step()
+        self.scheduled[index].append(optimizer.param_groups[0]["lr"])
+        self.log(f"loss{index}", loss.detach())
+        if self.toggled:
+            self.untoggle_optimizer(optimizer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.turn(0, batch)
+        self.turn(1, batch)
+
+    def configure_optimizers(self) -> Any:
+        parts = (self.critic, self.generator)
+        optimizers = [AdamW(part.parameters(), lr=lr) for part, lr in zip(parts, self.rates, strict=True)]
+        for index, optimizer in enumerate(optimizers):
+            # Registered before the callback's own hook, so it sees what the update has just used.
+            optimizer.register_step_post_hook(self.note(index))
+        return optimizers
+
+    def note(self, index: int) -> Callable[..., None]:
+        def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self.used[index].append(float(optimizer.param_groups[0]["lr"]))
+
+        return note
+
+    @property
+    def weights(self) -> Tensor:
+        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters()])
+
+
+def critic_loss(module: Any, batch: Any) -> Tensor:
+    return module.critic_loss(batch)
+
+
+def generator_loss(module: Any, batch: Any) -> Tensor:
+    return module.generator_loss(batch)
+
+
+LOSSES = (critic_loss, generator_loss)
+
+
+def pair(base: float = 8, law: Any = "measured", **options: Any) -> list[SurgeLRCallback]:
+    return [SurgeLRCallback(base, law, optimizer=i, loss_fn=LOSSES[i], **options) for i in (0, 1)]
+
+
+def data(examples: int, batch_size: int) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader(TensorDataset(1.0 + torch.randn(examples, 3, generator=generator)), batch_size)
+
+
+class Sizes(Callback):
+    """The batch size of every step of each optimizer, as the callbacks have counted it."""
+
+    def __init__(self, callbacks: Sequence[SurgeLRCallback]) -> None:
+        self.sizes: list[list[float]] = [[] for _ in callbacks]
+        self.callbacks = callbacks
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
+        index = trainer.optimizers.index(optimizer)
+        self.sizes[index].append(self.callbacks[index]._behind_step.examples)
+
+
+class TestGan:
+    @pytest.mark.parametrize("toggled", [False, True])
+    def test_dry_runs_are_bit_identical_to_none(self, make_trainer: MakeTrainer, toggled: bool) -> None:
+        plain = Gan(toggled=toggled)
+        make_trainer().fit(plain, data(192, 16))
+        watched = Gan(toggled=toggled)
+        callbacks = pair(4, dry_run=True, probe_every=1)
+        make_trainer(*callbacks).fit(watched, data(192, 16))
+        assert [callback.history.num_measurements for callback in callbacks] == [11, 11]
+        assert torch.equal(watched.weights, plain.weights)
+        assert watched.used == plain.used
+
+    def test_every_step_of_each_gets_the_factor_of_its_own_decision(self, make_trainer: MakeTrainer) -> None:
+        module, callbacks = Gan(), pair(4, "linear")
+        make_trainer(*callbacks).fit(module, data(20, 8))
+        assert module.used == [[0.02, 0.02, 0.01], [0.04, 0.04, 0.02]]
+        # And it is off again before anything else of the user's code runs.
+        assert module.scheduled == [[0.01] * 3, [0.02] * 3]
+
+    def test_one_may_be_served_and_the_other_not(self, make_trainer: MakeTrainer) -> None:
+        module = Gan()
+        make_trainer(pair(4, "linear")[1]).fit(module, data(16, 8))
+        assert module.used == [[0.01] * 2, [0.04] * 2]
+
+    @pytest.mark.parametrize("still", [0, 1])
+    def test_statistics_are_those_of_the_network_trained_alone(
+        self, make_trainer: MakeTrainer, still: int
+    ) -> None:
+        """With its opponent at rest a network of a GAN is trained as in automatic optimization."""
+        moving = 1 - still
+
+        class Alone(Gan):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = True
+
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
+                if moving:
+                    self.losses()[0](batch)  # the opponent's turn draws random numbers, too
+                return self.losses()[moving](batch)
+
+            def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+                if still:
+                    self.losses()[still](batch)
+
+            def configure_optimizers(self) -> Any:
+                return super().configure_optimizers()[moving]
+
+        def both(rates: tuple[float, float]) -> tuple[Gan, SurgeLRCallback]:
+            module, callbacks = Gan(lrs=rates), pair(probe_every=2)
+            make_trainer(*callbacks).fit(module, data(256, 16))
+            return module, callbacks[moving]
+
+        rates = [0.01, 0.02]
+        rates[still] = 0.0
+        module, callback = both((rates[0], rates[1]))
+        alone, reference = Alone(), SurgeLRCallback(8, probe_every=2, loss_fn=LOSSES[moving])
+        make_trainer(reference).fit(alone, data(256, 16))
+        assert reference.history.num_measurements >= 6
+        assert callback.history.state_dict() == reference.history.state_dict()
+        assert callback.decision == reference.decision
+        assert module.used[moving] == alone.used[moving]
+        assert torch.equal(module.weights, alone.weights)
+
+    def test_the_opponents_parameters_and_gradients_are_untouched(self, make_trainer: MakeTrainer) -> None:
+        """A careless loss_fn, whose gradient flows into the opponent: nothing of it is left."""
+
+        def careless(module: Any, batch: Any) -> Tensor:
+            fake = module.generator(torch.randn(len(batch[0]), LATENT))
+            return nn.functional.softplus(module.critic(fake)).mean()
+
+        plain = Gan()
+        make_trainer().fit(plain, data(128, 16))
+        watched = Gan()
+        callback = SurgeLRCallback(4, optimizer=0, loss_fn=careless, dry_run=True, probe_every=1)
+        make_trainer(callback).fit(watched, data(128, 16))
+        assert callback.history.num_measurements == 7
+        assert torch.equal(watched.weights, plain.weights)
+        for one, other in zip(watched.parameters(), plain.parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None)
+            assert one.grad is None or torch.equal(one.grad, other.grad)
+
+
+class Turns(Gan):
+    """Who takes a turn in which batch."""
+
+    def __init__(self, turns: Callable[[int], Sequence[int]], **options: Any) -> None:
+        super().__init__(**options)
+        self.turns = turns
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for index in self.turns(batch_idx):
+            self.turn(index, batch)
+
+
+class Accumulating(Gan):
+    """The critic steps after every second batch, the generator after every third."""
+
+    def __init__(self, *, to_none: bool, zero_after: bool, toggled: bool) -> None:
+        super().__init__()
+        self.to_none, self.zero_after, self.toggled = to_none, zero_after, toggled
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        for index, every in ((0, 2), (1, 3)):
+            optimizer = optimizers[index]
+            if self.toggled:
+                self.toggle_optimizer(optimizer)
+            if not self.zero_after and batch_idx % every == 0:
+                optimizer.zero_grad(set_to_none=self.to_none)
+            # In two passes: the examples are the same.
+            self.manual_backward(self.losses()[index](batch) / every)
+            self.manual_backward(self.losses()[index](batch) / every)
+            if (batch_idx + 1) % every == 0:
+                optimizer.step()
+                if self.zero_after:
+                    optimizer.zero_grad(set_to_none=self.to_none)
+            if self.toggled:
+                self.untoggle_optimizer(optimizer)
+
+
+class TestBatchSize:
+    @pytest.mark.parametrize("toggled", [False, True])
+    @pytest.mark.parametrize(
+        ("turns", "expected"),
+        [
+            (lambda i: (0, 1), [[8, 8, 8, 8, 8, 4], [8, 8, 8, 8, 8, 4]]),
+            (lambda i: (0, 1) if i % 3 == 2 else (0,), [[8, 8, 8, 8, 8, 4], [8, 4]]),
+            (lambda i: (i % 2,), [[8, 8, 8], [8, 8, 4]]),
+            (lambda i: (0, 0, 0, 1), [[8] * 15 + [4] * 3, [8] * 5 + [4]]),
+            (lambda i: (1, 0), [[8, 8, 8, 8, 8, 4], [8, 8, 8, 8, 8, 4]]),
+        ],
+        ids=["together", "more critic", "alternating", "several on one batch", "generator first"],
+    )
+    def test_is_that_of_the_batches_behind_the_step(
+        self, make_trainer: MakeTrainer, turns: Any, expected: list[list[float]], toggled: bool
+    ) -> None:
+        callbacks = pair(8, "sqrt")
+        sizes = Sizes(callbacks)
+        make_trainer(*callbacks, sizes).fit(Turns(turns, toggled=toggled), data(44, 8))
+        assert sizes.sizes == expected
+
+    @pytest.mark.parametrize(
+        ("to_none", "zero_after", "toggled"),
+        [(True, False, False), (False, False, True), (True, True, True), (False, True, True)],
+    )
+    def test_accumulated_by_hand_is_the_sum(
+        self, make_trainer: MakeTrainer, to_none: bool, zero_after: bool, toggled: bool
+    ) -> None:
+        callbacks = pair(8, "sqrt")
+        sizes = Sizes(callbacks)
+        module = Accumulating(to_none=to_none, zero_after=zero_after, toggled=toggled)
+        make_trainer(*callbacks, sizes).fit(module, data(44, 8))
+        assert sizes.sizes == [[16, 16, 12], [24, 20]]
+
+    def test_gradients_that_nobody_zeroes_count_with_what_they_hold(self, make_trainer: MakeTrainer) -> None:
+        """Half of a window is thrown away: only the other half is behind the step."""
+
+        class Forgetful(Gan):
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                critic: Any = self.optimizers()[0]  # type: ignore[index]
+                if batch_idx == 1:
+                    critic.zero_grad(set_to_none=False)
+                self.manual_backward(self.critic_loss(batch))
+                if batch_idx == 2:
+                    critic.step()
+
+        callbacks = pair(8, "sqrt")
+        sizes = Sizes(callbacks)
+        make_trainer(*callbacks, sizes).fit(Forgetful(), data(24, 8))
+        assert sizes.sizes == [[16], []]
+
+    def test_without_manual_backward_is_told_once_and_the_schedule_kept(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        class Plain(Gan):
+            def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+                loss.backward()  # type: ignore[no-untyped-call]
+
+        module = Plain()
+        with pytest.warns(UserWarning, match="saw no manual_backward behind a step of AdamW") as warnings:
+            make_trainer(pair(4, "linear")[0]).fit(module, data(24, 8))
+        assert sum("saw no manual_backward" in str(warning.message) for warning in warnings) == 1
+        assert module.used == [[0.01] * 3, [0.02] * 3]
+
+
+class TestDeposits:
+    def test_see_what_each_pass_leaves(self) -> None:
+        one, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        optimizer = SGD([one, other], lr=0.1)
+        deposits = Deposits(optimizer)
+        assert deposits.are_zeroed()
+        (one * torch.tensor([1.0, 2.0])).sum().backward()
+        assert deposits.have_come()
+        assert not deposits.have_come()
+        elsewhere = nn.Parameter(torch.ones(2))
+        elsewhere.sum().backward()
+        assert not deposits.have_come()
+        one.sum().backward()  # accumulates in place
+        assert deposits.have_come()
+        optimizer.zero_grad(set_to_none=False)
+        assert deposits.are_zeroed()
+        assert not deposits.are_zeroed()  # seen before: a gradient of zero may be a gradient
+        one.sum().backward()
+        assert deposits.have_come()
+        one.grad.mul_(0.5)  # type: ignore[union-attr]
+        assert not deposits.are_zeroed()  # scaled, as by clipping
+        optimizer.zero_grad()
+        assert deposits.are_zeroed()
+        optimizer.add_param_group({"params": [elsewhere]})
+        assert not deposits.are_zeroed()
+
+
+class Scheduled(Turns):
+    """The user steps schedulers: in every batch, whether or not the optimizer has stepped in it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.lr_schedulers()  # type: ignore[misc]
+        second.step()
+        super().training_step(batch, batch_idx)
+        first.step()
+
+    def configure_optimizers(self) -> Any:
+        optimizers = super().configure_optimizers()
+        return optimizers, [ExponentialLR(optimizer, 0.5) for optimizer in optimizers]
+
+
+class TestSchedules:
+    @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+    def test_that_the_user_steps_keep_their_trajectory(self, make_trainer: MakeTrainer) -> None:
+        module = Scheduled(lambda i: (0, 1) if i % 2 else (0,))
+        make_trainer(*pair(4, "linear")).fit(module, data(32, 8))
+        assert module.used == [
+            [0.02, 0.01, 0.005, 0.0025],
+            [pytest.approx(0.04 * 0.25), pytest.approx(0.04 * 0.0625)],
+        ]
+
+    @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+    def test_checkpoints_hold_them(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+        make_trainer(*pair(4, "linear"), checkpoint).fit(Gan(), data(16, 8))
+        paths = sorted(tmp_path.glob("*.ckpt"))
+        assert paths
+        for path in paths:
+            states = torch.load(path, weights_only=True)["optimizer_states"]
+            assert [state["param_groups"][0]["lr"] for state in states] == [0.01, 0.02]
+
+    def test_monitors_see_the_learning_rate_to_come(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        monitor = LearningRateMonitor("step")
+        trainer = make_trainer(monitor, *pair(4, "linear"), logger=CSVLogger(tmp_path))
+        trainer.fit(Gan(), data(16, 8))
+        assert monitor.lrs == {"lr-AdamW": [0.02] * 2, "lr-AdamW-1": [0.04] * 2}
+
+    def test_an_optimizer_that_reads_its_learning_rate_early(self, make_trainer: MakeTrainer) -> None:
+        class Early(pl.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = False
+                self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                optimizer: Any = self.optimizers()
+
+                def closure() -> Tensor:
+                    optimizer.zero_grad()
+                    loss = self.weight.sum()
+                    self.manual_backward(loss)
+                    return loss
+
+                optimizer.step(closure=closure)
+
+            def configure_optimizers(self) -> Optimizer:
+                return LBFGS(self.parameters(), lr=0.25, max_iter=1)
+
+        module = Early()
+        make_trainer(SurgeLRCallback(4, "linear")).fit(module, data(8, 8))
+        assert module.weight.item() == -0.5
+
+
+class TestScaler:
+    @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+    def test_steps_that_it_skips_are_skipped_for_their_optimizer_only(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        class Overflowing(Scheduled):
+            def critic_loss(self, batch: Any) -> Tensor:
+                self.seen += 1
+                return super().critic_loss(batch) * (torch.inf if self.seen == 2 else 1.0)
+
+        def run(*callbacks: Callback) -> Overflowing:
+            module = Overflowing(lambda i: (0, 1))
+            module.seen = 0  # type: ignore[assignment]
+            scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+            precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+            make_trainer(*callbacks, plugins=precision).fit(module, data(40, 8))
+            return module
+
+        plain, scaled = run(), run(*pair(4, "linear"))
+        assert [len(lrs) for lrs in plain.used] == [4, 5]
+        assert scaled.used == [[2.0 * lr for lr in lrs] for lrs in plain.used]
+        assert scaled.scheduled == plain.scheduled
+
+
+class TestObjective:
+    def test_clipping_by_hand_is_told_where_the_edge_was_asked_for(self, make_trainer: MakeTrainer) -> None:
+        class Clipping(Gan):
+            def turn(self, index: int, batch: Any) -> None:
+                optimizer: Any = self.optimizers()[index]  # type: ignore[index]
+                optimizer.zero_grad()
+                self.manual_backward(self.losses()[index](batch))
+                self.clip_gradients(optimizer, 0.1, "norm")
+                optimizer.step()
+
+        callback = pair(objective="edge")[0]
+        with pytest.warns(UserWarning, match="Expected no gradient clipping for objective='edge'") as told:
+            make_trainer(callback).fit(Clipping(), data(48, 16))
+        assert sum("Expected no gradient clipping" in str(warning.message) for warning in told) == 1
+
+    def test_each_follows_the_default_of_its_optimizer(self, make_trainer: MakeTrainer) -> None:
+        class Mixed(Gan):
+            def configure_optimizers(self) -> Any:
+                along = SGD(self.critic.parameters(), lr=0.01)
+                return [along, Adam(self.generator.parameters(), lr=0.01)]
+
+        callbacks = pair()
+        make_trainer(*callbacks).fit(Mixed(), data(32, 16))
+        assert [callback.settings.objective for callback in callbacks] == ["alignment", "progress"]
+
+
+class TestBudget:
+    @pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_steps": 180, "max_epochs": -1}])
+    def test_is_kept_of_the_examples_of_each(self, make_trainer: MakeTrainer, limit: dict[str, int]) -> None:
+        """Five steps of the critic to one of the generator, and the Trainer counts all six."""
+        callbacks = pair(max_overhead=2.0, objective="alignment")
+        module = Turns(lambda i: (0, 1) if i % 5 == 4 else (0,))
+        make_trainer(*callbacks, **limit).fit(module, data(1200, 8))
+        for callback in callbacks:
+            assert callback.history.num_measurements >= 2
+            assert 1.0 < callback.overhead <= 2.0
+        assert [callback._measurer.budget.trained for callback in callbacks] == [1200, 240]
+        assert [callback._behind_step.pace.steps for callback in callbacks] == [150, 30]
+        assert callbacks[1].law_history[-1].step < 30
+
+    def test_a_batch_is_pooled_once(self, make_trainer: MakeTrainer) -> None:
+        """Copies of an example would be taken for examples that agree."""
+        callback = SurgeLRCallback(8, optimizer=0, loss_fn=critic_loss, probe_every=1, probe_examples=32)
+        seen: list[list[float]] = []
+
+        class Pools(Callback):
+            def on_train_batch_end(self, *args: Any) -> None:
+                pool = callback._measurer._pool.pieces
+                seen.append([float(piece.batch[0].sum()) for piece in pool])
+
+        make_trainer(callback, Pools()).fit(Turns(lambda i: (0, 0, 1)), data(96, 8))
+        assert callback.history.num_measurements >= 2
+        assert any(len(sums) > 1 for sums in seen)
+        assert all(len(set(sums)) == len(sums) for sums in seen)
+
+
+class TestResume:
+    @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+    @pytest.mark.parametrize("crash", [3, 4])
+    def test_gives_the_same_learning_rates_and_weights(
+        self, make_trainer: MakeTrainer, tmp_path: Path, crash: int
+    ) -> None:
+        def turns(batch_idx: int) -> Sequence[int]:
+            return (0, 1) if batch_idx % 3 == 2 else (0,)
+
+        def callbacks() -> list[SurgeLRCallback]:
+            return pair(4, probe_every=2)
+
+        whole, measured = Turns(turns, draws=False), callbacks()
+        checkpoint = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)
+        make_trainer(*measured, checkpoint, max_epochs=crash + 1).fit(whole, data(64, 8))
+        resumed, again = Turns(turns, draws=False), callbacks()
+        path = tmp_path / f"epoch={crash - 1}.ckpt"
+        make_trainer(*again, max_epochs=crash + 1).fit(resumed, data(64, 8), ckpt_path=path)
+        taken = len(resumed.used[1])
+        assert taken > 0
+        assert resumed.used[0] == whole.used[0][-len(resumed.used[0]) :]
+        assert resumed.used[1] == whole.used[1][-taken:]
+        assert torch.equal(resumed.critic[0].weight, whole.critic[0].weight)
+        for one, other in zip(again, measured, strict=True):
+            assert one.history.state_dict() == other.history.state_dict()
+
+
+class TestLogging:
+    def test_names_the_optimizer(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        class Groups(Gan):
+            def configure_optimizers(self) -> Any:
+                critic, _ = super().configure_optimizers()
+                first, *rest = self.generator.parameters()
+                return critic, AdamW([{"params": [first], "name": "in"}, {"params": rest}], lr=0.02)
+
+        callbacks = pair(4, probe_every=1)
+        logger = CSVLogger(tmp_path)
+        make_trainer(*callbacks, logger=logger).fit(Groups(), data(64, 16))
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        keys = [key for key in rows[0] if key.startswith("surge/")]
+        assert all({"opt0", "opt1"} & set(key.split("/")[2:]) for key in keys)
+        assert {key for key in keys if "lr_used" in key} == {
+            "surge/lr_used/opt0",
+            "surge/lr_used/opt1/in",
+            "surge/lr_used/opt1/1",
+        }
+        for name in ("batch_size", "noise_scale", "overhead", "lr_scale"):
+            assert {f"surge/{name}/opt0", f"surge/{name}/opt1"} <= set(keys)
+        assert [float(row["surge/batch_size/opt1"]) for row in rows] == [16.0] * 4
+
+    def test_of_an_optimizer_that_rests_where_lightning_logs(
+        self, make_trainer: MakeTrainer, tmp_path: Path
+    ) -> None:
+        """The critic steps in even batches, and Lightning logs in odd ones."""
+        logger = CSVLogger(tmp_path)
+        trainer = make_trainer(*pair(4, "linear"), logger=logger, log_every_n_steps=2)
+        trainer.fit(Turns(lambda i: (i % 2,)), data(32, 8))
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["surge/lr_used/opt0"] for row in rows] == [str(float(torch.tensor(0.02)))] * 2
+        assert [row["surge/lr_used/opt1"] for row in rows] == [str(float(torch.tensor(0.04)))] * 2
+
+    def test_to_tensorboard_is_one_layout_with_all_optimizers(
+        self, make_trainer: MakeTrainer, tmp_path: Path
+    ) -> None:
+        layouts: list[dict[str, Any]] = []
+        logger = TensorBoardLogger(tmp_path)
+        logger.experiment.add_custom_scalars = layouts.append  # type: ignore[method-assign]
+        first, second = pair(4, "linear")
+        make_trainer(first, second, logger=logger).fit(Gan(), data(16, 8))
+        (layout,) = layouts
+        assert layout["surge"] == {
+            f"{chart}/opt{i}": ["Multiline", [rf"surge/{tags}/opt{i}$"]]
+            for i in (0, 1)
+            for chart, tags in (
+                ("learning rates", "lr_(scheduled|predicted|used)"),
+                ("batch size against peak", "(batch_size|peak_batch_size|critical_batch_size)"),
+                ("noise", "(noise_scale|noise_scale_l1)"),
+                ("overhead", "(overhead|overhead_time)"),
+            )
+        }
+
+    def test_to_the_progress_bar(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer(*pair(4, "linear", prog_bar=True))
+        trainer.fit(Gan(), data(16, 8))
+        shown = trainer.progress_bar_metrics
+        assert shown["lr_used/opt0"] == pytest.approx(0.02)
+        assert shown["lr_used/opt1"] == pytest.approx(0.04)
+
+    def test_the_only_optimizer_has_no_name(self, make_trainer: MakeTrainer) -> None:
+        class One(Gan):
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                optimizer: Any = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(self.critic_loss(batch))
+                optimizer.step()
+
+            def configure_optimizers(self) -> Any:
+                return super().configure_optimizers()[0]
+
+        trainer = make_trainer(pair(4, "linear")[0])
+        trainer.fit(One(), data(16, 8))
+        assert trainer.callback_metrics["surge/lr_used"] == pytest.approx(0.02)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("callbacks", "message"),
+        [
+            (
+                lambda: [SurgeLRCallback(4, loss_fn=critic_loss)],
+                r"which optimizer it serves, got 2 from configure_optimizers of Gan: pass one "
+                r"SurgeLRCallback\(optimizer=i, loss_fn=...\) for each",
+            ),
+            (
+                lambda: [SurgeLRCallback(4, "sqrt", optimizer=2)],
+                "Expected 0 <= optimizer < 2 of one with parameters, got optimizer=2",
+            ),
+            (
+                lambda: [SurgeLRCallback(4, "sqrt", optimizer=1), SurgeLRCallback(4, "linear", optimizer=1)],
+                r"a different optimizer= each, got 2 with optimizer=\[1, 1\]",
+            ),
+            (
+                lambda: [SurgeLRCallback(4, "sqrt"), SurgeLRCallback(4, "sqrt", optimizer=1)],
+                r"a different optimizer= each, got 2 with optimizer=\[None, 1\]",
+            ),
+            (lambda: [SurgeLRCallback(4, optimizer=0)], "pass loss_fn=.*mean loss which the optimizer"),
+            (
+                lambda: [*pair(4), BatchSizeWarmup(8, 16, 2)],
+                "BatchSizeWarmup needs automatic optimization, got automatic_optimization=False in Gan",
+            ),
+        ],
+    )
+    def test_before_the_first_step(
+        self, make_trainer: MakeTrainer, callbacks: Callable[[], list[Callback]], message: str
+    ) -> None:
+        module = Gan()
+        before = copy.deepcopy(module.weights)
+        with pytest.raises(MisconfigurationException, match=message):
+            make_trainer(*callbacks()).fit(module, data(16, 8))
+        assert torch.equal(module.weights, before)
+
+    @pytest.mark.parametrize("value", [-1, 0.5, "0", True])
+    def test_of_the_argument(self, value: Any) -> None:
+        with pytest.raises(ValueError, match="whole number optimizer >= 0, got optimizer="):
+            SurgeLRCallback(4, optimizer=value)
+
+    def test_lightnings_own_accumulation_schedule(self, make_trainer: MakeTrainer) -> None:
+        with pytest.raises(RuntimeError, match="manual optimization"):
+            make_trainer(*pair(4), GradientAccumulationScheduler({0: 2})).fit(Gan(), data(16, 8))
+
+    def test_two_of_one_kind_for_one_optimizer_are_refused_by_lightning(
+        self, make_trainer: MakeTrainer
+    ) -> None:
+        with pytest.raises(RuntimeError, match="must be unique among all callbacks"):
+            make_trainer(pair(4)[0], pair(4)[0])
+
+
+def test_callbacks_keep_their_order_and_their_states_apart(make_trainer: MakeTrainer) -> None:
+    second, first = pair(4, "linear")
+    assert len({first.state_key, second.state_key, SurgeLRCallback(4, "linear").state_key}) == 3
+    look = Callback()
+    trainer = make_trainer(look, second, first)
+    trainer.fit(Gan(), data(16, 8))
+    kept = [one for one in trainer.callbacks if one in (look, first, second)]  # type: ignore[attr-defined]
+    assert kept == [second, first, look]
+
+
+@pytest.mark.filterwarnings("ignore:.*starts measuring afresh")
+@pytest.mark.parametrize(("saved", "base"), [(0, None), (1, 64.0)])
+def test_the_base_is_not_taken_from_another_optimizers_state(saved: int, base: float | None) -> None:
+    other = SurgeLRCallback(64, "sqrt", optimizer=saved)
+    callback = SurgeLRCallback(optimizer=1)
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))
+    checkpoint = {"callbacks": {other.state_key: other.state_dict()}}
+    callback.on_load_checkpoint(trainer, Gan(), checkpoint)
+    assert callback.base_batch_size == base
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", -1), ("batches_per_step", "2"), ("_batches", 1.5)])
+def test_a_damaged_pace_is_refused_whole(name: str, value: Any) -> None:
+    pace = Pace()
+    pace.step(3)
+    with pytest.raises(ValueError, match="whole numbers of steps and batches, got"):
+        pace.load_state_dict({**Pace().state_dict(), name: value})
+    assert (pace.steps, pace.batches_per_step) == (1, 3)

@@ -1,0 +1,299 @@
+"""`lr * weight_decay` of every step: scaled with the factor, as torch does, or kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from torch import Tensor, nn
+from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import DataLoader
+
+from lightning_surge import SurgeLRCallback
+from lightning_surge.optimizers.lr_writer import LearningRateWriter
+
+MakeTrainer = Callable[..., pl.Trainer]
+MakeOptimizer = Callable[[Any], Optimizer]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+]
+
+
+def adamw(module: nn.Module) -> Optimizer:
+    return AdamW(module.parameters(), lr=0.01, weight_decay=0.1)
+
+
+class Decayed(pl.LightningModule):
+    """Notes learning rate and weight decay of every step at the moment it is taken."""
+
+    def __init__(self, make_optimizer: MakeOptimizer = adamw, gamma: float = 0.8) -> None:
+        super().__init__()
+        pl.seed_everything(0, verbose=False)
+        self.layer = nn.Linear(4, 4, bias=False)
+        self.make_optimizer, self.gamma = make_optimizer, gamma
+        self.used: list[list[tuple[float, float | None]]] = []
+        self.calls = 0
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.calls += 1
+        return (self.layer(batch) - batch.sum()).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self)
+        optimizer.register_step_post_hook(lambda o, *_: self.used.append(entries(o)))
+        schedule = {"scheduler": ExponentialLR(optimizer, self.gamma), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def entries(optimizer: Optimizer) -> list[tuple[float, float | None]]:
+    return [
+        (float(group["lr"]), None if "weight_decay" not in group else float(group["weight_decay"]))
+        for group in optimizer.param_groups
+    ]
+
+
+def data(count: int = 22, batch_size: int = 4) -> DataLoader[Any]:
+    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(1))
+    return DataLoader(x, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def keeping(**options: Any) -> SurgeLRCallback:
+    return SurgeLRCallback(3, "linear", scale_weight_decay=False, **options)
+
+
+def optimizer_of(trainer: pl.Trainer) -> Optimizer:
+    return trainer.optimizers[0]
+
+
+class TestProducts:
+    @pytest.mark.parametrize(
+        ("make_optimizer", "digits"),
+        [
+            (adamw, 1e-15),
+            (lambda m: Adam(m.parameters(), lr=0.01, weight_decay=0.1, decoupled_weight_decay=True), 1e-15),
+            (lambda m: NAdam(m.parameters(), lr=0.01, weight_decay=0.1, decoupled_weight_decay=True), 1e-15),
+            (lambda m: Adafactor(m.parameters(), lr=0.01, weight_decay=0.1), 1e-15),
+            (lambda m: Muon(m.parameters(), lr=0.01, weight_decay=0.1), 1e-15),
+            (lambda m: SGD(m.parameters(), lr=0.01, weight_decay=0.1), 1e-15),
+            # The learning rate is rounded to float32 when it is written; the decay makes up for that.
+            (lambda m: AdamW(m.parameters(), lr=torch.tensor(0.01), weight_decay=0.1, foreach=False), 1e-15),
+        ],
+    )
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_are_kept_step_by_step(
+        self, make_trainer: MakeTrainer, make_optimizer: MakeOptimizer, digits: float, accumulation: int
+    ) -> None:
+        plain, kept = Decayed(make_optimizer), Decayed(make_optimizer)
+        make_trainer(accumulate_grad_batches=accumulation).fit(plain, data())
+        trainer = make_trainer(keeping(), accumulate_grad_batches=accumulation)
+        trainer.fit(kept, data())
+        # 22 examples: five batches of 4 and one of 2.
+        sizes = [4, 4, 4, 4, 4, 2] if accumulation == 1 else [8, 8, 6]
+        for size, [(lr, decay)], [(used, written)] in zip(sizes, plain.used, kept.used, strict=True):
+            assert decay is not None
+            assert written is not None
+            assert used == pytest.approx(lr * size / 3, rel=1e-7)
+            assert used * written == pytest.approx(lr * decay, rel=digits)
+            assert written != decay
+        assert entries(optimizer_of(trainer))[0][1] == 0.1
+
+    def test_scale_with_the_learning_rate_otherwise(self, make_trainer: MakeTrainer) -> None:
+        module = Decayed()
+        make_trainer(SurgeLRCallback(3, "linear")).fit(module, data())
+        assert [decay for [(_, decay)] in module.used] == [0.1] * 6
+
+    def test_are_what_decays_the_weights(self, make_trainer: MakeTrainer) -> None:
+        """Without a gradient nothing but decay moves them."""
+
+        class Still(Decayed):
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                return 0.0 * super().training_step(batch, batch_idx)
+
+        plain, kept, scaled = Still(), Still(), Still()
+        start = plain.layer.weight.detach().clone()
+        make_trainer().fit(plain, data())
+        make_trainer(keeping()).fit(kept, data())
+        make_trainer(SurgeLRCallback(3, "linear")).fit(scaled, data())
+        assert torch.allclose(kept.layer.weight, plain.layer.weight, rtol=1e-6)
+        lost, lost_scaled = ((start - m.layer.weight.detach()).norm() for m in (plain, scaled))
+        assert float(lost_scaled) > 1.2 * float(lost) > 0.0
+
+    def test_of_groups_are_kept_apart(self, make_trainer: MakeTrainer) -> None:
+        def make(module: Any) -> Optimizer:
+            extra = nn.Parameter(torch.ones(2))
+            return AdamW(
+                [
+                    {"params": module.parameters(), "weight_decay": 0.4},
+                    {"params": [extra], "lr": 0.05, "weight_decay": 0},
+                ],
+                lr=0.01,
+            )
+
+        module = Decayed(make, gamma=1.0)
+        trainer = make_trainer(keeping())
+        trainer.fit(module, data(12))
+        assert module.used[0] == [(0.01 * (4 / 3), pytest.approx(0.3)), (0.05 * (4 / 3), 0.0)]
+        groups = optimizer_of(trainer).param_groups
+        assert [group["weight_decay"] for group in groups] == [0.4, 0]
+        assert type(groups[1]["weight_decay"]) is int
+
+    def test_of_optimizers_without_decay_are_no_obstacle(self, make_trainer: MakeTrainer) -> None:
+        module = Decayed(lambda m: torch.optim.LBFGS(m.parameters(), lr=0.01), gamma=1.0)
+        make_trainer(keeping()).fit(module, data(12))
+        assert module.used == [[(0.01 * (4 / 3), None)]] * 3
+
+
+class TestWriter:
+    @given(
+        factor=st.floats(1e-6, 1e6),
+        lr=st.floats(1e-8, 10),
+        decay=st.just(0.0) | st.floats(1e-9, 10),
+        tensor=st.booleans(),
+    )
+    def test_restores_exactly(self, factor: float, lr: float, decay: float, tensor: bool) -> None:
+        optimizer = AdamW([nn.Parameter(torch.ones(1))], lr=lr, weight_decay=decay)
+        if tensor:
+            optimizer.param_groups[0]["weight_decay"] = torch.tensor(decay)
+        before = entries(optimizer)
+        writer = LearningRateWriter(optimizer, lambda group: True)
+        writer.apply(1.0 / factor)
+        writer.apply(factor)
+        (used, written), (_, old) = entries(optimizer)[0], before[0]
+        assert written is not None
+        assert old is not None
+        assert used * written == pytest.approx(lr * old, rel=1e-6 if tensor else 1e-15)
+        writer.restore()
+        assert entries(optimizer) == before
+
+    def test_at_a_learning_rate_of_zero_leaves_the_decay(self) -> None:
+        optimizer = AdamW([nn.Parameter(torch.ones(1))], lr=0.0, weight_decay=0.1)
+        writer = LearningRateWriter(optimizer, lambda group: True)
+        writer.apply(4.0)
+        assert entries(optimizer) == [(0.0, 0.1)]
+        writer.restore()
+        assert entries(optimizer) == [(0.0, 0.1)]
+
+    def test_a_decay_that_somebody_else_writes_is_the_new_schedule(self) -> None:
+        optimizer = AdamW([nn.Parameter(torch.ones(1))], lr=0.5, weight_decay=0.25)
+        writer = LearningRateWriter(optimizer, lambda group: True)
+        writer.apply(2.0)
+        optimizer.param_groups[0]["weight_decay"] = 0.75
+        writer.apply(4.0)
+        assert entries(optimizer) == [(2.0, 0.1875)]
+        writer.restore()
+        assert entries(optimizer) == [(0.5, 0.75)]
+
+    def test_a_group_added_in_between(self) -> None:
+        optimizer = AdamW([nn.Parameter(torch.ones(1))], lr=0.5, weight_decay=0.25)
+        writer = LearningRateWriter(optimizer, lambda group: True)
+        writer.apply(2.0)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "weight_decay": 0.5})
+        writer.apply(4.0)
+        assert entries(optimizer) == [(2.0, 0.0625), (2.0, 0.125)]
+        writer.restore()
+        assert entries(optimizer) == [(0.5, 0.25), (0.5, 0.5)]
+
+
+class TestRestoring:
+    def test_schedules_of_the_decay_are_followed(self, make_trainer: MakeTrainer) -> None:
+        class Growing(Callback):
+            def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+                optimizer_of(trainer).param_groups[0]["weight_decay"] *= 2.0
+
+        module = Decayed(gamma=1.0)
+        trainer = make_trainer(Growing(), keeping())
+        trainer.fit(module, data(12))
+        products = [lr * (decay or 0.0) for [(lr, decay)] in module.used]
+        assert products == pytest.approx([0.001, 0.002, 0.004], rel=1e-15)
+        assert entries(optimizer_of(trainer))[0] == (0.01, 0.8)
+
+    def test_after_an_exception(self, make_trainer: MakeTrainer) -> None:
+        class Breaking(Decayed):
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                if batch_idx == 2:
+                    [(self.lr, self.decay)] = entries(self.optimizers().optimizer)  # type: ignore[union-attr]
+                    raise RuntimeError("broken")
+                return super().training_step(batch, batch_idx)
+
+        module = Breaking(gamma=1.0)
+        trainer = make_trainer(keeping())
+        with pytest.raises(RuntimeError, match="broken"):
+            trainer.fit(module, data())
+        assert (module.lr, module.decay) == (0.01 * (4 / 3), pytest.approx(0.075))
+        assert entries(optimizer_of(trainer)) == [(0.01, 0.1)]
+
+    @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_in_checkpoints_and_in_the_run_that_goes_on_from_them(
+        self, make_trainer: MakeTrainer, tmp_path: Path, accumulation: int
+    ) -> None:
+        saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+        module = Decayed()
+        options: dict[str, Any] = {"accumulate_grad_batches": accumulation, "max_epochs": 2}
+        make_trainer(keeping(), saving, **options).fit(module, data(24))
+        paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.partition("step=")[2]))
+        assert len(paths) == 12 // accumulation
+        for step, path in enumerate(paths, start=1):
+            (group,) = torch.load(path, weights_only=True)["optimizer_states"][0]["param_groups"]
+            assert (group["lr"], group["weight_decay"]) == (pytest.approx(0.01 * 0.8**step), 0.1)
+        resumed = Decayed()
+        half = len(paths) // 2
+        make_trainer(keeping(), **options).fit(
+            resumed, data(24), ckpt_path=str(paths[half - 1]), weights_only=True
+        )
+        assert resumed.used == module.used[half:]
+        assert torch.equal(resumed.layer.weight, module.layer.weight)
+
+    def test_monitors_see_the_decay_of_the_step(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        monitor = LearningRateMonitor(log_weight_decay=True)
+        logger = pl.loggers.CSVLogger(tmp_path)
+        trainer = make_trainer(keeping(), monitor, logger=logger)
+        trainer.fit(Decayed(gamma=1.0), data(8))
+        assert trainer.callback_metrics["lr-AdamW-weight_decay"] == pytest.approx(0.075)
+
+    def test_a_dry_run_writes_nothing(self, make_trainer: MakeTrainer) -> None:
+        plain, dry = Decayed(), Decayed()
+        make_trainer().fit(plain, data())
+        make_trainer(keeping(dry_run=True)).fit(dry, data())
+        assert dry.used == plain.used
+        assert torch.equal(dry.layer.weight, plain.layer.weight)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("make_optimizer", "name"),
+        [
+            (lambda m: Adam(m.parameters(), weight_decay=0.1), "Adam"),
+            (lambda m: NAdam(m.parameters(), weight_decay=0.1), "NAdam"),
+            (lambda m: RMSprop(m.parameters(), weight_decay=0.1), "RMSprop"),
+            (lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1), "SGD"),
+        ],
+    )
+    @pytest.mark.parametrize("law", ["measured", "sqrt"])
+    def test_of_coupled_decay(
+        self, make_trainer: MakeTrainer, make_optimizer: MakeOptimizer, name: str, law: Any
+    ) -> None:
+        module = Decayed(make_optimizer)
+        callback = SurgeLRCallback(3, law, scale_weight_decay=False)
+        message = f"scale_weight_decay=False .* got parameter group 0 of {name} with weight_decay=0.1"
+        with pytest.raises(MisconfigurationException, match=message):
+            make_trainer(callback).fit(module, data())
+        assert module.calls == 0
+
+    def test_not_of_a_decay_of_zero(self, make_trainer: MakeTrainer) -> None:
+        module = Decayed(lambda m: Adam(m.parameters(), lr=0.01), gamma=1.0)
+        make_trainer(keeping()).fit(module, data(8))
+        assert module.used == [[(0.01 * (4 / 3), 0.0)]] * 2
+
+    def test_of_anything_but_true_and_false(self) -> None:
+        with pytest.raises(ValueError, match="scale_weight_decay=True or False, got 'no'"):
+            SurgeLRCallback(3, scale_weight_decay="no")  # type: ignore[arg-type]

@@ -1,0 +1,354 @@
+"""Uneven micro-batches: the gradient of a step is the mean over its examples, and nothing else changes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adam, Optimizer
+from torch.utils.data import DataLoader, RandomSampler
+
+from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
+from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
+from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Schedule
+
+MakeTrainer = Callable[..., pl.Trainer]
+
+pytestmark = [
+    # Lightning's own advice, about the worker count of the tiny loaders used here.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
+    pytest.mark.filterwarnings("ignore:train_dataloader yielded None"),
+]
+
+FEATURES = 5
+RAGGED = [4, 1, 7, 2, 9, 3, 4, 4, 1, 6, 2]
+
+
+def examples(size: int) -> Tensor:
+    return torch.randn(size, FEATURES, generator=torch.Generator().manual_seed(3))
+
+
+class Ragged(list[Any]):
+    """A loader of batches of any size, which says that they have four examples."""
+
+    batch_size = 4
+
+    def __init__(self, sizes: list[int] = RAGGED) -> None:
+        super().__init__(examples(sum(sizes)).split(sizes))
+
+
+class Net(pl.LightningModule):
+    """A regression that notes the gradient of each step, and that of one batch of all its examples."""
+
+    def __init__(self, make_optimizer: Callable[..., Optimizer] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, 1))
+        self.make_optimizer = make_optimizer or (lambda parameters: SGD(parameters, lr=0.05, momentum=0.9))
+        self.window: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self.whole: list[Tensor] = []  # the gradients that they should be
+        self.clipped: list[Tensor] = []
+        self.losses: list[Tensor] = []
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch), batch.sum(-1, keepdim=True))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.window.clear()
+        self.window.append(batch)
+        loss = self.loss(batch)
+        self.losses.append(loss.detach().clone())
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=len(batch))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if not self.window:
+            return
+        parameters = list(self.parameters())
+        self.gradients.append(flat([parameter.grad for parameter in parameters]))
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            self.whole.append(flat(torch.autograd.grad(self.loss(torch.cat(self.window)), parameters)))
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **options: Any) -> None:
+        super().configure_gradient_clipping(optimizer, *args, **options)
+        self.clipped.append(flat([parameter.grad for parameter in self.parameters()]))
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.make_optimizer(self.parameters())
+
+    def assert_means(self, rtol: float = 1e-6) -> None:
+        assert self.gradients
+        for found, expected in zip(self.gradients, self.whole, strict=True):
+            assert (found - expected).norm() <= rtol * expected.norm()
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([torch.zeros(0) if tensor is None else tensor.flatten() for tensor in tensors])
+
+
+class TestOneBigBatch:
+    @pytest.mark.parametrize(
+        "schedule",
+        [ConstantSize(4), ConstantSize(16), Milestones({0: 4, 3: 16}), Milestones({0: 32, 2: 4})],
+    )
+    def test_ragged_batches(self, make_trainer: MakeTrainer, schedule: Schedule) -> None:
+        model, scheduler = Net(), BatchSizeScheduler(schedule)
+        make_trainer(scheduler, max_epochs=2).fit(model, Ragged())
+        model.assert_means()
+        assert scheduler.examples == 2 * sum(RAGGED)
+
+    def test_a_loader_whose_last_batch_is_smaller(self, make_trainer: MakeTrainer) -> None:
+        # 12 batches of 4 and one of 2: windows of 4 4 4 4, and one of 2 in the end, or of 4 and 2.
+        for size in (50, 54):
+            model = Net()
+            make_trainer(BatchSizeScheduler(ConstantSize(16)), max_epochs=2).fit(
+                model, DataLoader(examples(size), batch_size=4, shuffle=True)
+            )
+            model.assert_means()
+
+    def test_tokens(self, make_trainer: MakeTrainer) -> None:
+        # A batch of n examples has n x 5 numbers in it.
+        model = Net()
+        scheduler = BatchSizeScheduler(
+            Milestones({0: 20, 3: 80}), micro_batch_size=20, batch_size_fn=torch.numel
+        )
+        make_trainer(scheduler, max_epochs=2).fit(model, Ragged())
+        model.assert_means()
+        assert scheduler.examples == 2 * FEATURES * sum(RAGGED)
+        assert scheduler.scheduled_batch_size == 80
+
+    def test_tokens_of_a_sampler(self, make_trainer: MakeTrainer) -> None:
+        class Padded(Net):
+            """Counts only what is no padding."""
+
+            def loss(self, batch: Tensor) -> Tensor:
+                real = batch[batch[:, 0] > 0]
+                return nn.functional.mse_loss(self.net(real), real.sum(-1, keepdim=True))
+
+        data = examples(50)
+        data[::4, 0] = data[::4, 0].abs() + 0.1
+        data[1::4, 0] = data[1::4, 0].abs() + 0.1
+        model = Padded()
+        scheduler = BatchSizeScheduler(
+            LinearRamp(8, 30, 6), batch_size_fn=lambda batch: float((batch[:, 0] > 0).sum())
+        )
+        sampler = ScheduledBatchSampler(RandomSampler(data), 8)
+        make_trainer(scheduler, max_epochs=3).fit(model, DataLoader(data, batch_sampler=sampler))
+        model.assert_means()
+        assert scheduler.examples == 3 * (data[:, 0] > 0).sum()
+
+    def test_micro_batches_without_a_loss(self, make_trainer: MakeTrainer) -> None:
+        class Skips(Net):
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+                loss = super().training_step(batch, batch_idx)
+                if batch_idx in (1, 5, 6):
+                    del self.window[-1]
+                    return None
+                return loss
+
+        model, scheduler = Skips(), BatchSizeScheduler(Milestones({0: 4, 3: 16}))
+        trainer = make_trainer(scheduler, max_epochs=2)
+        trainer.fit(model, Ragged())
+        model.assert_means()
+        assert len(model.gradients) == trainer.global_step - 1  # one step had no gradient at all
+        assert scheduler.examples == 2 * sum(RAGGED)  # consumed all the same
+
+    @pytest.mark.parametrize("missing", [3, 7, 10])
+    def test_a_batch_that_is_none(self, make_trainer: MakeTrainer, missing: int) -> None:
+        # Lightning leaves out the step at a window's end; the next window zeroes what was accumulated.
+        loader = Ragged()
+        loader[missing] = None
+        model = Net()
+        make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=2).fit(model, loader)
+        model.assert_means()
+
+    def test_an_epoch_cut_short(self, make_trainer: MakeTrainer) -> None:
+        class Stops(Net):
+            def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+                return -1 if self.trainer.current_epoch == 1 and batch_idx == 6 else None
+
+        model = Stops()
+        make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=3).fit(model, Ragged())
+        model.assert_means()
+
+    def test_parameters_that_are_frozen_or_not_used(self, make_trainer: MakeTrainer) -> None:
+        model = Net()
+        model.net[0].weight.requires_grad_(False)
+        model.unused = nn.Linear(2, 2)
+
+        def means(self: Net, optimizer: Optimizer) -> None:
+            used = [model.net[0].bias, model.net[2].weight, model.net[2].bias]
+            self.gradients.append(flat([parameter.grad for parameter in used]))
+            self.whole.append(flat(torch.autograd.grad(self.loss(torch.cat(self.window)), used)))
+
+        model.on_before_optimizer_step = means.__get__(model)  # type: ignore[method-assign]
+        make_trainer(BatchSizeScheduler(ConstantSize(16)), max_epochs=2).fit(model, Ragged())
+        model.assert_means()
+        assert model.unused.weight.grad is None
+
+
+class TestBitForBit:
+    """Against Trainer(accumulate_grad_batches=4)."""
+
+    @staticmethod
+    def pair(
+        make_trainer: MakeTrainer, scheduler: BatchSizeScheduler, loader: Callable[[], Any], **options: Any
+    ) -> tuple[Net, Net]:
+        make_optimizer = options.pop("make_optimizer", None)
+        accumulation = options.pop("accumulation", 4)
+        plain, scheduled = Net(make_optimizer), Net(make_optimizer)
+        make_trainer(accumulate_grad_batches=accumulation, max_epochs=3, **options).fit(plain, loader())
+        make_trainer(scheduler, max_epochs=3, **options).fit(scheduled, loader())
+        return plain, scheduled
+
+    @pytest.mark.parametrize("clip", [None, 0.1])
+    def test_equal_micro_batches(self, make_trainer: MakeTrainer, clip: float | None) -> None:
+        plain, scheduled = self.pair(
+            make_trainer,
+            BatchSizeScheduler(ConstantSize(16)),
+            lambda: DataLoader(examples(48), batch_size=4),
+            gradient_clip_val=clip,
+            make_optimizer=Adam,
+        )
+        assert len(plain.gradients) == 9
+        assert same(plain.gradients, scheduled.gradients)
+        assert same(plain.losses, scheduled.losses)
+        assert same(plain.parameters(), scheduled.parameters())
+
+    def test_equal_micro_batches_whatever_they_are_counted_in(self, make_trainer: MakeTrainer) -> None:
+        # micro_batch_size in one unit, batches counted in another.
+        for options in (
+            {"micro_batch_size": 7},
+            {"micro_batch_size": 7, "batch_size_fn": lambda batch: 3 * len(batch)},
+        ):
+            plain, scheduled = self.pair(
+                make_trainer,
+                BatchSizeScheduler(ConstantSize(28), **options),
+                lambda: DataLoader(examples(48), batch_size=4),
+            )
+            assert same(plain.gradients, scheduled.gradients)
+
+    def test_steps_of_one_micro_batch_need_no_weights(self, make_trainer: MakeTrainer) -> None:
+        plain, scheduled = self.pair(
+            make_trainer, BatchSizeScheduler(ConstantSize(4)), Ragged, accumulation=1
+        )
+        assert same(plain.gradients, scheduled.gradients)
+
+    def test_without_weights(self, make_trainer: MakeTrainer) -> None:
+        scheduler = BatchSizeScheduler(ConstantSize(16), weight_micro_batches=False)
+        plain, scheduled = self.pair(make_trainer, scheduler, Ragged)
+        assert same(plain.gradients, scheduled.gradients)
+        assert same(plain.parameters(), scheduled.parameters())
+        with pytest.raises(AssertionError):
+            scheduled.assert_means(rtol=0.01)
+        assert scheduler.examples == 3 * sum(RAGGED)
+
+    def test_the_logged_loss_is_not_touched(self, make_trainer: MakeTrainer) -> None:
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        class Look(pl.Callback):
+            def on_train_batch_end(
+                self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+            ) -> None:
+                # Lightning has divided what it hands out here by the accumulation.
+                seen.append((outputs["loss"] * trainer.accumulate_grad_batches, pl_module.losses[-1]))
+                assert trainer.callback_metrics["train_loss_step"] == pl_module.losses[-1]
+
+        model = Net()
+        trainer = make_trainer(Look(), BatchSizeScheduler(ConstantSize(16)))
+        trainer.fit(model, Ragged())
+        for handed_out, loss in seen:
+            torch.testing.assert_close(handed_out, loss, rtol=1e-6, atol=0)
+        mean = sum(size * loss for size, loss in zip(RAGGED, model.losses, strict=True)) / sum(RAGGED)
+        torch.testing.assert_close(trainer.callback_metrics["train_loss_epoch"], mean)
+
+
+def same(found: Any, expected: Any) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+class TestOtherParts:
+    def test_gradients_are_clipped_after_the_correction(self, make_trainer: MakeTrainer) -> None:
+        model = Net()
+        # The last window has 6 + 2 of 16 examples: uncorrected, its gradient would be half as large.
+        make_trainer(BatchSizeScheduler(ConstantSize(16)), gradient_clip_val=0.5).fit(model, Ragged())
+        model.assert_means()
+        for clipped, gradient in zip(model.clipped, model.gradients, strict=True):
+            assert gradient.norm() > 0.5
+            torch.testing.assert_close(clipped, gradient * 0.5 / gradient.norm(), rtol=1e-5, atol=1e-7)
+
+    def test_losses_whose_value_autograd_needs(self, make_trainer: MakeTrainer) -> None:
+        class Rooted(Net):
+            def loss(self, batch: Tensor) -> Tensor:
+                return super().loss(batch).sqrt()
+
+        class Dict(Rooted):
+            def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+                return {"loss": super().training_step(batch, batch_idx), "more": 1}
+
+        for cls in (Rooted, Dict):
+            model, alone = cls(), cls()
+            make_trainer(BatchSizeScheduler(ConstantSize(16))).fit(model, Ragged())
+            # Not the root of the mean: that of each micro-batch, weighted by its examples.
+            parameters = list(alone.parameters())
+            expected = sum(
+                len(batch) / 14 * flat(torch.autograd.grad(alone.loss(batch), parameters))
+                for batch in Ragged()[:4]
+            )
+            torch.testing.assert_close(model.gradients[0], expected, rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_gradient_scaler_that_skips_steps(self, make_trainer: MakeTrainer, fused: bool) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3)
+
+        class Scaled(Net):
+            skipped = 0
+
+            def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+                super().on_before_optimizer_step(optimizer)
+                if fused:  # such an optimizer takes the scale off itself
+                    self.gradients[-1] /= scaler.get_scale()
+                if not self.gradients[-1].isfinite().all():
+                    self.skipped += 1
+                    del self.gradients[-1], self.whole[-1]
+
+        model = Scaled(lambda parameters: Adam(parameters, lr=0.01, fused=fused))
+        scheduler = BatchSizeScheduler(Milestones({0: 4, 3: 16}))
+        trainer = make_trainer(scheduler, plugins=MixedPrecision("16-mixed", "cpu", scaler), max_epochs=6)
+        trainer.fit(model, Ragged())
+        model.assert_means(rtol=2e-3)  # half precision
+        assert model.skipped > 10
+        assert len(model.gradients) + model.skipped == trainer.global_step == 21
+        assert scheduler.examples == 6 * sum(RAGGED)
+
+    @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+    def test_lbfgs_asks_several_times(self, make_trainer: MakeTrainer, line_search: str | None) -> None:
+        def make_optimizer(parameters: Any) -> Optimizer:
+            return LBFGS(parameters, lr=0.1, max_iter=4, line_search_fn=line_search)
+
+        plain = Net(make_optimizer)
+        make_trainer(max_epochs=2).fit(plain, Ragged())
+        model, scheduler = Net(make_optimizer), BatchSizeScheduler(ConstantSize(4))
+        trainer = make_trainer(scheduler, max_epochs=2)
+        trainer.fit(model, Ragged())
+        assert len(model.gradients) > 2 * trainer.global_step
+        assert same(plain.parameters(), model.parameters())
+        assert scheduler.examples == 2 * sum(RAGGED)
+
+    def test_batches_in_containers(self, make_trainer: MakeTrainer) -> None:
+        class Wrapped(Net):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+                return super().training_step(batch["inputs"][0], batch_idx)
+
+        loader = Ragged()
+        loader[:] = [{"name": "batch", "inputs": (batch,)} for batch in loader]
+        model = Wrapped()
+        make_trainer(BatchSizeScheduler(ConstantSize(16))).fit(model, loader)
+        model.assert_means()

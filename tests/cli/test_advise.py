@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_surge.cli import main
+from lightning_surge.cli.advise import _caveat_text
+from lightning_surge.runs.advice import Caveat
+from tests.logged_runs import LAW, lawless, rows, write_csv
+from tests.runs.test_advice import STATE, advise
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_csv(tmp_path / "run", rows())
+    return tmp_path / "run"
+
+
+def test_the_answer_in_words(run, capsys):
+    assert main(["advise", str(run)]) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    lr = 1e-3 * LAW.lr(120) / LAW.lr(60)
+    assert [" ".join(line.split()) for line in out.splitlines()] == [
+        "At step 50: 60 examples per step, learning rate 0.001 (scheduled 0.001), 20 measurements.",
+        "",
+        "Go on with 60 examples per step, learning rate 0.001: 1 times the scheduled one",
+        "Critical size 60 (50 to 70) examples, for the next step: it then gains half of what "
+        "an unlimited batch would",
+        "Peak size 100 (80 to 120) examples; beyond it the best learning rate of a step falls",
+        "Doubling costs 50% (46% to 55%) more examples and saves 25% (23% to 27%) of the steps "
+        "to the same loss",
+        "",
+        "batch size learning rate steps examples",
+        "60 0.001 1 1 now, suggested",
+        f"120 {lr:.3g} (0.000921 to 0.00113) 0.75 (0.731 to 0.773) 1.5 (1.46 to 1.55)",
+        "Steps and examples to the same loss, over those at the present size, if the critical size stayed.",
+        "In brackets one standard error to both sides.",
+    ]  # fmt: skip
+
+
+def test_what_was_asked_for_is_in_the_table(run, capsys):
+    assert main(["advise", str(run), "--batch-size", "15", "1000"]) == 0
+    out = capsys.readouterr().out
+    sizes = [line.split()[0] for line in out.splitlines() if line.startswith("  ")][1:5]
+    assert sizes == ["15", "60", "120", "1,000"]
+    assert "only sizes from 30 to 120 examples were measured" in out
+
+
+def test_as_json(run, capsys):
+    assert main(["advise", str(run), "--json", "--batch-size", "240"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["critical_batch_size"] == {"value": 60.0, "low": 50.0, "high": 70.0}
+    assert answer["suggested"] == 60.0
+    assert answer["state"]["law"] == {
+        "alignment_limit": 2.0, "alignment_scale": 300.0, "noise_curvature": 1.0, "signal_curvature": 1.0,
+        "kind": "MeasuredLaw",
+    }  # fmt: skip
+    assert answer["state"]["reason"] == "measured"
+    assert [option["batch_size"] for option in answer["options"]] == [60.0, 120.0, 240.0]
+    assert answer["options"][1]["steps"]["value"] == 0.75
+    assert answer["caveats"] == {}
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path, capsys):
+    """r = 1 / 4: there is no peak."""
+    write_csv(tmp_path, rows(**{"law/signal_curvature": 1 / 16, "critical_batch_size_standard_error": None}))
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    assert main(["advise", str(tmp_path), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert answer["peak_batch_size"] == {"value": None, "low": 0.0, "high": None}
+    assert list(answer["caveats"]) == ["uncertain"]
+
+
+def test_no_peak_in_words(tmp_path, capsys):
+    write_csv(tmp_path, rows(**{"law/signal_curvature": 1 / 16}))
+    assert main(["advise", str(tmp_path)]) == 0
+    assert "none: the learning rate never falls with the batch size" in capsys.readouterr().out
+
+
+def test_a_hold_and_an_ended_schedule_are_told(tmp_path, capsys):
+    table = rows()
+    table[50] |= {"surge/held_because": 12.0, "surge/lr_scheduled": 1e-6}
+    write_csv(tmp_path, table)
+    assert main(["advise", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "the last law is held: measuring failed" in out
+    assert "the schedule is at 0.1% of its largest learning rate" in out
+    assert main(["advise", str(tmp_path), "--step", "40"]) == 0
+    assert "Do not trust" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("caveat", Caveat)
+def test_every_caveat_has_words(caveat):
+    assert len(_caveat_text(caveat, advise(STATE))) > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "3"], "Expected 10 <= step <= 50, got step=3"),
+        (["--batch-size", "0"], "got batch_size=0.0: count the examples"),
+        (["--group", "head"], "Expected no --group"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(run, capsys, arguments, message):
+    assert main(["advise", str(run), *arguments]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert message in error
+
+
+def test_without_a_law_there_is_no_advice(tmp_path, capsys):
+    write_csv(tmp_path, lawless())
+    assert main(["advise", str(tmp_path)]) == 2
+    assert "Expected a law to be known by step 50, got 20 measurements" in capsys.readouterr().err
+
+
+def test_logs_that_lack_what_is_needed(tmp_path, capsys):
+    """Of another version, say: a message, and no traceback."""
+    for name in ("objective", "held_because", "base_batch_size", "lr_scale_predicted", "lr_scheduled"):
+        write_csv(tmp_path, rows(**{name: None}))
+        assert main(["advise", str(tmp_path)]) == 2
+        assert f"'surge/{name}'" in capsys.readouterr().err

@@ -1,0 +1,361 @@
+"""Callbacks and schedules by name from a config file, through LightningCLI."""
+
+import inspect
+import sys
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_surge import BatchSizeScheduler, SurgeLRCallback, schedules
+from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.sizes import (
+    ConstantSize,
+    CosineRamp,
+    GeometricRamp,
+    LinearRamp,
+    Milestones,
+    Phase,
+    Phases,
+    Schedule,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    # What LightningCLI asks of jsonargparse in the way of older versions.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+class Linear(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(torch.randn(64, 4), batch_size=4)  # type: ignore[arg-type]
+
+
+HEAD = """
+seed_everything: 0
+trainer:
+  max_epochs: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  accelerator: cpu
+  callbacks:
+    - class_path: lightning_surge.SurgeLRCallback
+      init_args: {base_batch_size: 4}
+    - class_path: lightning_surge.BatchSizeScheduler
+      init_args:
+        schedule:
+"""
+
+PHASES = """
+          class_path: Phases
+          init_args:
+            unit: steps
+            phases:
+              - {begin: 0, end: 3, schedule: {class_path: ConstantSize, init_args: {size: 4}}}
+              - begin: 3
+                end: null
+                schedule:
+                  class_path: lightning_surge.schedules.sizes.GeometricRamp
+                  init_args: {start: 4, end: 16, duration: 4}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
+
+
+def run(tmp_path: Path, schedule: str, subcommand: str = "fit") -> LightningCLI:
+    config = tmp_path / "config.yaml"
+    config.write_text(HEAD + schedule)
+    arguments = [subcommand, "--config", str(config)]
+    return LightningCLI(Linear, args=arguments, save_config_callback=None)
+
+
+def schedule_of(cli: LightningCLI) -> Any:
+    callbacks: list[pl.Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    (scheduler,) = [callback for callback in callbacks if isinstance(callback, BatchSizeScheduler)]
+    assert any(isinstance(callback, SurgeLRCallback) for callback in callbacks)
+    return scheduler.schedule
+
+
+def test_phases(tmp_path: Path) -> None:
+    cli = run(tmp_path, PHASES)
+    expected = Phases([Phase(0, 3, ConstantSize(4)), Phase(3, None, GeometricRamp(4, 16, 4))])
+    assert schedule_of(cli) == expected
+    # 3 steps of 4, then requests of 4, 5, 8, 11, 16, 16: windows begin at micro-batches 3, 4, 5, 6, 8, 12.
+    assert cli.trainer.global_step == 9
+
+
+def test_milestones(tmp_path: Path) -> None:
+    cli = run(tmp_path, "          {class_path: Milestones, init_args: {sizes: {0: 4, 8: 8}}}\n")
+    assert schedule_of(cli) == Milestones({0: 4, 8: 8})
+    assert cli.trainer.global_step == 12
+
+
+def test_follow_peak(tmp_path: Path) -> None:
+    schedule = "          {class_path: FollowPeak, init_args: {start: 4, maximum: 64, target: peak}}\n"
+    assert schedule_of(run(tmp_path, schedule)) == FollowPeak(4, 64, target="peak")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (PHASES.replace("begin: 3\n", "begin: 5\n"), "a gap between phases[0] with end=3.0"),
+        (PHASES.replace("begin: 3\n", "begin: 2\n"), "an overlap between phases[0] with end=3.0"),
+        (PHASES.replace("{size: 4}", "{size: 0}"), "Expected size to be a whole number of at least 1"),
+        (PHASES.replace("ConstantSize", "ConstantSise"), "ConstantSise"),
+    ],
+)
+def test_mistakes_are_named_before_training(
+    tmp_path: Path, wrong: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A wrong value is found when the object is made, a wrong name already when the file is parsed.
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        run(tmp_path, wrong)
+    assert message in " ".join((str(caught.value) + capsys.readouterr().err).split())
+
+
+def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(HEAD + PHASES)
+    with pytest.raises(SystemExit):
+        LightningCLI(Linear, args=["fit", "--config", str(config), "--print_config"])
+    printed = capsys.readouterr().out
+    assert "class_path: lightning_surge.schedules.sizes.GeometricRamp" in printed
+    assert "multiple_of: 1" in printed
+
+
+class _Parsed(Exception):
+    pass
+
+
+class ParsingCLI(LightningCLI):
+    """Reads its arguments and builds callbacks, and no more."""
+
+    def before_instantiate_classes(self) -> None:
+        raise _Parsed(self)
+
+
+def parse(tmp_path: Path, callbacks: str) -> tuple[list[Any], str]:
+    """The callbacks that a file makes, and the configuration printed with all defaults."""
+    config = tmp_path / "config.yaml"
+    config.write_text("trainer:\n  callbacks:\n" + callbacks)
+    with pytest.raises(_Parsed) as caught:
+        ParsingCLI(
+            Linear,
+            args=["fit", "--config", str(config)],
+            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
+        )
+    cli = caught.value.args[0]
+    built = cli.parser.instantiate_classes(cli.config).fit.trainer.callbacks
+    return built, cli.parser.dump(cli.config, skip_none=False)
+
+
+FUNCTIONS = """
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+
+def count(batch: Any) -> float:
+    return 2.0 * len(batch)
+
+
+def cut(batch: Any, num_slices: int) -> Sequence[Any]:
+    return batch.chunk(num_slices)
+
+
+def loss(module: pl.LightningModule, batch: Any) -> Tensor:
+    return module.layer(batch).square().mean()
+
+
+def bare_loss(module, batch):
+    return module.layer(batch).square().mean()
+"""
+
+ARGUMENTS = """
+    - class_path: SurgeLRCallback
+      init_args:
+        base_batch_size: 16
+        law: measured
+        objective: progress
+        anchor: law
+        lr_scale_bounds: [0.25, 8]
+        probe_every: 3
+        batch_size_fn: named_functions.count
+        split_batch: named_functions.cut
+        loss_fn: named_functions.loss
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "named_functions.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("named_functions", None)
+    import named_functions
+
+    return named_functions
+
+
+def test_every_kind_of_argument_of_the_callback(tmp_path: Path, functions: Any) -> None:
+    (callback,), printed = parse(tmp_path, ARGUMENTS)
+    assert isinstance(callback, SurgeLRCallback)
+    settings = callback.settings
+    assert (settings.law, settings.objective, settings.anchor) == ("measured", "progress", "law")
+    assert (settings.lr_scale_bounds, settings.probe_every) == ((0.25, 8.0), 3)
+    assert callback._loss_fn is functions.loss
+    assert callback._split_batch is functions.cut
+    assert callback._examples_in(torch.zeros(8)) == 16.0
+    # What was printed says the same again, functions too.
+    assert "loss_fn: named_functions.loss" in printed
+    config = tmp_path / "printed.yaml"
+    config.write_text(printed)
+    with pytest.raises(_Parsed) as caught:
+        ParsingCLI(Linear, args=["--config", str(config)])
+    again = caught.value.args[0]
+    assert again.parser.dump(again.config, skip_none=False) == printed
+
+
+@pytest.mark.parametrize("split", ["false", "null"])
+def test_a_callback_that_never_cuts(tmp_path: Path, split: str) -> None:
+    (callback,), _ = parse(
+        tmp_path,
+        f"    - {{class_path: lightning_surge.SurgeLRCallback, init_args: {{split_batch: {split}}}}}\n",
+    )
+    assert callback._split_batch is (False if split == "false" else None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        ("law: meassured", ["law", "'measured', 'theorem2'", "meassured"]),
+        ("lr_scale_bounds: [0.5]", ["lr_scale_bounds", "a tuple with 2 elements"]),
+        ("probe_every: 2.5", ["probe_every", "Expected a <class 'int'>"]),
+        ("split_batch: true", ["split_batch", "Expected a typing.Literal[False]"]),
+        ("loss_fn: named_functions.missing", ["loss_fn", "has no attribute 'missing'"]),
+        # jsonargparse goes by the annotation where the type is one function's.
+        ("loss_fn: named_functions.bare_loss", ["loss_fn", "a function that returns <class 'Tensor'>"]),
+        ("base_batch_sise: 16", ["Option 'base_batch_sise' is not accepted"]),
+        ("max_overhead: 0", ["Expected 0 < max_overhead < inf, got max_overhead=0"]),
+        ("lr_scale_bounds: [2, 4]", ["Expected 0 < low <= 1 <= high, got lr_scale_bounds=(2.0, 4.0)"]),
+    ],
+)
+def test_mistakes_in_arguments_of_the_callback_are_named(
+    tmp_path: Path, functions: Any, arguments: str, messages: list[str]
+) -> None:
+    # jsonargparse's own errors, and the callback's where the type is right and the value is not.
+    with pytest.raises((ArgumentError, ValueError)) as caught:
+        parse(tmp_path, f"    - {{class_path: SurgeLRCallback, init_args: {{{arguments}}}}}\n")
+    said = " ".join(str(caught.value).split())
+    for message in messages:
+        assert message in said
+
+
+SCHEDULES: list[tuple[str, Schedule | FollowPeak]] = [
+    ("{class_path: ConstantSize, init_args: {size: 8}}", ConstantSize(8)),
+    (
+        "{class_path: LinearRamp, init_args: {start: 8, end: 32, duration: 9, unit: examples,"
+        " multiple_of: 4}}",
+        LinearRamp(8, 32, 9, unit="examples", multiple_of=4),
+    ),
+    ("{class_path: GeometricRamp, init_args: {start: 8, end: 32, duration: 9}}", GeometricRamp(8, 32, 9)),
+    (
+        "{class_path: CosineRamp, init_args: {start: 8, end: 32, duration: 1.5, unit: epochs}}",
+        CosineRamp(8, 32, 1.5, unit="epochs"),
+    ),
+    ("{class_path: Milestones, init_args: {sizes: {0: 8, 100: 16}}}", Milestones({0: 8, 100: 16})),
+    (
+        "{class_path: Phases, init_args: {phases: [{begin: 0, end: null, schedule: {class_path: ConstantSize,"
+        " init_args: {size: 8}}}]}}",
+        Phases([Phase(0, None, ConstantSize(8))]),
+    ),
+    ("{class_path: FollowPeak, init_args: {start: 8, maximum: 64}}", FollowPeak(8, 64)),
+]
+
+
+@pytest.mark.parametrize(("written", "meant"), SCHEDULES)
+@pytest.mark.parametrize("names", ["short", "full"])
+def test_every_schedule_by_both_names(
+    tmp_path: Path, names: str, written: str, meant: Schedule | FollowPeak
+) -> None:
+    callback = "BatchSizeScheduler"
+    if names == "full":
+        callback = f"lightning_surge.{callback}"
+        written = written.replace("class_path: ", f"class_path: {type(meant).__module__}.")
+    (scheduler,), _ = parse(
+        tmp_path, f"    - {{class_path: {callback}, init_args: {{schedule: {written}}}}}\n"
+    )
+    assert scheduler.schedule == meant
+
+
+def test_all_schedules_are_tried_here() -> None:
+    public = [getattr(schedules, name) for name in schedules.__all__]
+    kinds = {kind for kind in public if inspect.isclass(kind) and issubclass(kind, Schedule)}
+    assert {type(meant) for _, meant in SCHEDULES} == kinds - {Schedule} | {FollowPeak}
+
+
+def test_the_warm_up_by_both_names(tmp_path: Path) -> None:
+    for name in ("BatchSizeWarmup", "lightning_surge.BatchSizeWarmup"):
+        (warmup,), printed = parse(
+            tmp_path, f"    - {{class_path: {name}, init_args: {{start: 8, end: 32, num_steps: 9}}}}\n"
+        )
+        assert warmup.schedule == GeometricRamp(8, 32, 9)
+        assert "num_steps: 9" in printed
+
+
+def test_the_example_trains_and_round_trips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from examples.cli.main import main
+
+    example = Path(__file__).parents[2] / "examples" / "cli" / "config.yaml"
+    fast = [
+        *(
+            "--trainer.max_steps=20",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+        ),
+        *("--trainer.limit_val_batches=1", "--trainer.logger.init_args.save_dir=runs"),
+        "--trainer.log_every_n_steps=4",
+    ]
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        cli = main(["fit", "--config", str(example), *fast])
+    torch.set_num_threads(threads)
+    assert cli.trainer.global_step == 20
+    (saved,) = tmp_path.glob("runs/lightning_logs/version_0/config.yaml")
+    # What it has saved, and what it prints, are configurations that say the same.
+    printed: list[str] = []
+    for config in (saved, tmp_path / "printed.yaml"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(config), "--print_config"])
+        printed.append(capsys.readouterr().out)
+        (tmp_path / "printed.yaml").write_text(printed[-1])
+    assert printed[0] == printed[1]
+    assert "class_path: lightning_surge.BatchSizeScheduler" in printed[0]

@@ -1,0 +1,555 @@
+"""`lightning-surge sweep` on a training of some milliseconds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_surge
+from lightning_surge.cli import main
+from lightning_surge.cli import sweep as command
+from lightning_surge.sweep.cells import Outcome
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    # What LightningCLI asks of jsonargparse in the way of older versions.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.skipif(sys.platform == "win32", reason="signals and process groups"),
+]
+
+# A parabola. With SGD at rate lr the weight, and so the square root of the loss, shrinks by 1 - lr per step,
+# whatever the batch size.
+MODULE = """
+import os, signal, time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_surge import by_examples
+
+
+class Parabola(pl.LightningModule):
+    def __init__(self, lr: float = 0.1, start: float = 1.0, total: int = 0, event: str = "hang", at=0.0):
+        super().__init__()
+        self.lr, self.start, self.total, self.event, self.at = lr, start, total, event, at
+        self.weight = torch.nn.Parameter(torch.tensor([start]))
+
+    def training_step(self, batch, batch_idx):
+        if self.lr == self.at:
+            if self.event == "hang":
+                Path("hangs").write_text(str(os.getpid()))
+                time.sleep(60)
+            if self.event == "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
+            if self.event == "full":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\\nMore.")
+        with open("batches", "a") as file:
+            file.write(f"{len(batch)} ")
+        loss = 0.5 * (self.weight.square() * torch.ones(len(batch))).mean()
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", 0.5 * self.weight.square().sum())
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        if not self.total:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / self.total))
+        return [optimizer], [{"scheduler": by_examples(schedule, 1), "interval": "step"}]
+
+
+class Zeros(pl.LightningDataModule):
+    def __init__(self, batch_size: int = 4, deaf: bool = False, half: bool = False):
+        super().__init__()
+        self.batch_size = 4 if deaf else batch_size // 2 if half else batch_size
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(64, 1), batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return DataLoader(torch.zeros(1, 1))
+
+
+def numel(batch: torch.Tensor) -> float:
+    return 2.0 * batch.numel()
+"""
+
+CONFIG = """
+seed_everything: 7
+model: {class_path: parabola.Parabola}
+data: {class_path: parabola.Zeros}
+trainer:
+  accelerator: cpu
+  max_epochs: 3
+  logger: true
+  log_every_n_steps: 1
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    torch.set_num_threads(1)
+    (tmp_path / "parabola.py").write_text(MODULE)
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    # For real processes: this package and no other that is installed.
+    monkeypatch.setenv("PYTHONPATH", str(Path(lightning_surge.__file__).parent.parent))
+    sys.modules.pop("parabola", None)
+    # seed_everything tells workers by the environment.
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    return path
+
+
+def arguments(**changes: str) -> list[str]:
+    options = {
+        "config": "run.yaml", "batch-sizes": "4 8", "lrs": "0.1 0.2", "examples": "64", "processes": "0",
+    }  # fmt: skip
+    options |= {name.replace("_", "-"): value for name, value in changes.items()}
+    words = ["sweep"]
+    for name, value in options.items():
+        words += [f"--{name}", *value.split()] if value != "-" else []
+    return words
+
+
+def sweep(**changes: str) -> int:
+    return main(arguments(**changes))
+
+
+def table(name: str = "sweep.csv") -> list[dict[str, str]]:
+    with Path(name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def journal() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("sweep.cells.jsonl").read_text().splitlines()]
+
+
+def refused(capsys: pytest.CaptureFixture[str], **changes: str) -> str:
+    """What a sweep says that does not begin; there is nothing left of it."""
+    assert sweep(**changes) == 2
+    assert not Path("batches").exists()
+    return capsys.readouterr().err
+
+
+def loss_after(steps: int, lr: float) -> float:
+    return 0.5 * (1 - lr) ** (2 * steps)
+
+
+def test_a_grid_is_trained_with_equal_examples(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep() == 0
+    said = capsys.readouterr()
+    rows = table()
+    assert len(rows) == 4
+    for row in rows:
+        steps = 64 // int(row["batch_size"])
+        assert (int(row["steps"]), int(row["examples"]), row["status"]) == (steps, 64, "finished")
+        assert float(row["loss"]) == pytest.approx(loss_after(steps, float(row["lr"])), rel=1e-4)
+    assert {row["seed"] for row in rows} == {"7"}
+    assert said.out.splitlines()[0] == "table: sweep.csv"
+    assert said.out.splitlines()[-1] == "next: lightning-surge fit sweep.csv"
+    assert re.search(r"^ +4 +0\.2 .*highest tried: --refine", said.out, re.MULTILINE)
+    assert "batch size: data.init_args.batch_size, learning rate: model.init_args.lr" in said.err
+    assert "batch_size=8 lr=0.2 seed=7: loss " in said.err
+    # Neither logs nor checkpoints nor configurations of cells.
+    assert {path.name for path in Path().iterdir()} - {
+        "__pycache__",
+        "batches",
+        "parabola.py",
+        "run.yaml",
+    } == {
+        "sweep.csv",
+        "sweep.cells.jsonl",
+    }
+
+    # The same command finds everything finished, and says the same. Comments are not the configuration.
+    before = Path("batches").read_text()
+    config.write_text("# a comment\n" + CONFIG)
+    assert sweep() == 0
+    assert Path("batches").read_text() == before
+    assert capsys.readouterr().out == said.out
+
+
+def test_another_grid_and_another_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = {"batch_sizes": "8", "lrs": "0.1"}
+    assert sweep(**one) == 0
+    # More seeds: only with a word, and only the new cells run.
+    assert sweep(**one, seeds="2") == 2
+    assert "seeds [7] became [7, 8]" in capsys.readouterr().err
+    assert main([*arguments(**one, seeds="2"), "--extend"]) == 0
+    assert [row["seed"] for row in table()] == ["7", "8"]
+    assert len(journal()) == 4  # two grids, two cells
+
+    # Another configuration: its losses cannot stand in one table with these.
+    config.write_text(CONFIG.replace("parabola.Parabola}", "parabola.Parabola, init_args: {start: 2.0}}"))
+    assert main([*arguments(**one, seeds="2"), "--extend"]) == 2
+    assert "the configuration says something else" in capsys.readouterr().err
+    assert len(table()) == 2
+
+
+def test_json_and_targets(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments(batch_sizes="4", target_loss="0.1 0.3 1e-9", checks="100"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["table"] == "sweep.csv"
+    assert answer["cells"] == {"finished": 2}
+    assert answer["fit"] == "lightning-surge fit sweep.csv"
+    rows = table()
+    assert len(rows) == 6
+    for row in rows:
+        # Steps until 0.5 (1 - lr)^(2 s) is at most the target; looked at after every step.
+        needed = math.ceil(math.log(float(row["target"]) / 0.5) / (2 * math.log(1 - float(row["lr"]))))
+        if needed > 64 // int(row["batch_size"]):
+            assert (row["steps"], row["examples"], row["status"]) == ("", "", "not_reached")
+        else:
+            assert (int(row["steps"]), row["status"]) == (needed, "finished")
+            assert int(row["examples"]) == needed * int(row["batch_size"])
+    best = {(entry["target"], entry["batch_size"]): entry for entry in answer["best"]}
+    assert best[0.1, 4]["steps"] == 4
+    assert best[0.1, 4]["lr"] == 0.2
+    assert best[1e-9, 4]["steps"] is None
+
+
+def test_a_cell_may_end_at_its_target(config: Path) -> None:
+    words = arguments(batch_sizes="4", lrs="0.2", target_loss="0.3", checks="100", examples="400")
+    assert main([*words, "--stop-at-target"]) == 0
+    assert len(Path("batches").read_text().split()) == 2  # 0.5 * 0.8^4 = 0.2
+    assert journal()[1]["steps"] == 2
+    assert float(table()[0]["loss"]) == pytest.approx(0.5 * 0.8**4)
+
+
+def test_the_training_loss_is_averaged(config: Path) -> None:
+    assert sweep(batch_sizes="4", lrs="0.2", metric="loss", smoothing="4", max_micro_batch_size="2") == 0
+    losses = [0.5 * 0.8 ** (2 * step) for step in range(16)]
+    kept = math.exp(-1)
+    weights = [kept ** (15 - step) for step in range(16)]
+    expected = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
+    assert float(table()[0]["loss"]) == pytest.approx(expected, rel=1e-4)
+    assert set(Path("batches").read_text().split()) == {"2"}  # two of them make a step
+    assert sweep(batch_sizes="4", lrs="0.2", metric="train_loss", smoothing="4", output="logged.csv") == 0
+    assert float(table("logged.csv")[0]["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_divergence_is_recorded_and_refining_goes_on(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The loss grows by (1 - lr)^2 a step: sixteen of them overflow from lr = 17 on. Smaller ones are tried.
+    assert sweep(batch_sizes="4", lrs="20 200", refine="1") == 0
+    rows = [(row["lr"], row["status"], row["loss"]) for row in table()]
+    assert rows == [("2.0", "finished", "0.5"), ("20.0", "diverged", ""), ("200.0", "diverged", "")]
+    capsys.readouterr()
+    assert sweep(batch_sizes="4 8", lrs="0.5 1e20", output="other.csv") == 0
+    said = capsys.readouterr()
+    assert "batch_size=4 lr=1e+20 seed=7: diverged (the training loss became inf at step" in said.err
+    assert re.search(r"^ +8 +0\.5 ", said.out, re.MULTILINE)
+    assert sweep(batch_sizes="4", lrs="1e20", output="third.csv") == 2
+    assert "Expected cells that finish, got none of 1, see third.csv" in capsys.readouterr().err
+
+
+def test_refining_finds_a_minimum_between(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(batch_sizes="8", lrs="0.25 0.5", refine="3") == 0
+    assert [row["lr"] for row in table()] == ["0.25", "0.5", "1.0", "2.0"]  # lr = 1 is exact
+    assert "--refine" not in capsys.readouterr().out
+
+
+def test_keys_that_do_not_exist(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, lr_key="model.init_args.learning_rate")
+    assert "Expected --lr-key to be a key of the configuration, got 'model.init_args.learning_rate'" in said
+    for key in ("model.init_args.lr", "model.init_args.start", "data.init_args.batch_size"):
+        assert key in said
+    assert "--batch-size-key" in refused(capsys, batch_size_key="trainer.max_epochs")
+    assert "--steps-key" in refused(capsys, steps_key="model.init_args.length")
+    config.write_text(CONFIG.replace("data: {class_path: parabola.Zeros}", ""))
+    assert "no usual one (such as batch_size)" in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"config": "missing.yaml"}, "Expected --config to be a file, got missing.yaml"),
+        ({"set": "model.init_args.lrr=1"}, "lrr"),
+        ({"set": "trainer.max_stepz=1"}, "max_stepz"),
+        ({"lrs": "0"}, "Expected --lrs to be positive numbers"),
+        ({"batch_sizes": "4.5"}, "Expected --batch-sizes to be positive whole numbers"),
+        ({"examples": "6"}, "--examples 6 and a batch size of 8"),
+        ({"seeds": "0"}, "Expected --seeds of at least 1, got 0"),
+        ({"replicas": "3"}, "batch sizes that 3 replicas can share, got 4"),
+        ({"set": "ckpt_path=last"}, "got ckpt_path='last'"),
+        ({"model_class": "parabola.Missing"}, "Expected --model-class to be the dotted path"),
+        ({"cli_class": "parabola.Zeros"}, "Expected --cli-class to be a LightningCLI"),
+        ({"lr_key": "data.init_args.deaf"}, "LightningCLI refuses"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(
+    config: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], said: str
+) -> None:
+    message = refused(capsys, **changes)
+    assert said in message
+    assert message.startswith("lightning-surge: Expected")
+
+
+def test_without_jsonargparse(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_surge.sweep import config as sweep_config
+
+    monkeypatch.setattr(sweep_config, "RequirementCache", lambda requirement: False)
+    assert "pip install 'lightning-surge[cli]'" in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"metric": "val_los"}, "to log 'val_los' in training or validation, got train_loss, val_loss"),
+        ({"replicas": "2"}, "with 2 data-parallel replicas, got 1: pass --replicas 1"),
+    ],
+)
+def test_what_no_cell_can_do_ends_the_sweep(
+    config: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], said: str
+) -> None:
+    assert sweep(**changes) == 2
+    assert said in capsys.readouterr().err
+    assert len(journal()) == 1  # nothing but what the sweep is about
+
+
+def test_a_batch_size_that_does_not_arrive(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(lrs="0.1", set="data.init_args.deaf=true")
+    assert main(words) == 0
+    assert [row["status"] for row in table()] == ["finished", "failed"]
+    assert "Expected 8 examples in the first step, got 4" in capsys.readouterr().err
+    # They stay as they are, unless they are to be tried again.
+    assert main(words) == 0
+    assert len(journal()) == 3
+    assert main([*words, "--retry-failed"]) == 0
+    assert len(journal()) == 4
+
+
+def test_batches_may_be_counted_by_a_function(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(batch_sizes="8", lrs="0.1", batch_size_fn="parabola.numel")
+    assert main(words) == 2
+    assert "Expected 8 examples in the first step, got 16" in capsys.readouterr().err
+    assert main([*words, "--output", "other.csv", "--set", "data.init_args.half=true"]) == 0
+    assert [row["examples"] for row in table("other.csv")] == ["64"]
+
+
+def test_classes_of_configurations_that_name_none(config: Path) -> None:
+    config.write_text(
+        "model: {start: 2.0}\ndata: {deaf: false}\ntrainer: {accelerator: cpu, log_every_n_steps: 1}\n"
+    )
+    classes = {"model_class": "parabola.Parabola", "data_class": "parabola.Zeros"}
+    assert sweep(batch_sizes="8", lrs="0.1", **classes) == 0
+    assert float(table()[0]["loss"]) == pytest.approx(4 * loss_after(8, 0.1), rel=1e-4)
+    assert journal()[0]["settings"]["lr_key"] == "model.lr"
+
+
+def test_an_optimizer_beside_the_model_has_the_learning_rate(config: Path) -> None:
+    config.write_text(CONFIG + "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 5.0}}\n")
+    with pytest.warns(UserWarning, match="will be overridden"):
+        assert sweep(batch_sizes="8", lrs="0.1") == 0
+    assert journal()[0]["settings"]["lr_key"] == "optimizer.init_args.lr"
+    assert float(table()[0]["loss"]) == pytest.approx(loss_after(8, 0.1), rel=1e-4)
+
+
+CALLBACKS = """
+  callbacks:
+    - {class_path: lightning_surge.SurgeLRCallback, init_args: {base_batch_size: 4, law: linear}}
+    - {class_path: lightning_surge.BatchSizeWarmup, init_args: {start: 4, end: 16, num_steps: 4}}
+    - {class_path: EarlyStopping, init_args: {monitor: val_loss, min_delta: 1.0, patience: 1}}
+    - {class_path: ModelCheckpoint, init_args: {monitor: val_loss}}
+    - {class_path: LearningRateMonitor}
+"""
+
+
+def test_callbacks_that_would_spoil_a_cell_are_left_out(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(CONFIG + CALLBACKS)
+    assert sweep(batch_sizes="8", lrs="0.1", set="model.init_args.total=100") == 0
+    said = capsys.readouterr().err
+    assert "go without SurgeLRCallback, BatchSizeWarmup, EarlyStopping, ModelCheckpoint of the" in said
+    # A schedule that counts examples goes on counting: 100 in all, eight a step.
+    weight = math.prod(1 - 0.1 * (1 - 8 * step / 100) for step in range(8))
+    assert float(table()[0]["loss"]) == pytest.approx(0.5 * weight**2, rel=1e-4)
+
+
+def test_a_dry_run_says_what_would_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(batch_sizes="4 12", lrs="0.1:0.4:3", examples="120", max_micro_batch_size="4")
+    assert main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "learning rates: 0.1, 0.2, 0.4" in said.out
+    assert "seeds: 7" in said.out
+    assert re.search(r"^ +12 +4 +3 +10 +120$", said.out, re.MULTILINE)
+    assert "6 cells, 0 of them finished; table: sweep.csv" in said.out
+    assert not Path("sweep.csv").exists()
+    assert not Path("batches").exists()
+
+
+def test_lengths_go_where_they_are_wanted(config: Path) -> None:
+    # The schedule is as long as the cell, and ends it at zero.
+    assert sweep(batch_sizes="4 8", lrs="0.1", examples_key="model.init_args.total") == 0
+    for row in table():
+        size = int(row["batch_size"])
+        weight = math.prod(1 - 0.1 * (1 - size * step / 64) for step in range(64 // size))
+        assert float(row["loss"]) == pytest.approx(0.5 * weight**2, rel=1e-4)
+
+
+def test_a_cell_that_does_not_fit_is_recorded(config: Path) -> None:
+    where = "model.init_args.event=full model.init_args.at=0.2"
+    assert sweep(batch_sizes="8", set=where) == 0
+    assert [row["status"] for row in table()] == ["finished", "out_of_memory"]
+    assert journal()[2]["message"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB."
+
+
+def test_an_interrupt_in_this_process(config: Path) -> None:
+    # Lightning makes an exit of it, which must not count as a failure of the cell.
+    where = "model.init_args.event=interrupt model.init_args.at=0.2"
+    assert sweep(batch_sizes="8", set=where) == 130
+    assert [row["lr"] for row in table()] == ["0.1"]
+
+
+def test_devices_and_cores_are_shared_out(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = []
+
+    class Pretence:
+        def __init__(self, spec: Any, logs: Path, environment: dict[str, str]) -> None:
+            given.append(environment)
+
+        def poll(self) -> Outcome:
+            return Outcome("finished", 1.0)
+
+    monkeypatch.setattr(command, "CellProcess", Pretence)
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert main([*arguments(processes="-"), "--devices", "0", "3"]) == 0
+    # Two at a time, each on a device of its own.
+    assert given[:2] == [{"CUDA_VISIBLE_DEVICES": device, "OMP_NUM_THREADS": "4"} for device in "03"]
+    assert len(given) == 4
+    assert sweep(processes="4", output="other.csv") == 0
+    assert given[4:] == [{"OMP_NUM_THREADS": "2"}] * 4
+
+
+ROOT = Path(lightning_surge.__file__).parent.parent
+PAGE = (ROOT / "docs" / "sweeping.md").read_text()
+COMMANDS = re.findall(r"^lightning-surge (sweep .*)$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand but for the size of the grid."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    output = tmp_path / "sweep.csv"
+    words = [*command.split(), "--output", str(output)]
+    if "--dry-run" in words:
+        assert main(words) == 0
+        said = capsys.readouterr().out.replace(str(output), "runs/cli/sweep.csv")
+        assert textwrap.indent(said, "    ") in PAGE
+        return
+    small = ["--batch-sizes", "64", "--lrs", "3e-2", "--examples", "512", "--refine", "0", "--processes", "0"]
+    quiet = ["--set", "trainer.log_every_n_steps=1", "--checks", "2"]
+    with torch.random.fork_rng():
+        assert main([*words, *small, *quiet]) == 0
+    rows = table(str(output))
+    assert {row["status"] for row in rows} <= {"finished", "not_reached"}
+    assert len(rows) == (2 if "--target-loss" in words else 1)
+    # The page tells of every column that there is.
+    assert all(f"`{column}`" in PAGE for column in rows[0])
+
+
+def test_there_are_commands_on_the_page() -> None:
+    assert len(COMMANDS) == 3
+
+
+def wait(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    begin = time.monotonic()
+    while not (result := condition()):
+        assert time.monotonic() - begin < seconds
+        time.sleep(0.02)
+    return result
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_killed_sweep_goes_on(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two real processes: one finishes, the other is caught in the middle."""
+    words = arguments(batch_sizes="8", lrs="0.1 0.2", set="model.init_args.at=0.2", processes="2")
+    process = subprocess.Popen([sys.executable, "-m", "lightning_surge", *words], stderr=subprocess.DEVNULL)
+    hanging = int(wait(lambda: Path("hangs").exists() and Path("hangs").read_text()))
+    wait(lambda: len(Path("sweep.cells.jsonl").read_text().splitlines()) == 2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # Nobody is left behind, and what has finished is there.
+    wait(lambda: not is_running(hanging))
+    # The kill may have come before the table was written: it is made from the journal again.
+    _, record = journal()
+    assert (record["lr"], record["status"]) == (0.1, "finished")
+
+    # Where it hung it would hang again: what is found there is another training for this test alone.
+    Path("parabola.py").write_text(MODULE.replace("time.sleep(60)", "pass"))
+    words = arguments(batch_sizes="8", lrs="0.1 0.2", set="model.init_args.at=0.2", processes="0")
+    assert main(words) == 0
+    assert "1 finished cells found" in capsys.readouterr().err
+    assert [row["status"] for row in table()] == ["finished", "finished"]
+    assert len(journal()) == 3
+    # As if nothing had happened.
+    assert main([*words, "--output", "whole.csv"]) == 0
+    columns = ("batch_size", "lr", "loss", "steps", "examples", "seed")
+    resumed, whole = (
+        [[row[name] for name in columns] for row in table(name)] for name in ("sweep.csv", "whole.csv")
+    )
+    assert resumed == whole
+
+
+def test_an_interrupt_stops_the_cells(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One real process; Ctrl-C comes while it trains."""
+
+    def interrupt() -> None:
+        wait(lambda: Path("hangs").exists() and Path("hangs").read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    words = arguments(batch_sizes="8", lrs="0.2", set="model.init_args.at=0.2", processes="1")
+    try:
+        assert main(words) == 130
+    finally:
+        thread.join()
+    assert not is_running(int(Path("hangs").read_text()))
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len(journal()) == 1
+    assert table() == []
+    assert not Path("sweep.logs").exists()

@@ -1,0 +1,704 @@
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+from lightning_surge.laws.base import (
+    ConstantLaw,
+    Law,
+    LinearLaw,
+    MeasuredLaw,
+    Peak,
+    SGDLaw,
+    SqrtLaw,
+    require_number,
+)
+from lightning_surge.laws.theorems import Theorem2Law, Theorem3Law, large_batch_limit
+
+# The largest gap between erf and its algebraic approximation, from d/dx = 0 at x = 1.3301.
+SIGMOID_WORST = 0.107838
+
+# No deadlines: a shared machine stalls. The arrays of Theorem 2 cost more per example than floats do.
+many = settings(max_examples=60, deadline=None)
+few = settings(max_examples=20, deadline=None)
+
+MU = np.array([0.5, -0.3, 0.8, 0.1])
+SIGMA = np.array([2.0, 1.5, 3.0, 0.7])
+HESSIAN = np.array(
+    [[2.0, -0.6, 0.8, 0.1], [-0.6, 1.0, -0.3, 0.2], [0.8, -0.3, 1.5, 0.4], [0.1, 0.2, 0.4, 0.9]]
+)
+
+
+def decades(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high).map(lambda exponent: 10.0**exponent)
+
+
+@st.composite
+def measured_laws(draw: st.DrawFn, share: st.SearchStrategy[float]) -> MeasuredLaw:
+    """Law with given r = signal_curvature alignment_limit^2 / noise_curvature."""
+    limit, noise = draw(decades(-4, 4)), draw(decades(-4, 4))
+    return MeasuredLaw(
+        alignment_limit=limit,
+        alignment_scale=draw(decades(-1, 6)),
+        noise_curvature=noise,
+        signal_curvature=draw(share) * noise / limit**2,
+    )
+
+
+@st.composite
+def moments(draw: st.DrawFn, size: int = 5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, deviation and a Hessian made of a diagonal and a few coherent directions."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    mean = rng.normal(size=size)
+    deviation = np.abs(mean) * 10 ** rng.uniform(0.5, 2.5, size)
+    directions = rng.normal(size=(size, 2)) + np.sign(mean)[:, None] * draw(st.floats(0, 2))
+    return mean, deviation, directions @ directions.T + np.diag(rng.uniform(0.01, 0.5, size))
+
+
+def theorem2(mean: np.ndarray, deviation: np.ndarray, hessian: np.ndarray, form: str = "erf") -> Theorem2Law:
+    return Theorem2Law(mean=mean, standard_deviation=deviation, hessian=hessian, form=form)
+
+
+def uniform_law(size: int, scale: float, form: str) -> Theorem2Law:
+    """Parameters that all move together, with pi sigma^2 / (2 mu^2) = scale."""
+    deviation = np.full(size, math.sqrt(2 * scale / math.pi))
+    return theorem2(np.ones(size), deviation, np.ones((size, size)), form)
+
+
+EVERY_LAW: list[Law] = [
+    MeasuredLaw(alignment_limit=2, alignment_scale=300, noise_curvature=1, signal_curvature=1),
+    theorem2(MU, SIGMA, HESSIAN),
+    Theorem3Law(noise_scale=100, peak_lr=0.5),
+    Theorem3Law(noise_scale=math.inf, peak_lr=math.inf, sqrt_coefficient=0.1),
+    SGDLaw(max_lr=0.1, noise_scale=300),
+    SGDLaw(max_lr=0.1, noise_scale=300, exponent=0.5),
+    ConstantLaw(base_lr=0.001, base_batch_size=16),
+    SqrtLaw(base_lr=0.001, base_batch_size=16),
+    LinearLaw(base_lr=0.001, base_batch_size=16),
+]
+
+
+class TestEveryLaw:
+    @pytest.mark.parametrize("law", EVERY_LAW, ids=lambda law: type(law).__name__)
+    @pytest.mark.parametrize("batch_size", [0, -8, math.inf, math.nan])
+    def test_batch_size_is_checked(self, law: Law, batch_size: float) -> None:
+        expected = f"Expected 0 < batch_size < inf, got batch_size={batch_size}: count the examples"
+        for method in (law.lr, law.gain):
+            with pytest.raises(ValueError, match=re.escape(expected)):
+                method(batch_size)
+
+    @pytest.mark.parametrize("law", EVERY_LAW, ids=lambda law: type(law).__name__)
+    def test_peak_bounds_every_lr_and_is_reached(self, law: Law) -> None:
+        peak = law.peak
+        rates = [law.lr(batch_size) for batch_size in np.geomspace(1e-3, 1e9, 200)]
+        assert max(rates) <= peak.lr * (1 + 1e-12)
+        if math.isfinite(peak.batch_size):
+            assert law.lr(peak.batch_size) == pytest.approx(peak.lr, rel=1e-9)
+        elif math.isfinite(peak.lr):
+            assert law.lr(1e15) == pytest.approx(peak.lr, rel=1e-6)
+        else:
+            assert law.lr(1e30) > 1e9 * law.lr(1)
+
+    @pytest.mark.parametrize("law", EVERY_LAW, ids=lambda law: type(law).__name__)
+    def test_critical_batch_size_halves_the_gain(self, law: Law) -> None:
+        critical = law.critical_batch_size
+        if critical == 0:
+            assert law.gain(1e-9) == law.gain(1e15)
+        elif math.isinf(critical):
+            assert law.gain(1e15) == pytest.approx(1e14 * law.gain(10))
+        else:
+            assert law.gain(critical) == pytest.approx(0.5 * law.gain(1e15), rel=1e-9)
+
+    @pytest.mark.parametrize("law", EVERY_LAW, ids=lambda law: type(law).__name__)
+    def test_laws_are_frozen(self, law: Law) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(law, dataclasses.fields(law)[0].name, 1.0)  # type: ignore[arg-type]
+
+
+class TestMeasuredLaw:
+    @many
+    @given(measured_laws(decades(0.05, 4)))
+    def test_peak_is_the_numerical_maximum(self, law: MeasuredLaw) -> None:
+        center = math.log(law.alignment_scale)
+        found = minimize_scalar(
+            lambda log_b: -law.lr(math.exp(log_b)), bounds=(center - 15, center + 15), method="bounded"
+        )
+        assert law.peak.lr == pytest.approx(-found.fun, rel=1e-9)
+        assert math.log(law.peak.batch_size) == pytest.approx(found.x, abs=1e-3)
+        assert law.lr(law.peak.batch_size) == pytest.approx(law.peak.lr, rel=1e-9)
+
+    @pytest.mark.parametrize(("share", "expected"), [(0.9, math.inf), (1, math.inf), (1.125, 800), (2, 100)])
+    def test_peak_runs_to_infinity_as_coherent_curvature_falls_to_that_of_noise(
+        self, share: float, expected: float
+    ) -> None:
+        law = MeasuredLaw(alignment_limit=1, alignment_scale=100, noise_curvature=1, signal_curvature=share)
+        assert law.peak.batch_size == expected
+
+    # Below 1 by more than the rounding of the drawn share.
+    @many
+    @given(measured_laws(st.floats(0, 1 - 1e-9)))
+    def test_no_surge_is_reported_as_infinite_and_critical_batch_size_stays_finite(
+        self, law: MeasuredLaw
+    ) -> None:
+        rates = [law.lr(law.alignment_scale * x) for x in np.geomspace(1e-3, 1e3, 25)]
+        assert all(np.diff(rates) > 0)
+        assert law.peak.batch_size == math.inf
+        assert law.peak.lr == pytest.approx(law.lr(1e15 * law.alignment_scale), rel=1e-9)
+        assert rates[-1] < law.peak.lr
+        assert 0 < law.critical_batch_size <= law.alignment_scale
+
+    @many
+    @given(measured_laws(decades(-4, 4)), decades(-4, 8))
+    def test_gain_is_exactly_of_eq_18_form(self, law: MeasuredLaw, batch_size: float) -> None:
+        limit = law.alignment_limit
+        gain_max = limit**2 / (2 * (law.noise_curvature + law.signal_curvature * limit**2))
+        gain = law.alignment(batch_size) ** 2 / (2 * law.curvature(batch_size))
+        assert law.gain(batch_size) == pytest.approx(gain, rel=1e-12)
+        assert gain == pytest.approx(gain_max / (1 + law.critical_batch_size / batch_size), rel=1e-12)
+
+    @many
+    @given(measured_laws(decades(-4, 4)), decades(-4, 8))
+    def test_lr_is_alignment_over_curvature(self, law: MeasuredLaw, batch_size: float) -> None:
+        ratio = law.alignment(batch_size) / law.curvature(batch_size)
+        assert law.lr(batch_size) == pytest.approx(ratio, rel=1e-12)
+
+    def test_small_batches_follow_theorem_3(self) -> None:
+        law = MeasuredLaw(
+            alignment_limit=3.0, alignment_scale=1e8, noise_curvature=0.5, signal_curvature=0.5e6 / 9
+        )
+        noise_scale = 1e8 * 0.5 / (0.5e6 / 9 * 3.0**2)
+        peak_lr = 3.0 / 0.5 / math.sqrt(1e8) * math.sqrt(noise_scale) / 2
+        theorem3 = Theorem3Law(noise_scale=noise_scale, peak_lr=peak_lr)
+        assert noise_scale == pytest.approx(100)
+        for batch_size in (1, 25, 100, 400, 10_000):
+            assert law.lr(batch_size) == pytest.approx(theorem3.lr(batch_size), rel=batch_size / 1e8)
+            ratios = law.gain(batch_size) / law.gain(100), theorem3.gain(batch_size) / theorem3.gain(100)
+            assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
+        assert law.peak == pytest.approx(theorem3.peak, rel=1e-5)
+        assert law.critical_batch_size == pytest.approx(noise_scale, rel=1e-5)
+        # Outside the limit they must part: the measured law keeps its plateau.
+        assert law.lr(1e9) > 3 * theorem3.lr(1e9)
+
+    @many
+    @given(measured_laws(st.just(0.0)), decades(-2, 8))
+    def test_without_signal_curvature_it_is_the_sgd_law_with_a_root(
+        self, law: MeasuredLaw, batch_size: float
+    ) -> None:
+        guess = SGDLaw(
+            max_lr=law.alignment_limit / law.noise_curvature, noise_scale=law.alignment_scale, exponent=0.5
+        )
+        assert law.lr(batch_size) == pytest.approx(guess.lr(batch_size), rel=1e-12)
+        assert law.peak == pytest.approx(guess.peak, rel=1e-12)
+        assert law.critical_batch_size == pytest.approx(guess.critical_batch_size, rel=1e-12)
+        gains = law.gain(batch_size) / law.gain(1), guess.gain(batch_size) / guess.gain(1)
+        assert gains[0] == pytest.approx(gains[1], rel=1e-12)
+
+    @many
+    @given(measured_laws(decades(-3, 3)))
+    def test_large_batches_tend_to_a_constant_above_0(self, law: MeasuredLaw) -> None:
+        limit = law.alignment_limit
+        constant = limit / (law.noise_curvature + law.signal_curvature * limit**2)
+        assert constant > 0
+        assert law.lr(1e12 * law.alignment_scale) == pytest.approx(constant, rel=1e-9)
+
+    @many
+    @given(measured_laws(decades(-3, 3)), decades(-3, 3), decades(-2, 6))
+    def test_scaling_the_loss_leaves_lr_unchanged(
+        self, law: MeasuredLaw, factor: float, batch_size: float
+    ) -> None:
+        scaled = MeasuredLaw(
+            alignment_limit=factor * law.alignment_limit,
+            alignment_scale=law.alignment_scale,
+            noise_curvature=factor * law.noise_curvature,
+            signal_curvature=law.signal_curvature / factor,
+        )
+        assert scaled.peak.lr == pytest.approx(law.peak.lr, rel=1e-9)
+        # r - 1, which vanishes where the peak moves to infinity.
+        excess = law.alignment_scale / law.peak.batch_size
+        assert scaled.alignment_scale / scaled.peak.batch_size == pytest.approx(excess, rel=1e-9, abs=1e-9)
+        assert scaled.lr(batch_size) == pytest.approx(law.lr(batch_size), rel=1e-9)
+        assert scaled.gain(batch_size) == pytest.approx(factor * law.gain(batch_size), rel=1e-9)
+
+    @many
+    @given(measured_laws(decades(-3, 3)), decades(-3, 3), decades(-2, 6))
+    def test_scaling_the_parameters_scales_lr(
+        self, law: MeasuredLaw, factor: float, batch_size: float
+    ) -> None:
+        scaled = MeasuredLaw(
+            alignment_limit=law.alignment_limit / factor,
+            alignment_scale=law.alignment_scale,
+            noise_curvature=law.noise_curvature / factor**2,
+            signal_curvature=law.signal_curvature,
+        )
+        assert scaled.peak.lr == pytest.approx(factor * law.peak.lr, rel=1e-9)
+        assert scaled.lr(batch_size) == pytest.approx(factor * law.lr(batch_size), rel=1e-9)
+        assert scaled.gain(batch_size) == pytest.approx(law.gain(batch_size), rel=1e-9)
+
+    def test_without_noise_everything_is_constant(self) -> None:
+        law = MeasuredLaw(alignment_limit=2, alignment_scale=0, noise_curvature=1, signal_curvature=4)
+        assert law.lr(1) == law.lr(1e6) == pytest.approx(2 / 17)
+        assert law.peak == Peak(math.inf, pytest.approx(2 / 17))
+        assert law.critical_batch_size == 0
+        assert law.gain(1) == law.gain(1e6) == pytest.approx(4 / 34)
+
+    def test_without_noise_curvature_the_lr_only_falls(self) -> None:
+        law = MeasuredLaw(alignment_limit=2, alignment_scale=300, noise_curvature=0, signal_curvature=4)
+        assert law.peak == Peak(0.0, math.inf)
+        assert law.lr(100) == pytest.approx(2 / 8)
+        assert law.lr(1e-12) > 1e5 * law.lr(100) > 1e5 * law.lr(1e12)
+        assert law.critical_batch_size == 0
+        assert law.gain(1) == pytest.approx(law.gain(1e9)) == pytest.approx(1 / 8)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"alignment_limit": 0}, "0 < alignment_limit < inf, got alignment_limit=0: a zero gradient"),
+            ({"alignment_limit": math.nan}, "got alignment_limit=nan: a zero gradient"),
+            ({"alignment_scale": -1}, "0 <= alignment_scale < inf, got alignment_scale=-1: use 0"),
+            ({"alignment_scale": math.inf}, "got alignment_scale=inf: use 0"),
+            ({"noise_curvature": -2}, "0 <= noise_curvature < inf, got noise_curvature=-2: clamp"),
+            ({"signal_curvature": -3}, "0 <= signal_curvature < inf, got signal_curvature=-3: clamp"),
+            (
+                {"noise_curvature": 0, "signal_curvature": 0},
+                "noise_curvature=0 and signal_curvature=0: without",
+            ),
+        ],
+    )
+    def test_values_are_checked(self, change: dict[str, float], message: str) -> None:
+        valid = {"alignment_limit": 1, "alignment_scale": 1, "noise_curvature": 1, "signal_curvature": 1}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            MeasuredLaw(**{**valid, **change})
+
+
+class TestTheorem2Law:
+    @pytest.mark.parametrize("form", ["erf", "sigmoid"])
+    @pytest.mark.parametrize("batch_size", [0.3, 1, 17, 400])
+    def test_equals_the_sums_written_out(self, form: str, batch_size: float) -> None:
+        signs = []
+        for mu, sigma in zip(MU, SIGMA, strict=True):
+            if form == "erf":
+                signs.append(math.erf(math.sqrt(batch_size / 2) * mu / sigma))
+            else:
+                signs.append(mu / sigma / math.sqrt(math.pi / (2 * batch_size) + (mu / sigma) ** 2))
+        top = sum(e * mu for e, mu in zip(signs, MU, strict=True))
+        bottom = sum((1 - e * e) * HESSIAN[i, i] for i, e in enumerate(signs))
+        bottom += sum(a * b * HESSIAN[i, j] for i, a in enumerate(signs) for j, b in enumerate(signs))
+        law = theorem2(MU, SIGMA, HESSIAN, form)
+        assert law.alignment(batch_size) == pytest.approx(top, rel=1e-12)
+        assert law.curvature(batch_size) == pytest.approx(bottom, rel=1e-12)
+        assert law.lr(batch_size) == pytest.approx(top / bottom, rel=1e-12)
+        assert law.gain(batch_size) == pytest.approx(top**2 / (2 * bottom), rel=1e-12)
+
+    @pytest.mark.parametrize("batch_size", [1, 4, 16, 64])
+    def test_predicts_simulated_sign_steps_on_a_quadratic(self, batch_size: int) -> None:
+        rng = np.random.default_rng(batch_size)
+        samples = 20_000
+        steps = np.sign(rng.normal(MU, SIGMA, (samples, batch_size, 4)).mean(axis=1))
+        # The loss (x - x0)' H (x - x0) / 2, with x - x0 such that its gradient is MU.
+        offset = np.linalg.solve(HESSIAN, MU)
+
+        def losses(lr: float) -> np.ndarray:
+            moved = offset - lr * steps
+            return 0.5 * ((moved @ HESSIAN) * moved).sum(axis=1)
+
+        def error(values: np.ndarray) -> float:
+            return float(values.std(ddof=1)) / math.sqrt(samples)
+
+        law = theorem2(MU, SIGMA, HESSIAN)
+        gains, costs = steps @ MU, ((steps @ HESSIAN) * steps).sum(axis=1)
+        assert abs(gains.mean() - law.alignment(batch_size)) < 4 * error(gains)
+        assert abs(costs.mean() - law.curvature(batch_size)) < 4 * error(costs)
+
+        best = minimize_scalar(lambda lr: losses(lr).mean(), bounds=(0, 2), method="bounded")
+        slope_error = error(gains - best.x * costs)
+        assert abs(best.x - law.lr(batch_size)) < 4 * slope_error / costs.mean()
+        decrease = 0.5 * MU @ offset - losses(best.x)
+        assert abs(decrease.mean() - law.gain(batch_size)) < 4 * error(decrease)
+
+        if batch_size >= 16:
+            # The simulation is sharp enough to tell the exact form from the approximate one.
+            sigmoid = theorem2(MU, SIGMA, HESSIAN, "sigmoid")
+            assert abs(gains.mean() - sigmoid.alignment(batch_size)) > 4 * error(gains)
+
+    def test_sigmoid_lies_below_erf_by_at_most_its_known_worst_error(self) -> None:
+        exact, rough = (
+            theorem2(np.ones(1), np.ones(1), np.ones((1, 1)), form) for form in ("erf", "sigmoid")
+        )
+        batch_sizes = np.append(np.geomspace(1e-6, 1e6, 500), 2 * 1.3301**2)
+        gaps = [exact.alignment(b) - rough.alignment(b) for b in batch_sizes]
+        assert min(gaps) > -1e-12
+        assert max(gaps) == pytest.approx(SIGMOID_WORST, abs=1e-6)
+        assert rough.alignment(1e-8) == pytest.approx(exact.alignment(1e-8), rel=1e-6)
+
+    @pytest.mark.parametrize("size", [2, 5, 50])
+    def test_sigmoid_with_one_ratio_is_the_measured_law(self, size: int) -> None:
+        law = uniform_law(size, 300.0, "sigmoid")
+        measured = MeasuredLaw(
+            alignment_limit=size,
+            alignment_scale=300.0,
+            noise_curvature=size,
+            signal_curvature=(size - 1) / size,
+        )
+        for batch_size in (1e-3, 1, 50, 300, 1e7):
+            assert law.alignment(batch_size) == pytest.approx(measured.alignment(batch_size), rel=1e-9)
+            assert law.curvature(batch_size) == pytest.approx(measured.curvature(batch_size), rel=1e-9)
+        assert law.peak.lr == pytest.approx(measured.peak.lr, rel=1e-8)
+        assert law.critical_batch_size == pytest.approx(measured.critical_batch_size, rel=1e-8)
+        assert math.isinf(measured.peak.batch_size) == (size == 2)
+        assert law.peak.batch_size == pytest.approx(measured.peak.batch_size, rel=1e-4)
+
+    def test_strong_coupling_moves_the_peak_far_below_the_scale_of_the_signs(self) -> None:
+        # An indefinite Hessian along which nothing curves downward: D = 2e-6 + 2 E^2.
+        law = theorem2(np.ones(2), np.ones(2), np.array([[1e-6, 1.0], [1.0, 1e-6]]), "sigmoid")
+        measured = MeasuredLaw(
+            alignment_limit=2, alignment_scale=math.pi / 2, noise_curvature=2e-6, signal_curvature=0.5
+        )
+        assert law.peak == pytest.approx(tuple(measured.peak), rel=1e-4)
+        assert law.critical_batch_size == pytest.approx(measured.critical_batch_size, rel=1e-6)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_a_plateau_that_wobbles_by_rounding_is_no_peak(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        law = theorem2(rng.normal(size=7), rng.uniform(1, 9, 7), np.diag(rng.uniform(0.1, 1, 7)))
+        assert law.peak.batch_size == math.inf
+
+    @few
+    @given(moments(), st.sampled_from(["erf", "sigmoid"]))
+    def test_peak_and_critical_batch_size_against_a_dense_grid(
+        self, statistics: tuple[np.ndarray, np.ndarray, np.ndarray], form: str
+    ) -> None:
+        law = theorem2(*statistics, form)
+        batch_sizes = np.geomspace(1e-3, 1e9, 200)
+        rates = np.array([law.lr(b) for b in batch_sizes])
+        gains = np.array([law.gain(b) for b in batch_sizes])
+        assert rates.max() * (1 - 1e-9) <= law.peak.lr <= rates.max() * 1.002
+        if math.isfinite(law.peak.batch_size):
+            assert law.lr(law.peak.batch_size) == pytest.approx(law.peak.lr, rel=1e-9)
+            assert law.peak.lr > law.lr(1e12)
+        critical = law.critical_batch_size
+        assert law.gain(critical) == pytest.approx(gains.max() / 2, rel=2e-3)
+        assert (gains[batch_sizes < critical] < law.gain(critical)).all()
+
+    @few
+    @given(moments(), decades(-3, 3), decades(0, 4))
+    def test_scaling_the_loss_and_the_parameters(
+        self, statistics: tuple[np.ndarray, np.ndarray, np.ndarray], factor: float, batch_size: float
+    ) -> None:
+        mean, deviation, hessian = statistics
+        law = theorem2(mean, deviation, hessian)
+        louder = theorem2(factor * mean, factor * deviation, factor * hessian)
+        wider = theorem2(mean / factor, deviation / factor, hessian / factor**2)
+        assert louder.peak.lr == pytest.approx(law.peak.lr, rel=1e-9)
+        assert louder.lr(batch_size) == pytest.approx(law.lr(batch_size), rel=1e-9)
+        assert wider.peak.lr == pytest.approx(factor * law.peak.lr, rel=1e-9)
+        assert wider.lr(batch_size) == pytest.approx(factor * law.lr(batch_size), rel=1e-9)
+        for other in (louder, wider):
+            assert other.critical_batch_size == pytest.approx(law.critical_batch_size, rel=1e-6)
+
+    @pytest.mark.parametrize("form", ["erf", "sigmoid"])
+    def test_coordinates_without_noise_keep_their_sign(self, form: str) -> None:
+        deviation = np.array([2.0, 0.0, 3.0, 0.0])
+        law = theorem2(MU, deviation, HESSIAN, form)
+        nearly = theorem2(MU, np.maximum(deviation, 1e-9), HESSIAN, form)
+        for batch_size in (0.1, 1, 100):
+            assert law.alignment(batch_size) == pytest.approx(nearly.alignment(batch_size), rel=1e-9)
+            assert law.curvature(batch_size) == pytest.approx(nearly.curvature(batch_size), rel=1e-9)
+
+    def test_a_coordinate_that_never_moves_costs_nothing(self) -> None:
+        law = theorem2(MU, SIGMA, HESSIAN)
+        padded = np.full((5, 5), 7.0)
+        padded[:4, :4] = HESSIAN
+        with_dead = theorem2(np.append(MU, 0.0), np.append(SIGMA, 0.0), padded)
+        assert with_dead.curvature(10) == pytest.approx(law.curvature(10), rel=1e-12)
+        # With noise it moves at random, and pays its own curvature and no more.
+        with_noise = theorem2(np.append(MU, 0.0), np.append(SIGMA, 1.0), padded)
+        assert with_noise.curvature(10) == pytest.approx(law.curvature(10) + 7.0, rel=1e-12)
+
+    def test_without_any_noise_the_law_is_constant(self) -> None:
+        law = theorem2(MU, np.zeros(4), HESSIAN)
+        limit = large_batch_limit(mean=MU, hessian=HESSIAN)
+        assert law.lr(1) == law.lr(1e9) == pytest.approx(limit, rel=1e-12)
+        assert law.peak == Peak(math.inf, pytest.approx(limit, rel=1e-12))
+        assert law.critical_batch_size == 0
+
+    def test_an_lr_that_only_falls_peaks_at_0(self) -> None:
+        hessian = np.array([[1.0, 0.9], [0.9, 1.0]])
+        law = theorem2(np.array([1.0, 0.01]), np.array([0.0, 1.0]), hessian)
+        assert law.peak == Peak(0.0, pytest.approx(0.5))
+        assert 0.5 > law.lr(1) > law.lr(1e4) > law.lr(1e8)
+        assert law.critical_batch_size == 0
+
+    def test_gain_need_not_be_monotone(self) -> None:
+        # Once the second sign settles it costs 1.8 in curvature for 0.01 in alignment.
+        law = theorem2(np.array([1.0, 0.01]), np.array([1.0, 1.0]), np.array([[1.0, 0.9], [0.9, 1.0]]))
+        best = max(law.gain(b) for b in np.geomspace(1e-2, 1e8, 2000))
+        assert best > 1.5 * law.gain(1e8)
+        assert law.gain(law.critical_batch_size) == pytest.approx(best / 2, rel=1e-4)
+        assert law.critical_batch_size < 10
+
+    def test_ratios_at_the_ends_of_the_float_range(self) -> None:
+        law = theorem2(np.array([1.0, 1e-200, 1e200]), np.array([1.0, 1.0, 1e-200]), np.eye(3))
+        assert law.lr(1) == pytest.approx(1e200 / 3)
+        assert law.peak.lr == pytest.approx(1e200 / 3)
+
+    def test_arrays_are_private_copies(self) -> None:
+        mean = MU.copy()
+        law = theorem2(mean, SIGMA, HESSIAN)
+        before = law.lr(10)
+        mean[:] = 100.0
+        assert law.lr(10) == before
+        with pytest.raises(ValueError, match="read-only"):
+            law.hessian[0, 0] = 5.0
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"mean": np.zeros(4)}, "got mean=0: no direction"),
+            ({"mean": np.array([1.0, math.nan, 1.0, 1.0])}, "mean to be finite, got mean with nan: drop"),
+            ({"mean": np.ones((2, 2))}, "mean of shape (4,), got mean of shape (2, 2): pass vectors"),
+            ({"standard_deviation": -SIGMA}, "standard_deviation >= 0, got standard_deviation=-3.0: pass"),
+            ({"standard_deviation": SIGMA[:3]}, "got standard_deviation of shape (3,): pass vectors"),
+            ({"hessian": np.ones((3, 3))}, "hessian of shape (4, 4), got hessian of shape (3, 3): pass"),
+            ({"hessian": np.full((4, 4), np.inf)}, "hessian to be finite, got hessian with inf: drop"),
+            ({"hessian": -HESSIAN}, "D(B) > 0 at every batch size, got D=-"),
+            ({"form": "tanh"}, "got form='tanh': use \"erf\""),
+        ],
+    )
+    def test_values_are_checked(self, change: dict[str, object], message: str) -> None:
+        valid = {"mean": MU, "standard_deviation": SIGMA, "hessian": HESSIAN, "form": "erf"}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Theorem2Law(**{**valid, **change})
+
+    def test_a_hessian_that_only_fails_at_large_batches_is_refused(self) -> None:
+        hessian = np.array([[1.0, -2.0], [-2.0, 1.0]])
+        with pytest.raises(ValueError, match=r"got D=-2.0 at B=.*: damp the Hessian"):
+            theorem2(np.ones(2), np.ones(2), hessian)
+        assert theorem2(np.array([1.0, -1.0]), np.ones(2), hessian).lr(1e9) == pytest.approx(2 / 6)
+
+
+class TestTheorem3Law:
+    def test_from_moments_equals_the_sums_written_out(self) -> None:
+        ratio, indices = MU / SIGMA, range(4)
+        coherent = sum(ratio[i] * ratio[j] * HESSIAN[i, j] for i in indices for j in indices if i != j)
+        trace = sum(HESSIAN[i, i] for i in indices)
+        noise_scale = math.pi * trace / (2 * coherent)
+        weight = sum(MU[i] ** 2 / SIGMA[i] for i in indices)
+        law = Theorem3Law.from_moments(mean=MU, standard_deviation=SIGMA, hessian=HESSIAN)
+        assert law.noise_scale == pytest.approx(noise_scale, rel=1e-12)
+        assert law.peak_lr == pytest.approx(
+            math.sqrt(noise_scale / (2 * math.pi)) * weight / trace, rel=1e-12
+        )
+        assert law.peak == (law.noise_scale, law.peak_lr)
+
+    def test_approximates_theorem_2_far_below_the_scale_of_every_sign(self) -> None:
+        rng = np.random.default_rng(0)
+        size = 300
+        mean = rng.uniform(0.5, 1.5, size) * rng.choice([-1, 1], size)
+        statistics = mean, 40 * rng.uniform(0.8, 1.2, size), np.diag(rng.uniform(0, 1, size))
+        statistics[2][:] += np.outer(np.sign(mean), np.sign(mean))
+        exact = theorem2(*statistics)
+        law = Theorem3Law.from_moments(mean=mean, standard_deviation=statistics[1], hessian=statistics[2])
+        limit = (math.pi * statistics[1] ** 2 / (2 * mean**2)).min()
+        # Coherence over many parameters puts the peak inside the regime of the theorem.
+        assert law.noise_scale < 0.02 * limit
+        for fraction in (0.01, 0.3, 1, 2):
+            batch_size = fraction * law.noise_scale
+            # erf(x) = 2 x / sqrt(pi) (1 - x^2 / 3 + ..), x^2 at most (pi / 4) (B / limit).
+            tolerance = 2 * math.pi / 12 * batch_size / limit
+            assert law.lr(batch_size) == pytest.approx(exact.lr(batch_size), rel=tolerance)
+            gains = exact.gain(batch_size) / exact.gain(law.noise_scale)
+            assert 2 * law.gain(batch_size) == pytest.approx(gains, rel=0.02)
+        assert exact.peak.lr == pytest.approx(law.peak_lr, rel=0.01)
+        assert exact.peak.batch_size == pytest.approx(law.noise_scale, rel=0.05)
+        assert law.lr(1e6 * limit) < 0.1 * exact.lr(1e6 * limit)
+
+    @many
+    @given(decades(-2, 6), decades(-6, 0), decades(-3, 3))
+    def test_symmetric_about_the_peak(self, noise_scale: float, peak_lr: float, factor: float) -> None:
+        law = Theorem3Law(noise_scale=noise_scale, peak_lr=peak_lr)
+        assert law.lr(noise_scale) == pytest.approx(peak_lr, rel=1e-12)
+        assert law.lr(factor * noise_scale) == pytest.approx(law.lr(noise_scale / factor), rel=1e-9)
+        slope = 2 * peak_lr / math.sqrt(noise_scale)
+        tiny = 1e-9 * noise_scale
+        assert law.lr(tiny) == pytest.approx(slope * math.sqrt(tiny), rel=1e-8)
+
+    @pytest.mark.parametrize("coupling", [0.0, -0.5], ids=["independent", "opposed"])
+    def test_without_coherent_cost_there_is_no_peak(self, coupling: float) -> None:
+        hessian = np.array([[2.0, coupling], [coupling, 3.0]])
+        mean, deviation = np.array([1.0, 2.0]), np.array([100.0, 400.0])
+        law = Theorem3Law.from_moments(mean=mean, standard_deviation=deviation, hessian=hessian)
+        assert law.peak == Peak(math.inf, math.inf)
+        assert law.critical_batch_size == math.inf
+        # sqrt(2 / pi) (1 / 100 + 4 / 400) / (2 + 3)
+        assert law.sqrt_coefficient == pytest.approx(math.sqrt(2 / math.pi) * 0.004, rel=1e-12)
+        assert law.lr(16) == pytest.approx(4 * law.sqrt_coefficient, rel=1e-12)
+        assert law.lr(4) == pytest.approx(theorem2(mean, deviation, hessian).lr(4), rel=1e-3)
+
+    def test_coordinates_that_never_move_drop_out(self) -> None:
+        padded = np.full((5, 5), 7.0)
+        padded[:4, :4] = HESSIAN
+        law = Theorem3Law.from_moments(
+            mean=np.append(MU, 0.0), standard_deviation=np.append(SIGMA, 0.0), hessian=padded
+        )
+        assert law == Theorem3Law.from_moments(mean=MU, standard_deviation=SIGMA, hessian=HESSIAN)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((0, 1, None), "0 < noise_scale < inf, got noise_scale=0: use inf and sqrt_coefficient"),
+            ((math.nan, 1, None), "got noise_scale=nan: use inf"),
+            ((1, 0, None), "0 < peak_lr < inf, got peak_lr=0: pass the learning rate"),
+            ((1, math.inf, None), "got peak_lr=inf: pass the learning rate"),
+            ((1, 1, 2), "got sqrt_coefficient=2, noise_scale=1: peak_lr already"),
+            ((math.inf, 1, 2), "peak_lr=inf with noise_scale=inf, got peak_lr=1: without a peak"),
+            ((math.inf, math.inf, None), "got sqrt_coefficient=nan: with noise_scale=inf pass"),
+            ((math.inf, math.inf, -1), "0 < sqrt_coefficient < inf, got sqrt_coefficient=-1: with"),
+        ],
+    )
+    def test_values_are_checked(self, arguments: tuple[float, float, float | None], message: str) -> None:
+        noise_scale, peak_lr, slope = arguments
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Theorem3Law(noise_scale=noise_scale, peak_lr=peak_lr, sqrt_coefficient=slope)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"standard_deviation": np.array([1.0, 0.0, 1.0, 1.0])},
+                "got standard_deviation=0: Theorem 3 is",
+            ),
+            ({"hessian": -HESSIAN}, "0 < trace of hessian < inf, got trace of hessian=-5.4: damp"),
+            ({"mean": np.zeros(4)}, "got mean=0: no direction"),
+        ],
+    )
+    def test_moments_are_checked(self, change: dict[str, np.ndarray], message: str) -> None:
+        valid = {"mean": MU, "standard_deviation": SIGMA, "hessian": HESSIAN}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Theorem3Law.from_moments(**{**valid, **change})
+
+
+class TestLargeBatchLimit:
+    @few
+    @given(moments())
+    def test_equals_theorem_2_at_huge_batches(
+        self, statistics: tuple[np.ndarray, np.ndarray, np.ndarray]
+    ) -> None:
+        mean, _, hessian = statistics
+        limit = large_batch_limit(mean=mean, hessian=hessian)
+        assert limit > 0
+        assert theorem2(*statistics).lr(1e15) == pytest.approx(limit, rel=1e-9)
+        assert theorem2(*statistics, "sigmoid").lr(1e15) == pytest.approx(limit, rel=1e-6)
+
+    def test_is_the_best_step_along_the_sign(self) -> None:
+        signs = np.sign(MU)
+        offset = np.linalg.solve(HESSIAN, MU)
+        best = minimize_scalar(lambda lr: (offset - lr * signs) @ HESSIAN @ (offset - lr * signs))
+        assert large_batch_limit(mean=MU, hessian=HESSIAN) == pytest.approx(best.x, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("mean", "hessian", "message"),
+        [
+            ([1.0, 1.0], [[1.0, -1.0], [-1.0, 1.0]], "got hessian along sign(mean)=0.0: damp"),
+            ([0.0], [[1.0]], "got mean=0: no direction"),
+            ([1.0], [[1.0, 2.0]], "hessian of shape (1, 1), got hessian of shape (1, 2): pass"),
+        ],
+    )
+    def test_values_are_checked(self, mean: list[float], hessian: list[list[float]], message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            large_batch_limit(mean=mean, hessian=hessian)
+
+
+class TestSGDLaw:
+    def test_is_the_best_step_of_noisy_gradients_on_a_quadratic(self) -> None:
+        # V = g_B has E[V . G] = |G|^2 and E[V' H V] = G' H G + tr(H Sigma) / B.
+        coherent, noise = MU @ HESSIAN @ MU, np.diag(HESSIAN) @ SIGMA**2
+        law = SGDLaw(max_lr=MU @ MU / coherent, noise_scale=noise / coherent)
+        for batch_size in (1, 10, 1000):
+            top, bottom = MU @ MU, coherent + noise / batch_size
+            assert law.lr(batch_size) == pytest.approx(top / bottom, rel=1e-12)
+            gain_max = (MU @ MU) ** 2 / (2 * coherent)
+            assert gain_max * law.gain(batch_size) == pytest.approx(top**2 / (2 * bottom), rel=1e-12)
+
+    @many
+    @given(decades(-3, 3), decades(-2, 6), decades(-2, 6), st.floats(0.1, 1))
+    def test_scaling_the_loss_divides_lr(
+        self, factor: float, noise_scale: float, batch_size: float, exponent: float
+    ) -> None:
+        law = SGDLaw(max_lr=1.0, noise_scale=noise_scale, exponent=exponent)
+        louder = SGDLaw(max_lr=1.0 / factor, noise_scale=noise_scale, exponent=exponent)
+        assert louder.lr(batch_size) == pytest.approx(law.lr(batch_size) / factor, rel=1e-12)
+        full = SGDLaw(max_lr=1.0, noise_scale=noise_scale).lr(batch_size)
+        assert law.lr(batch_size) == pytest.approx(full**exponent, rel=1e-9)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"max_lr": 0}, "0 < max_lr < inf, got max_lr=0: pass"),
+            ({"noise_scale": -1}, "0 <= noise_scale < inf, got noise_scale=-1: use 0"),
+            ({"exponent": 0}, "0 < exponent <= 1, got exponent=0: use 1"),
+            ({"exponent": 1.5}, "got exponent=1.5: use 1"),
+            ({"exponent": math.nan}, "got exponent=nan: use 1"),
+        ],
+    )
+    def test_values_are_checked(self, change: dict[str, float], message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            SGDLaw(**{"max_lr": 1.0, "noise_scale": 1.0, **change})
+
+
+class TestReferenceRules:
+    @pytest.mark.parametrize(
+        ("rule", "factor", "gain", "peak_lr", "critical"),
+        [
+            (ConstantLaw, 1, 1, 0.001, 0.0),
+            (SqrtLaw, 3, 9, math.inf, math.inf),
+            (LinearLaw, 9, 9, math.inf, math.inf),
+        ],
+    )
+    def test_nine_times_the_batch(
+        self, rule: type[Law], factor: float, gain: float, peak_lr: float, critical: float
+    ) -> None:
+        law = rule(base_lr=0.001, base_batch_size=16)
+        assert law.lr(16) == 0.001
+        assert law.gain(16) == 1
+        assert law.lr(144) == pytest.approx(factor * 0.001, rel=1e-12)
+        assert law.gain(144) == pytest.approx(gain, rel=1e-12)
+        assert law.peak == Peak(math.inf, peak_lr)
+        assert law.critical_batch_size == critical
+
+    def test_each_is_the_limit_it_claims(self) -> None:
+        adam = MeasuredLaw(alignment_limit=2, alignment_scale=1e6, noise_curvature=1, signal_curvature=1)
+        sgd = SGDLaw(max_lr=0.1, noise_scale=1e6)
+        cases = [
+            (SqrtLaw, adam, 1e-3),
+            (LinearLaw, sgd, 1e-3),
+            (ConstantLaw, adam, 1e12),
+            (ConstantLaw, sgd, 1e12),
+        ]
+        for rule, law, base in cases:
+            limit = rule(base_lr=law.lr(base), base_batch_size=base)
+            assert law.lr(64 * base) == pytest.approx(limit.lr(64 * base), rel=1e-5)
+            assert law.gain(64 * base) / law.gain(base) == pytest.approx(limit.gain(64 * base), rel=1e-5)
+
+    def test_equality_tells_rules_apart(self) -> None:
+        assert SqrtLaw(base_lr=1, base_batch_size=2) == SqrtLaw(base_lr=1, base_batch_size=2)
+        assert SqrtLaw(base_lr=1, base_batch_size=2) != LinearLaw(base_lr=1, base_batch_size=2)
+
+    @pytest.mark.parametrize("rule", [ConstantLaw, SqrtLaw, LinearLaw])
+    def test_values_are_checked(self, rule: type[Law]) -> None:
+        with pytest.raises(
+            ValueError, match="0 < base_lr < inf, got base_lr=0: pass the learning rate tuned"
+        ):
+            rule(base_lr=0, base_batch_size=16)
+        with pytest.raises(ValueError, match="got base_batch_size=-1: pass the batch size base_lr was tuned"):
+            rule(base_lr=0.1, base_batch_size=-1)
+
+
+def test_require_number_allows_0_only_on_request() -> None:
+    assert require_number("x", 0, "remedy", zero=True) == 0
+    with pytest.raises(ValueError, match=r"^Expected 0 < x < inf, got x=0: remedy\.$"):
+        require_number("x", 0, "remedy")

@@ -1,0 +1,118 @@
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_surge.laws.base import MeasuredLaw
+from lightning_surge.laws.tradeoff import (
+    TradeoffFit,
+    examples_at_steps,
+    examples_needed,
+    fit_tradeoff,
+    gain_fraction,
+    steps_needed,
+)
+
+
+def decades(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high).map(lambda exponent: 10.0**exponent)
+
+
+# No deadline: a shared machine stalls.
+many = settings(max_examples=60, deadline=None)
+CRITICAL, MIN_STEPS = decades(1, 5), decades(1, 6)
+
+
+@many
+@given(decades(-1, 7), CRITICAL, MIN_STEPS)
+def test_steps_and_examples_lie_on_the_hyperbola(
+    batch_size: float, critical: float, min_steps: float
+) -> None:
+    min_examples = critical * min_steps
+    steps = steps_needed(batch_size, critical_batch_size=critical, min_steps=min_steps)
+    examples = examples_needed(batch_size, critical_batch_size=critical, min_examples=min_examples)
+    assert examples == pytest.approx(batch_size * steps, rel=1e-9)
+    assert (steps / min_steps - 1) * (examples / min_examples - 1) == pytest.approx(1, rel=1e-6)
+    at_steps = examples_at_steps(steps, min_steps=min_steps, min_examples=min_examples)
+    assert at_steps == pytest.approx(examples, rel=1e-6)
+    fraction = gain_fraction(batch_size, critical_batch_size=critical)
+    assert fraction == pytest.approx(min_steps / steps, rel=1e-12)
+
+
+def test_the_critical_batch_size_costs_twice_the_least_of_both() -> None:
+    assert steps_needed(300, critical_batch_size=300, min_steps=10) == 20
+    assert examples_needed(300, critical_batch_size=300, min_examples=3000) == 6000
+    assert gain_fraction(300, critical_batch_size=300) == 0.5
+
+
+def test_steps_go_as_the_inverse_gain_of_the_measured_law() -> None:
+    law = MeasuredLaw(alignment_limit=2, alignment_scale=300, noise_curvature=1, signal_curvature=1)
+    for batch_size in (1, 60, 4096):
+        gain = gain_fraction(batch_size, critical_batch_size=law.critical_batch_size)
+        assert law.gain(batch_size) / law.gain(1e15) == pytest.approx(gain, rel=1e-9)
+
+
+@many
+@given(CRITICAL, MIN_STEPS, st.lists(decades(-1, 1), min_size=2, max_size=6, unique_by=lambda x: round(x, 1)))
+def test_fit_recovers_the_curve(critical: float, min_steps: float, multiples: list[float]) -> None:
+    steps = [min_steps * (1 + 1 / multiple) for multiple in multiples]
+    examples = [critical * min_steps * (1 + multiple) for multiple in multiples]
+    fit = fit_tradeoff(steps, examples)
+    assert fit == pytest.approx(TradeoffFit(critical, min_steps, critical * min_steps), rel=1e-6)
+
+
+def test_fit_is_unbiased_when_only_the_steps_are_noisy() -> None:
+    rng = np.random.default_rng(0)
+    multiples = np.array([0.25, 0.5, 1.0, 2.0, 4.0])
+    inverse_steps, examples = multiples / (1 + multiples) / 1000, 3e5 * (1 + multiples)
+    noisy = inverse_steps + rng.normal(0, 1e-6, (400, 5))
+    slopes = np.array([fit_tradeoff(1 / row, examples).critical_batch_size for row in noisy])
+    assert abs(slopes.mean() - 300) < 4 * slopes.std(ddof=1) / math.sqrt(400)
+    # The spread that least squares must have: noise over the spread of 1 / E.
+    expected = 1e-6 / math.sqrt((((1 / examples) - (1 / examples).mean()) ** 2).sum())
+    assert slopes.std(ddof=1) == pytest.approx(expected, rel=4 / math.sqrt(2 * 399))
+
+
+@pytest.mark.parametrize(
+    ("steps", "examples", "message"),
+    [
+        ([4000], [400_000], "at least 2 runs with different examples, got 1: add other"),
+        ([], [], "at least 2 runs with different examples, got 0: add other"),
+        ([4000, 4000], [400_000, 400_000], "different examples, got 1: add other"),
+        ([4000, 1500, 1200], [400_000, 900_000], "got 3 steps and 2 examples: pass one pair"),
+        ([4000, 0], [400_000, 900_000], "0 < steps[1] < inf, got steps[1]=0: pass one count"),
+        ([4000, 1500], [math.inf, 900_000], "got examples[0]=inf: pass one count"),
+        ([1500, 4000], [400_000, 900_000], "got 1/S against 1/E with slope=300, intercept=-8.33e-05: check"),
+        ([4000, 4000], [400_000, 900_000], "slope=0, intercept=0.00025: check"),
+    ],
+)
+def test_fit_refuses_data_without_a_tradeoff(steps: list[float], examples: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit_tradeoff(steps, examples)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gain_fraction(0, critical_batch_size=1), "got batch_size=0: count the examples"),
+        (lambda: gain_fraction(1, critical_batch_size=math.inf), "got critical_batch_size=inf: pass a law's"),
+        (lambda: steps_needed(1, critical_batch_size=1, min_steps=-1), "got min_steps=-1: pass what"),
+        (lambda: steps_needed(-1, critical_batch_size=1, min_steps=1), "got batch_size=-1: count"),
+        (lambda: examples_needed(1, critical_batch_size=1, min_examples=0), "got min_examples=0: pass what"),
+        (
+            lambda: examples_needed(1, critical_batch_size=0, min_examples=1),
+            "got critical_batch_size=0: pass",
+        ),
+        (
+            lambda: examples_at_steps(10, min_steps=10, min_examples=1),
+            "Expected steps > min_steps, got steps=10.0, min_steps=10.0: no batch size",
+        ),
+        (lambda: examples_at_steps(math.nan, min_steps=10, min_examples=1), "got steps=nan: count"),
+    ],
+)
+def test_values_are_checked(call, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

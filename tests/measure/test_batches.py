@@ -1,0 +1,131 @@
+"""Cutting batches of every common structure."""
+
+from collections import OrderedDict, UserDict, defaultdict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_surge.measure.batches import BatchError, group_evenly, split_leading_dimension
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    label: Tensor
+
+
+@dataclass
+class Sample:
+    tokens: Tensor
+    split: str
+
+
+@dataclass(frozen=True)
+class Frozen:
+    tokens: Tensor
+
+
+X = torch.arange(12).reshape(6, 2)
+Y = torch.arange(6)
+
+
+class TestStructures:
+    @given(length=st.integers(1, 40), data=st.data())
+    def test_slices_partition_the_batch_in_order(self, length: int, data: st.DataObject) -> None:
+        num_slices = data.draw(st.integers(1, length))
+        slices = split_leading_dimension(torch.arange(length), num_slices)
+        assert len(slices) == num_slices
+        assert torch.equal(torch.cat(slices), torch.arange(length))
+        sizes = [len(part) for part in slices]
+        assert max(sizes) - min(sizes) <= 1
+
+    @pytest.mark.parametrize("kind", [list, tuple])
+    def test_sequences_of_tensors_are_fields(self, kind: type) -> None:
+        first, second = split_leading_dimension(kind((X, Y)), 2)
+        assert type(first) is kind
+        assert torch.equal(first[0], X[:3])
+        assert torch.equal(second[1], Y[3:])
+
+    def test_named_tuples(self) -> None:
+        first, second = split_leading_dimension(Pair(X, Y), 2)
+        assert type(first) is Pair
+        assert torch.equal(first.image, X[:3])
+        assert torch.equal(second.label, Y[3:])
+
+    @pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict])
+    def test_mappings_keep_their_type(self, kind: type) -> None:
+        first, second = split_leading_dimension(kind({"x": X, "y": Y}), 2)
+        assert type(first) is kind
+        assert torch.equal(first["x"], X[:3])
+        assert torch.equal(second["y"], Y[3:])
+
+    def test_a_mapping_whose_constructor_takes_something_else(self) -> None:
+        batch: defaultdict[str, Any] = defaultdict(list)
+        batch["x"] = X
+        first, second = split_leading_dimension(batch, 2)
+        assert torch.equal(first["x"], X[:3])
+        assert torch.equal(second["x"], X[3:])
+
+    @pytest.mark.parametrize("batch", [Sample(X, "train"), Frozen(X)])
+    def test_dataclasses(self, batch: Sample | Frozen) -> None:
+        first, second = split_leading_dimension(batch, 2)
+        assert type(first) is type(batch)
+        assert torch.equal(first.tokens, X[:3])
+        assert torch.equal(second.tokens, X[3:])
+        assert torch.equal(batch.tokens, X)
+
+    def test_nesting(self) -> None:
+        batch = {"in": [X, (Y, {"mask": X > 3})], "target": Pair(X, Y)}
+        second = split_leading_dimension(batch, 3)[1]
+        assert torch.equal(second["in"][1][1]["mask"], (X > 3)[2:4])
+        assert torch.equal(second["target"].label, Y[2:4])
+
+    def test_arrays_and_lists_of_examples_are_data(self) -> None:
+        names = ["a", "b", "c", "d", "e", "f"]
+        first, second = split_leading_dimension((np.arange(6), names, Y), 2)
+        assert first[0].tolist() == [0, 1, 2]
+        assert second[1] == ["d", "e", "f"]
+
+    def test_everything_else_is_shared(self) -> None:
+        marker = object()
+        batch = (X, "name", 3, None, torch.tensor(2.0), np.array(5), marker, {"temperature": 0.5})
+        for part in split_leading_dimension(batch, 3):
+            assert len(part[0]) == 2
+            assert part[1:4] == ("name", 3, None)
+            assert part[4] is batch[4]
+            assert part[5] is batch[5]
+            assert part[6] is marker
+            assert part[7] == {"temperature": 0.5}
+
+
+class TestErrors:
+    @pytest.mark.parametrize("batch", [3, "text", None, (torch.tensor(1.0),), object()])
+    def test_nothing_to_slice(self, batch: Any) -> None:
+        with pytest.raises(BatchError, match=r"batch with tensors to slice.*pass split_batch="):
+            split_leading_dimension(batch, 2)
+
+    def test_lengths_that_disagree(self) -> None:
+        with pytest.raises(BatchError, match=r"lengths \[4, 6\]: pass split_batch="):
+            split_leading_dimension((X, Y[:4]), 2)
+
+    @pytest.mark.parametrize("num_slices", [0, -1, 7])
+    def test_more_slices_than_examples(self, num_slices: int) -> None:
+        with pytest.raises(BatchError, match=f"num_slices={num_slices}, 6 examples: use larger batches"):
+            split_leading_dimension(X, num_slices)
+
+
+class TestGrouping:
+    @given(items=st.lists(st.integers(), min_size=1), data=st.data())
+    def test_groups_are_even_and_in_order(self, items: list[int], data: st.DataObject) -> None:
+        num_groups = data.draw(st.integers(1, len(items)))
+        groups = group_evenly(items, num_groups)
+        assert len(groups) == num_groups
+        assert [item for group in groups for item in group] == items
+        lengths = [len(group) for group in groups]
+        assert min(lengths) >= 1
+        assert max(lengths) - min(lengths) <= 1

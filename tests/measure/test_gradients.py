@@ -1,0 +1,384 @@
+"""Streamed chunk statistics against slow references, and against known distributions."""
+
+import math
+from collections.abc import Iterator
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import erf
+from torch import Tensor, nn
+
+from lightning_surge.measure import gradients
+from lightning_surge.measure.gradients import ChunkStream, blocks, dense, weighted_mean
+from lightning_surge.measure.records import ChunkStatistics, SizedValue
+
+many = settings(max_examples=60, deadline=None)
+
+SHAPES = [(3, 2), (4,), ()]
+SCALES = [1.0, 0.5, 0.25]
+EQUAL, UNEQUAL = [4, 4, 4, 4], [3, 1, 8, 2, 5]
+
+
+def chunk_gradients(num_chunks: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = [
+        [torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3 for shape in SHAPES]
+        for _ in range(num_chunks)
+    ]
+    return [[tensor.to(dtype) for tensor in chunk] for chunk in draw]
+
+
+def streamed(
+    chunks: list[list[Tensor | None]],
+    sizes: list[float],
+    num_chunks: int | None = None,
+    direction: gradients.Direction = torch.sign,
+    scales: list[float] = SCALES,
+    parameters: list[Tensor] | None = None,
+    stride: int = 1,
+) -> ChunkStatistics:
+    if parameters is None:
+        parameters = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    stream = ChunkStream(
+        parameters,
+        num_chunks=num_chunks or len(chunks),
+        scales=scales,
+        direction=direction,
+        stride=stride,
+    )
+    for gradient, size in zip(chunks, sizes, strict=True):
+        stream.add(gradient, size)
+    return stream.statistics()
+
+
+def turns(count: int, stride: int = 1) -> list[tuple[range, range]]:
+    """Which chunks make a direction and which ones it is measured on; the last ones may be short, or none."""
+    starts = range(0, count, 2 * stride)
+    return [
+        (range(k, min(k + stride, count)), range(min(k + stride, count), min(k + 2 * stride, count)))
+        for k in starts
+    ]
+
+
+def slow_statistics(
+    chunks: list[list[Tensor]],
+    sizes: list[float],
+    stride: int = 1,
+    direction: gradients.Direction = torch.sign,
+) -> ChunkStatistics:
+    """All chunks held at once; the covariance from differences of pairs of chunks."""
+    flat = [torch.cat([g.double().reshape(-1) for g in chunk]) for chunk in chunks]
+    weights = torch.cat(
+        [torch.full((math.prod(s),), c, dtype=torch.float64) for s, c in zip(SHAPES, SCALES, strict=True)]
+    )
+    n, count = sum(sizes), len(sizes)
+    squares = [
+        sizes[k] * sizes[j] * (flat[k] - flat[j]).square().sum() for k in range(count) for j in range(k)
+    ]
+    trace_cov = float(sum(squares)) / (n * (count - 1))
+
+    def size(indices: list[int]) -> float:
+        return float(sum(sizes[k] for k in indices))
+
+    def mean(indices: list[int]) -> Tensor:
+        return sum(sizes[k] * flat[k] for k in indices) / size(indices)
+
+    def aligned(indices: list[int], target: list[int]) -> float:
+        return float((weights * direction(mean(indices))) @ mean(target))
+
+    groups = [(list(first), list(second)) for first, second in turns(count, stride)]
+    pairs = [(first, second) for first, second in groups if len(second) == stride]
+    prefix, reference = (list(chain(*part)) for part in zip(*groups, strict=True))
+    alignments = [(size(prefix), aligned(prefix, reference)), (size(reference), aligned(reference, prefix))]
+    if count > 2 * stride:
+        rows = np.array([(size(first), aligned(first, second)) for first, second in pairs])
+        averaged = np.average(rows, axis=0, weights=[size(second) for _, second in pairs])
+        alignments.append((float(averaged[0]), float(averaged[1])))
+    mean_sq = float(mean(list(range(count))).square().sum())
+    return ChunkStatistics(
+        n, mean_sq - trace_cov / n, trace_cov, tuple(SizedValue(*pair) for pair in alignments)
+    )
+
+
+def assert_equal_statistics(got: ChunkStatistics, wanted: ChunkStatistics, rel: float = 1e-12) -> None:
+    assert got.batch_size == wanted.batch_size
+    assert got.grad_sq == pytest.approx(wanted.grad_sq, rel=rel, abs=rel)
+    assert got.trace_cov == pytest.approx(wanted.trace_cov, rel=rel)
+    assert len(got.alignments) == len(wanted.alignments)
+    for mine, theirs in zip(sorted(got.alignments), sorted(wanted.alignments), strict=True):
+        assert mine.batch_size == pytest.approx(theirs.batch_size, rel=1e-12)
+        assert mine.value == pytest.approx(theirs.value, rel=rel, abs=rel)
+
+
+class TestExact:
+    @pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL, [2, 6], [1, 2, 3]], ids=str)
+    @pytest.mark.parametrize("direction", [torch.sign, lambda gradient: gradient], ids=["sign", "gradient"])
+    def test_streaming_equals_holding_everything(
+        self, sizes: list[float], direction: gradients.Direction
+    ) -> None:
+        chunks = chunk_gradients(len(sizes))
+        wanted = slow_statistics(chunks, sizes, direction=direction)
+        assert_equal_statistics(streamed(chunks, sizes, direction=direction), wanted)
+
+    def test_blocks_do_not_change_the_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        chunks = chunk_gradients(len(UNEQUAL))
+        monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", 4)
+        assert_equal_statistics(streamed(chunks, UNEQUAL), slow_statistics(chunks, UNEQUAL))
+
+    @pytest.mark.parametrize(("stride", "stop"), [(1, 5), (2, 4), (2, 8), (2, 9), (2, 10), (2, 11), (3, 12)])
+    def test_groups_of_chunks_and_windows_that_end_early_at_any_place(self, stride: int, stop: int) -> None:
+        chunks, sizes = (
+            chunk_gradients(stop),
+            [3.0, 1.0, 8.0, 2.0, 5.0, 4.0, 1.0, 7.0, 2.0, 6.0, 3.0, 9.0][:stop],
+        )
+        got = streamed(chunks, sizes, num_chunks=16, stride=stride)
+        assert_equal_statistics(got, slow_statistics(chunks, sizes, stride))
+
+    def test_single_examples_give_the_sample_covariance(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+        parameters = list(model.parameters())
+        rows = []
+        for x in torch.randn(7, 1, 3, dtype=torch.float64):
+            rows.append(list(torch.autograd.grad(model(x).square().mean(), parameters)))
+        got = streamed(rows, [1.0] * 7, scales=[1.0] * 4, parameters=parameters)
+        table = np.stack([torch.cat([g.reshape(-1) for g in row]).numpy() for row in rows])
+        assert got.trace_cov == pytest.approx(np.trace(np.cov(table.T)), rel=1e-12)
+        # The debiased |G|^2 of equal chunks is the mean product of two different ones.
+        products = table @ table.T
+        off_diagonal = (products.sum() - np.trace(products)) / (7 * 6)
+        assert got.grad_sq == pytest.approx(off_diagonal, rel=1e-10)
+
+    def test_none_counts_as_zero(self) -> None:
+        chunks = chunk_gradients(4)
+        missing: list[list[Tensor | None]] = [list(chunk) for chunk in chunks]
+        for index, parameter in ((0, 1), (1, 1), (2, 1), (2, 0), (3, 1)):
+            chunks[index][parameter] = torch.zeros_like(chunks[index][parameter])
+            missing[index][parameter] = None
+        assert_equal_statistics(streamed(missing, EQUAL), slow_statistics(chunks, EQUAL))
+
+    def test_sparse_gradients_of_an_embedding(self) -> None:
+        embedding = nn.Embedding(6, 2, sparse=True, dtype=torch.float64)
+        sparse, plain = [], []
+        for rows in ([0, 1, 1], [2, 5, 0], [1, 1, 1], [3, 4, 5]):
+            loss = embedding(torch.tensor(rows)).pow(2).sum(-1).mean()
+            (gradient,) = torch.autograd.grad(loss, [embedding.weight])
+            assert gradient.is_sparse
+            assert not gradient.is_coalesced()
+            sparse.append([gradient])
+            plain.append([gradient.to_dense()])
+        parameters = [embedding.weight]
+        got = streamed(sparse, EQUAL, scales=[1.0], parameters=parameters)
+        wanted = streamed(plain, EQUAL, scales=[1.0], parameters=parameters)
+        assert_equal_statistics(got, wanted)
+        assert wanted.trace_cov > 0
+
+    @pytest.mark.parametrize("layout", ["parameter", "gradient", "both"])
+    def test_non_contiguous_layouts(self, layout: str) -> None:
+        generator = torch.Generator().manual_seed(1)
+        chunks = [[torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64)] for _ in range(4)]
+        parameter = torch.zeros(2, 3, 2, 2, dtype=torch.float64)
+        wanted = streamed(chunks, EQUAL, scales=[1.0], parameters=[parameter])
+        if layout != "gradient":
+            parameter = parameter.contiguous(memory_format=torch.channels_last)
+        if layout != "parameter":
+            chunks = [[g.contiguous(memory_format=torch.channels_last)] for (g,) in chunks]
+        got = streamed(chunks, EQUAL, scales=[1.0], parameters=[parameter])
+        assert_equal_statistics(got, wanted)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_gradients_are_summed_in_float32(self, dtype: torch.dtype) -> None:
+        # 300^2 and sums over 64 chunks of it overflow float16; bfloat16 sums would stop growing.
+        chunks = [[g * 300 for g in chunk] for chunk in chunk_gradients(64)]
+        halves = [[g.to(dtype) for g in chunk] for chunk in chunks]
+        parameters = [torch.zeros(shape, dtype=dtype) for shape in SHAPES]
+        got = streamed(halves, [1.0] * 64, parameters=parameters)
+        wanted = slow_statistics([[g.double() for g in chunk] for chunk in halves], [1.0] * 64)
+        assert_equal_statistics(got, wanted, rel=2e-4)
+
+    def test_gradients_are_read_not_kept(self) -> None:
+        chunks = chunk_gradients(4)
+        wanted = streamed(chunks, EQUAL)
+        before = [[g.clone() for g in chunk] for chunk in chunks]
+        stream = ChunkStream(
+            [torch.zeros(s, dtype=torch.float64) for s in SHAPES], num_chunks=4, scales=SCALES
+        )
+        for chunk, original, size in zip(chunks, before, EQUAL, strict=True):
+            stream.add(chunk, size)
+            for g, kept in zip(chunk, original, strict=True):
+                assert torch.equal(g, kept)
+                g.fill_(math.nan)
+        assert stream.statistics() == wanted
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_a_pair_is_a_group_and_the_group_after_it(self, stride: int) -> None:
+        """Directions are scaled and averaged; `add` says when one is there."""
+        sizes = [1, 3, 2, 6, 5, 4, 7, 2, 3]
+        chunks = chunk_gradients(len(sizes))
+        stream = ChunkStream(
+            [torch.zeros(s, dtype=torch.float64) for s in SHAPES],
+            num_chunks=len(sizes),
+            scales=SCALES,
+            direction=lambda gradient: gradient,
+            stride=stride,
+        )
+
+        def mean(indices: list[int], parameter: int) -> Tensor:
+            return sum(sizes[k] * chunks[k][parameter] for k in indices) / sum(sizes[k] for k in indices)
+
+        def check(walk: Iterator[Tensor], made_of: list[int]) -> None:
+            for got, index in zip(walk, range(3), strict=True):
+                wanted = SCALES[index] * mean(made_of, index)
+                torch.testing.assert_close(got, wanted.reshape(-1), rtol=1e-12, atol=0.0)
+
+        ends = {second[-1]: (first, second) for first, second in turns(len(sizes), stride) if second}
+        for index, (chunk, size) in enumerate(zip(chunks, sizes, strict=True)):
+            complete = stream.add(chunk, size)
+            assert complete == (index in ends)
+            if complete:
+                group, partner = (list(indices) for indices in ends[index])
+                assert stream.group_size == sum(sizes[k] for k in group)
+                assert stream.partner_size == sum(sizes[k] for k in partner)
+                check(stream.group_direction(), group)
+        prefix = list(chain(*(first for first, _ in turns(len(sizes), stride))))
+        check(stream.prefix_direction(), prefix)
+
+    @pytest.mark.parametrize(("stride", "wanted"), [(1, "drdrd"), (2, "ddrrd"), (3, "dddrr")])
+    def test_directions_and_the_reference_take_turns(self, stride: int, wanted: str) -> None:
+        stream = ChunkStream([torch.zeros(1)], num_chunks=5, stride=stride)
+        seen = ""
+        for _ in range(5):
+            seen += "r" if stream.in_reference else "d"
+            stream.add([torch.ones(1)], 1)
+        assert seen == wanted
+
+    def test_sums_over_blocks_are_in_float64(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", 1)
+        stream = ChunkStream([torch.zeros(3)], num_chunks=2)
+        stream.add([torch.ones(3)], 1)
+        # In float32 the ones would vanish beside 2^30.
+        stream.add([torch.tensor([2.0**30, 1.0, 1.0])], 1)
+        assert stream.statistics().alignments[0].value == 2.0**30 + 2
+
+    def test_weighted_mean_is_of_sizes_and_values(self) -> None:
+        # Weights 1 and 3: (2 + 3 * 6) / 4 and (8 - 3 * 4) / 4.
+        assert weighted_mean([(2.0, 1.0, 8.0), (6.0, 3.0, -4.0)]) == SizedValue(5.0, -1.0)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("num_chunks", [1, 0])
+    def test_two_chunks_are_the_least(self, num_chunks: int) -> None:
+        with pytest.raises(
+            ValueError, match=f"num_chunks >= 2, got num_chunks={num_chunks}: .* pool 2 batches"
+        ):
+            ChunkStream([torch.zeros(1)], num_chunks=num_chunks)
+
+    @pytest.mark.parametrize("size", [0, -1, math.inf, math.nan])
+    def test_sizes_are_checked_and_nothing_is_folded_in(self, size: float) -> None:
+        stream = ChunkStream([torch.zeros(1)], num_chunks=2)
+        with pytest.raises(ValueError, match=f"got size={size}: check batch_size_fn"):
+            stream.add([torch.ones(1)], size)
+        assert stream.num_added == 0
+
+    @pytest.mark.parametrize(("stride", "added"), [(1, 0), (1, 1), (2, 3)])
+    def test_too_few_chunks(self, stride: int, added: int) -> None:
+        stream = ChunkStream([torch.zeros(1)], num_chunks=8, stride=stride)
+        for _ in range(added):
+            assert not stream.add([torch.ones(1)], 1)
+        with pytest.raises(ValueError, match=f"at least {2 * stride} chunks, got {added}: "):
+            stream.statistics()
+
+
+class TestStatistical:
+    @pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL], ids=str)
+    def test_norms_and_alignments_are_unbiased(self, sizes: list[int]) -> None:
+        """Correlated Gaussian noise that dominates: |G|^2 = 0.51, tr Sigma = 19.6."""
+        rng = np.random.default_rng(3)
+        mean = np.array([0.5, -0.4, 0.3, 0.1, 0.0])
+        root = np.tril(rng.normal(size=(5, 5)), -1) + np.diag([2.0, 1.5, 1.0, 2.0, 1.0])
+        covariance = root @ root.T
+        deviation = np.sqrt(np.diag(covariance))
+        scales = np.array([1.0, 1.0, 0.5, 0.5, 0.5])
+        parameters = [torch.zeros(2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+        norms, aligned = [], []
+        for _ in range(700):
+            stream = ChunkStream(parameters, num_chunks=len(sizes), scales=[1.0, 0.5])
+            for size in sizes:
+                g = torch.from_numpy(mean + root @ rng.normal(size=5) / math.sqrt(size))
+                stream.add([g[:2], g[2:]], size)
+            statistics = stream.statistics()
+            norms.append(statistics[1:3])
+            aligned.append([value for _, value in statistics.alignments])
+
+        def expected(b: float) -> float:
+            # The mean of a Gaussian coordinate's sign is exact, correlated or not.
+            return float(np.sum(scales * erf(math.sqrt(b / 2) * mean / deviation) * mean))
+
+        def check(samples: list[float], truth: float) -> None:
+            error = np.std(samples, ddof=1) / math.sqrt(len(samples))
+            assert abs(np.mean(samples) - truth) < 4 * error
+
+        grad_sq, trace_cov = (list(column) for column in zip(*norms, strict=True))
+        check(grad_sq, float(mean @ mean))
+        check(trace_cov, float(np.trace(covariance)))
+        pairs = list(zip(sizes[::2], sizes[1::2], strict=False))
+        small = np.average([expected(b) for b, _ in pairs], weights=[partner for _, partner in pairs])
+        truths = [float(small), expected(sum(sizes[::2])), expected(sum(sizes[1::2]))]
+        for samples, truth in zip(zip(*aligned, strict=True), truths, strict=True):
+            check(list(samples), truth)
+            # A direction dotted with a gradient that holds it would give this much more; it must be seen.
+            error = np.std(samples, ddof=1) / math.sqrt(len(samples))
+            assert float(np.sum(scales * deviation)) * math.sqrt(2 / math.pi / sum(sizes)) > 8 * error
+
+
+class TestProperties:
+    @many
+    @given(
+        seed=st.integers(0, 2**31),
+        factor=st.floats(1e-4, 1e4),
+        sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6),
+    )
+    def test_loss_scale(self, seed: int, factor: float, sizes: list[int]) -> None:
+        chunks = chunk_gradients(len(sizes), seed)
+        before = streamed(chunks, sizes)
+        after = streamed([[factor * g for g in chunk] for chunk in chunks], sizes)
+        scale = before.trace_cov
+        assert after.grad_sq / factor**2 == pytest.approx(before.grad_sq, rel=1e-9, abs=1e-9 * scale)
+        assert after.trace_cov / factor**2 == pytest.approx(before.trace_cov, rel=1e-9)
+        for new, old in zip(after.alignments, before.alignments, strict=True):
+            assert new.value / factor == pytest.approx(old.value, rel=1e-9, abs=1e-9 * math.sqrt(scale))
+
+    @many
+    @given(seed=st.integers(0, 2**31), sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6))
+    def test_norms_do_not_depend_on_the_order(self, seed: int, sizes: list[int]) -> None:
+        chunks = chunk_gradients(len(sizes), seed)
+        order = np.random.default_rng(seed).permutation(len(sizes))
+        before = streamed(chunks, sizes)
+        after = streamed([chunks[k] for k in order], [sizes[k] for k in order])
+        assert after.trace_cov == pytest.approx(before.trace_cov, rel=1e-9)
+        assert after.grad_sq == pytest.approx(before.grad_sq, rel=1e-9, abs=1e-9 * before.trace_cov)
+
+
+class TestPieces:
+    def test_blocks_walk_together_in_logical_order(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", 4)
+        tensor = torch.arange(6.0).reshape(2, 3)
+        walked = list(blocks(tensor, tensor.T.contiguous().T))
+        assert [len(a) for a, _ in walked] == [4, 2]
+        for a, b in walked:
+            assert torch.equal(a, b)
+
+    def test_blocks_of_a_contiguous_tensor_are_views(self) -> None:
+        tensor = torch.zeros(2, 3)
+        for (block,) in blocks(tensor):
+            block.fill_(1.0)
+        assert torch.equal(tensor, torch.ones(2, 3))
+
+    def test_dense_leaves_strided_tensors_alone(self) -> None:
+        tensor = torch.eye(3)
+        assert dense(tensor) is tensor
+        assert torch.equal(dense(tensor.to_sparse()), tensor)

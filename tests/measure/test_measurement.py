@@ -1,0 +1,415 @@
+"""One measurement on a quadratic whose gradients, noise and curvature are known."""
+
+import gc
+import math
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import erf
+from scipy.stats import multivariate_normal, norm
+from torch import Tensor
+
+from lightning_surge.measure.curvature import Sample
+from lightning_surge.measure.gradients import Direction
+from lightning_surge.measure.measurement import LawMeasurement, slices_for
+from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
+from lightning_surge.measure.replay import Chunk, Piece, RandomState
+from lightning_surge.policy.estimates import fit_sgd_law
+from lightning_surge.policy.history import NoiseHistory
+
+HESSIAN = torch.tensor(
+    [[2.0, -0.6, 0.8, 0.1], [-0.6, 1.0, -0.3, 0.2], [0.8, -0.3, 1.5, 0.4], [0.1, 0.2, 0.4, 0.9]],
+    dtype=torch.float64,
+)
+THETA = torch.tensor([0.4, -0.2, 0.1, 0.3], dtype=torch.float64)
+GRADIENT = HESSIAN @ THETA
+
+
+def identity(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+class Quadratic:
+    """Loss of one example x: `theta' H theta / 2 + x . theta` with a Hessian `H` of its own.
+
+    That is `HESSIAN + spread * diag(x)`, so that the examples behind a curvature show.
+    """
+
+    def __init__(self, loss_scale: float = 1.0, spread: float = 0.0) -> None:
+        self.theta = THETA.clone()
+        self.loss_scale = loss_scale
+        self.spread = spread
+        self.passes = 0.0
+
+    def hessian(self, batch: Tensor) -> Tensor:
+        return self.loss_scale * (HESSIAN + self.spread * torch.diag(batch.mean(0)))
+
+    def gradient(self, batch: Tensor) -> Tensor:
+        return self.hessian(batch) @ self.theta + self.loss_scale * batch.mean(0)
+
+    def replay(self, piece: Piece, weight: float) -> None:
+        self.passes += piece.size
+        gradient = weight * self.gradient(piece.batch)
+        self.theta.grad = gradient if self.theta.grad is None else self.theta.grad + gradient
+
+    def measurement(
+        self,
+        num_chunks: int,
+        *,
+        direction: Direction = torch.sign,
+        delta: float = 0.01,
+        scale: float = 1.0,
+        stride: int = 1,
+        keep_all: bool = False,
+    ) -> LawMeasurement:
+        return LawMeasurement(
+            [self.theta],
+            num_chunks=num_chunks,
+            replay=self.replay,
+            delta=delta,
+            scales=[scale],
+            direction=direction,
+            stride=stride,
+            keep_all=keep_all,
+        )
+
+    def slow_curvatures(
+        self, batches: list[Tensor], stride: int, direction: Direction, scale: float
+    ) -> list[SizedValue]:
+        """From all examples at once, where they were drawn: the parameters at the start."""
+        groups = [batches[k : k + stride] for k in range(0, len(batches), stride)]
+        made_of, measured_on = groups[::2], groups[1::2]
+
+        def curvature(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
+            v = scale * direction(self.gradient(torch.cat(first)))
+            return float(sum(map(len, first))), float(v @ self.hessian(torch.cat(second)) @ v)
+
+        rows = [
+            (curvature(first, second), sum(map(len, second)))
+            for first, second in zip(made_of, measured_on, strict=False)
+            if len(second) == stride
+        ]
+        size, value = np.average([row for row, _ in rows], axis=0, weights=[weight for _, weight in rows])
+        wanted = [SizedValue(float(size), float(value))]
+        if len(batches) > 2 * stride:
+            wanted.append(SizedValue(*curvature(list(chain(*made_of)), list(chain(*measured_on)))))
+        return wanted
+
+
+def noise(sizes: list[int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 4, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+def chunk(batch: Tensor) -> Chunk:
+    return Chunk((Piece(batch, 0, float(len(batch))),))
+
+
+def assert_close(got: Sequence[SizedValue], wanted: Sequence[SizedValue]) -> None:
+    assert len(got) == len(wanted)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.batch_size == pytest.approx(theirs.batch_size, rel=1e-12)
+        assert mine.value == pytest.approx(theirs.value, rel=1e-9)
+
+
+class TestExact:
+    @pytest.mark.parametrize(
+        "sizes", [[4, 4, 4, 4], [3, 1, 8, 2, 5], [2, 6], [1, 2, 3], [2] * 8, [3, 1, 8, 2, 5, 4, 1]], ids=str
+    )
+    @pytest.mark.parametrize("direction", [torch.sign, identity])
+    @pytest.mark.parametrize("delta", [1e-4, 0.3])
+    def test_curvatures_are_quadratic_forms_on_the_examples_of_the_next_chunk(
+        self, sizes: list[int], direction: Direction, delta: float
+    ) -> None:
+        quadratic, batches = Quadratic(spread=2.0), noise(sizes)
+        measurement = quadratic.measurement(len(sizes), direction=direction, delta=delta, scale=0.5)
+        got = measurement.run([chunk(batch) for batch in batches])
+        assert_close(got.curvatures, quadratic.slow_curvatures(batches, 1, direction, 0.5))
+        assert got.num_chunks == len(sizes)
+        assert got.statistics.batch_size == sum(sizes)
+        assert torch.equal(quadratic.theta, THETA)
+        assert quadratic.theta.grad is None
+
+    @pytest.mark.parametrize("stop", [4, 5, 6, 7, 8, 9, 10, 11, 12])
+    def test_groups_of_chunks_and_windows_that_end_early_at_any_place(self, stop: int) -> None:
+        quadratic, batches = Quadratic(spread=2.0), noise([3, 1, 8, 2, 5, 4, 1, 7, 2, 6, 3, 9][:stop])
+        measurement = quadratic.measurement(16, stride=2)
+        for index, batch in enumerate(batches):
+            due = measurement.add(chunk(batch), [quadratic.gradient(batch)])
+            assert due == (index % 4 == 3)
+            if due:
+                measurement.measure_curvature()
+            assert measurement.complete == (index >= 3)
+        got = measurement.finish()
+        assert_close(got.curvatures, quadratic.slow_curvatures(batches, 2, torch.sign, 1.0))
+        assert got.num_chunks == stop
+
+    @pytest.mark.parametrize("sizes", [[2] * 4, [2] * 16, [3, 1, 8, 2], [3, 1, 8, 2, 5]], ids=str)
+    def test_passes_count_every_replayed_example(self, sizes: list[int]) -> None:
+        quadratic = Quadratic()
+        got = quadratic.measurement(len(sizes)).run([chunk(batch) for batch in noise(sizes)])
+        # All once; the reference again in pairs, and again as a whole. Twice in all where chunks are equal.
+        assert got.passes == quadratic.passes == sum(sizes) + 2 * sum(sizes[1::2])
+        if len(set(sizes)) == 1:
+            assert got.passes == 2 * sum(sizes)
+
+    def test_one_pair_costs_one_secant(self) -> None:
+        quadratic = Quadratic()
+        got = quadratic.measurement(2).run([chunk(batch) for batch in noise([3, 5])])
+        assert got.passes == quadratic.passes == 8 + 5
+
+    def test_more_secants_get_the_examples_of_both_halves_and_are_counted(self) -> None:
+        quadratic, batches = Quadratic(), noise([3, 1, 8, 2, 5])
+        seen = []
+
+        def more(*halves: Sample) -> tuple[SizedValue, ...]:
+            seen.extend([(half.gradient[0].clone(), half.gradient_now()[0].clone()) for half in halves])
+            return (SizedValue(8.0, 3.0), SizedValue(32.0, 5.0))
+
+        plain = quadratic.measurement(5).run([chunk(batch) for batch in batches])
+        got = quadratic.measurement(5, keep_all=True).run([chunk(batch) for batch in batches], more)
+        for half, gradients in zip((batches[::2], batches[1::2]), seen, strict=True):
+            expected = quadratic.gradient(torch.cat(half))
+            assert all(torch.allclose(gradient, expected) for gradient in gradients)
+        pair = (SizedValue(8.0, 3.0), SizedValue(32.0, 5.0))
+        assert got == plain._replace(passes=plain.passes + 16 + 3, sharpness=pair)
+        assert quadratic.theta.grad is None
+
+    def test_too_few_chunks_is_an_error(self) -> None:
+        quadratic = Quadratic()
+        measurement = quadratic.measurement(8, stride=2)
+        for _ in range(3):
+            assert not measurement.add(chunk(torch.zeros(1, 4)), [GRADIENT])
+        assert not measurement.complete
+        with pytest.raises(ValueError, match="at least 4 chunks, got 3"):
+            measurement.finish()
+
+    def test_a_chunk_of_several_pieces_is_their_weighted_mean(self) -> None:
+        batches = noise([3, 1, 2, 4, 5, 1, 2, 2])
+        pieces = [Piece(batch, 0, float(len(batch))) for batch in batches]
+        grouped = [Chunk(tuple(pieces[k : k + 2])) for k in range(0, 8, 2)]
+        whole = [chunk(torch.cat(batches[k : k + 2])) for k in range(0, 8, 2)]
+        first, second = (Quadratic().measurement(4).run(chunks) for chunks in (grouped, whole))
+        assert [*first.statistics[:3]] == pytest.approx([*second.statistics[:3]], rel=1e-12)
+        for field in (lambda m: m.statistics.alignments, lambda m: m.curvatures):
+            for mine, theirs in zip(field(first), field(second), strict=True):
+                assert mine == pytest.approx(theirs, rel=1e-9)
+
+
+def alive(nbytes: int) -> int:
+    """Tensors of that size that Python can reach, views of the same memory counted once."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return len({t.data_ptr() for t in tensors if t.untyped_storage().nbytes() == nbytes and t.numel() > 0})
+
+
+class TestMemory:
+    @pytest.mark.parametrize(("count", "stride"), [(2, 1), (4, 1), (5, 1), (6, 1), (8, 2), (9, 2), (11, 2)])
+    def test_is_four_buffers_for_any_number_of_chunks(self, count: int, stride: int) -> None:
+        """The gradient, and three more beside the parameters at every pass."""
+        parameters = [torch.full((1009,), share, dtype=torch.float64) for share in (0.5, -0.5)]
+        nbytes = parameters[0].untyped_storage().nbytes()
+        seen = []
+
+        def replay(piece: Piece, weight: float) -> None:
+            held = parameters[0].grad is not None
+            seen.append((alive(nbytes) - before) / len(parameters) - held)
+            for parameter in parameters:
+                if held:
+                    parameter.grad.add_(parameter * weight)  # type: ignore[union-attr]
+                else:
+                    parameter.grad = parameter * weight
+
+        before = alive(nbytes)
+        measurement = LawMeasurement(
+            parameters, num_chunks=count, replay=replay, delta=0.1, scales=[1.0, 1.0], stride=stride
+        )
+        got = measurement.run([Chunk((Piece(None, 0, 1.0),)) for _ in range(count)])
+        assert [value for _, value in got.curvatures] == pytest.approx([2018.0] * len(got.curvatures))
+        assert len(seen) == got.passes
+        assert max(seen) == 3
+
+
+class TestRandomStreams:
+    def test_a_mask_repeats_at_the_displaced_point_and_later_chunks_draw_afresh(self) -> None:
+        """Loss `sum_i m_i theta_i^2 / 2` with a random mask m per pass, as dropout makes."""
+        theta = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+        masks: list[Tensor] = []
+
+        def replay(piece: Piece, weight: float) -> None:
+            masks.append(torch.rand(3, dtype=torch.float64))
+            gradient = weight * masks[-1] * theta
+            theta.grad = gradient if theta.grad is None else theta.grad + gradient
+
+        torch.manual_seed(0)
+        measurement = LawMeasurement([theta], num_chunks=7, replay=replay, delta=1e-3, scales=[1.0])
+        got = measurement.run([Chunk((Piece(None, 0, 1.0),)) for _ in range(7)])
+        # Passes: three times a direction, its partner and the partner again; a direction; all partners again.
+        assert len(masks) == 13
+        partners = [1, 4, 7]
+        for first, again in zip(partners * 2, [2, 5, 8, 10, 11, 12], strict=True):
+            assert torch.equal(masks[first], masks[again])
+        own = [masks[k] for k in (0, 1, 3, 4, 6, 7, 9)]
+        assert all(not torch.equal(own[j], own[k]) for j in range(7) for k in range(j))
+        # sign(theta) is every direction, so D is the sum of the mean mask.
+        wanted = float(torch.stack([masks[k] for k in partners]).mean(0).sum())
+        assert [value for _, value in got.curvatures] == pytest.approx([wanted, wanted], rel=1e-9)
+        # The streams stand where the chunks left them: nothing was drawn for the replays, or is drawn again.
+        after = torch.rand(3, dtype=torch.float64)
+        torch.manual_seed(0)
+        for mask in (*own, after):
+            assert torch.equal(torch.rand(3, dtype=torch.float64), mask)
+
+    def test_live_chunks_are_replayed_with_the_streams_they_were_made_with(self) -> None:
+        theta = torch.ones(2, dtype=torch.float64)
+
+        def replay(piece: Piece, weight: float) -> None:
+            gradient = weight * torch.rand(2, dtype=torch.float64) * theta
+            theta.grad = gradient if theta.grad is None else theta.grad + gradient
+
+        torch.manual_seed(1)
+        measurement = LawMeasurement([theta], num_chunks=4, replay=replay, delta=1e-3, scales=[1.0])
+        masks = []
+        for _ in range(4):
+            piece = Piece(None, 0, 1.0, RandomState.capture())
+            masks.append(torch.rand(2, dtype=torch.float64))
+            if measurement.add(Chunk((piece,)), [masks[-1] * theta]):
+                torch.rand(1)  # by whoever trains
+                before = torch.get_rng_state()
+                measurement.measure_curvature()
+                assert torch.equal(torch.get_rng_state(), before)
+        got = measurement.finish()
+        wanted = float((0.5 * (masks[1] + masks[3])).sum())
+        assert [value for _, value in got.curvatures] == pytest.approx([wanted, wanted], rel=1e-9)
+        assert got.passes == 2 * 2
+
+
+def within(samples: list[float], truth: float, errors: float = 4.0) -> None:
+    error = float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
+    assert abs(float(np.mean(samples)) - truth) < errors * error, (np.mean(samples), truth, error)
+
+
+class TestStatistical:
+    MEAN = GRADIENT.numpy()
+    # One factor moves all coordinates together, along the direction of largest curvature.
+    COVARIANCE = np.diag([1.0, 2.0, 1.5, 0.5]) + 9.0 * np.outer([1, -1, 1, 1], [1, -1, 1, 1])
+    ROOT = np.linalg.cholesky(COVARIANCE)
+
+    def measurements(self, count: int, direction: Direction, sizes: list[int]) -> list[Measurement]:
+        rng = np.random.default_rng(11)
+        quadratic, result = Quadratic(spread=0.5), []
+        # An example's own Hessian, 0.5 diag(x) above the mean one, adds to its gradient.
+        share = 1.0 + 0.5 * THETA
+        for _ in range(count):
+            batches = [torch.from_numpy(rng.normal(size=(size, 4)) @ self.ROOT.T) / share for size in sizes]
+            measurement = quadratic.measurement(len(sizes), direction=direction)
+            result.append(measurement.run([chunk(batch) for batch in batches]))
+        return result
+
+    def expected_sign_products(self, batch_size: float) -> np.ndarray:
+        """`E[sign(g_i) sign(g_j)]` of correlated Gaussians, from the orthant probabilities."""
+        deviation = np.sqrt(np.diag(self.COVARIANCE))
+        shift = self.MEAN * math.sqrt(batch_size) / deviation
+        correlation = self.COVARIANCE / np.outer(deviation, deviation)
+        products = np.ones((4, 4))
+        for i in range(4):
+            for j in range(i):
+                matrix = [[1.0, correlation[i, j]], [correlation[i, j], 1.0]]
+                both = multivariate_normal.cdf([shift[i], shift[j]], cov=matrix)
+                value = 4 * both - 2 * norm.cdf(shift[i]) - 2 * norm.cdf(shift[j]) + 1
+                products[i, j] = products[j, i] = value
+        return products
+
+    def test_sign_directions_under_correlated_noise(self) -> None:
+        measurements = self.measurements(600, torch.sign, [6, 6, 6, 6])
+        within([m.statistics.grad_sq for m in measurements], float(self.MEAN @ self.MEAN))
+        within([m.statistics.trace_cov for m in measurements], float(np.trace(self.COVARIANCE)))
+        deviation = np.sqrt(np.diag(self.COVARIANCE))
+        for b in (6.0, 12.0):
+            truth = float(np.sum(erf(math.sqrt(b / 2) * self.MEAN / deviation) * self.MEAN))
+            within(
+                [np.mean([v for size, v in m.statistics.alignments if size == b]) for m in measurements],
+                truth,
+            )
+            curvature = float(np.sum(HESSIAN.numpy() * self.expected_sign_products(b)))
+            within([v for m in measurements for size, v in m.curvatures if size == b], curvature)
+            # Independent coordinates, as Theorem 2 assumes, would give another number.
+            signs = erf(math.sqrt(b / 2) * self.MEAN / deviation)
+            independent = float(
+                np.sum((1 - signs**2) * np.diag(HESSIAN.numpy())) + signs @ HESSIAN.numpy() @ signs
+            )
+            assert independent < 0.9 * curvature
+
+    def test_sgd_law(self) -> None:
+        """`noise_scale = tr(H Sigma) / G'HG` and `max_lr = |G|^2 / G'HG`."""
+        measurements = self.measurements(900, identity, [8, 8, 8, 8])
+        hessian, mean = HESSIAN.numpy(), self.MEAN
+        signal, trace = float(mean @ hessian @ mean), float(np.trace(hessian @ self.COVARIANCE))
+        for b in (8.0, 16.0):
+            within([v for m in measurements for size, v in m.curvatures if size == b], signal + trace / b)
+            aligned = [np.mean([v for size, v in m.statistics.alignments if size == b]) for m in measurements]
+            within(aligned, float(mean @ mean))
+        histories = []
+        for start in range(0, 900, 100):
+            history = NoiseHistory(half_life=1e6)
+            for measurement in measurements[start : start + 100]:
+                history.add(measurement)
+            histories.append(fit_sgd_law(history.stats()))
+        # The law is a ratio of averages: compare logs, whose bias at a hundred measurements is small.
+        within([math.log(law.noise_scale) for law in histories], math.log(trace / signal))
+        within([math.log(law.max_lr) for law in histories], math.log(float(mean @ mean) / signal))
+
+
+class TestProperties:
+    @settings(max_examples=40, deadline=None)
+    @given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e5))
+    @pytest.mark.parametrize("direction", [torch.sign, identity])
+    def test_unscaled_undoes_a_scaled_loss(self, direction: Direction, seed: int, scale: float) -> None:
+        """Along the gradient the direction carries the scale too."""
+        batches = noise([2, 3, 2, 1], seed)
+        plain, scaled = (
+            Quadratic(factor)
+            .measurement(4, direction=direction, delta=0.01 / factor)
+            .run([chunk(batch) for batch in batches])
+            for factor in (1.0, scale)
+        )
+        undone = scaled.unscaled(scale, direction_power=1 if direction is identity else 0)
+        size = plain.statistics.trace_cov
+        assert undone.statistics[:1] == plain.statistics[:1]
+        assert undone.statistics[1:3] == pytest.approx(plain.statistics[1:3], rel=1e-9, abs=1e-9 * size)
+        for mine, theirs in zip(undone.statistics.alignments, plain.statistics.alignments, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-9, abs=1e-9)
+        for mine, theirs in zip(undone.curvatures, plain.curvatures, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-6)
+        assert (undone.passes, undone.num_chunks) == (plain.passes, plain.num_chunks)
+
+    def test_unscaled_coordinate_sums(self) -> None:
+        # H and mu, sigma carry the loss's unit once; u = mu / sigma none.
+        measurement = Measurement(
+            ChunkStatistics(8.0, 16.0, 32.0, (SizedValue(2.0, 4.0),)),
+            (SizedValue(2.0, 8.0),),
+            passes=8.0,
+            num_chunks=4,
+            coordinate_sums=CoordinateSums(4.0, 8.0, 12.0, 16.0),
+            sharpness=(SizedValue(2.0, 12.0),),
+        )
+        assert measurement.unscaled(4.0) == Measurement(
+            ChunkStatistics(8.0, 1.0, 2.0, (SizedValue(2.0, 1.0),)),
+            (SizedValue(2.0, 2.0),),
+            passes=8.0,
+            num_chunks=4,
+            coordinate_sums=CoordinateSums(1.0, 2.0, 3.0, 4.0),
+            sharpness=(SizedValue(2.0, 3.0),),
+        )
+
+    @given(batch_size=st.floats(1, 1e6), base=st.floats(1, 1e6))
+    def test_slices_are_a_power_of_two_near_the_ratio(self, batch_size: float, base: float) -> None:
+        slices = slices_for(batch_size, base)
+        assert slices in (4, 8, 16)
+        if 4 < slices < 16:
+            assert 2**-0.5 <= slices * base / batch_size <= 2**0.5
+        assert slices == 16 or slices * base >= batch_size / 2**0.5 * (1 - 1e-12)

@@ -1,0 +1,187 @@
+"""Batches at hand into chunks, losses into gradients, and the check that cutting changes nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_surge.measure.batches import BatchError, split_leading_dimension
+from lightning_surge.measure.probing import Prober, examples_wanted
+from lightning_surge.measure.replay import Piece
+
+
+def make(
+    loss: Callable[[nn.Module, Tensor], Tensor], *, split: bool = True, model: nn.Module | None = None
+) -> tuple[Prober, nn.Module]:
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    prober = Prober(
+        list(model.parameters()),
+        compute_loss=lambda batch, _: loss(model, batch),
+        backward=lambda value: value.backward(),
+        batch_size_fn=len,
+        split_batch=split_leading_dimension if split else None,
+    )
+    return prober, model
+
+
+def mean_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def batch(size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 3, generator=generator, dtype=torch.float64)
+
+
+def pieces(*lengths: int) -> list[Piece]:
+    return [Piece(batch(size, seed), seed, float(size)) for seed, size in enumerate(lengths)]
+
+
+class TestExamplesWanted:
+    @given(
+        batch_size=st.integers(1, 500),
+        base=st.integers(1, 500),
+        budget=st.floats(1, 1e6),
+        smallest=st.integers(1, 300),
+    )
+    def test_is_the_largest_doubling_that_is_affordable(
+        self, batch_size: int, base: int, budget: float, smallest: int
+    ) -> None:
+        def affordable(examples: float) -> float:
+            return budget / examples
+
+        wanted = examples_wanted(batch_size, base, affordable, smallest=smallest)
+        doublings = [batch_size * 2**k for k in range(40)]
+        least = next(size for size in doublings if size >= 0.75 * smallest)
+        fitting = [
+            size for size in doublings if size <= 16 * base and affordable(size) >= 20 and size > least
+        ]
+        assert wanted == max([least, *fitting])
+
+    def test_one_batch_is_the_least(self) -> None:
+        assert examples_wanted(128, 8, lambda _: 0.0, smallest=32) == 128
+
+
+class TestChunks:
+    def test_one_batch_is_cut_into_slices(self) -> None:
+        prober, _ = make(mean_loss)
+        chunks = prober.chunks(pieces(32), base_batch_size=4)
+        assert [chunk.size for chunk in chunks] == [4.0] * 8
+        assert torch.equal(torch.cat([chunk.pieces[0].batch for chunk in chunks]), batch(32))
+
+    def test_a_few_batches_are_cut_each(self) -> None:
+        prober, _ = make(mean_loss)
+        chunks = prober.chunks(pieces(16, 16), base_batch_size=4)
+        assert [chunk.size for chunk in chunks] == [4.0] * 8
+        assert [chunk.pieces[0].batch_idx for chunk in chunks] == [0] * 4 + [1] * 4
+
+    def test_many_batches_are_grouped(self) -> None:
+        prober, _ = make(mean_loss)
+        chunks = prober.chunks(pieces(*[2] * 10), base_batch_size=100)
+        assert [len(chunk.pieces) for chunk in chunks] == [2, 3, 2, 3]
+
+    def test_batches_that_must_stay_whole(self) -> None:
+        prober, _ = make(mean_loss, split=False)
+        assert [chunk.size for chunk in prober.chunks(pieces(8, 8), base_batch_size=1)] == [8.0, 8.0]
+
+    @pytest.mark.parametrize("lengths", [(8, 8, 1), (8, 1), (1, 8), (16, 3)])
+    def test_a_short_last_batch_is_right_and_not_skipped(self, lengths: tuple[int, ...]) -> None:
+        prober, _ = make(mean_loss)
+        chunks = prober.chunks(pieces(*lengths), base_batch_size=2)
+        assert sum(chunk.size for chunk in chunks) == sum(lengths)
+        assert len(chunks) >= 3  # two sizes of direction
+
+    def test_a_batch_that_cannot_be_cut_says_so(self) -> None:
+        prober, _ = make(mean_loss)
+        with pytest.raises(BatchError, match="split_batch="):
+            prober.chunks([Piece("text", 0, 8.0)], base_batch_size=1)
+
+    def test_slices_are_counted_by_batch_size_fn(self) -> None:
+        prober = Prober(
+            [],
+            compute_loss=lambda *_: torch.zeros(()),
+            backward=lambda _: None,
+            batch_size_fn=lambda part: float(part.sum()),
+            split_batch=split_leading_dimension,
+        )
+        parts = prober.cut(Piece(torch.arange(4.0), 7, 6.0), 2)
+        assert [(part.size, part.batch_idx) for part in parts] == [(1.0, 7), (5.0, 7)]
+
+    @pytest.mark.parametrize(("split", "num_slices"), [(True, 1), (False, 4)])
+    def test_nothing_to_cut(self, split: bool, num_slices: int) -> None:
+        prober, _ = make(mean_loss, split=split)
+        (piece,) = pieces(8)
+        assert prober.cut(piece, num_slices) == [piece]
+
+
+class TestReplay:
+    @pytest.mark.parametrize("scale", [1.0, 1024.0])
+    def test_adds_the_weighted_gradient(self, scale: float) -> None:
+        prober, model = make(mean_loss)
+        prober.loss_scale = scale
+        (piece,) = pieces(8)
+        wanted = torch.autograd.grad(mean_loss(model, piece.batch), list(model.parameters()))
+        with torch.no_grad():
+            prober.replay(piece, 0.25)
+            prober.replay(piece, -1.0)
+        for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, -0.75 * scale * gradient)
+
+
+def contrastive(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Every example is compared with the others of its batch."""
+    outputs = model(inputs)
+    return nn.functional.cross_entropy(10 * outputs @ outputs.T, torch.arange(len(outputs)))
+
+
+class TestSlicesAgree:
+    @pytest.mark.parametrize("size", [8, 7])
+    def test_a_mean_over_examples(self, size: int) -> None:
+        prober, model = make(mean_loss)
+        assert prober.slices_agree(*pieces(size), num_slices=4) == (True, 2.0 * size)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    @pytest.mark.parametrize(
+        "loss", [lambda model, inputs: model(inputs).square().sum(), contrastive], ids=["sum", "contrastive"]
+    )
+    def test_sums_and_losses_that_couple_examples(self, loss: Callable[..., Tensor]) -> None:
+        prober, model = make(loss)
+        assert prober.slices_agree(*pieces(8), num_slices=4) == (False, 5.0 * 8)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_batch_statistics(self) -> None:
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
+        prober, _ = make(mean_loss, model=model)
+        assert not prober.slices_agree(*pieces(8), num_slices=4)[0]
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_dropout_is_forgiven(self, seed: int) -> None:
+        model = nn.Sequential(nn.Linear(3, 64), nn.Dropout(0.5), nn.Tanh(), nn.Linear(64, 1)).double()
+        prober, _ = make(mean_loss, model=model)
+        torch.manual_seed(seed)
+        (piece,) = pieces(32)
+        assert prober.slices_agree(piece, num_slices=4) == (True, 5.0 * 32)
+        # The repeats that told dropout from a mismatch draw numbers that nobody else misses.
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        for part in (piece, *prober.cut(piece, 4)):
+            prober.replay(part, 1.0)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_a_loss_without_any_gradient(self) -> None:
+        prober, _ = make(lambda model, inputs: 0.0 * model(inputs).mean())
+        assert prober.slices_agree(*pieces(8), num_slices=4)[0]
+
+    def test_parameters_that_only_slices_reach(self) -> None:
+        def loss(model: Any, inputs: Tensor) -> Tensor:
+            # The last layer is used for short batches only.
+            hidden = model[0](inputs)
+            return (model[2](hidden) if len(inputs) < 8 else hidden).square().mean()
+
+        prober, _ = make(loss)
+        assert not prober.slices_agree(*pieces(8), num_slices=4)[0]

@@ -1,0 +1,165 @@
+"""Recognising what an optimizer steps along, and how its weight decay enters."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_surge.optimizers.families import (
+    decay_follows_lr,
+    has_coupled_decay,
+    has_plain_averages,
+    largest_lr,
+    lr_scales,
+    optimizer_family,
+    optimizer_kind,
+    parameter_scales,
+)
+
+
+def foreign(name: str, base: type[Optimizer] = Optimizer, **options: object) -> Optimizer:
+    """An optimizer class of another package, of which only the name is known."""
+    kind = type(name, (base,), {})
+    parameters = [nn.Parameter(torch.ones(1))]
+    return kind(parameters, {"lr": 0.1} | options) if base is Optimizer else kind(parameters, lr=0.1)
+
+
+class TestKind:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *(
+                "Lion",
+                "SignSGD",
+                "Adan",
+                "FusedAdam",
+                "AdamW8bit",
+                "PagedLion8bit",
+                "DeepSpeedCPUAdam",
+                "AdamP",
+            ),
+            *("NAdamW", "RMSpropTF", "Tiger", "StableAdamW", "Adagrad8bit", "AdafactorBigVision"),
+        ],
+    )
+    def test_sign_updates_of_other_packages(self, name: str) -> None:
+        assert optimizer_kind(foreign(name)) == "sign"
+
+    @pytest.mark.parametrize("name", ["SGDW", "SGD8bit", "FusedSGD"])
+    def test_gradient_updates_of_other_packages(self, name: str) -> None:
+        assert optimizer_kind(foreign(name)) == "gradient"
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            *[(name, "whole matrices") for name in ("Muon", "MuonWithAuxAdam", "AdaMuon", "DistributedMuon")],
+            *[
+                (name, "whole matrices")
+                for name in ("Shampoo", "SOAP", "Dion", "SCION", "Kron", "GaLoreAdamW")
+            ],
+            *[(name, "finds the size of its steps") for name in ("DAdaptAdam", "DAdaptLion", "Prodigy")],
+            *[(name, "steps from a point") for name in ("AdamWScheduleFree", "ScheduleFreeAdamW")],
+            *[(name, "whole tensors by one size") for name in ("Lamb", "LAMB8bit", "Lars", "AdamMini")],
+            *[(name, "estimate of the curvature") for name in ("LBFGS", "AdaHessian")],
+        ],
+    )
+    def test_updates_along_neither(self, name: str, why: str) -> None:
+        family = optimizer_family(foreign(name))
+        assert family.kind == "unmeasured"
+        assert why in family.why
+
+    @pytest.mark.parametrize("name", ["Sophia", "Custom", "Lookahead"])
+    def test_unknown_names(self, name: str) -> None:
+        assert optimizer_kind(foreign(name)) == "unknown"
+
+    def test_subclasses_count_as_what_they_derive_from(self) -> None:
+        assert optimizer_kind(foreign("Mine", torch.optim.AdamW)) == "sign"
+        assert optimizer_kind(foreign("Mine", torch.optim.SGD)) == "gradient"
+        # The nearest name decides.
+        assert optimizer_kind(foreign("SignSGD", torch.optim.SGD)) == "sign"
+
+    def test_options_that_change_the_direction(self) -> None:
+        weights = [nn.Parameter(torch.ones(1))]
+        for climbing in (torch.optim.AdamW(weights, maximize=True), torch.optim.SGD(weights, maximize=True)):
+            assert optimizer_kind(climbing) == "unmeasured"
+            assert "maximize=True" in optimizer_family(climbing).why
+        assert "centered=True" in optimizer_family(torch.optim.RMSprop(weights, centered=True)).why
+
+
+class TestScales:
+    @given(
+        lrs=st.lists(st.floats(0, 10, allow_subnormal=False), min_size=1, max_size=5),
+        factor=st.floats(0.1, 10),
+    )
+    def test_are_relative_to_the_largest(self, lrs: list[float], factor: float) -> None:
+        scales = lr_scales(lrs)
+        if max(lrs) == 0.0:
+            assert scales == [1.0] * len(lrs)
+        else:
+            assert max(scales) == 1.0
+            assert [scale * max(lrs) for scale in scales] == pytest.approx(lrs)
+            if min(filter(None, lrs)) > 1e-200:
+                assert lr_scales([factor * lr for lr in lrs]) == pytest.approx(scales)
+
+
+class TestAdafactor:
+    def test_steps_as_far_as_its_scales_say(self) -> None:
+        weights = [nn.Parameter(torch.full((2, 8), value)) for value in (0.5, 0.0)]
+        optimizer = torch.optim.Adafactor(weights, lr=0.01, weight_decay=0.0)
+        # A weight of zero moves too, by the second of its epsilons.
+        scales = parameter_scales(optimizer, optimizer.param_groups[0])
+        assert scales == [0.5, 1e-3]
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 3.0)
+        before = [weight.detach().clone() for weight in weights]
+        optimizer.step()
+        for weight, old, scale in zip(weights, before, scales, strict=True):
+            assert (old - weight).detach().numpy() == pytest.approx(0.01 * scale, rel=1e-4)
+
+    def test_of_other_packages_by_their_options(self) -> None:
+        plain = foreign("Adafactor", eps=(1e-30, 1e-3), scale_parameter=False)
+        scaled = foreign("Adafactor", eps=1e-30, eps_scale=4.0)
+        assert parameter_scales(plain, plain.param_groups[0]) == [1.0]
+        assert parameter_scales(scaled, scaled.param_groups[0]) == [4.0]
+
+    def test_caps_its_learning_rate(self) -> None:
+        weight = nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.Adafactor([weight], lr=1.0, weight_decay=0.0)
+        assert largest_lr(torch.optim.AdamW([weight])) == math.inf
+        weight.grad = torch.ones(4)
+        for step in range(1, 10):
+            assert largest_lr(optimizer) == pytest.approx(step**-0.5)
+            weight.data.fill_(1.0)
+            optimizer.step()
+            assert float(1.0 - weight.detach().mean()) == pytest.approx(step**-0.5, rel=1e-4)
+
+
+class TestDecay:
+    @pytest.mark.parametrize(
+        "name", ["AdamW8bit", "PagedAdamW", "NAdamW", "Lion", "SGDW", "Adafactor", "MuonWithAuxAdam"]
+    )
+    def test_decoupled_by_name(self, name: str) -> None:
+        optimizer = foreign(name, weight_decay=0.1, momentum=0.9)
+        assert decay_follows_lr(optimizer, optimizer.param_groups[0])
+
+    def test_decoupled_by_option(self) -> None:
+        for options, follows in (
+            ({"decoupled_weight_decay": True}, True),
+            ({"weight_decouple": True}, True),
+            ({"weight_decouple": True, "fixed_decay": True}, False),
+            ({"weight_decouple": False}, False),
+            ({}, False),
+        ):
+            optimizer = foreign("Custom", weight_decay=0.1, **options)
+            assert decay_follows_lr(optimizer, optimizer.param_groups[0]) is follows
+            assert has_coupled_decay(optimizer) is not follows
+
+    def test_plain_averages_are_adams_own(self) -> None:
+        weights = [nn.Parameter(torch.ones(1))]
+        assert has_plain_averages(torch.optim.Adam(weights))
+        assert not has_plain_averages(torch.optim.Adam(weights, weight_decay=0.1))
+        assert not has_plain_averages(torch.optim.SparseAdam(weights))
+        assert not has_plain_averages(foreign("Adan"))

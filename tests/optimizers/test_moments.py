@@ -1,0 +1,240 @@
+"""Mean and variance read off Adam's averages, against gradients of known distribution."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_surge.measure import gradients
+from lightning_surge.measure.curvature import Sample
+from lightning_surge.measure.sharpness import Sharpness
+from lightning_surge.optimizers.families import has_coupled_decay
+from lightning_surge.optimizers.moments import LEAST_BETA_1, AdamMoments
+
+COORDINATES = 4000
+SIGMA = 3.0
+
+
+def feed(
+    optimizer: torch.optim.Optimizer, moments: AdamMoments, sizes: list[int], seed: int = 0, mean: float = 0.5
+) -> None:
+    """Gradients of batches of given sizes, through an optimizer that does not move."""
+    generator = torch.Generator().manual_seed(seed)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    moments.begin(optimizer)
+    for size in sizes:
+        noise = torch.randn(COORDINATES, generator=generator) * SIGMA / math.sqrt(size)
+        parameter.grad = mean + noise
+        optimizer.step()
+        moments.step(size, optimizer.param_groups[0]["betas"])
+
+
+def adam(kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: object) -> torch.optim.Optimizer:
+    parameter = torch.nn.Parameter(torch.zeros(COORDINATES))
+    return kind([parameter], lr=0.0, betas=(0.9, 0.99), **options)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[8] * 300, [4] * 150 + [64] * 150, [64] * 200 + [4] * 40],
+    ids=["constant", "growing", "shrinking"],
+)
+def test_variance_is_unbiased_at_constant_and_changing_batch_sizes(sizes: list[int]) -> None:
+    optimizer, moments = adam(), AdamMoments()
+    feed(optimizer, moments, sizes)
+    assert moments.readable(optimizer)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    # Before the clamp at zero, which nothing reaches here.
+    variance = moments.variance(optimizer, parameter)
+    assert variance is not None
+    error = float(variance.std()) / math.sqrt(COORDINATES)
+    assert abs(float(variance.mean()) - SIGMA**2) < 4 * error
+    assert error < 0.03 * SIGMA**2  # the test would notice a wrong a or b
+
+
+def test_deviation_l1_sums_over_coordinates() -> None:
+    optimizer, moments = adam(), AdamMoments()
+    feed(optimizer, moments, [8] * 400)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    variance = moments.variance(optimizer, parameter)
+    assert variance is not None
+    assert moments.deviation_l1(optimizer) == pytest.approx(float(variance.sqrt().sum()), rel=1e-5)
+    assert moments.deviation_l1(optimizer) == pytest.approx(COORDINATES * SIGMA, rel=0.02)
+
+
+def test_ratio_at_a_constant_batch_size() -> None:
+    moments = AdamMoments()
+    for _ in range(3000):
+        moments.step(16.0, (0.9, 0.99))
+    assert moments.second == pytest.approx(1 / 16)
+    assert moments.first / moments.second == pytest.approx((1 - 0.9) / (1 + 0.9))
+
+
+def test_coupled_weight_decay_is_declined_and_decoupled_is_not() -> None:
+    for kind, weight_decay, readable in (
+        (torch.optim.Adam, 0.1, False),
+        (torch.optim.Adam, 0.0, True),
+        (torch.optim.AdamW, 0.1, True),
+    ):
+        optimizer, moments = adam(kind, weight_decay=weight_decay), AdamMoments()
+        feed(optimizer, moments, [8] * 20)
+        assert moments.readable(optimizer) is readable
+        assert math.isnan(moments.deviation_l1(optimizer)) is not readable
+
+
+def test_averages_with_an_unseen_past_are_declined_until_it_has_faded() -> None:
+    optimizer, seen = adam(), AdamMoments()
+    feed(optimizer, seen, [8] * 50)
+    late = AdamMoments()
+    feed(optimizer, late, [8] * 50)
+    assert not late.readable(optimizer)
+    feed(optimizer, late, [8] * 300)
+    assert late.readable(optimizer)
+
+
+def test_without_momentum_there_is_nothing_to_tell_apart() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(COORDINATES))
+    optimizer, moments = torch.optim.AdamW([parameter], lr=0.0, betas=(0.0, 0.99)), AdamMoments()
+    feed(optimizer, moments, [8] * 500)
+    assert not moments.readable(optimizer)
+
+
+def test_sgd_has_no_moments() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    assert not AdamMoments().readable(torch.optim.SGD([parameter], lr=0.1))
+
+
+def test_state_goes_on_where_it_was_and_a_fresh_optimizer_starts_afresh() -> None:
+    optimizer, moments = adam(), AdamMoments()
+    feed(optimizer, moments, [4, 8, 16, 32])
+    restored = AdamMoments()
+    restored.load_state_dict(moments.state_dict())
+    for each in (moments, restored):
+        each.step(8.0, (0.9, 0.99))
+    assert (restored.first, restored.second) == (moments.first, moments.second)
+    restored.begin(adam())
+    assert restored.state_dict() == AdamMoments().state_dict()
+
+
+def preconditioner(
+    optimizer: torch.optim.Optimizer, moments: AdamMoments, batch_size: float, scale: float = 1.0
+) -> torch.Tensor:
+    parameters = optimizer.param_groups[0]["params"]
+    walk = moments.inverse_root(optimizer, parameters, [scale] * len(parameters), batch_size)
+    return torch.cat(list(walk)).double() ** -2
+
+
+class TestPreconditioner:
+    @pytest.mark.parametrize("block", [7, 1 << 20])
+    def test_is_the_formula(self, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", block)
+        optimizer, moments = adam(eps=0.5), AdamMoments()
+        feed(optimizer, moments, [8, 16, 16, 32])
+        (parameter,) = optimizer.param_groups[0]["params"]
+        state = optimizer.state[parameter]
+        m = state["exp_avg"].double() / (1 - 0.9**4)
+        v = state["exp_avg_sq"].double() / (1 - 0.99**4)
+        noise = ((v - m**2) / (moments.second - moments.first)).clamp(min=0)
+        square = (m**2 - moments.first * noise).clamp(min=0) + noise / 24
+        one = 0.01 / (1 - 0.99**4)
+        expected = ((square + one * square.mean()).sqrt() + 0.5) / 0.25
+        assert torch.allclose(preconditioner(optimizer, moments, 24, scale=0.25), expected, rtol=1e-4)
+
+    @pytest.mark.parametrize("batch_size", [2, 8, 32])
+    @pytest.mark.parametrize("mean", [0.0, 0.5, 1.5])
+    @pytest.mark.parametrize("sizes", [[8] * 400, [2] * 200 + [8] * 200], ids=["constant", "growing"])
+    def test_predicts_what_adam_would_average_at_other_sizes(
+        self, sizes: list[int], mean: float, batch_size: int
+    ) -> None:
+        optimizer, moments = adam(), AdamMoments()
+        feed(optimizer, moments, sizes, mean=mean)
+        square = preconditioner(optimizer, moments, batch_size) ** 2 / 1.01  # without what damping adds
+        error = float(square.std()) / math.sqrt(COORDINATES)
+        excess = float(square.mean()) - (mean**2 + SIGMA**2 / batch_size)
+        # A mean that is all noise is clipped on one side only: `E max(z^2 - 1, 0) = 2 phi(1)` of it remains.
+        assert -4 * error < excess < 4 * error + 0.484 * moments.first * SIGMA**2
+
+    def test_parameters_without_averages_are_left_alone(self) -> None:
+        used, unused = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+        optimizer, moments = torch.optim.AdamW([used, unused], lr=0.0), AdamMoments()
+        moments.begin(optimizer)
+        for _ in range(4):
+            used.grad = torch.ones(3)
+            optimizer.step()
+            moments.step(8, (0.9, 0.999))
+        walk = list(moments.inverse_root(optimizer, [unused, used], [1.0, 1.0], 8))
+        assert torch.equal(walk[0], torch.zeros(2))
+        assert torch.allclose(walk[1], torch.full((3,), 0.9457), atol=1e-3)  # (1 + 1/4)^-1/4
+
+    def test_coordinates_that_few_gradients_touch_do_not_make_up_the_sharpness(self) -> None:
+        """An embedding of 500 tokens with frequencies like `1 / rank`, most of them unseen for long."""
+        torch.manual_seed(0)
+        frequencies = 1.0 / torch.arange(1.0, 501.0)
+        targets = torch.randn(500, 8)
+        model = nn.Sequential(nn.Embedding(500, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+        parameters = list(model.parameters())
+        optimizer, moments = torch.optim.AdamW(parameters, lr=3e-3), AdamMoments()
+        moments.begin(optimizer)
+
+        def gradient(count: int, seed: int) -> list[torch.Tensor]:
+            generator = torch.Generator().manual_seed(seed)
+            tokens = torch.multinomial(frequencies, count * 4, replacement=True, generator=generator)
+            noise = torch.randn(count * 4, 8, generator=generator)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(tokens), targets[tokens] + noise).backward()
+            return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+
+        for step in range(120):
+            gradient(16, step)
+            optimizer.step()
+            moments.step(16, (0.9, 0.999))
+
+        def damped(size: float) -> list[torch.Tensor]:
+            return list(moments.inverse_root(optimizer, parameters, [1.0] * len(parameters), size))
+
+        def undamped(size: float) -> list[torch.Tensor]:
+            result = []
+            for parameter in parameters:
+                state = optimizer.state[parameter]
+                square = torch.cat(list(moments._squares(state, float(state["step"]), size)))
+                result.append((square.sqrt() + 1e-8).rsqrt())
+            return result
+
+        def largest(root: object) -> tuple[float, Sharpness]:
+            sharpness = Sharpness()
+            for _ in range(6):
+                sample = Sample(gradient(4096, 1000), lambda: gradient(4096, 1000))
+                values = sharpness.measure(
+                    parameters,
+                    sizes=[16.0],
+                    inverse_root=lambda size: iter(root(size)),  # type: ignore[operator]
+                    search=sample,
+                    judge=sample,
+                    delta=1e-4,
+                )
+            return abs(values[0].value), sharpness
+
+        value, sharpness = largest(damped)
+        exploded, astray = largest(undamped)
+        assert exploded > 20 * value
+        # Where it looks: at rows that were hardly ever touched, or at what every example uses.
+        assert float(astray._vector[0].square().sum()) > 0.9
+        assert float(sharpness._vector[0].square().sum()) < 0.5
+
+
+@pytest.mark.parametrize(("beta_1", "readable"), [(LEAST_BETA_1, False), (LEAST_BETA_1 + 0.02, True)])
+def test_the_least_momentum_is_that_of_a_long_run(beta_1: float, readable: bool) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(COORDINATES))
+    optimizer, moments = torch.optim.AdamW([parameter], lr=0.0, betas=(beta_1, 0.99)), AdamMoments()
+    feed(optimizer, moments, [8] * 2000)
+    assert moments.readable(optimizer) is readable
+
+
+def test_weight_decay_is_coupled_in_any_group() -> None:
+    def groups() -> list[dict[str, object]]:
+        return [{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": decay} for decay in (0.0, 0.1)]
+
+    assert has_coupled_decay(torch.optim.Adam(groups()))
+    assert not has_coupled_decay(torch.optim.AdamW(groups()))
+    assert not has_coupled_decay(torch.optim.NAdam(groups(), decoupled_weight_decay=True))

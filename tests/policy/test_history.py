@@ -1,0 +1,230 @@
+"""Averages of measurements against sums written out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
+from lightning_surge.policy.history import NoiseHistory, NoiseStats
+
+many = settings(max_examples=50, deadline=None)
+
+
+def measured(
+    grad_sq: float = 1.0,
+    trace_cov: float = 10.0,
+    *,
+    alignments: tuple[tuple[float, float], ...] = (),
+    curvatures: tuple[tuple[float, float], ...] = (),
+    sums: CoordinateSums | None = None,
+    sharpness: tuple[tuple[float, float], ...] = (),
+) -> Measurement:
+    return Measurement(
+        ChunkStatistics(32.0, grad_sq, trace_cov, tuple(SizedValue(*pair) for pair in alignments)),
+        tuple(SizedValue(*pair) for pair in curvatures),
+        passes=64.0,
+        num_chunks=4,
+        coordinate_sums=sums,
+        sharpness=tuple(SizedValue(*pair) for pair in sharpness),
+    )
+
+
+def history_of(measurements: list[Measurement], half_life: float = 8.0) -> NoiseHistory:
+    history = NoiseHistory(half_life)
+    for measurement in measurements:
+        history.add(measurement)
+    return history
+
+
+class TestAverages:
+    @many
+    @given(
+        rows=st.lists(st.tuples(st.floats(-5, 5), st.floats(-50, 50)), min_size=1, max_size=12),
+        half_life=st.floats(2, 50),
+    )
+    def test_weights_halve_every_half_life(self, rows: list[tuple[float, float]], half_life: float) -> None:
+        stats = history_of([measured(*row) for row in rows], half_life).stats()
+        ages = np.arange(len(rows))[::-1]
+        weights = 0.5 ** (ages / half_life)
+        table = np.array(rows)
+        assert stats.num_measurements == len(rows)
+        assert stats.grad_sq == pytest.approx(np.average(table[:, 0], weights=weights), abs=1e-9)
+        assert stats.trace_cov == pytest.approx(np.average(table[:, 1], weights=weights), abs=1e-9)
+
+    def test_old_records_are_dropped(self) -> None:
+        history = history_of([measured(float(k)) for k in range(20)], half_life=2.0)
+        assert len(history) == 12
+        assert history.num_measurements == 20
+        assert history.latest == measured(19.0)
+        kept = np.arange(8, 20)
+        assert history.stats().grad_sq == pytest.approx(np.average(kept, weights=0.5 ** ((19 - kept) / 2.0)))
+
+    def test_bins_hold_sizes_within_a_factor_of_root_two(self) -> None:
+        rows = [
+            measured(alignments=((10.0, 1.0), (30.0, 5.0))),
+            measured(alignments=((9.0, 3.0), (36.0, 7.0))),
+        ]
+        stats = history_of(rows, half_life=1.0).stats()
+        small, large = stats.alignments
+        # The newer one weighs 1, the older one 1/2.
+        assert small.value == pytest.approx((0.5 * 1 + 3) / 1.5)
+        assert small.batch_size == pytest.approx(10 ** (1 / 3) * 9 ** (2 / 3))
+        assert small.weight == pytest.approx(1.5)
+        assert large.value == pytest.approx((0.5 * 5 + 7) / 1.5)
+        assert large.batch_size == pytest.approx(30 ** (1 / 3) * 36 ** (2 / 3))
+
+    def test_the_mean_of_a_bin_has_the_variance_of_a_mean(self) -> None:
+        values = [1.0, 4.0, 2.0, 7.0]
+        stats = history_of([measured(v, curvatures=((8.0, v),)) for v in values], half_life=1e9).stats()
+        (entry,) = stats.curvatures
+        assert entry.variance == pytest.approx(np.var(values, ddof=1) / 4, rel=1e-6)
+        assert stats.grad_sq_error == pytest.approx(math.sqrt(np.var(values, ddof=1) / 4), rel=1e-6)
+
+    def test_the_error_of_the_norm_agrees_with_its_scatter(self) -> None:
+        rng = np.random.default_rng(0)
+        means, variances = [], []
+        for _ in range(300):
+            stats = history_of([measured(float(v)) for v in rng.normal(size=24)], half_life=8.0).stats()
+            means.append(stats.grad_sq)
+            variances.append(stats.grad_sq_error**2)
+        assert math.sqrt(np.mean(variances)) / np.std(means) == pytest.approx(1.0, abs=0.15)
+
+    def test_one_value_has_no_scatter(self) -> None:
+        (entry,) = history_of([measured(curvatures=((8.0, 3.0),))]).stats().curvatures
+        assert entry.variance == 0.0
+
+    def test_coordinate_sums_are_averaged_if_every_record_has_them(self) -> None:
+        first, second = CoordinateSums(1.0, 2.0, 3.0, 4.0), CoordinateSums(3.0, 6.0, 9.0, 12.0)
+        history = history_of([measured(sums=first), measured(sums=second)], half_life=1.0)
+        assert history.stats().coordinate_sums == pytest.approx([(0.5 * v + 3 * v) / 1.5 for v in first])
+        history.add(measured())
+        assert history.stats().coordinate_sums is None
+
+    def test_sharpness_keeps_its_order_and_weight_in_the_records_that_have_it(self) -> None:
+        rows = [measured(sharpness=((64.0, 1.0), (8.0, 2.0))), measured()]
+        (pair,) = history_of(rows, half_life=1.0).stats().sharpness
+        assert (pair.sizes, pair.values, pair.weight) == ((64.0, 8.0), (1.0, 2.0), 0.5)
+
+    def test_an_empty_history(self) -> None:
+        history = NoiseHistory()
+        assert history.latest is None
+        assert history.replicates() == []
+        stats = history.stats()
+        assert stats.num_measurements == 0
+        assert math.isnan(stats.grad_sq)
+        assert stats.alignments == stats.curvatures == ()
+
+
+class TestReplicates:
+    @many
+    @given(count=st.integers(2, 40), half_life=st.floats(8, 100), groups=st.integers(2, 16))
+    def test_groups_partition_the_weight(self, count: int, half_life: float, groups: int) -> None:
+        values = np.random.default_rng(count).normal(size=count)
+        history = history_of([measured(float(v)) for v in values], half_life)
+        replicates = history.replicates(groups)
+        assert len(replicates) == min(groups, count)
+        shares = [share for _, share in replicates]
+        assert sum(shares) == pytest.approx(1.0)
+        # Putting a group back gives the average over all: sum of (1 - share) theta_(g) = (m - 1) theta.
+        total = sum((1 - share) * stats.grad_sq for stats, share in replicates)
+        assert total == pytest.approx((len(replicates) - 1) * history.stats().grad_sq, abs=1e-9)
+        assert sum(count - stats.num_measurements for stats, _ in replicates) == count
+
+    def test_groups_are_consecutive(self) -> None:
+        history = history_of([measured(float(k)) for k in range(6)], half_life=1e9)
+        left_out = [15.0 - 4 * stats.grad_sq for stats, _ in history.replicates(3)]
+        assert left_out == pytest.approx([0 + 1, 2 + 3, 4 + 5], abs=1e-6)
+
+    def test_one_measurement_gives_none(self) -> None:
+        assert history_of([measured()]).replicates() == []
+
+
+class TestNoiseScale:
+    def test_is_the_ratio_of_the_averages(self) -> None:
+        stats = history_of([measured(1.0, 100.0), measured(3.0, 100.0)], half_life=1e9).stats()
+        assert stats.noise_scale == pytest.approx(50.0)
+
+    @pytest.mark.parametrize("grad_sq", [0.0, -1.0])
+    def test_is_infinite_where_noise_hides_the_signal(self, grad_sq: float) -> None:
+        stats = NoiseStats(3, grad_sq, 10.0, (), (), grad_sq_error=0.5)
+        assert stats.noise_scale == math.inf
+        assert stats.resolved_noise_scale == 20.0
+
+    @pytest.mark.parametrize(("grad_sq", "resolved"), [(0.4, 20.0), (0.5, 20.0), (1.0, 10.0)])
+    def test_resolved_signal_is_no_smaller_than_its_error(self, grad_sq: float, resolved: float) -> None:
+        assert NoiseStats(3, grad_sq, 10.0, (), (), grad_sq_error=0.5).resolved_noise_scale == resolved
+
+    @many
+    @given(factor=st.floats(1e-4, 1e4), norms=st.lists(st.floats(0.1, 10), min_size=2, max_size=6))
+    def test_does_not_depend_on_the_scale_of_the_loss(self, factor: float, norms: list[float]) -> None:
+        plain = history_of([measured(v, 7.0 * v) for v in norms]).stats()
+        scaled = history_of([measured(v * factor**2, 7.0 * v * factor**2) for v in norms]).stats()
+        assert scaled.noise_scale == pytest.approx(plain.noise_scale, rel=1e-9)
+        assert scaled.resolved_noise_scale == pytest.approx(plain.resolved_noise_scale, rel=1e-9)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("half_life", [0.0, -1.0, math.inf, math.nan])
+    def test_half_life(self, half_life: float) -> None:
+        with pytest.raises(
+            ValueError, match=f"0 < half_life < inf, got half_life={half_life}: 8 measurements"
+        ):
+            NoiseHistory(half_life)
+
+    @pytest.mark.parametrize(
+        "measurement",
+        [
+            measured(math.nan),
+            measured(1.0, math.inf),
+            measured(alignments=((8.0, math.nan),)),
+            measured(curvatures=((8.0, -math.inf),)),
+            measured(sums=CoordinateSums(1.0, math.nan, 1.0, 1.0)),
+            measured(sharpness=((8.0, 1.0), (32.0, math.nan))),
+        ],
+    )
+    def test_numbers_that_are_not_finite_are_left_out(self, measurement: Measurement) -> None:
+        history = history_of([measured()])
+        with pytest.raises(ValueError, match="finite gradient statistics"):
+            history.add(measurement)
+        assert (len(history), history.num_measurements) == (1, 1)
+        assert history.latest == measured()
+
+
+class TestState:
+    def test_round_trip_through_a_checkpoint(self, tmp_path: pytest.TempPathFactory) -> None:
+        rows = [
+            measured(
+                0.1 * k,
+                2.0,
+                alignments=((8.0, 0.3 * k), (16.0, 1.0)),
+                curvatures=((8.0, 1.0), (16.0, 1.0 / (k + 1))),
+                sums=CoordinateSums(1.0 * k, 2.0, 3.0, 4.0) if k % 2 else None,
+                sharpness=((8.0, 1.0 * k), (32.0, 2.0)) if k % 3 else (),
+            )
+            for k in range(15)
+        ]
+        history = history_of(rows, half_life=2.0)
+        torch.save(history.state_dict(), tmp_path / "state.pt")
+        other = history_of([measured(99.0)], half_life=2.0)
+        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert other.stats() == history.stats()
+        assert other.replicates() == history.replicates()
+        assert (len(other), other.num_measurements, other.latest) == (12, 15, rows[-1])
+        assert len(history.stats().sharpness) == 8
+        for each in (history, other):
+            each.add(measured(5.0))
+        assert other.stats() == history.stats()
+        assert other.state_dict() == history.state_dict()
+
+    def test_records_from_before_there_was_sharpness_load(self) -> None:
+        history = history_of([measured(1.0, 2.0), measured(2.0, 3.0)])
+        state = history.state_dict()
+        for record in state["records"]:
+            del record["sharpness"]
+        other = NoiseHistory()
+        other.load_state_dict(state)
+        assert other.stats() == history.stats()

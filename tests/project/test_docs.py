@@ -1,0 +1,341 @@
+"""What the pages say is what is committed and what runs."""
+
+import ast
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_surge
+from benchmarks.publish import PAGES, filled, named
+from docs.code_blocks import blocks, run
+from lightning_surge import SurgeLRCallback
+from lightning_surge.cli import COMMANDS
+from lightning_surge.policy.reasons import Reason
+from lightning_surge.schedules.by_examples import ExamplesClock
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+TEXTS = ["README.md", "CONTRIBUTING.md", "examples/README.md", *DOCS]
+PACKAGE = Path(lightning_surge.__file__).parent
+
+# What a page takes for granted, in the page's own words: everything else its code has to make itself.
+PRELUDES = {
+    "docs/batch-sizes.md": "import torch; dataset = list(range(64)); model = torch.nn.Linear(2, 1)",
+    # In the root of the repository.
+    "docs/fitting.md": f"from os import symlink; symlink({str(ROOT / 'examples')!r}, 'examples')",
+    # After a run, and with its logger.
+    "docs/reading-a-run.md": """
+from pathlib import Path
+from unittest.mock import Mock
+from tests.logged_runs import rows, write_csv
+
+write_csv(Path("lightning_logs/version_0"), rows())
+logger = Mock()
+""",
+}
+
+
+@pytest.fixture
+def names_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the blocks of a page in one namespace and an empty directory; returns what is in it then."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+
+    def run_page(page: str) -> dict[str, Any]:
+        names: dict[str, Any] = {"__name__": page}
+        exec(PRELUDES.get(page, ""), names)
+        for block in blocks(page):
+            printed = run(block.code, names, page)
+            if block.output is not None:
+                assert shape(printed) == shape(block.output)
+        return names
+
+    with torch.random.fork_rng():
+        yield run_page
+    torch.set_num_threads(threads)
+
+
+def shape(output: str) -> list[str]:
+    """The different lines of an output, without their numbers, which depend on the machine."""
+    return list(dict.fromkeys(re.sub(r" *[-+]?\d[\d.]*", " #", line) for line in output.splitlines()))
+
+
+# ---------------------------------------------------------------------- code
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page)])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: str, names_after: Any) -> None:
+    names = names_after(page)
+    check = globals().get(f"check_{Path(page).stem.replace('-', '_')}")
+    if check is not None:
+        check(names)
+
+
+def check_tutorial(names: dict[str, Any]) -> None:
+    """What the text says about its numbers."""
+    # Measured scaling repairs most of what the larger batch has lost.
+    losses = {name: float(names[name].callback_metrics["val_loss"]) for name in ("before", "after")}
+    assert losses["after"] < 0.8 * losses["before"]
+    assert names["trainer"].global_step < names["EPOCHS"] * 1536 // 16
+
+
+def check_batch_sizes(names: dict[str, Any]) -> None:
+    # 1,600 steps from 16 up to 256 and 400 up to 512 hold 305,000 examples; the rest go at 512.
+    assert 2000 < names["steps"] < 1_000_000 // 256
+    assert isinstance(names["scheduler"]["scheduler"], ExamplesClock)
+
+
+def check_tokens(names: dict[str, Any]) -> None:
+    # All lines once; their last byte has no target.
+    assert names["ramp"].examples == sum(len(line) - 1 for line in names["lines"])
+    assert names["surge"].history.num_measurements > 0
+
+
+def check_own_loss(names: dict[str, Any]) -> None:
+    # Every step has left one entry, and no measurement has.
+    assert len(names["SEEN"]) == len(names["data"].train) // 32
+    assert names["surge"].history.num_measurements > 0
+
+
+def check_resuming(names: dict[str, Any]) -> None:
+    assert torch.equal(names["uninterrupted"], names["resumed"])
+
+
+def check_gan(names: dict[str, Any]) -> None:
+    # Both were measured, each on its own.
+    assert names["generator"].history.num_measurements > 0
+    assert names["discriminator"].history.num_measurements > 0
+    assert names["generator"].history is not names["discriminator"].history
+
+
+def check_fitting(names: dict[str, Any]) -> None:
+    # The row of adam in the output above, and its peak.
+    assert f"{names['target']:.4f}" == "2.1772"
+    assert f"{names['peak'].lr:.4f} {names['peak'].batch_size:.1f}" == "0.0137 91.1"
+
+
+def check_reading_a_run(names: dict[str, Any]) -> None:
+    assert Path("run.png").stat().st_size > 0
+    assert set(names["layout"]) == {"mine", "surge"}
+
+
+def check_data_parallel(names: dict[str, Any]) -> None:
+    trainer = names["make_trainer"](num_ranks=3)
+    assert trainer.num_devices == 3
+    assert trainer.world_size == 3
+
+
+class Regression(pl.LightningModule):
+    """A module that brings its data, as the README's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(2048, 4, generator=generator)
+        targets = inputs.sum(1, keepdim=True) + torch.randn(2048, 1, generator=generator)
+        return DataLoader(TensorDataset(inputs, targets), batch_size=16)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return functional.mse_loss(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+def test_the_code_of_the_readme_runs_from_top_to_bottom(make_trainer: Any) -> None:
+    # The first block needs a model and a Trainer that writes nothing, the second a callback that measured.
+    names: dict[str, Any] = {"model": Regression()}
+    quiet = "Trainer(max_steps=4, accelerator='cpu', logger=False, enable_progress_bar=False, "
+    quiet += "enable_checkpointing=False, enable_model_summary=False, "
+    codes = [block.code.replace("Trainer(\n", quiet + "\n") for block in blocks("README.md")]
+    run(codes[0], names, "README.md")
+    assert names["trainer"].global_step == 4
+    names["callback"] = callback = SurgeLRCallback(base_batch_size=16, objective="step", probe_every=4)
+    make_trainer(callback).fit(Regression())
+    for code in codes[1:]:
+        run(code, names, "README.md")
+    # At least what the largest batches alone would take, at most what the smallest would.
+    assert 4_000_000 // 512 < names["steps"] < 4_000_000 // 16
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_code_block_compiles(page: str) -> None:
+    for block in blocks(page):
+        compile(block.code, page, "exec")
+
+
+# ---------------------------------------------------------------------- commands, tables, links
+
+
+def commands_of(page: str) -> str:
+    """What a page sets in the type of a terminal, but for Python."""
+    text = (ROOT / page).read_text()
+    indented = re.findall(r"(?m)^    .*$", text)
+    fenced = re.findall(r"^```(?!python)\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return "\n".join([*indented, *fenced, *re.findall(r"`([^`\n]+)`", text)])
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_commands_exist(page: str) -> None:
+    commands = commands_of(page)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?m)(?:^|/| )make ([a-z][a-z-]*)", commands)) <= targets
+    for module in set(re.findall(r"python -m ([\w.]+)", commands)):
+        assert importlib.util.find_spec(module) is not None, module
+    called = set(re.findall(r"(?m)(?:^\s*|bin/)lightning-surge ([a-z]\w*)", commands))
+    called |= set(re.findall(r"python -m lightning_surge ([a-z]\w*)", commands))
+    assert called <= {command.name for command in COMMANDS}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_committed_results(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert "<!-- results: " in text
+    assert filled(text) == text, "run: python -m benchmarks.publish"
+
+
+def test_a_section_is_what_is_under_its_heading() -> None:
+    page = "benchmarks/fidelity/results/report.md"
+    text = (ROOT / page).read_text()
+    headings = re.findall(r"(?m)^## (\S+)$", text)
+    assert "\n".join(f"## {heading}\n\n{named(f'{page}#{heading}')}" for heading in headings) == text
+    with pytest.raises(LookupError, match="heading '## nothing'"):
+        named(f"{page}#nothing")
+
+
+def test_the_misses_are_those_of_the_committed_results() -> None:
+    text = (ROOT / "docs" / "limits.md").read_text().partition("## Known misses")[2]
+    told = set(re.findall(r"\b\d+\.\d{3,}\b", text))
+    results = (
+        "fidelity/results/report.md",
+        "batch_warmup/results/report.md",
+    )
+    committed = " ".join((ROOT / "benchmarks" / path).read_text() for path in results)
+    assert len(told) >= 8
+    assert {number for number in told if not re.search(rf"(?<![\d.]){number}(?!\d)", committed)} == set()
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_pages_name_files_that_exist(page: str) -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_every_page_is_in_the_navigation_and_the_other_way_round() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    listed = set(re.findall(r"(?m)^ +- [^#\n]*?: (\S+\.md)$", nav))
+    outside = {"CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md"}
+    assert listed - outside == {Path(page).name for page in DOCS}
+    assert outside <= listed
+
+
+def test_the_reference_lists_public_names_and_no_more() -> None:
+    listed = re.findall(r"(?m)^::: lightning_surge\.([\w.]+)$", (ROOT / "docs/api.md").read_text())
+    public = set(lightning_surge.__all__)
+    for name in ("schedules", "laws", "runs", "tables"):
+        package = importlib.import_module(f"lightning_surge.{name}")
+        # A constant has no signature and no docstring of its own.
+        public |= {f"{name}.{n}" for n in package.__all__ if n not in public and not n.isupper()}
+    assert sorted(listed) == sorted(public)
+
+
+def names_in_code() -> set[str]:
+    """Every word of the project's Python files, their own names and those of what is installed with it."""
+    found: set[str] = set()
+    for folder in ("lightning_surge", "tests", "benchmarks", "examples", "docs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found |= set(re.findall(r"\w+", path.read_text()))
+            found.add(path.stem)
+    return found
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_identifiers_name_what_exists(page: str) -> None:
+    """In backticks: a path that exists, a command that make knows, or names that occur in the code."""
+    text = re.sub(r"(?s)```.*?```", "", (ROOT / page).read_text())
+    known = names_in_code()
+    missing = []
+    for quoted in re.findall(r"`([^`\n]+)`", text):
+        if "/" in quoted and re.fullmatch(r"[\w./-]+", quoted):
+            places = (ROOT / quoted, PACKAGE / quoted)
+            if not any(place.exists() for place in places):
+                missing.append(quoted)
+        elif re.fullmatch(r"[\w.]+(\(\))?", quoted):
+            missing += [word for word in re.findall(r"[A-Za-z_]\w*", quoted) if word not in known]
+    assert missing == []
+
+
+# ---------------------------------------------------------------------- messages
+
+SPEAKERS = {
+    "MisconfigurationException",
+    "rank_zero_warn",
+    "rank_zero_info",
+    "warnings.warn",
+    "Obstacle",
+    "self._warn",
+}
+
+
+def template(message: ast.expr) -> str:
+    """A message with `…` for its values; nothing for one that was put together elsewhere."""
+    parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+    texts = [part.value if isinstance(part, ast.Constant) else "…" for part in parts]
+    return "" if texts == ["…"] else re.sub(r"\s+", " ", "".join(map(str, texts)))
+
+
+def templates() -> dict[str, str]:
+    """Every message of the package, and where it is."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in SPEAKERS:
+                found[template(node.args[0])] = f"{path.name}:{node.lineno}"
+    return {text: place for text, place in found.items() if text}
+
+
+def quotes() -> list[str]:
+    """The first column of the tables of messages, up to the reasons."""
+    text = (ROOT / "docs" / "messages.md").read_text().partition("## Why the factor")[0]
+    return re.findall(r"(?m)^\| `([^`]+)` \|", text)
+
+
+def begins(quote: str, message: str) -> bool:
+    """Whether a message begins as quoted, where `…` in the quote may stand for several words too."""
+    pattern = ".+?".join(re.escape(part) for part in quote.split("…"))
+    return re.match(pattern, message) is not None
+
+
+def test_every_message_is_explained() -> None:
+    said = quotes()
+    missing = {text: place for text, place in templates().items() if not any(begins(q, text) for q in said)}
+    assert missing == {}, "explain them in docs/messages.md"
+
+
+def test_every_explanation_is_of_a_message() -> None:
+    messages = templates()
+    assert [quote for quote in quotes() if not any(begins(quote, text) for text in messages)] == []
+    assert all(len(quote.replace("…", "").split()) >= 3 for quote in quotes())
+
+
+def test_every_reason_is_explained() -> None:
+    explained = (ROOT / "docs" / "messages.md").read_text().partition("## Why the factor")[2]
+    assert [reason.text for reason in Reason if f"`{reason.text}`" not in explained] == []

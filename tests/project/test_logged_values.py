@@ -1,0 +1,155 @@
+"""docs/logged-values.md and what trainings log are the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_surge import BatchSizeWarmup, SurgeLRCallback
+from lightning_surge.callbacks.logging import law_metrics
+from lightning_surge.laws.base import Law
+from lightning_surge.laws.edge import EdgeLaw
+from lightning_surge.laws.objectives import OBJECTIVES
+from lightning_surge.laws.theorems import Theorem3Law
+from lightning_surge.policy.estimates import EstimatedLaw
+from lightning_surge.policy.history import NoiseHistory
+from lightning_surge.policy.reasons import Reason
+from lightning_surge.runs.run_log import read_run
+
+MakeTrainer = Callable[..., pl.Trainer]
+PAGE = (Path(__file__).parents[2] / "docs" / "logged-values.md").read_text()
+DOCUMENTED = set(re.findall(r"^\| `(surge/[^`]+)` \|", PAGE, re.MULTILINE))
+SETTINGS: dict[str, Any] = {"probe_every": 2, "probe_examples": 64}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+]
+
+
+class Regression(pl.LightningModule):
+    def __init__(self, kind: str, groups: int = 1) -> None:
+        super().__init__()
+        pl.seed_everything(0, verbose=False)
+        self.net = nn.ModuleList([nn.Linear(8, 1, bias=False) for _ in range(groups)])
+        self.kind = kind
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(sum(part(x) for part in self.net), y)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": list(part.parameters())} for part in self.net]
+        if self.kind == "sgd":
+            return torch.optim.SGD(groups, lr=0.001)
+        return torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99))
+
+
+def data(count: int, batch_size: int) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 8, generator=generator) * torch.linspace(0.3, 2.0, 8)
+    y = x.sum(dim=1, keepdim=True) + 4.0 * torch.randn(count, 1, generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
+
+
+@pytest.fixture
+def fitted(make_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., Any]:
+    """The run and its callback, after a short training."""
+
+    def fit(
+        kind: str, callback: SurgeLRCallback, *others: pl.Callback, groups: int = 1, steps: int = 30
+    ) -> Any:
+        logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+        make_trainer(callback, *others, logger=logger).fit(Regression(kind, groups), data(16 * steps, 16))
+        return read_run(str(logger.log_dir)), callback
+
+    return fit
+
+
+def keys(run: Any) -> set[str]:
+    """Logged keys, with the ends of groups as the page writes them."""
+    found = {key for key in run.series if key.startswith("surge/")}
+    suffixed = {
+        key: "/".join(key.split("/")[:2])
+        for key in found
+        if re.match(r"surge/lr_(scheduled|predicted|used)", key)
+    }
+    return {f"{suffixed[key]}/<group>" if key in suffixed else key for key in found}
+
+
+def test_every_key_is_documented_and_every_documented_key_is_logged(fitted: Callable[..., Any]) -> None:
+    edge, _ = fitted("adam", SurgeLRCallback(4, objective="edge", **SETTINGS), BatchSizeWarmup(16, 32, 20))
+    sgd, _ = fitted("sgd", SurgeLRCallback(4, **SETTINGS), groups=2)
+    theorem, _ = fitted("adam", SurgeLRCallback(4, law="theorem3", **SETTINGS))
+    logged = keys(edge) | keys(sgd) | keys(theorem)
+    # Which form of Theorem 3 comes out is for the data to say.
+    for law in (
+        Theorem3Law(noise_scale=8.0, peak_lr=0.1),
+        Theorem3Law(noise_scale=torch.inf, peak_lr=torch.inf, sqrt_coefficient=0.1),
+    ):
+        logged |= law_metrics(NoiseHistory(8.0), sure(law), 16.0).keys()
+    assert logged == DOCUMENTED
+
+
+def sure(law: Law) -> EstimatedLaw:
+    return EstimatedLaw(law, ((law, 0.5), (law, 0.5)), num_measurements=2)
+
+
+def test_the_law_of_a_training_can_be_made_again(fitted: Callable[..., Any]) -> None:
+    run, callback = fitted("adam", SurgeLRCallback(4, objective="edge", **SETTINGS))
+    record = callback.law_history[-1]
+    law = run.law_at(run.last_step)
+    assert isinstance(law, EdgeLaw)
+    assert law.lr(16.0) == pytest.approx(record.law.lr(16.0), rel=1e-5)
+    assert law.edge_lr(16.0) == pytest.approx(record.law.edge_lr(16.0), rel=1e-5)
+    assert run.at("law/largest_measured", run.last_step) == pytest.approx(record.law.reach[1])
+    assert run.at("lr_scale_doubled", run.last_step) == pytest.approx(
+        OBJECTIVES["edge"](record.law, 32.0, 4.0, 0.01), rel=1e-5
+    )
+    assert run.at("examples", run.last_step) == 16.0 * (run.last_step + 1)
+    assert run.base_batch_size == 4.0
+
+
+def test_reasons_are_documented_as_they_are() -> None:
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| (.+) \|$", PAGE, re.MULTILINE)
+    assert [(int(code), name, text) for code, name, text in rows] == [
+        (int(reason), reason.name, reason.text) for reason in Reason
+    ]
+
+
+def test_objectives_are_documented_in_their_order() -> None:
+    (row,) = re.findall(r"^\| `surge/objective` .*$", PAGE, re.MULTILINE)
+    assert re.findall(r"(\d) `(\w+)`", row) == [(str(code), name) for code, name in enumerate(OBJECTIVES)]
+
+
+def test_codes_stay() -> None:
+    """They are in logs that exist."""
+    assert {reason.name: int(reason) for reason in Reason} == {
+        "MEASURED": 0, "RULE": 1, "NOTHING_MEASURED": 2, "UNCERTAIN": 3, "BOUNDED_ABOVE": 4,
+        "BOUNDED_BELOW": 5,
+        "RISING": 6, "NO_LAW_HERE": 7, "NO_LAW": 10, "NO_EDGE": 11, "MEASURING_FAILED": 12,
+        "FITTING_FAILED": 13,
+        "AVERAGES_UNREADABLE": 14, "GRADIENTS_ZERO": 15, "PARAMETERS_CHANGED": 16,
+    }  # fmt: skip
+    assert list(OBJECTIVES) == ["step", "alignment", "progress", "edge"]
+
+
+def test_a_failed_measurement_is_logged_as_such(fitted: Callable[..., Any]) -> None:
+    def broken(module: pl.LightningModule, batch: Any) -> Tensor:
+        raise RuntimeError("not today")
+
+    with pytest.warns(UserWarning, match="not today"):
+        run, callback = fitted(
+            "adam", SurgeLRCallback(4, "measured", "alignment", loss_fn=broken, **SETTINGS), steps=8
+        )
+    assert run.at("held_because", run.last_step) == Reason.MEASURING_FAILED
+    assert callback.decision.reason == "held: measuring failed with RuntimeError"

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_surge.laws.base import MeasuredLaw, SGDLaw
+from lightning_surge.laws.edge import EdgeLaw
+from lightning_surge.laws.objectives import OBJECTIVES, alignment_ratio, edge_ratio, progress_ratio
+from lightning_surge.laws.theorems import Theorem3Law
+from lightning_surge.policy.reasons import Reason
+from lightning_surge.runs.advice import Caveat, RunState, advise, run_state
+from lightning_surge.runs.run_log import RunLogError
+from tests.logged_runs import LAW, as_log, lawless, rows, several_optimizers
+
+STATE = RunState(
+    step=100, batch_size=60.0, base_batch_size=60.0, lr_scheduled=1e-3, lr_scheduled_max=1e-3, lr_used=1e-3,
+    lr_scale=1.0, objective="step", law=LAW, critical_error=10.0, peak_error=20.0,
+    scale_errors=((60.0, 0.0), (120.0, 0.1)), measured=(30.0, 120.0), num_measurements=20, measured_step=95,
+    reason=Reason.MEASURED,
+)  # fmt: skip
+
+
+def option(state, size):
+    (one,) = [one for one in advise(state, [size]).options if one.batch_size == size]
+    return one
+
+
+def critical_at(size):
+    """A law with that critical batch size."""
+    return MeasuredLaw(
+        alignment_limit=2.0, alignment_scale=5.0 * size, noise_curvature=1.0, signal_curvature=1.0
+    )
+
+
+class TestTradeOff:
+    def test_doubling_at_the_critical_size(self):
+        """`B = B_crit = 60`: E(120) / E(60) = (1 + 2) / (1 + 1), S(120) / S(60) = (1 + 1/2) / (1 + 1)."""
+        one = option(STATE, 120.0)
+        assert (one.examples.value, one.steps.value) == (1.5, 0.75)
+        assert one.gain.value == pytest.approx(2 / 3)
+
+    def test_intervals_are_those_of_the_critical_size(self):
+        one = option(STATE, 120.0)
+        assert (one.examples.low, one.examples.high) == pytest.approx((190 / 130, 170 / 110))
+        assert (one.steps.low, one.steps.high) == pytest.approx((95 / 130, 85 / 110))
+
+    @given(st.floats(1.0, 1e6), st.floats(0.1, 1e5))
+    def test_a_larger_batch_never_costs_steps_nor_saves_examples(self, size, critical):
+        state = replace(STATE, law=critical_at(critical))
+        one = option(state, size)
+        sign = 1.0 if size >= state.batch_size else -1.0
+        assert sign * (one.examples.value - 1.0) >= -1e-12
+        assert sign * (one.steps.value - 1.0) <= 1e-12
+        assert one.examples.value == pytest.approx(one.steps.value * size / state.batch_size)
+        for interval in (one.examples, one.steps, one.gain, one.lr):
+            assert interval.low <= interval.value <= interval.high
+
+    def test_without_noise_a_batch_saves_nothing(self):
+        one = option(replace(STATE, law=critical_at(0.0)), 120.0)
+        assert (one.examples.value, one.steps.value, one.gain.value) == (2.0, 1.0, 1.0)
+
+    def test_with_noise_alone_examples_are_all_that_count(self):
+        law = Theorem3Law(noise_scale=math.inf, peak_lr=math.inf, sqrt_coefficient=0.1)
+        one = option(replace(STATE, law=law, critical_error=math.inf), 120.0)
+        assert (one.examples.value, one.steps.value, one.gain.value) == (1.0, 0.5, 0.0)
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize("objective", ["step", "alignment", "progress"])
+    def test_is_what_the_objective_says(self, objective):
+        ratio = OBJECTIVES[objective](LAW, 120.0, 60.0)
+        assert option(replace(STATE, objective=objective), 120.0).lr.value == pytest.approx(1e-3 * ratio)
+
+    def test_follows_the_scheduled_rate_for_the_edge(self):
+        law = EdgeLaw(
+            alignment_limit=2.0, alignment_scale=300.0, noise_curvature=1.0, signal_curvature=1.0,
+            edge_limit=0.001, edge_sq_slope=0.001,
+        )  # fmt: skip
+        state = replace(STATE, law=law, objective="edge")
+        assert option(state, 120.0).lr_scale.value == pytest.approx(edge_ratio(law, 120.0, 60.0, 1e-3))
+
+    def test_keeps_the_level_of_a_law_that_is_an_anchor(self):
+        assert option(replace(STATE, lr_scale=3.0), 120.0).lr.value == pytest.approx(
+            3.0 * option(STATE, 120.0).lr.value
+        )
+
+    def test_its_error_grows_with_the_distance_from_the_base(self):
+        """0.1 in the logarithm at one doubling: 0.2 at two, 0.1 at half."""
+        for size, error in [(60.0, 0.0), (120.0, 0.1), (240.0, 0.2), (30.0, 0.1)]:
+            scale = option(STATE, size).lr_scale
+            assert math.log(scale.high / scale.value) == pytest.approx(error, abs=1e-12)
+            assert math.log(scale.value / scale.low) == pytest.approx(error, abs=1e-12)
+
+    def test_the_nearest_known_error_counts(self):
+        state = replace(STATE, base_batch_size=15.0, scale_errors=((60.0, 0.2), (120.0, 0.9)))
+        scale = option(state, 30.0).lr_scale
+        assert math.log(scale.high / scale.value) == pytest.approx(0.1)
+
+    def test_without_any_error_it_is_unknown(self):
+        scale = option(replace(STATE, scale_errors=()), 120.0).lr_scale
+        assert (scale.low, scale.high) == (0.0, math.inf)
+
+    def test_beyond_what_the_cost_of_a_step_allows_it_is_approached(self):
+        state = replace(STATE, objective="progress", law=critical_at(240.0))
+        larger, smaller = option(state, 240.0), option(state, 30.0)
+        assert larger.lr_at_once == pytest.approx(1e-3 * alignment_ratio(state.law, 240.0, 60.0))
+        assert larger.lr_at_once < larger.lr.value
+        assert smaller.lr_at_once == smaller.lr.value
+        assert Caveat.APPROACH in advise(state).caveats
+        # Still on its way up, it goes on from what it uses; from below the base, at once to the base's.
+        wanted = progress_ratio(state.law, 60.0, 15.0)
+        rising = replace(state, base_batch_size=15.0, lr_scale=wanted, lr_used=0.99e-3 * wanted)
+        expected = rising.lr_used * alignment_ratio(state.law, 240.0, 60.0)
+        assert option(rising, 240.0).lr_at_once == pytest.approx(expected)
+        below = replace(state, batch_size=15.0, lr_scale=0.4, lr_used=0.4e-3)
+        assert option(below, 60.0).lr_at_once == option(below, 60.0).lr.value == pytest.approx(1e-3, rel=0.2)
+        step = replace(state, objective="step")
+        assert option(step, 240.0).lr_at_once == option(step, 240.0).lr.value
+
+    def test_a_law_without_an_edge_cannot_tell(self):
+        assert math.isnan(option(replace(STATE, objective="edge"), 120.0).lr.value)
+
+
+class TestSuggestion:
+    @pytest.mark.parametrize(
+        ("critical", "suggested"),
+        [
+            (60.0, 60.0),
+            (80.0, 60.0),
+            (90.0, 120.0),
+            (30.0, 30.0),
+            (200.0, 240.0),
+            (1e6, 240.0),
+            (0.001, 15.0),
+        ],
+    )
+    def test_is_the_nearest_doubling_within_four(self, critical, suggested):
+        answer = advise(replace(STATE, law=critical_at(critical)))
+        assert answer.suggested == suggested
+        assert (Caveat.LIMITED_MOVE in answer.caveats) == (critical in (1e6, 0.001))
+
+    @pytest.mark.parametrize("size", [1.0, 2.0, 3.0])
+    def test_is_a_whole_number_of_examples(self, size):
+        answer = advise(replace(STATE, batch_size=size, law=critical_at(0.01)))
+        assert answer.suggested == 1.0
+
+    def test_is_among_the_options_in_order(self):
+        sizes = [
+            one.batch_size for one in advise(replace(STATE, law=critical_at(200.0)), [7.0, 500.0]).options
+        ]
+        assert sizes == [7.0, 60.0, 120.0, 240.0, 500.0]
+
+    @pytest.mark.parametrize("size", [0.0, -1.0, math.inf, math.nan])
+    def test_a_size_that_is_none_is_refused(self, size):
+        with pytest.raises(ValueError, match=f"got batch_size={size}: count the examples"):
+            advise(STATE, [size])
+
+
+class TestCaveats:
+    def test_none_where_all_is_well(self):
+        assert advise(STATE).caveats == ()
+
+    @pytest.mark.parametrize(
+        ("changes", "caveat"),
+        [
+            ({"reason": Reason.MEASURING_FAILED}, Caveat.HELD),
+            ({"num_measurements": 4}, Caveat.FEW_MEASUREMENTS),
+            ({"critical_error": 30.0}, Caveat.UNCERTAIN),
+            ({"critical_error": math.inf}, Caveat.UNCERTAIN),
+            ({"measured_step": 74}, Caveat.STALE),
+            ({"measured": (30.0, 59.0)}, Caveat.EXTRAPOLATING),
+            ({"lr_scheduled": 0.9e-4}, Caveat.DECAYED),
+            ({"law": SGDLaw(max_lr=0.1, noise_scale=60.0)}, Caveat.GRADIENT_STEPS),
+            ({"law": Theorem3Law(noise_scale=60.0, peak_lr=0.1)}, Caveat.INDEPENDENT_NOISE),
+        ],
+    )
+    def test_each_has_its_reason_and_comes_alone(self, changes, caveat):
+        assert advise(replace(STATE, **changes)).caveats == (caveat,)
+
+
+class TestRunState:
+    def test_is_what_was_logged(self):
+        state = run_state(as_log(rows()))
+        expected = replace(
+            STATE, step=50, measured_step=50, scale_errors=((60.0, 0.0), (120.0, pytest.approx(0.1)))
+        )
+        assert state == expected
+
+    def test_of_an_earlier_step(self):
+        table = rows()
+        table[30]["surge/batch_size"] = 30.0
+        for step in (30, 35):
+            assert run_state(as_log(table), step=step).batch_size == 30.0
+        table[10]["surge/lr_scheduled"] = 0.5
+        assert run_state(as_log(table), step=20).lr_scheduled_max == 0.5
+
+    def test_of_a_group(self):
+        table = rows()
+        for row in table.values():
+            for name in ("lr_scheduled", "lr_used", "lr_predicted"):
+                row[f"surge/{name}/bias"] = row.pop(f"surge/{name}") * 7
+        assert run_state(as_log(table), group="bias").lr_scheduled == 7e-3
+
+    def test_of_several_optimizers(self):
+        run = as_log(several_optimizers())
+        first, second = run_state(run, group="opt0"), run_state(run, group="opt1")
+        assert (first.batch_size, first.lr_used, first.law) == (60.0, 1e-3, LAW)
+        assert (second.batch_size, second.lr_used) == (120.0, 2e-3)
+        assert second.law == replace(LAW, noise_curvature=5.0, signal_curvature=5.0)
+        assert advise(first).critical_batch_size.value == advise(second).critical_batch_size.value == 60.0
+        assert (advise(first).suggested, advise(second).suggested) == (60.0, 60.0)
+        with pytest.raises(RunLogError, match="'surge/batch_size'"):
+            run_state(run)
+
+    def test_errors_that_were_not_logged_are_not_known(self):
+        names = ("critical_batch_size", "peak_batch_size", "lr_scale", "lr_scale_doubled")
+        state = run_state(as_log(rows(**{f"{name}_standard_error": None for name in names})))
+        assert (state.critical_error, state.peak_error, state.scale_errors) == (math.inf, math.inf, ())
+
+    def test_before_the_first_step(self):
+        with pytest.raises(RunLogError, match="Expected 10 <= step <= 50, got step=3"):
+            run_state(as_log(rows()), step=3)
+
+    def test_before_the_first_law(self):
+        table = rows() | {step: lawless()[step] for step in (10, 20)}
+        with pytest.raises(RunLogError, match=r"got 17 measurements, which .*: pass a step from 30 on"):
+            run_state(as_log(table), step=25)
+
+    def test_a_rule_that_measures_nothing(self):
+        with pytest.raises(RunLogError, match="got no measurement: train longer, or raise max_overhead"):
+            run_state(as_log(lawless(num_measurements=None)))
+
+    @pytest.mark.parametrize("name", ["objective", "held_because"])
+    def test_codes_of_a_later_version(self, name):
+        with pytest.raises(RunLogError, match=rf"Expected {name} to be one of \[0, .*, got 99: use a newer"):
+            run_state(as_log(rows(**{name: 99.0})))

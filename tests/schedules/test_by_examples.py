@@ -1,0 +1,530 @@
+import copy
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiplicativeLR,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+from torch.utils.data import DataLoader
+
+from lightning_surge.schedules.by_examples import ExamplesClock, by_examples
+
+pytestmark = [
+    # Lightning's own advice, about the worker count of the tiny loaders used here.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
+]
+
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+STEPS = 40  # what the schedulers below are written for
+
+
+class Cosine:
+    """A callable that is an object: LambdaLR saves it, and ends at exactly zero."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, step: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
+
+
+SCHEDULERS: dict[str, MakeScheduler] = {
+    "step": lambda o: StepLR(o, step_size=7, gamma=0.3),
+    "multi_step": lambda o: MultiStepLR(o, milestones=[5, 6, 30], gamma=0.3),
+    "exponential": lambda o: ExponentialLR(o, gamma=0.9),
+    "linear": lambda o: LinearLR(o, start_factor=0.1, total_iters=13),
+    "polynomial": lambda o: PolynomialLR(o, total_iters=STEPS, power=1.7),
+    "multiplicative": lambda o: MultiplicativeLR(o, lambda step: 1 - step / 100),
+    "lambda": lambda o: LambdaLR(o, Cosine(STEPS)),
+    "cosine": lambda o: CosineAnnealingLR(o, T_max=STEPS, eta_min=0.001),
+    "restarts": lambda o: CosineAnnealingWarmRestarts(o, T_0=3, T_mult=2),
+    "one_cycle": lambda o: OneCycleLR(o, max_lr=[0.3, 0.2], total_steps=STEPS + 1),
+    "cyclic": lambda o: CyclicLR(o, base_lr=0.01, max_lr=0.2, step_size_up=6, mode="exp_range", gamma=0.9),
+    "sequential": lambda o: SequentialLR(
+        o, [LinearLR(o, total_iters=6), CosineAnnealingLR(o, T_max=STEPS - 6)], milestones=[6]
+    ),
+    "chained": lambda o: ChainedScheduler([ConstantLR(o, total_iters=9), ExponentialLR(o, gamma=0.95)]),
+}
+
+
+def optimizer_with_two_groups() -> Optimizer:
+    one, two = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    return SGD([{"params": [one], "lr": 0.1}, {"params": [two], "lr": 0.03}], momentum=0.9)
+
+
+def hyperparameters(optimizer: Optimizer) -> list[tuple[float, float]]:
+    return [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
+
+
+def plain_run(make: MakeScheduler) -> list[list[tuple[float, float]]]:
+    """What the scheduler sets after 0, 1, ..., STEPS steps of constant training."""
+    optimizer = optimizer_with_two_groups()
+    scheduler, seen = make(optimizer), [hyperparameters(optimizer)]
+    for _ in range(STEPS):
+        optimizer.step()
+        scheduler.step()
+        seen.append(hyperparameters(optimizer))
+    return seen
+
+
+def take_step(clock: ExamplesClock, examples: float) -> None:
+    clock.advance(examples)
+    clock.optimizer.step()
+    clock.step()
+
+
+def clock_of(make: MakeScheduler, examples_per_step: float = 16) -> ExamplesClock:
+    return by_examples(make(optimizer_with_two_groups()), examples_per_step)
+
+
+class TestExactness:
+    @pytest.mark.parametrize("name", SCHEDULERS)
+    @settings(max_examples=8, deadline=None)
+    @given(sizes=st.lists(st.integers(1, 150), min_size=1, max_size=20), examples_per_step=st.integers(1, 33))
+    def test_bit_identical_to_constant_training(
+        self, name: str, sizes: list[int], examples_per_step: int
+    ) -> None:
+        plain = plain_run(SCHEDULERS[name])
+        clock = clock_of(SCHEDULERS[name], examples_per_step)
+        assert hyperparameters(clock.optimizer) == plain[0]
+        for examples in accumulate(sizes):
+            if examples // examples_per_step > STEPS:
+                break
+            take_step(clock, examples - clock.examples)
+            assert clock.ticks == examples // examples_per_step
+            assert hyperparameters(clock.optimizer) == plain[clock.ticks]
+            assert clock.get_last_lr() == [lr for lr, _ in plain[clock.ticks]]
+
+    @pytest.mark.parametrize(
+        ("size", "examples_per_step"),
+        [("0.1", "1"), ("0.7", "7"), ("0.1", "0.3"), ("1/3", "1"), ("0.001", "0.007"), ("1000000.1", "1000")],
+    )
+    def test_a_million_fractional_sizes_do_not_drift(self, size: str, examples_per_step: str) -> None:
+        clock = clock_of(SCHEDULERS["step"], float(Fraction(examples_per_step)))
+        number = float(Fraction(size))
+        for _ in range(10**6):
+            clock.advance(number)
+        assert clock.examples == float(10**6 * Fraction(number))
+        # What is meant is 0.1, not the float next to it.
+        assert clock._due() == 10**6 * Fraction(size) // Fraction(examples_per_step)
+
+    @pytest.mark.parametrize(("size", "examples_per_step"), [(0.1, 1.0), (0.7, 4.9), (0.3, 0.9), (1.1, 3.3)])
+    def test_fractional_ticks_come_with_the_step_that_completes_them(
+        self, size: float, examples_per_step: float
+    ) -> None:
+        clock = clock_of(SCHEDULERS["step"], examples_per_step)
+        per_tick = round(examples_per_step / size)
+        for step in range(1, 500):
+            take_step(clock, size)
+            assert clock.ticks == step // per_tick
+
+    @given(sizes=st.lists(st.integers(1, 2**40), min_size=1, max_size=30), unit=st.integers(1, 2**30))
+    @settings(max_examples=50, deadline=None)
+    def test_whole_numbers_of_tokens_are_never_early_nor_late(self, sizes: list[int], unit: int) -> None:
+        clock = clock_of(SCHEDULERS["step"], unit)
+        for size in sizes:
+            clock.advance(size)
+        assert clock._due() == sum(sizes) // unit
+
+    @pytest.mark.parametrize("ticks", [1, 3, 10**6, 9 * 10**6])
+    def test_one_token_short_of_a_tick(self, ticks: int) -> None:
+        clock = clock_of(SCHEDULERS["step"], 10**8)
+        clock.advance(10**8 * ticks - 1)
+        assert clock._due() == ticks - 1
+        clock.advance(1)
+        assert clock._due() == ticks
+
+    def test_announcements_add_up_until_the_scheduler_is_called(self) -> None:
+        """As with frequency=2 or interval="epoch"."""
+        clock = clock_of(SCHEDULERS["step"])
+        for _ in range(3):
+            clock.advance(12)
+            clock.optimizer.step()
+        assert (clock.examples, clock.ticks) == (36, 0)
+        clock.step()
+        assert clock.ticks == 2
+
+    def test_public_attributes_are_the_schedulers(self) -> None:
+        clock = clock_of(SCHEDULERS["one_cycle"])
+        take_step(clock, 50)
+        assert (clock.last_epoch, clock.total_steps, clock.cycle_momentum) == (3, STEPS + 1, True)
+        assert clock.base_lrs == clock.scheduler.base_lrs
+        assert (clock.examples_per_step, clock.examples) == (16, 50)
+        with pytest.raises(AttributeError, match="gamma"):
+            _ = clock.gamma
+        with pytest.raises(AttributeError, match=r"'ExamplesClock' object has no attribute '_step_count'"):
+            _ = clock._step_count
+
+
+class TestEnds:
+    def test_one_cycle_rests_where_its_minimum_is(self) -> None:
+        """Torch goes on for a step, to -0.014 here, and raises at the next."""
+        optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+        cycle = OneCycleLR(optimizer, max_lr=0.1, total_steps=10, anneal_strategy="linear")
+        clock = by_examples(cycle, 16)
+        for size in (100, 30, 26, 64):  # the last step begins at 156 of 160 examples
+            take_step(clock, size)
+        assert clock.ticks == cycle.last_epoch == 9
+        assert clock.get_last_lr() == [pytest.approx(4e-7)]
+        # A step too many: constant training would have raised.
+        clock.advance(0)
+        with pytest.warns(UserWarning, match="got total_steps=10 in OneCycleLR, which ended after 10 x 16"):
+            take_step(clock, 1)
+        take_step(clock, 64)  # warns once
+        assert clock.get_last_lr() == [pytest.approx(4e-7)]
+
+    def test_one_cycle_for_a_budget_that_is_rounded_up(self) -> None:
+        optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+        clock = by_examples(OneCycleLR(optimizer, max_lr=0.1, total_steps=math.ceil(100 / 16)), 16)
+        for size in (90, 6, 4):
+            take_step(clock, size)
+        assert clock.get_last_lr() == [pytest.approx(4e-7)]
+
+    def test_others_go_on_as_by_steps(self) -> None:
+        clock = clock_of(lambda o: CosineAnnealingLR(o, T_max=4))
+        take_step(clock, 64)
+        assert clock.get_last_lr() == [0.0, 0.0]
+        take_step(clock, 64)
+        assert clock.get_last_lr() == pytest.approx([0.1, 0.03])
+
+
+class TestRefusals:
+    def test_schedulers(self) -> None:
+        optimizer = optimizer_with_two_groups()
+        with pytest.raises(TypeError, match=r"got ReduceLROnPlateau, .*: return it as it is"):
+            by_examples(ReduceLROnPlateau(optimizer), 16)
+        with pytest.raises(TypeError, match=r"got an ExamplesClock, .*: wrap once"):
+            by_examples(clock_of(SCHEDULERS["step"]), 16)
+
+    @pytest.mark.parametrize(
+        ("other", "name"), [(None, "NoneType"), (StepLR, "StepLR"), (object(), "object"), (len, "builtin_f")]
+    )
+    def test_what_is_no_scheduler(self, other: Any, name: str) -> None:
+        with pytest.raises(TypeError, match=f"Expected an instance of .*LRScheduler, got {name}.*: wrap"):
+            by_examples(other, 16)
+
+    @pytest.mark.parametrize("number", [0, -1, math.inf, math.nan, "16", None, torch.tensor(16)])
+    def test_numbers_of_examples_per_step(self, number: Any) -> None:
+        with pytest.raises(ValueError, match=r"Expected examples_per_step .* got .*: use the batch size"):
+            by_examples(StepLR(optimizer_with_two_groups(), 1), number)
+
+    @pytest.mark.parametrize("examples", [-1, math.nan, math.inf])
+    def test_numbers_of_examples(self, examples: float) -> None:
+        clock = clock_of(SCHEDULERS["step"])
+        with pytest.raises(ValueError, match=r"to be finite and not negative, got .*: pass the number"):
+            clock.advance(examples)
+        assert clock.examples == 0
+
+    def test_a_clock_that_nobody_advances(self) -> None:
+        clock = clock_of(SCHEDULERS["step"])
+        with pytest.raises(
+            RuntimeError,
+            match=r"never advanced: add BatchSizeScheduler.*BatchSizeScheduler\(ConstantSize\(16\)\)",
+        ):
+            clock.step()
+
+    def test_a_clock_inside_another_scheduler(self) -> None:
+        clock = clock_of(SCHEDULERS["step"])
+        with pytest.raises(RuntimeError, match="not inside another scheduler"):
+            ChainedScheduler([clock]).step()
+        with pytest.raises(RuntimeError, match="not inside another scheduler"):
+            SequentialLR(clock.optimizer, [clock, StepLR(clock.optimizer, 1)], milestones=[3])
+
+    def test_steps_that_were_not_announced_move_nothing(self) -> None:
+        clock = clock_of(SCHEDULERS["step"])
+        clock.advance(0)  # a callback that says so before training starts
+        clock.step()
+        take_step(clock, 20)
+        clock.step()
+        clock.step()
+        assert (clock.examples, clock.ticks) == (20, 1)
+
+    def test_states(self) -> None:
+        clock = clock_of(SCHEDULERS["step"])
+        with pytest.raises(ValueError, match=r"got one without \['examples', .*: resume with the scheduler"):
+            clock.load_state_dict(clock.scheduler.state_dict())
+        with pytest.raises(ValueError, match=r"of the checkpoint, 32, got 16: use examples_per_step=32;"):
+            clock.load_state_dict(clock_of(SCHEDULERS["step"], 32).state_dict())
+
+
+class TestState:
+    @pytest.mark.parametrize("name", SCHEDULERS)
+    def test_goes_on_bit_identically(self, name: str, tmp_path: Path) -> None:
+        whole = clock_of(SCHEDULERS[name], np.int64(16))  # type: ignore[arg-type]
+        for size in (3.3, 40.1, 100.0, 0.1):
+            take_step(whole, size)
+        state = {"clock": whole.state_dict(), "optimizer": whole.optimizer.state_dict()}
+        torch.save(state, tmp_path / "state.pt")
+        loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+        resumed = clock_of(SCHEDULERS[name])
+        resumed.load_state_dict(loaded["clock"])
+        resumed.optimizer.load_state_dict(loaded["optimizer"])
+        assert loaded["clock"].keys() == whole.state_dict().keys()  # loading takes nothing out
+        assert resumed.state_dict() == whole.state_dict()
+        assert loaded["clock"]["rounding"] != 0  # or the sizes test nothing
+        for size in (0.1, 25.6, 70.0, 9.3):
+            take_step(whole, size)
+            take_step(resumed, size)
+            assert hyperparameters(resumed.optimizer) == hyperparameters(whole.optimizer)
+            assert (resumed.examples, resumed.ticks) == (whole.examples, whole.ticks)
+        assert whole.ticks == 15
+
+    def test_a_restored_clock_still_has_to_be_advanced(self) -> None:
+        whole, resumed = clock_of(SCHEDULERS["step"]), clock_of(SCHEDULERS["step"])
+        take_step(whole, 20)
+        resumed.load_state_dict(whole.state_dict())
+        with pytest.raises(RuntimeError, match="never advanced"):
+            resumed.step()
+
+    def test_copies_are_independent(self) -> None:
+        clock = clock_of(SCHEDULERS["sequential"])
+        take_step(clock, 20)
+        copied = copy.deepcopy(clock)
+        assert copied.optimizer is copied.scheduler.optimizer is not clock.optimizer
+        take_step(clock, 40)
+        assert (copied.ticks, clock.ticks) == (1, 3)
+
+
+class Weights(pl.LightningModule):
+    """A linear loss, and the learning rate that each optimizer step used."""
+
+    def __init__(self, make: MakeScheduler, examples_per_step: float = 4, **config: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.make, self.examples_per_step, self.config = make, examples_per_step, config
+        self.lrs: list[float] = []
+        self.batch_size = 1
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        return (batch @ self.weight).mean()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.lrs.append(optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), lr=0.5)
+        clock = by_examples(self.make(optimizer), self.examples_per_step)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": clock, "interval": "step"} | self.config,
+        }
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(torch.ones(64, 2), batch_size=self.batch_size)  # type: ignore[arg-type]
+
+    @property
+    def clock(self) -> ExamplesClock:
+        clock = self.lr_schedulers()
+        assert isinstance(clock, ExamplesClock)
+        return clock
+
+
+class Counts(pl.Callback):
+    """Plays BatchSizeScheduler's part: accumulates more and more micro-batches, and announces steps."""
+
+    def __init__(self, *changes: tuple[int, int]) -> None:
+        self.changes = dict(changes)
+        self.pending = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Before the batch-size finder, which Lightning puts first and whose trials have no callbacks.
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.advance(trainer, 0)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        batch, batch_idx = args[1:]
+        position = trainer.fit_loop.epoch_loop.total_batch_idx
+        trainer.accumulate_grad_batches = self.changes.get(position, trainer.accumulate_grad_batches)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.pending = 0
+        self.pending += len(batch)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.advance(trainer, self.pending)
+        self.pending = 0
+
+    @staticmethod
+    def advance(trainer: pl.Trainer, examples: int) -> None:
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ExamplesClock):
+                config.scheduler.advance(examples)
+
+
+RAMP = (
+    (0, 1),
+    (4, 2),
+    (16, 16),
+    (64, 8),
+    (96, 32),
+)  # micro-batch -> accumulation; 128 of them are two epochs
+
+
+def lambda_cosine(optimizer: Optimizer) -> LRScheduler:
+    return LambdaLR(optimizer, Cosine(32))  # 128 examples in steps of 4
+
+
+@pytest.fixture
+def trainer_with(make_trainer: Callable[..., pl.Trainer]) -> Callable[..., pl.Trainer]:
+    def make(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+        return make_trainer(*callbacks, **({"max_epochs": 2} | options))
+
+    return make
+
+
+class TestInLightning:
+    @pytest.mark.parametrize("ramp", [RAMP, ((0, 1),), ((0, 64),), ((0, 1), (64, 32))])
+    def test_a_cosine_ends_with_the_budget(
+        self, ramp: tuple[tuple[int, int], ...], trainer_with: Callable[..., pl.Trainer]
+    ) -> None:
+        for make, error in [
+            (lambda_cosine, 0.0),
+            (lambda optimizer: CosineAnnealingLR(optimizer, T_max=32), 1e-12),
+        ]:
+            model = Weights(make)
+            trainer_with(Counts(*ramp)).fit(model)
+            assert (model.clock.examples, model.clock.ticks) == (128, 32)
+            assert abs(model.optimizers().param_groups[0]["lr"]) <= error  # type: ignore[union-attr]
+
+    def test_every_step_uses_the_rate_of_constant_training(
+        self, trainer_with: Callable[..., pl.Trainer]
+    ) -> None:
+        constant, ramped = Weights(lambda_cosine), Weights(lambda_cosine)
+        trainer_with(Counts((0, 4))).fit(constant)
+        trainer_with(Counts(*RAMP)).fit(ramped)
+        sizes = [1] * 4 + [2] * 6 + [16] * 3 + [8] * 4 + [32]
+        before = [total - size for total, size in zip(accumulate(sizes), sizes, strict=True)]
+        assert constant.lrs == [0.5 * Cosine(32)(step) for step in range(32)]
+        assert ramped.lrs == [constant.lrs[examples // 4] for examples in before]
+
+    def test_resuming(self, trainer_with: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+        """At 64 examples, which are ten ticks of 6 and a part of one."""
+
+        def make() -> tuple[Weights, ModelCheckpoint]:
+            model = Weights(lambda o: CosineAnnealingLR(o, T_max=22, eta_min=0.1), examples_per_step=6)
+            return model, ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+
+        whole, save = make()
+        trainer_with(Counts((0, 1), (6, 2), (48, 16)), save).fit(whole)
+        resumed, save = make()
+        trainer_with(Counts((64, 16)), save).fit(
+            resumed, ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True
+        )
+        assert resumed.lrs == whole.lrs[-4:]
+        assert len(resumed.lrs) == 4
+        assert resumed.clock.state_dict() == whole.clock.state_dict()
+
+    def test_learning_rate_monitor(self, trainer_with: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+        model, monitor = Weights(lambda_cosine, name="clocked"), LearningRateMonitor()
+        trainer_with(monitor, Counts((0, 8)), logger=CSVLogger(tmp_path), default_root_dir=tmp_path).fit(
+            model
+        )
+        # It looks when a micro-batch begins, and every step has 8 of them.
+        assert monitor.lrs == {"clocked": [lr for lr in model.lrs for _ in range(8)]}
+
+    def test_without_the_callback(self, trainer_with: Callable[..., pl.Trainer]) -> None:
+        with pytest.raises(RuntimeError, match="add BatchSizeScheduler to the Trainer's callbacks"):
+            trainer_with().fit(Weights(lambda_cosine))
+
+    def test_interval_epoch_catches_up(self, trainer_with: Callable[..., pl.Trainer]) -> None:
+        model = Weights(lambda_cosine, interval="epoch")
+        trainer_with(Counts((0, 16))).fit(model)
+        assert model.lrs == [0.5] * 4 + [0.25] * 4
+        assert model.clock.get_last_lr() == [0.0]
+
+
+class TestSkippedSteps:
+    def test_scaler_that_finds_infinite_gradients(self, trainer_with: Callable[..., pl.Trainer]) -> None:
+        """The data are consumed, so the clock goes on; and torch warns of no wrong order."""
+
+        class Overflows(Weights):
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                loss = super().training_step(batch, batch_idx)
+                assert loss is not None
+                return loss * math.inf if batch_idx < 16 else loss
+
+        scaler = torch.amp.GradScaler("cpu")
+        model = Overflows(lambda_cosine)
+        precision = MixedPrecision("16-mixed", "cpu", scaler)
+        trainer_with(Counts((0, 8)), plugins=[precision]).fit(model)
+        assert scaler.get_scale() < 2**16
+        assert model.lrs == [0.5 * Cosine(16)(step) for step in range(16)]
+
+    @pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
+    def test_training_step_that_returns_none(self, trainer_with: Callable[..., pl.Trainer]) -> None:
+        class Nothing(Weights):
+            def training_step(self, batch: Tensor, batch_idx: int) -> None:
+                return None
+
+        model = Nothing(lambda_cosine)
+        trainer_with(Counts((0, 8))).fit(model)
+        assert model.lrs == [0.5 * Cosine(16)(step) for step in range(16)]
+
+    def test_rest_of_an_epoch_that_is_skipped(self, trainer_with: Callable[..., pl.Trainer]) -> None:
+        """Lightning steps schedulers there, though no optimizer step was begun."""
+
+        class Skips(Weights):
+            def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
+                return -1 if batch_idx == 8 else None
+
+        model = Skips(lambda_cosine)
+        counts = Counts((0, 4))
+        trainer_with(counts).fit(model)
+        assert model.lrs == [0.5 * Cosine(32)(step) for step in range(4)]
+        assert model.clock.ticks == 4
+
+    @pytest.mark.filterwarnings("ignore:.*train_dataloader yielded None")
+    def test_loader_that_yields_none_at_first(self, trainer_with: Callable[..., pl.Trainer]) -> None:
+        class Yields(Weights):
+            def train_dataloader(self) -> DataLoader[Tensor]:
+                batches = [None, torch.ones(4, 2), None, torch.ones(4, 2)]
+                return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+        model = Yields(lambda_cosine)
+        trainer_with(Counts(), max_epochs=1).fit(model)
+        assert model.lrs == [0.5, 0.5 * Cosine(32)(1)]
+        assert model.clock.ticks == 2
+
+    def test_finder_that_takes_the_callbacks_away(
+        self, trainer_with: Callable[..., pl.Trainer], tmp_path: Path
+    ) -> None:
+        """Its trials step the schedulers unannounced; a callback that advances by 0 before lets them."""
+        model = Weights(lambda_cosine)
+        finder = BatchSizeFinder(steps_per_trial=2, init_val=1, max_trials=2)
+        trainer_with(Counts(), finder, default_root_dir=tmp_path).fit(model)
+        assert model.batch_size == 2
+        assert model.lrs[-64:] == [0.5 * Cosine(32)(step // 2) for step in range(64)]

@@ -1,0 +1,528 @@
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
+from fractions import Fraction
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_surge.schedules.sizes import (
+    ConstantSize,
+    CosineRamp,
+    GeometricRamp,
+    LinearRamp,
+    Milestones,
+    Phase,
+    Phases,
+    Progress,
+    Schedule,
+    Unit,
+    whole_number,
+)
+
+Ramp = LinearRamp | GeometricRamp | CosineRamp
+KINDS: list[type[Ramp]] = [LinearRamp, GeometricRamp, CosineRamp]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+NO_SIZES = [0, -4, 2.5, 16.0, math.nan, math.inf, True, "16", None]
+NO_LENGTHS = [0, -1.0, math.nan, math.inf, True, "3", None]
+
+
+def at(unit: Unit, time: float) -> Progress:
+    """A time on one clock, with readings on the others that would show if they were looked at."""
+    readings: dict[Unit, Progress] = {
+        "steps": Progress(step=int(time), examples=1e9, epoch=1e9),
+        "examples": Progress(step=10**9, examples=time, epoch=1e9),
+        "epochs": Progress(step=10**9, examples=1e9, epoch=time),
+    }
+    return readings[unit]
+
+
+def by_step(schedule: Schedule, *steps: int) -> list[int]:
+    return [schedule(Progress(step=step)) for step in steps]
+
+
+@st.composite
+def limits(draw: st.DrawFn) -> dict[str, Any]:
+    multiple_of = draw(st.integers(1, 32))
+    bounds = [
+        None if part is None else part * multiple_of
+        for part in draw(st.lists(st.none() | st.integers(1, 60), min_size=2, max_size=2))
+    ]
+    if None not in bounds:
+        bounds.sort(key=lambda bound: bound or 0)
+    return {"multiple_of": multiple_of, "minimum": bounds[0], "maximum": bounds[1]}
+
+
+@st.composite
+def ramps(draw: st.DrawFn, **fixed: Any) -> Ramp:
+    start = draw(st.integers(1, 300))
+    end = draw(st.integers(start, 5000))
+    options = {"unit": draw(st.sampled_from(UNITS))} | fixed
+    return draw(st.sampled_from(KINDS))(start, end, draw(st.integers(1, 200)), **options)
+
+
+@st.composite
+def milestones(draw: st.DrawFn, **options: Any) -> Milestones:
+    later = draw(st.dictionaries(st.integers(1, 200), st.integers(1, 5000), max_size=5))
+    return Milestones({0: draw(st.integers(1, 5000))} | later, **options)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    options = draw(limits()) | {"unit": draw(st.sampled_from(UNITS))}
+    constant = st.builds(ConstantSize, st.integers(1, 5000), **{k: st.just(v) for k, v in options.items()})
+    return draw(ramps(**options) | milestones(**options) | constant)
+
+
+def unlimited(schedule: Schedule) -> Schedule:
+    return replace(schedule, multiple_of=1, minimum=None, maximum=None)  # type: ignore[type-var]
+
+
+EXAMPLES: list[Schedule] = [
+    ConstantSize(16),
+    LinearRamp(16, 64, 4),
+    GeometricRamp(16, 64, 4),
+    CosineRamp(16, 64, 4),
+    Milestones({0: 16, 4: 64}),
+    Phases([Phase(0, 4, ConstantSize(16)), Phase(4, None, Milestones({0: 32, 8: 64}))]),
+]
+
+
+class TestProgress:
+    def test_one_reading_per_clock(self) -> None:
+        progress = Progress(step=3, examples=48.0, epoch=0.5)
+        assert [progress.on(unit) for unit in UNITS] == [3.0, 48.0, 0.5]
+
+    def test_begins_at_nothing(self) -> None:
+        assert Progress() == (0, 0.0, 0.0)
+
+
+class TestWholeNumber:
+    def test_names_the_minimum(self) -> None:
+        assert whole_number("steps", 0, minimum=0) == 0
+        with pytest.raises(
+            ValueError, match=r"Expected steps .* at least 0, got steps=-1: use an int >= 0\."
+        ):
+            whole_number("steps", -1, minimum=0)
+
+    @pytest.mark.parametrize("value", [np.int64(3), np.uint8(3), np.array(3)])
+    def test_of_numpy_become_plain(self, value: Any) -> None:
+        assert type(whole_number("steps", value, minimum=1)) is int
+
+    @pytest.mark.parametrize("value", [np.float64(3.0), np.True_, np.array([3]), Fraction(3), 3 + 0j])
+    def test_that_are_none(self, value: Any) -> None:
+        with pytest.raises(ValueError, match="whole number"):
+            whole_number("steps", value, minimum=1)
+
+
+class TestConstantSize:
+    @given(st.integers(1, 10**15), st.builds(Progress, st.integers(0), st.floats(0, 1e12), st.floats(0, 1e3)))
+    def test_is_the_size_however_large(self, size: int, progress: Progress) -> None:
+        assert ConstantSize(size)(progress) == ConstantSize(size).first_size == size
+        assert ConstantSize(size).named_sizes == {"size": size}
+
+    @pytest.mark.parametrize("value", NO_SIZES)
+    def test_refuses_what_is_no_size(self, value: Any) -> None:
+        with pytest.raises(ValueError, match=rf"size .* at least 1, got size={value!r}: use an int >= 1"):
+            ConstantSize(value)
+
+
+class TestRamps:
+    @given(ramps(), st.floats(0.0, 400.0), st.floats(0.0, 400.0))
+    def test_grow_from_start_to_end(self, ramp: Ramp, one: float, other: float) -> None:
+        early, late = (ramp(at(ramp.unit, time)) for time in sorted((one, other)))
+        assert ramp.start <= early <= late <= ramp.end
+        assert ramp(at(ramp.unit, 0.0)) == ramp.first_size == ramp.start
+        assert ramp(at(ramp.unit, ramp.duration)) == ramp.end
+        assert ramp(at(ramp.unit, 10 * ramp.duration)) == ramp.end
+
+    @pytest.mark.parametrize("unit", ["examples", "epochs"])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_run_on_the_share_of_their_duration(self, kind: type[Ramp], unit: Unit) -> None:
+        in_steps, ramp = kind(10, 1000, 64), kind(10, 1000, 0.5, unit=unit)
+        assert by_step(in_steps, *range(80)) == [ramp(at(unit, step / 128)) for step in range(80)]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_before_the_beginning_they_stand_at_the_start(self, kind: type[Ramp]) -> None:
+        assert kind(10, 1000, 64)(Progress(step=-1)) == 10
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_of_one_step_are_a_switch(self, kind: type[Ramp]) -> None:
+        assert by_step(kind(16, 256, 1), 0, 1, 2) == [16, 256, 256]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_of_equal_ends_are_a_constant(self, kind: type[Ramp]) -> None:
+        assert by_step(kind(32, 32, 10), 0, 5, 10, 50) == [32] * 4
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_ends_are_exact_where_the_slack_for_rounding_exceeds_an_example(self, kind: type[Ramp]) -> None:
+        ramp = kind(3 * 10**9 + 1, 4 * 10**9 + 1, 4)
+        assert by_step(ramp, 0, 4, 5) == [3 * 10**9 + 1, 4 * 10**9 + 1, 4 * 10**9 + 1]
+        assert by_step(ramp, 0, 1, 2, 3, 4) == sorted(by_step(ramp, 0, 1, 2, 3, 4))
+
+    def test_linear_by_hand(self) -> None:
+        assert by_step(LinearRamp(8, 32, 5), 0, 1, 2, 3, 4, 5) == [8, 12, 17, 22, 27, 32]
+
+    def test_geometric_doubles_at_equal_intervals(self) -> None:
+        ramp = GeometricRamp(start=8, end=128, duration=2000)
+        assert by_step(ramp, 0, 500, 1000, 1500, 2000, 9999) == [8, 16, 32, 64, 128, 128]
+
+    def test_cosine_by_hand(self) -> None:
+        # (1 - cos 60) / 2 = 1/4 after a third, 1/2 after a half, 3/4 after two thirds.
+        assert by_step(CosineRamp(16, 64, 6), 0, 2, 3, 4, 6) == [16, 28, 40, 52, 64]
+
+    @pytest.mark.parametrize("doublings", [1, 3, 5, 7, 10])
+    @pytest.mark.parametrize("interval", [1, 3, 7, 100])
+    def test_every_doubling_is_exact_despite_rounding(self, doublings: int, interval: int) -> None:
+        ramp = GeometricRamp(start=3, end=3 * 2**doublings, duration=doublings * interval)
+        steps = [interval * index for index in range(doublings + 1)]
+        assert by_step(ramp, *steps) == [3 * 2**index for index in range(doublings + 1)]
+
+    @given(st.integers(1, 300), st.integers(0, 5000), st.integers(1, 200), st.data())
+    def test_linear_is_the_exact_line_rounded_down(
+        self, start: int, growth: int, duration: int, data: st.DataObject
+    ) -> None:
+        step = data.draw(st.integers(0, duration))
+        exact = start + growth * Fraction(step, duration)
+        assert by_step(LinearRamp(start, start + growth, duration), step) == [math.floor(exact)]
+
+    @given(st.integers(1, 300), st.integers(0, 5000), st.integers(1, 200), st.data())
+    def test_geometric_is_the_exact_curve_rounded_down(
+        self, start: int, growth: int, duration: int, data: st.DataObject
+    ) -> None:
+        step = data.draw(st.integers(0, duration))
+        (size,) = by_step(GeometricRamp(start, start + growth, duration), step)
+        # B <= curve < B + 1, raised to the power duration: integers, so nothing is rounded.
+        curve = start ** (duration - step) * (start + growth) ** step
+        assert size**duration <= curve < (size + 1) ** duration
+
+    @given(st.integers(1, 300), st.integers(0, 5000), st.integers(1, 200), st.data())
+    def test_cosine_is_its_own_mirror_image(
+        self, start: int, growth: int, duration: int, data: st.DataObject
+    ) -> None:
+        step = data.draw(st.integers(0, duration))
+        ramp = CosineRamp(start, start + growth, duration)
+        both = sum(by_step(ramp, step, duration - step))
+        assert 2 * start + growth - 1 <= both <= 2 * start + growth
+        # Slower than the line in the first half, as sin^2(x) <= 2 x / pi up to pi / 4.
+        if 2 * step <= duration:
+            assert ramp(Progress(step)) <= LinearRamp(start, start + growth, duration)(Progress(step))
+
+    @given(st.integers(1, 300), st.integers(0, 5000), st.integers(1, 200), st.integers(0, 200))
+    def test_geometric_is_never_above_linear(self, start: int, growth: int, duration: int, step: int) -> None:
+        arguments = start, start + growth, duration
+        assert by_step(GeometricRamp(*arguments), step) <= by_step(LinearRamp(*arguments), step)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_numpy_numbers_become_plain(self, kind: type[Ramp]) -> None:
+        ramp = kind(np.int64(8), np.int32(16), np.int64(4))  # type: ignore[arg-type]
+        assert {type(value) for value in (ramp.start, ramp.end, ramp.duration, *by_step(ramp, 0, 2))} == {int}
+        length = kind(8, 16, np.float32(0.5), unit="epochs").duration
+        assert (length, type(length)) == (0.5, float)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("name", ["start", "end"])
+    @pytest.mark.parametrize("value", NO_SIZES)
+    def test_refuse_what_is_no_size(self, kind: type[Ramp], name: str, value: object) -> None:
+        arguments: dict[str, Any] = {"start": 1, "end": 8, "duration": 4} | {name: value}
+        with pytest.raises(ValueError, match=rf"{name} .* at least 1, got {name}={value!r}: use an int >= 1"):
+            kind(**arguments)
+
+    @pytest.mark.parametrize("unit", UNITS)
+    @pytest.mark.parametrize("value", NO_LENGTHS)
+    def test_refuse_what_is_no_duration(self, unit: Unit, value: Any) -> None:
+        message = rf"Expected 0 < duration < inf, got duration={value!r}: count {unit}"
+        with pytest.raises(ValueError, match=message):
+            CosineRamp(1, 8, value, unit=unit)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_refuse_to_shrink(self, kind: type[Ramp]) -> None:
+        with pytest.raises(ValueError, match=r"Expected start <= end, got start=64, end=16: .* swap the two"):
+            kind(64, 16, 4)
+
+
+class TestLimits:
+    @given(schedules(), st.floats(0.0, 400.0))
+    def test_hold_for_every_input(self, schedule: Any, time: float) -> None:
+        progress = at(schedule.unit, time)
+        size, raw = schedule(progress), unlimited(schedule)(progress)
+        assert type(size) is int
+        assert size % schedule.multiple_of == 0
+        low, high = schedule.minimum or schedule.multiple_of, schedule.maximum or math.inf
+        assert low <= size <= high
+        # Down, and no further than that.
+        assert size == min(max(raw - raw % schedule.multiple_of, low), high)
+
+    @given(schedules(), st.floats(0.0, 400.0), st.floats(0.0, 400.0))
+    def test_keep_what_grows_growing(self, schedule: Any, one: float, other: float) -> None:
+        if not isinstance(schedule, Milestones):
+            early, late = (schedule(at(schedule.unit, time)) for time in sorted((one, other)))
+            assert early <= late
+
+    def test_by_hand(self) -> None:
+        ramp = LinearRamp(1, 10, 9, multiple_of=3, minimum=6, maximum=9)
+        assert by_step(ramp, *range(10)) == [6, 6, 6, 6, 6, 6, 6, 6, 9, 9]
+        assert ramp.named_sizes == {"start": 6, "end": 9}
+
+    def test_a_multiple_is_never_zero(self) -> None:
+        assert ConstantSize(3, multiple_of=8).first_size == 8
+
+    def test_named_sizes_are_those_that_steps_can_get(self) -> None:
+        assert ConstantSize(21, multiple_of=8).named_sizes == {"size": 16}
+        assert Milestones({0: 21, 5: 90}, multiple_of=8, maximum=64).named_sizes == {
+            "sizes[0]": 16,
+            "sizes[5]": 64,
+        }
+
+    def test_numpy_integers_become_plain(self) -> None:
+        schedule = ConstantSize(
+            np.int64(64), multiple_of=np.int64(8), minimum=np.int32(8), maximum=np.uint8(64)
+        )  # type: ignore[arg-type]
+        numbers = (
+            schedule.multiple_of,
+            schedule.minimum,
+            schedule.maximum,
+            schedule.size,
+            schedule.first_size,
+        )
+        assert {type(number) for number in numbers} == {int}
+
+    @pytest.mark.parametrize("name", ["multiple_of", "minimum", "maximum"])
+    @pytest.mark.parametrize("value", NO_SIZES)
+    def test_refuse_what_is_no_size(self, name: str, value: object) -> None:
+        if value is None and name != "multiple_of":
+            return
+        with pytest.raises(ValueError, match=rf"{name} .* at least 1, got {name}={value!r}: use an int >= 1"):
+            ConstantSize(16, **{name: value})  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("value", "remedy"), [(3, 8), (20, 16)])
+    @pytest.mark.parametrize("name", ["minimum", "maximum"])
+    def test_refuse_bounds_that_are_no_multiples(self, name: str, value: int, remedy: int) -> None:
+        message = rf"{name} to be a multiple of multiple_of=8, got {name}={value}: use {name}={remedy}"
+        with pytest.raises(ValueError, match=message):
+            ConstantSize(16, multiple_of=8, **{name: value})
+        ConstantSize(16, multiple_of=8, **{name: remedy})
+
+    def test_refuse_bounds_the_wrong_way_round(self) -> None:
+        with pytest.raises(ValueError, match=r"got minimum=32, maximum=16: swap them"):
+            ConstantSize(16, minimum=32, maximum=16)
+
+    @pytest.mark.parametrize("unit", ["tokens", "step", "", None, ["steps"]])
+    def test_refuse_what_is_no_clock(self, unit: Any) -> None:
+        phases = [Phase(0, None, ConstantSize(16))]
+        attempts: list[Callable[[], Schedule]] = [
+            lambda: ConstantSize(16, unit=unit),
+            lambda: LinearRamp(16, 32, 5, unit=unit),
+            lambda: Milestones({0: 16}, unit=unit),
+            lambda: Phases(phases, unit=unit),
+        ]
+        for attempt in attempts:
+            with pytest.raises(
+                ValueError, match=r"one of steps, examples, epochs, got unit=.*batch_size_fn="
+            ):
+                attempt()
+
+
+class TestMilestones:
+    def test_by_hand(self) -> None:
+        schedule = Milestones({0: 16, 10: 64, 20: 32})
+        assert by_step(schedule, 0, 9, 10, 19, 20, 10**6) == [16, 16, 64, 64, 32, 32]
+
+    @given(milestones(), st.integers(0, 250))
+    def test_the_last_point_reached_counts(self, schedule: Milestones, step: int) -> None:
+        # Walk there step by step, and take over whatever is written at each.
+        size = 0
+        for reached in range(step + 1):
+            size = schedule.sizes.get(reached, size)
+        assert by_step(schedule, step) == [size]
+
+    def test_points_between_two_readings_wait_for_the_next(self) -> None:
+        assert by_step(Milestones({0: 16, 1.5: 64}), 1, 2) == [16, 64]
+        schedule = Milestones({0: 16, 1.5: 64}, unit="epochs")
+        assert [schedule(Progress(epoch=epoch)) for epoch in (1.49, 1.5)] == [16, 64]
+
+    def test_order_of_writing_does_not_matter(self) -> None:
+        one, other = Milestones({20: 32, 0: 16, 10: 64}), Milestones({0: 16, 10: 64, 20: 32})
+        assert one == other
+        assert hash(one) == hash(other)
+        assert repr(one) == repr(other)
+
+    def test_before_the_beginning(self) -> None:
+        assert by_step(Milestones({0: 16, 2: 32}), -3) == [16]
+
+    def test_names_of_points_close_together_stay_apart(self) -> None:
+        schedule = Milestones({0: 16, 12_345_678: 3, 12_345_679.0: 5, 1e7: 7}, unit="examples")
+        assert schedule.named_sizes == {
+            "sizes[0]": 16,
+            "sizes[10000000]": 7,
+            "sizes[12345678]": 3,
+            "sizes[12345679]": 5,
+        }
+
+    def test_keeps_a_copy_of_plain_numbers(self) -> None:
+        given_sizes = {np.int64(5): np.int64(64), 0: 16}
+        schedule = Milestones(given_sizes)  # type: ignore[arg-type]
+        given_sizes[0] = 1000
+        assert schedule.first_size == 16
+        assert {type(number) for pair in schedule.sizes.items() for number in pair} == {int}
+
+    @pytest.mark.parametrize("point", [-1, math.nan, math.inf, "5", None, True, 1j])
+    def test_refuses_what_is_no_point(self, point: Any) -> None:
+        with pytest.raises(ValueError, match=r"begin at 0, got sizes=\{0: 16, .*as in \{0: 16, 1000: 64\}"):
+            Milestones({0: 16, point: 32, 9: 64})
+
+    @pytest.mark.parametrize("sizes", [{}, {1: 16}, [16, 32], None])
+    def test_refuses_points_that_do_not_begin_at_0(self, sizes: Any) -> None:
+        with pytest.raises(ValueError, match=r"begin at 0, got sizes=.*as in \{0: 16, 1000: 64\}"):
+            Milestones(sizes)
+
+    @pytest.mark.parametrize("value", NO_SIZES)
+    def test_refuses_what_is_no_size(self, value: Any) -> None:
+        with pytest.raises(
+            ValueError, match=rf"sizes\[9\] .* at least 1, got sizes\[9\]={value!r}: use an int"
+        ):
+            Milestones({0: 16, 9: value})
+
+
+class TestPhases:
+    def test_each_begins_its_own_clock(self) -> None:
+        schedule = Phases(
+            [
+                Phase(0, 3, ConstantSize(8)),
+                Phase(3, 7, LinearRamp(8, 16, 4)),
+                Phase(7, None, Milestones({0: 32, 2: 64})),
+            ]
+        )
+        assert by_step(schedule, *range(11)) == [8, 8, 8, 8, 10, 12, 14, 32, 32, 64, 64]
+        assert schedule.first_size == 8
+
+    def test_the_last_one_goes_on_after_its_end(self) -> None:
+        schedule = Phases([Phase(0, 2, LinearRamp(1, 5, 4))])
+        assert by_step(schedule, 0, 1, 2, 3, 4, 5) == [1, 2, 3, 4, 5, 5]
+
+    @given(
+        st.lists(st.tuples(st.integers(1, 30), ramps(unit="steps")), min_size=1, max_size=5),
+        st.integers(0, 160),
+    )
+    def test_look_up_by_walking(self, parts: list[tuple[int, Ramp]], step: int) -> None:
+        ends = [sum(length for length, _ in parts[: index + 1]) for index in range(len(parts))]
+        phases = [Phase(end - length, end, ramp) for end, (length, ramp) in zip(ends, parts, strict=True)]
+        left = step
+        while len(parts) > 1 and left >= parts[0][0]:
+            left -= parts.pop(0)[0]
+        assert by_step(Phases(phases), step) == by_step(parts[0][1], left)
+
+    @pytest.mark.parametrize("unit", ["examples", "epochs"])
+    def test_on_other_clocks(self, unit: Unit) -> None:
+        ramp = LinearRamp(8, 16, 4.0, unit=unit)
+        # A constant size has no clock, so its unit does not matter.
+        schedule = Phases([Phase(0, 2.5, ConstantSize(4)), Phase(2.5, None, ramp)], unit=unit)
+        assert [schedule(at(unit, time)) for time in (0.0, 2.4, 2.5, 4.5, 6.5, 9.0)] == [4, 4, 8, 12, 16, 16]
+
+    def test_within_phases(self) -> None:
+        inner = Phases([Phase(0, 2, ConstantSize(2)), Phase(2, None, ConstantSize(3))])
+        assert by_step(Phases([Phase(0, 5, ConstantSize(1)), Phase(5, None, inner)]), 4, 5, 6, 7) == [
+            1,
+            2,
+            2,
+            3,
+        ]
+
+    def test_names_of_sizes(self) -> None:
+        schedule = Phases([Phase(0, 3, ConstantSize(8)), Phase(3, None, LinearRamp(8, 16, 4, multiple_of=4))])
+        assert schedule.named_sizes == {"phases[0].size": 8, "phases[1].start": 8, "phases[1].end": 16}
+
+    def test_refuse_to_be_none(self) -> None:
+        with pytest.raises(ValueError, match="at least one phase, got none: use ConstantSize"):
+            Phases([])
+
+    def test_refuse_a_late_beginning(self) -> None:
+        with pytest.raises(ValueError, match="first phase to begin at 0, got begin=1"):
+            Phases([Phase(1, None, ConstantSize(8))])
+
+    @pytest.mark.parametrize(
+        ("end", "what"), [(4, "a gap"), (6, "an overlap"), (None, "an overlap"), (math.inf, "an overlap")]
+    )
+    def test_refuse_gaps_and_overlaps(self, end: float | None, what: str) -> None:
+        message = (
+            rf"got {what} between phases\[0\] with end={end} and phases\[1\] with begin=5: make the two equal"
+        )
+        with pytest.raises(ValueError, match=message):
+            Phases([Phase(0, end, ConstantSize(8)), Phase(5, None, ConstantSize(8))])
+
+    @pytest.mark.parametrize("end", [5, 4])
+    def test_refuse_phases_that_are_never_in_force(self, end: int) -> None:
+        phases = [Phase(0, 5, ConstantSize(8)), Phase(5, end, ConstantSize(8))]
+        with pytest.raises(ValueError, match=rf"begin < end, got begin=5, end={end} in phases\[1\]: remove"):
+            Phases(phases)
+
+    def test_refuse_another_clock(self) -> None:
+        phases = [Phase(0, 5, ConstantSize(8)), Phase(5, None, LinearRamp(8, 16, 4, unit="epochs"))]
+        with pytest.raises(
+            ValueError, match=r"unit='steps', got unit='epochs' in phases\[1\]: use the same unit"
+        ):
+            Phases(phases)
+
+    def test_refuse_what_is_no_phase(self) -> None:
+        phases: Any = [Phase(0, 5, ConstantSize(8)), (5, None, ConstantSize(8))]
+        with pytest.raises(ValueError, match=r"got phases\[1\]=\(5, None.*use Phase\(begin, end, schedule\)"):
+            Phases(phases)
+
+    @pytest.mark.parametrize("schedule", [16, None, LinearRamp, lambda progress: 16])
+    def test_a_phase_refuses_what_is_no_schedule(self, schedule: Any) -> None:
+        with pytest.raises(ValueError, match=r"to be a Schedule, got .*: use ConstantSize\(16\)"):
+            Phase(0, None, schedule)
+
+    @pytest.mark.parametrize("name", ["begin", "end"])
+    @pytest.mark.parametrize("value", [-1, math.nan, "5", True])
+    def test_a_phase_refuses_what_is_no_time(self, name: str, value: Any) -> None:
+        with pytest.raises(
+            ValueError, match=rf"Expected {name} >= 0, got {name}={value!r}: count on the clock"
+        ):
+            Phase(**({"begin": 0, "end": 5, "schedule": ConstantSize(8)} | {name: value}))
+
+
+class TestValues:
+    """Schedules are compared, looked up, and sent to other processes."""
+
+    @pytest.mark.parametrize("schedule", EXAMPLES)
+    def test_copies_are_equal_and_do_the_same(self, schedule: Schedule) -> None:
+        for other in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule), copy.copy(schedule)):
+            assert other == schedule
+            assert hash(other) == hash(schedule)
+            assert by_step(other, *range(12)) == by_step(schedule, *range(12))
+
+    def test_all_differ(self) -> None:
+        assert len(set(EXAMPLES)) == len(EXAMPLES)
+        for index, schedule in enumerate(EXAMPLES):
+            assert schedule not in EXAMPLES[:index]
+
+    @pytest.mark.parametrize("schedule", EXAMPLES[:-1])
+    @pytest.mark.parametrize(
+        "change", [{"unit": "epochs"}, {"multiple_of": 4}, {"minimum": 4}, {"maximum": 64}]
+    )
+    def test_every_option_makes_a_difference(self, schedule: Any, change: dict[str, Any]) -> None:
+        assert replace(schedule, **change) != schedule
+
+    def test_milestones_differ_by_their_sizes(self) -> None:
+        assert Milestones({0: 16, 4: 64}) != Milestones({0: 16, 4: 32})
+        assert Milestones({0: 16, 4: 64}) == Milestones({0.0: 16, 4.0: 64})
+
+    @pytest.mark.parametrize("schedule", EXAMPLES)
+    def test_nothing_can_be_assigned(self, schedule: Any) -> None:
+        for name in ("unit", "start", "phases"):
+            with pytest.raises(FrozenInstanceError):
+                setattr(schedule, name, 1)
+
+    @pytest.mark.parametrize("schedule", EXAMPLES)
+    def test_repr_is_python(self, schedule: Schedule) -> None:
+        assert eval(repr(schedule)) == schedule
+
+    def test_the_interface_itself_makes_nothing(self) -> None:
+        with pytest.raises(TypeError, match="abstract"):
+            Schedule()  # type: ignore[abstract]

@@ -1,0 +1,578 @@
+import math
+import pickle
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, dataclass
+from itertools import accumulate, islice
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.sizes import (
+    ConstantSize,
+    GeometricRamp,
+    LinearRamp,
+    Milestones,
+    Phase,
+    Phases,
+    Progress,
+    Schedule,
+)
+from lightning_surge.schedules.windows import (
+    AccumulatedSchedule,
+    Replay,
+    SampledSchedule,
+    Window,
+    accumulation_for,
+    aligned_accumulation,
+    plan_windows,
+    total_examples,
+    total_steps,
+)
+
+UNITS = ["steps", "examples", "epochs"]
+
+
+@st.composite
+def ramps(draw: st.DrawFn) -> GeometricRamp:
+    start = draw(st.integers(1, 300))
+    end = draw(st.integers(start, 5000))
+    return GeometricRamp(start, end, draw(st.integers(1, 200)))
+
+
+@st.composite
+def schedules(draw: st.DrawFn, units: list[Any] = UNITS) -> Schedule:
+    """Sizes that grow, fall and jump, on every clock."""
+    unit = draw(st.sampled_from(units))
+    sizes = st.integers(1, 100)
+    if draw(st.booleans()):
+        start = draw(sizes)
+        duration = draw(st.integers(1, 40)) * {"steps": 1.0, "examples": 16.0, "epochs": 0.1}[unit]
+        return LinearRamp(start, start + draw(sizes), duration, unit=unit)
+    points = (
+        st.integers(1, 400) if unit != "epochs" else st.integers(1, 60).map(lambda twentieth: twentieth / 20)
+    )
+    return Milestones({0: draw(sizes)} | draw(st.dictionaries(points, sizes, max_size=6)), unit=unit)
+
+
+@st.composite
+def accumulated(draw: st.DrawFn) -> AccumulatedSchedule:
+    return AccumulatedSchedule(
+        draw(schedules() | ramps()),
+        micro_batch_size=draw(st.integers(1, 20)),
+        replicas=draw(st.integers(1, 3)),
+        examples_per_epoch=draw(st.none() | st.integers(1, 2000)),
+    )
+
+
+@st.composite
+def sampled(draw: st.DrawFn) -> SampledSchedule:
+    return SampledSchedule(
+        draw(schedules()),
+        largest_micro_batch=draw(st.integers(1, 20)),
+        examples_per_epoch=draw(st.integers(1, 300)),
+        replicas=draw(st.integers(1, 3)),
+    )
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The arguments of `plan_windows`."""
+
+    schedule: Schedule
+    begin: Progress
+    examples: int
+    largest: int
+    replicas: int
+    drop_last: bool = False
+
+    def windows(self) -> list[Window]:
+        return list(plan_windows(**vars(self)))
+
+    def requests(self) -> list[int]:
+        """What every window is asked to have on one replica, by the windows before it."""
+        windows = self.windows()
+        requests = []
+        for step, done in enumerate(accumulate(map(sum, windows[:-1]), initial=0)):
+            epoch = math.floor(self.begin.epoch) + done / self.examples
+            now = Progress(self.begin.step + step, self.begin.examples + done * self.replicas, epoch)
+            requests.append(max(1, self.schedule(now) // self.replicas))
+        return requests
+
+
+@st.composite
+def epochs(draw: st.DrawFn, **fixed: Any) -> Epoch:
+    step = draw(st.integers(0, 100))
+    arguments: dict[str, Any] = {
+        "schedule": draw(schedules()),
+        "begin": Progress(step, draw(st.integers(0, 400)), draw(st.integers(0, 3))),
+        "examples": draw(st.integers(1, 300)),
+        "largest": draw(st.integers(1, 24)),
+        "replicas": draw(st.integers(1, 3)),
+    }
+    return Epoch(**arguments | fixed)
+
+
+class TestAccumulation:
+    @given(st.integers(1, 10**6), st.integers(1, 10**4), st.none() | st.integers(1, 10**4))
+    def test_is_the_largest_power_of_two_that_fits(
+        self, requested: int, micro: int, limit: int | None
+    ) -> None:
+        result = accumulation_for(requested, micro, limit=limit)
+        assert result in {2**k for k in range(21)}
+        assert result == 1 or result * micro <= requested
+        assert limit is None or result <= limit
+        assert 2 * result * micro > requested or (limit is not None and 2 * result > limit)
+
+    @pytest.mark.parametrize("name", ["requested", "micro_batch_size", "limit"])
+    def test_refuses_zero(self, name: str) -> None:
+        arguments = {"requested": 8, "micro_batch_size": 2, "limit": 4} | {name: 0}
+        with pytest.raises(ValueError, match=f"{name}=0"):
+            accumulation_for(**arguments)
+
+    @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 1000))
+    def test_aligned_windows_never_shrink_while_waiting(self, old: int, new: int, windows: int) -> None:
+        batch_idx = windows * 2**old
+        result = aligned_accumulation(2**new, batch_idx)
+        assert min(2**old, 2**new) <= result <= 2**new
+        assert batch_idx % result == 0
+
+    @given(st.integers(0, 12), st.integers(0, 1000))
+    def test_a_doubling_waits_for_at_most_one_window(self, old: int, windows: int) -> None:
+        batch_idx = windows * 2**old
+        taken = aligned_accumulation(2 ** (old + 1), batch_idx)
+        assert 2 ** (old + 1) in (taken, aligned_accumulation(2 ** (old + 1), batch_idx + taken))
+
+
+def windows_one_by_one(epoch: Epoch) -> list[list[int]]:
+    """Slow reference: deals examples out by hand, with every length of a window tried in turn."""
+    windows: list[list[int]] = []
+    left, batch_idx = epoch.examples, 0
+    while left:
+        done = epoch.examples - left
+        share = int(epoch.begin.epoch) + done / epoch.examples
+        now = Progress(epoch.begin.step + len(windows), epoch.begin.examples + done * epoch.replicas, share)
+        wanted = max(1, epoch.schedule(now) // epoch.replicas)
+        if wanted > left and epoch.drop_last:
+            break
+        wanted = min(wanted, left)
+        aligned = [2**k for k in range(10) if batch_idx % 2**k == 0 and 2**k <= wanted]
+        length = next((length for length in aligned if length * epoch.largest >= wanted), aligned[-1])
+        window = [0] * length
+        for example in range(min(wanted, length * epoch.largest)):
+            window[example % length] += 1
+        windows.append(sorted(window))
+        left, batch_idx = left - sum(window), batch_idx + length
+    return windows
+
+
+class TestPlanWindows:
+    @given(epochs(), st.booleans())
+    def test_equals_dealing_out_by_hand(self, epoch: Epoch, drop_last: bool) -> None:
+        epoch = Epoch(**vars(epoch) | {"drop_last": drop_last})
+        assert list(map(sorted, epoch.windows())) == windows_one_by_one(epoch)
+
+    @given(epochs())
+    def test_every_example_once_in_micro_batches_that_fit(self, epoch: Epoch) -> None:
+        windows = epoch.windows()
+        assert sum(map(sum, windows)) == epoch.examples
+        for window in windows:
+            assert 1 <= min(window) <= max(window) <= min(epoch.largest, min(window) + 1)
+
+    @given(epochs())
+    def test_windows_are_aligned_powers_of_two(self, epoch: Epoch) -> None:
+        windows = epoch.windows()
+        for begin, window in zip(accumulate(map(len, windows), initial=0), windows, strict=False):
+            assert len(window) == 2 ** (len(window).bit_length() - 1)
+            assert begin % len(window) == 0
+
+    @given(epochs(largest=24) | epochs())
+    def test_requests_are_met_unless_something_forbids_it(self, epoch: Epoch) -> None:
+        windows, done, batch_idx = epoch.windows(), 0, 0
+        for window, wanted in zip(windows, epoch.requests(), strict=True):
+            wanted = min(wanted, epoch.examples - done)
+            # As few as memory allows, if that is a power of two.
+            fewest = next(2**k for k in range(10) if 2**k * epoch.largest >= wanted)
+            if fewest > wanted:
+                assert epoch.largest == 1  # three micro-batches of one are not four
+            elif batch_idx % fewest == 0:
+                assert (len(window), sum(window)) == (fewest, wanted)
+            else:
+                # Waiting, at the largest size that fits.
+                assert batch_idx % (2 * len(window))
+                assert sum(window) == len(window) * epoch.largest < wanted
+            done, batch_idx = done + sum(window), batch_idx + len(window)
+
+    @given(epochs())
+    def test_one_micro_batch_where_one_is_enough(self, epoch: Epoch) -> None:
+        epoch = Epoch(**vars(epoch) | {"largest": 300})
+        sizes = [min(request, 300) for request in epoch.requests()]
+        assert [window[0] for window in epoch.windows()[:-1]] == sizes[:-1]
+        assert {len(window) for window in epoch.windows()} == {1}
+
+    @given(epochs(begin=Progress(), replicas=1), st.integers(1, 100), st.integers(0, 100), st.integers(1, 60))
+    def test_sizes_of_a_ramp_never_fall_but_at_the_end(
+        self, epoch: Epoch, start: int, growth: int, duration: int
+    ) -> None:
+        ramp = LinearRamp(start, start + growth, duration)
+        # Not with micro-batches of one, where the last 7 are 4, 2 and 1.
+        epoch = Epoch(**vars(epoch) | {"schedule": ramp, "largest": epoch.largest + 1})
+        sizes = list(map(sum, epoch.windows()))[:-1]
+        assert sizes == sorted(sizes)
+
+    @given(epochs(), st.integers(0, 5))
+    def test_a_size_begun_to_be_needed_waits_for_few_steps(self, epoch: Epoch, doublings: int) -> None:
+        # From one micro-batch to 2^n, at any place: 1, 2, 4, ... micro-batches lead there.
+        late = Epoch(Milestones({0: 1, 3: 2**doublings * epoch.largest}), Progress(), 3000, epoch.largest, 1)
+        lengths = list(map(len, late.windows()))
+        assert lengths[:3] == [1, 1, 1]
+        assert lengths.index(2**doublings) <= 3 + doublings
+
+    @given(epochs(drop_last=True))
+    def test_drop_last_leaves_out_only_what_fills_no_step(self, epoch: Epoch) -> None:
+        whole = Epoch(**vars(epoch) | {"drop_last": False})
+        kept, done = epoch.windows(), 0
+        assert kept == whole.windows()[: len(kept)]
+        for window, wanted in zip(whole.windows(), whole.requests(), strict=True):
+            if wanted > epoch.examples - done:
+                break
+            done += sum(window)
+        assert sum(map(sum, kept)) == done
+
+    def test_drop_last_by_hand(self) -> None:
+        # 3 + 4 + 8, and 5 left for a step of 16.
+        schedule = Milestones({0: 3, 1: 4, 2: 8, 3: 16})
+        arguments: dict[str, Any] = {"examples": 20, "largest": 8, "drop_last": True}
+        assert list(plan_windows(schedule, Progress(), **arguments)) == [(3,), (4,), (8,)]
+        assert list(plan_windows(schedule, Progress(step=3), **arguments)) == [(8, 8)]
+        assert list(plan_windows(schedule, Progress(step=3), examples=9, largest=8, drop_last=True)) == []
+
+    def test_waiting_by_hand(self) -> None:
+        # From micro-batch 1 on, 15 in micro-batches of 2 need eight of them: 1, 2 and 4 come first.
+        windows = Epoch(Milestones({0: 1, 1: 15}), Progress(), 45, 2, 1).windows()
+        assert list(map(len, windows)) == [1, 1, 2, 4, 8, 8]
+        assert list(map(sum, windows)) == [1, 2, 4, 8, 15, 15]
+        assert windows[-1] == (1, 2, 2, 2, 2, 2, 2, 2)
+
+    def test_micro_batches_of_one_are_powers_of_two(self) -> None:
+        assert Epoch(ConstantSize(3), Progress(), 5, 1, 1).windows() == [(1, 1), (1, 1), (1,)]
+
+    def test_replicas_share_a_request_rounded_down(self) -> None:
+        assert Epoch(ConstantSize(7), Progress(), 7, 2, 2).windows() == [(1, 2), (1, 2), (1,)]
+        assert Epoch(ConstantSize(3), Progress(), 2, 2, 4).windows() == [(1,), (1,)]
+
+    def test_clocks_begin_where_the_epoch_does(self) -> None:
+        begin = Progress(step=10, examples=100.0, epoch=2.0)
+        by_step = Milestones({0: 50, 10: 2, 11: 3, 12: 5})
+        assert Epoch(by_step, begin, 10, 8, 1).windows() == [(2,), (3,), (5,)]
+        # Every example of a replica is one of each.
+        by_example = Milestones({0: 50, 100: 2, 104: 4, 110: 8}, unit="examples")
+        assert Epoch(by_example, begin, 10, 8, 2).windows() == [(1,), (1,), (2,), (2,), (4,)]
+        by_epoch = Milestones({0: 50, 2: 2, 2.5: 3}, unit="epochs")
+        assert Epoch(by_epoch, begin, 10, 8, 1).windows() == [(2,), (2,), (2,), (3,), (1,)]
+
+    def test_an_epoch_without_examples_has_no_windows(self) -> None:
+        assert Epoch(ConstantSize(7), Progress(), 0, 2, 1).windows() == []
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("largest", 0), ("replicas", 0), ("examples", -1), ("largest", 2.0)]
+    )
+    def test_refuses_bad_numbers(self, name: str, value: Any) -> None:
+        arguments: dict[str, Any] = {"examples": 8, "largest": 2, "replicas": 1} | {name: value}
+        with pytest.raises(ValueError, match=f"{name}={value}: use an int"):
+            list(plan_windows(ConstantSize(7), Progress(), **arguments))
+
+
+def loop_of_lightning(actual: AccumulatedSchedule, steps: int) -> list[int]:
+    """Slow reference: Lightning's two rules, one micro-batch at a time, for the first `steps` steps."""
+    share = None if actual.examples_per_epoch is None else -(-actual.examples_per_epoch // actual.replicas)
+    batches = None if share is None else -(-share // actual.micro_batch_size)
+    sizes: list[int] = []
+    gradient = 0  # examples behind the accumulated gradient; -1 after a step, until it is zeroed
+    batch_idx, accumulation, epoch = 0, 1, 0
+    while len(sizes) < steps:
+        unit = actual.micro_batch_size * actual.replicas
+        if batch_idx % accumulation == 0:
+            now = Progress(len(sizes), sum(sizes), epoch + (batch_idx / batches if batches else 0.0))
+            wanted = accumulation_for(actual.schedule(now), unit, limit=batches)
+            while batch_idx % wanted:
+                wanted //= 2
+            accumulation = wanted
+        if batch_idx % accumulation == 0:
+            gradient = 0
+        assert gradient >= 0, "stepped, and accumulated again without zeroing"
+        in_batch = actual.micro_batch_size
+        if share is not None:
+            in_batch = min(in_batch, share - batch_idx * actual.micro_batch_size)
+        gradient += in_batch * actual.replicas
+        batch_idx += 1
+        if batch_idx % accumulation == 0 or batch_idx == batches:
+            sizes.append(gradient)
+            gradient = -1
+        if batch_idx == batches:
+            batch_idx, epoch = 0, epoch + 1
+    return sizes
+
+
+class TestAccumulatedSchedule:
+    def test_waits_for_alignment_and_steps_at_the_end_of_an_epoch(self) -> None:
+        # Requests 2 2 4 5 8 8 ...; windows begin at micro-batches 0 1 2 4 6 8 12 of 13.
+        actual = AccumulatedSchedule(GeometricRamp(2, 8, 4), micro_batch_size=2, examples_per_epoch=26)
+        assert list(islice(actual.sizes(), 11)) == [2, 2, 4, 4, 4, 8, 2, 8, 8, 8, 2]
+
+    def test_last_micro_batch_may_be_smaller(self) -> None:
+        actual = AccumulatedSchedule(ConstantSize(4), micro_batch_size=2, examples_per_epoch=7)
+        assert list(islice(actual.sizes(), 4)) == [4, 3, 4, 3]
+
+    def test_replicas_share_an_epoch_rounded_up(self) -> None:
+        # 7 examples on 2 replicas: 4 each, two micro-batches of 2.
+        actual = AccumulatedSchedule(GeometricRamp(4, 8, 1), 2, replicas=2, examples_per_epoch=7)
+        assert list(islice(actual.sizes(), 4)) == [4, 4, 8, 8]
+
+    def test_window_is_no_longer_than_the_epoch(self) -> None:
+        actual = AccumulatedSchedule(ConstantSize(64), micro_batch_size=1, examples_per_epoch=6)
+        assert list(islice(actual.sizes(), 4)) == [4, 2, 4, 2]
+
+    def test_without_an_end_a_doubling_waits_for_its_alignment(self) -> None:
+        # Requested at steps 500, 1000, 1500, 2000, which begin at micro-batches 500 (even), 1500 (a
+        # multiple of 4), 3500 (not of 8: one more window of 4) and 7496 (not of 16: one more of 8).
+        sizes = list(islice(AccumulatedSchedule(GeometricRamp(8, 128, 2000), 8).sizes(), 2100))
+        assert [step for step in range(1, 2100) if sizes[step] != sizes[step - 1]] == [500, 1000, 1501, 2001]
+        assert [sizes[step] for step in (0, 500, 1000, 1501, 2001)] == [8, 16, 32, 64, 128]
+
+    def test_clocks_of_examples_and_epochs(self) -> None:
+        by_example = Milestones({0: 2, 6: 4, 11: 8}, unit="examples")
+        # 2 2 2, then 4 from example 6 on: micro-batch 3 is odd. 8 from 11, where micro-batch 6 allows 4.
+        assert list(islice(AccumulatedSchedule(by_example, 2).sizes(), 7)) == [2, 2, 2, 2, 4, 4, 8]
+        by_epoch = Milestones({0: 2, 0.5: 4, 1: 8}, unit="epochs")
+        actual = AccumulatedSchedule(by_epoch, 2, examples_per_epoch=16)
+        assert list(islice(actual.sizes(), 9)) == [2, 2, 2, 2, 4, 4, 8, 8, 8]
+
+    @given(accumulated(), st.integers(1, 60))
+    def test_equals_lightnings_rules_applied_one_by_one(
+        self, actual: AccumulatedSchedule, steps: int
+    ) -> None:
+        assert list(islice(actual.sizes(), steps)) == loop_of_lightning(actual, steps)
+
+    @given(ramps(), st.integers(1, 20), st.integers(1, 3), st.none() | st.integers(1, 2000))
+    def test_never_exceeds_the_request_or_one_micro_batch(
+        self, ramp: GeometricRamp, micro: int, replicas: int, examples: int | None
+    ) -> None:
+        sizes = AccumulatedSchedule(ramp, micro, replicas, examples).sizes()
+        for step, size in enumerate(islice(sizes, 60)):
+            assert 1 <= size <= max(ramp(Progress(step)), micro * replicas)
+
+    @given(ramps(), st.integers(1, 20))
+    def test_only_grows_in_an_endless_epoch(self, ramp: GeometricRamp, micro: int) -> None:
+        sizes = list(islice(AccumulatedSchedule(ramp, micro).sizes(), 300))
+        assert sizes == sorted(sizes)
+        # After the ramp, at most one waiting window per doubling still to come.
+        assert sizes[-1] == micro * accumulation_for(ramp.end, micro)
+
+    @pytest.mark.parametrize("name", ["micro_batch_size", "replicas", "examples_per_epoch"])
+    @pytest.mark.parametrize("value", [0, 2.0, True])
+    def test_refuses_sizes_that_are_not_positive(self, name: str, value: Any) -> None:
+        arguments: dict[str, Any] = {"micro_batch_size": 1, "replicas": 1, "examples_per_epoch": 1} | {
+            name: value
+        }
+        with pytest.raises(ValueError, match=f"{name}={value}: use an int"):
+            AccumulatedSchedule(GeometricRamp(1, 2, 3), **arguments)
+
+
+def plans(actual: SampledSchedule, num_epochs: int) -> list[list[int]]:
+    """Slow reference: the plans of so many epochs, each beginning where the one before ended."""
+    share = -(-actual.examples_per_epoch // actual.replicas)
+    plans: list[list[int]] = []
+    for epoch in range(num_epochs):
+        done = [size for plan in plans for size in plan]
+        begin = Progress(len(done), sum(done), float(epoch))
+        windows = plan_windows(
+            actual.schedule,
+            begin,
+            examples=share,
+            largest=actual.largest_micro_batch,
+            replicas=actual.replicas,
+            drop_last=actual.drop_last,
+        )
+        plans.append([sum(window) * actual.replicas for window in windows])
+    return plans
+
+
+class TestSampledSchedule:
+    @given(sampled(), st.integers(1, 4))
+    def test_equals_the_plans_of_its_epochs(self, actual: SampledSchedule, num_epochs: int) -> None:
+        expected = [size for plan in plans(actual, num_epochs) for size in plan]
+        assert list(islice(actual.sizes(), len(expected))) == expected
+
+    @given(sampled())
+    def test_and_so_it_does_with_drop_last(self, actual: SampledSchedule) -> None:
+        actual = SampledSchedule(**vars(actual) | {"drop_last": True})
+        expected = []
+        for plan in plans(actual, 3):
+            if not plan:
+                with pytest.raises(ValueError, match="which drop_last leaves without one"):
+                    list(islice(actual.sizes(), len(expected) + 1))
+                break
+            expected += plan
+        assert list(islice(actual.sizes(), len(expected))) == expected
+
+    @given(
+        st.integers(2, 8),
+        st.integers(0, 4),
+        st.dictionaries(st.integers(1, 60), st.integers(0, 4), max_size=5),
+        st.integers(0, 40),
+        st.integers(1, 2),
+    )
+    def test_is_what_accumulation_gives_for_sizes_that_it_can_give(
+        self, micro: int, first: int, later: dict[int, int], more: int, replicas: int
+    ) -> None:
+        unit = micro * replicas
+        doublings = {0: first} | later
+        schedule = Milestones({step: unit * 2**power for step, power in doublings.items()})
+        # No window is longer than an epoch, which holds whole micro-batches.
+        examples = unit * (16 + more)
+        accumulating = AccumulatedSchedule(schedule, micro, replicas, examples)
+        sampling = SampledSchedule(schedule, micro, examples, replicas)
+        assert list(islice(accumulating.sizes(), 80)) == list(islice(sampling.sizes(), 80))
+
+    def test_by_hand(self) -> None:
+        # 7 examples on 2 replicas: 4 each. Requests 2, 4, 6, ...: 1 + 2 + 1 of 3, then 4 of 4.
+        actual = SampledSchedule(LinearRamp(2, 20, 9), 3, examples_per_epoch=7, replicas=2)
+        assert list(islice(actual.sizes(), 5)) == [2, 4, 2, 8, 8]
+
+    def test_an_epoch_without_a_step_would_never_end(self) -> None:
+        actual = SampledSchedule(LinearRamp(5, 9, 2), 3, examples_per_epoch=8, drop_last=True)
+        with pytest.raises(
+            ValueError, match=r"examples_per_epoch=8, .* use smaller batches or drop_last=False"
+        ):
+            list(islice(actual.sizes(), 3))
+
+    @pytest.mark.parametrize("name", ["largest_micro_batch", "replicas", "examples_per_epoch"])
+    @pytest.mark.parametrize("value", [0, 2.0, True, None])
+    def test_refuses_sizes_that_are_not_positive(self, name: str, value: Any) -> None:
+        arguments = {"largest_micro_batch": 1, "replicas": 1, "examples_per_epoch": 1} | {name: value}
+        with pytest.raises(ValueError, match=f"{name}={value}: use an int"):
+            SampledSchedule(ConstantSize(1), **arguments)
+
+
+REPLAYS: list[Replay] = [
+    AccumulatedSchedule(LinearRamp(2, 8, 3, unit="epochs"), 2, examples_per_epoch=16),
+    SampledSchedule(LinearRamp(2, 8, 3, unit="examples"), 2, examples_per_epoch=16),
+]
+
+
+class TestReplays:
+    @pytest.mark.parametrize("replay", REPLAYS)
+    def test_are_values(self, replay: Any) -> None:
+        other = pickle.loads(pickle.dumps(replay))
+        assert (other, hash(other)) == (replay, hash(replay))
+        with pytest.raises(FrozenInstanceError):
+            replay.replicas = 2
+
+    def test_numpy_integers_become_plain(self) -> None:
+        one, two, eight = np.int64(1), np.int32(2), np.uint8(8)
+        replays: list[Any] = [
+            AccumulatedSchedule(ConstantSize(4), two, one, eight),
+            SampledSchedule(ConstantSize(4), two, eight, one),
+        ]  # type: ignore[arg-type]
+        for replay in replays:
+            sizes = list(islice(replay.sizes(), 3))
+            assert {type(number) for number in (replay.replicas, replay.examples_per_epoch, *sizes)} == {int}
+
+    @pytest.mark.parametrize("replay", REPLAYS)
+    def test_can_be_replayed_again(self, replay: Replay) -> None:
+        assert list(islice(replay.sizes(), 20)) == list(islice(replay.sizes(), 20))
+
+
+class StandsStill(Schedule):
+    @property
+    def named_sizes(self) -> dict[str, int]:
+        return {}
+
+    def __call__(self, progress: Progress, /) -> int:
+        return 1 - progress.step
+
+
+class Exhausted:
+    def sizes(self) -> Iterator[int]:
+        return iter([4, 0])
+
+
+class TestTotals:
+    def test_by_hand(self) -> None:
+        ramp = GeometricRamp(2, 8, 2)  # 2 4 8 8 ...
+        assert [total_examples(ramp, steps) for steps in range(5)] == [0, 2, 6, 14, 22]
+        assert [total_steps(ramp, examples) for examples in (0, 1, 2, 3, 6, 7, 22)] == [0, 1, 1, 2, 2, 3, 4]
+
+    def test_on_the_clock_of_examples_by_hand(self) -> None:
+        ramp = LinearRamp(2, 10, duration=8, unit="examples")  # 2 at 0, 4 at 2, 8 at 6, 10 from 8 on
+        assert [total_examples(ramp, steps) for steps in range(6)] == [0, 2, 6, 14, 24, 34]
+        assert total_steps(ramp, 15) == 4
+
+    def test_on_the_clock_of_epochs_by_hand(self) -> None:
+        ramp = LinearRamp(2, 8, duration=1, unit="epochs")
+        # 2, then at 2/12, 5/12 and 9/12 of the epoch: 3, 4, and the rest of 3.
+        actual = SampledSchedule(ramp, 8, examples_per_epoch=12)
+        assert list(islice(actual.sizes(), 7)) == [2, 3, 4, 3, 8, 4, 8]
+        assert (total_steps(actual, 24), total_examples(actual, 6)) == (6, 24)
+
+    @pytest.mark.parametrize(
+        "schedule", [ConstantSize(4, unit="epochs"), Phases([Phase(0, None, ConstantSize(4))], "epochs")]
+    )
+    def test_refuse_epochs_of_unknown_length(self, schedule: Schedule) -> None:
+        message = r"steps or examples, got unit='epochs'.*AccumulatedSchedule or a SampledSchedule"
+        with pytest.raises(ValueError, match=message):
+            total_steps(schedule, 100)
+        with pytest.raises(ValueError, match=message):
+            total_examples(schedule, 100)
+        assert total_steps(SampledSchedule(schedule, 8, 16), 100) == 25
+
+    @given(ramps() | schedules(["steps", "examples"]) | accumulated() | sampled(), st.integers(1, 100))
+    def test_are_inverse_to_each_other(self, schedule: Schedule | Replay, steps: int) -> None:
+        examples = total_examples(schedule, steps)
+        assert total_steps(schedule, examples) == steps
+        assert total_steps(schedule, examples + 1) == steps + 1
+
+    @given(ramps() | schedules(["steps", "examples"]) | accumulated() | sampled(), st.integers(1, 5000))
+    def test_is_the_first_step_that_reaches_the_budget(
+        self, schedule: Schedule | Replay, examples: int
+    ) -> None:
+        steps = total_steps(schedule, examples)
+        assert total_examples(schedule, steps - 1) < examples <= total_examples(schedule, steps)
+
+    @given(schedules(["steps", "examples"]), st.integers(0, 60))
+    def test_of_requests_are_their_sum(self, schedule: Schedule, steps: int) -> None:
+        examples = 0
+        for step in range(steps):
+            examples += schedule(Progress(step, examples))
+        assert total_examples(schedule, steps) == examples
+
+    @given(accumulated() | sampled(), st.integers(1, 3))
+    def test_whole_epochs_end_with_a_step(
+        self, actual: AccumulatedSchedule | SampledSchedule, epochs: int
+    ) -> None:
+        if actual.examples_per_epoch is not None:
+            # A DistributedSampler repeats examples so that every replica gets equally many.
+            padded = -(-actual.examples_per_epoch // actual.replicas) * actual.replicas
+            assert total_examples(actual, total_steps(actual, epochs * padded)) == epochs * padded
+
+    @pytest.mark.parametrize("value", [-1, 1.5, True])
+    def test_refuse_bad_counts(self, value: object) -> None:
+        with pytest.raises(ValueError, match=f"examples={value}"):
+            total_steps(GeometricRamp(1, 2, 3), value)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"steps={value}"):
+            total_examples(GeometricRamp(1, 2, 3), value)  # type: ignore[arg-type]
+
+    def test_refuse_a_schedule_that_stands_still(self) -> None:
+        with pytest.raises(ValueError, match=r"schedule at step 1=0"):
+            total_steps(StandsStill(), examples=5)
+        with pytest.raises(ValueError, match=r"schedule at step 1=0"):
+            total_steps(Exhausted(), examples=5)
+
+    @pytest.mark.parametrize("schedule", [FollowPeak(4, 16), lambda step: 4, 4])
+    def test_refuse_what_cannot_be_counted(self, schedule: Any) -> None:
+        with pytest.raises(ValueError, match=r"got .*: only sizes known beforehand can be counted"):
+            total_steps(schedule, examples=5)
