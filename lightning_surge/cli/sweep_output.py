@@ -1,101 +1,119 @@
-"""What a sweep answers: its plan beforehand, the best learning rates afterwards."""
+"""What a sweep says: its plan beforehand, its progress, the best learning rates afterwards."""
 
 from __future__ import annotations
 
+import argparse
+import csv
 import json
+import os
 import shlex
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_surge.cli.command import CommandError
-from lightning_surge.sweep.cells import Grid, Record, SweepSettings
-from lightning_surge.sweep.grid import Best, accumulation_for, best_lr
-from lightning_surge.sweep.table import SweepTable
+from lightning_surge.sweep.cells import Cell, Outcome, SweepSettings
+from lightning_surge.sweep.grid import Best, Grid, accumulation_for, best_lr, seconds_left
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
     from lightning_surge.sweep.config import TrainingConfig
-import time
-from collections.abc import Mapping
-from typing import TextIO
 
-from lightning_surge.sweep.cells import Cell
-from lightning_surge.sweep.grid import remaining_seconds
-
-__all__ = ["SweepProgress", "duration", "print_plan", "print_result"]
+__all__ = ["Progress", "print_plan", "print_result", "write_table"]
 
 
-def print_plan(settings: SweepSettings, grid: Grid, training: TrainingConfig, table: SweepTable) -> None:
-    """Print what would run.
-
-    Args:
-        settings: of the sweep.
-        grid: of the sweep.
-        training: what the configuration says.
-        table: with the cells that are finished.
-    """
-    done = {record.cell for record in table.records}
-    cells = grid.cells()
+def print_plan(
+    options: argparse.Namespace,
+    settings: SweepSettings,
+    grid: Grid,
+    training: TrainingConfig,
+    done: Collection[Cell],
+) -> None:
+    """Print what would run, as text or JSON; `done` are the cells that have ended."""
+    cells, rows = grid.cells(), []
+    for size in grid.batch_sizes:
+        parts = accumulation_for(size, largest=settings.max_micro_batch_size, replicas=settings.replicas)
+        rows.append(
+            {
+                "batch_size": size,
+                "micro_batch": size // (parts * settings.replicas),
+                "accumulated": parts,
+                "steps": settings.steps_of(size),
+                "examples": settings.examples_of(size),
+            }
+        )
+    plan = {
+        "batch_size_key": settings.batch_size_key,
+        "lr_key": settings.lr_key,
+        "lrs": grid.lrs,
+        "seeds": grid.seeds,
+        "without": training.left_out,
+        "batch_sizes": rows,
+        "cells": len(cells),
+        "finished": len(set(cells).intersection(done)),
+        "table": str(options.output),
+        "study": options.study,
+    }
+    if options.json:
+        print(json.dumps(plan, indent=1))
+        return
     print(f"batch size: {settings.batch_size_key}, learning rate: {settings.lr_key}")
     print(f"learning rates: {', '.join(f'{lr:g}' for lr in grid.lrs)}")
     print(f"seeds: {', '.join(map(str, grid.seeds))}")
     if training.left_out:
         print(f"without: {', '.join(training.left_out)}")
     print(f"{'batch size':>10}  {'micro-batch':>11}  {'accumulated':>11}  {'steps':>8}  {'examples':>10}")
-    for size in grid.batch_sizes:
-        parts = accumulation_for(size, largest=settings.max_micro_batch_size, replicas=settings.replicas)
-        micro = size // (parts * settings.replicas)
-        print(
-            f"{size:>10}  {micro:>11}  {parts:>11}  {settings.steps_of(size):>8}  "
-            f"{settings.examples_of(size):>10}"
-        )
-    print(f"{len(cells)} cells, {len(done.intersection(cells))} of them finished; table: {table.path}")
+    for row in rows:
+        print("{:>10}  {:>11}  {:>11}  {:>8}  {:>10}".format(*row.values()))
+    print(f"{plan['cells']} cells, {plan['finished']} of them finished; table: {options.output}")
 
 
-def print_result(table: Path, settings: SweepSettings, records: Sequence[Record], *, as_json: bool) -> None:
-    """Print the best learning rate of every batch size, and what to do next.
-
-    Args:
-        table: path of the table.
-        settings: of the sweep.
-        records: finished cells.
-        as_json: for programs.
+def print_result(
+    table: Path, settings: SweepSettings, records: Mapping[Cell, Outcome], *, as_json: bool
+) -> None:
+    """Print the best learning rate of every batch size, how many cells failed, and what to do next.
 
     Raises:
         CommandError: if no cell gave a loss.
     """
-    best = [
-        found
+    sizes = sorted({cell.batch_size for cell in records})
+    found = [
+        best_lr(records, size, target, maximize=settings.maximize)
         for target in settings.targets or (None,)
-        for size in sorted({record.cell.batch_size for record in records})
-        if (found := best_lr(records, size, target)) is not None
+        for size in sizes
     ]
+    best = [each for each in found if each is not None]
+    statuses = Counter(outcome.status for outcome in records.values())
+    failed = {status: n for status, n in sorted(statuses.items()) if status not in ("finished", "diverged")}
+    reasons = sorted({outcome.message for outcome in records.values() if outcome.message})[:3]
     if not best:
-        reasons = sorted({record.outcome.message for record in records if record.outcome.message})
-        diverged = any(record.outcome.status == "diverged" for record in records)
+        remedy = "put that right, and pass --retry-failed."
+        if statuses["diverged"]:
+            remedy = "use smaller learning rates."
         raise CommandError(
-            f"Expected cells that finish, got none of {len(records)}, see {table} "
-            f"({'; '.join(reasons[:3])}): "
-            + ("use smaller learning rates." if diverged else "put that right, and pass --retry-failed.")
+            f"Expected cells that finish, got none of {len(records)}, see {table} ({'; '.join(reasons)}): {remedy}"
         )
-    fit = shlex.join(["lightning-surge", "fit", str(table)])
+    fit = ["lightning-surge", "fit", str(table), *(["--maximize"] if settings.maximize else [])]
     if as_json:
-        print(json.dumps(_as_json(table, best, records, fit), indent=1))
+        answer = {
+            "table": str(table),
+            "cells": dict(sorted(statuses.items())),
+            "failed": sum(failed.values()),
+            "best": [entry._asdict() for entry in best],
+            "fit": shlex.join(fit),
+        }
+        print(json.dumps(answer, indent=1))
         return
     print(f"table: {table}")
     for line in _best_lines(best):
         print(line)
-    print(f"next: {fit}")
-
-
-def _as_json(table: Path, best: Sequence[Best], records: Sequence[Record], fit: str) -> dict[str, Any]:
-    statuses = [record.outcome.status for record in records]
-    return {
-        "table": str(table),
-        "cells": {status: statuses.count(status) for status in sorted(set(statuses))},
-        "best": [entry._asdict() for entry in best],
-        "fit": fit,
-    }
+    if failed:
+        kinds = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in failed.items())
+        print(f"without a loss: {kinds} of {len(records)} cells; --retry-failed runs them again")
+    print(f"next: {shlex.join(fit)}")
 
 
 def _best_lines(best: Sequence[Best]) -> list[str]:
@@ -112,80 +130,65 @@ def _best_lines(best: Sequence[Best]) -> list[str]:
     return lines
 
 
-REDRAW = 1.0  # seconds
-
-
-def duration(seconds: float) -> str:
-    """For people.
-
-    Example:
-        >>> duration(42), duration(600), duration(9000)
-        ('42 s', '10 min', '2.5 h')
-    """
+def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-class SweepProgress:
-    """A line for every finished cell; on a terminal also one that is redrawn, with the time left.
+class Progress:
+    """A line for every cell that ends, with the time left; and the table, written anew each time.
 
     Args:
-        stream: usually standard error.
-        examples: of a cell, by batch size.
-        processes: cells that run at a time.
+        ended: cells of former runs.
+        table: path of the table.
     """
 
-    def __init__(self, stream: TextIO, examples: Mapping[int, int], *, processes: int) -> None:
-        self._stream = stream
-        self._examples = examples
-        self._processes = processes
-        self._terminal = stream.isatty()
-        self._records: list[Record] = []  # of this run: former ones may come from another machine
-        self._running: dict[Cell, float] = {}
-        self._waiting: Sequence[Cell] = ()
-        self._drawn = ""
-        self._drawn_at = 0.0
+    def __init__(self, ended: Collection[Cell], table: Path) -> None:
+        self._ended = set(ended)
+        self._table = table
+        self._said = ""
+        self._written = False
 
     def say(self, text: str) -> None:
-        """One line."""
-        self._clear()
-        print(text, file=self._stream, flush=True)
+        """One line, once."""
+        if text != self._said:
+            print(text, file=sys.stderr, flush=True)
+        self._said = text
 
-    def watch(self, running: Mapping[Cell, float], waiting: Sequence[Cell]) -> None:
-        """Take note of what runs and what waits."""
-        self._running, self._waiting = dict(running), waiting
-        if self._terminal and time.monotonic() - self._drawn_at > REDRAW:
-            self._clear()
-            self._drawn_at = time.monotonic()
-            self._drawn = f"{len(self._running)} cells run, {self._left()}"
-            self._stream.write(self._drawn)
-            self._stream.flush()
+    def look(self, records: Mapping[Cell, Outcome], trials: Mapping[Cell, FrozenTrial]) -> None:
+        """Take note of what the cells have said, and of all their trials."""
+        new = [cell for cell in records if cell not in self._ended]
+        if new or not self._written:
+            write_table(self._table, trials.values())
+            self._written = True
+        left = [cell for cell, trial in trials.items() if not trial.state.is_finished()]
+        running = sum(trial.state.name == "RUNNING" for trial in trials.values())
+        for cell in new:
+            self._ended.add(cell)
+            outcome = records[cell]
+            said = (
+                f"loss {outcome.loss:.5g}" if outcome.loss is not None else outcome.status.replace("_", " ")
+            )
+            said += f" ({outcome.message})" if outcome.message else ""
+            seconds = seconds_left(records, left, running)
+            about = f", about {_duration(seconds)}" if left and seconds is not None else ""
+            self.say(
+                f"{cell.name}: {said}, {_duration(outcome.seconds)}; {len(records)} done, "
+                f"{len(left) or 'none'} left{about}"
+            )
 
-    def finished(self, record: Record) -> None:
-        """Take note of a finished cell."""
-        self._records.append(record)
-        self._running.pop(record.cell, None)
-        cell, outcome = record
-        said = f"loss {outcome.loss:.5g}" if outcome.loss is not None else outcome.status.replace("_", " ")
-        if outcome.message:
-            said += f" ({outcome.message})"
-        self.say(f"{cell.name}: {said}, {duration(outcome.seconds)}; {self._left()}")
 
-    def _left(self) -> str:
-        left = dict(self._running) | dict.fromkeys(self._waiting, 0.0)
-        if not left:
-            return f"{len(self._records)} done, none left"
-        seconds = remaining_seconds(self._records, left, self._examples, self._processes)
-        about = "" if seconds is None else f", about {duration(seconds)}"
-        return f"{len(self._records)} done, {len(left)} left{about}"
+def write_table(path: Path, trials: Iterable[FrozenTrial]) -> None:
+    """Write the table of a study; a reader sees the old one or the new one."""
+    from lightning_surge.tables.study import COLUMNS, study_rows
 
-    def _clear(self) -> None:
-        if self._drawn:
-            self._stream.write("\r" + " " * len(self._drawn) + "\r")
-            self._drawn = ""
-
-    def close(self) -> None:
-        """Leave the terminal clean."""
-        self._clear()
-        self._stream.flush()
+    rows = study_rows(trials)
+    columns = [name for name in COLUMNS if name != "target" or (rows and name in rows[0])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(draft, path)
