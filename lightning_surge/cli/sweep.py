@@ -8,7 +8,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_surge.cli.command import Command, CommandError
 from lightning_surge.cli.sweep_output import Progress, print_plan, print_result
@@ -28,6 +28,10 @@ __all__ = ["SWEEP"]
 REFINEMENTS = 4
 # Validations per cell: with targets, what is between two of them is interpolated.
 CHECKS, CHECKS_WITH_TARGETS = 10, 50
+LEAST = {
+    "seeds": 1, "examples": 1, "steps": 1, "checks": 1, "smoothing": 0, "max_micro_batch_size": 1,
+    "replicas": 1, "refine": 0, "processes": 0,
+}  # fmt: skip
 
 EXAMPLES = """examples:
   lightning-surge sweep --config run.yaml --batch-sizes 16 64 256 --lrs 1e-4:1e-1:7 --examples 500000
@@ -35,20 +39,14 @@ EXAMPLES = """examples:
       --examples 500000 --target-loss 0.5 0.3 --processes 2 --output sweep.csv
   lightning-surge sweep ... --dry-run      what would run, and with which keys
 
-The same command goes on where it was stopped, by Ctrl-C or by a kill; started twice, also on another
-machine with --study URL, it shares the cells out."""
+The same command goes on where it was stopped, by Ctrl-C or by a kill. Started several times, with
+--study URL on several machines, it shares the cells out. Exit status: 1 if cells failed."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    several: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY"}
     add = parser.add_argument
-    add(
-        "--config",
-        dest="configs",
-        action="append",
-        required=True,
-        metavar="FILE",
-        help="of LightningCLI; may be repeated",
-    )
+    add("--config", dest="configs", action="append", required=True, metavar="FILE", help="of LightningCLI")
     add("--batch-sizes", nargs="+", required=True, metavar="B", help="examples per step, or first:last:count")
     add("--lrs", nargs="+", required=True, metavar="LR", help="learning rates, or first:last:count")
     add("--seeds", type=int, default=1, metavar="N", help="seeds per cell, from that of the configuration on")
@@ -60,52 +58,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-loss", dest="targets", nargs="+", default=[], metavar="L", help="record when it is reached")
     add("--stop-at-target", action="store_true", help="end a cell when it has reached all of them")
     add("--checks", type=int, metavar="N", help="validations per cell (10; 50 with targets)")
-    add(
-        "--smoothing",
-        type=float,
-        metavar="N",
-        help="examples a training loss is averaged over (1/50 of a cell)",
-    )
-    add(
-        "--refine",
-        nargs="?",
-        type=int,
-        const=REFINEMENTS,
-        default=0,
-        metavar="N",
-        help=f"add up to N ({REFINEMENTS}) learning rates where the best one is at the edge",
-    )
+    add("--smoothing", type=float, metavar="N", help="examples to average a training loss over (1/50 cell)")
+    add("--refine", nargs="?", type=int, const=REFINEMENTS, default=0, metavar="N",
+        help=f"add up to N ({REFINEMENTS}) learning rates where the best one is at the edge")  # fmt: skip
     add = parser.add_argument_group("the configuration").add_argument
     add("--batch-size-key", metavar="KEY", help="where it has the DataLoader's batch size")
     add("--lr-key", metavar="KEY", help="where it has the learning rate")
-    add(
-        "--steps-key",
-        dest="steps_keys",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="also gets the steps of the cell",
-    )
-    add(
-        "--examples-key",
-        dest="examples_keys",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="also gets the examples of the cell",
-    )
-    add(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="for every cell",
-    )
-    add(
-        "--max-micro-batch-size", type=int, metavar="N", help="what fits into memory; the rest is accumulated"
-    )
+    add("--steps-key", dest="steps_keys", **several, help="also gets the steps of the cell")
+    add("--examples-key", dest="examples_keys", **several, help="also gets the examples of the cell")
+    add("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--max-micro-batch-size", type=int, metavar="N", help="what fits into memory; more is accumulated")
     add("--replicas", type=int, default=1, metavar="N", help="data-parallel replicas of the Trainer")
     add("--batch-size-fn", metavar="PATH", help="function that counts the examples in a batch")
     add("--model-class", metavar="PATH", help="where `model` has no class_path")
@@ -120,11 +82,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--devices", nargs="+", metavar="ID", help="CUDA devices to share out among the processes")
     add("--output", type=Path, default=Path("sweep.csv"), metavar="FILE", help="table, default %(default)s")
-    add(
-        "--study",
-        metavar="FILE|URL",
-        help="Optuna's journal or database, default sweep.study.log beside the table",
-    )
+    add("--study", metavar="FILE|URL", help="of Optuna: journal (sweep.study.log) or database")
     add("--extend", action="store_true", help="the study exists and gets another grid")
     add("--retry-failed", action="store_true", help="run again what was killed, failed or out of memory")
     add("--dry-run", action="store_true", help="say what would run")
@@ -132,35 +90,40 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int | None:
-    options.study = options.study or str(options.output.with_suffix(".study.log"))
+    output = options.output
+    options.study = options.study or str(output.with_suffix(".study.log"))
     try:
         settings, grid, training = _with_config(*_checked(options), options)
         from lightning_surge.sweep.study import SweepStudy
 
-        exists = "://" in options.study or Path(options.study).exists()
+        exists = Path(options.study.removeprefix("sqlite:///")).exists()
         if options.dry_run:
-            study = SweepStudy(options.study, options.output.stem) if exists else None
-            print_plan(options, settings, grid, training, study.trials() if study else {})
+            done: dict[Cell, Outcome] = {}
+            if exists:
+                study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
+                study.begin(settings, grid.cells(), extend=options.extend, dry=True)
+                done = study.records()
+            print_plan(options, settings, grid, training, done)
             return None
-        if options.output.exists() and not exists:
+        if output.exists() and not exists and "://" not in options.study:
             raise SweepError(
-                f"Expected {options.output} to be new, got a file whose study {options.study} is missing: choose "
-                "another --output."
+                f"Expected {output} to be new, got a file without its study {options.study}: choose another "
+                "--output."
             )
-        study = SweepStudy(options.study, options.output.stem, maximize=settings.maximize)
+        study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
         study.begin(settings, grid.cells(), extend=options.extend)
         records = _sweep(options, settings, grid, training, study)
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
         raise CommandError(
-            "Expected Optuna, which keeps the sweep, got an environment without it: "
-            "pip install 'lightning-surge[sweep]'."
+            "Expected Optuna, which keeps the study, got an environment without it: pip install "
+            "'lightning-surge[sweep]'."
         ) from error
     except (SweepError, ValueError, OSError) as error:
         raise CommandError(str(error)) from error
-    print_result(options.output, settings, records, as_json=options.json)
-    return int(any(not outcome.is_answer for outcome in records.values()))
+    print_result(output, settings, records, as_json=options.json)
+    return int(not all(outcome.is_answer for outcome in records.values()))
 
 
 def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
@@ -169,26 +132,15 @@ def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
         options.processes = len(options.devices or "1")
     if options.checks is None:
         options.checks = CHECKS_WITH_TARGETS if options.targets else CHECKS
-    for name in (
-        "seeds",
-        "examples",
-        "steps",
-        "checks",
-        "max_micro_batch_size",
-        "replicas",
-        "refine",
-        "processes",
-    ):
-        value, least = getattr(options, name), 0 if name in ("refine", "processes") else 1
+    for name, least in LEAST.items():
+        value = getattr(options, name)
         if value is not None and not least <= value < 1e15:
             raise ValueError(f"Expected --{name.replace('_', '-')} of at least {least}, got {value:g}.")
-    if options.smoothing is not None and not 0 < options.smoothing < float("inf"):
-        raise ValueError(f"Expected --smoothing of more than 0 examples, got {options.smoothing:g}.")
     if options.stop_at_target and not options.targets:
         raise ValueError("Expected --target-loss with --stop-at-target, got none.")
-    options.examples = None if options.examples is None else round(options.examples)
     targets = {float(part) for word in options.targets for part in word.split(",")}
     options.targets = sorted(targets, reverse=not options.maximize)
+    options.examples = None if options.examples is None else round(options.examples)
     sizes = tuple(int(size) for size in parse_numbers(options.batch_sizes, "--batch-sizes", whole=True))
     for size in sizes:
         accumulation_for(size, largest=options.max_micro_batch_size, replicas=options.replicas)
@@ -197,7 +149,7 @@ def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
             f"Expected at least one step per cell, got --examples {options.examples} and a batch size of "
             f"{sizes[-1]}: use more examples."
         )
-    names = [field.name for field in fields(SweepSettings) if hasattr(options, field.name)]
+    names = [field.name for field in fields(SweepSettings) if getattr(options, field.name, None) is not None]
     settings = SweepSettings.from_json({name: getattr(options, name) for name in names})
     return settings, Grid(sizes, parse_numbers(options.lrs, "--lrs"), tuple(range(options.seeds)))
 
@@ -241,16 +193,17 @@ def _sweep(
     training: TrainingConfig,
     study: SweepStudy,
 ) -> dict[Cell, Outcome]:
+    from optuna.storages._heartbeat import get_heartbeat_thread
+
     from lightning_surge.sweep.run import CellProcess, run_cells
 
     ended = study.records()
-    progress = Progress(ended, options.output)
+    progress = Progress(options.output, ended)
     progress.say(f"batch size: {settings.batch_size_key}, learning rate: {settings.lr_key}")
     if training.left_out:
         progress.say(f"cells go without {', '.join(training.left_out)} of the configuration")
     if ended:
         progress.say(f"{len(ended)} finished cells found in {options.study}")
-    logs = options.output.with_suffix(".logs")
 
     def start(trial: FrozenTrial, slot: int) -> CellProcess | None:
         cell = Cell(**trial.params)
@@ -259,7 +212,8 @@ def _sweep(
 
             outcome = None
             try:
-                with redirect_stdout(sys.stderr):  # standard output is for the result
+                # Standard output is for the result.
+                with get_heartbeat_thread(trial._trial_id, study.storage), redirect_stdout(sys.stderr):
                     outcome = run_cell(settings, cell)
             finally:
                 study.tell(trial._trial_id, outcome)
@@ -270,21 +224,19 @@ def _sweep(
         if "OMP_NUM_THREADS" not in os.environ:
             # Cells that run side by side would otherwise each take all cores.
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.processes))
-        order = {
-            "where": options.study, "name": options.output.stem, "trial": trial._trial_id,
-            "settings": asdict(settings), "cell": cell,
-        }  # fmt: skip
-        return CellProcess(order, logs / f"trial-{trial.number}.log", environment)
+        order = {"where": options.study, "name": options.output.stem, "trial": trial._trial_id}
+        log = options.output.with_suffix(".logs") / f"trial-{trial.number}.log"
+        return CellProcess(order | {"settings": asdict(settings), "cell": cell}, log, environment)
 
-    wanted = dict(refine=options.refine, targets=settings.targets, maximize=settings.maximize)
-    failed = [cell for cell, outcome in ended.items() if not outcome.is_answer]
     try:
         return run_cells(
             study,
-            lambda records: planned(grid, records, **wanted),
+            lambda records: planned(
+                grid, records, refine=options.refine, targets=settings.targets, maximize=settings.maximize
+            ),
             start,
             slots=max(1, options.processes),
-            again=failed if options.retry_failed else (),
+            again=[c for c, outcome in ended.items() if options.retry_failed and not outcome.is_answer],
             look=progress.look,
             say=progress.say,
         )

@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["Cell", "Outcome", "Reached", "Status", "SweepError", "SweepSettings"]
-
-Status = Literal["finished", "diverged", "out_of_memory", "killed", "failed"]
-"""How a cell ended. Diverged: its loss became infinite or NaN. Killed: by a signal from outside."""
+__all__ = ["Cell", "Outcome", "Reached", "SweepError", "SweepSettings"]
 
 
 class SweepError(Exception):
@@ -18,20 +15,13 @@ class SweepError(Exception):
 
 
 class Cell(NamedTuple):
-    """One training run: examples per optimizer step, learning rate of the configuration, seed.
-
-    Example:
-        >>> Cell(16, 1e-3, 0).name
-        'batch_size=16 lr=0.001 seed=0'
-    """
+    """One training run: examples per optimizer step, learning rate of the configuration, seed."""
 
     batch_size: int
     lr: float
     seed: int
 
-    @property
-    def name(self) -> str:
-        """For progress lines."""
+    def __str__(self) -> str:
         return f"batch_size={self.batch_size} lr={self.lr:g} seed={self.seed}"
 
 
@@ -48,7 +38,7 @@ class Outcome:
     """What a cell said.
 
     Attributes:
-        status: how it ended.
+        status: how it ended. Diverged: its loss became infinite or NaN. Killed: by a signal from outside.
         loss: value of the metric at its end; None unless finished.
         steps: optimizer steps taken.
         examples: examples behind them, as counted.
@@ -57,7 +47,7 @@ class Outcome:
         seconds: wall time, with the start of its process.
     """
 
-    status: Status
+    status: Literal["finished", "diverged", "out_of_memory", "killed", "failed"]
     loss: float | None = None
     steps: int = 0
     examples: int = 0
@@ -79,31 +69,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What is the same in all cells and shapes what they say.
+    """What is the same in all cells; the options of `lightning-surge sweep`, whose `--help` explains them.
 
     Attributes:
-        configs: paths of the configuration files, later ones on top.
-        config_digest: digest of what they say, with all defaults.
-        files_digest: digest of the files as they are, to notice an edit while the sweep runs.
-        batch_size_key: key of the configuration for the examples per micro-batch.
-        lr_key: key of the configuration for the learning rate.
-        steps_keys: further keys that get the optimizer steps of the cell.
-        examples_keys: further keys that get its examples.
-        overrides: further `key=value` for every cell.
-        examples: examples per cell; None if `steps` is given.
-        steps: optimizer steps per cell; None if `examples` is given.
-        metric: name of the loss.
-        maximize: whether larger values of the metric are better.
+        config_digest: digest of what the configuration says, with all defaults.
+        files_digest: digest of its files as they are, to notice an edit while the sweep runs.
         targets: losses whose first reaching is recorded, easiest first.
-        stop_at_target: whether a cell ends when it has reached all of them.
-        checks: validations per cell.
-        smoothing: examples over which a training loss is averaged; None for a fiftieth of the cell's.
-        max_micro_batch_size: examples that fit into memory; None for any number.
-        replicas: data-parallel replicas of each cell.
-        batch_size_fn: dotted path of a function that counts the examples in a batch; None for the default.
-        model_class: dotted path, for configurations without a `class_path` of the model.
-        data_class: the same for the data.
-        cli_class: dotted path of an own LightningCLI.
     """
 
     configs: tuple[str, ...]
@@ -129,6 +100,12 @@ class SweepSettings:
     data_class: str | None = None
     cli_class: str | None = None
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SweepSettings:
+        """The settings that `dataclasses.asdict` was asked for, as JSON keeps them."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
+
     def steps_of(self, batch_size: int) -> int:
         """Optimizer steps of a cell: as many as take its examples, rounded, at least one.
 
@@ -148,9 +125,3 @@ class SweepSettings:
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists, as a study gives them back
         del values["configs"], values["files_digest"]
         return values
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> SweepSettings:
-        """The settings that `dataclasses.asdict` was asked for, as JSON keeps them."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import yaml
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -177,8 +177,8 @@ def _parse(settings: SweepSettings, arguments: Sequence[str]) -> tuple[Any, str]
             raise
         if not (settings.cli_class or settings.model_class or _names_a_model(settings)):
             raise SweepError(
-                "Expected the configuration to name the class of the model, got none with a class_path: where "
-                "main.py has LightningCLI(Model, Data), pass --model-class package.Model --data-class "
+                "Expected the configuration to name the class of the model, got no class_path: where main.py "
+                "has LightningCLI(Model, Data), pass --model-class package.Model --data-class "
                 "package.Data."
             ) from error
         raise SweepError(

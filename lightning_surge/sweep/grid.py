@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from lightning_surge.sweep.cells import Cell, Outcome
 
@@ -18,12 +18,7 @@ WORST = (math.inf, math.inf)
 
 
 class Grid(NamedTuple):
-    """Every batch size with every learning rate and every seed.
-
-    Example:
-        >>> [cell.name for cell in Grid((8, 16), (0.1,), (0,)).cells()]
-        ['batch_size=8 lr=0.1 seed=0', 'batch_size=16 lr=0.1 seed=0']
-    """
+    """Every batch size with every learning rate and every seed."""
 
     batch_sizes: tuple[int, ...]
     lrs: tuple[float, ...]
@@ -38,12 +33,10 @@ class Best(NamedTuple):
     """The best learning rate of a batch size.
 
     Attributes:
-        batch_size: examples per optimizer step.
-        lr: the one.
         loss: mean over the seeds at the end of training.
         target: the loss that had to be reached; None if the loss at the end was compared.
         steps: mean over the seeds of the steps to the target; None without one, or where it was not reached.
-        edge: on which side of all others that were tried it lies; None if between them.
+        edge: "lowest" or "highest" of those that were tried; None if between them.
     """
 
     batch_size: int
@@ -51,7 +44,7 @@ class Best(NamedTuple):
     loss: float
     target: float | None
     steps: float | None
-    edge: Literal["lowest", "highest"] | None
+    edge: str | None
 
 
 def _score(outcomes: Sequence[Outcome], target: float | None, sign: int) -> tuple[float, float]:
@@ -59,15 +52,16 @@ def _score(outcomes: Sequence[Outcome], target: float | None, sign: int) -> tupl
     losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
     if len(losses) < len(outcomes):
         return WORST  # one seed that diverges spoils it
-    reached = [entry.steps for outcome in outcomes for entry in outcome.reached if entry.target == target]
-    missed = target is not None and (not reached or None in reached)
-    return math.inf if missed else fmean(n or 0 for n in reached or (0,)), sign * fmean(losses)
+    steps = [entry.steps for outcome in outcomes for entry in outcome.reached if entry.target == target]
+    reached = [each for each in steps if each is not None]
+    missed = target is not None and (not reached or len(reached) < len(steps))
+    return math.inf if missed else fmean(reached or [0]), sign * fmean(losses)
 
 
 def best_lr(
     records: Mapping[Cell, Outcome], batch_size: int, target: float | None = None, *, maximize: bool = False
 ) -> Best | None:
-    """The best learning rate of a batch size.
+    """The best learning rate of a batch size; None where none gave a loss.
 
     Args:
         records: finished cells of any batch size. Cells that were killed, ran out of memory or failed
@@ -75,9 +69,6 @@ def best_lr(
         batch_size: examples per optimizer step.
         target: loss to which the steps are compared; None compares the loss at the end.
         maximize: whether larger losses are better.
-
-    Returns:
-        It; None where no learning rate gave a loss.
 
     Example:
         >>> losses = {0.001: 0.5, 0.01: 0.3}
@@ -91,15 +82,13 @@ def best_lr(
             groups[cell.lr].append(outcome)
     sign = -1 if maximize else 1
     scores = {lr: _score(outcomes, target, sign) for lr, outcomes in groups.items()}
-    if min(scores.values(), default=WORST) == WORST:
+    lr = min(scores, key=lambda lr: (scores[lr], lr), default=0.0)
+    steps, loss = scores.get(lr, WORST)
+    if loss == math.inf:
         return None
-    lr = min(scores, key=lambda lr: (scores[lr], lr))
-    steps, loss = scores[lr]
-    edge: Literal["lowest", "highest"] | None = "highest" if lr == max(scores) else None
-    edge = edge or ("lowest" if lr == min(scores) else None)
-    return Best(
-        batch_size, lr, sign * loss, target, None if target is None or steps == math.inf else steps, edge
-    )
+    edge = "highest" if lr == max(scores) else "lowest" if lr == min(scores) else None
+    counted = None if target is None or steps == math.inf else steps
+    return Best(batch_size, lr, sign * loss, target, counted, edge)
 
 
 def planned(
@@ -110,7 +99,7 @@ def planned(
     targets: Collection[float] = (),
     maximize: bool = False,
 ) -> list[Cell]:
-    """All cells that a sweep wants, those among them that are finished too.
+    """All cells that a sweep wants, in the order to run them, those that are finished too.
 
     With `refine` a batch size whose cells are all finished, and whose best learning rate has none beyond
     it, gets one more, in the ratio of the last two. The answer depends on the grid and the records only, so
@@ -122,9 +111,6 @@ def planned(
         refine: largest number of learning rates to add to a batch size.
         targets: losses, each of which has a best learning rate of its own; none for the loss at the end.
         maximize: whether larger losses are better.
-
-    Returns:
-        Them, in the order to run them.
 
     Example:
         >>> records = {Cell(8, 0.1, 0): Outcome("finished", 0.5), Cell(8, 0.2, 0): Outcome("finished", 0.3)}
@@ -139,7 +125,10 @@ def planned(
             if not tried <= records.keys():
                 break
             known = {cell: records[cell] for cell in tried}
-            found = [_beyond(known, size, sorted(lrs), target, maximize) for target in targets or (None,)]
+            found = [
+                _beyond(known, sorted(lrs), best_lr(known, size, target, maximize=maximize))
+                for target in targets or (None,)
+            ]
             lr = next((lr for lr in found if lr is not None), None)
             if lr is None:
                 break
@@ -148,56 +137,39 @@ def planned(
     return cells
 
 
-def _beyond(
-    records: Mapping[Cell, Outcome], size: int, lrs: list[float], target: float | None, maximize: bool
-) -> float | None:
+def _beyond(records: Mapping[Cell, Outcome], lrs: Sequence[float], best: Best | None) -> float | None:
     """The learning rate to try next, beyond the edge where the best one is; None if it has neighbours."""
-    best = best_lr(records, size, target, maximize=maximize)
     below, above = (lrs[1] / lrs[0], lrs[-1] / lrs[-2]) if len(lrs) > 1 else (RATIO, RATIO)
     # Learning rates that failed count as tried: trying them again, or beyond them, is no use.
     if best is not None and best.lr == lrs[-1]:
         return float(f"{lrs[-1] * above:.6g}")
-    diverged = best is None and any(outcome.is_answer for outcome in records.values())
-    if diverged or (best is not None and best.lr == lrs[0]):
-        return float(f"{lrs[0] / below:.6g}")
-    return None
+    all_diverged = best is None and any(outcome.is_answer for outcome in records.values())
+    at_the_bottom = best is not None and best.lr == lrs[0]
+    return float(f"{lrs[0] / below:.6g}") if all_diverged or at_the_bottom else None
 
 
-def seconds_left(records: Mapping[Cell, Outcome], left: Collection[Cell], at_a_time: int = 1) -> float | None:
+def seconds_left(records: Mapping[Cell, Outcome], left: Collection[Cell], at_a_time: int) -> float | None:
     """How long the rest will take, from the mean time of finished cells of the same batch size, or of all.
-
-    Args:
-        records: finished cells.
-        left: cells to finish.
-        at_a_time: cells that run side by side, on all machines together.
-
-    Returns:
-        Seconds; None before anything finished.
 
     Example:
         >>> records = {Cell(8, 0.1, 0): Outcome("finished", 1.0, seconds=4.0)}
-        >>> seconds_left(records, [Cell(8, 0.2, 0), Cell(8, 0.3, 0)])
+        >>> seconds_left(records, [Cell(8, 0.2, 0), Cell(8, 0.3, 0)], at_a_time=1)
         8.0
     """
     spent = defaultdict(list)
     for cell, outcome in records.items():
         if outcome.status == "finished":
             spent[cell.batch_size].append(outcome.seconds)
-    if not spent:
+    if not spent or not left:
         return None
     everything = [seconds for each in spent.values() for seconds in each]
     needed = [fmean(spent.get(cell.batch_size, everything)) for cell in left]
     # However many run side by side, the longest cell has to be waited for.
-    return max(sum(needed) / max(1, at_a_time), max(needed, default=0.0))
+    return max(sum(needed) / max(1, at_a_time), *needed)
 
 
 def accumulation_for(batch_size: int, *, largest: int | None, replicas: int = 1) -> int:
-    """Micro-batches per optimizer step of each replica: as few equal ones as fit.
-
-    Args:
-        batch_size: examples per optimizer step.
-        largest: examples that a micro-batch may have; None for any number.
-        replicas: data-parallel replicas that share a step.
+    """Micro-batches per optimizer step of each replica: as few equal ones, of at most `largest`, as fit.
 
     Raises:
         ValueError: if the replicas cannot share the batch.
@@ -249,17 +221,16 @@ def parse_numbers(words: Sequence[str], name: str, *, whole: bool = False) -> tu
 
 
 def _numbers_in(word: str, whole: bool) -> list[float]:
-    first, *rest = word.split(":")
-    if not rest:
-        if whole and first.startswith("0"):
+    ends, count = word.split(":"), 1
+    if len(ends) == 1:
+        if whole and word.startswith("0"):
             raise ValueError(word)  # 1,024 is one number with a separator, not two
-        numbers: list[float] = [int(first) if whole else float(first)]
+        numbers: list[float] = [int(word) if whole else float(word)]
     else:
-        last, count = float(rest[0]), int(rest[1]) if len(rest) == 2 else 0
-        if count < 2 or not 0 < float(first) < last < math.inf:
+        first, last, count = float(ends[0]), float(ends[1]), int(ends[2] if len(ends) == 3 else 0)
+        if count < 2 or not 0 < first < last < math.inf:
             raise ValueError(word)
-        ratio = (last / float(first)) ** (1 / (count - 1))
-        exact = [float(first) * ratio**index for index in range(count)]
+        exact = [first * (last / first) ** (index / (count - 1)) for index in range(count)]
         numbers = [round(number) if whole else float(f"{number:.6g}") for number in exact]
     if not all(0 < number < math.inf for number in numbers):
         raise ValueError(word)

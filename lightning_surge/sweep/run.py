@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class CellProcess:
     when its standard input does: a sweep that is killed leaves no process behind.
 
     Args:
-        order: what `worker.main` takes.
-        log: file for what the cell prints; it stays if the cell has not told.
+        order: what `worker.main` takes, of plain values.
+        log: file for what the cell prints; it stays if the cell has no loss.
         environment: variables beside those of this process.
     """
 
@@ -53,36 +53,36 @@ class CellProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether the process has."""
+        """Whether the process has ended."""
         return self._process.poll() is not None
 
-    def outcome(self) -> Outcome:
-        """What a cell that has not told anything must be said to have said."""
+    def crash(self) -> Outcome:
+        """The outcome of a cell whose process has ended without telling any."""
         code = self._process.returncode
         if code < 0:
             name = signal.Signals(-code).name
             hint = " (out of memory?)" if name == "SIGKILL" else ""
             return Outcome("killed", message=f"ended by {name}{hint}; see {self.log}")
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        last = lines[-1][:200] if lines else "nothing printed"
+        lines = self.log.read_text(errors="replace").split("\n")
+        last = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "nothing printed")
         return Outcome("failed", message=f"exit status {code}: {last}; see {self.log}")
 
-    def stop(self) -> None:
-        """End the process and all that it started: other ranks, workers of loaders."""
+    def stop(self, *, forget: bool = True) -> None:
+        """End the process and all that it started, other ranks and workers of loaders.
+
+        Args:
+            forget: whether to remove the log.
+        """
         with suppress(ProcessLookupError, PermissionError):
             if sys.platform == "win32":
                 self._process.kill()
             else:
                 os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-
-    def forget(self) -> None:
-        """Remove the log."""
-        self.log.unlink(missing_ok=True)
-        with suppress(OSError):  # other cells may have left something there
-            self.log.parent.rmdir()
+        self._process.communicate()
+        if forget:
+            self.log.unlink(missing_ok=True)
+            with suppress(OSError):  # other cells may have left something there
+                self.log.parent.rmdir()
 
 
 def run_cells(
@@ -91,11 +91,13 @@ def run_cells(
     start: Callable[[FrozenTrial, int], CellProcess | None],
     *,
     slots: int,
-    again: Iterable[Cell] = (),
+    again: Collection[Cell] = (),
     look: Callable[[Mapping[Cell, Outcome], Mapping[Cell, FrozenTrial]], None],
     say: Callable[[str], None],
 ) -> dict[Cell, Outcome]:
     """Run the cells that a plan wants and that have not ended; wait for those that run elsewhere.
+
+    Not `Study.optimize`: where no trial waits it makes a new one, which a grid does not have.
 
     Args:
         study: the study, which other workers may share.
@@ -114,48 +116,47 @@ def run_cells(
     done = False
 
     def turn() -> None:
-        nonlocal beat, done, again
+        nonlocal looked, beat, done, again
+        looked = time.monotonic()
         if time.monotonic() - beat > BEAT:
             study.keep([trial._trial_id for trial, _ in running.values()])
             beat = time.monotonic()
         study.enqueue(plan(study.records()), again=again)
         again = ()
+        done = not running and all(trial.state.is_finished() for trial in study.trials().values())
         for slot in range(slots):
             if slot not in running and (trial := study.claim()) is not None:
                 process = start(trial, slot)
                 if process is not None:
                     running[slot] = (trial, process)
-        records, trials = study.records(), study.trials()
-        look(records, trials)
-        done = not running and all(trial.state.is_finished() for trial in trials.values())
+                else:
+                    looked = -float("inf")
+        look(study.records(), study.trials())
 
     try:
         while not done:
             ended = [slot for slot, (_, process) in running.items() if process.ended]
             for slot in ended:
-                trial, process = running[slot]
-                process.stop()
-                patiently(lambda trial=trial, process=process: _end(study, trial, process), say)
+                _end(study, *running[slot], say)
                 del running[slot]
             if ended or time.monotonic() - looked > LOOK:
                 patiently(turn, say)
-                looked = time.monotonic()
-            elif not done:
+            else:
                 time.sleep(PAUSE)
         return study.records()
     finally:
         for trial, process in running.values():
             process.stop()
-            process.forget()
             with suppress(OSError, StorageInternalError):
                 study.tell(trial._trial_id, None)
 
 
-def _end(study: SweepStudy, trial: FrozenTrial, process: CellProcess) -> None:
+def _end(study: SweepStudy, trial: FrozenTrial, process: CellProcess, say: Callable[[str], None]) -> None:
     told = study.storage.get_trial(trial._trial_id)
-    if not told.state.is_finished():
-        study.tell(trial._trial_id, process.outcome())
-    elif told.user_attrs.get("outcome", {"status": "finished"})["status"] in ("finished", "diverged"):
-        process.forget()
+    finished = told.state.is_finished()
+    status = told.user_attrs.get("outcome", {"status": "finished"})["status"]
+    process.stop(forget=finished and status in ("finished", "diverged"))
+    if not finished:
+        patiently(lambda: study.tell(trial._trial_id, process.crash()), say)
     if "refusal" in told.user_attrs:
         raise SweepError(told.user_attrs["refusal"])

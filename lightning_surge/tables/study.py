@@ -104,12 +104,10 @@ def study_rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
     Example:
         >>> import optuna
         >>> study = optuna.create_study()
-        >>> for lr in (0.1, 0.2):
-        ...     study.add_trial(optuna.create_trial(
-        ...         params={"lr": lr}, distributions={"lr": optuna.distributions.FloatDistribution(0, 1)}, value=lr,
-        ...     ))
+        >>> space = {"lr": optuna.distributions.FloatDistribution(0, 1)}
+        >>> study.add_trial(optuna.create_trial(params={"lr": 0.1}, distributions=space, value=2.5))
         >>> study_rows(study.trials)
-        [{'lr': 0.1, 'loss': 0.1, 'status': 'finished'}, {'lr': 0.2, 'loss': 0.2, 'status': 'finished'}]
+        [{'lr': 0.1, 'loss': 2.5, 'status': 'finished'}]
     """
     ended, others = {}, []
     for trial in trials:
