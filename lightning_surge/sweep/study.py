@@ -97,7 +97,7 @@ def _storage(where: str) -> RDBStorage | _Journal:
         if "://" not in where:
             path = Path(where)
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.open("rb").read(1) not in (b"", b"{"):
+            if path.exists() and path.read_bytes()[:1] not in (b"", b"{"):
                 raise ValueError("something else is in it")
             return _Journal(JournalFileBackend(where, lock_obj=_Lock(where)))
         storage = RDBStorage(where, heartbeat_interval=BEAT, grace_period=GRACE)
