@@ -74,7 +74,6 @@ class SweepSettings:
     Attributes:
         config_digest: digest of what the configuration says, with all defaults.
         files_digest: digest of its files as they are, to notice an edit while the sweep runs.
-        targets: losses whose first reaching is recorded, easiest first.
     """
 
     configs: tuple[str, ...]

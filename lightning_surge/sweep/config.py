@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -45,23 +44,14 @@ LEFT_OUT: tuple[type[pl.Callback], ...] = (
 
 
 class TrainingConfig(NamedTuple):
-    """What a configuration says about a sweep.
+    """What a configuration says about a sweep."""
 
-    Attributes:
-        digest: digest of all that it says, defaults included.
-        keys: places of plain values under the data, model, optimizer and schedule.
-        batch_size_key: place of the batch size, if that can be told.
-        lr_key: place of the learning rate, if that can be told.
-        seed: the one it has, or 0.
-        left_out: names of callbacks that cells go without.
-    """
-
-    digest: str
-    keys: tuple[str, ...]
-    batch_size_key: str | None
+    digest: str  # of all that it says, defaults included
+    keys: tuple[str, ...]  # places of plain values under the data, model, optimizer and schedule
+    batch_size_key: str | None  # if it can be told
     lr_key: str | None
     seed: int
-    left_out: tuple[str, ...]
+    left_out: tuple[str, ...]  # names of callbacks that cells go without
 
 
 class _Parsed(Exception):
@@ -69,11 +59,7 @@ class _Parsed(Exception):
 
 
 def imported(path: str, name: str) -> Any:
-    """What a dotted path means; `name` is the argument's, for the message.
-
-    Raises:
-        SweepError: if there is no such thing.
-    """
+    """What a dotted path means; a SweepError that names the argument if there is no such thing."""
     try:
         return pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
@@ -175,34 +161,16 @@ def _parse(settings: SweepSettings, arguments: Sequence[str]) -> tuple[Any, str]
     except (SystemExit, Exception) as error:
         if isinstance(error, SweepError):
             raise
-        if not (settings.cli_class or settings.model_class or _names_a_model(settings)):
-            raise SweepError(
-                "Expected the configuration to name the class of the model, got no class_path: where main.py "
-                "has LightningCLI(Model, Data), pass --model-class package.Model --data-class "
-                "package.Data."
-            ) from error
+        hint = "\nWhere main.py has LightningCLI(Model, Data), pass --model-class and --data-class too."
         raise SweepError(
             f"Expected a configuration that `fit` takes, got one that LightningCLI refuses: {error}"
+            + ("" if settings.cli_class or settings.model_class else hint)
         ) from error
     raise AssertionError("a LightningCLI that parses no arguments")
 
 
-def _names_a_model(settings: SweepSettings) -> bool:
-    found = [word.partition("=")[0] in ("model", "model.class_path") for word in settings.overrides]
-    for path in settings.configs:
-        values = yaml.safe_load(Path(path).read_text())
-        values = values.get("fit", values) if isinstance(values, dict) else {}
-        model = values.get("model")
-        found.append(isinstance(model, str) or (isinstance(model, dict) and "class_path" in model))
-    return any(found)
-
-
 def files_digest(paths: Sequence[str]) -> str:
-    """Digest of configuration files as they are.
-
-    Raises:
-        SweepError: if one cannot be read.
-    """
+    """Digest of configuration files as they are; a SweepError if one cannot be read."""
     try:
         return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
     except OSError as error:
@@ -212,14 +180,7 @@ def files_digest(paths: Sequence[str]) -> str:
 
 
 def read_config(settings: SweepSettings) -> TrainingConfig:
-    """Read what a configuration says, without building any of it.
-
-    Args:
-        settings: settings with the files, the overrides and the classes; keys may be missing.
-
-    Raises:
-        SweepError: if LightningCLI does not take it, or a sweep cannot.
-    """
+    """Read what a configuration says, without building any of it; a SweepError if a sweep cannot take it."""
     files_digest(settings.configs)
     config, text = _parse(settings, _fit_arguments(settings))
     if config.get("ckpt_path"):
@@ -247,9 +208,5 @@ def read_config(settings: SweepSettings) -> TrainingConfig:
 
 
 def check_arguments(settings: SweepSettings, cell: Cell) -> None:
-    """See whether LightningCLI takes what a cell would give it.
-
-    Raises:
-        SweepError: if it does not.
-    """
+    """Raise a SweepError if LightningCLI does not take what a cell would give it."""
     _parse(settings, cell_arguments(settings, cell))

@@ -30,21 +30,14 @@ class Grid(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best learning rate of a batch size.
-
-    Attributes:
-        loss: mean over the seeds at the end of training.
-        target: the loss that had to be reached; None if the loss at the end was compared.
-        steps: mean over the seeds of the steps to the target; None without one, or where it was not reached.
-        edge: "lowest" or "highest" of those that were tried; None if between them.
-    """
+    """The best learning rate of a batch size; losses and steps are means over the seeds."""
 
     batch_size: int
     lr: float
-    loss: float
-    target: float | None
-    steps: float | None
-    edge: str | None
+    loss: float  # at the end of training
+    target: float | None  # the loss that had to be reached; None if the loss at the end was compared
+    steps: float | None  # to the target; None without one, or where it was not reached
+    edge: str | None  # "lowest" or "highest" of those that were tried
 
 
 def _score(outcomes: Sequence[Outcome], target: float | None, sign: int) -> tuple[float, float]:

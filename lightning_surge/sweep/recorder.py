@@ -171,14 +171,7 @@ class LossRecorder(pl.Callback):
         return tuple(first_reached(self.looks, each, maximize=settings.maximize) for each in settings.targets)
 
     def final_loss(self, metrics: dict[str, Tensor]) -> float:
-        """The loss at the end.
-
-        Args:
-            metrics: what was logged last, in training or validation.
-
-        Raises:
-            SweepError: if there is none of that name.
-        """
+        """The loss at the end, if need be from what was logged last; a SweepError if it never was."""
         if not self.looks:
             name = self._settings.metric
             if name not in metrics:
@@ -194,12 +187,7 @@ class LossRecorder(pl.Callback):
 def first_reached(
     looks: Iterable[tuple[int, int, float]], target: float, *, maximize: bool = False
 ) -> Reached:
-    """When a loss first reached a target; between two looks at it a straight line is drawn.
-
-    Args:
-        looks: optimizer steps, examples and loss, at increasing steps.
-        target: the loss.
-        maximize: whether larger losses are better.
+    """When a loss first reached a target; between two looks (steps, examples, loss) a straight line is drawn.
 
     Example:
         >>> first_reached([(10, 160, 3.0), (20, 320, 0.5)], 1.0)

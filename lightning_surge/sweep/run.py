@@ -68,11 +68,7 @@ class CellProcess:
         return Outcome("failed", message=f"exit status {code}: {last}; see {self.log}")
 
     def stop(self, *, forget: bool = True) -> None:
-        """End the process and all that it started, other ranks and workers of loaders.
-
-        Args:
-            forget: whether to remove the log.
-        """
+        """End the process and all that it started, other ranks and workers of loaders; `forget` the log."""
         with suppress(ProcessLookupError, PermissionError):
             if sys.platform == "win32":
                 self._process.kill()
@@ -97,7 +93,8 @@ def run_cells(
 ) -> dict[Cell, Outcome]:
     """Run the cells that a plan wants and that have not ended; wait for those that run elsewhere.
 
-    Not `Study.optimize`: where no trial waits it makes a new one, which a grid does not have.
+    Not `Study.optimize`: where no trial waits it makes a new one, which a grid does not have. When anything
+    is raised, running cells are stopped first.
 
     Args:
         study: the study, which other workers may share.
@@ -107,9 +104,6 @@ def run_cells(
         again: cells that run again although they have ended.
         look: told now and then what the cells have said, and of all their trials.
         say: told what is waited for.
-
-    Returns:
-        What all cells of the study have said. When anything is raised, running cells are stopped first.
     """
     running: dict[int, tuple[FrozenTrial, CellProcess]] = {}
     looked = beat = -float("inf")

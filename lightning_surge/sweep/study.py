@@ -125,9 +125,6 @@ class SweepStudy:
         where: path of a journal, or URL of a database.
         name: name of the study.
         maximize: whether larger losses are better.
-
-    Raises:
-        SweepError: if there can be no such study.
     """
 
     def __init__(self, where: str, name: str, *, maximize: bool = False) -> None:
@@ -150,9 +147,6 @@ class SweepStudy:
             cells: the cells of its grid.
             extend: whether the study may get further cells.
             dry: whether to check only.
-
-        Raises:
-            SweepError: if it is about something else.
         """
         said, now, trials = self.study.user_attrs, settings.identity, self.trials()
         before = said.get("settings", now)
@@ -197,20 +191,14 @@ class SweepStudy:
 
     def records(self) -> dict[Cell, Outcome]:
         """What the cells said that have ended."""
-        ended = {cell: trial for cell, trial in self.trials().items() if trial.state.is_finished()}
         return {
-            cell: Outcome.from_json(trial.user_attrs["outcome"], _seconds(trial))
-            for cell, trial in ended.items()
-            if _told(trial)
+            cell: Outcome.from_json(trial.user_attrs["outcome"], trial.duration.total_seconds())
+            for cell, trial in self.trials().items()
+            if trial.duration is not None and _told(trial)
         }
 
     def enqueue(self, cells: Iterable[Cell], *, again: Collection[Cell] = ()) -> None:
-        """Give a cell a trial that waits, if it has none, or one that was given up.
-
-        Args:
-            cells: the cells that are wanted.
-            again: those that run again although they have said something.
-        """
+        """Give a cell a trial that waits, if it has none, or one that was given up, or is to run `again`."""
         trials, surplus = self._sorted()
         for trial in surplus:
             self.tell(trial._trial_id, None)
@@ -262,7 +250,3 @@ class SweepStudy:
 
 def _told(trial: FrozenTrial) -> bool:
     return "outcome" in trial.user_attrs
-
-
-def _seconds(trial: FrozenTrial) -> float:
-    return trial.duration.total_seconds() if trial.duration else 0.0

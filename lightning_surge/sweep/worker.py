@@ -26,18 +26,7 @@ __all__ = ["run_cell"]
 
 
 def run_cell(settings: SweepSettings, cell: Cell) -> Outcome:
-    """Train a cell in this process.
-
-    Args:
-        settings: the settings of the sweep.
-        cell: the cell.
-
-    Returns:
-        What it said, whatever went wrong with its training.
-
-    Raises:
-        SweepError: if no cell of the sweep can run.
-    """
+    """Train a cell in this process: what it said, or a SweepError if no cell of the sweep can run."""
     if files_digest(settings.configs) != settings.files_digest:
         raise SweepError(
             f"Expected {', '.join(settings.configs)} as it was when the sweep began, got an edited "

@@ -380,7 +380,7 @@ def test_classes_of_configurations_that_name_none(
 ) -> None:
     config.write_text(model + "data: {deaf: false}\ntrainer: {accelerator: cpu, log_every_n_steps: 1}\n")
     said = refused(capsys)
-    assert "LightningCLI(Model, Data), pass --model-class package.Model --data-class package.Data." in said
+    assert "LightningCLI(Model, Data), pass --model-class and --data-class too." in said
     classes = {"model_class": "parabola.Parabola", "data_class": "parabola.Zeros"}
     assert sweep(batch_sizes="8", lrs="0.1", **classes) == 0
     start = 4 if model else 1
