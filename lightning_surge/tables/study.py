@@ -5,26 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas as pd
     from optuna.trial import FrozenTrial
 
-__all__ = ["StudyTable", "is_study", "read_study", "study_rows"]
+__all__ = ["is_study", "read_study", "study_rows"]
 
 COLUMNS = ("batch_size", "lr", "loss", "steps", "examples", "seed", "target", "status", "seconds")
-
-
-class StudyTable(NamedTuple):
-    """What a study says.
-
-    Attributes:
-        rows: one run each, by column; None for an empty field.
-        maximize: whether larger losses are better.
-    """
-
-    rows: list[dict[str, Any]]
-    maximize: bool
 
 
 def is_study(where: str) -> bool:
@@ -43,23 +32,27 @@ def is_study(where: str) -> bool:
         return file.read(10) == b'{"op_code"'
 
 
-def read_study(where: str) -> StudyTable:
+def read_study(where: str) -> pd.DataFrame:
     """Read the trials of a study; if there are several, a column `study` has their names.
 
     Args:
         where: path of a journal, or URL of a database.
 
+    Returns:
+        One run per row; `attrs["maximize"]` says whether larger losses are better.
+
     Raises:
-        ModuleNotFoundError: if Optuna is not installed.
+        ModuleNotFoundError: if Optuna or pandas is not installed.
         ValueError: if there is no study, or it cannot be read.
     """
     try:
         import optuna
+        import pandas
         from optuna.storages import BaseStorage, JournalStorage, RDBStorage
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Reading a study needs Optuna: pip install 'lightning-surge[sweep]'."
+            "Reading a study needs Optuna and pandas: pip install 'lightning-surge[sweep]'."
         ) from error
     shown = re.sub(r"(://[^:/]*):[^@/]*@", r"\1:***@", where)
     file = where.partition("///")[2].partition("?")[0] if where.startswith("sqlite") else where
@@ -71,8 +64,9 @@ def read_study(where: str) -> StudyTable:
             storage = RDBStorage(where, skip_table_creation=True)
         else:
             storage = JournalStorage(JournalFileBackend(where, JournalFileOpenLock(where)))
-        summaries = storage.get_all_studies()
-        studies = [optuna.load_study(study_name=each.study_name, storage=storage) for each in summaries]
+        studies = [
+            optuna.load_study(study_name=s.study_name, storage=storage) for s in storage.get_all_studies()
+        ]
     except Exception as error:  # of whatever driver the URL names
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"Expected an Optuna study in {shown!r}, got {first}: check the URL.") from error
@@ -82,13 +76,9 @@ def read_study(where: str) -> StudyTable:
     for study in studies:
         name = {"study": study.study_name} if len(studies) > 1 else {}
         rows += [row | name for row in study_rows(study.get_trials(deepcopy=False))]
-    maximize = {study.direction == optuna.study.StudyDirection.MAXIMIZE for study in studies}
-    if len(maximize) > 1:
-        raise ValueError(
-            f"Expected studies of one direction in {shown!r}, got some that minimize and some that maximize: "
-            "export them one by one with study.trials_dataframe()."
-        )
-    return StudyTable(rows, maximize.pop())
+    frame = pandas.DataFrame(rows).set_axis(range(1, len(rows) + 1), axis=0).rename_axis("row")
+    frame.attrs["maximize"] = all(study.direction.name == "MAXIMIZE" for study in studies)
+    return frame
 
 
 def study_rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:

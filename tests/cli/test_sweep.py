@@ -35,6 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
     pytest.mark.skipif(sys.platform == "win32", reason="signals and process groups"),
 ]
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 # A parabola. With SGD at rate lr the weight, and so the square root of the loss, shrinks by 1 - lr per step,
 # whatever the batch size.
@@ -111,7 +113,7 @@ trainer:
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config(tmp_path: Path, monkeypatch: Patch) -> Path:
     torch.set_num_threads(1)
     (tmp_path / "parabola.py").write_text(MODULE)
     path = tmp_path / "run.yaml"
@@ -160,7 +162,7 @@ def settings() -> dict[str, Any]:
     return said
 
 
-def refused(capsys: pytest.CaptureFixture[str], **changes: str) -> str:
+def refused(capsys: Capture, **changes: str) -> str:
     """What a sweep says that does not begin; there is nothing left of it."""
     assert sweep(**changes) == 2
     assert not Path("batches").exists()
@@ -171,7 +173,7 @@ def loss_after(steps: int, lr: float) -> float:
     return 0.5 * (1 - lr) ** (2 * steps)
 
 
-def test_a_grid_is_trained_with_equal_examples(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grid_is_trained_with_equal_examples(config: Path, capsys: Capture) -> None:
     assert sweep() == 0
     said = capsys.readouterr()
     rows = table()
@@ -198,7 +200,7 @@ def test_a_grid_is_trained_with_equal_examples(config: Path, capsys: pytest.Capt
     assert capsys.readouterr().out == said.out
 
 
-def test_another_grid_and_another_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_grid_and_another_configuration(config: Path, capsys: Capture) -> None:
     one = {"batch_sizes": "8", "lrs": "0.1"}
     assert sweep(**one) == 0
     # More seeds: only with a word, and only the new cells run.
@@ -216,7 +218,7 @@ def test_another_grid_and_another_configuration(config: Path, capsys: pytest.Cap
     assert len(table()) == 2
 
 
-def test_json_and_targets(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_targets(config: Path, capsys: Capture) -> None:
     assert main([*arguments(batch_sizes="4", target_loss="0.1 0.3 1e-9", checks="100"), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["table"] == "sweep.csv"
@@ -258,9 +260,7 @@ def test_the_training_loss_is_averaged(config: Path) -> None:
     assert float(table("logged.csv")[0]["loss"]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_divergence_is_recorded_and_refining_goes_on(
-    config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_divergence_is_recorded_and_refining_goes_on(config: Path, capsys: Capture) -> None:
     # The loss grows by (1 - lr)^2 a step: sixteen of them overflow from lr = 17 on. Smaller ones are tried.
     assert sweep(batch_sizes="4", lrs="20 200", refine="1") == 0
     rows = [(row["lr"], row["status"], row["loss"]) for row in table()]
@@ -274,7 +274,7 @@ def test_divergence_is_recorded_and_refining_goes_on(
     assert "Expected cells that finish, got none of 1, see third.csv" in capsys.readouterr().err
 
 
-def test_larger_may_be_better(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_larger_may_be_better(config: Path, capsys: Capture) -> None:
     words = arguments(batch_sizes="4", lrs="0.1 0.2 0.3", target_loss="-0.3", metric="gain", checks="100")
     assert main([*words, "--maximize"]) == 0
     said = capsys.readouterr().out
@@ -284,13 +284,13 @@ def test_larger_may_be_better(config: Path, capsys: pytest.CaptureFixture[str]) 
     assert [row["steps"] for row in table()] == ["3", "2", "1"]
 
 
-def test_refining_finds_a_minimum_between(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refining_finds_a_minimum_between(config: Path, capsys: Capture) -> None:
     assert sweep(batch_sizes="8", lrs="0.25 0.5", refine="3") == 0
     assert [row["lr"] for row in table()] == ["0.25", "0.5", "1.0", "2.0"]  # lr = 1 is exact
     assert "--refine" not in capsys.readouterr().out
 
 
-def test_keys_that_do_not_exist(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_that_do_not_exist(config: Path, capsys: Capture) -> None:
     said = refused(capsys, lr_key="model.init_args.learning_rate")
     assert "Expected --lr-key to be a key of the configuration, got 'model.init_args.learning_rate'" in said
     for key in ("model.init_args.lr", "model.init_args.start", "data.init_args.batch_size"):
@@ -320,16 +320,14 @@ def test_keys_that_do_not_exist(config: Path, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_mistakes_are_named_before_anything_runs(
-    config: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], said: str
+    config: Path, capsys: Capture, changes: dict[str, str], said: str
 ) -> None:
     message = refused(capsys, **changes)
     assert said in message
     assert message.startswith("lightning-surge: Expected")
 
 
-def test_without_jsonargparse(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_jsonargparse(config: Path, capsys: Capture, monkeypatch: Patch) -> None:
     from lightning_surge.sweep import config as sweep_config
 
     monkeypatch.setattr(sweep_config, "RequirementCache", lambda requirement: False)
@@ -344,14 +342,14 @@ def test_without_jsonargparse(
     ],
 )
 def test_what_no_cell_can_do_ends_the_sweep(
-    config: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], said: str
+    config: Path, capsys: Capture, changes: dict[str, str], said: str
 ) -> None:
     assert sweep(**changes) == 2
     assert said in capsys.readouterr().err
     assert outcomes() == {}
 
 
-def test_a_batch_size_that_does_not_arrive(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_size_that_does_not_arrive(config: Path, capsys: Capture) -> None:
     words = arguments(lrs="0.1", set="data.init_args.deaf=true")
     assert main(words) == 1
     assert [row["status"] for row in table()] == ["finished", "failed"]
@@ -366,7 +364,7 @@ def test_a_batch_size_that_does_not_arrive(config: Path, capsys: pytest.CaptureF
     assert len(study().study.trials) == 3
 
 
-def test_batches_may_be_counted_by_a_function(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batches_may_be_counted_by_a_function(config: Path, capsys: Capture) -> None:
     words = arguments(batch_sizes="8", lrs="0.1", batch_size_fn="parabola.numel")
     assert main(words) == 2
     assert "Expected 8 examples in the first step, got 16" in capsys.readouterr().err
@@ -375,9 +373,7 @@ def test_batches_may_be_counted_by_a_function(config: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("model", ["model: {start: 2.0}\n", ""])
-def test_classes_of_configurations_that_name_none(
-    config: Path, capsys: pytest.CaptureFixture[str], model: str
-) -> None:
+def test_classes_of_configurations_that_name_none(config: Path, capsys: Capture, model: str) -> None:
     config.write_text(model + "data: {deaf: false}\ntrainer: {accelerator: cpu, log_every_n_steps: 1}\n")
     said = refused(capsys)
     assert "LightningCLI(Model, Data), pass --model-class and --data-class too." in said
@@ -406,9 +402,7 @@ CALLBACKS = """
 """
 
 
-def test_callbacks_that_would_spoil_a_cell_are_left_out(
-    config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_callbacks_that_would_spoil_a_cell_are_left_out(config: Path, capsys: Capture) -> None:
     config.write_text(CONFIG + CALLBACKS)
     assert sweep(batch_sizes="8", lrs="0.1", set="model.init_args.total=100") == 0
     said = capsys.readouterr().err
@@ -418,7 +412,7 @@ def test_callbacks_that_would_spoil_a_cell_are_left_out(
     assert float(table()[0]["loss"]) == pytest.approx(0.5 * weight**2, rel=1e-4)
 
 
-def test_a_dry_run_says_what_would_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_says_what_would_run(config: Path, capsys: Capture) -> None:
     words = arguments(batch_sizes="4 12", lrs="0.1:0.4:3", examples="120", max_micro_batch_size="4")
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr()
@@ -458,9 +452,7 @@ def test_an_interrupt_in_this_process(config: Path) -> None:
     assert [row["lr"] for row in table()] == ["0.1"]
 
 
-def test_devices_and_cores_are_shared_out(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_devices_and_cores_are_shared_out(config: Path, monkeypatch: Patch, capsys: Capture) -> None:
     given = []
 
     class Pretence:
@@ -490,9 +482,7 @@ COMMANDS = re.findall(r"^lightning-surge (sweep .*)$", PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_the_page(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_of_the_page(command: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """As they stand but for the size of the grid."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
@@ -582,7 +572,7 @@ def test_a_killed_sweep_goes_on_with_two_at_once(config: Path, where: str) -> No
 
 
 @pytest.mark.slow
-def test_a_killed_cell_costs_a_cell(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_cell_costs_a_cell(config: Path, capsys: Capture) -> None:
     """As by a kernel without memory."""
 
     def kill() -> None:
@@ -603,7 +593,7 @@ def test_a_killed_cell_costs_a_cell(config: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-def test_an_interrupt_stops_the_cells(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_stops_the_cells(config: Path, capsys: Capture) -> None:
     """One real process; Ctrl-C comes while it trains."""
 
     def interrupt() -> None:

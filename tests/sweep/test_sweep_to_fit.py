@@ -18,6 +18,7 @@ from lightning_surge.sweep.grid import best_lr
 from lightning_surge.sweep.study import SweepStudy
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+Capture = pytest.CaptureFixture[str]
 LAW = MeasuredLaw(alignment_limit=1.0, alignment_scale=200.0, noise_curvature=100.0, signal_curvature=900.0)
 SIZES = (8, 32, 128)
 PLACES = (-2, -1, 0, 1, 2)
@@ -49,7 +50,7 @@ def swept(path: Path, outcomes: Callable[[int, int, int], Outcome]) -> Path:
     return path
 
 
-def fitted(capsys: pytest.CaptureFixture[str], path: Path, *words: str) -> dict[str, Any]:
+def fitted(capsys: Capture, path: Path, *words: str) -> dict[str, Any]:
     assert main(["fit", str(path), "--bootstrap", "20", "--json", *words]) == 0
     out, error = capsys.readouterr()
     assert all(line.startswith("fitted") for line in error.splitlines())  # slow machines
@@ -61,7 +62,7 @@ def best(fit: dict[str, Any]) -> list[float]:
     return [optimum["lr"] for optimum in fit["optima"]]
 
 
-def test_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses(tmp_path: Path, capsys: Capture) -> None:
     answer = fitted(capsys, swept(tmp_path / "sweep.csv", finished))
     assert (answer["measure"], answer["runs"]) == ("loss", 30)
     (fit,) = answer["fits"]
@@ -71,7 +72,7 @@ def test_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not any("--measure steps" in note for note in fit["notes"])
 
 
-def test_targets_are_fitted_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_targets_are_fitted_one_by_one(tmp_path: Path, capsys: Capture) -> None:
     path = swept(tmp_path / "sweep.csv", lambda *cell: finished(*cell, (1.5, 0.8)))
     answer = fitted(capsys, path)
     assert answer["measure"] == "steps"
@@ -88,7 +89,7 @@ def test_targets_are_fitted_one_by_one(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("targets", [(), (1.5,)])
 @pytest.mark.parametrize("status", ["diverged", "out_of_memory", "killed", "failed"])
 def test_what_did_not_finish_is_no_candidate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: Any, targets: tuple[float, ...]
+    tmp_path: Path, capsys: Capture, status: Any, targets: tuple[float, ...]
 ) -> None:
     """Also where it had reached the target, and whatever steps it had taken."""
 
@@ -103,7 +104,7 @@ def test_what_did_not_finish_is_no_candidate(
 
 
 def test_a_cell_that_was_killed_leaves_its_learning_rate_to_the_other_seeds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: Capture
 ) -> None:
     """At the best learning rate, where it would make another one the best if it counted as failed."""
 
@@ -121,9 +122,7 @@ def test_a_cell_that_was_killed_leaves_its_learning_rate_to_the_other_seeds(
     assert [found.lr for found in own if found] == [lr_of(size, 0) for size in SIZES]
 
 
-def test_a_learning_rate_that_diverged_bounds_the_valley(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_learning_rate_that_diverged_bounds_the_valley(tmp_path: Path, capsys: Capture) -> None:
     """Beside the best one: it is no edge of the grid."""
 
     def outcomes(size: int, place: int, seed: int) -> Outcome:
@@ -133,7 +132,7 @@ def test_a_learning_rate_that_diverged_bounds_the_valley(
     assert [optimum["status"] for optimum in fit["optima"]] == ["bracketed"] * 3
 
 
-def test_a_sweep_in_which_nothing_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_in_which_nothing_finished(tmp_path: Path, capsys: Capture) -> None:
     path = swept(tmp_path / "sweep.csv", lambda *_: Outcome("failed", None, message="no data"))
     assert main(["fit", str(path)]) == 2
     out, error = capsys.readouterr()
