@@ -63,9 +63,9 @@ def print_plan(
     print(f"seeds: {', '.join(map(str, grid.seeds))}")
     if training.left_out:
         print(f"without: {', '.join(training.left_out)}")
-    rows: list[list[object]] = [list(sizes[0]), *(list(row.values()) for row in sizes)]
-    for row in rows:
-        print("{:>10}  {:>11}  {:>11}  {:>8}  {:>10}".format(*row))
+    line = "{:>10}  {:>11}  {:>11}  {:>8}  {:>10}"
+    for text in (line.format(*sizes[0]), *(line.format(*row.values()) for row in sizes)):
+        print(text)
     print(f"{len(cells)} cells, {finished} of them finished; table: {options.output}")
 
 
