@@ -139,13 +139,14 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(
             "\n".join(f"{label}: {each.reason}" if label else each.reason for label, each in pairs)
         )
+    name = "standard input" if options.table == "-" else options.table
     if options.figure is not None:
-        _draw(fits, options.figure, f"{Path(options.table).name}: {runs:,} runs")
+        _draw(fits, options.figure, f"{Path(name).name}: {runs:,} runs")
     if options.json:
-        document = as_json(found, options.table, runs, options.bootstrap, options.seed)
+        document = as_json(found, name, runs, options.bootstrap, options.seed)
         print(json.dumps(document, indent=2, allow_nan=False))
     else:
-        print(as_text(found, options.table, runs, options.bootstrap), end="")
+        print(as_text(found, name, runs, options.bootstrap), end="")
 
 
 def _labels(part: GridFit | Unfitted) -> dict[str, str]:

@@ -77,12 +77,12 @@ def _label(law: FittedLaw) -> str:
 def _at(fit: GridFit, best: FittedLaw, index: int) -> str:
     lr = best.at[index]
     size, tried = float(lr.name), [valley.batch_size for valley in fit.valleys]
-    text = f"at B = {_number(size, 7)}: {_with_interval(lr)}"
+    text = f"at B = {size:,g}: {_with_interval(lr)}"
     rivals = [law.at[index].value for law in fit.laws if law.name in fit.ties]
-    if rivals:
+    if rivals and max(*rivals, lr.value) > 1.01 * min(*rivals, lr.value):
         text += f", by rivals {_number(min(rivals))} to {_number(max(rivals))}"
     inside = tried[0] <= size <= tried[-1]
-    return text + ("" if inside else f", outside the {_number(tried[0], 7)} to {_number(tried[-1], 7)} tried")
+    return text + ("" if inside else f", outside the {tried[0]:,g} to {tried[-1]:,g} tried")
 
 
 def _next(fit: GridFit, best: FittedLaw) -> str:
@@ -95,6 +95,8 @@ def _next(fit: GridFit, best: FittedLaw) -> str:
         return "; ".join(texts) + (f"; and {len(missing) - 2} more" if len(missing) > 2 else "")
     if best.held_out is None:
         return "add a batch size, with learning rates on both sides of the best one"
+    if best.held_out.error > 0.5:
+        return "keep to the best learning rates below, since no law predicts them within a factor of 1.4"
     if fit.ties:
         first, last = fit.valleys[0].batch_size, fit.valleys[-1].batch_size
         laws = [law.law for law in fit.laws if law.name in (best.name, *fit.ties)]
@@ -116,7 +118,7 @@ def _table_of_answers(found: Found) -> list[str]:
     columns = list(found[0].group)
     targets = [] if found[0].target is None else ["target"]
     fits = [each for each in found if isinstance(each, GridFit)]
-    at = [f"lr at {_number(float(lr.name), 7)}" for lr in _best(fits[0]).at]
+    at = [f"lr at {float(lr.name):,g}" for lr in _best(fits[0]).at]
     rows = [
         [
             *columns,
@@ -132,7 +134,7 @@ def _table_of_answers(found: Found) -> list[str]:
     for each in found:
         row = [*each.group.values(), *([] if each.target is None else [f"{each.target:.5g}"])]
         if isinstance(each, Unfitted):
-            rows.append([*row, "-", "-", "none", "-", *("-" for _ in at), each.reason])
+            rows.append([*row, "-", "-", "none", "-", *("-" for _ in at), each.reason.partition(": ")[0]])
             continue
         best, used = _best(each), sum(valley.optimum.found for valley in each.valleys)
         error = "-" if best.held_out is None else f"{best.held_out.error:.3f}"

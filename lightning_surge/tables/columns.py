@@ -1,8 +1,8 @@
 """Which column of a table is the batch size, the learning rate, and so on.
 
 Names are compared without case, separators, units in brackets and the prefixes of loggers and configuration
-files, so that `Batch Size`, `params.lr`, `config/optimizer.lr` and `val/loss` are known. A role goes to the one
-column that can have it; where none or several can, all such roles are told at once.
+files, so that `Batch Size`, `params.lr`, `config/optimizer.lr` and `val/loss` are known. A role goes to the
+one column that can have it; where none or several can, all such roles are told at once.
 """
 
 from __future__ import annotations
@@ -76,8 +76,11 @@ def shown(names: Sequence[Any], most: int = 12) -> str:
 
 def as_text(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
     """Columns as text, empty where a value is missing."""
-    columns = frame[list(dict.fromkeys(names))].astype(object)
-    return columns.where(columns.notna(), "").map(lambda value: str(value).strip())
+    text = {}
+    for name in names:
+        pairs = zip(frame[name].tolist(), frame[name].isna().tolist(), strict=True)
+        text[name] = ["" if missing else str(value).strip() for value, missing in pairs]
+    return type(frame)(text, index=frame.index, dtype=object)
 
 
 def find_column(frame: pd.DataFrame, name: str, option: str) -> str:
@@ -98,7 +101,7 @@ def find_column(frame: pd.DataFrame, name: str, option: str) -> str:
         return found[0]
     close = f" (close: {shown(closest)})" if (closest := _close(columns, [_plain(name)])) else ""
     raise ValueError(
-        f"Expected {option} to name one column of {shown(columns)}, got {name!r}{close}: write its name in full."
+        f"Expected {option} to name one column of {shown(columns)}, got {name!r}{close}: write it in full."
     )
 
 
@@ -142,15 +145,21 @@ def find_columns(
     found = {
         role: find_column(frame, name, f"--{role.replace('_', '-')}-column") for role, name in asked.items()
     }
-    free = [name for name in frame.columns if name not in found.values() and as_text(frame, name)[name].any()]
+    free = [name for name in frame.columns if name not in found.values()]
+    blank = [name for name in free if not as_text(frame, name)[name].any()]
+    free = [name for name in free if name not in blank]
     problems: dict[str, str] = {}
     for role in (role for role in Columns._fields if role not in found):
         candidates = _candidates(frame, free, role, maximize)
+        if not candidates and role in ("batch_size", "lr", "loss"):
+            candidates = _candidates(frame, blank, role, maximize)
+        if role == "steps" and "loss" in found and not any(_forms(name) & set(NAMES[role]) for name in candidates):
+            continue  # steps by the name of a counter, beside a loss
         if len(candidates) == 1:
             found[role] = candidates[0]
         elif candidates:
             problems[role] = f"{role} may be {shown(candidates)}"
-    # One outcome is enough; a loss that may be several columns counts before steps unless somebody named those.
+    # One outcome is enough; a loss that may be several columns counts before steps that nobody named.
     outcomes = [role for role in OUTCOMES if measure is None or (role == "loss") == (measure == "loss")]
     settled = asked.keys() & outcomes or ("loss" not in problems and found.keys() & outcomes)
     problems = {
@@ -171,7 +180,7 @@ def find_columns(
             f"{'; '.join(problems.values())}. Pass {options}{larger}."
         )
     notes = [
-        f"{role} from {name!r}" for role, name in found.items() if role not in asked and _plain(name) != role
+        f"{role} from {name!r}" for role, name in found.items() if role not in asked and name.lower() != role
     ]
     return found, ["columns: " + ", ".join(notes)] if notes else []
 
@@ -214,6 +223,8 @@ def settings_within(
     free = [
         name for name in frame.columns if name not in roles and not set(_plain(name).split("_")) & RESULTS
     ]
+    if not free:
+        return [], []
     text = as_text(frame, *cell, *free)
 
     def told_apart(names: Sequence[str]) -> int:

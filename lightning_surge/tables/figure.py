@@ -80,7 +80,7 @@ def draw_fits(fits: Sequence[GridFit], title: str = "") -> Figure:
         _draw_panel(axes, fit)
         handles, labels = axes.get_legend_handles_labels()
         entries = dict(zip(labels, handles, strict=True)) | entries
-    across = min(len(entries), 3 if len(fits) == 1 else 7)
+    across = min(len(entries), 2 if len(fits) == 1 else 6)
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=across, frameon=False)
     return figure
 

@@ -167,9 +167,10 @@ def _delimited(text: str, name: str) -> pd.DataFrame:
             io.StringIO("\n".join(lines[first:])),
             sep=separator if separator in lines[first] else r"\s+",
             header=None,
-            dtype=str,
+            dtype=object,
             keep_default_na=False,
             skip_blank_lines=False,
+            engine="python",  # the other one fills short rows without a word
         )
     except ValueError as error:  # pandas' own are of this kind
         reason = re.sub(
@@ -179,7 +180,7 @@ def _delimited(text: str, name: str) -> pd.DataFrame:
         )
         raise ValueError(f"Expected CSV, got {name}: {reason}; correct or remove the line.") from error
     frame = frame.set_axis(range(first + 1, first + 1 + len(frame)), axis=0).rename_axis("line")
-    cells = frame.apply(lambda column: column.str.strip())
+    cells = frame.map(lambda text: text.strip() if isinstance(text, str) else text)
     cells = cells[cells.fillna("").ne("").any(axis=1)]
     header = cells.iloc[0]
     cells = cells[cells.ne(header).any(axis=1)]  # files that were joined repeat their header

@@ -1,9 +1,9 @@
 """Read a table of runs: one row per run, with its batch size, its learning rate and how it ended.
 
 A run ended either with a final loss, or by reaching a target loss after some number of steps. Blanks, NaN,
-infinities and words such as `None` or `diverged` stand for a run that diverged or never reached the target; so does
-a `status` of `diverged` or `not_reached`. Runs that were killed, ran out of memory, failed or are not done yet say
-nothing about their learning rate and are left out.
+infinities and words such as `None` or `diverged` stand for a run that diverged or never reached the target; so
+does a `status` of `diverged` or `not_reached`. Runs that were killed, ran out of memory, failed or are not done
+yet say nothing about their learning rate and are left out.
 
 Sources become DataFrames in `files`, columns get their roles in `columns`, cells become numbers in `values`.
 """
@@ -292,8 +292,7 @@ def _read(
             f"Expected {rule}, got {text[:40] + '...' if len(text) > 40 else text!r} on {frame.index.name} "
             f"{frame.index[place]}: {remedy}."
         )
-    if column.dtype == object or str(column.dtype).startswith("str"):
-        thousands = column.astype(str).str.contains(r"\d\s*[kK]\s*$")
-        if thousands.any():
-            notes.append(f"K is 1,000 in column {name!r}, as in {column[thousands].iloc[0]!r}")
+    thousand = next((each for each in column.tolist() if str(each)[-1:] in ("k", "K")), None)
+    if thousand is not None:
+        notes.append(f"K is 1,000 in column {name!r}, as in {thousand!r}")
     return values

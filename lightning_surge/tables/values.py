@@ -44,7 +44,7 @@ def has_decimal_commas(column: pd.Series[Any]) -> bool:
         >>> has_decimal_commas(pd.Series(["0,001", "16"])), has_decimal_commas(pd.Series(["1,024"]))
         (True, False)
     """
-    texts = [value.strip() for value in column if isinstance(value, str) and "," in value]
+    texts = [value.strip() for value in column.tolist() if isinstance(value, str) and "," in value]
     return any(re.fullmatch(r"[\d.,eE+-]+", text) and not THOUSANDS.fullmatch(text) for text in texts)
 
 
@@ -73,7 +73,7 @@ def numbers(
         values = column.to_numpy(np.float64, na_value=math.nan)
         return values, np.zeros(values.shape, bool)
     decimal = commas or has_decimal_commas(column)
-    read = [number(value, decimal=decimal) for value in column]
+    read = [number(value, decimal=decimal) for value in column.tolist()]
     unread = np.array([value is None for value in read], dtype=bool)
     return np.array([math.nan if value is None else value for value in read], dtype=np.float64), unread
 
@@ -87,7 +87,7 @@ def number(value: Any, *, decimal: bool = False) -> float | None:
             return None
         return float(min(max(value, -sys.float_info.max), sys.float_info.max))
     try:
-        return float(value) if "_" not in value else None
+        return float(value)
     except ValueError:
         pass
     text = value.strip().lower()
