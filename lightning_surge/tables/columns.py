@@ -153,7 +153,11 @@ def find_columns(
         candidates = _candidates(frame, free, role, maximize)
         if not candidates and role in ("batch_size", "lr", "loss"):
             candidates = _candidates(frame, blank, role, maximize)
-        if role == "steps" and "loss" in found and not any(_forms(name) & set(NAMES[role]) for name in candidates):
+        if (
+            role == "steps"
+            and "loss" in found
+            and not any(_forms(name) & set(NAMES[role]) for name in candidates)
+        ):
             continue  # steps by the name of a counter, beside a loss
         if len(candidates) == 1:
             found[role] = candidates[0]
@@ -208,7 +212,7 @@ def settings_within(
 
     Args:
         frame: the table.
-        cell: columns whose values such runs have in common.
+        cell: columns whose values such runs have in common, the batch size first.
         roles: columns that are no settings, since they have a role.
 
     Returns:
@@ -227,14 +231,17 @@ def settings_within(
         return [], []
     text = as_text(frame, *cell, *free)
 
-    def told_apart(names: Sequence[str]) -> int:
-        return len(text[[*cell, *names]].drop_duplicates())
+    def told_apart(among: Sequence[str], names: Sequence[str]) -> int:
+        return len(text[[*among, *names]].drop_duplicates())
 
     # With nearly as many values as rows it is a result, or a name.
     free = [name for name in free if 1 < text[name].nunique() <= len(text) / 2]
-    differing = [name for name in free if told_apart([name]) > told_apart([])]
+    differing = [name for name in free if told_apart(cell, [name]) > told_apart(cell, [])]
+    # Once told apart they must be so at every learning rate of a batch size, or a valley is one of several models.
     apart: list[str] = []
-    while told_apart(apart) < told_apart(differing):
+    while told_apart(cell[:1], apart) < told_apart(cell[:1], differing):
         left = [name for name in differing if name not in apart]
-        apart.append(max(left, key=lambda name: (told_apart([*apart, name]), -text[name].nunique())))
+        apart.append(
+            max(left, key=lambda name: (told_apart(cell[:1], [*apart, name]), -text[name].nunique()))
+        )
     return differing, apart
