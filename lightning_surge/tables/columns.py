@@ -146,13 +146,14 @@ def find_columns(
         role: find_column(frame, name, f"--{role.replace('_', '-')}-column") for role, name in asked.items()
     }
     free = [name for name in frame.columns if name not in found.values()]
-    blank = [name for name in free if not as_text(frame, name)[name].any()]
+    text = as_text(frame, *free)
+    blank = [name for name in free if not text[name].any()]
     free = [name for name in free if name not in blank]
     problems: dict[str, str] = {}
     for role in (role for role in Columns._fields if role not in found):
-        candidates = _candidates(frame, free, role, maximize)
+        candidates = _candidates(text[free], role, maximize)
         if not candidates and role in ("batch_size", "lr", "loss"):
-            candidates = _candidates(frame, blank, role, maximize)
+            candidates = _candidates(text[blank], role, maximize)
         if (
             role == "steps"
             and "loss" in found
@@ -189,14 +190,14 @@ def find_columns(
     return found, ["columns: " + ", ".join(notes)] if notes else []
 
 
-def _candidates(frame: pd.DataFrame, columns: Sequence[str], role: str, maximize: bool) -> list[str]:
+def _candidates(text: pd.DataFrame, role: str, maximize: bool) -> list[str]:
     """Columns that can have a role; of those with equal values only one."""
+    columns = list(text.columns)
     usual = [name for name in columns if _forms(name) & set(NAMES[role])]
     if role == "loss" and maximize:
         usual = [name for name in columns if set(_plain(name).split("_")) & ACCURACIES] or usual
     found = usual or [name for name in columns if _forms(name) & set(FALLBACKS.get(role, ()))]
     found.sort(key=lambda column: _plain(column) != role)
-    text = as_text(frame, *found)
     different = [
         c for place, c in enumerate(found) if not any(text[c].equals(text[b]) for b in found[:place])
     ]
@@ -237,7 +238,7 @@ def settings_within(
     # With nearly as many values as rows it is a result, or a name.
     free = [name for name in free if 1 < text[name].nunique() <= len(text) / 2]
     differing = [name for name in free if told_apart(cell, [name]) > told_apart(cell, [])]
-    # Once told apart they must be so at every learning rate of a batch size, or a valley is one of several models.
+    # Told apart at every learning rate of a batch size, or a valley would be one of several models.
     apart: list[str] = []
     while told_apart(cell[:1], apart) < told_apart(cell[:1], differing):
         left = [name for name in differing if name not in apart]

@@ -80,7 +80,7 @@ def draw_fits(fits: Sequence[GridFit], title: str = "") -> Figure:
         _draw_panel(axes, fit)
         handles, labels = axes.get_legend_handles_labels()
         entries = dict(zip(labels, handles, strict=True)) | entries
-    across = min(len(entries), 2 if len(fits) == 1 else 6)
+    across = min(len(entries), 2 * columns)
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=across, frameon=False)
     return figure
 
@@ -114,7 +114,7 @@ def _draw_panel(axes: Axes, fit: GridFit) -> None:
     best = next((law for law in fit.laws if law.name == fit.best), None)
     if best is not None and sizes[0] <= best.peak_batch_size.value <= sizes[-1]:
         _draw_star(axes, best.peak_batch_size, best.peak_lr)
-        title += f"\npeak of {best.name} at B = {best.peak_batch_size.value:,.3g}"
+        title += f"\npeak of {best.name} at B = {float(f'{best.peak_batch_size.value:.3g}'):,g}"
     axes.set_title(title, fontsize=10.5)
 
 

@@ -179,8 +179,10 @@ def _delimited(text: str, name: str) -> pd.DataFrame:
             str(error).strip(),
         )
         raise ValueError(f"Expected CSV, got {name}: {reason}; correct or remove the line.") from error
-    frame = frame.set_axis(range(first + 1, first + 1 + len(frame)), axis=0).rename_axis("line")
-    cells = frame.map(lambda text: text.strip() if isinstance(text, str) else text)
+    texts = {name: [text and text.strip() for text in column] for name, column in frame.items()}
+    cells = pandas.DataFrame(texts, index=range(first + 1, first + 1 + len(frame)), dtype=object).rename_axis(
+        "line"
+    )
     cells = cells[cells.fillna("").ne("").any(axis=1)]
     header = cells.iloc[0]
     cells = cells[cells.ne(header).any(axis=1)]  # files that were joined repeat their header

@@ -1,9 +1,9 @@
 """Read a table of runs: one row per run, with its batch size, its learning rate and how it ended.
 
 A run ended either with a final loss, or by reaching a target loss after some number of steps. Blanks, NaN,
-infinities and words such as `None` or `diverged` stand for a run that diverged or never reached the target; so
-does a `status` of `diverged` or `not_reached`. Runs that were killed, ran out of memory, failed or are not done
-yet say nothing about their learning rate and are left out.
+infinities and words such as `None` or `diverged` stand for a run that diverged or never reached the target;
+so does a `status` of `diverged` or `not_reached`. Runs that were killed, ran out of memory, failed or are not
+done yet say nothing about their learning rate and are left out.
 
 Sources become DataFrames in `files`, columns get their roles in `columns`, cells become numbers in `values`.
 """
@@ -183,7 +183,7 @@ def _telling(frame: pd.DataFrame, roles: Mapping[str, str], source: str, notes: 
     """The rows that are not blank, and whose status is not silent."""
     outcome = next(roles[role] for role in ("loss", "steps", "examples") if role in roles)
     cells = as_text(frame, roles["batch_size"], roles["lr"], outcome)
-    blank = cells.map(str.lower).isin(["", "nan", "none", "null"]).all(axis=1)
+    blank = cells.isin(["", "nan", "NaN", "None", "null"]).all(axis=1)
     if blank.any():
         notes.append(f"rows left out, since they are blank: {int(blank.sum())}")
     place = roles.get("status", outcome)

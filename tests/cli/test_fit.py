@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import itertools
 import json
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 LAW = MeasuredLaw(alignment_limit=1.0, alignment_scale=200.0, noise_curvature=100.0, signal_curvature=900.0)
 """Its peak is 1/600 at B = 25, its critical batch size 20."""
 LAW_OF = {"loss": "measured", "steps": "adam_eq22"}
-NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?")
+NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -59,7 +60,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def models(path: Path) -> Path:
-    """The shape of a public table: seventeen sizes of model, each with its own best learning rates, in one file."""
+    """The shape of a public table: seventeen sizes of model, each with its own best learning rates."""
     lines = ["h,numl,lr,bs,ti,loss,smooth loss,exp_name,N"]
     for size in range(17):
         for batch in (32, 128, 512):
@@ -95,10 +96,10 @@ class TestText:
         head, _, *answer, _, title = out.splitlines()[:9]
         assert head == f"{tmp_path}/runs.csv: 140 runs"
         patterns = (
-            r"Best law: measured \(measured-law form\), within a factor of 1\.0\d on average at batch sizes left out\.",
+            r"Best law: measured \(measured-law form\), within a factor of 1\.0\d on average at .*\.",
             r"No other law comes within its error\.",
             r"Peak: lr 0\.001\d+ \[.*\] at B = \d+\S* \[.*\]; critical batch size \d+.*\.",
-            r"Learning rate at B = 4,000: 0\.001\d+ \[.*\], outside the 4 to 1,024 tried; at B = 8: 0\.001\d+ \[.*\]\.",
+            r"Learning rate at B = 4,000: 0\.001\d+ \[.*\], outside the 4 to 1,024 tried; at B = 8: 0.*\.",
             r"Next: use it.*\.",
         )
         for line, pattern in zip(answer, patterns, strict=True):
@@ -322,20 +323,42 @@ class TestErrors:
     def test_damage_gets_a_message_and_never_a_traceback(self, run: Run, tmp_path: Path) -> None:
         """Five hundred tables, each cut, spliced or overwritten at a few places."""
         chance = random.Random(0)
-        text = sweep(tmp_path / "good.csv", seeds=1).read_text().replace(",steps", ",steps").encode()
-        rows = [dict(zip(text.decode().split("\n", 1)[0].split(","), line.split(","), strict=True))
-                for line in text.decode().split()[1:]]  # fmt: skip
-        originals = [text, json.dumps(rows).encode(), gzip.compress(text), text.decode().encode("utf-16"),
-                     b"\n".join(json.dumps(row).encode() for row in rows), text.replace(b",", b";").replace(b".", b",")]  # fmt: skip
-        words = [b",", b"\n", b'"', b"\0", b"\xff", b"NaN", b"-1", b"1e999", b"None", b"[]", b"{", b"16K", b"\n\n", b"#",
-                 b"batch_size", b"9" * 400, "\u00b1".encode(), b"1,024", b";", b"\t", b"inf", b"0", b"loss", b"true"]  # fmt: skip
+        text = sweep(tmp_path / "good.csv", seeds=1).read_text()
+        rows = list(csv.DictReader(text.splitlines()))
+        forms = [text, json.dumps(rows), "\n".join(map(json.dumps, rows)), text.translate({44: ";", 46: ","})]
+        originals = [form.encode() for form in forms] + [gzip.compress(text.encode()), text.encode("utf-16")]
+        words = [
+            ",",
+            ";",
+            "#",
+            "{",
+            "[]",
+            "0",
+            "-1",
+            "\n",
+            "\n\n",
+            "\t",
+            "\x00",
+            '"',
+            "±",
+            "NaN",
+            "None",
+            "inf",
+            "true",
+            "1e999",
+            "16K",
+            "1,024",
+            "loss",
+            "batch_size",
+        ]
+        words += ["9" * 400, "\udcff"]
         outcomes = []
         for index in range(500):
             data = bytearray(originals[index % len(originals)])
             for _ in range(chance.randint(1, 2)):
                 place = chance.randrange(min(len(data), chance.choice((60, *[len(data)] * 5))))
                 length = chance.choice((0, 1, 1, 1, 5, len(data) // 3))
-                data[place : place + length] = chance.choice(words)
+                data[place : place + length] = chance.choice(words).encode(errors="surrogateescape")
             (tmp_path / "bad").write_bytes(data)
             status, out, err = run(tmp_path / "bad", "--bootstrap", 0, "--law", "constant", "--json")
             outcomes.append(status)
@@ -344,7 +367,7 @@ class TestErrors:
             assert status == 0 or re.match(
                 r"lightning-surge: (target \S+: )?Expected .*[.]$", err.strip(), re.DOTALL
             )
-        assert 50 < outcomes.count(0) < 450
+        assert 20 < outcomes.count(0) < 480
 
 
 def test_help_is_there_without_torch_or_lightning() -> None:
@@ -389,7 +412,9 @@ def test_the_page_is_what_the_program_prints(
         assert NUMBER.sub("#", out).split() == NUMBER.sub("#", shown).split()
         lines = [[line for line in text.splitlines() if line.strip()] for text in (out, shown)]
         for printed, told in zip(*lines, strict=True):
-            numbers = [[float(each) for each in NUMBER.findall(line)] for line in (printed, told)]
+            numbers = [
+                [float(each.replace(",", "")) for each in NUMBER.findall(line)] for line in (printed, told)
+            ]
             if "at the end of the range searched" in told:
                 # Such parameters lie on a ridge of equal misfit, on which rounding picks a place. How well
                 # the law predicts is another matter.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import gzip
 import io
 import json
@@ -35,8 +34,14 @@ RUNS = pd.DataFrame(
         for seed in (0, 1)
     ]
 )
-NESTED = [{"config": {"lr": r["lr"], "bs": r["batch_size"]}, "summary": {"val/loss": r["loss"]}, "seed": r["seed"]}
-          for r in RUNS.to_dict("records")]  # fmt: skip
+NESTED = [
+    {
+        "config": {"lr": run["lr"], "bs": run["batch_size"]},
+        "summary/val/loss": run["loss"],
+        "seed": run["seed"],
+    }
+    for run in RUNS.to_dict("records")
+]
 CSV = RUNS.to_csv(index=False)
 COMMAS = RUNS.to_csv(index=False, sep=";", decimal=",").replace("\n1024;", "\n1.024;")
 
@@ -50,25 +55,6 @@ def written(tmp_path: Path, text: str | bytes, name: str = "runs.csv") -> Path:
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
-
-
-@pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes a package impossible to import."""
-
-    def remove(package: str) -> None:
-        for module in [name for name in sys.modules if name.split(".")[0] == package]:
-            monkeypatch.delitem(sys.modules, module)
-        real = builtins.__import__
-
-        def refusing(name: str, *args: Any, **kwargs: Any) -> Any:
-            if name.split(".")[0] == package:
-                raise ModuleNotFoundError(f"No module named {package!r}")
-            return real(name, *args, **kwargs)
-
-        monkeypatch.setattr(builtins, "__import__", refusing)
-
-    return remove
 
 
 class TestFiles:
@@ -131,8 +117,8 @@ class TestFiles:
             ("# only a comment\n", "Expected a header and rows, got the empty file"),
             (HEADER, r"Expected at least one row, got none in .*: add runs"),
             (HEADER + ",,,\nNaN,None,,1\n", "Expected at least one run, got blank rows in"),
-            (HEADER + "8,0.1\n", "Expected 4 fields, as in the header, got 2 on line 2 of .*: correct or remove"),
-            ("# c\n" + HEADER + "8,1,1,0\n\n8,1,1,0,1\n", "Expected CSV, got .*5 fields on line 5, 4 in the header"),
+            (HEADER + "8,0.1\n", "Expected 4 fields, as in the header, got 2 on line 2 of .*: correct"),
+            ("# c\n" + HEADER + "8,1,1,0\n\n8,1,1,0,1\n", "got .*5 fields on line 5, 4 in the header"),
             (HEADER + '8,1,"1,0\n', "Expected CSV, got .*: .*unexpected end of data"),
             ("batch_size,lr,lr,loss\n8,1,1,1\n", "Expected distinct columns, got 'lr' twice"),
             (b"\x00\x01\x02\xff" * 9, "Expected a table, got bytes that are no text"),
@@ -155,9 +141,7 @@ class TestFiles:
     def test_paths_and_folders_of_other_programs(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"Expected an existing file, got .*nowhere"):
             read_table(tmp_path / "nowhere.csv")
-        with pytest.raises(
-            IsADirectoryError, match="Expected a file, got the directory .*: name the table in it"
-        ):
+        with pytest.raises(IsADirectoryError, match=r"got the directory .*: name the table in it"):
             read_table(tmp_path)
         for name, kind in (("w/offline-run/run.wandb", "W&B folder"), ("m/0/meta.yaml", "MLflow store")):
             (tmp_path / name).parent.mkdir(parents=True)
@@ -175,8 +159,10 @@ class TestFiles:
             read_table(path)
 
     def test_another_source_is_a_function(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        study = pd.DataFrame({"number": [0, 1, 2], "state": ["COMPLETE", "COMPLETE", "RUNNING"],
-                              "params_lr": [0.1, 0.2, 0.4], "params_batch_size": 8, "value": [2.0, np.nan, 1.0]})  # fmt: skip
+        study = pd.DataFrame(
+            {"params_lr": [0.1, 0.2, 0.4], "params_batch_size": 8, "value": [2.0, np.nan, 1.0]}
+        )
+        study["state"] = ["COMPLETE", "COMPLETE", "RUNNING"]
         monkeypatch.setattr(files, "SOURCES", [(lambda name: name.startswith("sqlite:"), lambda _: study)])
         (table,) = read_tables("sqlite:///study.db", where=[("params_batch_size", "8")])
         assert table.outcomes.tolist() == [2, math.inf]
@@ -219,8 +205,8 @@ class TestColumns:
         )
         message = (
             r"in 'x\.csv', got 'micro_batch_size', 'lr', 'peak_lr', 'val_acc': lr may be 'lr', 'peak_lr'; "
-            r"batch_size has no column \(close: 'micro_batch_size'\); loss or steps or examples has no column "
-            r"\(close: 'val_acc'.*\)\. Pass --lr-column NAME --batch-size-column NAME --loss-column NAME \(and --maximize"
+            r"batch_size has no column \(close: 'micro_batch_size'\); loss or steps or examples has no "
+            r"column \(close: 'val_acc'.*\)\. Pass --lr-column NAME --batch-size-column NAME --loss"
         )
         with pytest.raises(ValueError, match=message):
             find_columns(frame, Columns(), "x.csv")
@@ -230,7 +216,7 @@ class TestColumns:
 
     def test_several_losses_are_ambiguous_unless_one_is_named(self) -> None:
         frame = RUNS.assign(test_loss=1.5, steps=3)
-        with pytest.raises(ValueError, match="loss may be 'loss', 'test_loss'. Pass --loss-column NAME"):
+        with pytest.raises(ValueError, match=r"loss may be 'loss', 'test_loss'\. Pass --loss-column"):
             find_columns(frame, Columns(), "")
         assert find_columns(frame, Columns(loss="test_loss"), "")[0]["loss"] == "test_loss"
         assert "loss" not in find_columns(frame, Columns(), "", measure="steps")[0]
@@ -283,16 +269,16 @@ class TestValues:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            (HEADER + "8,x1,1,0\n", "Expected numbers in column 'lr', got 'x1' on line 2: write the learning rate"),
+            (HEADER + "8,x1,1,0\n", "Expected numbers in column 'lr', got 'x1' on line 2: write the"),
             (HEADER + "8,1,1,0\n8,1,oops,0\n", "column 'loss', got 'oops' on line 3: leave the field blank"),
-            (HEADER + "0,1,1,0\n", "Expected 1 <= batch_size < 1e\\+30, got '0' on line 2: write the examples"),
+            (HEADER + "0,1,1,0\n", "Expected 1 <= batch_size < 1e\\+30, got '0' on line 2: write"),
             (HEADER + "0.016,1,1,0\n", "Expected 1 <= batch_size"),
-            (HEADER + "8,None,1,0\n", "got 'None' on line 2: write the learning rate, or leave the row out with --where"),
+            (HEADER + "8,None,1,0\n", "got 'None' on line 2: .*leave the row out with --where"),
             (HEADER + "8,-1,1,0\n", "Expected 1e-30 <= lr < 1e\\+30, got '-1' on line 2"),
             ("batch_size,lr,steps\n8,1,0\n", "Expected steps > 0, or blank for a run that failed, got '0'"),
-            ("batch_size,lr,steps,target\n8,1,5,2\n8,1,5,\n", "<= target < 1e\\+30, got '' on line 3: write the loss"),
+            ("batch_size,lr,steps,target\n8,1,5,2\n8,1,5,\n", "got '' on line 3: write the loss"),
             ("batch_size,lr,epochs\n8,1,5\n", "loss or steps or examples has no column"),
-            ("batch_size,lr,examples\n32768,1,0.7\n", "runs of at least one step in column 'examples', got '0.7' .*epochs"),
+            ("batch_size,lr,examples\n32768,1,0.7\n", "one step in column 'examples', got '0.7' .*epochs"),
             ('[{"bs": 8, "lr": 1, "loss": [1]}]', r"column 'loss', got '\[1\]' on row 1"),
             (HEADER + "8,1," + "y" * 99_999 + ",0\n", "got 'y{40}...' on line 2"),
         ],
@@ -355,8 +341,8 @@ class TestRows:
         logged = {"runtime": range(36), "run_name": "a", "noise": np.arange(36.0), "val_acc": 0.5}
         (note, *_) = read_table(written(tmp_path, self.frame.assign(**logged).to_csv())).notes
         assert note == (
-            f"{MIXED} 'width', 'depth' are averaged as if they were seeds: pass --by width for a fit of each, or "
-            "--where width=VALUE for one"
+            f"{MIXED} 'width', 'depth' are averaged as if they were seeds: pass --by width for a fit of "
+            "each, or --where width=VALUE for one"
         )
         assert read_table(written(tmp_path, CSV)).notes == ()
         # A column that says which runs are seeds, by telling them apart.
