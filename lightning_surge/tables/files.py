@@ -183,7 +183,7 @@ def _delimited(text: str, name: str) -> pd.DataFrame:
     cells = pandas.DataFrame(texts, index=range(first + 1, first + 1 + len(frame)), dtype=object).rename_axis(
         "line"
     )
-    cells = cells[cells.fillna("").ne("").any(axis=1)]
+    cells = cells[(cells.fillna("") != "").any(axis=1)]
     header = cells.iloc[0]
     cells = cells[cells.ne(header).any(axis=1)]  # files that were joined repeat their header
     missing = cells.isna().sum(axis=1)
