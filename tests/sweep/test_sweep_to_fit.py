@@ -70,6 +70,8 @@ def test_losses(tmp_path: Path, capsys: Capture) -> None:
     assert fit["intervals_from"] == "seeds"
     # The steps of a cell without a target are the same at every learning rate.
     assert not any("--measure steps" in note for note in fit["notes"])
+    # The study says the same as its table.
+    assert fitted(capsys, tmp_path / "sweep.study.log")["fits"] == [fit]
 
 
 def test_targets_are_fitted_one_by_one(tmp_path: Path, capsys: Capture) -> None:
