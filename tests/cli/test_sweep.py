@@ -284,12 +284,6 @@ def test_larger_may_be_better(config: Path, capsys: Capture) -> None:
     assert [row["steps"] for row in table()] == ["3", "2", "1"]
 
 
-def test_refining_finds_a_minimum_between(config: Path, capsys: Capture) -> None:
-    assert sweep(batch_sizes="8", lrs="0.25 0.5", refine="3") == 0
-    assert [row["lr"] for row in table()] == ["0.25", "0.5", "1.0", "2.0"]  # lr = 1 is exact
-    assert "--refine" not in capsys.readouterr().out
-
-
 def test_keys_that_do_not_exist(config: Path, capsys: Capture) -> None:
     said = refused(capsys, lr_key="model.init_args.learning_rate")
     assert "Expected --lr-key to be a key of the configuration, got 'model.init_args.learning_rate'" in said
