@@ -188,12 +188,6 @@ def test_a_sweep_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Expected at least one row, got none" in capsys.readouterr().err
 
 
-def test_words_of_other_programs_say_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "runs.csv"
-    path.write_text("batch_size,lr,loss,status\n8,0.1,1.5,COMPLETED\n8,0.2,2.5,\n8,0.3,,crashed\n")
-    assert read_table(path).outcomes.tolist() == [1.5, 2.5, np.inf]
-
-
 @pytest.mark.parametrize("command", ["fit", "plot", "advise"])
 @pytest.mark.parametrize("name", ["nowhere.csv", "empty.csv", "directory"])
 def test_what_cannot_be_read_ends_with_a_message(
