@@ -195,7 +195,8 @@ def _candidates(text: pd.DataFrame, role: str, maximize: bool) -> list[str]:
     columns = list(text.columns)
     usual = [name for name in columns if _forms(name) & set(NAMES[role])]
     if role == "loss" and maximize:
-        usual = [name for name in columns if set(_plain(name).split("_")) & ACCURACIES] or usual
+        larger = [name for name in columns if set(_plain(name).split("_")) & ACCURACIES]
+        usual = [name for name in larger if "train" not in _plain(name)] or larger or usual
     found = usual or [name for name in columns if _forms(name) & set(FALLBACKS.get(role, ()))]
     found.sort(key=lambda column: _plain(column) != role)
     different = [
