@@ -1,7 +1,7 @@
 """`lightning-surge`: what can be asked on the command line, before a run and after it.
 
 Results go to standard output, progress and complaints to standard error; the exit status is 0 where the
-question was answered, 2 where it could not be.
+question was answered, 1 where cells of a sweep failed, 2 where there is no answer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        status: int = options.run(options) or 0
         sys.stdout.flush()
     except CommandError as error:
         print(f"lightning-surge: {error}", file=sys.stderr)
@@ -59,4 +59,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the results has seen enough; Python would complain once more when it closes the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
+    return status

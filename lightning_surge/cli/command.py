@@ -21,11 +21,11 @@ class Command(NamedTuple):
         summary: one line.
         examples: lines to try, shown under `--help`.
         add_arguments: declares its arguments.
-        run: answers; prints results to standard output.
+        run: answers; prints results to standard output; returns the exit status, None for 0.
     """
 
     name: str
     summary: str
     examples: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
