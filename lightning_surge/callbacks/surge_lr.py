@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_warn
@@ -47,17 +47,17 @@ from lightning_surge.callbacks.lr_hooks import LearningRateHooks
 from lightning_surge.callbacks.measuring.measurer import LossFn, Measurer
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import (
-    ALONG_THE_GRADIENT,
-    DEFAULT_OBJECTIVE,
     LAWS,
     SurgeSettings,
     check_functions,
     default_objective,
+    refuse_retired,
 )
 from lightning_surge.callbacks.step_examples import StepExamples
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch
-from lightning_surge.optimizers.families import OptimizerKind, optimizer_kind
+from lightning_surge.measure.direction import SIGN, Direction
+from lightning_surge.optimizers.families import direction_of
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
 
@@ -112,16 +112,13 @@ class SurgeLRCallback(Callback):
             parameters. `"step"` is the paper's: it makes every step as good as it can be, and can fall with
             the batch size. None takes `"progress"`, `"alignment"` with SGD, whose steps
             progress would scale linearly, and `"step"` with a law that is not measured.
-        anchor: `"schedule"`: the scheduled learning rate is right at `base_batch_size`. `"law"`: from the
-            first trusted estimate on, the level follows the law too.
         dry_run: Measure and log, never touch the learning rate.
         max_overhead: Largest share of extra passes, in examples through probes per example trained.
         probe_every: Start a measurement every so many optimizer steps instead, whatever it costs; where
             batches must be pooled it ends some steps later.
         probe_examples: Examples per measurement, pooled from consecutive batches; None decides by the
             budget.
-        lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`,
-            ten times wider with `anchor="law"`.
+        lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`.
         max_drift_per_step: Largest relative rise of the factor per step, beyond what a larger batch allows at
             once.
         half_life: Measurements after which an old one counts half.
@@ -166,7 +163,6 @@ class SurgeLRCallback(Callback):
         base_batch_size: float | None = None,
         law: Literal["measured", "theorem2", "theorem3", "sqrt", "linear", "constant"] = "measured",
         objective: Literal["step", "alignment", "progress", "edge"] | None = None,
-        anchor: Literal["schedule", "law"] = "schedule",
         *,
         dry_run: bool = False,
         max_overhead: float = 0.01,
@@ -182,12 +178,13 @@ class SurgeLRCallback(Callback):
         optimizer: int | None = None,
         custom_scalars: bool = True,
         prog_bar: bool = False,
+        **retired: Never,
     ) -> None:
+        refuse_retired(retired)
         self.settings = SurgeSettings(
             base_batch_size=base_batch_size,
             law=law,
             objective=default_objective(law) if objective is None else objective,
-            anchor=anchor,
             dry_run=dry_run,
             max_overhead=max_overhead,
             probe_every=probe_every,
@@ -225,7 +222,7 @@ class SurgeLRCallback(Callback):
 
     def _forget_run(self) -> None:
         self._rates: LearningRateHooks | None = None
-        self._kind: OptimizerKind = "unknown"
+        self._direction: Direction = SIGN
         self._step_log: StepLog | None = None
         self._scheduler: BatchSizeScheduler | None = None
         self._measurer.detach()
@@ -302,7 +299,7 @@ class SurgeLRCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Laws are fitted to different measurements; objectives and anchors can change on resuming."""
+        """Laws are fitted to different measurements; objectives can change on resuming."""
         return self._key_of(self.settings.law)
 
     def _key_of(self, law: str) -> str:
@@ -336,8 +333,7 @@ class SurgeLRCallback(Callback):
         if self.settings.follows_edge:
             check_edge(trainer, pl_module, index)
         if self._may_choose_objective:
-            kind = optimizer_kind(served_optimizer(trainer, pl_module, name, index))
-            objective = ALONG_THE_GRADIENT if kind == "gradient" else DEFAULT_OBJECTIVE
+            objective = direction_of(served_optimizer(trainer, pl_module, name, index)).objective
             self.settings = replace(self.settings, objective=objective)
             self._learner.follow(self.settings)
 
@@ -348,7 +344,7 @@ class SurgeLRCallback(Callback):
         self._forget_run()
         name, index, behind = type(self).__name__, self.settings.optimizer, self._behind_step
         optimizer = served_optimizer(trainer, pl_module, name, index)
-        self._kind = optimizer_kind(optimizer)
+        self._direction = direction_of(optimizer)
         self._scheduler = batch_size_scheduler(trainer)
         self._step_log = StepLog(optimizer, optimizer_suffix(trainer, index), prog_bar=self.settings.prog_bar)
         rates = self._rates = LearningRateHooks(optimizer, self.settings)
@@ -357,7 +353,7 @@ class SurgeLRCallback(Callback):
         rates.around_steps(before=self._before_step if behind.manual else None, after=self._after_step)
         self._learner.moments.begin(optimizer)
         pace = behind.pace if behind.manual else None
-        self._measurer.attach(trainer, pl_module, optimizer, rates.writer, self._kind, pace)
+        self._measurer.attach(trainer, pl_module, optimizer, rates.writer, self._direction, pace)
         rates.watch(pl_module, manual=behind.manual, ended=self._close_window)
         self._started, self._ended = time.perf_counter(), 0.0
         drawn = [one for one in self._served(trainer) if one.settings.custom_scalars]
@@ -437,7 +433,7 @@ class SurgeLRCallback(Callback):
         behind, learner, measurer = self._behind_step, self._learner, self._measurer
         number = behind.steps(trainer.global_step)
         behind.examples = measurer.end_window(behind.examples, behind.batches)
-        step = StepToCome(optimizer, self._kind, number, behind.examples)
+        step = StepToCome(optimizer, self._direction, number, behind.examples)
         if learner.policy is None:
             learner.fix_base(step.batch_size)
         self._read_schedule()

@@ -33,6 +33,7 @@ class Reason(IntEnum):
     BOUNDED_BELOW = 5
     RISING = 6
     NO_LAW_HERE = 7
+    UNRESOLVED = 8
     NO_LAW = 10
     NO_EDGE = 11
     MEASURING_FAILED = 12
@@ -66,6 +67,7 @@ _TEXTS = {
     Reason.BOUNDED_BELOW: "bounded below by lr_scale_bounds",
     Reason.RISING: "rising: limited by max_drift_per_step",
     Reason.NO_LAW_HERE: "sqrt: no law at this batch size",
+    Reason.UNRESOLVED: "unresolved: the law is at the edge of what can be fitted",
     Reason.NO_LAW: "held: the measurements do not determine a law",
     Reason.NO_EDGE: "held: the measurements do not determine an edge of stability",
     Reason.MEASURING_FAILED: "held: measuring failed",

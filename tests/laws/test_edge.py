@@ -300,21 +300,3 @@ class TestPolicy:
         policy = self.policy()
         policy.update(sure(noise_alone(0.1)), 64.0, 0.1)
         assert policy.decide(64.0).reason == "sqrt: no law at this batch size"
-
-    def test_the_anchored_level_counts_as_learning_rate(self) -> None:
-        policy = self.policy(anchor="law", bounds=(1e-3, 1e3))
-        first, second = (
-            EdgeLaw(
-                alignment_limit=1.0,
-                alignment_scale=1e14,
-                noise_curvature=curvature,
-                signal_curvature=0.0,
-                edge_limit=0.0,
-                edge_sq_slope=0.16,
-            )
-            for curvature in (1.0, 0.5)
-        )
-        policy.update(sure(first), BASE, 0.1)
-        policy.update(sure(second), BASE, 0.1)
-        expected = 2.0 * edge_ratio(second, 64.0, BASE, 2.0 * 0.1)
-        assert policy.decide(64.0, 0.1).predicted == pytest.approx(expected)

@@ -13,6 +13,7 @@ from scipy.special import erf
 from torch import Tensor, nn
 
 from lightning_surge.measure import gradients
+from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 from lightning_surge.measure.gradients import ChunkStream, blocks, dense, weighted_mean
 from lightning_surge.measure.records import ChunkStatistics, SizedValue
 
@@ -36,7 +37,7 @@ def streamed(
     chunks: list[list[Tensor | None]],
     sizes: list[float],
     num_chunks: int | None = None,
-    direction: gradients.Direction = torch.sign,
+    direction: Direction = SIGN,
     scales: list[float] = SCALES,
     parameters: list[Tensor] | None = None,
     stride: int = 1,
@@ -68,7 +69,7 @@ def slow_statistics(
     chunks: list[list[Tensor]],
     sizes: list[float],
     stride: int = 1,
-    direction: gradients.Direction = torch.sign,
+    direction: Direction = SIGN,
 ) -> ChunkStatistics:
     """All chunks held at once; the covariance from differences of pairs of chunks."""
     flat = [torch.cat([g.double().reshape(-1) for g in chunk]) for chunk in chunks]
@@ -88,7 +89,7 @@ def slow_statistics(
         return sum(sizes[k] * flat[k] for k in indices) / size(indices)
 
     def aligned(indices: list[int], target: list[int]) -> float:
-        return float((weights * direction(mean(indices))) @ mean(target))
+        return float((weights * direction.of(mean(indices))) @ mean(target))
 
     groups = [(list(first), list(second)) for first, second in turns(count, stride)]
     pairs = [(first, second) for first, second in groups if len(second) == stride]
@@ -116,10 +117,8 @@ def assert_equal_statistics(got: ChunkStatistics, wanted: ChunkStatistics, rel: 
 
 class TestExact:
     @pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL, [2, 6], [1, 2, 3]], ids=str)
-    @pytest.mark.parametrize("direction", [torch.sign, lambda gradient: gradient], ids=["sign", "gradient"])
-    def test_streaming_equals_holding_everything(
-        self, sizes: list[float], direction: gradients.Direction
-    ) -> None:
+    @pytest.mark.parametrize("direction", [SIGN, GRADIENT], ids=lambda each: each.name)
+    def test_streaming_equals_holding_everything(self, sizes: list[float], direction: Direction) -> None:
         chunks = chunk_gradients(len(sizes))
         wanted = slow_statistics(chunks, sizes, direction=direction)
         assert_equal_statistics(streamed(chunks, sizes, direction=direction), wanted)
@@ -223,7 +222,7 @@ class TestExact:
             [torch.zeros(s, dtype=torch.float64) for s in SHAPES],
             num_chunks=len(sizes),
             scales=SCALES,
-            direction=lambda gradient: gradient,
+            direction=GRADIENT,
             stride=stride,
         )
 

@@ -15,7 +15,7 @@ from scipy.stats import multivariate_normal, norm
 from torch import Tensor
 
 from lightning_surge.measure.curvature import Sample
-from lightning_surge.measure.gradients import Direction
+from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 from lightning_surge.measure.measurement import LawMeasurement, slices_for
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk, Piece, RandomState
@@ -27,11 +27,7 @@ HESSIAN = torch.tensor(
     dtype=torch.float64,
 )
 THETA = torch.tensor([0.4, -0.2, 0.1, 0.3], dtype=torch.float64)
-GRADIENT = HESSIAN @ THETA
-
-
-def identity(gradient: Tensor) -> Tensor:
-    return gradient
+MEAN_GRADIENT = HESSIAN @ THETA
 
 
 class Quadratic:
@@ -61,7 +57,7 @@ class Quadratic:
         self,
         num_chunks: int,
         *,
-        direction: Direction = torch.sign,
+        direction: Direction = SIGN,
         delta: float = 0.01,
         scale: float = 1.0,
         stride: int = 1,
@@ -86,7 +82,7 @@ class Quadratic:
         made_of, measured_on = groups[::2], groups[1::2]
 
         def curvature(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
-            v = scale * direction(self.gradient(torch.cat(first)))
+            v = scale * direction.of(self.gradient(torch.cat(first)))
             return float(sum(map(len, first))), float(v @ self.hessian(torch.cat(second)) @ v)
 
         rows = [
@@ -121,7 +117,7 @@ class TestExact:
     @pytest.mark.parametrize(
         "sizes", [[4, 4, 4, 4], [3, 1, 8, 2, 5], [2, 6], [1, 2, 3], [2] * 8, [3, 1, 8, 2, 5, 4, 1]], ids=str
     )
-    @pytest.mark.parametrize("direction", [torch.sign, identity])
+    @pytest.mark.parametrize("direction", [SIGN, GRADIENT])
     @pytest.mark.parametrize("delta", [1e-4, 0.3])
     def test_curvatures_are_quadratic_forms_on_the_examples_of_the_next_chunk(
         self, sizes: list[int], direction: Direction, delta: float
@@ -146,7 +142,7 @@ class TestExact:
                 measurement.measure_curvature()
             assert measurement.complete == (index >= 3)
         got = measurement.finish()
-        assert_close(got.curvatures, quadratic.slow_curvatures(batches, 2, torch.sign, 1.0))
+        assert_close(got.curvatures, quadratic.slow_curvatures(batches, 2, SIGN, 1.0))
         assert got.num_chunks == stop
 
     @pytest.mark.parametrize("sizes", [[2] * 4, [2] * 16, [3, 1, 8, 2], [3, 1, 8, 2, 5]], ids=str)
@@ -184,7 +180,7 @@ class TestExact:
         quadratic = Quadratic()
         measurement = quadratic.measurement(8, stride=2)
         for _ in range(3):
-            assert not measurement.add(chunk(torch.zeros(1, 4)), [GRADIENT])
+            assert not measurement.add(chunk(torch.zeros(1, 4)), [MEAN_GRADIENT])
         assert not measurement.complete
         with pytest.raises(ValueError, match="at least 4 chunks, got 3"):
             measurement.finish()
@@ -294,7 +290,7 @@ def within(samples: list[float], truth: float, errors: float = 4.0) -> None:
 
 
 class TestStatistical:
-    MEAN = GRADIENT.numpy()
+    MEAN = MEAN_GRADIENT.numpy()
     # One factor moves all coordinates together, along the direction of largest curvature.
     COVARIANCE = np.diag([1.0, 2.0, 1.5, 0.5]) + 9.0 * np.outer([1, -1, 1, 1], [1, -1, 1, 1])
     ROOT = np.linalg.cholesky(COVARIANCE)
@@ -325,7 +321,7 @@ class TestStatistical:
         return products
 
     def test_sign_directions_under_correlated_noise(self) -> None:
-        measurements = self.measurements(600, torch.sign, [6, 6, 6, 6])
+        measurements = self.measurements(600, SIGN, [6, 6, 6, 6])
         within([m.statistics.grad_sq for m in measurements], float(self.MEAN @ self.MEAN))
         within([m.statistics.trace_cov for m in measurements], float(np.trace(self.COVARIANCE)))
         deviation = np.sqrt(np.diag(self.COVARIANCE))
@@ -346,7 +342,7 @@ class TestStatistical:
 
     def test_sgd_law(self) -> None:
         """`noise_scale = tr(H Sigma) / G'HG` and `max_lr = |G|^2 / G'HG`."""
-        measurements = self.measurements(900, identity, [8, 8, 8, 8])
+        measurements = self.measurements(900, GRADIENT, [8, 8, 8, 8])
         hessian, mean = HESSIAN.numpy(), self.MEAN
         signal, trace = float(mean @ hessian @ mean), float(np.trace(hessian @ self.COVARIANCE))
         for b in (8.0, 16.0):
@@ -367,7 +363,7 @@ class TestStatistical:
 class TestProperties:
     @settings(max_examples=40, deadline=None)
     @given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e5))
-    @pytest.mark.parametrize("direction", [torch.sign, identity])
+    @pytest.mark.parametrize("direction", [SIGN, GRADIENT])
     def test_unscaled_undoes_a_scaled_loss(self, direction: Direction, seed: int, scale: float) -> None:
         """Along the gradient the direction carries the scale too."""
         batches = noise([2, 3, 2, 1], seed)
@@ -377,7 +373,7 @@ class TestProperties:
             .run([chunk(batch) for batch in batches])
             for factor in (1.0, scale)
         )
-        undone = scaled.unscaled(scale, direction_power=1 if direction is identity else 0)
+        undone = scaled.unscaled(scale, direction=direction)
         size = plain.statistics.trace_cov
         assert undone.statistics[:1] == plain.statistics[:1]
         assert undone.statistics[1:3] == pytest.approx(plain.statistics[1:3], rel=1e-9, abs=1e-9 * size)

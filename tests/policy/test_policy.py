@@ -68,10 +68,6 @@ def sure(law: Law) -> EstimatedLaw:
     return EstimatedLaw(law, ((law, 0.5), (law, 0.5)), num_measurements=2)
 
 
-def unsure(law: Law, other: Law) -> EstimatedLaw:
-    return EstimatedLaw(law, ((law, 0.5), (other, 0.5)), num_measurements=2)
-
-
 SURGE = MeasuredLaw(alignment_limit=2.0, alignment_scale=300.0, noise_curvature=1.0, signal_curvature=1.0)
 
 
@@ -167,18 +163,17 @@ class TestAlways:
     @many
     @given(actions=actions, bounds=st.sampled_from([None, (0.5, 1.5), (1.0, 1.0), (1e-3, 1e3)]))
     @pytest.mark.parametrize("objective", OBJECTIVES)
-    @pytest.mark.parametrize("anchor", ["schedule", "law"])
     def test_ratios_are_finite_positive_and_inside_the_bounds(
-        self, objective: str, anchor: str, actions: list[Any], bounds: tuple[float, float] | None
+        self, objective: str, actions: list[Any], bounds: tuple[float, float] | None
     ) -> None:
-        policy = Policy(base_batch_size=BASE, objective=objective, anchor=anchor, bounds=bounds)
+        policy = Policy(base_batch_size=BASE, objective=objective, bounds=bounds)
         for action, law, batch_size in actions:
             if action == "update":
                 policy.update(law, batch_size)
             elif action == "hold":
                 policy.hold("test")
             decision = policy.decide(batch_size)
-            reach = max(batch_size / BASE, BASE / batch_size) * (10.0 if anchor == "law" else 1.0)
+            reach = max(batch_size / BASE, BASE / batch_size)
             low, high = bounds or (1 / reach, reach)
             assert low * (1 - 1e-12) <= decision.used <= high * (1 + 1e-12)
             assert decision.reason
@@ -471,37 +466,10 @@ class TestFixedRules:
         assert policy.decide(64.0) == (ratio, 0.0, ratio, reason.text, reason)
 
 
-class TestAnchor:
-    def test_the_level_follows_the_law_from_the_first_trusted_estimate(self) -> None:
-        policy = Policy(base_batch_size=BASE, anchor="law", max_drift_per_step=10.0)
-        first = SGDLaw(max_lr=0.1, noise_scale=48.0)
-        policy.update(sure(first), BASE)
-        assert policy.decide(BASE).used == pytest.approx(1.0)
-        policy.update(sure(SGDLaw(max_lr=0.2, noise_scale=48.0)), BASE)
-        assert policy.decide(BASE).used == pytest.approx(2.0)
-        assert policy.decide(48.0).used == pytest.approx(2.0 * first.lr(48.0) / first.lr(BASE))
-
-    def test_an_untrusted_estimate_does_not_anchor(self) -> None:
-        policy = Policy(base_batch_size=BASE, anchor="law", max_drift_per_step=10.0)
-        low, high = SGDLaw(max_lr=0.1, noise_scale=48.0), SGDLaw(max_lr=2.0, noise_scale=48.0)
-        policy.update(unsure(low, high), BASE)
-        policy.update(sure(high), BASE)
-        # The level is anchored at the second law, which the first is not.
-        assert policy.decide(BASE).used == pytest.approx(1.0)
-        policy.update(sure(low), BASE)
-        assert policy.decide(BASE).used == pytest.approx(0.1)  # 1 / 20, bounded by the room of ten
-
-    def test_the_schedule_anchor_has_no_level(self) -> None:
-        policy = Policy(base_batch_size=BASE)
-        for max_lr in (0.1, 0.2):
-            policy.update(sure(SGDLaw(max_lr=max_lr, noise_scale=48.0)), BASE)
-            assert policy.decide(BASE).used == 1.0
-
-
 class TestState:
     @many
-    @given(actions=actions, later=actions, anchor=st.sampled_from(["schedule", "law"]))
-    def test_a_resumed_policy_decides_alike(self, actions: list[Any], later: list[Any], anchor: str) -> None:
+    @given(actions=actions, later=actions)
+    def test_a_resumed_policy_decides_alike(self, actions: list[Any], later: list[Any]) -> None:
         def play(policy: Policy, script: list[Any]) -> list[Any]:
             decisions = []
             for action, law, batch_size in script:
@@ -512,13 +480,13 @@ class TestState:
                 decisions.append(policy.decide(batch_size))
             return decisions
 
-        policy, resumed = (Policy(base_batch_size=BASE, anchor=anchor) for _ in range(2))
+        policy, resumed = (Policy(base_batch_size=BASE) for _ in range(2))
         play(policy, actions)
         resumed.load_state_dict(policy.state_dict())
         assert play(policy, later) == play(resumed, later)
 
     def test_round_trip_through_a_checkpoint(self, tmp_path: pytest.TempPathFactory) -> None:
-        policy, resumed = (Policy(base_batch_size=BASE, anchor="law") for _ in range(2))
+        policy, resumed = (Policy(base_batch_size=BASE) for _ in range(2))
         policy.update(sure(ConstantLaw(base_lr=1.0, base_batch_size=BASE)), 64.0)
         policy.update(sure(SURGE), 64.0)
         policy.decide(64.0)

@@ -136,7 +136,7 @@ def test_codes_stay() -> None:
     assert {reason.name: int(reason) for reason in Reason} == {
         "MEASURED": 0, "RULE": 1, "NOTHING_MEASURED": 2, "UNCERTAIN": 3, "BOUNDED_ABOVE": 4,
         "BOUNDED_BELOW": 5,
-        "RISING": 6, "NO_LAW_HERE": 7, "NO_LAW": 10, "NO_EDGE": 11, "MEASURING_FAILED": 12,
+        "RISING": 6, "NO_LAW_HERE": 7, "UNRESOLVED": 8, "NO_LAW": 10, "NO_EDGE": 11, "MEASURING_FAILED": 12,
         "FITTING_FAILED": 13,
         "AVERAGES_UNREADABLE": 14, "GRADIENTS_ZERO": 15, "PARAMETERS_CHANGED": 16,
     }  # fmt: skip

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
-from lightning_surge.optimizers.families import optimizer_family, optimizer_kind
+from lightning_surge.optimizers.families import optimizer_family
 
 MakeTrainer = Callable[..., pl.Trainer]
 
@@ -79,11 +79,11 @@ def test_every_optimizer_of_torch_has_a_row() -> None:
 def test_the_row_says_what_the_code_says(name: str) -> None:
     optimizer = Linear(name).configure_optimizers()
     law, objectives = ROWS[name]
-    kind = optimizer_kind(optimizer)
-    assert kind != "unknown"
-    assert law == (kind if kind in ("sign", "gradient") else "refused")
-    assert (objectives == "none") == (kind == "unscalable")
-    assert (objectives == "rules only") == (kind == "unmeasured")
+    family = optimizer_family(optimizer)
+    assert family.known
+    assert law == (family.direction.name if family.direction else "refused")
+    assert (objectives == "none") is not family.scalable
+    assert (objectives == "rules only") == (family.direction is None and family.scalable)
 
 
 def forms(name: str) -> list[dict[str, Any]]:

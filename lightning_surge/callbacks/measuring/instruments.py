@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,12 +13,13 @@ from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.laws.base import require_number
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.curvature import Sample, probe_distance
+from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.measurement import ALONE, LawMeasurement, MoreSecants
 from lightning_surge.measure.probing import Prober
 from lightning_surge.measure.records import Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk
 from lightning_surge.measure.sharpness import Sharpness, SharpnessError
-from lightning_surge.optimizers.families import OptimizerKind, lr_scales, parameter_scales
+from lightning_surge.optimizers.families import lr_scales, parameter_scales
 from lightning_surge.optimizers.lr_writer import LearningRateWriter
 from lightning_surge.optimizers.moments import AdamMoments
 
@@ -53,7 +53,7 @@ class Instruments:
 
     # Of the run in hand; absent between runs.
     _optimizer: Optimizer
-    _kind: OptimizerKind
+    _direction: Direction
     _writer: LearningRateWriter
     _prober: Prober
 
@@ -66,23 +66,23 @@ class Instruments:
         self.end()
 
     def begin(
-        self, optimizer: Optimizer, kind: OptimizerKind, writer: LearningRateWriter, prober: Prober
+        self, optimizer: Optimizer, direction: Direction, writer: LearningRateWriter, prober: Prober
     ) -> None:
         """Take hold of a run that starts.
 
         Args:
             optimizer: that moves the parameters.
-            kind: of its direction.
+            direction: of its steps.
             writer: knows the scheduled learning rates.
             prober: computes gradients, on all processes.
         """
-        self._optimizer, self._kind = optimizer, kind
+        self._optimizer, self._direction = optimizer, direction
         self._writer, self._prober = writer, prober
         self._ranks = prober.ranks
 
     def end(self) -> None:
         """Let go of the run."""
-        for name in ("_optimizer", "_kind", "_writer", "_prober"):
+        for name in ("_optimizer", "_direction", "_writer", "_prober"):
             vars(self).pop(name, None)
         self.parameters: list[Tensor] = []
         self.parameters_changed = False
@@ -128,10 +128,10 @@ class Instruments:
             self.parameters,
             num_chunks=num_chunks,
             replay=self._prober.replay,
-            # Along the gradient the direction itself carries the loss scale.
-            delta=self._delta() / (self._prober.loss_scale if self._kind == "gradient" else 1.0),
+            # The direction itself may carry the loss scale, as the gradient does.
+            delta=self._delta() / self._prober.loss_scale**self._direction.loss_power,
             scales=self._scales,
-            direction=_identity if self._kind == "gradient" else torch.sign,
+            direction=self._direction,
             stride=stride,
             keep_all=self._settings.follows_edge,
             ranks=self._ranks,
@@ -205,8 +205,7 @@ class Instruments:
 
     def unscaled(self, measurement: Measurement) -> Measurement:
         """What a measurement says of the loss itself, without the factor that it was taken with."""
-        power = 1 if self._kind == "gradient" else 0
-        return measurement.unscaled(self._prober.loss_scale, direction_power=power)
+        return measurement.unscaled(self._prober.loss_scale, direction=self._direction)
 
     # ------------------------------------------------------------------ state
 
@@ -229,7 +228,3 @@ class Instruments:
         self._largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
         if self._settings.follows_edge and "sharpness" in state:
             self._sharpness.load_state_dict(state["sharpness"])
-
-
-def _identity(gradient: Tensor) -> Tensor:
-    return gradient

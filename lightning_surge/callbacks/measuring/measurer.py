@@ -19,12 +19,12 @@ from lightning_surge.callbacks.measuring.pooling import Cutting, Pool, Versions
 from lightning_surge.callbacks.measuring.repeated_loss import Attempts, LossFn, RepeatedLoss
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.measure.batches import SplitBatch
+from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.distributed import RankError
 from lightning_surge.measure.measurement import ALONE, MoreSecants
 from lightning_surge.measure.probing import Prober
 from lightning_surge.measure.records import Measurement
 from lightning_surge.measure.replay import Piece
-from lightning_surge.optimizers.families import OptimizerKind
 from lightning_surge.optimizers.lr_writer import LearningRateWriter
 from lightning_surge.optimizers.moments import AdamMoments
 
@@ -49,7 +49,7 @@ class Measurer:
     """
 
     # Of the run in hand; absent between runs.
-    _run: tuple[pl.Trainer, pl.LightningModule, Optimizer, LearningRateWriter, OptimizerKind]
+    _run: tuple[pl.Trainer, pl.LightningModule, Optimizer, LearningRateWriter, Direction]
     _trainer: pl.Trainer
     _loss: RepeatedLoss
     _attempts: Attempts
@@ -84,12 +84,12 @@ class Measurer:
         pl_module: pl.LightningModule,
         optimizer: Optimizer,
         writer: LearningRateWriter,
-        kind: OptimizerKind,
+        direction: Direction,
         pace: Pace | None = None,
     ) -> None:
         """Take hold of a run that starts; `pace` is that of the optimizer where the user calls its steps."""
         self.detach()
-        self._run = trainer, pl_module, optimizer, writer, kind
+        self._run = trainer, pl_module, optimizer, writer, direction
         self._trainer, self._pace = trainer, pace
         self._ranks = ranks_of(trainer)
         self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks)
@@ -103,7 +103,7 @@ class Measurer:
             split_batch=None,
             ranks=self._ranks,
         )
-        self._instruments.begin(optimizer, kind, writer, self._prober)
+        self._instruments.begin(optimizer, direction, writer, self._prober)
         self.seconds = 0.0
 
     def take_over(self, other: Measurer, pace: Pace) -> None:
