@@ -253,7 +253,7 @@ def _saved(name: str, value: float, smallest: float) -> float:
 def _measurement(record: dict[str, Any]) -> Measurement:
     """One record of `NoiseHistory.state_dict`; `add` then refuses numbers that are not finite."""
     batch_size, grad_sq, trace_cov = record["norms"]
-    sums, sharpness = record["coordinate_sums"], _sized(record.get("sharpness", ()))
+    sums, sharpness = record["coordinate_sums"], _sized(record["sharpness"])
     if len(sharpness) not in (0, 2):
         raise ValueError(f"Expected the sharpness at two batch sizes or none, got {len(sharpness)}.")
     return Measurement(

@@ -183,14 +183,6 @@ class TestMeasuredLaw:
         assert gains[0] == pytest.approx(gains[1], rel=1e-12)
 
     @many
-    @given(measured_laws(decades(-3, 3)))
-    def test_large_batches_tend_to_a_constant_above_0(self, law: MeasuredLaw) -> None:
-        limit = law.alignment_limit
-        constant = limit / (law.noise_curvature + law.signal_curvature * limit**2)
-        assert constant > 0
-        assert law.lr(1e12 * law.alignment_scale) == pytest.approx(constant, rel=1e-9)
-
-    @many
     @given(law=measured_laws(decades(-3, 3)), factor=decades(-3, 3), batch_size=decades(-2, 6))
     # Of alignment, both curvatures, learning rate and gain: the loss multiplied, or the parameters.
     @pytest.mark.parametrize("powers", [(1, 1, -1, 0, 1), (-1, -2, 0, 1, 0)], ids=["loss", "parameters"])
@@ -503,15 +495,12 @@ class TestSGDLaw:
             assert gain_max * law.gain(batch_size) == pytest.approx(top**2 / (2 * bottom), rel=1e-12)
 
     @many
-    @given(decades(-3, 3), decades(-2, 6), decades(-2, 6), st.floats(0.1, 1))
-    def test_scaling_the_loss_divides_lr(
-        self, factor: float, noise_scale: float, batch_size: float, exponent: float
+    @given(decades(-2, 6), decades(-2, 6), st.floats(0.1, 1))
+    def test_exponents_are_of_the_law_of_plain_gradients(
+        self, noise_scale: float, batch_size: float, exponent: float
     ) -> None:
-        law = SGDLaw(max_lr=1.0, noise_scale=noise_scale, exponent=exponent)
-        louder = SGDLaw(max_lr=1.0 / factor, noise_scale=noise_scale, exponent=exponent)
-        assert louder.lr(batch_size) == pytest.approx(law.lr(batch_size) / factor, rel=1e-12)
-        full = SGDLaw(max_lr=1.0, noise_scale=noise_scale).lr(batch_size)
-        assert law.lr(batch_size) == pytest.approx(full**exponent, rel=1e-9)
+        full, law = (SGDLaw(max_lr=1.0, noise_scale=noise_scale, exponent=e) for e in (1.0, exponent))
+        assert law.lr(batch_size) == pytest.approx(full.lr(batch_size) ** exponent, rel=1e-9)
 
 
 class TestReferenceRules:
@@ -547,10 +536,6 @@ class TestReferenceRules:
             limit = rule(base_lr=law.lr(base), base_batch_size=base)
             assert law.lr(64 * base) == pytest.approx(limit.lr(64 * base), rel=1e-5)
             assert law.gain(64 * base) / law.gain(base) == pytest.approx(limit.gain(64 * base), rel=1e-5)
-
-    def test_equality_tells_rules_apart(self) -> None:
-        assert SqrtLaw(base_lr=1, base_batch_size=2) == SqrtLaw(base_lr=1, base_batch_size=2)
-        assert SqrtLaw(base_lr=1, base_batch_size=2) != LinearLaw(base_lr=1, base_batch_size=2)
 
 
 def test_require_number_allows_0_only_on_request() -> None:

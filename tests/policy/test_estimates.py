@@ -170,15 +170,6 @@ class TestDegenerate:
                 assert math.isfinite(law.lr(b))
                 assert law.lr(b) > 0.0
 
-    def test_alignment_that_is_negative_at_every_size_in_one_measurement(self) -> None:
-        row = Measurement(
-            ChunkStatistics(64.0, 1.0, 48.0, (SizedValue(16.0, -1.0), SizedValue(64.0, -2.0))),
-            (SizedValue(16.0, 1.0), SizedValue(64.0, 3.0)),
-            passes=128.0,
-        )
-        law = estimate(history_of([row]), fit_sign_law)
-        assert law is None or law.lr(32.0) / law.lr(16.0) == pytest.approx(1.0, rel=1.0)
-
     @pytest.mark.parametrize("fit", [fit_sign_law, fit_sgd_law])
     def test_no_curvature_is_no_law(self, fit: Fit) -> None:
         row = measured(TRUE)._replace(curvatures=())

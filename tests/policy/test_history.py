@@ -225,12 +225,3 @@ class TestState:
             each.add(measured(5.0))
         assert other.stats() == history.stats()
         assert other.state_dict() == history.state_dict()
-
-    def test_records_from_before_there_was_sharpness_load(self) -> None:
-        history = history_of([measured(1.0, 2.0), measured(2.0, 3.0)])
-        state = history.state_dict()
-        for record in state["records"]:
-            del record["sharpness"]
-        other = NoiseHistory()
-        other.load_state_dict(state)
-        assert other.stats() == history.stats()

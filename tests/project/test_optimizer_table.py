@@ -187,37 +187,6 @@ def test_the_length_of_an_update_grows_with_the_gradient_where_the_law_says_so(n
     assert torch.allclose(large, expected, rtol=2e-3, atol=1e-6)
 
 
-class TestMuon:
-    """Why its law is no sign law: the same noise, averaged over singular directions and over coordinates."""
-
-    @staticmethod
-    def alignments(direction: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> list[float]:
-        generator = torch.Generator().manual_seed(0)
-        left, right = torch.randn(32, 1, generator=generator), torch.randn(1, 32, generator=generator)
-        signal = 0.02 * left @ right  # of rank one, as signals are that few directions make up
-        values = []
-        for size in sizes:
-            noisy = signal + torch.randn(200, 32, 32, generator=generator) / size**0.5
-            values.append(float((direction(noisy) * signal).sum(dim=(1, 2)).mean()))
-        return values
-
-    @staticmethod
-    def orthogonal(matrices: Tensor) -> Tensor:
-        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-        return u @ v
-
-    def test_square_root_scaling_is_the_limit_of_small_batches(self) -> None:
-        small, large = self.alignments(self.orthogonal, (1, 4))
-        assert large / small == pytest.approx(2.0, rel=0.15)
-
-    def test_saturates_elsewhere(self) -> None:
-        spectral = self.alignments(self.orthogonal, (4, 256, 2**16))
-        by_sign = self.alignments(torch.sign, (4, 256, 2**16))
-        shares = [values[1] / values[2] for values in (spectral, by_sign)]
-        # At this batch size one direction is done and the other far from it.
-        assert shares[0] > 1.25 * shares[1]
-
-
 def test_adafactor_says_when_its_learning_rate_is_capped(make_trainer: MakeTrainer) -> None:
     with pytest.warns(UserWarning, match=r"uses min\(lr, 1 / sqrt\(step\)\): .* written, 0.8, is above 0.7"):
         make_trainer(SurgeLRCallback(2, "linear")).fit(Linear("Adafactor", lr=0.4), data())
