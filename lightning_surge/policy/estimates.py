@@ -277,8 +277,11 @@ def fit_sign_law(stats: NoiseStats) -> MeasuredLaw | None:
     """
     if not stats.alignments or not stats.contrasts:
         return None
-    scale = _bounded_scale(stats)
-    limit = _alignment_limit(stats.alignments, scale)
+    largest = max(entry.batch_size for entry in stats.alignments)
+    # A negative trace is noise around no noise at all.
+    scale = max(min(stats.resolved_noise_scale, LARGEST_SCALE * largest), 0.0)
+    basis = [1.0 / math.sqrt(1.0 + scale / entry.batch_size) for entry in stats.alignments]
+    limit = _resolved_mean(stats.alignments, basis)
     if limit <= 0.0:
         return None
     noise, signal = _fit_curvature(stats.contrasts, lambda size: 1.0 / (1.0 + scale / size))
@@ -400,17 +403,6 @@ def fit_theorem3_law(stats: NoiseStats) -> Theorem3Law | None:
         return Theorem3Law(noise_scale=math.inf, peak_lr=math.inf, sqrt_coefficient=slope)
     noise_scale = math.pi * sums.trace_hessian / (2.0 * sums.coherent_curvature)
     return Theorem3Law(noise_scale=noise_scale, peak_lr=slope * math.sqrt(noise_scale) / 2.0)
-
-
-def _bounded_scale(stats: NoiseStats) -> float:
-    largest = max(entry.batch_size for entry in stats.alignments)
-    # A negative trace is noise around no noise at all.
-    return max(min(stats.resolved_noise_scale, LARGEST_SCALE * largest), 0.0)
-
-
-def _alignment_limit(alignments: Sequence[Bin], scale: float) -> float:
-    basis = [1.0 / math.sqrt(1.0 + scale / entry.batch_size) for entry in alignments]
-    return _resolved_mean(alignments, basis)
 
 
 def _resolved_mean(alignments: Sequence[Bin], basis: Sequence[float]) -> float:
