@@ -29,7 +29,7 @@ def test_type_checkers_see_the_same_names_from_the_same_rooms() -> None:
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }
-    assert seen == lightning_surge._ROOMS
+    assert seen == lightning_surge._PACKAGES
     assert sorted(seen) == sorted(lightning_surge.__all__)
 
 
