@@ -278,7 +278,7 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
 
 
 def _option(state: RunState, size: float, critical: Interval) -> Option:
-    # Relative to what was logged, which the level of a law that is an anchor has gone into.
+    # Relative to what was logged.
     value = state.lr_scale * _objective(state, size) / _objective(state, state.batch_size)
     error = _relative_error(state, size)
     spread = math.exp(error) if error < LARGEST_EXPONENT else math.inf

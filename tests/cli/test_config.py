@@ -202,7 +202,6 @@ ARGUMENTS = """
         base_batch_size: 16
         law: measured
         objective: progress
-        anchor: law
         lr_scale_bounds: [0.25, 8]
         probe_every: 3
         batch_size_fn: named_functions.count
@@ -225,7 +224,7 @@ def test_every_kind_of_argument_of_the_callback(tmp_path: Path, functions: Any) 
     (callback,), printed = parse(tmp_path, ARGUMENTS)
     assert isinstance(callback, SurgeLRCallback)
     settings = callback.settings
-    assert (settings.law, settings.objective, settings.anchor) == ("measured", "progress", "law")
+    assert (settings.law, settings.objective) == ("measured", "progress")
     assert (settings.lr_scale_bounds, settings.probe_every) == ((0.25, 8.0), 3)
     assert callback._loss_fn is functions.loss
     assert callback._split_batch is functions.cut

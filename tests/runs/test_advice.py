@@ -83,7 +83,7 @@ class TestLearningRate:
         state = replace(STATE, law=law, objective="edge")
         assert option(state, 120.0).lr_scale.value == pytest.approx(edge_ratio(law, 120.0, 60.0, 1e-3))
 
-    def test_keeps_the_level_of_a_law_that_is_an_anchor(self):
+    def test_is_relative_to_what_was_logged(self):
         assert option(replace(STATE, lr_scale=3.0), 120.0).lr.value == pytest.approx(
             3.0 * option(STATE, 120.0).lr.value
         )
