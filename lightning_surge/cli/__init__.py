@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`lightning-surge`: what can be asked on the command line, before a run and after it.
 
 Results go to standard output, progress and complaints to standard error; the exit status is 0 where the
@@ -11,8 +12,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lightning_surge import __version__
 from lightning_surge.cli.advise import ADVISE
-from lightning_surge.cli.command import Command, CommandError
+from lightning_surge.cli.command import Command, CommandError, Parser
 from lightning_surge.cli.fit import FIT
 from lightning_surge.cli.plot import PLOT
 from lightning_surge.cli.sweep import SWEEP
@@ -31,10 +33,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(
+    try:
+        try:
+            options = _parse(arguments)
+            options.run(options)
+        finally:
+            # Also after --help: what cannot be written is told here, not by Python on its way out.
+            print(end="", flush=True)
+    except CommandError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the results has seen enough.
+        _drop_output()
+        return 0
+    except UnicodeEncodeError as error:
+        letter = error.object[error.start]
+        return _complain(
+            f"Expected an output that can hold {letter!a}, got one in {error.encoding}: set "
+            "PYTHONIOENCODING=utf-8:surrogateescape."
+        )
+    except OSError as error:
+        if error.filename is not None:  # not of the output, and nothing that was foreseen
+            raise
+        _drop_output()
+        return _complain(f"Expected an output that can be written to, got {error}: write it elsewhere.")
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
         prog="lightning-surge",
         description="Choose batch sizes and learning rates from measurements, before a run and after it.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = parsers.add_parser(
@@ -45,18 +78,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(sub)
-        sub.set_defaults(run=command.run)
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-        sys.stdout.flush()
-    except CommandError as error:
-        print(f"lightning-surge: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Whoever read the results has seen enough; Python would complain once more when it closes the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 0
+        sub.set_defaults(run=command.run, parser=sub)
+    if "_ARGCOMPLETE" in os.environ:
+        # The shell asks for completions of the words so far: pip install 'lightning-surge[completion]'.
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        # By the command's own parser, whose help knows what there is.
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
+
+
+def _complain(words: str) -> int:
+    print(f"lightning-surge: {words}", file=sys.stderr)
+    return 2
+
+
+def _drop_output() -> None:
+    """Python would write what is left once more when it ends, and complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

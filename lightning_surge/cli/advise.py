@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_surge.cli.command import Command, CommandError
 from lightning_surge.cli.plot import choose_group, read
-from lightning_surge.runs.log_files import RunLogError
+from lightning_surge.runs.series import RunLogError
 
 if TYPE_CHECKING:
     from lightning_surge.runs.advice import Advice, Caveat, Interval, Option

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.runs.log_files import RunLogError
+from lightning_surge.runs.series import RunLogError
 
 if TYPE_CHECKING:
     from lightning_surge.runs.run_log import RunLog

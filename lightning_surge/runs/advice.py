@@ -25,7 +25,7 @@ from lightning_surge.laws.objectives import OBJECTIVES, at_once_ratio
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import gain_fraction, steps_needed
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import RunLog, RunLogError, Series
+from lightning_surge.runs.run_log import RunLog, RunLogError, Series, wanted_factor
 
 __all__ = ["Advice", "Caveat", "Interval", "Option", "RunState", "advise", "run_state"]
 
@@ -157,21 +157,22 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
 
     Args:
         run: what it logged.
-        step: optimizer step; the last logged one up to it is taken. None takes the last.
+        step: optimizer step within the run; the last logged one up to it is taken. None takes the last.
         group: the parameter group whose learning rate counts, where there are several.
 
     Returns:
         The state.
 
     Raises:
-        RunLogError: if nothing was logged by then, or no law was known.
+        RunLogError: if the step is outside the run, or no law was known by then.
     """
     run = run.of_group(group)
     logged = run.require("batch_size").steps
-    index = int(np.searchsorted(logged, run.last_step if step is None else step, side="right")) - 1
-    if index < 0:
+    index = int(np.searchsorted(logged, logged[-1] if step is None else step, side="right")) - 1
+    if step is not None and not logged[0] <= step <= logged[-1]:
         raise RunLogError(
-            f"Expected {logged[0]} <= step <= {logged[-1]}, got step={step}: pass one of these."
+            f"Expected {logged[0]:,} <= step <= {logged[-1]:,}, where the run begins and ends, got step={step:,}: "
+            "pass one of these, or leave it out for the last."
         )
     at = int(logged[index])
     law = run.law_at(at)
@@ -311,11 +312,7 @@ def _lr_at_once(state: RunState, size: float) -> float:
 
 
 def _objective(state: RunState, size: float) -> float:
-    """The ratio that the objective asks for; NaN where the law cannot tell."""
-    try:
-        return OBJECTIVES[state.objective](state.law, size, state.base_batch_size, state.lr_scheduled)
-    except (ArithmeticError, ValueError):
-        return math.nan
+    return wanted_factor(state.objective, state.law, size, state.base_batch_size, state.lr_scheduled)
 
 
 def _relative_error(state: RunState, size: float) -> float:
