@@ -40,26 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             # Also after --help: what cannot be written is told here, not by Python on its way out.
             print(end="", flush=True)
-    except CommandError as error:
-        return _complain(str(error))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever read the results has seen enough.
-        _drop_output()
-        return 0
     except UnicodeEncodeError as error:
-        letter = error.object[error.start]
-        return _complain(
-            f"Expected an output that can hold {letter!a}, got one in {error.encoding}: set "
-            "PYTHONIOENCODING=utf-8:surrogateescape."
-        )
+        what = f"an output that can hold {error.object[error.start]!a}, got one in {error.encoding}"
+        words = f"Expected {what}: set PYTHONIOENCODING=utf-8:surrogateescape."
     except OSError as error:
         if error.filename is not None:  # not of the output, and nothing that was foreseen
             raise
-        _drop_output()
-        return _complain(f"Expected an output that can be written to, got {error}: write it elsewhere.")
-    return 0
+        # Python would write what is left once more when it ends, and complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever read the results has seen enough
+            return 0
+        words = f"Expected an output that can be written to, got {error}: write it elsewhere."
+    except CommandError as error:
+        words = str(error)
+    else:
+        return 0
+    print(f"lightning-surge: {words}", file=sys.stderr)
+    return 2
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -71,31 +70,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = parsers.add_parser(
-            command.name,
-            help=command.summary,
-            description=command.summary,
-            epilog=command.examples,
+            command.name, help=command.summary, description=command.summary, epilog=command.examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        )  # fmt: skip
         command.add_arguments(sub)
         sub.set_defaults(run=command.run, parser=sub)
-    if "_ARGCOMPLETE" in os.environ:
-        # The shell asks for completions of the words so far: pip install 'lightning-surge[completion]'.
+    if (
+        "_ARGCOMPLETE" in os.environ
+    ):  # a shell asks for completions: pip install 'lightning-surge[completion]'
         import argcomplete
 
         argcomplete.autocomplete(parser)
+    options: argparse.Namespace
     options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        # By the command's own parser, whose help knows what there is.
+    if unknown:  # the command's own help knows what there is
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return options
-
-
-def _complain(words: str) -> int:
-    print(f"lightning-surge: {words}", file=sys.stderr)
-    return 2
-
-
-def _drop_output() -> None:
-    """Python would write what is left once more when it ends, and complain again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any, NamedTuple, NoReturn
 
 __all__ = ["Command", "CommandError", "Parser"]
@@ -14,28 +15,18 @@ class CommandError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads options by their whole names, and complains in one line: scripts outlive abbreviations.
+    """Reads options by their whole names, since scripts outlive abbreviations, and complains in one line.
 
     Example:
-        >>> parser = Parser(prog="lightning-surge plot")
-        >>> _ = parser.add_argument("--output")
-        >>> parser.parse_args(["--out", "a.png"])
+        >>> Parser(prog="lightning-surge").parse_args(["--verbose"])
         Traceback (most recent call last):
-        lightning_surge.cli.command.CommandError: unrecognized arguments: --out a.png; see lightning-surge plot --help
+        lightning_surge.cli.command.CommandError: unrecognized arguments: --verbose; see lightning-surge --help
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, allow_abbrev=False, **options)
+    __init__ = partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the words.
-
-        Args:
-            message: what is wrong with them.
-
-        Raises:
-            CommandError: always.
-        """
+        """Refuse the words: raise a `CommandError` with the message and where to find help."""
         raise CommandError(f"{message}; see {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:

@@ -171,7 +171,7 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
     index = int(np.searchsorted(logged, logged[-1] if step is None else step, side="right")) - 1
     if step is not None and not logged[0] <= step <= logged[-1]:
         raise RunLogError(
-            f"Expected {logged[0]:,} <= step <= {logged[-1]:,}, where the run begins and ends, got step={step:,}: "
+            f"Expected {logged[0]} <= step <= {logged[-1]}, got step={step}: the run's log begins and ends there; "
             "pass one of these, or leave it out for the last."
         )
     at = int(logged[index])
@@ -237,27 +237,6 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
 
     Raises:
         ValueError: if a batch size is not positive and finite.
-
-    Example:
-        A critical batch size of 60 examples, with 60 in force. Twice as many need `(60 + 120) / (60 + 60)`
-        times the examples in three quarters of the steps.
-
-        >>> from lightning_surge.laws.base import MeasuredLaw
-        >>> state = RunState(
-        ...     step=100, batch_size=60.0, base_batch_size=60.0, lr_scheduled=0.001, lr_scheduled_max=0.001,
-        ...     lr_used=0.001, lr_scale=1.0, objective="step",
-        ...     law=MeasuredLaw(
-        ...         alignment_limit=2.0, alignment_scale=300.0, noise_curvature=1.0, signal_curvature=1.0
-        ...     ),
-        ...     critical_error=10.0, peak_error=20.0, scale_errors=((60.0, 0.0), (120.0, 0.1)),
-        ...     measured=(30.0, 120.0), num_measurements=20, measured_step=100, reason=Reason.MEASURED,
-        ... )
-        >>> advice = advise(state)
-        >>> advice.critical_batch_size, advice.suggested, advice.caveats
-        (Interval(value=60.0, low=50.0, high=70.0), 60.0, ())
-        >>> doubled = advice.options[1]
-        >>> doubled.batch_size, doubled.examples.value, doubled.steps.value
-        (120.0, 1.5, 0.75)
     """
     size, law = state.batch_size, state.law
     critical = _interval(law.critical_batch_size, state.critical_error)

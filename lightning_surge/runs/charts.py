@@ -31,10 +31,10 @@ BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
 LAW_COLOURS = (SKY, VERMILION, PURPLE)
 
 # Points per line, spans per row and marks of a changed batch size that a chart can show; the share of its width
-# that the label of a mark takes.
+# that a letter beside a mark takes.
 MOST_POINTS = 2000
 MOST_MARKS = 40
-MARK_WIDTH = 0.07
+LETTER_WIDTH = 0.014
 # Points of a law's curve, and room around what a logarithmic axis shows: so that there is a power of two.
 CURVE_POINTS = 121
 ROOM = 1.5
@@ -245,16 +245,16 @@ def _law_panel(run: RunLog, group: str | None, base: float) -> tuple[Panel, tupl
     traces = [Trace("sqrt scaling", sizes, np.sqrt(sizes / base), GREY, "dot", 1.1)]
     for colour, (step, law) in zip(LAW_COLOURS, laws.items(), strict=False):
         traces += _law_traces(run, group, step, law, sizes, base, colour)
+    base_words = number(base)
+    at_base = sizes[sizes == base]
+    traces.append(Trace(f"base batch size, B = {base_words}", at_base, np.ones(1), BLACK, "diamond"))
     used = np.array([(run.at("batch_size", step), run.at("lr_scale", step)) for step in steps]).T
     if np.isfinite(used).all():
         traces.append(Trace("factor used in these steps", used[0], used[1], BLACK, "circle"))
-    traces.append(
-        Trace(f"base batch size, B = {number(base)}", sizes[sizes == base], np.ones(1), BLACK, "diamond")
-    )
     # Square roots go where they go; the panel is around what was asked for.
     heights = _positive(np.concatenate([[1.0], *(trace.y for trace in traces[1:])]))
     y_range = (float(heights.min()) / ROOM, float(heights.max()) * ROOM)
-    y_label = f"learning rate over the one at B = {number(base)} (factor R)"
+    y_label = f"learning rate over the one at B = {base_words} (factor R)"
     return Panel("The factor and the law", y_label, y_range, tuple(traces)), (
         float(sizes[0]),
         float(sizes[-1]),
@@ -271,11 +271,11 @@ def _law_traces(
     words = f"peak at B = {peak.batch_size:,.0f}" if inside else "no peak in this range"
     # With the peak among the sizes, a curve's summit is the law's.
     at = np.union1d(sizes, [peak.batch_size]) if inside else sizes
-    factor = np.array([wanted_factor(objective, law, float(size), base, lr) for size in at])
     next_step = np.array([law.lr(float(size)) for size in at]) / law.lr(base)
     same = objective == "step"
     label = f"step {step:,}: factor for objective={objective!r}"
     if objective is not None:
+        factor = np.array([wanted_factor(objective, law, float(size), base, lr) for size in at])
         yield Trace(f"{label}, {words}" if same else label, at, factor, colour, "solid", 2.0)
     if not same:
         yield Trace(f"step {step:,}: law of the next step, {words}", at, next_step, colour, "dash", 1.3)
@@ -287,11 +287,13 @@ def _law_traces(
 def _changes(batch: Series, places: FloatArray) -> tuple[tuple[float, str], ...]:
     """Where the batch size changed, with words as long as they do not run into each other."""
     changed = np.flatnonzero(np.diff(batch.values)) + 1
-    room, last, marks = MARK_WIDTH * (places[-1] - places[0]), -math.inf, []
+    letter, free, marks = LETTER_WIDTH * (places[-1] - places[0]), -math.inf, []
     for index in changed if changed.size <= MOST_MARKS else ():
-        fits = places[index] - last >= room
-        last = places[index] if fits else last
-        marks.append((float(places[index]), number(batch.values[index]) if fits else ""))
+        place, words = float(places[index]), number(batch.values[index])
+        half = letter * (len(words) + 1) / 2
+        words = words if place - half >= free else ""
+        free = place + half if words else free
+        marks.append((place, words))
     return tuple(marks)
 
 

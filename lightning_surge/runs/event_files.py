@@ -160,9 +160,9 @@ def checksums(rows: Bytes) -> NDArray[np.uint32]:
         >>> hex((rotated << 15 | rotated >> 17) % 2**32)
         '0xe3069283'
     """
-    crc = np.full(len(rows), 0xFFFFFFFF, dtype=np.uint32)
+    crc: NDArray[np.uint32] = np.full(len(rows), 0xFFFFFFFF, dtype=np.uint32)
     for column in np.ascontiguousarray(rows.T):
-        crc = CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> 8)
+        crc = CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> np.uint32(8))
     crc = ~crc
     masked: NDArray[np.uint32] = ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
     return masked

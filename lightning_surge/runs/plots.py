@@ -40,13 +40,14 @@ LINES: dict[str, Any] = {
     "dash": {"linestyle": (0, (4, 2))},
     "dot": {"linestyle": (0, (1, 1.5))},
     "star": {"marker": "*", "markersize": 14, "markeredgecolor": "white", "markeredgewidth": 0.8},
-    "circle": {"marker": "o", "linestyle": "", "markerfacecolor": "white", "markersize": 6},
+    "circle": {"marker": "o", "linestyle": "", "markerfacecolor": "none", "markersize": 10},
     "diamond": {"marker": "D", "linestyle": "", "markersize": 5},
 }
 # The strip at the top of the batch-size panel, as fractions of the panel's height.
 STRIP_BOTTOM, STRIP_HEIGHT = 0.92, 0.08
 # Height of a reason's row, where the panels above are 3 high.
 ROW_OF_REASON = 0.32
+MOST_TICKS = 6
 
 
 def plot_run(
@@ -121,6 +122,11 @@ def plot_run(
         axes.grid(True, color="#e6e6e6", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.xaxis.set_major_formatter(lambda value, _: number(value))
+        # Room for numbers of millions.
+        axes.xaxis.get_major_locator().set_params(
+            **{"numticks" if axes is panels["law"] else "nbins": MOST_TICKS}
+        )
+        axes.tick_params(axis="x", labelsize=8.5)
     if title is not None:
         figure.suptitle(title, fontsize=12)
     return figure

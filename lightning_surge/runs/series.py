@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = ["NOTHING", "PREFIX", "Points", "RunLogError", "Series", "joined", "progress"]
 
 PREFIX = "surge/"
-# Other keys are named in an error, this many of them.
+# An error gives so many names of what it found instead.
 MOST_NAMED = 8
 SECONDS_UNTIL_PROGRESS = 2.0
 
@@ -65,20 +65,14 @@ class Points:
         self._parts.setdefault(key, []).append(part)
 
     def series(self) -> dict[str, Series]:
-        """All points of every key; the collection is empty afterwards, to hold long runs only once."""
-        found = {}
-        while self._parts:
-            key, parts = self._parts.popitem()
-            found[key] = _concatenated(parts)
-        return found
+        """All points of every key; nothing is left, so that a long run is in memory once."""
+        return {key: _concatenated(self._parts.pop(key)) for key in list(self._parts)}
 
 
 def _concatenated(parts: Sequence[Series]) -> Series:
     if len(parts) == 1:
         return parts[0]
-    return Series(
-        np.concatenate([one.steps for one in parts]), np.concatenate([one.values for one in parts])
-    )
+    return Series(np.concatenate([one.steps for one in parts]), np.concatenate([one.values for one in parts]))
 
 
 def joined(files: Sequence[dict[str, Series]]) -> dict[str, Series]:
@@ -92,28 +86,18 @@ def joined(files: Sequence[dict[str, Series]]) -> dict[str, Series]:
     """
     run: dict[str, Series] = {}
     for part in files:
-        begin = min(
-            (one.steps.min() for key, one in part.items() if key.startswith(PREFIX)), default=math.inf
-        )
-        for key, one in run.items():
-            if key.startswith(PREFIX) and one.steps.size and one.steps[-1] >= begin:
-                run[key] = Series(one.steps[one.steps < begin], one.values[one.steps < begin])
+        ours = [one.steps.min() for key, one in part.items() if key.startswith(PREFIX)]
+        begin = min(ours, default=math.inf)
+        for key, (steps, values) in run.items():
+            if key.startswith(PREFIX):
+                run[key] = Series(steps[steps < begin], values[steps < begin])
         for key, one in part.items():
-            earlier = run.get(key, NOTHING)
-            whole = (
-                Series(*map(np.concatenate, zip(earlier, one, strict=True))) if earlier.steps.size else one
-            )
-            run[key] = increasing(whole)
+            run[key] = _increasing(_concatenated([run[key], one]) if key in run else one)
     return {key: one for key, one in run.items() if one.steps.size}
 
 
-def increasing(series: Series) -> Series:
-    """Without the points that a later one with the same or an earlier step takes back.
-
-    Example:
-        >>> increasing(Series(np.array([1, 2, 3, 2, 5]), np.array([1.0, 1.0, 1.0, 2.0, 2.0]))).steps.tolist()
-        [1, 2, 5]
-    """
+def _increasing(series: Series) -> Series:
+    """Without the points that a later one with the same or an earlier step takes back."""
     steps = series.steps
     if (steps[1:] > steps[:-1]).all():
         return series
@@ -123,14 +107,8 @@ def increasing(series: Series) -> Series:
 
 
 def progress(path: Path, size: int) -> Any:
-    """A bar on a terminal for files that take seconds to read; `update` it by the bytes that were read.
-
-    Args:
-        path: the file, which the bar names.
-        size: its length, bytes.
-    """
-    # A dependency of Lightning.
-    from tqdm import tqdm
+    """A bar on a terminal for files that take seconds to read; `update` it by the bytes that were read."""
+    from tqdm import tqdm  # a dependency of Lightning
 
     return tqdm(
         desc=f"reading {path.name}", total=size, unit="B", unit_scale=True, leave=False,

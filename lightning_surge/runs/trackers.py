@@ -1,13 +1,15 @@
-"""Runs that experiment trackers keep on a disk: W&B's offline files and MLflow's stores.
+"""Runs that experiment trackers keep on a disk: W&B's files and MLflow's stores.
 
 Records are decoded by the trackers' own libraries, which the package does not depend on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import sqlite3
 import struct
 import sys
 import zlib
@@ -15,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lightning_surge.runs.series import Points, RunLogError, progress
+from lightning_surge.runs.series import PREFIX, Points, RunLogError, progress
 
 __all__ = ["MLFLOW_SUFFIXES", "WANDB_SUFFIX", "is_mlflow_run", "read_mlflow", "read_wandb"]
 
@@ -24,8 +26,8 @@ MLFLOW_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 # What WandbLogger logs beside W&B's own count of rows, and that count.
 STEP_KEYS = ("trainer/global_step", "_step")
 
-# W&B's file is LevelDB's log: a header, then blocks in which every fragment of a record has a checksum (4 bytes),
-# a length (2) and a kind (1). https://github.com/google/leveldb/blob/main/doc/log_format.md
+# W&B's file is LevelDB's log: a header, then blocks of fragments, each behind a checksum (4 bytes), a length (2)
+# and a kind (1). https://github.com/google/leveldb/blob/main/doc/log_format.md
 WANDB_HEADER, BLOCK_BYTES, FRAGMENT = 7, 1 << 15, struct.Struct("<IHB")
 WHOLE, LAST = 1, 4
 
@@ -33,7 +35,7 @@ WHOLE, LAST = 1, 4
 def _missing(what: str, package: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(
         f"Reading {what} needs {package}: pip install {package}, or train with CSVLogger beside it, as in "
-        f"Trainer(logger=[..., CSVLogger('logs')]), and pass the directory of that."
+        "Trainer(logger=[..., CSVLogger('logs')]), and pass the directory of that."
     )
 
 
@@ -63,33 +65,30 @@ def read_wandb(path: Path, points: Points) -> str | None:
             history = Record.FromString(record).history
             row = {item.key or "/".join(item.nested_key): item.value_json for item in history.item}
             step = next((float(row[key]) for key in STEP_KEYS if key in row), float(history.step.num))
-            for key, value in row.items():
-                if points.wants(key):
-                    # Infinity and NaN are words of Python's JSON, or strings.
-                    points.add(key, [int(step)], [float(json.loads(value))])
+            for key in filter(points.wants, row):
+                # Infinity and NaN are words of Python's JSON, or strings.
+                points.add(key, [int(step)], [float(json.loads(row[key]))])
         read = file.tell()
     return None if read == size else f"{path} is damaged: read {read:,} of its {size:,} bytes"
 
 
 def _wandb_records(file: BinaryIO) -> Iterator[bytes]:
     """The records of a file, up to the first damaged one; the file is then where reading ended."""
-    begin, record = WANDB_HEADER, b""
-    file.seek(begin)
+    begin, record = file.seek(WANDB_HEADER), b""
     while block := file.read(BLOCK_BYTES - begin % BLOCK_BYTES):
         at = 0
         while at + FRAGMENT.size <= len(block):
             checksum, length, kind = FRAGMENT.unpack_from(block, at)
-            fragment = block[at + FRAGMENT.size - 1 : at + FRAGMENT.size + length]
-            if kind and zlib.crc32(fragment) != checksum:
+            end = at + FRAGMENT.size + length
+            fragment = block[at + FRAGMENT.size - 1 : end]  # with its kind, which the checksum is of, too
+            if zlib.crc32(fragment) != checksum:
                 file.seek(begin + at)
                 return
-            if not kind:  # the rest of the block is empty
-                break
             record += fragment[1:]
-            at += FRAGMENT.size + length
             if kind in (WHOLE, LAST):
                 yield record
                 record = b""
+            at = end
         begin += len(block)
 
 
@@ -102,12 +101,12 @@ def read_mlflow(path: Path, points: Points) -> str | None:
     """Read one run of a store of MLflow.
 
     Args:
-        path: the directory of a run, `mlruns/<experiment>/<run>`; a database, of which the newest run with keys
-            under `surge/` is read; or `<database>/<run>`.
+        path: a run in a store of files, `mlruns/<experiment>/<run>`, or in a database, `mlflow.db/<run>`; of a
+            database, `mlflow.db`, the newest run is read that has logged keys under `surge/`.
         points: takes what is found.
 
     Returns:
-        Which run was chosen in a database; None for one that was named.
+        Which run of a database was chosen; None for one that was named.
 
     Raises:
         ModuleNotFoundError: if mlflow is not installed.
@@ -121,23 +120,35 @@ def read_mlflow(path: Path, points: Points) -> str | None:
 
     # Newer releases read a store of files only if they are told to.
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-    named = not path.is_file()
-    store = path.parent if path.parent.is_file() else path if path.is_file() else path.parents[1]
+    database = next((one for one in (path, path.parent) if one.is_file()), None)
+    if database and not _has_metrics(database):
+        raise RunLogError(
+            f"Expected a database of MLflow, got {str(database)!r}, which is none: pass another."
+        )
     try:
-        client = MlflowClient(tracking_uri=f"sqlite:///{store}" if store.is_file() else str(store))
-        if named:
-            run, note = client.get_run(path.name), None
-        else:
-            run, note = _newest(client, path)
+        client = MlflowClient(tracking_uri=f"sqlite:///{database}" if database else str(path.parents[1]))
+        run, note = _newest(client, path) if path == database else (client.get_run(path.name), None)
         for key in filter(points.wants, run.data.metrics):
             history = client.get_metric_history(run.info.run_id, key)
-            points.add(key, [one.step for one in history], [_finite_or_inf(one.value) for one in history])
+            points.add(key, [one.step for one in history], [_number(one.value) for one in history])
     except MlflowException as error:
-        first = str(error).partition("\n")[0]
+        why = str(error).partition("\n")[0].rstrip(".")
         raise RunLogError(
-            f"Expected a store that MLflow can read, got {str(path)!r}: {first.rstrip('.')}. Pass another run."
+            f"Expected a store that MLflow can read, got {str(path)!r}: {why}. Pass another run."
         ) from error
     return note
+
+
+def _has_metrics(database: Path) -> bool:
+    """Whether it is a database of MLflow, which would make its tables in any other."""
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
+        ) as found:
+            found.execute("SELECT run_uuid, key FROM metrics LIMIT 1")
+    except sqlite3.Error:
+        return False
+    return True
 
 
 def _newest(client: Any, path: Path) -> tuple[Any, str]:
@@ -146,12 +157,12 @@ def _newest(client: Any, path: Path) -> tuple[Any, str]:
     runs = list(client.search_runs(experiments, order_by=["attributes.start_time DESC"]))
     if not runs:
         raise RunLogError(f"Expected a store with a run, got {str(path)!r} without any: pass another.")
-    ours = [run for run in runs if any(Points().wants(key) for key in run.data.metrics)] or runs
-    others = ", ".join(f"{path}/{run.info.run_id}" for run in ours[1:4])
-    more = f", the newest of {len(ours)}; others are {others}" if others else ""
-    return ours[0], f"reading run {ours[0].info.run_id}{more}"
+    ours = [run for run in runs if any(key.startswith(PREFIX) for key in run.data.metrics)] or runs
+    newest, *others = (f"{path}/{run.info.run_id}" for run in ours)
+    more = f", the newest of {len(ours):,} runs; the one before is {others[0]}" if others else ""
+    return ours[0], f"reading {newest}{more}"
 
 
-def _finite_or_inf(value: float) -> float:
+def _number(value: float) -> float:
     """MLflow's databases keep infinity as the largest float."""
     return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else float(value)
