@@ -23,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_surge.callbacks.batch_counter import BatchCounter
 from lightning_surge.callbacks.checks import (
     check_accumulated_sizes,
     check_host,
@@ -30,7 +31,6 @@ from lightning_surge.callbacks.checks import (
     ranks_of,
 )
 from lightning_surge.callbacks.lightning_host import (
-    BatchCounter,
     Callback,
     batches_per_epoch,
     loader_batch_size,

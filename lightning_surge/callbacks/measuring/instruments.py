@@ -20,7 +20,7 @@ from lightning_surge.measure.records import Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk
 from lightning_surge.measure.sharpness import Sharpness, SharpnessError
 from lightning_surge.optimizers.families import OptimizerKind, lr_scales, parameter_scales
-from lightning_surge.optimizers.lr_writer import LearningRateWriter
+from lightning_surge.optimizers.lr_writer import learning_rates
 from lightning_surge.optimizers.moments import AdamMoments
 
 __all__ = ["Instruments"]
@@ -47,42 +47,38 @@ class Instruments:
 
     Attributes:
         optimal_lr: distance that the curvature is wanted over, as far as it is known.
-        parameters: that the optimizer moves.
-        parameters_changed: since the window before, as where a callback unfreezes some.
+        parameters: those that the optimizer moves.
+        largest_lr: largest scheduled learning rate so far, the scale of the schedule.
+        parameters_changed: since somebody last set this to False, as where a callback unfreezes some.
     """
 
     # Of the run in hand; absent between runs.
     _optimizer: Optimizer
     _kind: OptimizerKind
-    _writer: LearningRateWriter
     _prober: Prober
 
     def __init__(self, settings: SurgeSettings) -> None:
         self._settings = settings
         self.optimal_lr: float | None = None
         self._ranks = ALONE
-        self._largest_lr = 0.0
+        self.largest_lr = 0.0
         self._sharpness = Sharpness()
         self.end()
 
-    def begin(
-        self, optimizer: Optimizer, kind: OptimizerKind, writer: LearningRateWriter, prober: Prober
-    ) -> None:
+    def begin(self, optimizer: Optimizer, kind: OptimizerKind, prober: Prober) -> None:
         """Take hold of a run that starts.
 
         Args:
             optimizer: that moves the parameters.
             kind: of its direction.
-            writer: knows the scheduled learning rates.
             prober: computes gradients, on all processes.
         """
-        self._optimizer, self._kind = optimizer, kind
-        self._writer, self._prober = writer, prober
+        self._optimizer, self._kind, self._prober = optimizer, kind, prober
         self._ranks = prober.ranks
 
     def end(self) -> None:
         """Let go of the run."""
-        for name in ("_optimizer", "_kind", "_writer", "_prober"):
+        for name in ("_optimizer", "_kind", "_prober"):
             vars(self).pop(name, None)
         self.parameters: list[Tensor] = []
         self.parameters_changed = False
@@ -90,8 +86,8 @@ class Instruments:
 
     def refresh(self) -> None:
         """Read the parameter groups afresh: fine-tuning callbacks unfreeze and add."""
-        lrs = self._writer.scheduled()
-        self._largest_lr = max(self._largest_lr, *lrs)
+        lrs = learning_rates(self._optimizer)
+        self.largest_lr = max(self.largest_lr, *lrs)
         groups = zip(self._optimizer.param_groups, lr_scales(lrs), strict=True)
         rows = [
             (p, scale * distance)
@@ -99,9 +95,9 @@ class Instruments:
             for p, distance in zip(group["params"], parameter_scales(self._optimizer, group), strict=True)
             if p.requires_grad
         ]
-        before = [id(parameter) for parameter in self.parameters]
-        self.parameters = [parameter for parameter, _ in rows]
-        self.parameters_changed = bool(before) and before != [id(parameter) for parameter, _ in rows]
+        before, self.parameters = self.parameters, [parameter for parameter, _ in rows]
+        if before and list(map(id, before)) != list(map(id, self.parameters)):
+            self.parameters_changed = True
         self._scales = [scale for _, scale in rows]
 
     @property
@@ -111,7 +107,7 @@ class Instruments:
 
     def _delta(self, share: float = 1.0) -> float:
         """Distance of the secants: the optimal step as far as it is known, within the schedule's scale."""
-        lr = max(*self._writer.scheduled(), SMALLEST_DELTA * self._largest_lr)
+        lr = max(*learning_rates(self._optimizer), SMALLEST_DELTA * self.largest_lr)
         wanted = FIRST_DELTA * lr if self.optimal_lr is None else self.optimal_lr
         return probe_distance(self.parameters, share * min(max(wanted, SMALLEST_DELTA * lr), lr))
 
@@ -213,7 +209,7 @@ class Instruments:
     def state_dict(self) -> dict[str, Any]:
         """A plain number, and the tensors of the sharpness."""
         return {
-            "largest_lr": self._largest_lr,
+            "largest_lr": self.largest_lr,
             # A checkpoint keeps what the first process has. Pieces of the others would be missing.
             "sharpness": {"vector": []} if self._ranks.reduces else self._sharpness.state_dict(),
         }
@@ -226,7 +222,7 @@ class Instruments:
             KeyError: if one is missing.
         """
         remedy = "load what state_dict returned"
-        self._largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
+        self.largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
         if self._settings.follows_edge and "sharpness" in state:
             self._sharpness.load_state_dict(state["sharpness"])
 

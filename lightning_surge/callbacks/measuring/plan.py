@@ -37,11 +37,13 @@ class MeasuringPlan:
     Attributes:
         budget: what may be spent, and what was.
         by_coordinates: whether the law needs the gradient of every coordinate, as the theorems do.
-        fewest_chunks: that a measurement of this law takes.
+        follows_edge: whether measurements must find Adam's edge of stability too.
+        fewest_chunks: chunks that a measurement of this law takes.
     """
 
     def __init__(self, settings: SurgeSettings) -> None:
         self._settings = settings
+        self.follows_edge = settings.follows_edge
         self.budget = ProbeBudget(settings.max_overhead, settings.probe_every)
         self.by_coordinates = settings.law.startswith("theorem")
         self.fewest_chunks = CoordinateMeasurement.FEWEST_CHUNKS if self.by_coordinates else MIN_SLICES
@@ -50,11 +52,8 @@ class MeasuringPlan:
         # Of the measurement under way: its cost, and the examples of the whole run when it was planned.
         self._cost_under_way = 0.0
         self._planned = 0.0
-        self.forget_latest()
-
-    def forget_latest(self) -> None:
-        """A run ends: the batches of the next one need not be as large."""
-        self._latest = 0.0
+        self._asked: tuple[float, ...] = ()
+        self._wanted = self._probe_cost = 0.0
 
     # ------------------------------------------------------------------ examples
 
@@ -67,20 +66,6 @@ class MeasuringPlan:
         """
         self._seen_batches += batches
         self._seen_examples += examples
-        self._latest = examples / max(batches, 1)
-
-    def expected(self, size: float, ranks: Ranks) -> float:
-        """Examples that a micro-batch of all processes will have: as many as those before it.
-
-        Args:
-            size: of this process's, which is the answer where there is no other.
-            ranks: the processes that measure together.
-        """
-        if ranks.count == 1:
-            return size
-        if not self._latest:
-            self._latest = ranks.examples(size)[0]
-        return self._latest
 
     def typical(self, size: float, ranks: Ranks) -> float:
         """Examples in a micro-batch to plan with, where batches differ in size, as those counted in tokens.
@@ -89,7 +74,7 @@ class MeasuringPlan:
             size: of the one at hand.
             ranks: the processes that measure together.
         """
-        return self.mean_batch if self._seen_batches else self.expected(size, ranks)
+        return self.mean_batch if self._seen_batches else ranks.examples(size)[0]
 
     @property
     def mean_batch(self) -> float:
@@ -152,15 +137,20 @@ class MeasuringPlan:
             smallest_chunk: examples, of which the fewest chunks are made.
             secants: that the sharpness takes.
         """
-        wanted = self._settings.probe_examples or examples_wanted(
-            examples,
-            base,
-            lambda examples: self.budget.affordable(self._cost(examples), self._planned),
-            smallest=self.fewest_chunks * smallest_chunk,
-        )
-        self._cost_under_way = self._cost(wanted)
-        self._cost_under_way += self._sharpness_cost(wanted, secants - SECANTS)
-        return wanted if self.budget.due(self._cost_under_way, self._planned) else 0.0
+        question = examples, base, smallest_chunk, secants, self._planned
+        if question != self._asked:
+            # The same at every step of a batch size that stays.
+            self._wanted = self._settings.probe_examples or examples_wanted(
+                examples,
+                base,
+                lambda examples: self.budget.affordable(self._cost(examples), self._planned),
+                smallest=self.fewest_chunks * smallest_chunk,
+            )
+            self._probe_cost = self._cost(self._wanted)
+            self._probe_cost += self._sharpness_cost(self._wanted, secants - SECANTS)
+            self._asked = question
+        self._cost_under_way = self._probe_cost
+        return self._wanted if self.budget.due(self._probe_cost, self._planned) else 0.0
 
     def has_room(self, examples: float) -> bool:
         """Whether a probe of what was pooled in the end stays within the budget.
@@ -192,7 +182,7 @@ class MeasuringPlan:
 
     def _sharpness_cost(self, examples: float, secants: int) -> float:
         """Passes of the sharpness: one half of the examples for each secant."""
-        return 0.5 * secants * examples if self._settings.follows_edge else 0.0
+        return 0.5 * secants * examples if self.follows_edge else 0.0
 
     # ------------------------------------------------------------------ state
 
