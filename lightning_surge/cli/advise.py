@@ -30,7 +30,7 @@ def _caveat_text(caveat: Caveat, advice: Advice) -> str:
         Caveat.FEW_MEASUREMENTS: f"it rests on {state.num_measurements} measurements only",
         Caveat.UNCERTAIN: "the critical batch size is known to within a factor of two at best",
         Caveat.STALE: f"the last measurement is from step {state.measured_step:,}; the law moves on",
-        Caveat.EXTRAPOLATING: f"only sizes from {_number(smallest)} to {_number(largest)} examples were measured",
+        Caveat.EXTRAPOLATING: f"only {_number(smallest)} to {_number(largest)} examples were measured",
         Caveat.DECAYED: (
             f"the schedule is at {share:.1%} of its largest learning rate: for the next run ask at an "
             "earlier step (--step)"
@@ -55,7 +55,8 @@ def _with_interval(interval: Interval) -> str:
     value, low, high = interval
     if math.isnan(value) or low == high:
         return _number(value)
-    return f"{_number(value)} ({'error not known' if math.isinf(high) else f'{_number(low)} to {_number(high)}'})"
+    ends = "error not known" if math.isinf(high) else f"{_number(low)} to {_number(high)}"
+    return f"{_number(value)} ({ends})"
 
 
 def _row(option: Option, now: float, suggested: float) -> list[str]:

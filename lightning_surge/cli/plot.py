@@ -34,7 +34,7 @@ def read(path: str) -> RunLog:
 
 
 def choose_group(run: RunLog, group: str | None) -> str | None:
-    """The optimizer or parameter group asked for, or the first; None if there is but one, which has no name."""
+    """The optimizer or parameter group asked for, or the first; None if there is one, which has no name."""
     names = [*run.optimizers, *(name for name in run.groups if name not in run.optimizers)]
     if group is not None and group not in names:
         rule, what = (

@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ import numpy as np
 from lightning_surge.laws.base import Law, SGDLaw, require_number
 from lightning_surge.laws.objectives import OBJECTIVES, at_once_ratio
 from lightning_surge.laws.theorems import Theorem3Law
-from lightning_surge.laws.tradeoff import gain_fraction, steps_needed
+from lightning_surge.laws.tradeoff import steps_needed
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.run_log import RunLog, RunLogError, Series, wanted_factor
 
@@ -117,7 +117,6 @@ class Option:
         lr_at_once: what of it may be written at once; the rest is approached (`policy.Policy`).
         steps: steps to the same loss, over those at the batch size in force.
         examples: examples to the same loss, over those at the batch size in force.
-        gain: share of what an unlimited batch would gain in the next step.
         beyond: factor by which it is outside the sizes measured; 1 inside.
     """
 
@@ -127,7 +126,6 @@ class Option:
     lr_at_once: float
     steps: Interval
     examples: Interval
-    gain: Interval
     beyond: float
 
 
@@ -171,8 +169,8 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
     index = int(np.searchsorted(logged, logged[-1] if step is None else step, side="right")) - 1
     if step is not None and not logged[0] <= step <= logged[-1]:
         raise RunLogError(
-            f"Expected {logged[0]} <= step <= {logged[-1]}, got step={step}: the run's log begins and ends there; "
-            "pass one of these, or leave it out for the last."
+            f"Expected {logged[0]} <= step <= {logged[-1]}, got step={step}: the run's log begins and ends "
+            "there. Pass one of these, or leave it out for the last."
         )
     at = int(logged[index])
     law = run.law_at(at)
@@ -190,6 +188,10 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
             raise RunLogError(f"Expected {name} to be logged at step {at}, got none: pass another step.")
         return number
 
+    def error(name: str) -> float:
+        # Logged only while it is finite.
+        return math.inf if math.isnan(number := run.at(f"{name}_standard_error", at)) else number
+
     def one_of(kind: str, known: dict[int, Any]) -> Any:
         if (code := int(value(kind))) not in known:
             raise RunLogError(f"Expected {kind} to be one of {list(known)}, got {code}: use a newer version.")
@@ -197,10 +199,10 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
 
     size, scale = value("batch_size"), value("lr_scale_predicted")
     scheduled = run.require("lr_scheduled", group)
-    errors = (
-        (size, run.at("lr_scale_standard_error", at) / scale),
-        (2.0 * size, run.at("lr_scale_doubled_standard_error", at) / run.at("lr_scale_doubled", at)),
-    )
+    errors = {
+        size: error("lr_scale") / scale,
+        2.0 * size: error("lr_scale_doubled") / run.at("lr_scale_doubled", at),
+    }
     return RunState(
         step=at,
         batch_size=size,
@@ -211,9 +213,9 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
         lr_scale=scale,
         objective=one_of("objective", dict(enumerate(OBJECTIVES))),
         law=law,
-        critical_error=_known(run.at("critical_batch_size_standard_error", at)),
-        peak_error=_known(run.at("peak_batch_size_standard_error", at)),
-        scale_errors=tuple((size, error) for size, error in errors if not math.isnan(error)),
+        critical_error=error("critical_batch_size"),
+        peak_error=error("peak_batch_size"),
+        scale_errors=tuple((size, one) for size, one in errors.items() if math.isfinite(one)),
         measured=(value("law/smallest_measured"), value("law/largest_measured")),
         num_measurements=int(value("num_measurements")),
         measured_step=_last_change(run.get("num_measurements"), at),
@@ -247,14 +249,9 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
     for one in batch_sizes:
         sizes.add(require_number("batch_size", one, "count the examples behind one optimizer step"))
     options = tuple(_option(state, one, critical) for one in sorted(sizes))
-    return Advice(
-        state,
-        critical,
-        _interval(law.peak.batch_size, state.peak_error),
-        suggested,
-        options,
-        tuple(_caveats(state, critical, options, suggested, limited=wanted != allowed)),
-    )
+    caveats = _caveats(state, critical, options, suggested, wanted != allowed)
+    peak = _interval(law.peak.batch_size, state.peak_error)
+    return Advice(state, critical, peak, suggested, options, caveats)
 
 
 def _option(state: RunState, size: float, critical: Interval) -> Option:
@@ -273,7 +270,6 @@ def _option(state: RunState, size: float, critical: Interval) -> Option:
         _ordered(_steps_ratio(size, state.batch_size, one) for one in critical),
         # E = B S.
         _ordered(_steps_ratio(size, state.batch_size, one) * size / state.batch_size for one in critical),
-        _ordered(_gain(size, one) for one in critical),
         max(smallest / size, size / largest, 1.0),
     )
 
@@ -324,35 +320,22 @@ def _steps_ratio(size: float, now: float, critical: float) -> float:
     return needed[0] / needed[1]
 
 
-def _gain(size: float, critical: float) -> float:
-    if critical <= 0.0 or math.isinf(critical):
-        return float(critical <= 0.0)
-    return gain_fraction(size, critical_batch_size=critical)
-
-
 def _caveats(
-    state: RunState, critical: Interval, options: Iterable[Option], suggested: float, *, limited: bool
-) -> Iterator[Caveat]:
-    if state.reason.held:
-        yield Caveat.HELD
-    if state.num_measurements < FEW_MEASUREMENTS:
-        yield Caveat.FEW_MEASUREMENTS
-    if not critical.high - critical.value < LARGE_ERROR * critical.value:
-        yield Caveat.UNCERTAIN
-    if state.step - state.measured_step > STALE * state.step:
-        yield Caveat.STALE
-    if any(option.beyond > FAR_BEYOND for option in options):
-        yield Caveat.EXTRAPOLATING
-    if state.lr_scheduled < DECAYED * state.lr_scheduled_max:
-        yield Caveat.DECAYED
-    if limited:
-        yield Caveat.LIMITED_MOVE
-    if isinstance(state.law, SGDLaw):
-        yield Caveat.GRADIENT_STEPS
-    if isinstance(state.law, Theorem3Law):
-        yield Caveat.INDEPENDENT_NOISE
-    if any(one.lr_at_once < one.lr.value for one in options if one.batch_size == suggested):
-        yield Caveat.APPROACH
+    state: RunState, critical: Interval, options: Sequence[Option], suggested: float, limited: bool
+) -> tuple[Caveat, ...]:
+    found = {
+        Caveat.HELD: state.reason.held,
+        Caveat.FEW_MEASUREMENTS: state.num_measurements < FEW_MEASUREMENTS,
+        Caveat.UNCERTAIN: not critical.high - critical.value < LARGE_ERROR * critical.value,
+        Caveat.STALE: state.step - state.measured_step > STALE * state.step,
+        Caveat.EXTRAPOLATING: any(option.beyond > FAR_BEYOND for option in options),
+        Caveat.DECAYED: state.lr_scheduled < DECAYED * state.lr_scheduled_max,
+        Caveat.LIMITED_MOVE: limited,
+        Caveat.GRADIENT_STEPS: isinstance(state.law, SGDLaw),
+        Caveat.INDEPENDENT_NOISE: isinstance(state.law, Theorem3Law),
+        Caveat.APPROACH: any(one.lr_at_once < one.lr.value for one in options if one.batch_size == suggested),
+    }
+    return tuple(caveat for caveat, applies in found.items() if applies)
 
 
 def _nearest_power_of_two_multiple(size: float, target: float) -> float:
@@ -378,8 +361,3 @@ def _last_change(series: Series, step: int) -> int:
     past = series.steps <= step
     changed = np.concatenate([[True], np.diff(series.values[past]) != 0])
     return int(series.steps[past][changed][-1])
-
-
-def _known(error: float) -> float:
-    """A standard error is logged only while it is finite."""
-    return math.inf if math.isnan(error) else error

@@ -17,9 +17,11 @@ from lightning_surge.laws.base import Law
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.run_log import RunLog, RunLogError, Series, wanted_factor
 
-__all__ = ["Band", "Panel", "RunCharts", "Span", "Trace", "XAxis", "number", "reason_colour", "run_charts"]
+__all__ = ["Band", "Panel", "RunCharts", "Spans", "Trace", "XAxis", "number", "reason_colour", "run_charts"]
 
 FloatArray = NDArray[np.float64]
+Spans = tuple[tuple[float, float], ...]
+"""From where to where on the x axis."""
 XAxis = Literal["steps", "examples"]
 X_LABELS: dict[XAxis, str] = {"steps": "optimizer step", "examples": "examples trained"}
 
@@ -30,8 +32,8 @@ BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
 # Moments at which the law is drawn: more of them hide each other.
 LAW_COLOURS = (SKY, VERMILION, PURPLE)
 
-# Points per line, spans per row and marks of a changed batch size that a chart can show; the share of its width
-# that a letter beside a mark takes.
+# Points per line, spans per row and marks of a changed batch size that a chart can show; the share of its
+# width that a letter beside a mark takes.
 MOST_POINTS = 2000
 MOST_MARKS = 40
 LETTER_WIDTH = 0.014
@@ -69,13 +71,6 @@ class Band(NamedTuple):
     colour: str
 
 
-class Span(NamedTuple):
-    """From where to where on the x axis."""
-
-    begin: float
-    end: float
-
-
 class Panel(NamedTuple):
     """Lines that share their axes.
 
@@ -106,17 +101,17 @@ class RunCharts:
         changes: where the batch size changed, and to what, empty where there is no room for the words; none
             where there are too many to show.
         reasons: what decided the factor, and where.
-        law: the factor that the objective asks for, and the law of the next step, over the batch size; both axes
-            are logarithmic.
+        law: the factor that the objective asks for, and the law of the next step, over the batch size; both
+            axes are logarithmic.
         law_range: lower and upper end of its x axis, examples.
     """
 
     x_label: str
     rates: Panel
     sizes: Panel
-    no_peak: tuple[Span, ...]
+    no_peak: Spans
     changes: tuple[tuple[float, str], ...]
-    reasons: dict[Reason, tuple[Span, ...]]
+    reasons: dict[Reason, Spans]
     law: Panel
     law_range: tuple[float, float]
 
@@ -145,7 +140,7 @@ def run_charts(
 
     Args:
         run: what it logged.
-        group: name of the parameter group or optimizer whose learning rates are shown, where there are several.
+        group: name of the parameter group or optimizer that is shown, where there are several.
         x: what the x axis counts.
         base_batch_size: examples at which the scheduled learning rate was tuned; None takes what was logged.
 
@@ -161,7 +156,7 @@ def run_charts(
         >>> run = RunLog("", {f"surge/{name}": Series(steps, np.array([8.0, 8.0, np.inf])) for name in names})
         >>> charts = run_charts(run, base_batch_size=8)
         >>> charts.sizes.traces[0].y.tolist(), charts.no_peak, charts.rates.y_range
-        ([8.0, 8.0, nan], (Span(begin=2.5, end=3.5),), (0.0, 8.96))
+        ([8.0, 8.0, nan], ((2.5, 3.5),), (0.0, 8.96))
     """
     run = run.of_group(group)
     base = run.base_batch_size if base_batch_size is None else float(base_batch_size)
@@ -176,9 +171,9 @@ def run_charts(
     def place(steps: NDArray[np.int64] | FloatArray) -> FloatArray:
         return run.examples_at(steps) if x == "examples" else np.asarray(steps, dtype=np.float64)
 
-    def spans(steps: NDArray[np.int64], flags: NDArray[np.bool_]) -> tuple[Span, ...]:
+    def spans(steps: NDArray[np.int64], flags: NDArray[np.bool_]) -> Spans:
         edges = place(np.array(_spans(steps, flags), dtype=np.float64).reshape(-1, 2))
-        return tuple(Span(float(begin), float(end)) for begin, end in edges)
+        return tuple((float(begin), float(end)) for begin, end in edges)
 
     def trace(label: str, series: Series, *look: object) -> Trace:
         shown = _thinned(series)
@@ -232,7 +227,7 @@ def _sizes_panel(run: RunLog, place: object, in_force: Trace) -> Panel:
 
 
 def _law_panel(run: RunLog, group: str | None, base: float) -> tuple[Panel, tuple[float, float]]:
-    """The factor and the law of the next step at some moments, evenly over those at which it was estimated."""
+    """The factor and the law of the next step, at moments evenly over those at which it changed."""
     moments = run.law_steps if run.law_steps.size else run.require("batch_size").steps
     count = min(len(LAW_COLOURS), moments.size)
     steps = [int(one) for one in moments[np.linspace(0, moments.size - 1, count).round().astype(int)]]

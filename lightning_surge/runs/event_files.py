@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -33,7 +34,7 @@ Found = dict[str, list[tuple[Integers, Integers, NDArray[np.float64]]]]
 BLOCK_BYTES = 1 << 24
 # A record follows its length (8 bytes) and the length's checksum (4), and is followed by its own (4).
 HEAD, FOOT = 12, 4
-# Bytes of records that are decoded: shorter ones have no room for a key of ours, longer ones are images and such.
+# Bytes of records that are decoded: shorter ones have no room for our keys, longer ones are images and such.
 SHORTEST, LONGEST = 26, 1024
 # A scalar: wall time (a byte that names the field, and 8), step (1, and from 1 to 10 with seven bits each),
 # what is the same for all of its key, and at the end the value (1, and 4).
@@ -160,7 +161,7 @@ def checksums(rows: Bytes) -> NDArray[np.uint32]:
         >>> hex((rotated << 15 | rotated >> 17) % 2**32)
         '0xe3069283'
     """
-    crc: NDArray[np.uint32] = np.full(len(rows), 0xFFFFFFFF, dtype=np.uint32)
+    crc: Any = np.full(len(rows), 0xFFFFFFFF, dtype=np.uint32)
     for column in np.ascontiguousarray(rows.T):
         crc = CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> np.uint32(8))
     crc = ~crc

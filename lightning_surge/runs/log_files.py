@@ -125,7 +125,8 @@ def _find(path: Path, notes: list[str]) -> Path:
     runs = sorted(place for place in below if place.is_dir() and not place.is_symlink() and _sources(place))
     if not runs:
         raise RunLogError(
-            f"Expected a directory with {KINDS}, got {str(path)!r} without any: pass what logger.log_dir says."
+            f"Expected a directory with {KINDS}, got {str(path)!r} without any: pass what logger.log_dir "
+            "says."
         )
     versions = {int(match[1]): run for run in runs if (match := re.fullmatch(r"version_(\d+)", run.name))}
     one_logger = len(versions) == len(runs) and len({run.parent for run in runs}) == 1

@@ -33,7 +33,7 @@ def run_page(run: RunLog, *, group: str | None = None, title: str = "", x: XAxis
 
     Args:
         run: what `read_run` returned.
-        group: name of the optimizer or parameter group that is shown, where there are several, as in `plot_run`.
+        group: name of the optimizer or parameter group that is shown, where there are several.
         title: a line above the charts.
         x: what the x axis counts.
 
@@ -125,8 +125,8 @@ def _add_marks(figure: Figure, charts: RunCharts) -> None:
             name="no peak in reach (infinite)", showlegend=index == 0, legend=LEGENDS[SIZES])  # fmt: skip
     for reason, spans in charts.reasons.items():
         figure.add_bar(
-            orientation="h", y=[reason.label] * len(spans), base=[span.begin for span in spans],
-            x=[span.end - span.begin for span in spans], hovertext=reason.text, hoverinfo="text",
+            orientation="h", y=[reason.label] * len(spans), base=[begin for begin, _ in spans],
+            x=[end - begin for begin, end in spans], hovertext=reason.text, hoverinfo="text",
             marker={"color": reason_colour(reason), "line_width": 0}, showlegend=False, row=REASONS, col=1,
         )  # fmt: skip
     figure.update_layout(barmode="overlay")

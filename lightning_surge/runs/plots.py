@@ -1,9 +1,4 @@
-"""Draw a run as a picture, with matplotlib.
-
-On the left, against steps or examples: the learning rate from the schedule, the one asked for and the one written
-to the optimizer; the batch size in force beside the batch size at which the law's learning rate peaks; and what
-decided the factor. On the right, over the batch size, the factor that the objective asks for and the law of the
-next step, at several moments.
+"""Draw a run as a picture, with matplotlib: over time on the left, over the batch size on the right.
 
 matplotlib is imported when a figure is drawn. Figures are built without pyplot: no window, no global state,
 any backend.
@@ -13,14 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.charts import (
     VERMILION,
     Panel,
     RunCharts,
-    Span,
+    Spans,
     XAxis,
     number,
     reason_colour,
@@ -66,8 +59,8 @@ def plot_run(
       error. Where the peak is infinite (the learning rate never falls), a hatched strip at the top says so.
       Where a standard error was not logged, which means that it was not finite, the band fills the panel.
     * *What decided the factor*: one row for each reason that occurred.
-    * *The factor and the law*, at up to three moments: solid the factor R(B) that the run's objective asks for,
-      dashed the law of the next step, `lr(B) / lr(base)`, and as circles the factors that were used.
+    * *The factor and the law*, at up to three moments: solid the factor R(B) that the run's objective asks
+      for, dashed the law of the next step, `lr(B) / lr(base)`, and as circles the factors that were used.
 
     Args:
         run: What `read_run` returned.
@@ -163,7 +156,7 @@ def _draw_batch_sizes(axes: Axes, charts: RunCharts) -> None:
     _draw_panel(axes, charts.sizes._replace(y_range=(low, top)), columns=2)
 
 
-def _draw_reasons(axes: Axes, reasons: dict[Reason, tuple[Span, ...]]) -> None:
+def _draw_reasons(axes: Axes, reasons: dict[Reason, Spans]) -> None:
     """One row for each reason: where the law was followed, and where and why it was not."""
     for row, (reason, spans) in enumerate(reasons.items()):
         axes.broken_barh(_bars(spans), (row - 0.4, 0.8), facecolor=reason_colour(reason), linewidth=0)
@@ -181,7 +174,7 @@ def _draw_law(axes: Axes, charts: RunCharts) -> None:
     axes.set_xlabel("batch size B (examples)")
 
 
-def _bars(spans: tuple[Span, ...]) -> list[tuple[float, float]]:
+def _bars(spans: Spans) -> list[tuple[float, float]]:
     return [(begin, end - begin) for begin, end in spans]
 
 

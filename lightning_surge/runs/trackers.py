@@ -26,8 +26,8 @@ MLFLOW_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 # What WandbLogger logs beside W&B's own count of rows, and that count.
 STEP_KEYS = ("trainer/global_step", "_step")
 
-# W&B's file is LevelDB's log: a header, then blocks of fragments, each behind a checksum (4 bytes), a length (2)
-# and a kind (1). https://github.com/google/leveldb/blob/main/doc/log_format.md
+# W&B's file is LevelDB's log: a header, then blocks of fragments, each behind a checksum (4 bytes), a length
+# (2) and a kind (1). https://github.com/google/leveldb/blob/main/doc/log_format.md
 WANDB_HEADER, BLOCK_BYTES, FRAGMENT = 7, 1 << 15, struct.Struct("<IHB")
 WHOLE, LAST = 1, 4
 
@@ -101,8 +101,8 @@ def read_mlflow(path: Path, points: Points) -> str | None:
     """Read one run of a store of MLflow.
 
     Args:
-        path: a run in a store of files, `mlruns/<experiment>/<run>`, or in a database, `mlflow.db/<run>`; of a
-            database, `mlflow.db`, the newest run is read that has logged keys under `surge/`.
+        path: a run in a store of files, `mlruns/<experiment>/<run>`, or in a database, `mlflow.db/<run>`; of
+            a database, `mlflow.db`, the newest run is read that has logged keys under `surge/`.
         points: takes what is found.
 
     Returns:

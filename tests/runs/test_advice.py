@@ -41,7 +41,6 @@ class TestTradeOff:
         """`B = B_crit = 60`: E(120) / E(60) = (1 + 2) / (1 + 1), S(120) / S(60) = (1 + 1/2) / (1 + 1)."""
         one = option(STATE, 120.0)
         assert (one.examples.value, one.steps.value) == (1.5, 0.75)
-        assert one.gain.value == pytest.approx(2 / 3)
 
     def test_intervals_are_those_of_the_critical_size(self):
         one = option(STATE, 120.0)
@@ -56,17 +55,17 @@ class TestTradeOff:
         assert sign * (one.examples.value - 1.0) >= -1e-12
         assert sign * (one.steps.value - 1.0) <= 1e-12
         assert one.examples.value == pytest.approx(one.steps.value * size / state.batch_size)
-        for interval in (one.examples, one.steps, one.gain, one.lr):
+        for interval in (one.examples, one.steps, one.lr):
             assert interval.low <= interval.value <= interval.high
 
     def test_without_noise_a_batch_saves_nothing(self):
         one = option(replace(STATE, law=critical_at(0.0)), 120.0)
-        assert (one.examples.value, one.steps.value, one.gain.value) == (2.0, 1.0, 1.0)
+        assert (one.examples.value, one.steps.value) == (2.0, 1.0)
 
     def test_with_noise_alone_examples_are_all_that_count(self):
         law = Theorem3Law(noise_scale=math.inf, peak_lr=math.inf, sqrt_coefficient=0.1)
         one = option(replace(STATE, law=law, critical_error=math.inf), 120.0)
-        assert (one.examples.value, one.steps.value, one.gain.value) == (1.0, 0.5, 0.0)
+        assert (one.examples.value, one.steps.value) == (1.0, 0.5)
 
 
 class TestLearningRate:

@@ -13,7 +13,6 @@ from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.charts import (
     MOST_MARKS,
     MOST_POINTS,
-    Span,
     _size_range,
     _thinned,
     number,
@@ -136,7 +135,7 @@ class TestSizes:
 
     def test_infinite_and_unknown_peaks_are_gaps(self):
         charts = run_charts(logged({"peak_batch_size": [math.inf, 40.0, math.inf, math.nan, 60.0]}))
-        assert charts.no_peak == (Span(9.5, 15.0), Span(25.0, 35.0))
+        assert charts.no_peak == ((9.5, 15.0), (25.0, 35.0))
         shown = trace(charts.sizes, "peak batch size ± 1 standard error").y
         np.testing.assert_array_equal(shown, [math.nan, 40.0, math.nan, math.nan, 60.0])
 
@@ -156,9 +155,9 @@ class TestReasons:
     def test_reach_half_way_to_the_neighbours(self):
         charts = run_charts(logged({"held_because": [2.0, 0.0, 12.0, 12.0, 99.0]}))
         assert charts.reasons == {
-            Reason.MEASURED: (Span(15.0, 25.0),),
-            Reason.NOTHING_MEASURED: (Span(9.5, 15.0),),
-            Reason.MEASURING_FAILED: (Span(25.0, 45.0),),
+            Reason.MEASURED: ((15.0, 25.0),),
+            Reason.NOTHING_MEASURED: ((9.5, 15.0),),
+            Reason.MEASURING_FAILED: ((25.0, 45.0),),
         }
 
 

@@ -59,7 +59,7 @@ class TestReading:
     @pytest.mark.parametrize("end", ["\n", "\r\n"])
     @pytest.mark.parametrize("step_column", ["step", "trainer/global_step"])
     def test_tables_as_other_programs_leave_them(self, tmp_path, end, step_column):
-        """Blank lines, lines of commas, a mark of the encoding, steps as floats; a line without a step is told."""
+        """Blank lines, lines of commas, a byte-order mark, float steps; a line without a step is told."""
         lines = [
             f"epoch,{step_column},surge/batch_size",
             "0,9.0,16",

@@ -9,6 +9,7 @@ import struct
 import sys
 import zlib
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ class TestMLflow:
         ]
 
         class Client:
-            uris: list[str] = []
+            uris: ClassVar[list[str]] = []
 
             def __init__(self, tracking_uri):
                 self.uris.append(tracking_uri)
