@@ -22,7 +22,7 @@ def _caveat_text(caveat: Caveat, advice: Advice) -> str:
     from lightning_surge.runs.advice import Caveat
 
     state = advice.state
-    smallest, largest = state.measured
+    reach = " to ".join(map(_number, state.measured))
     chosen = next(option for option in advice.options if option.batch_size == advice.suggested)
     share = state.lr_scheduled / state.lr_scheduled_max if state.lr_scheduled_max > 0 else 0.0
     return {
@@ -30,7 +30,7 @@ def _caveat_text(caveat: Caveat, advice: Advice) -> str:
         Caveat.FEW_MEASUREMENTS: f"it rests on {state.num_measurements} measurements only",
         Caveat.UNCERTAIN: "the critical batch size is known to within a factor of two at best",
         Caveat.STALE: f"the last measurement is from step {state.measured_step:,}; the law moves on",
-        Caveat.EXTRAPOLATING: f"only {_number(smallest)} to {_number(largest)} examples were measured",
+        Caveat.EXTRAPOLATING: f"only sizes from {reach} examples were measured",
         Caveat.DECAYED: (
             f"the schedule is at {share:.1%} of its largest learning rate: for the next run ask at an "
             "earlier step (--step)"

@@ -204,9 +204,9 @@ def read_run(path: str | Path, also: Collection[str] = ()) -> RunLog:
     r"""Read what the callback has logged of one run.
 
     Args:
-        path: An event file of TensorBoard, a `metrics.csv`, a `.wandb` file, a store of MLflow, or a directory
-            that holds one (`logger.log_dir`) or a single run below it. Of the `version_N` of one logger the
-            newest is taken.
+        path: An event file of TensorBoard, a `metrics.csv`, a `.wandb` file or a store of MLflow; or a
+            directory that holds one (`logger.log_dir`), or a single run below it. Of the `version_N` of one
+            logger the newest is taken.
         also: Keys to read besides those under `surge/`.
 
     Returns:

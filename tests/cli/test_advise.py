@@ -46,7 +46,7 @@ def test_what_was_asked_for_is_in_the_table(run, capsys):
     out = capsys.readouterr().out
     sizes = [line.split()[0] for line in out.splitlines() if line.startswith("  ")][1:5]
     assert sizes == ["15", "60", "120", "1,000"]
-    assert "only 30 to 120 examples were measured" in out
+    assert "only sizes from 30 to 120 examples were measured" in out
 
 
 def test_as_json(run, capsys):
