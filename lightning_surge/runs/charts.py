@@ -6,7 +6,7 @@ Long runs are thinned to what a chart can show, without losing extremes. Nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -23,6 +23,8 @@ FloatArray = NDArray[np.float64]
 Spans = tuple[tuple[float, float], ...]
 """From where to where on the x axis."""
 XAxis = Literal["steps", "examples"]
+Style = Literal["solid", "dash", "dot", "steps", "star", "circle", "diamond"]
+Place = Callable[[NDArray[np.int64]], FloatArray]
 X_LABELS: dict[XAxis, str] = {"steps": "optimizer step", "examples": "examples trained"}
 
 # Okabe and Ito's palette, which stays apart under the common forms of colour blindness.
@@ -58,7 +60,7 @@ class Trace(NamedTuple):
     x: FloatArray
     y: FloatArray
     colour: str
-    style: Literal["solid", "dash", "dot", "steps", "star", "circle", "diamond"] = "solid"
+    style: Style = "solid"
     width: float = 1.5
 
 
@@ -175,9 +177,9 @@ def run_charts(
         edges = place(np.array(_spans(steps, flags), dtype=np.float64).reshape(-1, 2))
         return tuple((float(begin), float(end)) for begin, end in edges)
 
-    def trace(label: str, series: Series, *look: object) -> Trace:
+    def trace(label: str, series: Series, colour: str, style: Style, width: float) -> Trace:
         shown = _thinned(series)
-        return Trace(label, place(shown.steps), shown.values, *look)  # type: ignore[arg-type]
+        return Trace(label, place(shown.steps), shown.values, colour, style, width)
 
     peak, codes = run.get("peak_batch_size"), _coarse(run.get("held_because"))
     infinite = _coarse(Series(peak.steps, np.isposinf(peak.values).astype(np.float64)))
@@ -204,8 +206,8 @@ def run_charts(
     )
 
 
-def _sizes_panel(run: RunLog, place: object, in_force: Trace) -> Panel:
-    names = {"peak": (VERMILION, "solid"), "critical": (GREEN, "dash")}
+def _sizes_panel(run: RunLog, place: Place, in_force: Trace) -> Panel:
+    names: dict[str, tuple[str, Style]] = {"peak": (VERMILION, "solid"), "critical": (GREEN, "dash")}
     series = {name: run.get(f"{name}_batch_size") for name in names}
     batch = run.require("batch_size").values
     low, high = _size_range(batch, *(one.values for one in series.values()))
@@ -214,14 +216,14 @@ def _sizes_panel(run: RunLog, place: object, in_force: Trace) -> Panel:
         shown = _thinned(series[name])
         if not shown.steps.size:
             continue
-        at = place(shown.steps)  # type: ignore[operator]
+        at = place(shown.steps)
         values = np.where(np.isfinite(shown.values) & (shown.values > 0), shown.values, np.nan)
         error = _aligned(run.get(f"{name}_batch_size_standard_error"), shown.steps)
         # An unknown error next to a known value is drawn as the widest band there is, not as certainty.
         error = np.where(np.isnan(error), np.inf, error)
         bands.append(Band(at, np.clip(values - error, low, high), np.clip(values + error, low, high), colour))
         label = f"{name} batch size ± 1 standard error"
-        traces.append(Trace(label, at, values, colour, style))  # type: ignore[arg-type]
+        traces.append(Trace(label, at, values, colour, style))
     label = "batch size (examples)"
     return Panel("Batch size against the peak", label, (low, high), (*traces, in_force), tuple(bands))
 
