@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_surge.runs.charts import VERMILION, Panel, RunCharts, XAxis, reason_colour, run_charts
+from lightning_surge.runs.charts import VERMILION, Band, Panel, RunCharts, XAxis, reason_colour, run_charts
 from lightning_surge.runs.run_log import RunLog
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run_page(run: RunLog, *, group: str | None = None, title: str = "", x: XAxis
         figure.update_xaxes(matches=matches, title_text=charts.x_label, tickformat=NUMBERS, row=row, col=1)
     figure.update_xaxes(
         title_text="batch size B (examples)", type="log", range=np.log10(charts.law_range).tolist(),
-        tickformat=NUMBERS, row=LAW, col=1,
+        tickformat=NUMBERS, dtick=_log_ticks(*charts.law_range), row=LAW, col=1,
     )  # fmt: skip
     tops = {LEGENDS[row]: figure.layout[f"yaxis{row if row > 1 else ''}"].domain[1] for row in LEGENDS}
     places = {name: {"y": top, "yanchor": "top", "x": 1.01} for name, top in tops.items()}
@@ -83,17 +83,11 @@ def _add_panel(figure: Figure, panel: Panel, row: int, *, log: bool = False) -> 
     """Bands, lines and marks of one panel; gaps stay gaps."""
     common: dict[str, Any] = {"legend": LEGENDS[row], "row": row, "col": 1}
     for band in panel.bands:
-        # The lower edge, unseen, and the upper one filled down to it.
         red, green, blue = (int(band.colour[at : at + 2], 16) for at in (1, 3, 5))
-        edge: dict[str, Any] = {
-            "mode": "lines",
-            "line": {"width": 0},
-            "hoverinfo": "skip",
-            "showlegend": False,
-        }
-        figure.add_scatter(x=band.x, y=band.low, **edge, **common)
-        fill = f"rgba({red},{green},{blue},0.14)"
-        figure.add_scatter(x=band.x, y=band.high, fill="tonexty", fillcolor=fill, **edge, **common)
+        figure.add_scatter(
+            **_outline(band), fill="toself", fillcolor=f"rgba({red},{green},{blue},0.14)", mode="lines",
+            line={"width": 0}, hoverinfo="skip", showlegend=False, **common,
+        )  # fmt: skip
     for one in panel.traces:
         marks = one.style in ("star", "circle", "diamond")
         line = {"color": one.colour, "width": one.width, "shape": "hv" if one.style == "steps" else "linear"}
@@ -113,6 +107,22 @@ def _add_panel(figure: Figure, panel: Panel, row: int, *, log: bool = False) -> 
         row=row,
         col=1,
     )
+
+
+def _outline(band: Band) -> dict[str, list[float]]:
+    """Around each stretch of a band without gaps, there along its upper end and back along its lower one."""
+    known = np.flatnonzero(np.isfinite(band.high))
+    x: list[float] = []
+    y: list[float] = []
+    for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
+        x += [*band.x[part], *band.x[part[::-1]], np.nan]
+        y += [*band.high[part], *band.low[part[::-1]], np.nan]
+    return {"x": x, "y": y}
+
+
+def _log_ticks(low: float, high: float) -> str | int:
+    """1, 2 and 5 of every decade, or the decades alone where there are many."""
+    return "D2" if high < 1e4 * low else 1
 
 
 def _add_marks(figure: Figure, charts: RunCharts) -> None:

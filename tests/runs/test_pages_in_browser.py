@@ -77,7 +77,7 @@ def test_the_page_draws_every_chart_without_a_complaint(tmp_path: Path) -> None:
 def test_tensorboard_shows_the_charts(tmp_path: Path) -> None:
     write_events(tmp_path / "run", rows())
     with SummaryWriter(str(tmp_path / "run"), filename_suffix=".layout") as writer:
-        writer.add_custom_scalars(tensorboard_layout([""]))
+        writer.add_custom_scalars(tensorboard_layout({"": [""]}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

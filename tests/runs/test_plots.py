@@ -10,8 +10,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 
-from lightning_surge.runs.charts import GREEN, ORANGE, VERMILION, run_charts
-from lightning_surge.runs.pages import run_page
+from lightning_surge.runs.charts import GREEN, ORANGE, VERMILION, Band, run_charts
+from lightning_surge.runs.pages import _outline, run_page
 from lightning_surge.runs.plots import plot_run
 from tests.logged_runs import as_log, rows, several_optimizers
 
@@ -119,6 +119,14 @@ def test_a_page_holds_the_numbers(group):
     page = run_page(as_log(several_optimizers()), group=group)
     for words in ("batch size in force", "factor used in these steps", '"tickformat":",.8~g"'):
         assert words in page
+
+
+def test_bands_of_a_page_have_the_gaps_of_their_lines():
+    nan = np.nan
+    band = Band(np.arange(5.0), np.array([1, 1, nan, 1, 1]), np.array([2, 3, nan, 4, 5]), "#000000")
+    outline = _outline(band)
+    np.testing.assert_array_equal(outline["x"], [0, 1, 1, 0, nan, 3, 4, 4, 3, nan])
+    np.testing.assert_array_equal(outline["y"], [2, 3, 1, 1, nan, 4, 5, 1, 1, nan])
 
 
 @pytest.mark.parametrize(
