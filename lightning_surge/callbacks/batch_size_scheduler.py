@@ -294,6 +294,8 @@ class BatchSizeScheduler(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the loader, which may be another one, and let Lightning know how long this epoch is."""
+        # Already there, unless Lightning has left out the end of an epoch on resuming.
+        self._move_to(Progress(trainer.global_step, self._examples, float(trainer.current_epoch)))
         self._read_loader(trainer)
         if self._loader is not None and self._loader.sampler is not None:
             refresh_epoch_length(trainer)

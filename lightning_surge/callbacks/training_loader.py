@@ -232,7 +232,7 @@ def warn_of_schedules_cut_short(
                 "Expected a learning-rate schedule that reaches its end, got"
                 f" {type(config.scheduler).__name__}, which counts optimizer steps: under {owner} the"
                 f" training takes {steps} steps where the Trainer estimates {planned:g}, and ends at"
-                f" {share:.2f} of the peak learning rate. Count examples instead: by_examples(scheduler, examples_per_step="
-                f"{max(1, round(examples / planned))})."
+                f" {share:.2f} of the peak learning rate. Count examples instead:"
+                f" by_examples(scheduler, examples_per_step={max(1, round(examples / planned))})."
             )
             return

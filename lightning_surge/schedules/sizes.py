@@ -53,7 +53,9 @@ class Progress(NamedTuple):
             >>> Progress(step=3, examples=48.0, epoch=0.5).on("examples")
             48.0
         """
-        return {"steps": float(self.step), "examples": self.examples, "epochs": self.epoch}[unit]
+        if unit == "steps":
+            return float(self.step)
+        return self.examples if unit == "examples" else self.epoch
 
 
 def whole_number(name: str, value: Any, *, minimum: int) -> int:
@@ -124,6 +126,13 @@ class Schedule(BatchSizeRule):
     @abstractmethod
     def __call__(self, progress: Progress, /) -> int:
         """Examples requested, over all data-parallel replicas, for the step that begins at ``progress``."""
+
+    def rises_until(self, now: float, /) -> float:
+        """The point of the clock up to which sizes do not fall; ``now`` where that is not known.
+
+        Whoever counts steps skips over those of equal size, up to there, instead of looking at each.
+        """
+        return now
 
     @property
     def first_size(self) -> int:
@@ -205,6 +214,10 @@ class ConstantSize(_Limits, Schedule):
         """``size``, after rounding and limits."""
         return {"size": self._limited(self.size)}
 
+    def rises_until(self, now: float, /) -> float:
+        """Never falls."""
+        return math.inf
+
     def __call__(self, progress: Progress, /) -> int:
         """The size."""
         return self._limited(self.size)
@@ -246,6 +259,10 @@ class _Ramp(_Limits, Schedule):
     def named_sizes(self) -> dict[str, int]:
         """``start`` and ``end``, after rounding and limits."""
         return {"start": self._limited(self.start), "end": self._limited(self.end)}
+
+    def rises_until(self, now: float, /) -> float:
+        """Never falls."""
+        return math.inf
 
     def __call__(self, progress: Progress, /) -> int:
         """The requested number of examples; ``start`` at 0, ``end`` from ``duration`` on."""
@@ -384,6 +401,10 @@ class Milestones(_Limits, Schedule):
         """Every size, after rounding and limits."""
         return {self._name(point): self._limited(size) for point, size in self.sizes.items()}
 
+    def rises_until(self, now: float, /) -> float:
+        """The next point."""
+        return min((point for point in self.sizes if point > now), default=math.inf)
+
     def __call__(self, progress: Progress, /) -> int:
         """The size of the last point reached."""
         now = progress.on(self.unit)
@@ -497,9 +518,18 @@ class Phases(Schedule):
             for name, size in phase.schedule.named_sizes.items()
         }
 
+    def _in_force(self, now: float) -> Phase:
+        return [phase for phase in self.phases if phase.begin <= now][-1]
+
+    def rises_until(self, now: float, /) -> float:
+        """The end of the phase in force, or where a size falls within it."""
+        phase = self._in_force(now)
+        end = math.inf if phase is self.phases[-1] or phase.end is None else phase.end
+        return min(end, phase.begin + phase.schedule.rises_until(now - phase.begin))
+
     def __call__(self, progress: Progress, /) -> int:
         """What the phase in force requests; the last one goes on after its end."""
         now = max(progress.on(self.unit), 0.0)
-        phase = [phase for phase in self.phases if phase.begin <= now][-1]
+        phase = self._in_force(now)
         since = now - phase.begin
         return phase.schedule(Progress(step=math.floor(since), examples=since, epoch=since))

@@ -19,6 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge import (
     BatchSizeScheduler,
+    ExactResume,
     FollowPeak,
     ScheduledBatchSampler,
     SurgeLRCallback,
@@ -119,7 +120,7 @@ def run(
         enable_progress_bar=False,
         enable_model_summary=False,
         max_epochs=EPOCHS,
-        callbacks=[BatchSizeScheduler(rule), surge, saving, *callbacks],
+        callbacks=[BatchSizeScheduler(rule), surge, ExactResume(), saving, *callbacks],
         **({"devices": 1} | options),
     )
     trainer.fit(model, ckpt_path=None if resume is None else str(resume), weights_only=True)
@@ -185,7 +186,7 @@ def test_two_processes(tmp_path: Path, loader: Callable[[], Any], rule: str) -> 
             enable_progress_bar=False,
             enable_model_summary=False,
             max_epochs=EPOCHS,
-            callbacks=[BatchSizeScheduler(ramp), saving],
+            callbacks=[BatchSizeScheduler(ramp), ExactResume(), saving],
         )
         trainer.fit(Net(loader), ckpt_path=None if resume is None else str(resume), weights_only=True)
         return steps(path)
@@ -213,7 +214,7 @@ class Hold(pl.Callback):
 def test_killed_within_a_step_and_resumed_from_the_last_checkpoint(tmp_path: Path, killed_at: int) -> None:
     run(tmp_path / "whole", sampled, RAMPS["any size"])
     code = (
-        "from pathlib import Path; import tests.test_resumed_runs as t; "
+        "from pathlib import Path; import tests.callbacks.test_resumed_runs as t; "
         f"t.run(Path({str(tmp_path / 'killed')!r}), t.sampled, t.RAMPS['any size'], t.Hold({killed_at}))"
     )
     root = Path(__file__).parents[2]
@@ -244,6 +245,7 @@ def test_a_loader_that_starts_the_epoch_over_is_named(tmp_path: Path, saved_with
             max_epochs=2,
             callbacks=[
                 BatchSizeScheduler(RAMPS["doublings"]),
+                ExactResume(),
                 ModelCheckpoint(path, every_n_epochs=1, save_on_train_epoch_end=True),
             ],
         ).fit(Net(plain))
