@@ -67,9 +67,12 @@ class SchedulerState:
     def __post_init__(self) -> None:
         remedy = "load what state_dict returned"
         for name in ("accumulation", "followed"):
-            whole_number(name, getattr(self, name), minimum=1)
-        require_number("examples", self.examples, remedy, zero=True)
-        _, _, _ = (require_number("epoch_begin", number, remedy, zero=True) for number in self.epoch_begin)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
+        object.__setattr__(self, "examples", require_number("examples", self.examples, remedy, zero=True))
+        step, examples, epoch = (
+            require_number("epoch_begin", number, remedy, zero=True) for number in self.epoch_begin
+        )
+        object.__setattr__(self, "epoch_begin", [int(step), examples, epoch])
 
 
 class BatchSizeScheduler(Callback):
@@ -490,7 +493,7 @@ class BatchSizeScheduler(Callback):
                 f" {error} {type(self).__name__} counts examples from 0."
             )
             return
-        self._accumulation, self._examples = state.accumulation, float(state.examples)
+        self._accumulation, self._examples = state.accumulation, state.examples
         step, examples, epoch = state.epoch_begin
         self._move_to(Progress(int(step), examples, epoch))
         if isinstance(self.schedule, FollowPeak):

@@ -36,7 +36,7 @@ Run = tuple[int, int]
 """Examples of an optimizer step, and how many steps of that size come in a row."""
 
 # What `total_steps` and `total_examples` may look at, in evaluations of a schedule: half a second or so.
-MOST_EVALUATIONS = 60_000
+MOST_EVALUATIONS = 80_000
 
 
 def accumulation_for(requested: int, micro_batch_size: int, *, limit: int | None = None) -> int:
