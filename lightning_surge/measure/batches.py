@@ -145,8 +145,8 @@ def group_evenly(items: Sequence[Any], num_groups: int) -> list[list[Any]]:
     """
     if not 1 <= num_groups <= len(items):
         raise ValueError(
-            f"Expected 1 <= num_groups <= {len(items)} items, got num_groups={num_groups}: make no more groups"
-            " than there are items."
+            f"Expected 1 <= num_groups <= {len(items)} items, got num_groups={num_groups}: make as many"
+            " groups as there are items at most."
         )
     edges = [index * len(items) // num_groups for index in range(num_groups + 1)]
     return [list(items[a:b]) for a, b in pairwise(edges)]

@@ -171,7 +171,7 @@ def _plan(
             # Not waiting for its place, so the next window is the same if the request is, and it fits.
             # With drop_last a whole request has to fit, which micro-batches of one fall short of.
             room = examples - done - (request - size if drop_last else 0)
-            count = _repeats(schedule, size, progress, requested, room // size)
+            count = _repeats(schedule, request, size, progress, requested, room // size)
         yield size, aligned, count
         batch_idx += aligned * count
         done += size * count
@@ -180,6 +180,7 @@ def _plan(
 
 def _repeats(
     schedule: Schedule,
+    first: int,
     length: int,
     progress: Callable[[int, int], Progress],
     wanted: Callable[[Progress], int],
@@ -189,14 +190,14 @@ def _repeats(
 
     Args:
         schedule: Knows up to where on its clock sizes do not fall.
+        first: What is wanted of the first of them.
         length: How far each of the steps goes.
         progress: Where a step begins, given a number of steps ahead and their length.
         wanted: What is wanted there, which does not fall where sizes do not.
         most: Steps to look at.
     """
-    begin = progress(0, length)
-    clock = begin.on(schedule.unit)
-    rises_until, first = schedule.rises_until(clock), wanted(begin)
+    clock = progress(0, length).on(schedule.unit)
+    rises_until = schedule.rises_until(clock)
     if rises_until <= clock:
         return 1
 
@@ -288,7 +289,7 @@ class AccumulatedSchedule:
             # Windows of whole micro-batches that the epoch still has room for.
             room = 1 << 62 if share is None else (share // micro - batch_idx) // length
             if length == target and room > 1:
-                count = _repeats(self.schedule, length, progress, wanted, room)
+                count = _repeats(self.schedule, target, length, progress, wanted, room)
             size = length * unit
             if share is not None and not room:
                 # The last window may lack micro-batches, and the last micro-batch examples.
@@ -409,7 +410,7 @@ def _requested_runs(schedule: Schedule) -> Iterator[Run]:
 
     while True:
         size = schedule(progress(0, 0))
-        count = _repeats(schedule, size, progress, schedule, 1 << 62)
+        count = _repeats(schedule, size, size, progress, schedule, 1 << 62)
         yield size, count
         step, examples = step + count, examples + count * size
 
