@@ -1,22 +1,43 @@
 """Write committed grids of runs as tables for `lightning-surge fit`.
 
 python -m benchmarks.export_grids            # rewrite examples/tables
+
+The grids are those of a finished study, whose code still runs at commit c7eda09 (docs/findings.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from benchmarks.cells import Store
-from benchmarks.fidelity.procedure_optima import log_steps
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "fidelity" / "results"
 TABLES = ROOT / "examples" / "tables"
 OPTIMIZERS = {(0.0, 0.0): "sign", (0.9, 0.999): "adam"}
 """By Adam's betas: with both at 0 its step is the sign of the gradient."""
+
+
+def log_steps(record: Mapping[str, Any], target: int) -> np.ndarray:
+    """Log of the steps to a target by seed and learning rate, from the lowest loss so far; else infinite."""
+    level, marks = record["targets"][target], np.log(record["steps"])
+    losses = np.array(record["losses"], dtype=np.float64)
+    lowest = np.minimum.accumulate(np.where(np.isnan(losses), np.inf, losses), axis=2)
+    result = np.full(lowest.shape[:2], np.inf)
+    for place in np.ndindex(*result.shape):
+        course = lowest[place]
+        if course[-1] <= level:
+            after = int(np.argmax(course <= level))
+            result[place] = marks[after]
+            if after > 0 and np.isfinite(course[after - 1]):
+                part = (course[after - 1] - level) / (course[after - 1] - course[after])
+                result[place] = marks[after - 1] + part * (marks[after] - marks[after - 1])
+    return result
 
 
 def tables() -> Iterator[tuple[str, str]]:

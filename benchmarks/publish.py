@@ -2,6 +2,8 @@
 
 python -m benchmarks.publish            # rewrite
 python -m benchmarks.publish --check    # exit 1 if something would change
+
+A page marks a table as `<!-- results: FILE -->`, or a section of a file as `<!-- results: FILE#HEADING -->`.
 """
 
 from __future__ import annotations
@@ -17,8 +19,20 @@ MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """The page with every marked table replaced by the file it names."""
-    return MARKED.sub(lambda match: f"{match[1]}\n{(ROOT / match[2]).read_text()}\n{match[3]}", text)
+    """The page with every marked table replaced by the file, or the section of it, that is named."""
+    return MARKED.sub(lambda match: f"{match[1]}\n{named(match[2])}\n{match[3]}", text)
+
+
+def named(place: str) -> str:
+    """The text of a file, or of what is under one of its headings."""
+    path, _, heading = place.partition("#")
+    text = (ROOT / path).read_text()
+    if heading:
+        _, found, text = f"\n{text}".partition(f"\n## {heading}\n\n")
+        if not found:
+            raise LookupError(f"Expected a heading '## {heading}' in {path}, found none.")
+        text = text.partition("\n\n## ")[0].rstrip("\n") + "\n"
+    return text
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Where a benchmark's numbers go: raw JSON, and a summary with one row per target."""
+"""Where a benchmark's numbers go: `summary.json`, with one row per target, and a page of Markdown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,13 @@ import torch
 PACKAGES = ("lightning-surge", "lightning", "torch", "numpy", "scipy")
 
 
-def row(name: str, value: float, bound: float, command: str) -> dict[str, Any]:
-    """One target, met if the value is at most the bound."""
-    return {
-        "name": name,
-        "value": round(value, 4),
-        "bound": bound,
-        "better": "lower",
-        "met": value <= bound,
-        "command": command,
-    }
+def target(
+    name: str, value: float, bound: float, command: str, *, better: str = "lower", **details: Any
+) -> dict[str, Any]:
+    """A row of the summary, `better` being "lower" or "higher"; NaN, nothing measured, meets nothing."""
+    met = bool(value <= bound if better == "lower" else value >= bound)
+    row = {"name": name, "value": round(value, 4), "bound": bound, "better": better, "met": met}
+    return row | details | {"command": command}
 
 
 def finite(value: Any) -> Any:
@@ -77,13 +74,20 @@ def processor_name() -> str:
     return platform.machine()
 
 
-def write(directory: Path, raw: dict[str, Any], summary: Sequence[dict[str, Any]]) -> None:
-    """Write `raw.json` and `summary.json`, and print the summary."""
+def write(directory: Path, targets: Sequence[dict[str, Any]], **raw: Any) -> None:
+    """Write `summary.json`, the machine, the targets and what else there is; print the targets."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "raw.json").write_text(json.dumps(finite({"machine": machine(), **raw}), indent=1) + "\n")
-    (directory / "summary.json").write_text(json.dumps(list(summary), indent=1) + "\n")
-    width = max(len(entry["name"]) for entry in summary)
-    for entry in summary:
+    found = finite({"machine": machine(), "targets": list(targets), **raw})
+    (directory / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    for entry in targets:
+        sign = "at most" if entry["better"] == "lower" else "at least"
         verdict = "met" if entry["met"] else "MISSED"
-        print(f"{entry['name']:{width}}  {entry['value']:8.4f}  at most {entry['bound']:<6g}  {verdict}")
+        print(f"{entry['value']:9.4f}  {sign} {entry['bound']:<7g} {verdict:7} {entry['name']}")
     print(f"written to {directory}")
+
+
+def write_page(directory: Path, sections: Mapping[str, str]) -> None:
+    """Write `report.md`, each section under a heading by which `benchmarks.publish` finds it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join(f"## {name}\n\n{section}" for name, section in sections.items())
+    (directory / "report.md").write_text(text + "\n")

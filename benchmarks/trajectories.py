@@ -87,12 +87,13 @@ class Module(pl.LightningModule):
         self.weights: list[bytes] = []
 
     def watched(self, *optimizers: Optimizer) -> None:
-        """Note what steps use: hooks that come later take the callback's factor off again."""
+        """Note what updates read: torch's optimizers ask for the state of each group right before."""
         for index, optimizer in enumerate(optimizers):
-            optimizer.register_step_post_hook(partial(self._note, index))
+            optimizer._init_group = partial(self._note, index, optimizer._init_group)  # type: ignore[attr-defined]
 
-    def _note(self, index: int, optimizer: Optimizer, *args: Any) -> None:
-        self.lrs.append((index, [float(group["lr"]).hex() for group in optimizer.param_groups]))
+    def _note(self, index: int, ask: Any, group: dict[str, Any], *args: Any) -> Any:
+        self.lrs.append((index, float(group["lr"]).hex()))
+        return ask(group, *args)
 
     def on_train_end(self) -> None:
         """Processes that hold pieces of the weights are still together here."""

@@ -5,8 +5,6 @@ python -m benchmarks.batch_warmup --workload text --run-only   # beside another 
 python -m benchmarks.batch_warmup --length long --run-only     # or one for the long runs, one for the short
 python -m benchmarks.batch_warmup --quick                      # under a minute, nothing is written
 python -m benchmarks.batch_warmup --report                     # tables and a figure from what is there
-
-Speeds (`--only throughput`) are best measured alone: they are left out with `--workload` or `--length`.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ def run(store: Store, options: argparse.Namespace) -> str:
     end = time.monotonic() + 60 * options.budget
     left = run_cells(wanted(grid.constants(BASE_BATCH_SIZE)), store, 60 * options.budget)
     growing, untuned = grid.ramps(store.records("constant"))
-    cells = wanted([*growing, *grid.constants(LARGE_BATCH_SIZE), *grid.speeds()])
+    cells = wanted([*growing, *grid.constants(LARGE_BATCH_SIZE)])
     left += run_cells(cells, store, end - time.monotonic())
     winners = wanted(grid.confirmations(store.records("constant"), store.records("ramp")))
     left += run_cells(winners, store, end - time.monotonic())

@@ -22,21 +22,11 @@ from benchmarks.batch_warmup.rules import (
 )
 from benchmarks.fidelity.analysis import Mean, Record, deviation, groups, paired, pick, unique
 
-__all__ = [
-    "KEYS",
-    "Line",
-    "Tuned",
-    "constant_line",
-    "lines",
-    "pooled_deviation",
-    "runs",
-    "tuned",
-]
+__all__ = ["KEYS", "Line", "Tuned", "lines", "pooled_deviation", "runs", "tuned"]
 
 KEYS = {
     "constant": ("workload", "budget", "batch_size", "multiplier", "seed"),
     "ramp": ("workload", "budget", "ramp", "rule", "max_overhead", "multiplier", "seed"),
-    "throughput": ("model", "batch_size"),
 }
 """What tells the cells of a kind apart."""
 
@@ -92,14 +82,7 @@ def runs(records: Iterable[Record], kind: str) -> list[Record]:
 
 
 def tuned(constants: Sequence[Record], workload: str, budget: str, batch_size: int) -> Tuned | None:
-    """The multiplier with the lowest mean loss over seeds, None if none was tried with every seed.
-
-    Args:
-        constants: `runs` of the kind `"constant"`.
-        workload: its name.
-        budget: its name.
-        batch_size: the small or the large one.
-    """
+    """The multiplier with the lowest mean loss over seeds, None if none was tried with every seed."""
     grid = MULTIPLIERS[budget, batch_size]
     found = groups(
         pick(constants, workload=workload, budget=budget, batch_size=batch_size, seed=SEEDS), "multiplier"
@@ -115,30 +98,23 @@ def tuned(constants: Sequence[Record], workload: str, budget: str, batch_size: i
     return Tuned(batch_size, best, best in (min(losses), max(losses)), len(losses) == len(grid), losses)
 
 
-def constant_line(constants: Sequence[Record], workload: str, budget: str, batch_size: int) -> Line | None:
-    """A constant batch size at its best learning rate; None before it is known."""
-    best, base = (tuned(constants, workload, budget, size) for size in (batch_size, BASE_BATCH_SIZE))
-    if best is None or base is None:
-        return None
-    found, against = (_at(constants, workload, budget, one) for one in (best, base))
-    return _line(best, found, against, _at(constants, workload, budget, best, MORE_SEEDS))
-
-
 def lines(constants: Sequence[Record], ramps: Sequence[Record], workload: str, budget: str) -> list[Line]:
-    """Every row there are runs for, constant batch sizes first; ramps at the tuned learning rate only.
-
-    Args:
-        constants: `runs` of the kind `"constant"`.
-        ramps: `runs` of the kind `"ramp"`.
-        workload: its name.
-        budget: its name.
-    """
+    """Every row there are `runs` for, constant batch sizes first; ramps at the tuned learning rate only."""
     base = tuned(constants, workload, budget, BASE_BATCH_SIZE)
     if base is None:
         return []
     against = _at(constants, workload, budget, base)
-    sizes = (constant_line(constants, workload, budget, size) for size in (BASE_BATCH_SIZE, LARGE_BATCH_SIZE))
-    found = [line for line in sizes if line is not None]
+    sizes = (base, tuned(constants, workload, budget, LARGE_BATCH_SIZE))
+    found = [
+        _line(
+            best,
+            _at(constants, workload, budget, best),
+            against,
+            _at(constants, workload, budget, best, MORE_SEEDS),
+        )
+        for best in sizes
+        if best is not None
+    ]
     here = pick(ramps, workload=workload, budget=budget, multiplier=base.multiplier)
     for rule in RULES:
         of_rule = pick(here, **rule._asdict(), seed=SEEDS)

@@ -26,12 +26,10 @@ from benchmarks.batch_warmup.rules import (
 from benchmarks.batch_warmup.targets import LOSS_BOUND
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.fidelity.analysis import Record
+from benchmarks.fidelity.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 __all__ = ["draw"]
 
-BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
-    "#000000", "#8c8c8c", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
 COLOURS = {
     "constant": GREY,
     "sqrt": PURPLE,
@@ -48,13 +46,7 @@ LINEAR_BELOW = 0.02  # nats
 
 
 def draw(constants: Sequence[Record], ramps: Sequence[Record], path: Path) -> None:
-    """Loss minus that of the tuned constant small batch, by optimizer steps: a panel per workload and budget.
-
-    Args:
-        constants: `runs` of the kind `"constant"`.
-        ramps: `runs` of the kind `"ramp"`.
-        path: to write to; left alone where there is nothing to show.
-    """
+    """Loss minus that of the tuned constant small batch, by steps: a panel per workload and budget."""
     panels = {
         (workload, budget): lines(constants, ramps, workload, budget)
         for workload in WORKLOADS

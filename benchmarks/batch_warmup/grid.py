@@ -24,13 +24,12 @@ from benchmarks.batch_warmup.rules import (
     Rule,
 )
 from benchmarks.batch_warmup.targets import LOSS_BOUND, contest
-from benchmarks.batch_warmup.throughput import BATCH_SIZES, MODELS, throughput
 from benchmarks.batch_warmup.training import constant, ramp
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.cells import Cell
 from benchmarks.fidelity.analysis import Record
 
-__all__ = ["confirmations", "constants", "quick", "ramps", "sizes", "speeds"]
+__all__ = ["confirmations", "constants", "quick", "ramps", "sizes"]
 
 
 def constants(batch_size: int) -> list[Cell]:
@@ -44,14 +43,7 @@ def constants(batch_size: int) -> list[Cell]:
 
 
 def ramps(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
-    """Growing batch sizes, for every workload and budget of which the small batch size is tuned.
-
-    Args:
-        records: of the kind `"constant"`.
-
-    Returns:
-        Their cells, and the names of workloads and budgets that are not tuned yet.
-    """
+    """Growing batch sizes where the small batch size is tuned, and the names of what is not tuned yet."""
     cells, untuned, found = [], [], runs(records, "constant")
     for workload, budget in itertools.product(WORKLOADS, BUDGETS):
         best = tuned(found, workload, budget, BASE_BATCH_SIZE)
@@ -66,15 +58,7 @@ def ramps(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
 
 
 def confirmations(constants: Sequence[Record], ramps: Sequence[Record]) -> list[Cell]:
-    """More seeds for the winners of the long budget, until their distance from constant sizes is known.
-
-    Args:
-        constants: records of the kind `"constant"`.
-        ramps: records of the kind `"ramp"`.
-
-    Returns:
-        The cells of both sides; none where the interval is narrow enough.
-    """
+    """More seeds for both sides of the contest of the long budget, until the interval is narrow enough."""
     cells = []
     found, budget = (runs(constants, "constant"), runs(ramps, "ramp")), BUDGETS[-1]
     for workload in WORKLOADS:
@@ -94,17 +78,11 @@ def confirmations(constants: Sequence[Record], ramps: Sequence[Record]) -> list[
     return cells
 
 
-def speeds() -> list[Cell]:
-    """What the sampler costs; best measured while nothing else runs."""
-    keys = itertools.product(MODELS, BATCH_SIZES)
-    return [Cell("throughput", {"model": model, "batch_size": size}, throughput) for model, size in keys]
-
-
 def sizes() -> dict[str, int]:
     """Number of cells of each kind in the full grid."""
     constant_cells = sum(len(constants(size)) for size in (BASE_BATCH_SIZE, LARGE_BATCH_SIZE))
     ramp_cells = len(WORKLOADS) * len(BUDGETS) * len(RULES) * len(SEEDS)
-    return {"constant": constant_cells, "ramp": ramp_cells, "throughput": len(speeds())}
+    return {"constant": constant_cells, "ramp": ramp_cells}
 
 
 def quick() -> list[Cell]:
@@ -122,5 +100,4 @@ def quick() -> list[Cell]:
     ):
         key = {"workload": workload, "budget": "quick", **rule._asdict(), "multiplier": 1.0, "seed": 0}
         cells.append(Cell("ramp", key, ramp))
-    tiny = {"model": "tiny", "batch_size": LARGE_BATCH_SIZE, "examples": 16_384, "pairs": 2}
-    return [*cells, Cell("throughput", tiny, throughput)]
+    return cells

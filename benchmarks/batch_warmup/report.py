@@ -2,69 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.batch_warmup.analysis import KEYS, Line, Tuned, lines, runs, tuned
+from benchmarks.batch_warmup.analysis import Line, Tuned, lines, runs
 from benchmarks.batch_warmup.figure import draw
 from benchmarks.batch_warmup.rules import BUDGETS, MULTIPLIERS, RULES, SEEDS, Rule, growth
 from benchmarks.batch_warmup.targets import targets
 from benchmarks.batch_warmup.workloads import WORKLOADS, Workload
 from benchmarks.cells import Store
-from benchmarks.fidelity.analysis import Record, pick, unique
+from benchmarks.fidelity.analysis import Record, pick
 from benchmarks.fidelity.markdown import number, table
-from benchmarks.results import finite, machine
+from benchmarks.results import write, write_page
 
-__all__ = ["main_table", "summary_table", "tuning_table", "write_report"]
+__all__ = ["main_table", "summary_table", "write_report"]
 
 
 def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> None:
-    """Write tables, figure and summary.
-
-    Args:
-        store: of the finished cells.
-        results: directory to write to.
-        expected: number of cells of each kind in the full grid.
-    """
+    """Write tables, figure and summary of the finished cells, with their number out of those expected."""
     constants, ramps = (runs(store.records(kind), kind) for kind in ("constant", "ramp"))
-    speeds = unique(store.records("throughput"), KEYS["throughput"])
     results.mkdir(parents=True, exist_ok=True)
     tables = [main_table(workload, constants, ramps) for workload in WORKLOADS.values()]
-    (results / "table.md").write_text("\n\n".join(tables) + "\n")
-    (results / "tuning.md").write_text(tuning_table(constants) + "\n")
+    found = targets(constants, ramps)
+    write_page(results, {"rules": "\n\n".join(tables), "targets": summary_table(found)})
     draw(constants, ramps, results / "figure.png")
-    found = targets(constants, ramps, speeds)
-    (results / "summary.md").write_text(summary_table(found) + "\n")
-    (results / "summary.json").write_text(json.dumps(finite(found), indent=1) + "\n")
     # Runs with a rule that was the default before are kept, and in no table.
     known = [run for run in ramps if Rule(run["ramp"], run["rule"], run["max_overhead"]) in RULES]
     tuning = [run for run in constants if run["multiplier"] in MULTIPLIERS[run["budget"], run["batch_size"]]]
-    counts = {
-        "constant": len(pick(tuning, seed=SEEDS)),
-        "ramp": len(pick(known, seed=SEEDS)),
-        "throughput": len(speeds),
-    }
-    raw = {"machine": machine(), "finished": counts, "expected": dict(expected)}
-    (results / "raw.json").write_text(json.dumps(finite(raw), indent=1) + "\n")
-    for entry in found:
-        verdict = "met" if entry["met"] else "MISSED"
-        print(f"{entry['value']:9.4f}  at most {entry['bound']:<7g} {verdict:7} {entry['name']}")
+    counts = {"constant": len(pick(tuning, seed=SEEDS)), "ramp": len(pick(known, seed=SEEDS))}
     print(", ".join(f"{counts[kind]} of {expected[kind]} {kind}" for kind in counts), "cells are finished")
-    print(f"written to {results}")
+    write(results, found, finished=counts, expected=dict(expected))
 
 
 def main_table(workload: Workload, constants: Sequence[Record], ramps: Sequence[Record]) -> str:
-    """One workload: a row for each rule, three columns for each budget.
-
-    Args:
-        workload: which one.
-        constants: `runs` of the kind `"constant"`.
-        ramps: `runs` of the kind `"ramp"`.
-    """
+    """One workload: a row for each rule, three columns for each budget."""
     by_budget = {budget: lines(constants, ramps, workload.name, budget) for budget in BUDGETS}
     budgets = ", ".join(f"{name} {workload.examples[name]:,} examples" for name in BUDGETS)
     title = workload.title[0].upper() + workload.title[1:]
@@ -122,29 +95,6 @@ def _note(workload: Workload, budget: str, best: Tuned) -> str:
     return f"B = {best.batch_size} {budget} {lr:.2g} ({best.multiplier:g} x {workload.base_lr:g}{edge}{part})"
 
 
-def tuning_table(constants: Sequence[Record]) -> str:
-    """Final losses of constant batch sizes by learning rate, the best in bold.
-
-    Args:
-        constants: `runs` of the kind `"constant"`.
-    """
-    factors = sorted({factor for grid in MULTIPLIERS.values() for factor in grid})
-    rows = []
-    for workload, (budget, size) in itertools.product(WORKLOADS, MULTIPLIERS):
-        best = tuned(constants, workload, budget, size)
-        if best is not None:
-            values = {factor: number(loss, 4) for factor, loss in best.losses.items()}
-            values[best.multiplier] = f"**{values[best.multiplier]}**"
-            rows.append([workload, budget, size, *(values.get(factor, "-") for factor in factors)])
-    headers = ["workload", "budget", "B", *(f"{factor:g} x" for factor in factors)]
-    lrs = ", ".join(f"{workload.base_lr:g} for {name}" for name, workload in WORKLOADS.items())
-    head = (
-        f"Final validation loss, nats, mean over {len(SEEDS)} seeds, by the learning rate in units of the "
-        f"example's ({lrs})."
-    )
-    return f"{head}\n\n{table(headers, rows)}" if rows else "No learning rate is tried with every seed."
-
-
 def summary_table(found: Sequence[Mapping[str, Any]]) -> str:
     """The targets, a line each; differences of losses with their 95 % half-widths over seeds."""
     rows = []
@@ -152,8 +102,6 @@ def summary_table(found: Sequence[Mapping[str, Any]]) -> str:
         value = number(entry["value"], 4)
         if math.isfinite(entry.get("half_width", math.nan)):
             value += f" ± {entry['half_width']:.4f} ({entry['seeds']} pairs of seeds)"
-        if "range" in entry:
-            value += " ({:.4f} to {:.4f})".format(*entry["range"])
         rows.append(
             [entry["name"], value, f"at most {entry['bound']:g}", "met" if entry["met"] else "missed"]
         )

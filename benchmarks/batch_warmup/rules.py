@@ -7,25 +7,6 @@ from typing import NamedTuple
 from lightning_surge import SurgeLRCallback
 from lightning_surge.laws.objectives import OBJECTIVES
 
-__all__ = [
-    "BASE_BATCH_SIZE",
-    "BUDGETS",
-    "CANDIDATES",
-    "DEFAULT",
-    "DEFAULT_OVERHEAD",
-    "FIXED_RULES",
-    "FOLLOW",
-    "LARGE_BATCH_SIZE",
-    "LARGE_OVERHEAD",
-    "MORE_SEEDS",
-    "MULTIPLIERS",
-    "RAMPS",
-    "RULES",
-    "SEEDS",
-    "Rule",
-    "growth",
-]
-
 BASE_BATCH_SIZE = 8
 LARGE_BATCH_SIZE = 128
 BUDGETS = ("short", "long")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,14 +20,13 @@ from benchmarks.batch_warmup.rules import (
 )
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.fidelity.analysis import Mean, Record, paired
-from benchmarks.results import row
+from benchmarks.results import target
 
 __all__ = ["Contest", "contest", "targets"]
 
 COMMAND = "make bench-batch-warmup"
 LOSS_BOUND = 0.005  # nats
 STEPS_BOUND = 0.5
-THROUGHPUT_BOUND = 0.01
 
 
 class Contest(NamedTuple):
@@ -76,9 +74,7 @@ def contest(found: Sequence[Line]) -> Contest | None:
     )
 
 
-def targets(
-    constants: Sequence[Record], ramps: Sequence[Record], throughputs: Sequence[Record]
-) -> list[dict[str, Any]]:
+def targets(constants: Sequence[Record], ramps: Sequence[Record]) -> list[dict[str, Any]]:
     """Every target of which all is measured."""
     found = []
     for workload, budget in itertools.product(WORKLOADS, BUDGETS):
@@ -87,7 +83,7 @@ def targets(
             *_against_constant(here, f"{workload}, {budget}"),
             *_against_fixed(here, f"{workload}, {budget}"),
         ]
-    return [*found, *_throughput(throughputs)]
+    return found
 
 
 def _against_constant(here: Sequence[Line], where: str) -> Iterable[dict[str, Any]]:
@@ -98,13 +94,10 @@ def _against_constant(here: Sequence[Line], where: str) -> Iterable[dict[str, An
     assert isinstance(result.constant.rule, Tuned)
     who = f"{growth(result.best.rule.ramp)} with SurgeLR"
     constant = f"constant B = {result.constant.rule.batch_size} at its tuned lr"
-    yield row(
-        f"{where}: final loss, {who} minus {constant}, nats", result.difference.value, LOSS_BOUND, COMMAND
-    ) | {
-        "half_width": round(result.difference.half_width, 4),
-        "seeds": result.seeds,
-    }
-    yield row(f"{where}: optimizer steps, {who} over {constant}", result.step_share, STEPS_BOUND, COMMAND)
+    details = {"half_width": round(result.difference.half_width, 4), "seeds": result.seeds}
+    name = f"{where}: final loss, {who} minus {constant}, nats"
+    yield target(name, result.difference.value, LOSS_BOUND, COMMAND, **details)
+    yield target(f"{where}: optimizer steps, {who} over {constant}", result.step_share, STEPS_BOUND, COMMAND)
 
 
 def _against_fixed(here: Sequence[Line], where: str) -> Iterable[dict[str, Any]]:
@@ -124,14 +117,4 @@ def _against_fixed(here: Sequence[Line], where: str) -> Iterable[dict[str, Any]]
         difference = own.loss - best.loss if math.isfinite(own.loss) or math.isfinite(best.loss) else math.nan
         against = f"SurgeLR minus {best.rule.label} (bound: pooled sd of seeds)"
         name = f"{where}, {ramp} ramp: final loss, {against}, nats"
-        yield row(name, difference, round(bound, 4), COMMAND)
-
-
-def _throughput(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
-    for record in records:
-        lost = [1.0 - ratio for ratio in record["ratios"]]
-        of = f"{record['model']}, B = {record['batch_size']}"
-        name = f"{of}: share of examples per second lost to the scheduled sampler"
-        yield row(name, statistics.median(lost), THROUGHPUT_BOUND, COMMAND) | {
-            "range": [round(min(lost), 4), round(max(lost), 4)]
-        }
+        yield target(name, difference, round(bound, 4), COMMAND)

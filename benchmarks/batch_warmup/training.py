@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,13 +11,14 @@ from torch.utils.data import DataLoader
 
 from benchmarks.batch_warmup.rules import BASE_BATCH_SIZE, FIXED_RULES, FOLLOW, LARGE_BATCH_SIZE, RAMPS
 from benchmarks.batch_warmup.workloads import WORKLOADS
+from benchmarks.trainer import quiet_trainer
 from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks import BatchSizeScheduler
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.sizes import ConstantSize, GeometricRamp
 
-__all__ = ["constant", "quiet_trainer", "ramp"]
+__all__ = ["constant", "ramp"]
 
 MOST_SIZES = 24
 
@@ -53,34 +52,8 @@ class StepSizes(pl.Callback):
         return changes[:: -(-len(changes) // MOST_SIZES)]
 
 
-def quiet_trainer(callbacks: Sequence[pl.Callback], epochs: int) -> pl.Trainer:
-    """A Trainer that only trains."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    return pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-
-
 def constant(workload: str, budget: str, batch_size: int, multiplier: float, seed: int) -> dict[str, Any]:
-    """Train at one batch size.
-
-    Args:
-        workload: its name.
-        budget: key of the workload's examples.
-        batch_size: examples per optimizer step.
-        multiplier: of the example's learning rate.
-        seed: of the weights and of the order of the data.
-
-    Returns:
-        Final validation loss, optimizer steps, times.
-    """
+    """Train at one batch size, at a multiple of the example's learning rate: loss, optimizer steps, times."""
     sampler = WORKLOADS[workload].sampler(budget, seed)
     loader = DataLoader(WORKLOADS[workload].data()[0], batch_size=batch_size, sampler=sampler)
     return _run(workload, budget, multiplier, seed, loader, BatchSizeScheduler(ConstantSize(batch_size)))
@@ -89,19 +62,9 @@ def constant(workload: str, budget: str, batch_size: int, multiplier: float, see
 def ramp(
     workload: str, budget: str, ramp: str, rule: str, max_overhead: float, multiplier: float, seed: int
 ) -> dict[str, Any]:
-    """Train with a growing batch size.
+    """Train with a growing batch size: loss, steps and times, what was measured, and the factor at the end.
 
-    Args:
-        workload: its name.
-        budget: key of the workload's examples.
-        ramp: key of `RAMPS`, or `FOLLOW`.
-        rule: fixed rule for the learning rate, or an objective of the callback.
-        max_overhead: of the callback; 0 with a fixed rule.
-        multiplier: of the example's learning rate.
-        seed: of the weights and of the order of the data.
-
-    Returns:
-        Final validation loss, optimizer steps, times; what was measured, and the factor at the end.
+    The arguments are those of a `Rule`, beside the workload, its budget and the multiple of its lr.
     """
     what = WORKLOADS[workload]
     sampler = what.sampler(budget, seed)
@@ -138,13 +101,11 @@ def _run(
     callbacks = [scheduler, counted] if surge is None else [scheduler, surge, counted]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = quiet_trainer(callbacks, what.epochs(budget))
+        trainer = quiet_trainer(callbacks, max_epochs=what.epochs(budget))
         wall, processor = time.perf_counter(), time.process_time()
         trainer.fit(module, loader)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
-        validation = pl.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-        )
+        validation = quiet_trainer([], limit_val_batches=1.0)
         (metrics,) = validation.validate(module, what.data()[1], verbose=False)
     if sum(counted.sizes) != examples:
         raise RuntimeError(

@@ -65,14 +65,7 @@ class Workload:
 
 
 def lr_factor(examples: int) -> Callable[[float], float]:
-    """Warm-up and cosine to zero.
-
-    Args:
-        examples: of the run.
-
-    Returns:
-        Factor on the learning rate, by base batches consumed: a number of steps, had the size been constant.
-    """
+    """Warm-up and cosine to zero, by base batches consumed: steps, had the batch size been constant."""
     steps = examples / BASE_BATCH_SIZE
     warmup = WARMUP_SHARE * steps
 

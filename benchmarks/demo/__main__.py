@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import commit, finite, machine, row
+from benchmarks.fidelity import markdown
+from benchmarks.fidelity.markdown import number
+from benchmarks.results import commit, target, write
 from examples import stdlib_transformer
 from examples.report import stages
 from lightning_surge import SurgeLRCallback
@@ -34,42 +36,38 @@ SEEDS = (0, 1)
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: final validation loss of every seed, and their mean."""
     seeds = sorted({record["seed"] for record in records})
-    lines = [
-        "| rule on the ramp 8 to 128 | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |",
-        "|---|" + "---|" * (len(seeds) + 1),
-    ]
+    lines = []
     for rule in RULES.values():
         losses = {record["seed"]: record["val_loss"] for record in records if record["rule"] == rule}
         if losses:
-            cells = [f"{losses[seed]:.4f}" if seed in losses else "-" for seed in seeds]
-            lines.append(f"| {rule} | " + " | ".join(cells) + f" | {statistics.mean(losses.values()):.4f} |")
-    return "\n".join(lines)
+            cells = [number(losses.get(seed), 4) for seed in seeds]
+            lines.append([rule, *cells, number(statistics.mean(losses.values()), 4)])
+    return markdown.table(["rule on the ramp 8 to 128", *(f"seed {seed}" for seed in seeds), "mean"], lines)
 
 
-def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def targets(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The default against leaving the learning rate alone, and against the best fixed rule."""
+    names = {record["rule"] for record in records}
+    if not names >= {*FIXED.values(), DEFAULT}:
+        return []
 
     def mean(rule: str) -> float:
         return statistics.mean(record["val_loss"] for record in records if record["rule"] == rule)
 
-    fixed = min(mean(rule) for rule in FIXED.values())
-    default = mean(DEFAULT)
-    name = "demo's ramp, validation loss of the default minus that of"
+    default, fixed = mean(DEFAULT), {rule: mean(rule) for rule in FIXED.values()}
+    against = {"a constant lr": fixed["constant lr"], "the best fixed rule": min(fixed.values())}
+    title = "demo's ramp, validation loss of the default minus that of"
     return [
-        row(f"{name} a constant lr, nats per byte", default - mean("constant lr"), 0.0, "make bench-demo"),
-        row(f"{name} the best fixed rule, nats per byte", default - fixed, 0.0, "make bench-demo"),
+        target(f"{title} {name}, nats per byte", default - loss, 0.0, "make bench-demo")
+        for name, loss in against.items()
     ]
 
 
 def save(records: list[dict[str, Any]]) -> None:
     """Write what there is, after every run: half an hour is long."""
-    RESULTS.mkdir(exist_ok=True)
     records.sort(key=lambda record: (record["seed"], list(RULES.values()).index(record["rule"])))
-    raw = finite({"machine": machine(), "records": records})
-    (RESULTS / "raw.json").write_text(json.dumps(raw, indent=1, allow_nan=False) + "\n")
+    write(RESULTS, targets(records), records=records)
     (RESULTS / "table.md").write_text(table(records) + "\n")
-    if {record["rule"] for record in records} >= {*FIXED.values(), DEFAULT}:
-        (RESULTS / "summary.json").write_text(json.dumps(summary(records), indent=1) + "\n")
 
 
 def main() -> None:
@@ -80,8 +78,8 @@ def main() -> None:
     options = parser.parse_args()
     wanted = options.rules or list(RULES)
     records: list[dict[str, Any]] = []
-    if not options.quick and (RESULTS / "raw.json").exists():
-        kept = json.loads((RESULTS / "raw.json").read_text())["records"]
+    if not options.quick and (RESULTS / "summary.json").exists():
+        kept = json.loads((RESULTS / "summary.json").read_text())["records"]
         records = [record for record in kept if record["rule"] not in {RULES[name] for name in wanted}]
     with tempfile.TemporaryDirectory() as directory:
         for seed in SEEDS[: 1 if options.quick else None]:

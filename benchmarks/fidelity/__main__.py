@@ -17,22 +17,21 @@ from typing import Any
 import torch
 
 from benchmarks.cells import Cell, Store, chosen, run_cells
-from benchmarks.fidelity import longer, procedure, report, secants
+from benchmarks.fidelity import longer, report
 from benchmarks.fidelity.approach import approach
 from benchmarks.fidelity.best_base import live_at_best_base
-from benchmarks.fidelity.coupled import COUPLED, coupled
-from benchmarks.fidelity.decay import decay
-from benchmarks.fidelity.fine import FINE_WORKLOADS, fine
 from benchmarks.fidelity.live import live
 from benchmarks.fidelity.one_step import laws, truths
 from benchmarks.fidelity.ramp import FIXED_RULES, RULES, ramp
 from benchmarks.fidelity.regrets import DEFAULT
 from benchmarks.fidelity.switch import BATCH_SIZES, SEEDS, sweep
-from benchmarks.fidelity.tuning import tune
+from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
 BETAS = (0.95, 0.999)
+PHASES = ("late", "early", "cooled")
+EXAMPLES = {"examples": CONTINUED_EXAMPLES}
 OVERHEADS = (0.05, 0.01, 0.25)
 OBJECTIVES = ("step", "alignment", "progress", "edge")
 
@@ -44,51 +43,32 @@ def product(**axes: Any) -> list[dict[str, Any]]:
 
 def grid() -> list[Cell]:
     """Every cell of the study, the most telling first."""
-    cells = []
+    store, cells = Store(RESULTS), []
     names = list(WORKLOADS)
     for key in product(seed=SEEDS, phase=("late", "early", "start", "cooled"), beta_2=BETAS, workload=names):
         later = key["seed"] + (key["beta_2"] != BETAS[0])
         cells.append(Cell("truths", key, truths, priority=1 + later))
         cells.append(Cell("laws", key, laws, priority=1 + later))
-        if key["workload"] in FINE_WORKLOADS:
-            cells.append(Cell("fine", key, fine, priority=1 + later))
-    for key in product(
-        phase=("late", "early", "cooled"), beta_2=BETAS, batch_size=BATCH_SIZES, workload=names
-    ):
-        later = (key["phase"] == "cooled") + (key["beta_2"] != BETAS[0])
-        cells.append(Cell("sweep", key, sweep, priority=2 * later))
-    for key in product(
-        max_overhead=OVERHEADS,
-        phase=("late", "early", "cooled"),
-        beta_2=BETAS,
-        seed=SEEDS,
-        objective=OBJECTIVES,
-        workload=names,
-    ):
-        unusual = [key["phase"] == "cooled", key["beta_2"] != BETAS[0], key["max_overhead"] != OVERHEADS[0]]
-        later = sum(unusual) + (key["seed"] == SEEDS[-1])
-        cells.append(Cell("live", key, live, priority=1 + later + later // 2))
+    after = {"phase": PHASES, "beta_2": BETAS}
+    for key in product(**after, batch_size=BATCH_SIZES, workload=names):
+        cells.append(Cell("sweep", key | EXAMPLES, sweep, priority=2 * unusual(key)))
+        if key["batch_size"] > BASE_BATCH_SIZE:
+            cells.append(Cell("approach", key, partial(approach, store), priority=3 + unusual(key)))
+    for key in product(max_overhead=OVERHEADS, **after, seed=SEEDS, objective=OBJECTIVES, workload=names):
+        later = unusual(key) + (key["max_overhead"] != OVERHEADS[0]) + (key["seed"] == SEEDS[-1])
+        cells.append(Cell("live", key | EXAMPLES, live, priority=1 + later + later // 2))
         if key.items() >= DEFAULT.items():
-            at_best_base = partial(live_at_best_base, Store(RESULTS))
-            cells.append(Cell("best_base", key, at_best_base, priority=2 + later))
-    for key in product(seed=SEEDS, workload=names, beta_2=BETAS[:1]):
-        cells.append(Cell("decay", key, decay, priority=2 + key["seed"]))
+            at_best_base = partial(live_at_best_base, store)
+            cells.append(Cell("best_base", key | EXAMPLES, at_best_base, priority=2 + later))
     for key in product(seed=SEEDS, budget=("short", "long"), rule=RULES, workload=names, beta_2=BETAS[:1]):
         overhead = 0.0 if key["rule"] in ("fixed batch", *FIXED_RULES) else OVERHEADS[0]
         cells.append(Cell("ramp", key | {"max_overhead": overhead}, ramp, priority=3))
-    for key in product(phase=("late", "early", "cooled"), beta_2=BETAS, seed=SEEDS, workload=COUPLED):
-        cells.append(Cell("coupled", key, coupled, priority=3))
-    cells += longer.cells(Store(RESULTS), names, BETAS[0])
-    for key in product(
-        phase=("late", "early", "cooled"), beta_2=BETAS, batch_size=BATCH_SIZES[2:], workload=names
-    ):
-        later = (key["phase"] == "cooled") + (key["beta_2"] != BETAS[0])
-        cells.append(Cell("approach", key, partial(approach, Store(RESULTS)), priority=3 + later))
-    cells += [Cell("tuning", key, tune, priority=2) for key in product(workload=names, beta_2=BETAS)]
-    for key in product(workload=names, beta_2=BETAS, batch_size=(BATCH_SIZES[0], BATCH_SIZES[-1])):
-        correction = key | {"phase": "late", "correct_lag": True}
-        cells.append(Cell("lag", correction, sweep, priority=3))
-    return [*cells, *procedure.cells(), *secants.cells()]
+    return cells + longer.cells(store, names, BETAS[0])
+
+
+def unusual(key: dict[str, Any]) -> int:
+    """In how many ways a change of the batch size is another one than the first to be run."""
+    return (key["phase"] == "cooled") + (key["beta_2"] != BETAS[0])
 
 
 def quick() -> list[Cell]:
@@ -98,7 +78,7 @@ def quick() -> list[Cell]:
         Cell("truths", point | {"seed": 0}, truths),
         Cell("laws", point | {"seed": 0}, laws),
         Cell("sweep", point | {"batch_size": 16 * BASE_BATCH_SIZE}, sweep),
-        Cell("live", point | {"seed": 0, "max_overhead": 0.05, "objective": "step"}, live),
+        Cell("live", point | {"seed": 0, "max_overhead": 0.05, "objective": DEFAULT["objective"]}, live),
     ]
 
 

@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from benchmarks.fidelity.decay import RATIO_SIZES
-
 Array = NDArray[np.float64]
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -113,10 +111,6 @@ def mean_over_seeds(rows: Sequence[Row], field: str) -> Mean:
 
     What differs between experiments is what was chosen to be looked at, and no scatter; and one seed's
     initial weights and batches are in many of them.
-
-    Args:
-        rows: with every experiment at every seed.
-        field: to average.
     """
     of_seeds = mean(mean(row[field] for row in part).value for part in groups(rows, "seed").values())
     return of_seeds._replace(n=len(rows))
@@ -126,12 +120,6 @@ def deviation(values: Sequence[float]) -> float:
     """Standard deviation; NaN below two values or beside an infinite one."""
     known = len(values) > 1 and all(map(math.isfinite, values))
     return float(np.std(values, ddof=1)) if known else math.nan
-
-
-def rms(values: Iterable[float]) -> float:
-    """Root mean square; NaN of nothing."""
-    found = list(values)
-    return math.sqrt(sum(value * value for value in found) / len(found)) if found else math.nan
 
 
 def paired(left: Iterable[Row], right: Iterable[Row], field: str, keys: Sequence[str]) -> Mean:
@@ -149,40 +137,3 @@ def log2(value: float | None) -> float | None:
 def difference(left: float | None, right: float | None) -> float | None:
     """None where either is."""
     return None if left is None or right is None else left - right
-
-
-def decay_rows(records: Iterable[Record]) -> list[Row]:
-    """log2 R by a half-life minus the reference of the held model, and how far the reference has moved."""
-    rows = []
-    for record in records:
-        for mark, point in record["points"].items():
-            reference, first = point["reference"], next(iter(record["points"].values()))["reference"]
-            for name, ratios in point.items():
-                if name == "lr_factor":
-                    continue
-                for index, size in enumerate(RATIO_SIZES):
-                    start = None if first is None else first[index]
-                    goal = start if name == "reference" else None if reference is None else reference[index]
-                    value = math.inf if ratios is None else ratios[index]
-                    row = {field: record[field] for field in ("workload", "beta_2", "seed")}
-                    row |= {"mark": float(mark), "half_life": name, "batch_size": size}
-                    rows.append(row | {"error": difference(value, goal)})
-    return rows
-
-
-def ramp_rows(records: Iterable[Record]) -> list[Row]:
-    """By workload, beta_2, budget and rule: loss over seeds, and the difference to sqrt scaling.
-
-    `difference` is paired over the seeds that both have.
-    """
-    rows = []
-    # JSON has no number for a run that has diverged.
-    runs_of_all = [r | {"loss": math.inf if r["loss"] is None else r["loss"]} for r in records]
-    for key, found in groups(runs_of_all, "workload", "beta_2", "budget").items():
-        reference = pick(found, rule="sqrt")
-        for (rule,), runs in groups(found, "rule").items():
-            row = dict(zip(("workload", "beta_2", "budget"), key, strict=True)) | {"rule": rule}
-            row |= {name: mean(run[name] for run in runs).value for name in ("loss", "steps")}
-            row |= {"count": len(runs), "spread": deviation([run["loss"] for run in runs])}
-            rows.append(row | {"difference": paired(runs, reference, "loss", ("seed",))})
-    return rows

@@ -19,10 +19,10 @@ from torch import Tensor
 from benchmarks.cells import Store
 from benchmarks.fidelity.analysis import CHANGE, Record, Row, groups, mean, paired, pick
 from benchmarks.fidelity.best_base import best_multiplier
-from benchmarks.fidelity.leave_out import choices_table
 from benchmarks.fidelity.markdown import average, number, table
-from benchmarks.fidelity.regrets import CELL, DEFAULT, Sweep, loss_of_run, regret_unit, sweeps_of
+from benchmarks.fidelity.regrets import CELL, DEFAULT, Sweep, loss_of_run, regret_unit, sweeps_after
 from benchmarks.fidelity.switch import SEEDS, final_losses
+from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
 from lightning_surge.policy.reasons import Reason
@@ -39,11 +39,7 @@ BASES = ("as run", "best base lr")
 def rising(start: float, end: float, rate: float, step: int) -> float:
     """The ratio of a step after the change. The first one rises already, as the callback's does.
 
-    Args:
-        start: ratio at an unchanged cost of a step.
-        end: ratio to come to; one below the start acts at once.
-        rate: largest relative rise per step.
-        step: since the change, from 0.
+    It starts at the ratio at an unchanged cost of a step, and rises by a rate per step; a fall acts at once.
     """
     if end <= start or math.isinf(rate):
         return end
@@ -57,14 +53,7 @@ def at_once(change: Mapping[str, Any]) -> float:
 
 
 def approach(store: Store, workload: str, beta_2: float, phase: str, batch_size: int) -> dict[str, Any]:
-    """Final losses of runs whose ratio rises after the change.
-
-    Args:
-        store: with the callback's runs at the default objective, and the sweep at the base batch size.
-        workload: its name.
-        beta_2: Adam's.
-        phase: at which the batch size changes.
-        batch_size: after the change, above the base.
+    """Final losses of runs whose ratio rises after the change to a batch size above the base.
 
     Returns:
         The ratio at an unchanged cost of a step, and the ends: the callback's, before its shrinkage, as means
@@ -74,6 +63,7 @@ def approach(store: Store, workload: str, beta_2: float, phase: str, batch_size:
         LookupError: If the callback's runs or the sweep are not finished there.
     """
     point: dict[str, Any] = {"workload": workload, "beta_2": beta_2, "phase": phase}
+    point["examples"] = CONTINUED_EXAMPLES
     lives = pick(store.records("live"), **DEFAULT, **point)
     if {live["seed"] for live in lives} < set(SEEDS):
         raise LookupError(f"The callback's runs have to come first, not all are finished at {point}.")
@@ -135,26 +125,14 @@ def approach_rows(records: Iterable[Record], sweeps: Mapping[tuple[Any, ...], Sw
     return rows
 
 
-def rate_costs(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Mean regret by workload and rate, over that of a constant learning rate where that loses anything."""
-    costs = {}
-    for (workload,), found in groups(rows, "workload").items():
-        unit = mean(row["constant lr"] for row in found).value
-        by_rate = groups(found, "rate").items() if unit > 0.0 else ()
-        costs[workload] = {
-            rate_name(rate): mean(row["regret"] for row in part).value / unit for (rate,), part in by_rate
-        }
-    return costs
-
-
 def rate_name(rate: float) -> str:
     """In percent."""
     return "at once" if math.isinf(rate) else f"{100 * rate:g} %"
 
 
 def approach_table(records: Mapping[str, Sequence[Record]]) -> str:
-    """Mean regrets by rate and end, their differences to the callback's, and what others would choose."""
-    rows = approach_rows(records["approach"], sweeps_of(records["sweep"]))
+    """Mean regrets by rate and end, and their differences to the callback's."""
+    rows = approach_rows(records["approach"], sweeps_after(records))
     larger = groups([row for row in rows if WORKLOADS[row["workload"]].cross_entropy], "batch_size")
     cells = {name: found for (name,), found in groups(rows, "workload").items()}
     cells |= {f"cross-entropy, B = {size}": found for (size,), found in larger.items()}
@@ -167,7 +145,6 @@ def approach_table(records: Mapping[str, Sequence[Record]]) -> str:
             means.append([*key, *(number(mean(row["regret"] for row in part).value, 3) for part in by_rate)])
             gaps.append([*key, *(average(paired(part, own, "regret", CELL)) for part in by_rate)])
     headers = ["cells", "base", "end", "n", *map(rate_name, RATES)]
-    objective = DEFAULT["objective"]
     parts = [
         "After a change to a larger batch size the ratio starts at what an unchanged cost of a step allows, "
         "and rises by so much a step to what the objective asks for, or to sqrt scaling; as the callback has "
@@ -178,11 +155,4 @@ def approach_table(records: Mapping[str, Sequence[Record]]) -> str:
         f"The same minus that at {rate_name(DRIFT)}, the callback's, paired over cells, ± 95 % half-widths.",
         table(headers, gaps),
     ]
-    for base in BASES:
-        costs = rate_costs(pick(rows, end=objective, base=base))
-        parts += [
-            f"Each workload judges the rate that the others would have chosen on the way to `{objective}`, "
-            f"{base}; in units of the regret of a constant learning rate.",
-            choices_table(costs, rate_name(DRIFT)),
-        ]
     return "\n\n".join(parts)

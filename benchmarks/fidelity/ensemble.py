@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from benchmarks.fidelity.workloads import Batch, Workload, draw
@@ -33,13 +33,6 @@ class Snapshot(NamedTuple):
     exp_avg_sq: dict[str, Tensor]
     step: int
 
-    @classmethod
-    def fresh(cls, network: nn.Module) -> Snapshot:
-        """The network before training."""
-        weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-        zeros = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
-        return cls(weights, zeros, {name: zero.clone() for name, zero in zeros.items()}, 0)
-
 
 class Ensemble:
     """Copies of snapshots, trained with Adam.
@@ -47,7 +40,7 @@ class Ensemble:
     Args:
         workload: what they are.
         snapshots: one start per copy.
-        betas: Adam's; `(0, 0)` makes it a sign step, as in the paper's experiments.
+        betas: Adam's.
     """
 
     def __init__(self, workload: Workload, snapshots: Sequence[Snapshot], betas: tuple[float, float]) -> None:
@@ -126,16 +119,6 @@ class Ensemble:
                 float(self.workload.loss(network, part)) * len(part[0]) for part in parts
             ) / len(sample[0])
         return result
-
-    def snapshot(self, index: int) -> Snapshot:
-        """One copy as it stands."""
-        weights = {**self.parameters, **self.buffers}
-        return Snapshot(
-            {name: tensor[index].clone() for name, tensor in weights.items()},
-            {name: tensor[index].clone() for name, tensor in zip(self._names, self._exp_avg, strict=True)},
-            {name: tensor[index].clone() for name, tensor in zip(self._names, self._exp_avg_sq, strict=True)},
-            int(self._step[index]),
-        )
 
 
 def shared_batch(data: Batch, size: int, generators: Sequence[torch.Generator], copies: int) -> Batch:

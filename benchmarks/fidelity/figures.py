@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.fidelity.analysis import CHANGE, Record, Row, groups, mean, pick, quantile
-from benchmarks.fidelity.held import LAWS, calibration_rows, one_step_rows
-from benchmarks.fidelity.held_tables import NEAR
-from benchmarks.fidelity.one_step import COUNTS, SIZES
-from benchmarks.fidelity.regrets import sweeps_of, truth_rows
-from benchmarks.fidelity.run_tables import NATS, all_rows, at_default
-from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
+from benchmarks.fidelity.held import LAWS, one_step_rows
+from benchmarks.fidelity.one_step import SIZES
+from benchmarks.fidelity.rules import NATS, at_default
 
 __all__ = ["draw"]
 
@@ -26,39 +22,21 @@ BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#000000", "#8c8c8c", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 LAW_COLOURS = dict(zip(LAWS, (VERMILION, ORANGE, BLACK, BLUE, GREEN), strict=True))
-SWITCH_RULES = {
-    "constant": (GREY, ":"),
-    "sqrt": (GREY, "--"),
-    "linear": (GREY, "-"),
-    "McCandlish": (PURPLE, "-"),
-    "theorem 3": (GREEN, "-"),
-    "alignment, used": (SKY, "-"),
-    "step, used": (VERMILION, "-"),
-    "progress, used": (BLUE, "-"),
-    "edge, used": (ORANGE, "-"),
+RULE_COLOURS = {
+    "alignment": SKY,
+    "step": VERMILION,
+    "progress": BLUE,
+    "edge": ORANGE,
 }
-PHASES = ("early", "late", "cooled")
-SHOWN_BETA = 0.95
-SWEEP, SWEPT_LONGER = "sweep, sd of seeds", "sweep, four times the examples"
 REGRETS = {"tuned": "at the best base lr", "regret": "as run"}
 
 
 def draw(records: Records, directory: Path) -> list[Path]:
-    """Draw what there are records for.
-
-    Args:
-        records: of each kind of cell.
-        directory: to write to.
-
-    Returns:
-        The files.
-    """
+    """Draw what there are records for, and say which files that makes."""
     directory.mkdir(parents=True, exist_ok=True)
     wanted = {
         "one_step": (records["one_step"], draw_one_step),
-        "calibration": (records["one_step"], draw_calibration),
-        "switch": (truth_rows(sweeps_of(records["sweep"])), draw_switch),
-        "regret": (truth_rows(sweeps_of(records["sweep"])), draw_regret),
+        "regret": (records["rules"], draw_regret),
     }
     paths = []
     for name, (needed, painter) in wanted.items():
@@ -68,29 +46,12 @@ def draw(records: Records, directory: Path) -> list[Path]:
     return paths
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width * columns, height * rows + 0.5), dpi=90, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _batch_size_axis(axes: Axes, sizes: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
-    axes.minorticks_off()
-    axes.set_xlabel("batch size B (examples)")
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    columns = min(int(figure.get_figwidth() / 1.7), len(labels))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-
-
 def draw_one_step(records: Records) -> Figure:
     """Predicted over true lr by batch size: medians, with the 10th and 90th percentile."""
     rows = [row for row in one_step_rows(records["one_step"]) if row["lr"] is not None]
     panels = groups(rows, "workload")
-    figure, grid = _figure(1, len(panels), 3.4, 3.0)
+    figure = Figure(figsize=(3.4 * len(panels), 3.5), dpi=90, layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, ((name,), found) in zip(grid.flat, panels.items(), strict=True):
         axes.axhline(1.0, color=GREY, linewidth=0.8)
         for index, law in enumerate(LAWS):
@@ -109,81 +70,20 @@ def draw_one_step(records: Records) -> Figure:
         axes.set_title(f"{name}, {points} point{'s' if points > 1 else ''}", fontsize=10)
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        _batch_size_axis(axes, SIZES)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(SIZES, [str(size) for size in SIZES], fontsize=8)
+        axes.minorticks_off()
+        axes.set_xlabel("batch size B (examples)")
     grid[0, 0].set_ylabel("predicted / true best lr of one step\nmedian, 10th to 90th percentile", fontsize=9)
-    _legend(figure, grid[0, 0])
-    return figure
-
-
-def draw_calibration(records: Records) -> Figure:
-    """Share of truths inside the 68 % interval by number of measurements."""
-    rows = pick(calibration_rows(records["one_step"]), batch_size=NEAR)
-    figure, grid = _figure(1, 2, 3.6, 2.8)
-    for axes, what, name in zip(grid.flat, ("lr", "ratio"), ("lr(B)", "R(B)"), strict=True):
-        axes.axhspan(55, 80, color=GREY, alpha=0.2, linewidth=0, label="target")
-        axes.axhline(68, color=GREY, linewidth=0.8)
-        for (half_life,), found in groups(rows, "half_life").items():
-            inside = [[r[what] for r in pick(found, count=n) if r[what] is not None] for n in COUNTS]
-            shares = [100 * sum(entry) / len(entry) if entry else math.nan for entry in inside]
-            axes.plot(COUNTS, shares, "o-", label=f"half-life {half_life}", markersize=4)
-        axes.set_title(f"{name}, B = {NEAR[0]} to {NEAR[-1]}", fontsize=10)
-        axes.set_ylim(0, 100)
-        axes.set_xlabel("measurements")
-    grid[0, 0].set_ylabel("truths inside the 68 % interval (%)", fontsize=9)
-    _legend(figure, grid[0, 0])
-    return figure
-
-
-def draw_switch(records: Records) -> Figure:
-    """R against B: the truth with its spread over seeds, and the rules."""
-    every = pick(truth_rows(sweeps_of(records["sweep"])), beta_2=SHOWN_BETA)
-    # One size makes no curve.
-    panels = [part for part in groups(every, "workload", "phase").values() if len(part) > 1]
-    truths = [row for part in panels for row in part]
-    longer = truth_rows(sweeps_of(records["long_sweep"]))
-    rows = pick(at_default(all_rows(records)), beta_2=SHOWN_BETA)
-    names = [name for name in WORKLOADS if pick(truths, workload=name)]
-    phases = [phase for phase in PHASES if pick(truths, phase=phase)]
-    if not names:
-        return Figure(figsize=(3, 2))
-    figure, grid = _figure(len(names), len(phases), 3.3, 2.5)
-    for line, name in zip(grid, names, strict=True):
-        for axes, phase in zip(line, phases, strict=True):
-            found = sorted(pick(truths, workload=name, phase=phase), key=lambda row: row["batch_size"])
-            if not found:
-                axes.set_visible(False)
-                continue
-            for rule, (colour, style) in SWITCH_RULES.items():
-                said = pick(rows, workload=name, phase=phase, rule=rule)
-                logs = {BASE_BATCH_SIZE: 0.0} | {
-                    size: mean(row["ratio"] for row in part if row["ratio"] is not None).value
-                    for (size,), part in groups(said, "batch_size").items()
-                }
-                sizes = sorted(logs)
-                axes.plot(sizes, [2 ** logs[size] for size in sizes], style, color=colour, label=rule)
-            sizes = [row["batch_size"] for row in found]
-            best = np.array([2 ** row["ratio"] for row in found])
-            factor = np.array([2 ** row["spread"] for row in found])
-            bars = (best - best / factor, best * factor - best)
-            axes.errorbar(sizes, best, bars, fmt="o", color=BLACK, capsize=3, label=SWEEP, zorder=5)
-            later = pick(longer, workload=name, phase=phase)
-            sizes_later = [row["batch_size"] for row in later]
-            best_later = [2 ** row["ratio"] for row in later]
-            axes.plot(sizes_later, best_later, "o", mfc="none", color=BLACK, label=SWEPT_LONGER, zorder=5)
-            axes.set_title(f"{name}, {phase}", fontsize=10)
-            axes.set_yscale("log", base=2)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            _batch_size_axis(axes, sorted({*sizes, BASE_BATCH_SIZE}))
-            if not any(other.get_ylabel() for other in line):
-                axes.set_ylabel("R = lr(B) / lr(16)")
-    visible = next(axes for axes in grid.flat if axes.get_visible())
-    _legend(figure, visible)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    columns = min(int(figure.get_figwidth() / 1.7), len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     return figure
 
 
 def draw_regret(records: Records) -> Figure:
     """Mean regret by rule with 95 % half-widths, at the best base lr and as run."""
-    every = at_default(all_rows(records))
+    every = at_default(records["rules"])
     units = {"nats": pick(every, workload=NATS), "%": [r for r in every if r["workload"] not in NATS]}
     shown: dict[str, list[Row]] = {unit: found for unit, found in units.items() if found}
     # A rule that has not been run there has no bar, and no line.
@@ -213,7 +113,7 @@ def _regret_bars(axes: Axes, rows: Sequence[Row], field: str, rules: Sequence[st
     means = [mean(row[field] for row in pick(rows, rule=rule)) for rule in rules]
     values = [entry.value if math.isfinite(entry.value) else 0.0 for entry in means]
     widths = [entry.half_width if math.isfinite(entry.half_width) else 0.0 for entry in means]
-    colours = [SWITCH_RULES.get(f"{rule.partition(',')[0]}, used", (GREY, ""))[0] for rule in rules]
+    colours = [RULE_COLOURS.get(rule.partition(",")[0], GREY) for rule in rules]
     linear = 0.01 if unit == "nats" else 1.0
     # A mean that one ruinous change makes says nothing on the other side of zero.
     pairs = zip(values, widths, strict=True)

@@ -5,35 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from benchmarks.fidelity.analysis import Record, Row, decay_rows, groups, mean, pick, rms
+from benchmarks.fidelity.analysis import Record, Row, groups, mean, pick
 from benchmarks.fidelity.markdown import number, table
 from benchmarks.fidelity.regrets import CELL, DEFAULT, FIXED, best_fixed, shared
-from benchmarks.fidelity.run_tables import all_rows, at_default
-from lightning_surge import SurgeLRCallback
+from benchmarks.fidelity.rules import at_default
 
-__all__ = ["choices_table", "chosen_elsewhere", "half_life_costs", "leave_out", "objective_costs"]
+__all__ = ["chosen_elsewhere", "leave_out", "objective_costs"]
 
 Costs = Mapping[str, Mapping[str, float]]
 """By workload and choice; smaller is better, and comparable between workloads."""
 
 
-def chosen_elsewhere(costs: Costs, default: str) -> list[Row]:
-    """For each workload: what the others choose by their mean cost, and what that costs here.
+def chosen_elsewhere(costs: Costs, default: str) -> list[list[object]]:
+    """For each workload: what the others choose by their mean cost, what that costs here, and what is best.
 
-    Only choices that every workload has are compared.
+    Only choices that every workload has are compared. The cost of the default comes last.
     """
     choices = [
         choice for choice in next(iter(costs.values()), {}) if all(choice in by for by in costs.values())
     ]
     if len(costs) < 2 or not choices:
         return []
-    rows = []
+    rows: list[list[object]] = []
     for workload, here in costs.items():
         others = [by for name, by in costs.items() if name != workload]
         chosen = min(choices, key=lambda choice: sum(by[choice] for by in others))
         best = min(choices, key=lambda choice: here[choice])
-        row = {"workload": workload, "chosen": chosen, "cost": here[chosen], "best": best}
-        rows.append(row | {"best cost": here[best], "default cost": here.get(default, math.nan)})
+        rows.append([workload, chosen, here[chosen], best, here[best], here.get(default, math.nan)])
     return rows
 
 
@@ -52,67 +50,22 @@ def objective_costs(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return costs
 
 
-def half_life_costs(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """Root mean square of log2 of R by averaging window minus that of the held model, through a decay."""
-    rows = [
-        row for row in decay_rows(records) if row["half_life"] != "reference" and row["error"] is not None
-    ]
-    # Marks at which some window has no law yet would favour the others.
-    point = ("workload", "seed", "mark", "batch_size")
-    lost = {tuple(row[name] for name in point) for row in rows if not math.isfinite(row["error"])}
-    kept = [row for row in rows if tuple(row[name] for name in point) not in lost]
-    return {
-        workload: {
-            half: rms(row["error"] for row in part) for (half,), part in groups(found, "half_life").items()
-        }
-        for (workload,), found in groups(kept, "workload").items()
-    }
-
-
 def leave_out(records: Mapping[str, Sequence[Record]]) -> str:
-    """Both choices as tables."""
-    rows = at_default(all_rows(records))
+    """The choice of the objective as a table."""
+    rows = at_default(records["rules"])
     live = [rule for (rule,) in groups(rows, "rule") if rule.endswith(", live")]
     cells = groups(shared(rows, (*FIXED, *live)), *CELL)
+    default = DEFAULT["objective"]
+    lines = [
+        [number(entry, 3) if isinstance(entry, float) else entry for entry in row]
+        for row in chosen_elsewhere(objective_costs(rows), default)
+    ]
+    headers = ["left out", "the others choose", "which costs here", "best here", "costs"]
     return "\n\n".join(
         [
             "Each workload judges what the others would have chosen by their mean; beside it what was best "
-            "on it, and what the callback does.",
-            "**The objective**, after a change of the batch size: mean regret of live runs over that of the "
-            f"best fixed rule on the same workload. {len(cells)} cells.",
-            choices_table(objective_costs(rows), DEFAULT["objective"]),
-            "**The averaging window**, through a decay: root mean square of log2 R minus that of the model "
-            f"held, by half-life in measurements. {len(records['decay'])} runs.",
-            choices_table(half_life_costs(records["decay"]), f"{SurgeLRCallback().settings.half_life:g}"),
+            "on it, and what the callback does. Mean regret of live runs after a change of the batch size, "
+            f"over that of the best fixed rule on the same workload. {len(cells)} cells.",
+            table([*headers, f"callback: {default}"], lines) if lines else "Too few workloads.",
         ]
     )
-
-
-def choices_table(costs: Costs, default: str) -> str:
-    """What the others choose, by workload left out.
-
-    Args:
-        costs: by workload and choice.
-        default: the callback's choice.
-    """
-    rows = chosen_elsewhere(costs, default)
-    headers = [
-        "left out",
-        "the others choose",
-        "which costs here",
-        "best here",
-        "costs",
-        f"callback: {default}",
-    ]
-    lines = [
-        [
-            row["workload"],
-            row["chosen"],
-            number(row["cost"], 3),
-            row["best"],
-            number(row["best cost"], 3),
-            number(row["default cost"], 3),
-        ]
-        for row in rows
-    ]
-    return table(headers, lines) if rows else "Too few workloads."

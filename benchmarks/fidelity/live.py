@@ -54,16 +54,7 @@ def live(
 ) -> dict[str, Any]:
     """One training up to the change of the batch size, and one continuation for each size.
 
-    Args:
-        workload: its name.
-        beta_2: Adam's.
-        phase: of the change.
-        seed: of the training.
-        max_overhead: of the callback.
-        objective: of the callback.
-        multiplier: of the base learning rate from the change on.
-        batch_sizes: after the change.
-        examples: after the change.
+    The multiplier is that of the base learning rate from the change on, after which come so many examples.
 
     Returns:
         Measurements before the change; by batch size, the ratio predicted at the change with its standard

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from benchmarks.fidelity.analysis import Mean, Summary
 
-__all__ = ["average", "number", "share", "spread", "table"]
+__all__ = ["average", "number", "share", "spread", "table", "targets_table"]
 
 # From here on a number is written as a power of ten.
 MANY = 1e4
@@ -46,3 +47,14 @@ def average(found: Mean, digits: int = 3) -> str:
 def spread(found: Summary) -> str:
     """Median and 90th percentile."""
     return f"{number(found.median)}, {number(found.high)}" if found.n else "-"
+
+
+def targets_table(found: Iterable[Mapping[str, Any]]) -> str:
+    """The targets of a summary, a line each, with the error of the value where there is one."""
+    lines = []
+    for entry in found:
+        bound = f"at {'most' if entry['better'] == 'lower' else 'least'} {entry['bound']:g}"
+        error = entry.get("half_width", entry.get("standard_error"))
+        value = f"{entry['value']:.3g}" + ("" if error is None else f" ± {error:.2g}")
+        lines.append([entry["name"], value, bound, "met" if entry["met"] else "missed"])
+    return table(["what", "value", "target", ""], lines)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 
+from benchmarks.fidelity.analysis import Record, Row, deviation, groups, mean, paired, pick
 from benchmarks.fidelity.live import loss_of
+from benchmarks.fidelity.markdown import average, number, table
+from benchmarks.fidelity.regrets import loss_of_run
+from benchmarks.fidelity.switch import SEEDS
 from benchmarks.fidelity.training import Batches, Study, fit
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.schedules.sizes import GeometricRamp
 from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
 
-__all__ = ["BUDGETS", "RULES", "ramp"]
+__all__ = ["BUDGETS", "FIXED_RULES", "RULES", "ramp", "ramp_rows", "ramp_table"]
 
 BUDGETS = {"short": 16_384, "long": 65_536}
 LARGEST = 16 * BASE_BATCH_SIZE
@@ -29,16 +34,7 @@ def ramp(
 ) -> dict[str, Any]:
     """Train over equal examples, from the base batch size to 16 times it, with a decay to zero.
 
-    Args:
-        workload: its name.
-        beta_2: Adam's.
-        budget: key of `BUDGETS`.
-        rule: fixed rule or objective; `"fixed batch"` stays at the base batch size.
-        seed: of the training.
-        max_overhead: of the callback, where it measures.
-
-    Returns:
-        Final loss and optimizer steps.
+    The rule is a fixed one or an objective; `"fixed batch"` stays at the base batch size.
     """
     what, examples = WORKLOADS[workload], BUDGETS[budget]
     schedule = GeometricRamp(start=BASE_BATCH_SIZE, end=LARGEST, duration=RAMP_STEPS[budget])
@@ -59,3 +55,51 @@ def ramp(
     batches = Batches(what.data(), BASE_BATCH_SIZE, examples // BASE_BATCH_SIZE, seed)
     trainer = fit(study, batches, callbacks, steps=-1)
     return {"loss": loss_of(study), "steps": trainer.global_step}
+
+
+def ramp_rows(records: Iterable[Record]) -> list[Row]:
+    """By workload, beta_2, budget and rule: loss over seeds, and the difference to sqrt scaling.
+
+    `difference` is paired over the seeds that both have.
+    """
+    rows = []
+    runs_of_all = [record | {"loss": loss_of_run(record["loss"])} for record in records]
+    for key, found in groups(runs_of_all, "workload", "beta_2", "budget").items():
+        reference = pick(found, rule="sqrt")
+        for (rule,), runs in groups(found, "rule").items():
+            row = dict(zip(("workload", "beta_2", "budget"), key, strict=True)) | {"rule": rule}
+            row |= {name: mean(run[name] for run in runs).value for name in ("loss", "steps")}
+            row |= {"count": len(runs), "spread": deviation([run["loss"] for run in runs])}
+            rows.append(row | {"difference": paired(runs, reference, "loss", ("seed",))})
+    return rows
+
+
+def ramp_table(records: Mapping[str, Sequence[Record]]) -> str:
+    """Final losses of ramps, by budget."""
+    parts = [
+        "Final loss of a gradual ramp from 16 to 256 examples over equal examples, with a decay to zero: "
+        "mean over seeds ± their standard deviation, in nats, for the autoencoder squared error per image; "
+        "and minus that of sqrt scaling, paired over seeds, ± 95 % half-width. `fixed batch` stays at 16.",
+    ]
+    for (beta_2, budget), found in groups(ramp_rows(records["ramp"]), "beta_2", "budget").items():
+        names = [name for name in WORKLOADS if pick(found, workload=name)]
+        steps = {round(row["steps"]) for row in found if row["rule"] != "fixed batch"}
+        lines = []
+        for rule in RULES:
+            rows = {row["workload"]: row for row in pick(found, rule=rule)}
+            lines.append([rule, *(_final_loss(rows.get(name)) for name in names)])
+        parts += [
+            f"**{budget}**: {BUDGETS[budget]:,} examples, {' or '.join(map(str, sorted(steps)))} steps on "
+            f"the ramp and {BUDGETS[budget] // BASE_BATCH_SIZE} at a fixed batch; beta_2 = {beta_2:g}.",
+            table(["rule", *names], lines),
+        ]
+    return "\n\n".join(parts)
+
+
+def _final_loss(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    loss = f"{number(row['loss'], 4)} ± {number(row['spread'], 4)}"
+    missing = "" if row["count"] == len(SEEDS) else f" (n {row['count']})"
+    gap = "" if row["rule"] in ("sqrt", "fixed batch") else f"; {average(row['difference'], 4)}"
+    return loss + missing + gap

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from scipy.interpolate import PchipInterpolator
 
 from benchmarks.fidelity.analysis import CHANGE, POINT, Array, Record, Row, groups, mean, pick
 from benchmarks.fidelity.one_step import SIZES
+from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
 
@@ -20,8 +21,6 @@ CELL = (*CHANGE, "seed")
 FIXED = ("constant", "sqrt", "linear")
 ELSEWHERE = "swept elsewhere"
 """The mean of what sweeps find on the other workloads at the same batch size, instead of a rule."""
-BEYOND = {"regret": "beyond", "tuned": "tuned_beyond"}
-"""By field with a regret: the one that tells of an lr outside the sweep."""
 
 
 class Sweep(NamedTuple):
@@ -83,10 +82,6 @@ class Sweep(NamedTuple):
         """Loss of a seed at the multiplier of the grid that is best on average."""
         return float(self.losses[self.seeds.index(seed), int(np.argmin(self.mean))])
 
-    def beyond(self, x: float) -> bool:
-        """Whether a multiplier is outside the grid."""
-        return bool(x < self.x[0] - 1e-9 or x > self.x[-1] + 1e-9)
-
 
 def vertex(x: Array, losses: Array) -> float:
     """Minimum of the least-squares parabola through five points around the lowest, fewer at an end.
@@ -116,6 +111,19 @@ def sweeps_of(records: Iterable[Record]) -> dict[tuple[Any, ...], Sweep]:
     return {key: sweep for key, sweep in found.items() if len(sweep.x) >= 3}
 
 
+def sweeps_after(
+    records: Mapping[str, Sequence[Record]], examples: int = CONTINUED_EXAMPLES
+) -> dict[tuple[Any, ...], Sweep]:
+    """Those with so many examples after the change."""
+    return sweeps_of(pick(records["sweep"], examples=examples))
+
+
+def all_rows(records: Mapping[str, Sequence[Record]], examples: int = CONTINUED_EXAMPLES) -> list[Row]:
+    """Of every rule at every change of the batch size with so many examples after it."""
+    lives, at_best_base = (pick(records[kind], examples=examples) for kind in ("live", "best_base"))
+    return switch_rows(sweeps_after(records, examples), lives, records["laws"], at_best_base)
+
+
 def regret_unit(workload: str, found: Sweep) -> float:
     """What a difference of losses is multiplied with: nats stay, others become percent of the lowest loss."""
     return 1.0 if WORKLOADS[workload].cross_entropy else 100.0 / found.lowest
@@ -137,21 +145,6 @@ def truth_rows(sweeps: dict[tuple[Any, ...], Sweep]) -> list[Row]:
         row |= {"spread": float(np.std(found.bests - base.bests, ddof=1)), "base": base.best}
         rows.append(row | {"censored": found.censored or base.censored})
     return rows
-
-
-def error_of_the_right_rule(truths: Sequence[Row], seeds: int) -> float:
-    """About the mean absolute log2 error of a rule that is always right, as R_true scatters over seeds.
-
-    That of a normal mean of so many, `sqrt(2 / (pi seeds))` standard deviations, which are on average larger
-    than those found in so few.
-
-    Args:
-        truths: rows of `truth_rows`; those at the end of a sweep tell no scatter.
-        seeds: behind each of them.
-    """
-    spread = float(np.mean([truth["spread"] for truth in truths if not truth["censored"]]))
-    too_small = math.sqrt(2 / (seeds - 1)) * math.gamma(seeds / 2) / math.gamma((seeds - 1) / 2)
-    return math.sqrt(2 / (math.pi * seeds)) * spread / too_small
 
 
 def mccandlish(noise_scale: float, batch_size: int) -> float:
@@ -205,8 +198,7 @@ def switch_rows(
     percent of the best loss where the loss is no cross-entropy. `tuned` is the same with the rule's ratio
     applied to the best base lr. For "live" the losses are those of runs, one at each base lr, and the ratio
     is the mean over the steps of the first.
-    `beyond` and `tuned_beyond` tell of an lr outside the sweep, at whose edge the loss is then taken;
-    `censored` of an R_true that is a bound. `overhead` is None for rules that need no callback.
+    `overhead` is None for rules that need no callback.
     """
     rows = []
     truths = truth_rows(sweeps)
@@ -235,16 +227,13 @@ def switch_rows(
                 ends = (_loss(record, size), None if tuned is None else _loss(tuned, size))
                 rules.append((f"{objective}, live", overhead, run["mean_log2_ratio"], ends))
             for rule, overhead, ratio, ends in rules:
-                row = {name: truth[name] for name in (*CHANGE, "censored")}
-                row |= {"seed": seed, "rule": rule}
+                row = {name: truth[name] for name in CHANGE} | {"seed": seed, "rule": rule}
                 row |= {"overhead": overhead, "ratio": ratio, "error": None, "regret": None, "tuned": None}
-                row["beyond"] = row["tuned_beyond"] = False
                 if ratio is not None:
                     row["error"] = ratio - truth["ratio"]
                     for index, (field, x) in enumerate((("regret", ratio), ("tuned", ratio + truth["base"]))):
                         if ends is None:
                             row[field] = unit * found.regret(seed, x)
-                            row[BEYOND[field]] = found.beyond(x)
                         elif (loss := ends[index]) is not None:
                             row[field] = unit * (loss - found.reference(seed))
                 rows.append(row)

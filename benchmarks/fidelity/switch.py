@@ -51,33 +51,16 @@ def sweep(
     beta_2: float,
     phase: str,
     batch_size: int,
-    correct_lag: bool = False,
     examples: int = CONTINUED_EXAMPLES,
 ) -> dict[str, Any]:
     """Final loss for every multiplier and seed; beyond the grid as long as the lowest mean is at its end.
 
-    Args:
-        workload: its name.
-        beta_2: Adam's.
-        phase: at which the batch size changes.
-        batch_size: after the change.
-        correct_lag: also undo the lag of Adam's `v` after the change, as far as noise makes `v`: the step is
-            multiplied by `sqrt(EMA[1/B] B)`, which makes it as long as in a steady state.
-        examples: after the change.
-
-    Returns:
-        Multipliers, and losses by seed and multiplier.
+    The batch size changes at a phase, and so many examples are trained after it.
     """
 
     def losses_at(factors: Sequence[float]) -> Array:
         constant = torch.tensor(factors)
-
-        def corrected(step: int) -> Tensor:
-            old = beta_2 ** (step + 1)
-            return constant * math.sqrt(old * batch_size / BASE_BATCH_SIZE + 1.0 - old)
-
-        multipliers_at = corrected if correct_lag else lambda step: constant
-        return np.array(final_losses(workload, beta_2, phase, batch_size, multipliers_at, examples))
+        return np.array(final_losses(workload, beta_2, phase, batch_size, lambda step: constant, examples))
 
     factors = multipliers(batch_size)
     losses = losses_at(factors)

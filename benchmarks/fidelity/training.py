@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.fidelity.ensemble import Snapshot
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, Batch, Workload, draw
+from benchmarks.trainer import quiet_trainer
 from lightning_surge import SurgeLRCallback
 
 __all__ = ["CONTINUED_EXAMPLES", "PHASES", "Study", "continue_run", "schedule", "train_to"]
@@ -135,20 +135,10 @@ def fit(
     ckpt_path: Path | None = None,
 ) -> pl.Trainer:
     """Train to a step."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = pl.Trainer(
-            max_steps=steps,
-            max_epochs=1 if ckpt_path is None else 2,
-            accelerator="cpu",
-            callbacks=list(callbacks),
-            logger=False,
-            log_every_n_steps=NEVER,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        epochs = 1 if ckpt_path is None else 2
+        trainer = quiet_trainer(callbacks, max_steps=steps, max_epochs=epochs, log_every_n_steps=NEVER)
         trainer.fit(study, batches, ckpt_path=ckpt_path)  # type: ignore[arg-type]
     return trainer
 

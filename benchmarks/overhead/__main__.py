@@ -25,7 +25,9 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from benchmarks.results import row, write
+from benchmarks.fidelity.markdown import table
+from benchmarks.results import target, write
+from benchmarks.trainer import quiet_trainer
 from examples.stdlib_transformer import FULL, MICRO_BATCH_SIZE, ByteTransformer, StandardLibraryText
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.schedules.sizes import GeometricRamp
@@ -46,25 +48,6 @@ PHASES: list[tuple[str, int, Literal["step", "edge"]]] = [
 BUFFERS = {"between probes": 1.0, "during a probe": 4.0, FOLLOWING: 5.0}
 
 
-def quiet_trainer(
-    steps: int, callbacks: list[pl.Callback], accumulation: int = 1, epochs: int = -1
-) -> pl.Trainer:
-    """A Trainer that only trains."""
-    return pl.Trainer(
-        max_steps=steps,
-        max_epochs=epochs,
-        accelerator="auto",
-        devices=1,
-        accumulate_grad_batches=accumulation,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-
-
 def run_ramp(
     data: StandardLibraryText, examples: int, seed: int, callback: SurgeLRCallback | None, end: int = 128
 ) -> float:
@@ -74,7 +57,8 @@ def run_ramp(
     sizes = AccumulatedSchedule(ramp, MICRO_BATCH_SIZE, examples_per_epoch=examples)
     model = ByteTransformer(total_steps(sizes, examples), warmup_steps=20)
     callbacks: list[pl.Callback] = [BatchSizeWarmup(start=8, end=end, num_steps=examples // 80)]
-    trainer = quiet_trainer(-1, callbacks if callback is None else [*callbacks, callback], epochs=1)
+    callbacks += [] if callback is None else [callback]
+    trainer = quiet_trainer(callbacks, max_epochs=1, accelerator="auto")
     loader = DataLoader(Subset(data.train, range(examples)), batch_size=MICRO_BATCH_SIZE, shuffle=True)
     begin = time.process_time()
     trainer.fit(model, loader)
@@ -142,7 +126,9 @@ def peak_bytes(callback: SurgeLRCallback | None, accumulation: int, steps: int) 
     inputs = torch.randn(64, WIDTH)
     loader = DataLoader(TensorDataset(inputs, inputs.flip(1)), batch_size=8)
     model = Wide()
-    trainer = quiet_trainer(steps, [] if callback is None else [callback], accumulation)
+    callbacks: list[pl.Callback] = [] if callback is None else [callback]
+    options = {"max_steps": steps, "max_epochs": -1, "accumulate_grad_batches": accumulation}
+    trainer = quiet_trainer(callbacks, accelerator="auto", **options)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -191,18 +177,32 @@ def measure_memory() -> list[dict[str, Any]]:
     return records
 
 
-def table(summary: list[dict[str, Any]]) -> str:
+def summarised(memory: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per target."""
+    summary = []
+    for record in memory:
+        phase, accumulation = record["phase"], record["accumulation"]
+        name = f"memory {phase}, accumulation {accumulation}, in parameter-sized buffers"
+        summary.append(target(name, record["buffers"], BUFFERS[phase], COMMAND))
+    for case in dict.fromkeys(record["case"] for record in times):
+        of_case = [record for record in times if record["case"] == case]
+        # "Near": half as much again, and two percent for what every step costs.
+        ratios = [record["ratio"] - 1.0 for record in of_case]
+        span = [round(min(ratios), 4), round(max(ratios), 4)]
+        median, bound = statistics.median(ratios), of_case[0]["target"]
+        summary.append(target(f"processor time, {case}", median, bound, COMMAND, range=span))
+    return summary
+
+
+def page(summary: list[dict[str, Any]]) -> str:
     """Markdown: one row per target."""
-    lines = ["| what | median (range of 3 pairs) | target | |", "|---|---|---|---|"]
+    lines = []
     for entry in summary:
         form = "{:.1f}" if "buffers" in entry["name"] else "{:.1%}"
         value, bound = (form.format(entry[key]) for key in ("value", "bound"))
-        if "range" in entry:
-            value += " ({:+.1%} to {:+.1%})".format(*entry["range"])
-        lines.append(
-            f"| {entry['name']} | {value} | at most {bound} | {'met' if entry['met'] else 'missed'} |"
-        )
-    return "\n".join(lines)
+        value += " ({:+.1%} to {:+.1%})".format(*entry["range"]) if "range" in entry else ""
+        lines.append([entry["name"], value, f"at most {bound}", "met" if entry["met"] else "missed"])
+    return table(["what", "median (range of 3 pairs)", "target", ""], lines)
 
 
 def main() -> None:
@@ -214,25 +214,10 @@ def main() -> None:
     torch.set_num_threads(1)
     memory = measure_memory()
     times = measure_time(examples=1600 if options.quick else 16_000, pairs=1 if options.quick else 3)
-    summary = [
-        row(
-            f"memory {record['phase']}, accumulation {record['accumulation']}, in parameter-sized buffers",
-            record["buffers"],
-            BUFFERS[record["phase"]],
-            COMMAND,
-        )
-        for record in memory
-    ]
-    for case in dict.fromkeys(record["case"] for record in times):
-        of_case = [record for record in times if record["case"] == case]
-        median = statistics.median(record["ratio"] - 1.0 for record in of_case)
-        # "Near": half as much again, and two percent for what every step costs.
-        ratios = [record["ratio"] - 1.0 for record in of_case]
-        entry = row(f"processor time, {case}", median, of_case[0]["target"], COMMAND)
-        summary.append(entry | {"range": [round(min(ratios), 4), round(max(ratios), 4)]})
+    summary = summarised(memory, times)
     if not options.quick:
-        write(RESULTS, {"time": times, "memory": memory}, summary)
-        (RESULTS / "table.md").write_text(table(summary) + "\n")
+        write(RESULTS, summary, time=times, memory=memory)
+        (RESULTS / "table.md").write_text(page(summary) + "\n")
 
 
 if __name__ == "__main__":

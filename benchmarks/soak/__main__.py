@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.results import row, write
+from benchmarks.fidelity.markdown import table, targets_table
+from benchmarks.results import target, write
+from benchmarks.trainer import quiet_trainer
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback
 from lightning_surge.schedules.sizes import GeometricRamp
 
@@ -137,33 +139,19 @@ class Regression(pl.LightningModule):
 
 
 class Record(NamedTuple):
-    """What was found at the end of a window of steps.
+    """What was found at the end of a window of steps."""
 
-    Attributes:
-        step: optimizer steps taken.
-        resident: memory of the process in MiB.
-        objects: containers that the garbage collector knows.
-        examples: trained on.
-        passes: of measuring, with the safety factor.
-        seconds: since the training began.
-        measuring: of these, for measuring.
-        measurements: so far.
-        scale: the factor on the learning rate.
-        reason: of the factor.
-        batch_size: examples of the latest step.
-    """
-
-    step: int
-    resident: float
-    objects: int
-    examples: float
-    passes: float
-    seconds: float
-    measuring: float
-    measurements: int
-    scale: float
-    reason: str
-    batch_size: int
+    step: int  # optimizer steps taken
+    resident: float  # memory of the process in MiB
+    objects: int  # containers that the garbage collector knows
+    examples: float  # trained on
+    passes: float  # of measuring, with the safety factor
+    seconds: float  # since the training began
+    measuring: float  # of these, for measuring
+    measurements: int  # so far
+    scale: float  # the factor on the learning rate
+    reason: str  # of the factor
+    batch_size: int  # examples of the latest step
 
 
 class Watch(pl.Callback):
@@ -227,32 +215,13 @@ def resident_mib() -> float:
 
 
 def run(steps: int, **options: Any) -> tuple[Regression, Watch]:
-    """One long training.
-
-    Args:
-        steps: optimizer steps.
-        options: of the learning-rate callback.
-
-    Returns:
-        The module, and what was seen.
-    """
+    """One long training, with options of the learning-rate callback: the module, and what was seen."""
     pl.seed_everything(SEED, verbose=False)
     sizes = BatchSizeScheduler(GeometricRamp(MICRO, LARGEST, duration=steps // 5))
     surge = SurgeLRCallback(base_batch_size=MICRO, **({"max_overhead": OVERHEAD} | options))
     watch = Watch(surge, sizes, steps)
     module = Regression(steps)
-    trainer = pl.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        devices=1,
-        callbacks=[sizes, surge, watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    trainer = quiet_trainer([sizes, surge, watch], max_steps=steps, max_epochs=-1)
     loader = DataLoader(Examples(8192), batch_size=MICRO, shuffle=True, collate_fn=lambda batch: batch)
     trainer.fit(module, loader)
     return module, watch
@@ -322,57 +291,45 @@ def summarised(watch: Watch, steps: int) -> tuple[dict[str, Any], list[dict[str,
         "reasons": watch.reasons,
         "records": [record._asdict() for record in records],
     }
-    summary = [
-        row("growth of memory in the last 40 %, MiB per 10,000 steps", memory[0], 4.0, COMMAND)
-        | {"standard_error": round(memory[1], 4)},
-        row("growth of collectable objects in the last 40 %, per 10,000 steps", objects[0], 200.0, COMMAND)
-        | {"standard_error": round(objects[1], 4)},
-        row(
-            "passes of all measuring, per example",
-            records[-1].passes / records[-1].examples,
-            OVERHEAD,
-            COMMAND,
-        ),
-        row(
-            "passes in the last tenth, over those in the seventh",
-            last["passes"] / first["passes"],
-            1.2,
-            COMMAND,
-        ),
-        row(
-            "share of time in the last tenth, over that in the seventh",
-            last["time"] / first["time"],
-            1.2,
-            COMMAND,
-        ),
-        row("steps with a factor outside its bounds, or none", watch.bad_factors, 0.0, COMMAND),
-        row("windows at whose end a weight was not finite", watch.bad_weights, 0.0, COMMAND),
-        row(
+    per_example = records[-1].passes / records[-1].examples
+    passes, share = last["passes"] / first["passes"], last["time"] / first["time"]
+    growth = "in the last 40 %"
+    found: list[tuple[str, float, float, dict[str, float]]] = [
+        (f"growth of memory {growth}, MiB per 10,000 steps", memory[0], 4.0, _error(memory)),
+        (f"growth of collectable objects {growth}, per 10,000 steps", objects[0], 200.0, _error(objects)),
+        ("passes of all measuring, per example", per_example, OVERHEAD, {}),
+        ("passes in the last tenth, over those in the seventh", passes, 1.2, {}),
+        ("share of time in the last tenth, over that in the seventh", share, 1.2, {}),
+        ("steps with a factor outside its bounds, or none", watch.bad_factors, 0.0, {}),
+        ("windows at whose end a weight was not finite", watch.bad_weights, 0.0, {}),
+        (
             "longest time without a good measurement after a phase, share of the run",
             max(recovered.values()),
             0.05,
-            COMMAND,
+            {},
         ),
     ]
-    return raw, summary
+    return raw, [target(name, value, bound, COMMAND, **more) for name, value, bound, more in found]
 
 
-def table(summary: list[dict[str, Any]], rates: list[dict[str, float]]) -> str:
+def _error(growth: tuple[float, float]) -> dict[str, float]:
+    return {"standard_error": round(growth[1], 4)}
+
+
+def page(summary: list[dict[str, Any]], rates: list[dict[str, float]]) -> str:
     """Markdown: one row per target, then one per tenth."""
-    lines = ["| what | found | target | |", "|---|---|---|---|"]
-    for entry in summary:
-        value = f"{entry['value']:.3g}"
-        if "standard_error" in entry:
-            value += f" ± {entry['standard_error']:.2g}"
-        verdict = "met" if entry["met"] else "missed"
-        lines.append(f"| {entry['name']} | {value} | at most {entry['bound']:g} | {verdict} |")
-    lines += ["", "| until | passes | time | measurements | ms per step |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {rate['until']:.0%} | {rate['passes']:.3f} | {rate['time']:.3f} | {rate['measurements']:.0f} | "
-        f"{rate['milliseconds_per_step']:.2f} |"
+    lines = [
+        [
+            f"{rate['until']:.0%}",
+            f"{rate['passes']:.3f}",
+            f"{rate['time']:.3f}",
+            f"{rate['measurements']:.0f}",
+            f"{rate['milliseconds_per_step']:.2f}",
+        ]
         for rate in rates
     ]
-    return "\n".join(lines)
+    tenths_table = table(["until", "passes", "time", "measurements", "ms per step"], lines)
+    return f"{targets_table(summary)}\n\n{tenths_table}"
 
 
 def main() -> None:
@@ -385,10 +342,10 @@ def main() -> None:
     steps = 600 if options.quick else STEPS
     _, watch = run(steps)
     raw, summary = summarised(watch, steps)
-    text = table(summary, raw["tenths"])
+    text = page(summary, raw["tenths"])
     print(text)
     if not options.quick:
-        write(RESULTS, raw, summary)
+        write(RESULTS, summary, **raw)
         (RESULTS / "summary.md").write_text(text + "\n")
 
 

@@ -23,8 +23,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_surge.callbacks.batch_counter import BatchCounter
 from lightning_surge.callbacks.checks import check_accumulated_sizes, check_host, ranks_of
-from lightning_surge.callbacks.lightning_host import BatchCounter, Callback, refresh_epoch_length, replicas_of
+from lightning_surge.callbacks.lightning_host import Callback, refresh_epoch_length, replicas_of
 from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.training_loader import (
     MicroBatches,
@@ -326,7 +327,7 @@ class BatchSizeScheduler(Callback):
             self._begin_accumulated_window(trainer, self._loader.batches, batch_idx)
         self._scheduled = round(self._reference * self._micro.replicas * trainer.accumulate_grad_batches)
         self._batch_idx = batch_idx
-        self._batch_examples = self._count(batch)
+        self._batch_examples = self._count.first(batch, self._loader.loader)
         self._consumed += self._batch_examples
         if self._window_begins:
             self._window_begins = False
@@ -340,11 +341,9 @@ class BatchSizeScheduler(Callback):
     def _weighted_as_one(self) -> float:
         # One replica is free to choose: where batches are counted in tokens, say, which the loader does not
         # know, weights stay near 1, and steps of one micro-batch or of equal ones are left as they are.
-        return (
-            self._reference
-            if self._micro.replicas > 1
-            else self._reference * self._batch_examples / self._first
-        )
+        if self._micro.replicas > 1 or not self._batch_examples:
+            return self._reference
+        return self._reference * self._batch_examples / self._first
 
     def _begin_sampled_window(
         self, trainer: pl.Trainer, sampler: ScheduledBatchSampler, batch_idx: int

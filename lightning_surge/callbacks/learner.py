@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +13,9 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.logging import law_metrics, run_metrics
-from lightning_surge.callbacks.measuring.measurer import Measurer
 from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
 from lightning_surge.laws.base import require_number
+from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.families import OptimizerKind, stability_constant
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.estimates import (
@@ -42,6 +42,8 @@ __all__ = [
     "what_is_wrong",
 ]
 
+
+log = logging.getLogger(__name__)
 
 # Laws kept to look at after a run, at 35 KiB each; the oldest go first.
 LAW_HISTORY = 256
@@ -131,90 +133,79 @@ class Learner:
         return self.policy
 
     @property
+    def law(self) -> EstimatedLaw | None:
+        """The latest law; None before the first estimate."""
+        return None if self.policy is None else self.policy.law
+
+    @property
     def base_batch_size(self) -> float | None:
         """Examples at which the scheduled learning rate was tuned; None before the first step fixes it."""
         return None if self.policy is None else self.policy.base_batch_size
 
     # ------------------------------------------------------------------ what steps and measurements tell
 
-    def open_window(self, measurer: Measurer, batch: Any, batch_idx: int, size: float) -> bool:
-        """Have a window measured if it is time, and look at what is trained.
+    def forget(self) -> None:
+        """Start measuring afresh: what was measured is no part of the law of the parameters trained now."""
+        if not self.history.num_measurements:
+            return
+        log.info("the trained parameters have changed: measuring afresh, the last law is held")
+        self.history = NoiseHistory(self._settings.half_life)
+        self.hold(Reason.PARAMETERS_CHANGED)
+
+    def hold(self, because: Reason, reason: str | None = None) -> None:
+        """Go on with the last law, because a new one cannot be had.
 
         Args:
-            measurer: of the window.
-            batch: its first micro-batch.
-            batch_idx: the index of that in the epoch.
-            size: examples in it, of this process.
-
-        Returns:
-            Whether measurements were forgotten: those of other parameters are no part of the law of these.
+            because: one of a few reasons, for logs.
+            reason: the same in words, if they say more.
         """
-        law, base = None if self.policy is None else self.policy.law, self.base_batch_size
-        delta = None if law is None or base is None else law.lr(base)
-        measurer.open_window(batch, batch_idx, size, base=base, delta=delta)
-        if not (measurer.parameters_changed and self.history.num_measurements):
-            return False
-        self.history = NoiseHistory(self._settings.half_life)
         if self.policy is not None:
-            self.policy.hold(Reason.PARAMETERS_CHANGED.text, Reason.PARAMETERS_CHANGED)
-        return True
+            self.policy.hold(reason or because.text, because)
 
-    def study(
+    def learn(
         self,
         step: StepToCome,
-        measurer: Measurer,
+        measurement: Measurement,
         *,
-        plain: Callable[[], bool],
+        one_lr: bool,
+        moments: AdamMoments | None,
         tell: Callable[[EstimatedLaw], None] | None,
     ) -> None:
-        """Take the window's measurement, if it has one.
+        """Fit the law again with a measurement just taken; what goes wrong does not end the training.
 
         Args:
             step: about to be taken.
-            measurer: of its window.
-            plain: whether the gradients are the loss's, not clipped ones; asked only for a measurement.
+            measurement: at the parameters as they are before it.
+            one_lr: whether all parameters move at the same learning rate.
+            moments: Adam's averages; None where they cannot be read.
             tell: called with a law just fitted.
         """
-        begin = time.perf_counter()
-        # Asking whether the averages can be read walks the optimizer's state: not at every step.
-        readable = measurer.ready and plain() and self.moments.readable(step.optimizer)
-        policy, moments = self.policy, self.moments if readable else None
-        assert policy is not None
-        measurement = measurer.collect(policy.base_batch_size, step.batch_size, moments)
-        if measurer.failure is not None:
-            policy.hold(measurer.failure)
-            measurer.failure = None
-        if measurement is not None and not any(measurement.statistics[1:3]):
-            policy.hold(Reason.GRADIENTS_ZERO.text, Reason.GRADIENTS_ZERO)
-        elif measurement is not None:
-            # Whatever goes wrong here must not end a training.
-            try:
-                self.history.add(measurement)
-                self._learn(step, policy, self._deviation_l1(step.optimizer, measurer.one_lr, readable), tell)
-                if self._settings.follows_edge and not readable:
-                    policy.hold(Reason.AVERAGES_UNREADABLE.text, Reason.AVERAGES_UNREADABLE)
-            except Exception as error:
-                policy.hold(f"fitting failed with {type(error).__name__}", Reason.FITTING_FAILED)
-                rank_zero_warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
-        measurer.seconds += time.perf_counter() - begin
+        if not any(measurement.statistics[1:3]):
+            self.hold(Reason.GRADIENTS_ZERO)
+            return
+        try:
+            self.history.add(measurement)
+            self._fit_again(step, self._deviation_l1(step.optimizer, one_lr, moments), tell)
+            if self._settings.follows_edge and moments is None:
+                self.hold(Reason.AVERAGES_UNREADABLE)
+        except Exception as error:
+            self.hold(Reason.FITTING_FAILED, f"fitting failed with {type(error).__name__}")
+            rank_zero_warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
 
-    def _deviation_l1(self, optimizer: Optimizer, one_lr: bool, readable: bool) -> float:
+    def _deviation_l1(self, optimizer: Optimizer, one_lr: bool, moments: AdamMoments | None) -> float:
         """`sum_i sigma_i` from the measurements or Adam's averages; NaN if `|mu|_1` is not plain."""
         if not one_lr:
             return math.nan  # the alignment is then weighted by the groups' learning rates
         sums = self.history.stats().coordinate_sums
         if sums is not None:
             return sums.deviation_l1
-        return self.moments.deviation_l1(optimizer) if readable else math.nan
+        return math.nan if moments is None else moments.deviation_l1(optimizer)
 
-    def _learn(
-        self,
-        step: StepToCome,
-        policy: Policy,
-        deviation_l1: float,
-        tell: Callable[[EstimatedLaw], None] | None,
+    def _fit_again(
+        self, step: StepToCome, deviation_l1: float, tell: Callable[[EstimatedLaw], None] | None
     ) -> None:
-        """Fit the law to the measurements, with the one just added."""
+        policy = self.policy
+        assert policy is not None
         law = estimate(self.history, self._fit(step))
         policy.update(law, step.batch_size, self.scheduled_lr)
         if law is not None:

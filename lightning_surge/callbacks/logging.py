@@ -254,14 +254,14 @@ class StepRecord(NamedTuple):
     Attributes:
         decision: of the policy.
         batch_size: examples behind the step.
-        scheduled: learning rate of each parameter group from the schedule.
-        used: and with the factor.
+        scheduled: learning rate of each parameter group as the update found it, a float or a tensor.
+        used: learning rate of each group that the update read, likewise.
     """
 
     decision: Decision
     batch_size: float
-    scheduled: list[float]
-    used: list[float]
+    scheduled: Sequence[Any]
+    used: Sequence[Any]
 
 
 class StepLog:
@@ -284,17 +284,6 @@ class StepLog:
         self._prog_bar = prog_bar
         self.unlogged: StepRecord | None = None
 
-    def note(self, decision: Decision, batch_size: float, scheduled: list[float]) -> None:
-        """Keep a step whose learning rates are written. Reading these back may wait for the device.
-
-        Args:
-            decision: of the policy.
-            batch_size: examples behind the step.
-            scheduled: learning rate of each parameter group from the schedule.
-        """
-        used = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.unlogged = StepRecord(decision, batch_size, scheduled, used)
-
     def write(self, pl_module: pl.LightningModule, metrics: dict[str, float]) -> None:
         """Log the step that was kept.
 
@@ -304,18 +293,19 @@ class StepLog:
         """
         record, self.unlogged = self.unlogged, None
         assert record is not None
+        used = [float(lr) for lr in record.used]
         logged = {name + self.suffix: value for name, value in metrics.items()}
         logged |= lr_metrics(
-            group_suffixes(self.optimizer, self.suffix),
+            group_suffixes(self.optimizer, self.suffix)[: len(used)],  # one may have been added since
             self.suffix,
-            scheduled=record.scheduled,
-            used=record.used,
+            scheduled=[float(lr) for lr in record.scheduled],
+            used=used,
             decision=record.decision,
         )
         pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=1)
         if self._prog_bar:
             name = f"lr_used{self.suffix}"
-            pl_module.log(name, record.used[0], prog_bar=True, logger=False, batch_size=1)
+            pl_module.log(name, used[0], prog_bar=True, logger=False, batch_size=1)
 
 
 def logs_now(trainer: pl.Trainer) -> bool:

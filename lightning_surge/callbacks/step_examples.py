@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.measuring.plan import Pace
-from lightning_surge.measure.batches import shared_copy
 from lightning_surge.measure.gradients import dense
 
 __all__ = ["Deposits", "StepExamples"]
@@ -23,33 +21,31 @@ class StepExamples:
     Where Lightning calls the steps, every backward pass is behind the next one. Where the user calls them,
     only those are that left something in the optimizer's parameters since these were zeroed.
 
-    Args:
-        examples_in: counts the examples in a batch.
-
     Attributes:
         examples: behind the step, so far.
         batches: that hold them.
-        expected: examples that will be behind it, from the batch in hand.
+        passes: micro-batches whose backward pass is behind the step, empty ones too.
         batch: in hand; None between batches.
         batch_idx: its index in the epoch.
+        size: examples in it.
         open: whether a window has begun.
         clipped: whether gradients were changed after a backward pass, where the user calls the steps.
-        decided: whether the learning rate of its step has been decided on.
         pace: of the optimizer's steps; used only where the user calls them.
 
     Example:
         The first of two micro-batches behind a step, and a second backward pass of it.
 
-        >>> behind = StepExamples(lambda batch: float(len(batch)))
-        >>> behind.begin_batch([3, 1, 4], 0, size=3.0, accumulation=2)
+        >>> behind = StepExamples()
+        >>> behind.begin_batch([3, 1, 4], 0, size=3.0)
+        >>> behind.foreseen
+        3.0
         >>> behind.after_backward(), behind.after_backward()
         (3.0, 0.0)
-        >>> behind.examples, behind.expected
-        (3.0, 6.0)
+        >>> behind.examples, behind.foreseen
+        (3.0, 3.0)
     """
 
-    def __init__(self, examples_in: Callable[[Any], float]) -> None:
-        self._examples_in = examples_in
+    def __init__(self) -> None:
         self.pace = Pace()
         self.detach()
 
@@ -58,7 +54,7 @@ class StepExamples:
         self._deposits: Deposits | None = None
         self.batch: Any = None
         self.batch_idx = 0
-        self.expected = 0.0
+        self.size = 0.0
         self.clipped = self._told_of_backward = False
         self.close()
 
@@ -69,12 +65,11 @@ class StepExamples:
     def close(self) -> None:
         """The optimizer has stepped, or skipped."""
         self.open = False
-        self.decided = False
         self._count_afresh()
 
     def _count_afresh(self) -> None:
         self.examples = 0.0
-        self.batches = 0
+        self.batches = self.passes = 0
         self._counted_batch: int | None = None
 
     @property
@@ -92,17 +87,20 @@ class StepExamples:
 
     # ------------------------------------------------------------------ a batch
 
-    def begin_batch(self, batch: Any, batch_idx: int, *, size: float, accumulation: int) -> None:
-        """Take a batch in hand, and foresee what will be behind its step.
+    def begin_batch(self, batch: Any, batch_idx: int, *, size: float) -> None:
+        """Take a batch in hand.
 
         Args:
-            batch: its containers are copied, because a `training_step` may take things out of them.
+            batch: the micro-batch.
             batch_idx: its index in the epoch.
-            size: examples that a micro-batch is expected to have, over all processes.
-            accumulation: micro-batches per step where Lightning calls the steps.
+            size: examples in it.
         """
-        self.batch, self.batch_idx = shared_copy(batch), batch_idx
-        self.expected = size * (self.pace.batches_per_step if self.manual else accumulation)
+        self.batch, self.batch_idx, self.size = batch, batch_idx, size
+
+    @property
+    def foreseen(self) -> float:
+        """Examples behind the step if it is taken with the batch in hand, as well as those before."""
+        return self.examples if self.counts_batch or self.batch is None else self.examples + self.size
 
     def end_batch(self) -> None:
         """Let go of it."""
@@ -122,7 +120,8 @@ class StepExamples:
         if self.batch is None or (self._deposits is not None and not self._deposits.have_come()):
             return None
         # Some optimizers ask for the same gradient several times in a step; the examples are the same.
-        size = 0.0 if self.counts_batch else self._examples_in(self.batch)
+        size = 0.0 if self.counts_batch else self.size
+        self.passes += not self.counts_batch
         self._counted_batch = self.batch_idx
         self.examples += size
         self.batches += size > 0.0
@@ -149,7 +148,7 @@ class StepExamples:
         if self._deposits is None:
             return False
         changed = self._deposits.have_come()
-        if self.examples <= 0.0:
+        if self.passes == 0:
             if not self._told_of_backward and self._deposits.exist():
                 self._told_of_backward = True
                 rank_zero_warn(

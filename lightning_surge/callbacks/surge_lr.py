@@ -9,15 +9,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_surge.callbacks.batch_counter import BatchCounter
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.callbacks.checks import (
     check_edge,
@@ -37,13 +39,11 @@ from lightning_surge.callbacks.learner import (
     what_is_wrong,
 )
 from lightning_surge.callbacks.lightning_host import (
-    BatchCounter,
     Callback,
     is_accumulation_scheduler,
     skips_step,
 )
-from lightning_surge.callbacks.logging import StepLog, add_layout, logs_now, optimizer_suffix
-from lightning_surge.callbacks.lr_hooks import LearningRateHooks
+from lightning_surge.callbacks.logging import StepLog, StepRecord, add_layout, logs_now, optimizer_suffix
 from lightning_surge.callbacks.measuring.measurer import LossFn, Measurer
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import (
@@ -57,9 +57,11 @@ from lightning_surge.callbacks.settings import (
 from lightning_surge.callbacks.step_examples import StepExamples
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch
-from lightning_surge.optimizers.families import OptimizerKind, optimizer_kind
+from lightning_surge.optimizers.families import OptimizerKind, decay_follows_lr, largest_lr, optimizer_kind
+from lightning_surge.optimizers.lr_writer import FactorInUpdate, learning_rates
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
+from lightning_surge.policy.reasons import Reason
 
 __all__ = ["LawRecord", "SurgeLRCallback", "batch_size_scheduler", "check_indices", "take_place"]
 
@@ -205,7 +207,8 @@ class SurgeLRCallback(Callback):
         self._examples_in = BatchCounter(batch_size_fn, type(self).__name__)
         self._loss_fn = loss_fn
         self._split_batch = split_batch
-        self._behind_step = StepExamples(self._examples_in)
+        self._state_key = self._key_of(law)
+        self._behind_step = StepExamples()
         self._begin_afresh()
         self._started = 0.0
         self._ended = 0.0
@@ -224,16 +227,25 @@ class SurgeLRCallback(Callback):
         self.decision: Decision | None = None
 
     def _forget_run(self) -> None:
-        self._rates: LearningRateHooks | None = None
+        self._trainer: pl.Trainer | None = None
+        self._factor: FactorInUpdate | None = None
         self._kind: OptimizerKind = "unknown"
         self._step_log: StepLog | None = None
         self._scheduler: BatchSizeScheduler | None = None
         self._measurer.detach()
         self._behind_step.detach()
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        # Of the optimizer step that the window in hand leads to, once its gradients are complete.
+        self._step: StepToCome | None = None
+        self._step_decision: Decision | None = None
+        self._skipped = False
 
     def _close_window(self) -> None:
         self._measurer.close_window()
         self._behind_step.close()
+        self._forget_step()
 
     # ------------------------------------------------------------------ what users ask
 
@@ -302,8 +314,8 @@ class SurgeLRCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Laws are fitted to different measurements; objectives and anchors can change on resuming."""
-        return self._key_of(self.settings.law)
+        """Laws are fitted to different measurements; objectives can change on resuming."""
+        return self._state_key
 
     def _key_of(self, law: str) -> str:
         if self.settings.optimizer is None:
@@ -342,49 +354,57 @@ class SurgeLRCallback(Callback):
             self._learner.follow(self.settings)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the hook that takes the factor off again."""
+        """Install the hooks that put the factor on for the update alone."""
         if trainer.global_step == 0 and self._measurer.budget.trained > 0.0:
             self._begin_afresh()
         self._forget_run()
         name, index, behind = type(self).__name__, self.settings.optimizer, self._behind_step
         optimizer = served_optimizer(trainer, pl_module, name, index)
+        self._trainer = trainer
         self._kind = optimizer_kind(optimizer)
         self._scheduler = batch_size_scheduler(trainer)
         self._step_log = StepLog(optimizer, optimizer_suffix(trainer, index), prog_bar=self.settings.prog_bar)
-        rates = self._rates = LearningRateHooks(optimizer, self.settings)
         if not pl_module.automatic_optimization:
             behind.follow(optimizer)
-        rates.around_steps(before=self._before_step if behind.manual else None, after=self._after_step)
+        self._factor = FactorInUpdate(
+            optimizer,
+            self._factor_for_update,
+            after=self._after_step,
+            keeps_decay=None if self.settings.scale_weight_decay else partial(decay_follows_lr, optimizer),
+            tell=partial(self._tell_of_early_reader, type(optimizer).__name__),
+        )
+        self._cap_is_told = not math.isfinite(largest_lr(optimizer))
         self._learner.moments.begin(optimizer)
         pace = behind.pace if behind.manual else None
-        self._measurer.attach(trainer, pl_module, optimizer, rates.writer, self._kind, pace)
-        rates.watch(pl_module, manual=behind.manual, ended=self._close_window)
+        self._measurer.attach(trainer, pl_module, optimizer, self._kind, pace)
         self._started, self._ended = time.perf_counter(), 0.0
         drawn = [one for one in self._served(trainer) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them
             add_layout(trainer, pl_module, name, [one.settings.optimizer for one in drawn])
+
+    def _tell_of_early_reader(self, optimizer: str) -> None:
+        rank_zero_info(
+            f"{optimizer} reads its learning rate before it asks for gradients: {type(self).__name__} puts "
+            "the factor on before, and training_step sees the scheduled learning rate all the same."
+        )
 
     # ------------------------------------------------------------------ one optimizer step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Show monitors the learning rate to come, and decide whether this window is measured."""
-        size = self._examples_in(batch)
-        behind, accumulation = self._behind_step, trainer.accumulate_grad_batches
-        # Equal on all processes, though their batches may differ: some optimizers read it now.
-        expected = self._measurer.expected(size)
-        behind.begin_batch(batch, batch_idx, size=expected, accumulation=accumulation)
-        self._read_schedule()
-        self._apply(self.lr_scale(behind.expected))
-        if pl_module.automatic_optimization and batch_idx % accumulation == 0:
+        """Count the examples, and decide whether this window is measured."""
+        size = self._examples_in.first(batch, trainer.train_dataloader)
+        behind, measurer = self._behind_step, self._measurer
+        if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
             # Lightning zeroes gradients here, also of a window that a batch of None left without a step.
             self._close_window()
         if not behind.open:
             behind.open = True
-            if self.settings.measures and self._learner.open_window(self._measurer, batch, batch_idx, size):
-                log.info("the trained parameters have changed: measuring afresh, the last law is held")
-        self._measurer.before_forward(behind.batch)
+            if self.settings.measures:
+                learner = self._learner
+                measurer.open_window(batch, batch_idx, size, base=learner.base_batch_size, law=learner.law)
+        behind.begin_batch(measurer.before_forward(batch), batch_idx, size=size)
         if behind.manual:
             behind.pace.begin_batch(trainer.global_step)
 
@@ -397,115 +417,150 @@ class SurgeLRCallback(Callback):
         """Count the micro-batch, and show it to the measurer."""
         behind = self._behind_step
         size = behind.after_backward()
-        if size is not None:
+        if size is not None and self._measurer.gathering:
             weight = 1.0 if self._scheduler is None else self._scheduler.loss_weight
             self._measurer.after_backward(behind.batch, behind.batch_idx, size, weight)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Measure if it is time, decide, write the learning rate, log."""
-        rates, step_log = self._rates, self._step_log
-        if rates is None or step_log is None or optimizer is not rates.optimizer:
+        """Count the window and measure, where the gradients are complete and not yet clipped."""
+        factor, behind = self._factor, self._behind_step
+        if factor is None or optimizer is not factor.optimizer:
             return
-        behind, name = self._behind_step, type(self).__name__
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if behind.look_at_gradients(optimizer, name, scaled=scaled) and self.settings.follows_edge:
+        if scaled:
+            factor.come_last()
+        if behind.manual and behind.look_at_gradients(optimizer, type(self).__name__, scaled=scaled):
+            self._warn_of_clipping()
+        if scaled and skips_step(trainer, optimizer, has_loss=behind.manual or behind.counts_batch):
+            self._measurer.drop_window()
+            self._skipped = True
+        elif self._step is None:
+            self._end_window(trainer, optimizer)
+
+    def _warn_of_clipping(self) -> None:
+        if self.settings.follows_edge:
             rank_zero_warn(
                 "Expected no gradient clipping for objective='edge', but gradients are changed between "
                 "manual_backward and the step, as by clipping: no edge of stability can be told. Use "
                 "objective='progress'."
             )
-        has_loss = behind.manual or behind.counts_batch
-        if behind.examples <= 0.0 or skips_step(trainer, optimizer, has_loss=has_loss):
-            # Without a step no hook would take the factor off before the scheduler moves.
-            rates.writer.restore()
-            self._measurer.drop_window()
-            self._close_window()
-        elif not behind.decided:
-            behind.decided = True
-            step = self._end_window(trainer, optimizer)
-            decision = self._decide(step, f"optimizer {self.settings.optimizer}, " if step_log.suffix else "")
-            rates.warn_of_a_cap()
-            if behind.manual or logs_now(trainer):  # reading learning rates back may wait for the device
-                step_log.note(decision, step.batch_size, rates.writer.scheduled())
-            if not behind.manual:
-                self._log(pl_module)
 
-    def _end_window(self, trainer: pl.Trainer, optimizer: Optimizer) -> StepToCome:
-        """Learn what the window tells, and count it."""
+    def _end_window(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Count what is behind the step to come, and learn what the window tells."""
         behind, learner, measurer = self._behind_step, self._learner, self._measurer
-        number = behind.steps(trainer.global_step)
-        behind.examples = measurer.end_window(behind.examples, behind.batches)
-        step = StepToCome(optimizer, self._kind, number, behind.examples)
+        examples = measurer.end_window(behind.examples, behind.batches)
+        if examples <= 0.0:
+            measurer.drop_window()
+            return
         if learner.policy is None:
-            learner.fix_base(step.batch_size)
-        self._read_schedule()
-        if self.settings.measures:
-            learner.study(
-                step,
-                measurer,
-                plain=lambda: not (behind.clipped or clips_gradients(trainer, trainer.lightning_module)),
-                tell=None if self._scheduler is None else self._scheduler.learn,
-            )
-        measurer.budget.train(step.batch_size)
-        return step
+            learner.fix_base(examples)
+        step = self._step = StepToCome(optimizer, self._kind, behind.steps(trainer.global_step), examples)
+        if self.settings.measures and (measurer.ready or measurer.failure is not None):
+            self._measure(trainer, step)
+        measurer.budget.train(examples)
 
-    def _decide(self, step: StepToCome, which: str) -> Decision:
-        """Write the learning rate of a step."""
-        policy = self._learner.policy
+    def _measure(self, trainer: pl.Trainer, step: StepToCome) -> None:
+        """Finish the window's measurement, and fit the law again."""
+        begin, learner, measurer = time.perf_counter(), self._learner, self._measurer
+        clipped = self._behind_step.clipped or clips_gradients(trainer, trainer.lightning_module)
+        readable = not clipped and learner.moments.readable(step.optimizer)
+        moments = learner.moments if readable else None
+        base = learner.base_batch_size
+        assert base is not None
+        learner.scheduled_lr = max(learning_rates(step.optimizer))
+        measurement = measurer.collect(base, step.batch_size, moments, learner.law)
+        if measurer.parameters_changed():
+            learner.forget()
+        if measurer.failure is not None:
+            learner.hold(Reason.MEASURING_FAILED, measurer.failure)
+            measurer.failure = None
+        if measurement is not None:
+            tell = None if self._scheduler is None else self._scheduler.learn
+            learner.learn(step, measurement, one_lr=measurer.one_lr, moments=moments, tell=tell)
+        measurer.seconds += time.perf_counter() - begin
+
+    def _factor_for_update(self, *, early: bool) -> float | None:
+        """The factor for the update about to be made, when whoever may write a learning rate has done so."""
+        trainer, factor, learner = self._trainer, self._factor, self._learner
+        if trainer is None or factor is None:
+            return None
+        if early:
+            policy, examples = learner.policy, self._measurer.foreseen(self._behind_step.foreseen)
+            known = policy is not None and examples > 0.0 and not self.settings.dry_run
+            return policy.lr_scale(examples, self._read_schedule()) if known and policy is not None else None
+        if self._step is None and not self._skipped:
+            self._end_window(trainer, factor.optimizer)  # a step that Lightning's hook was not called for
+        if self._step is None:
+            return None
+        if self._step_decision is None:
+            self._step_decision = self._decide(trainer, self._step)
+        return None if self.settings.dry_run else self._step_decision.used
+
+    def _read_schedule(self) -> float:
+        """The largest scheduled learning rate. Not at every step where it waits for the device."""
+        factor, learner = self._factor, self._learner
+        assert factor is not None
+        groups = factor.optimizer.param_groups
+        on_device = any(isinstance(group["lr"], Tensor) and not group["lr"].is_cpu for group in groups)
+        if self.settings.follows_edge or not on_device:
+            learner.scheduled_lr = max(learning_rates(factor.optimizer))
+            self._measurer.see_lr(learner.scheduled_lr)
+        return learner.scheduled_lr
+
+    def _decide(self, trainer: pl.Trainer, step: StepToCome) -> Decision:
+        """What the policy says of a step."""
+        policy, behind = self._learner.policy, self._behind_step
         assert policy is not None
-        decision = policy.decide(step.batch_size, self._learner.scheduled_lr)
+        size = step.batch_size
+        accumulation = trainer.accumulate_grad_batches
+        if not behind.manual and self._scheduler is None and 0 < behind.passes < accumulation:
+            # Lightning divides the last, shorter window of an epoch by the accumulation that is set. Its step
+            # is shortened by that, so the factor is the one of a whole window.
+            size *= accumulation / behind.passes
+        decision = policy.decide(size, self._read_schedule())
         if self.decision is None or decision.reason != self.decision.reason:
+            suffix = self._step_log.suffix if self._step_log is not None else ""
+            which = f"optimizer {self.settings.optimizer}, " if suffix else ""
             log.info("%sstep %d, %g examples: %s", which, step.number, step.batch_size, decision.reason)
         self.decision = decision
-        self._apply(decision.used)
         return decision
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Write the learning rate for optimizers that read it before they compute the loss.
-
-        Only in manual optimization: elsewhere it is on from the start of the batch.
-        """
-        behind = self._behind_step
-        if behind.batch is not None and not behind.decided:
-            self._apply(self.lr_scale(behind.examples or behind.expected))
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        behind = self._behind_step
-        if behind.examples > 0.0:
-            self._learner.step(optimizer, behind.examples)
+    def _after_step(self) -> None:
+        behind, factor, log_, trainer = self._behind_step, self._factor, self._step_log, self._trainer
+        step, decision = self._step, self._step_decision
+        if step is not None and factor is not None and log_ is not None and trainer is not None:
+            self._learner.step(factor.optimizer, step.batch_size)
             behind.end_step()
-        self._restore()
+            # Where Lightning calls the steps, what is logged in other batches is dropped.
+            if decision is not None and (behind.manual or logs_now(trainer)):
+                log_.unlogged = StepRecord(decision, step.batch_size, factor.scheduled, factor.used)
+            if not self._cap_is_told:
+                self._warn_of_a_cap(factor)
         self._close_window()
 
+    def _warn_of_a_cap(self, factor: FactorInUpdate) -> None:
+        """Say once if the optimizer cuts off the learning rates that it was given."""
+        cap, used = largest_lr(factor.optimizer), max(float(lr) for lr in factor.used)
+        if used > cap:
+            self._cap_is_told = True
+            rank_zero_warn(
+                f"{type(factor.optimizer).__name__} uses min(lr, 1 / sqrt(step)): the learning rate used, "
+                f"{used:g}, is above {cap:g} and has no effect beyond it, nor has the factor. Use a smaller "
+                "learning rate."
+            )
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Take the factor off between the micro-batches of a window too."""
-        self._restore()
+        """Log the latest step, where Lightning keeps what is logged."""
+        if self._factor is not None:
+            self._factor.restore()
         self._behind_step.end_batch()
-        # Lightning drops what is logged in other batches, and this optimizer may not step in those.
-        if logs_now(trainer):
-            self._log(pl_module)
-
-    def _log(self, pl_module: pl.LightningModule) -> None:
-        """Log the latest step, unless that has been done."""
-        if self._step_log is None or self._step_log.unlogged is None:
-            return
-        metrics = self._learner.metrics(self._step_log.unlogged.batch_size, self._measurer.budget.trained)
-        metrics |= {"surge/overhead": self.overhead, "surge/overhead_time": self.overhead_time}
-        self._step_log.write(pl_module, metrics)
-
-    def _read_schedule(self) -> None:
-        if self._rates is not None:
-            self._learner.scheduled_lr = max(self._rates.writer.scheduled())
-
-    def _apply(self, factor: float) -> None:
-        if self._rates is not None:
-            self._rates.apply(factor)
-
-    def _restore(self) -> None:
-        if self._rates is not None:
-            self._rates.writer.restore()
+        if self._step_log is not None and self._step_log.unlogged is not None and logs_now(trainer):
+            examples = self._measurer.budget.trained
+            metrics = self._learner.metrics(self._step_log.unlogged.batch_size, examples)
+            metrics |= {"surge/overhead": self.overhead, "surge/overhead_time": self.overhead_time}
+            self._step_log.write(pl_module, metrics)
 
     # ------------------------------------------------------------------ the end, and state
 
@@ -524,9 +579,9 @@ class SurgeLRCallback(Callback):
         self._release()
 
     def _release(self) -> None:
-        if self._rates is not None:
+        if self._factor is not None:
             self._ended = time.perf_counter()
-            self._rates.release()
+            self._factor.remove()
         self._forget_run()
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,7 @@ __all__ = [
     "SplitBatch",
     "TooFewExamplesError",
     "group_evenly",
+    "leaves",
     "shared_copy",
     "split_leading_dimension",
     "tensors_in",
@@ -24,6 +25,10 @@ __all__ = [
 
 SplitBatch = Callable[[Any, int], Sequence[Any]]
 """Cuts a batch into so many slices of about equal size, each a batch that a training step takes."""
+
+
+DATA = (Tensor, np.ndarray, list)
+FIELDS = (Tensor, np.ndarray, Mapping, list, tuple)
 
 
 class BatchError(ValueError):
@@ -56,8 +61,7 @@ def split_leading_dimension(batch: Any, num_slices: int) -> list[Any]:
         >>> [x.tolist() for x, name in split_leading_dimension((torch.arange(5), "train"), 2)]
         [[0, 1], [2, 3, 4]]
     """
-    lengths: list[int] = []
-    _map(batch, lambda data: lengths.append(len(data)))
+    lengths = [len(leaf) for leaf in leaves(batch) if isinstance(leaf, DATA) and not _is_scalar(leaf)]
     remedy = "pass split_batch=, a function of (batch, num_slices) that returns the slices."
     if not lengths:
         raise BatchError(f"Expected a batch with tensors to slice, got {type(batch).__name__}: {remedy}")
@@ -75,9 +79,51 @@ def split_leading_dimension(batch: Any, num_slices: int) -> list[Any]:
     return [_map(batch, operator.itemgetter(slice(group[0], group[-1] + 1))) for group in groups]
 
 
+def _parts(batch: Any) -> Iterable[Any] | None:
+    """What a container holds; None of data and anything else."""
+    if isinstance(batch, Mapping):
+        return batch.values()
+    if isinstance(batch, tuple):
+        return batch
+    if isinstance(batch, list):
+        # A list of tensors is what default collation makes of a list of fields; of anything else, examples.
+        return batch if batch and all(isinstance(value, FIELDS) for value in batch) else None
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return (getattr(batch, field.name) for field in fields(batch) if hasattr(batch, field.name))
+    return None
+
+
+def leaves(batch: Any) -> Iterator[Any]:
+    """Tensors, arrays, lists of examples, and whatever else a batch holds, in order. Nothing is rebuilt.
+
+    Args:
+        batch: nested mappings, sequences and dataclasses.
+
+    Example:
+        >>> list(leaves({"x": (1, 2), "y": [3, 4]}))
+        [1, 2, [3, 4]]
+    """
+    parts = _parts(batch)
+    if parts is None:
+        yield batch
+    else:
+        for part in parts:
+            yield from leaves(part)
+
+
+def _is_scalar(data: Any) -> bool:
+    return isinstance(data, (Tensor, np.ndarray)) and not data.ndim
+
+
 def _map(batch: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(batch, (Tensor, np.ndarray)):
-        return function(batch) if batch.ndim else batch
+    """The same containers with `function` of the data in them, scalars and other objects as they are."""
+    if _parts(batch) is None:
+        return function(batch) if isinstance(batch, DATA) and not _is_scalar(batch) else batch
+    if isinstance(batch, (tuple, list)):
+        values = [_map(value, function) for value in batch]
+        if isinstance(batch, list):
+            return values
+        return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
     if isinstance(batch, Mapping):
         items = {key: _map(value, function) for key, value in batch.items()}
         if type(batch) is dict:
@@ -87,18 +133,12 @@ def _map(batch: Any, function: Callable[[Any], Any]) -> Any:
         for key, value in items.items():
             copied[key] = value
         return copied
-    if isinstance(batch, tuple):
-        values = [_map(value, function) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
-    if isinstance(batch, list):
-        # A list of tensors is what default collation makes of a list of fields; of anything else, examples.
-        if batch and all(isinstance(value, (Tensor, np.ndarray, Mapping, list, tuple)) for value in batch):
-            return [_map(value, function) for value in batch]
-        return function(batch)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        changes = {field.name: _map(getattr(batch, field.name), function) for field in fields(batch)}
-        return replace(batch, **changes)
-    return batch
+    # Not made anew: a dataclass may take other arguments than its fields, and check those.
+    copied = copy.copy(batch)
+    for field in fields(batch):
+        if hasattr(batch, field.name):
+            object.__setattr__(copied, field.name, _map(getattr(batch, field.name), function))
+    return copied
 
 
 def shared_copy(batch: Any) -> Any:
@@ -108,7 +148,8 @@ def shared_copy(batch: Any) -> Any:
         batch: nested mappings, sequences and dataclasses of tensors and anything else.
 
     Returns:
-        A batch whose tensors and arrays are the very same objects.
+        A batch whose tensors and arrays are the very same objects; the batch itself if a container in it
+        cannot be copied.
 
     Example:
         >>> batch = {"x": [1, 2]}
@@ -116,14 +157,15 @@ def shared_copy(batch: Any) -> Any:
         >>> _ = batch.pop("x"); copied
         {'x': [1, 2]}
     """
-    return _map(batch, lambda data: list(data) if isinstance(data, list) else data)
+    try:
+        return _map(batch, lambda data: list(data) if isinstance(data, list) else data)
+    except Exception:
+        return batch
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
     """Every tensor in a batch, in order."""
-    found: list[Tensor] = []
-    _map(batch, lambda data: found.append(data) if isinstance(data, Tensor) else None)
-    return found
+    return [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def group_evenly(items: Sequence[Any], num_groups: int) -> list[list[Any]]:

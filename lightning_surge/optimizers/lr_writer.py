@@ -1,131 +1,223 @@
-"""Write a learning rate for one step and take it off again.
+"""Put a factor on an optimizer's learning rates for its update alone.
 
-A scheduler must find the learning rate that it wrote itself, or the recursive ones (exponential,
-cosine, plateau) compound what was written over it. So the factor is applied before a step and removed
-after it, before any scheduler moves. If somebody else wrote in between, their value is the new
-schedule and is left alone. Weight decay, where it is rewritten too, is handled in the same way.
+Schedulers, callbacks and the user's own code all read and write `param_groups`, at any time. A factor that
+they can see compounds: `lr *= 0.9` in a hook would decay the factor too. So it is there only while nobody but
+the optimizer runs. An optimizer's step calls a closure first (Lightning's runs the forward and backward pass,
+`on_before_optimizer_step` and clipping in it), and reads its groups afterwards. The step's pre-hook wraps the
+closure: the factor is put on when the closure has returned, and the post-hook takes it off. Under a gradient
+scaler the closure has run before the step, which gets none: there the pre-hook itself puts the factor on. A
+step that never comes never had a factor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["LearningRateWriter"]
+__all__ = ["FactorInUpdate", "learning_rates"]
 
 KeepsDecay = Callable[[Mapping[str, Any]], bool]
 """Whether a parameter group's `lr * weight_decay` shall stay what the schedule says."""
 
 
-class _Written:
-    """One entry of the parameter groups: what others set, and what was written over it."""
+class Decide(Protocol):
+    """The factor for the update about to be made; None to leave the learning rate as it is."""
 
-    def __init__(self, optimizer: Optimizer, key: str) -> None:
-        self._optimizer = optimizer
-        self._key = key
-        self._original: list[float | None] = []
-        self._written: list[float | None] = []
-        seen: set[int] = set()
-        for group in optimizer.param_groups:
-            if isinstance(group.get(key), Tensor):
-                if id(group[key]) in seen:
-                    group[key] = group[key].clone()
-                seen.add(id(group[key]))
+    def __call__(self, *, early: bool) -> float | None:
+        """Decide.
 
-    def original(self) -> list[float | None]:
-        """What anybody but this class set last; None for a group without the entry."""
-        return [
-            self._original[i] if i < len(self._written) and value == self._written[i] else value
-            for i, value in enumerate(self.current())
-        ]
-
-    def write(self, values: list[float | None]) -> None:
-        """Write one value per group; None leaves what others set."""
-        self._original = self.original()
-        self._fill([old if new is None else new for old, new in zip(self._original, values, strict=True)])
-        # Read back: a tensor may hold fewer digits.
-        self._written = self.current()
-
-    def restore(self) -> None:
-        """Put back what others set; does nothing where nothing was written."""
-        if self._written:
-            self._fill(self.original())
-        self._original, self._written = [], []
-
-    def current(self) -> list[float | None]:
-        """The entries as they are."""
-        values = [group.get(self._key) for group in self._optimizer.param_groups]
-        return [None if value is None else float(value) for value in values]
-
-    def _fill(self, values: list[float | None]) -> None:
-        for group, value in zip(self._optimizer.param_groups, values, strict=True):
-            if isinstance(group.get(self._key), Tensor):
-                group[self._key].fill_(value)
-            elif value is not None and value != group[self._key]:  # what is right keeps its type
-                group[self._key] = value
+        Args:
+            early: whether the closure has yet to run, so that the gradients of this step are not known.
+        """
 
 
-class LearningRateWriter:
-    """Applies a factor to every parameter group of an optimizer and restores the schedule's values.
+def learning_rates(optimizer: Optimizer) -> list[float]:
+    """The learning rate of each parameter group as a float. Waits for the device if they are tensors there.
 
     Args:
-        optimizer: the raw torch optimizer. Tensor learning rates are supported; one that groups
-            share is copied per group first, so that filling it moves one group only.
-        keeps_decay: of which groups `weight_decay` is divided by the factor for the step, so that a decay
+        optimizer: the raw torch optimizer.
+    """
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+class FactorInUpdate:
+    """Multiplies the learning rates of an optimizer while it updates the parameters, and at no other time.
+
+    Args:
+        optimizer: the raw torch optimizer. A tensor learning rate is multiplied in place, once if groups
+            share it.
+        decide: called when the gradients are complete, at every step.
+        after: called when a step has been taken and the learning rates are the schedule's again.
+        keeps_decay: of which groups `weight_decay` is divided by the factor for the update, so that a decay
             that torch multiplies with the learning rate stays what it was; None for no group.
+        tell: called once if the optimizer reads its learning rate before it calls the closure. Such an
+            optimizer is served before.
+
+    Attributes:
+        scheduled: learning rate of each group as the latest update found it, a float or a tensor of its own.
+        used: learning rate of each group that the latest update read, likewise.
 
     Example:
         >>> import torch
-        >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.5, weight_decay=0.25)
-        >>> writer = LearningRateWriter(optimizer, keeps_decay=lambda group: True)
-        >>> writer.apply(2.0); optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]
-        (1.0, 0.125)
-        >>> writer.restore(); optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]
-        (0.5, 0.25)
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.25)
+        >>> factor = FactorInUpdate(optimizer, lambda early: 2.0)
+        >>> def closure():
+        ...     weight.grad = torch.ones(1)
+        ...     return optimizer.param_groups[0]["lr"]
+        >>> optimizer.step(closure), weight.item(), optimizer.param_groups[0]["lr"], factor.used
+        (0.25, 0.5, 0.25, [0.5])
+        >>> factor.remove()
     """
 
-    def __init__(self, optimizer: Optimizer, keeps_decay: KeepsDecay | None = None) -> None:
-        self._optimizer = optimizer
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        decide: Decide,
+        *,
+        after: Callable[[], object] | None = None,
+        keeps_decay: KeepsDecay | None = None,
+        tell: Callable[[], object] | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.scheduled: list[Any] = []
+        self.used: list[Any] = []
+        self._decide = decide
+        self._after = after
         self._keeps_decay = keeps_decay
-        self._lr = _Written(optimizer, "lr")
-        self._decay = None if keeps_decay is None else _Written(optimizer, "weight_decay")
+        self._tell = tell
+        self._undo: list[Callable[[], object]] = []
+        self._groups: list[dict[str, Any]] | None = None
+        # Whether the optimizer reads its groups before the closure; None until its first step has shown it.
+        self._early: bool | None = None
+        self._served = False
+        self._before_hook = optimizer.register_step_pre_hook(self._before_step)
+        self._after_hook = optimizer.register_step_post_hook(self._after_step)
+        # Whoever moves a schedule in a hook of the optimizer's must not find the factor: it is off before the
+        # other hooks after a step.
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._after_hook.id, last=False)
 
-    def scheduled(self) -> list[float]:
-        """The learning rates that the schedule, or anybody but this writer, set last."""
-        return _numbers(self._lr.original())
-
-    def apply(self, factor: float) -> None:
-        """Write the scheduled learning rates times a factor; calling again replaces the factor.
-
-        Args:
-            factor: positive.
-        """
-        scheduled = self.scheduled()
-        self._lr.write([lr * factor for lr in scheduled])
-        if self._decay is not None and self._keeps_decay is not None:
-            # By the learning rates really written, so that the product is kept to the last digit but one.
-            used = _numbers(self._lr.current())
-            kept = [
-                decay * (lr / written) if decay is not None and written > 0.0 and keeps else None
-                for decay, lr, written, keeps in zip(
-                    self._decay.original(),
-                    scheduled,
-                    used,
-                    map(self._keeps_decay, self._optimizer.param_groups),
-                    strict=True,
-                )
-            ]
-            self._decay.write(kept)
+    def come_last(self) -> None:
+        """Put the factor on after whatever other pre-hooks do. Not while a step is under way."""
+        hooks: Any = self.optimizer._optimizer_step_pre_hooks
+        if next(reversed(hooks)) != self._before_hook.id:
+            hooks.move_to_end(self._before_hook.id)
 
     def restore(self) -> None:
-        """Put the scheduled values back; does nothing where none was written."""
-        self._lr.restore()
-        if self._decay is not None:
-            self._decay.restore()
+        """Take the factor off, where an update that raised an error has left it on."""
+        self._stop_watching()
+        while self._undo:
+            self._undo.pop()()
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was found."""
+        self.restore()
+        self._before_hook.remove()
+        self._after_hook.remove()
+
+    # ------------------------------------------------------------------ one step
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self.restore()
+        self._served = False
+        positional = len(args) > 1
+        closure = args[1] if positional else kwargs.get("closure")
+        if not callable(closure):
+            self._put_on(early=False)
+            return None
+
+        def wrapped() -> Any:
+            self.restore()  # an optimizer may ask for the gradients several times
+            result = closure()
+            self._put_on(early=False)
+            return result
+
+        if self._early is None:
+            self._watch()
+        elif self._early:
+            self._put_on(early=True)
+        if positional:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.restore()
+        if self._after is not None:
+            self._after()
+
+    def _put_on(self, *, early: bool) -> None:
+        factor = self._decide(early=early)
+        groups = self.optimizer.param_groups
+        if not self._served:
+            self.scheduled = [_own(group["lr"]) for group in groups]
+        if factor is not None and factor != 1.0:
+            shared: set[int] = set()
+            for group in groups:
+                self._scale(group, "lr", factor, shared)
+                if self._keeps_decay is not None and group.get("weight_decay") and self._keeps_decay(group):
+                    self._scale(group, "weight_decay", 1.0 / factor, shared)
+        if not self._served:
+            self.used = [_own(group["lr"]) for group in groups]
+        # What an early reader has read stays what it was, whatever is written afterwards.
+        self._served = self._served or early
+
+    def _scale(self, group: dict[str, Any], key: str, factor: float, shared: set[int]) -> None:
+        value = group[key]
+        if not isinstance(value, Tensor):
+            group[key] = value * factor
+            self._undo.append(lambda: group.__setitem__(key, value))
+        elif id(value) not in shared:
+            shared.add(id(value))
+            before = value.clone()
+            value.mul_(factor)
+            self._undo.append(lambda: value.copy_(before))
+
+    # ------------------------------------------------------------------ the first step
+
+    def _watch(self) -> None:
+        """Stand in for the groups until the closure is called, to see whether they are read before."""
+        groups = self.optimizer.param_groups
+        self._groups = list(groups)
+        groups[:] = [_WatchedGroup(group, self._read_early) for group in groups]
+
+    def _read_early(self) -> None:
+        if self._groups is not None:
+            self._stop_watching(early=True)
+            self._put_on(early=True)
+            if self._tell is not None:
+                self._tell()
+
+    def _stop_watching(self, *, early: bool = False) -> None:
+        if self._groups is not None:
+            self.optimizer.param_groups[: len(self._groups)] = self._groups
+            self._groups, self._early = None, early
 
 
-def _numbers(values: list[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
+class _WatchedGroup(dict[str, Any]):
+    """Tells when a parameter group's learning rate is read; what is read and written is the group's own."""
+
+    def __init__(self, group: dict[str, Any], read: Callable[[], None]) -> None:
+        super().__init__(group)
+        self._group = group
+        self._read = read
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "lr":
+            self._read()
+        return self._group[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self._group else default
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        self._group[key] = value
+
+
+def _own(lr: Any) -> Any:
+    """A learning rate that later writes leave alone, without waiting for the device."""
+    return lr.detach().clone() if isinstance(lr, Tensor) else lr

@@ -12,7 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_surge.callbacks.lightning_host import BatchCounter, replicas_of
+from lightning_surge.callbacks.batch_counter import BatchCounter
+from lightning_surge.callbacks.lightning_host import replicas_of
 from lightning_surge.schedules.by_examples import ExamplesClock
 from lightning_surge.sweep.cells import CellSpec, Reached, SweepError
 from lightning_surge.sweep.config import imported

@@ -14,7 +14,7 @@ from benchmarks.fidelity.best_base import best_multiplier, live_at_best_base
 from benchmarks.fidelity.training import PHASES, continue_run, train_to
 from benchmarks.fidelity.workloads import WORKLOADS
 
-POINT: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "start"}
+POINT: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "start", "examples": 8192}
 
 
 def store_with(directory: Path, *, best: float) -> Store:
@@ -23,6 +23,7 @@ def store_with(directory: Path, *, best: float) -> Store:
         (POINT | {"batch_size": 16}, best),
         (POINT | {"batch_size": 64}, 0.25),
         (POINT | {"batch_size": 16, "phase": "late"}, 4.0),
+        (POINT | {"batch_size": 16, "examples": 32_768}, 4.0),
     ]
     grid = [0.25, 0.5, 1.0, 2.0, 4.0]
     lines = [

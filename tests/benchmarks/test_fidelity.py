@@ -12,36 +12,29 @@ from benchmarks.cells import Cell, Store, run_cells
 from benchmarks.fidelity import regrets
 from benchmarks.fidelity.analysis import (
     Mean,
-    decay_rows,
     joined,
     mean,
     mean_over_seeds,
     paired,
     pick,
     quantile,
-    ramp_rows,
-    rms,
     summary,
     unique,
 )
 from benchmarks.fidelity.held import (
-    alignment_rows,
+    calibration,
     calibration_rows,
-    direction_rows,
     exact_law,
     exact_noise_scale,
-    fitted_scale,
-    measurements_until,
     one_step_rows,
-    settling_rows,
 )
-from benchmarks.fidelity.lag import lag_rows
-from benchmarks.fidelity.leave_out import chosen_elsewhere, half_life_costs, leave_out, objective_costs
+from benchmarks.fidelity.leave_out import chosen_elsewhere, leave_out, objective_costs
 from benchmarks.fidelity.markdown import average, number
-from benchmarks.fidelity.one_step import COUNTS, KINDS, SIZES
-from benchmarks.fidelity.report import target, write_report
-from benchmarks.fidelity.run_tables import all_rows, ramp
-from benchmarks.fidelity.tuning import LRS, tuning_table
+from benchmarks.fidelity.one_step import COUNTS, SIZES
+from benchmarks.fidelity.ramp import ramp_rows, ramp_table
+from benchmarks.fidelity.report import read, write_report
+from benchmarks.fidelity.training import CONTINUED_EXAMPLES
+from benchmarks.results import target
 from lightning_surge.laws.base import MeasuredLaw
 from lightning_surge.laws.theorems import Theorem3Law
 
@@ -62,7 +55,6 @@ def one_step_record(**changes: Any) -> dict[str, Any]:
             "log2_error": 0.05,
             "alignment": LAW.alignment(size),
             "alignment_error": 0.01,
-            "curvature": LAW.curvature(size),
         }
         for size in SIZES
     }
@@ -70,14 +62,12 @@ def one_step_record(**changes: Any) -> dict[str, Any]:
         **POINT,
         "seed": 0,
         "seconds": 60.0,
-        "measured": {f"{half}/{count}": measured for half in ("8", "10000") for count in COUNTS},
+        "measured": {str(count): measured for count in COUNTS},
         "theorem2": right,
         "theorem3": right,
         "noise_scale_measured": 48.0,
         "grad_sq_of_batches": {str(size): 1.0 + 48.0 / size for size in SIZES},
-        "grad_sq": 1.0,
-        "erf_alignment": {str(size): LAW.alignment(size) for size in SIZES},
-        **dict.fromkeys(KINDS, step),
+        "sign": step,
         **changes,
     }
 
@@ -89,7 +79,7 @@ def sweep_record(batch_size: int, best: float, level: float = 1.0, **changes: An
         for seed in range(3)
     ]
     record = {**POINT, "batch_size": batch_size, "multipliers": GRID, "seeds": [0, 1, 2], "losses": losses}
-    return record | {"seconds": 60.0} | changes
+    return record | {"examples": CONTINUED_EXAMPLES, "seconds": 60.0} | changes
 
 
 def live_record(seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -107,15 +97,8 @@ def live_record(seed: int = 0, **changes: Any) -> dict[str, Any]:
         for size in (2, 64, 256)
     }
     record = {**POINT, "seed": seed, "max_overhead": 0.05, "objective": OBJECTIVE, "by_batch_size": runs}
-    return record | {"measurements": 10, "noise_scale": 48.0, "seconds": 60.0} | changes
-
-
-def decay_record() -> dict[str, Any]:
-    """Half-life 2 follows, 8 is half an octave behind at the end, 32 has no law there."""
-    start = {"lr_factor": 1.0, "reference": [1.0, 2.0], "2": [1.0, 2.0], "8": [1.0, 2.0], "32": [1.0, 2.0]}
-    end = {"lr_factor": 0.1, "reference": [0.0, 1.0], "2": [0.0, 1.0], "8": [0.5, 1.5], "32": None}
-    key = {"workload": "perceptron", "beta_2": 0.95, "seed": 0, "seconds": 60.0}
-    return key | {"points": {"0.0": start, "0.9": end}, "measurements": 40}
+    record |= {"examples": CONTINUED_EXAMPLES, "measurements": 10, "noise_scale": 48.0, "seconds": 60.0}
+    return record | changes
 
 
 def ramp_record(rule: str, seed: int, loss: float | None) -> dict[str, Any]:
@@ -214,7 +197,7 @@ def test_errors_of_one_step_by_law() -> None:
     twice = {"lr": [2 * LAW.lr(size) for size in SIZES]}
     steep = {"lr": [LAW.lr(size) * size / 16 for size in SIZES]}
     record = one_step_record(theorem2=twice, theorem3=steep)
-    record["measured"] = record["measured"] | {"8/12": None}
+    record["measured"] = record["measured"] | {"12": None}
     rows = pick(one_step_rows([record]), batch_size=256)
     by_law = {row["law"]: (row["lr"], row["ratio"]) for row in rows}
     assert by_law["measured, 50"] == (0.0, 0.0)
@@ -222,7 +205,6 @@ def test_errors_of_one_step_by_law() -> None:
     assert by_law["theorem 2"] == pytest.approx((1.0, 0.0))
     assert by_law["theorem 3"] == pytest.approx((4.0, 4.0))
     assert by_law["measured, 12"] == (math.inf, math.inf)
-    assert rows[0]["ratio_known"] == pytest.approx(0.05 * math.sqrt(2))
     at_base = pick(one_step_rows([record]), batch_size=16, law="theorem 2")
     assert (at_base[0]["lr"], at_base[0]["ratio"]) == (1.0, None)
 
@@ -232,7 +214,6 @@ def test_without_a_truth_there_is_no_error() -> None:
     record["sign"] = record["sign"] | {"256": record["sign"]["256"] | {"lr": None, "log2_error": None}}
     rows = pick(one_step_rows([record]), batch_size=256)
     assert {row["lr"] for row in rows} == {row["ratio"] for row in rows} == {None}
-    assert all(row["lr_known"] == math.inf for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -241,97 +222,46 @@ def test_without_a_truth_there_is_no_error() -> None:
 def test_truths_inside_the_interval(factor: float, lr: bool, ratio: bool) -> None:
     """0.1 and the truth's 0.05 make 0.112 in log2, a factor of 1.081; the base's 0.05 makes it 1.089."""
     record = one_step_record()
-    entry = record["measured"]["8/50"]
+    entry = record["measured"]["50"]
     shifted = entry | {"lr": [LAW.lr(size) * (1.0 if size == 16 else factor) for size in SIZES]}
-    record["measured"] = record["measured"] | {"8/50": shifted, "8/3": None}
+    record["measured"] = record["measured"] | {"50": shifted, "3": None}
     rows = calibration_rows([record])
-    (row,) = pick(rows, half_life="8", count=50, batch_size=64)
+    (row,) = pick(rows, count=50, batch_size=64)
     assert (row["lr"], row["ratio"]) == (lr, ratio)
-    (at_base,) = pick(rows, half_life="8", count=50, batch_size=16)
+    (at_base,) = pick(rows, count=50, batch_size=16)
     assert (at_base["lr"], at_base["ratio"]) == (True, None)
-    (without,) = pick(rows, half_life="8", count=3, batch_size=64)
+    (without,) = pick(rows, count=3, batch_size=64)
     assert (without["lr"], without["ratio"]) == (None, None)
 
 
-def test_an_interval_without_bounds_holds_everything_and_is_marked() -> None:
+def test_an_interval_without_bounds_holds_everything() -> None:
     record = one_step_record()
     far = {"lr": [100 * LAW.lr(size) for size in SIZES], "lr_error": [None] * len(SIZES)}
-    record["measured"] = record["measured"] | {"8/50": record["measured"]["8/50"] | far}
-    (row,) = pick(calibration_rows([record]), half_life="8", count=50, batch_size=64)
-    assert (row["lr"], row["infinite"]) == (True, True)
-
-
-@pytest.mark.parametrize(
-    ("errors", "count"),
-    [
-        ((0.0, 0.1, 0.0, 0.0, 0.0), 3.0),
-        ((1.0, 0.5, 0.1, 0.0, 0.0), 6 + 6 * 0.3 / 0.4),
-        ((0.0, 0.0, 0.4, 0.0, 0.0), 12 + 13 * 0.2 / 0.4),
-        ((math.inf, math.inf, 0.1, 0.0, 0.0), 12.0),
-        ((0.0, 0.0, 0.0, 0.0, 0.3), math.inf),
-    ],
-    ids=["at once", "falling", "left again", "no law at first", "not in the end"],
-)
-def test_measurements_until_errors_stay_within_a_bound(errors: tuple[float, ...], count: float) -> None:
-    assert measurements_until(errors, 0.2) == pytest.approx(count)
+    record["measured"] = record["measured"] | {"50": record["measured"]["50"] | far}
+    (row,) = pick(calibration_rows([record]), count=50, batch_size=64)
+    assert row["lr"] is True
 
 
 def test_extrapolation_widens_the_interval_at_both_ends_of_a_ratio() -> None:
     """Off by 0.4: outside hypot(0.1, 0.05, 0.05) = 0.12 and hypot with 0.3, inside with 0.3 at both ends."""
     record = one_step_record()
-    entry = record["measured"]["8/50"]
+    entry = record["measured"]["50"]
     off = entry | {"lr": [LAW.lr(size) * (1.0 if size == 16 else 2**0.4) for size in SIZES]}
     for allowed, inside in (([0.3] * len(SIZES), True), ([0.3 * (size != 16) for size in SIZES], False)):
-        record["measured"] = {"8/50": off | {"extrapolation": allowed}}
+        record["measured"] = {"50": off | {"extrapolation": allowed}}
         (row,) = pick(calibration_rows([record]), batch_size=64)
         assert (row["lr"], row["lr_alone"]) == (False, False)
         assert (row["ratio"], row["ratio_alone"]) == (inside, False)
 
 
-def test_ratios_settle_towards_their_average_and_the_truth() -> None:
+def test_the_page_of_intervals_counts_truths_by_measurements() -> None:
+    """Off by 0.2, outside every interval; the ratio, off at both ends alike, is not."""
     record = one_step_record()
-    biased = [LAW.lr(size) * (1.2 if size > 16 else 1.0) for size in SIZES]
-    off = record["measured"]["8/3"] | {"lr": biased}
-    record["measured"] = dict.fromkeys(record["measured"], off)
-    rows = settling_rows([record])
-    assert {row["average"] for row in rows} == {3.0}
-    assert {row["truth"] for row in rows} == {math.inf}
-    # Errors of 0.05 at both ends.
-    assert all(row["known"] for row in rows)
-    record["sign"]["64"] = record["sign"]["64"] | {"log2_error": 0.2}
-    record["sign"]["256"] = record["sign"]["256"] | {"log2_error": None}
-    assert not any(row["known"] for row in settling_rows([record]))
-
-
-def test_alignment_of_the_right_scale_has_no_error() -> None:
-    rows = alignment_rows([one_step_record()])
-    for model in ("B_simple", "erf sums", "fitted"):
-        assert rms(row["error"] for row in pick(rows, model=model)) == pytest.approx(0.0, abs=1e-4)
-    assert rows[0]["fitted"] == pytest.approx(48.0, rel=1e-3)
-    (row,) = pick(rows, model="pi/2 B_simple", reference=16, batch_size=64)
-    assert row["error"] == pytest.approx(
-        0.5 * math.log2((1 + 24 * math.pi / 16) / (1 + 24 * math.pi / 64) / (4.0 / 1.75))
-    )
-
-
-def test_a_negative_alignment_takes_no_part() -> None:
-    record = one_step_record()
-    record["sign"] = record["sign"] | {"1": record["sign"]["1"] | {"alignment": -1.0}}
-    rows = pick(alignment_rows([record]), batch_size=1)
-    assert rows
-    assert {row["error"] for row in rows} == {None}
-    assert fitted_scale([None] * 5 + [1.0, 1.1], np.full(7, 0.1)) is None
-
-
-def test_directions_report_ratios_and_signs() -> None:
-    record = one_step_record()
-    update = {size: entry | {"alignment": -1.0} for size, entry in record["update"].items()}
-    record["update"] = update | {"256": update["256"] | {"lr": None}}
-    (row,) = pick(direction_rows([record]), kind="update", batch_size=256)
-    assert (row["ratio"], row["without"], row["against"]) == (None, True, True)
-    (row,) = pick(direction_rows([record]), kind="sign", batch_size=256)
-    assert row["ratio"] == pytest.approx(math.log2(LAW.lr(256) / LAW.lr(16)))
-    assert (row["without"], row["against"]) == (False, False)
+    off = record["measured"]["50"] | {"lr": [LAW.lr(size) * 2**0.2 for size in SIZES]}
+    record["measured"] = {"3": record["measured"]["3"], "50": off}
+    page = calibration({"one_step": [record]})
+    assert "| 3 | 100 % (5 of 5) | 100 % (4 of 4) | 100 % (5 of 5) | 100 % (4 of 4) |" in page
+    assert "| 50 | 0 % (0 of 5) | 100 % (4 of 4) | 0 % (0 of 5) | 100 % (4 of 4) |" in page
 
 
 # ---------------------------------------------------------------------- runs
@@ -377,8 +307,6 @@ def test_multipliers_at_which_a_seed_diverged_are_left_out() -> None:
     found = regrets.Sweep.of(record)
     assert len(found.x) == len(GRID) - 1
     assert found.best == pytest.approx(0.0, abs=1e-9)
-    assert found.beyond(3.0)
-    assert not found.beyond(2.5)
     record["losses"][2][: len(GRID) - 3] = [None] * (len(GRID) - 3)
     assert regrets.sweeps_of([record]) == {}
 
@@ -460,9 +388,7 @@ def test_an_lr_beyond_the_sweep_takes_the_loss_of_its_end() -> None:
     records = [sweep_record(16, 0.0), sweep_record(256, 0.0)]
     rows = regrets.switch_rows(regrets.sweeps_of(records), [], [])
     (row,) = pick(rows, rule="linear", seed=1)
-    assert row["beyond"]
     assert row["regret"] == pytest.approx(0.05 * 9)
-    assert not pick(rows, rule="sqrt", seed=1)[0]["beyond"]
 
 
 def test_what_sweeps_found_elsewhere_is_a_ratio_of_its_own() -> None:
@@ -480,15 +406,6 @@ def test_what_sweeps_found_elsewhere_is_a_ratio_of_its_own() -> None:
     assert not pick(regrets.switch_rows(alone, [], []), rule=regrets.ELSEWHERE)
 
 
-def test_the_right_rules_error_is_that_of_the_mean_of_the_seeds() -> None:
-    """Drawn: the mean absolute error of means of three, told from the deviations of the same three."""
-    draws = np.random.default_rng(0).normal(scale=0.7, size=(200_000, 3))
-    truths = [{"spread": float(np.mean(np.std(draws, axis=1, ddof=1))), "censored": False}]
-    truths.append({"spread": 100.0, "censored": True})
-    expected = float(np.mean(np.abs(draws.mean(axis=1))))
-    assert regrets.error_of_the_right_rule(truths, 3) == pytest.approx(expected, rel=0.01)
-
-
 def test_only_cells_that_all_rules_share_are_compared() -> None:
     sweeps = regrets.sweeps_of([sweep_record(16, 0.5), sweep_record(64, 1.0)])
     rows = regrets.switch_rows(sweeps, [live_record(seed=1)], [])
@@ -499,33 +416,6 @@ def test_only_cells_that_all_rules_share_are_compared() -> None:
     assert found is not None
     assert found == ("sqrt", pytest.approx(0.0, abs=1e-12))
     assert regrets.best_fixed([]) is None
-
-
-def test_decay_rows_are_relative_to_the_held_model() -> None:
-    rows = pick(decay_rows([decay_record()]), mark=0.9)
-    errors = {name: [row["error"] for row in pick(rows, half_life=name)] for name in ("2", "8", "32")}
-    assert errors == {"2": [0.0, 0.0], "8": [0.5, 0.5], "32": [math.inf, math.inf]}
-    assert [row["error"] for row in pick(rows, half_life="reference")] == [-1.0, -1.0]
-
-
-def test_lag_is_compared_with_the_sweep_of_the_same_key() -> None:
-    plain = [sweep_record(2, 0.0), sweep_record(256, 1.0)]
-    corrected = [sweep_record(256, 2.0, level=0.9, correct_lag=True)]
-    (row,) = lag_rows(plain, corrected, [])
-    assert row["batch_size"] == 256
-    assert (row["multiplier without"], row["multiplier with"]) == pytest.approx((2.0, 4.0))
-    assert row["difference"].value == pytest.approx(-0.1)
-    assert (row["difference"].half_width, row["difference"].n) == (pytest.approx(0.0, abs=1e-12), 3)
-    assert row["at first ratio"].n == 0
-
-
-def test_lag_is_compared_at_the_ratio_that_the_callback_writes() -> None:
-    """An octave above the base's best of a half: best without the correction, half an octave off with it."""
-    plain = [sweep_record(16, -0.5), sweep_record(256, 0.5)]
-    corrected = [sweep_record(256, 1.0, level=0.9, correct_lag=True)]
-    (row,) = lag_rows(plain, corrected, [live_record(seed) for seed in range(2)])
-    assert row["at first ratio"].value == pytest.approx(-0.1 + 0.05 * 0.5**2, abs=1e-3)
-    assert row["at first ratio"].n == 3
 
 
 def test_ramps_are_compared_with_sqrt_scaling_seed_by_seed() -> None:
@@ -542,7 +432,7 @@ def test_ramps_are_compared_with_sqrt_scaling_seed_by_seed() -> None:
     assert rows["constant"]["difference"].n == 1
     assert rows["linear"]["loss"] == math.inf
     assert (rows["sqrt"]["loss"], rows["sqrt"]["spread"], rows["sqrt"]["count"]) == (2.0, 1.0, 3)
-    page = ramp({"ramp": records})
+    page = ramp_table({"ramp": records})
     assert "16,384 examples, 100 steps on the ramp and 1024 at a fixed batch" in page
     assert "| sqrt | 2.0000 ± 1.0000 |" in page
     assert "| step | 1.9000 ± 1.0000; -0.1000 ± 0.0000 |" in page
@@ -553,11 +443,11 @@ def test_ramps_are_compared_with_sqrt_scaling_seed_by_seed() -> None:
 
 
 def test_a_target_without_a_number_is_missed() -> None:
-    assert target("a", 0.5, 0.5)["met"]
-    assert not target("a", 0.5001, 0.5)["met"]
-    assert target("a", 0.6, 0.55, "higher")["met"]
-    assert not target("a", math.nan, 0.5)["met"]
-    assert not target("a", math.inf, 0.5)["met"]
+    assert target("a", 0.5, 0.5, "make")["met"]
+    assert not target("a", 0.5001, 0.5, "make")["met"]
+    assert target("a", 0.6, 0.55, "make", better="higher")["met"]
+    assert not target("a", math.nan, 0.5, "make")["met"]
+    assert not target("a", math.inf, 0.5, "make")["met"]
 
 
 def fill(directory: Path) -> Store:
@@ -569,8 +459,6 @@ def fill(directory: Path) -> Store:
         "sweep": [sweep_record(16, 0.5), sweep_record(64, 1.0)],
         "live": [live_record(seed) for seed in range(3)],
         "best_base": [live_record(seed, multiplier=1.4) for seed in range(3)],
-        "decay": [decay_record()],
-        "lag": [sweep_record(64, 1.0, correct_lag=True)],
         "ramp": [ramp_record(rule, seed, 1.0) for rule in ("sqrt", "step") for seed in range(3)],
     }
     for kind, lines in records.items():
@@ -580,8 +468,8 @@ def fill(directory: Path) -> Store:
 
 def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     store = fill(tmp_path / "results")
-    write_report(store, tmp_path / "report", {"truths": 4, "live": 3, "secants": 2})
-    rows = json.loads((tmp_path / "report" / "summary.json").read_text())
+    write_report(store, tmp_path / "report", {"truths": 4, "live": 3, "approach": 2})
+    rows = json.loads((tmp_path / "report" / "summary.json").read_text())["targets"]
     by_name = {row["name"]: row for row in rows}
     # 0.02, less 0.05 * 0.1^2 in the two seeds whose own best is a tenth of an octave off the common one.
     regret = by_name["change of the batch size, live ratio, mean regret (nats)"]
@@ -590,21 +478,20 @@ def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     assert (at_best_base["value"], at_best_base["met"]) == (0.0197, False)
     frozen = by_name["change of the batch size, frozen ratio, mean |log2(R / R_true)|"]
     assert (frozen["value"], frozen["met"]) == (0.5, False)
-    coverage = (tmp_path / "report" / "coverage.md").read_text()
-    assert "25 % (1 of 4)" in coverage
-    assert "0 % (0 of 2)" in coverage
-    assert "No cell is finished." in (tmp_path / "report" / "secants.md").read_text()
-    for name in ("one_step", "calibration", "switch", "regret"):
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "25 % (1 of 4)" in page
+    assert "0 % (0 of 2)" in page
+    assert "## approach\n\nNo cell is finished.\n\n## ramp" in page
+    for name in ("one_step", "regret"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert f"| {OBJECTIVE}, live | 3 |" in (tmp_path / "report" / "switch.md").read_text()
-    kinds = ("sweep", "live", "laws", "best_base")
-    assert len(all_rows({kind: store.records(kind) for kind in kinds})) == 3 * 8
+    assert len(read(store)["rules"]) == 3 * 8
+    assert read(store)["longer"] == []
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
     write_report(Store(tmp_path), tmp_path / "report", {"live": 648})
-    assert json.loads((tmp_path / "report" / "summary.json").read_text()) == []
-    assert "0 % (0 of 648)" in (tmp_path / "report" / "coverage.md").read_text()
+    assert json.loads((tmp_path / "report" / "summary.json").read_text())["targets"] == []
+    assert "0 % (0 of 648)" in (tmp_path / "report" / "report.md").read_text()
 
 
 # ---------------------------------------------------------------------- choices
@@ -618,8 +505,8 @@ def test_a_workload_judges_what_the_others_choose() -> None:
     }
     a, b, c = chosen_elsewhere(costs, "y")
     # The others' sums are 3 and 2.5, 2 and 4.5, 3 and 4.
-    assert [row["chosen"] for row in (a, b, c)] == ["y", "x", "x"]
-    assert (a["cost"], a["best"], a["best cost"], a["default cost"]) == (3.0, "x", 1.0, 3.0)
+    assert [row[1] for row in (a, b, c)] == ["y", "x", "x"]
+    assert a == ["a", "y", 3.0, "x", 1.0, 3.0]
     assert chosen_elsewhere({"a": {"x": 1.0}}, "x") == []
 
 
@@ -646,37 +533,16 @@ def test_regrets_of_live_runs_are_in_units_of_the_best_fixed_rule() -> None:
     assert objective_costs(rows) == {"a": pytest.approx({"edge": 0.5, "step": 1.5})}
 
 
-def test_windows_are_compared_where_all_of_them_have_a_law() -> None:
-    """At the end half-life 32 has none; at the start all agree with the reference."""
-    assert half_life_costs([decay_record()]) == {"perceptron": {"2": 0.0, "8": 0.0, "32": 0.0}}
-
-
-def test_the_page_of_choices(tmp_path: Path) -> None:
+def test_the_page_of_choices() -> None:
     other = {"workload": "autoencoder"}
-    records = {
-        "laws": [],
-        "sweep": [
-            sweep_record(size, best, **change)
-            for change in ({}, other)
-            for size, best in ((16, 0.5), (64, 1.5))
-        ],
-        "live": [live_record(seed, **change) for change in ({}, other) for seed in range(3)],
-        "best_base": [],
-        "decay": [decay_record(), decay_record() | other],
-    }
-    page = leave_out(records)
+    sweeps = [
+        sweep_record(size, best, **change) for change in ({}, other) for size, best in ((16, 0.5), (64, 1.5))
+    ]
+    lives = [live_record(seed, **change) for change in ({}, other) for seed in range(3)]
+    rows = regrets.all_rows({"laws": [], "sweep": sweeps, "live": lives, "best_base": []})
+    page = leave_out({"rules": rows})
     assert f"| perceptron | {OBJECTIVE} |" in page
     assert "6 cells." in page
-    assert "| autoencoder | 2 | 0.000 | 2 | 0.000 | 0.000 |" in page
-
-
-def test_the_table_of_base_learning_rates() -> None:
-    losses = [[1.0] * 4 + [0.5] + [1.0] * (len(LRS) - 6) + [None]] * 3
-    record = {"workload": "perceptron", "beta_2": 0.95, "lrs": LRS, "losses": losses}
-    (line,) = tuning_table({"tuning": [record]}).splitlines()[-1:]
-    assert line.startswith("| perceptron | 0.95 | 0.0056 | 1.0000 |")
-    assert line.count("**0.5000**") == 1
-    assert line.endswith("| - |")
 
 
 # ---------------------------------------------------------------------- cells

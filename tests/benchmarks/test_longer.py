@@ -8,24 +8,25 @@ import pytest
 
 from benchmarks.cells import Store
 from benchmarks.fidelity import best_base, longer
-from benchmarks.fidelity.longer import KINDS, LONG, cells, longer_table
-from benchmarks.fidelity.regrets import DEFAULT
+from benchmarks.fidelity.longer import LONG, cells, longer_table
+from benchmarks.fidelity.regrets import DEFAULT, all_rows
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES, PHASES, train_to
 from benchmarks.fidelity.workloads import WORKLOADS
 
 POINT: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "late"}
 GRID = [2.0**index for index in range(-4, 5)]
-SHORT, LONGER = KINDS
 
 
-def sweep_record(batch_size: int, best: float) -> dict[str, Any]:
+def sweep_record(batch_size: int, best: float, examples: int) -> dict[str, Any]:
     losses = [[1.0 + 0.05 * (math.log2(m) - best) ** 2 for m in GRID]] * 3
-    return POINT | {"batch_size": batch_size, "multipliers": GRID, "seeds": [0, 1, 2], "losses": losses}
+    key = POINT | {"batch_size": batch_size, "examples": examples}
+    return key | {"multipliers": GRID, "seeds": [0, 1, 2], "losses": losses}
 
 
-def live_record(seed: int, loss: float) -> dict[str, Any]:
+def live_record(seed: int, loss: float, examples: int) -> dict[str, Any]:
     run = {"predicted": 4.0, "used": 2.0, "loss": loss, "mean_log2_ratio": 1.5}
-    return POINT | DEFAULT | {"seed": seed, "noise_scale": 48.0, "by_batch_size": {"64": run, "256": run}}
+    key = POINT | DEFAULT | {"seed": seed, "examples": examples}
+    return key | {"noise_scale": 48.0, "by_batch_size": {"64": run, "256": run}}
 
 
 def test_every_cell_has_four_times_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,15 +39,16 @@ def test_every_cell_has_four_times_the_examples(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(best_base, "live", called)
     monkeypatch.setattr(longer, "live", called)
     monkeypatch.setattr(longer, "sweep", called)
-    monkeypatch.setattr(best_base, "best_multiplier", lambda store, kind, **point: {"long_sweep": 0.5}[kind])
+    monkeypatch.setattr(best_base, "best_multiplier", lambda store, **point: {LONG: 0.5}[point["examples"]])
     grid = cells(Store(tmp_path), ["perceptron"], 0.95)
-    for kind in KINDS[LONGER]:
+    for kind in ("sweep", "live", "best_base"):
         cell = [cell for cell in grid if cell.kind == kind and cell.key["phase"] == "late"][-1]
         cell.measure(**cell.key)
-    run = POINT | {"seed": 2} | DEFAULT | LONG | {"batch_sizes": (64, 256)}
-    assert asked == [POINT | {"batch_size": 256} | LONG, run, run | {"multiplier": 0.5}]
-    assert LONG["examples"] == 4 * CONTINUED_EXAMPLES
-    sizes = [c.key["batch_size"] for c in grid if c.kind == "long_sweep" and c.key["phase"] == "early"]
+    point = POINT | {"examples": LONG}
+    run = point | {"seed": 2} | DEFAULT | {"batch_sizes": (64, 256)}
+    assert asked == [point | {"batch_size": 256}, run, run | {"multiplier": 0.5}]
+    assert LONG == 4 * CONTINUED_EXAMPLES
+    sizes = [c.key["batch_size"] for c in grid if c.kind == "sweep" and c.key["phase"] == "early"]
     assert sizes == [16, 64, 256]
 
 
@@ -57,16 +59,20 @@ def test_a_run_stops_at_the_change_and_plans_for_the_examples_after_it() -> None
 
 
 def test_only_changes_of_both_lengths_are_compared() -> None:
-    short, longer = KINDS[SHORT], KINDS[LONGER]
+    short, long = CONTINUED_EXAMPLES, LONG
     records: dict[str, list[dict[str, Any]]] = {"laws": []}
-    records[short[0]] = [sweep_record(16, 0.0), sweep_record(64, 1.0), sweep_record(256, 2.0)]
-    records[longer[0]] = [sweep_record(16, 0.0), sweep_record(64, 2.0)]
-    for kinds, loss in ((short, 1.1), (longer, 1.2)):
-        for kind in kinds[1:]:
-            records[kind] = [live_record(seed, loss) for seed in range(3)]
+    records["sweep"] = [
+        *(sweep_record(size, best, short) for size, best in ((16, 0.0), (64, 1.0), (256, 2.0))),
+        *(sweep_record(size, best, long) for size, best in ((16, 0.0), (64, 2.0))),
+    ]
+    records["live"] = [
+        live_record(seed, loss, after) for after, loss in ((short, 1.1), (long, 1.2)) for seed in range(3)
+    ]
+    records["best_base"] = records["live"]
+    records |= {"rules": all_rows(records), "longer": all_rows(records, LONG)}
     page = longer_table(records)
     assert "| perceptron | 0.95 | late | 64 | 2.00 (1.00) | 4.00 (1.00) |" in page
     assert "| 256 |" not in page
     live = f"{DEFAULT['objective']}, live"
-    assert f"| {SHORT} | {live} | 3 | 0.500 ± 0.000 | 0.100 ± 0.000 | - | 0.100 ± 0.000 | - |" in page
-    assert f"| {LONGER} | {live} | 3 | 0.500 ± 0.000 | 0.200 ± 0.000 | - | 0.200 ± 0.000 | - |" in page
+    assert f"| {short} | {live} | 3 | 0.500 ± 0.000 | 0.100 ± 0.000 | - | 0.100 ± 0.000 | - |" in page
+    assert f"| {long} | {live} | 3 | 0.500 ± 0.000 | 0.200 ± 0.000 | - | 0.200 ± 0.000 | - |" in page

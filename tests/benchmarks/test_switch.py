@@ -62,20 +62,3 @@ def test_a_grid_is_extended_where_its_lowest_loss_is_at_an_end() -> None:
     # A multiplier at which one seed diverges ends the grid, with the lowest loss of the others or not.
     assert beyond(factors, np.array([[3.0, 2.0, math.inf], [3.0, 2.0, 0.0]])) == []
     assert beyond(factors, np.array([[3.0, 2.0, math.nan]])) == []
-
-
-def test_the_correction_for_the_lag_is_that_of_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`sqrt(EMA[1/B] B)`, the average begun at the base batch size."""
-    seen: list[float] = []
-
-    def losses(*key: Any) -> list[list[float]]:
-        seen.extend(float(key[4](step)[0]) for step in range(3))
-        return [[abs(index - 4) for index in range(9)]] * len(SEEDS)
-
-    monkeypatch.setattr(switch, "final_losses", losses)
-    factors = sweep("perceptron", 0.9, "start", 64, correct_lag=True)["multipliers"]
-    average, expected = 1 / 16, []
-    for _ in range(3):
-        average = 0.9 * average + 0.1 / 64
-        expected.append(factors[0] * math.sqrt(average * 64))
-    assert seen == pytest.approx(expected)

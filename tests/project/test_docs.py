@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_surge
-from benchmarks.publish import PAGES, filled
+from benchmarks.publish import PAGES, filled, named
 from docs.code_blocks import blocks, run
 from lightning_surge import SurgeLRCallback
 from lightning_surge.cli import COMMANDS
@@ -212,13 +212,21 @@ def test_tables_are_those_of_the_committed_results(page: str) -> None:
     assert filled(text) == text, "run: python -m benchmarks.publish"
 
 
+def test_a_section_is_what_is_under_its_heading() -> None:
+    page = "benchmarks/fidelity/results/report.md"
+    text = (ROOT / page).read_text()
+    headings = re.findall(r"(?m)^## (\S+)$", text)
+    assert "\n".join(f"## {heading}\n\n{named(f'{page}#{heading}')}" for heading in headings) == text
+    with pytest.raises(LookupError, match="heading '## nothing'"):
+        named(f"{page}#nothing")
+
+
 def test_the_misses_are_those_of_the_committed_results() -> None:
     text = (ROOT / "docs" / "limits.md").read_text().partition("## Known misses")[2]
     told = set(re.findall(r"\b\d+\.\d{3,}\b", text))
     results = (
-        "fidelity/results/summary.md",
-        "batch_warmup/results/summary.md",
-        "batch_warmup/results/table.md",
+        "fidelity/results/report.md",
+        "batch_warmup/results/report.md",
     )
     committed = " ".join((ROOT / "benchmarks" / path).read_text() for path in results)
     assert len(told) >= 8

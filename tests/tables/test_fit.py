@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.export_grids import TABLES, tables
+from benchmarks.export_grids import TABLES, log_steps, tables
 from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, SGDLaw, SqrtLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.tables import fit as fitting
@@ -434,6 +434,17 @@ class TestTooLittle:
 
 
 class TestCommittedTables:
+    def test_steps_are_interpolated_in_the_log_from_the_lowest_loss_so_far(self) -> None:
+        record = {
+            "targets": [1.0],
+            "steps": [10, 20, 40, 80],
+            "losses": [[[3.0, 2.0, 2.5, 0.0], [3.0, 2.0, 2.0, 1.5]]],
+        }
+        steps = log_steps(record, 0)
+        # Between 2, held over the third mark, and 0, the loss of 1 is half way from 40 to 80 in the log.
+        assert math.exp(steps[0, 0]) == pytest.approx(math.sqrt(40 * 80))
+        assert steps[0, 1] == math.inf
+
     def test_tables_are_those_of_the_committed_results(self) -> None:
         found = dict(tables())
         published = {path.name for path in TABLES.glob("mlperf_*.csv")}

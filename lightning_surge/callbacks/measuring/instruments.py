@@ -20,7 +20,7 @@ from lightning_surge.measure.records import Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk
 from lightning_surge.measure.sharpness import Sharpness, SharpnessError
 from lightning_surge.optimizers.families import OptimizerKind, lr_scales, parameter_scales
-from lightning_surge.optimizers.lr_writer import LearningRateWriter
+from lightning_surge.optimizers.lr_writer import learning_rates
 from lightning_surge.optimizers.moments import AdamMoments
 
 __all__ = ["Instruments"]
@@ -48,13 +48,12 @@ class Instruments:
     Attributes:
         optimal_lr: distance that the curvature is wanted over, as far as it is known.
         parameters: that the optimizer moves.
-        parameters_changed: since the window before, as where a callback unfreezes some.
+        parameters_changed: since somebody last set this to False, as where a callback unfreezes some.
     """
 
     # Of the run in hand; absent between runs.
     _optimizer: Optimizer
     _kind: OptimizerKind
-    _writer: LearningRateWriter
     _prober: Prober
 
     def __init__(self, settings: SurgeSettings) -> None:
@@ -65,24 +64,20 @@ class Instruments:
         self._sharpness = Sharpness()
         self.end()
 
-    def begin(
-        self, optimizer: Optimizer, kind: OptimizerKind, writer: LearningRateWriter, prober: Prober
-    ) -> None:
+    def begin(self, optimizer: Optimizer, kind: OptimizerKind, prober: Prober) -> None:
         """Take hold of a run that starts.
 
         Args:
             optimizer: that moves the parameters.
             kind: of its direction.
-            writer: knows the scheduled learning rates.
             prober: computes gradients, on all processes.
         """
-        self._optimizer, self._kind = optimizer, kind
-        self._writer, self._prober = writer, prober
+        self._optimizer, self._kind, self._prober = optimizer, kind, prober
         self._ranks = prober.ranks
 
     def end(self) -> None:
         """Let go of the run."""
-        for name in ("_optimizer", "_kind", "_writer", "_prober"):
+        for name in ("_optimizer", "_kind", "_prober"):
             vars(self).pop(name, None)
         self.parameters: list[Tensor] = []
         self.parameters_changed = False
@@ -90,8 +85,8 @@ class Instruments:
 
     def refresh(self) -> None:
         """Read the parameter groups afresh: fine-tuning callbacks unfreeze and add."""
-        lrs = self._writer.scheduled()
-        self._largest_lr = max(self._largest_lr, *lrs)
+        lrs = learning_rates(self._optimizer)
+        self.see_lr(max(lrs))
         groups = zip(self._optimizer.param_groups, lr_scales(lrs), strict=True)
         rows = [
             (p, scale * distance)
@@ -99,10 +94,14 @@ class Instruments:
             for p, distance in zip(group["params"], parameter_scales(self._optimizer, group), strict=True)
             if p.requires_grad
         ]
-        before = [id(parameter) for parameter in self.parameters]
-        self.parameters = [parameter for parameter, _ in rows]
-        self.parameters_changed = bool(before) and before != [id(parameter) for parameter, _ in rows]
+        before, self.parameters = self.parameters, [parameter for parameter, _ in rows]
+        if before and list(map(id, before)) != list(map(id, self.parameters)):
+            self.parameters_changed = True
         self._scales = [scale for _, scale in rows]
+
+    def see_lr(self, lr: float) -> None:
+        """Note a scheduled learning rate, of which the largest is the scale of the schedule."""
+        self._largest_lr = max(self._largest_lr, lr)
 
     @property
     def one_lr(self) -> bool:
@@ -111,7 +110,7 @@ class Instruments:
 
     def _delta(self, share: float = 1.0) -> float:
         """Distance of the secants: the optimal step as far as it is known, within the schedule's scale."""
-        lr = max(*self._writer.scheduled(), SMALLEST_DELTA * self._largest_lr)
+        lr = max(*learning_rates(self._optimizer), SMALLEST_DELTA * self._largest_lr)
         wanted = FIRST_DELTA * lr if self.optimal_lr is None else self.optimal_lr
         return probe_distance(self.parameters, share * min(max(wanted, SMALLEST_DELTA * lr), lr))
 

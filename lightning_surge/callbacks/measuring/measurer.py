@@ -18,14 +18,14 @@ from lightning_surge.callbacks.measuring.plan import MeasuringPlan, Pace
 from lightning_surge.callbacks.measuring.pooling import Cutting, Pool, Versions
 from lightning_surge.callbacks.measuring.repeated_loss import Attempts, LossFn, RepeatedLoss
 from lightning_surge.callbacks.settings import SurgeSettings
-from lightning_surge.measure.batches import SplitBatch
+from lightning_surge.laws.base import Law
+from lightning_surge.measure.batches import SplitBatch, shared_copy
 from lightning_surge.measure.distributed import RankError
 from lightning_surge.measure.measurement import ALONE, MoreSecants
 from lightning_surge.measure.probing import Prober
 from lightning_surge.measure.records import Measurement
 from lightning_surge.measure.replay import Piece
 from lightning_surge.optimizers.families import OptimizerKind
-from lightning_surge.optimizers.lr_writer import LearningRateWriter
 from lightning_surge.optimizers.moments import AdamMoments
 
 __all__ = ["LossFn", "Measurer"]
@@ -49,7 +49,7 @@ class Measurer:
     """
 
     # Of the run in hand; absent between runs.
-    _run: tuple[pl.Trainer, pl.LightningModule, Optimizer, LearningRateWriter, OptimizerKind]
+    _run: tuple[pl.Trainer, pl.LightningModule, Optimizer, OptimizerKind]
     _trainer: pl.Trainer
     _loss: RepeatedLoss
     _attempts: Attempts
@@ -83,13 +83,12 @@ class Measurer:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         optimizer: Optimizer,
-        writer: LearningRateWriter,
         kind: OptimizerKind,
         pace: Pace | None = None,
     ) -> None:
         """Take hold of a run that starts; `pace` is that of the optimizer where the user calls its steps."""
         self.detach()
-        self._run = trainer, pl_module, optimizer, writer, kind
+        self._run = trainer, pl_module, optimizer, kind
         self._trainer, self._pace = trainer, pace
         self._ranks = ranks_of(trainer)
         self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks)
@@ -103,7 +102,7 @@ class Measurer:
             split_batch=None,
             ranks=self._ranks,
         )
-        self._instruments.begin(optimizer, kind, writer, self._prober)
+        self._instruments.begin(optimizer, kind, self._prober)
         self.seconds = 0.0
 
     def take_over(self, other: Measurer, pace: Pace) -> None:
@@ -118,7 +117,6 @@ class Measurer:
             vars(self).pop(name, None)
         self._pace = None
         self._instruments.end()
-        self._plan.forget_latest()
         # Of the batch in hand, which can see several windows where optimization is manual.
         self._versions = Versions()
         self._pool.clear()
@@ -137,19 +135,23 @@ class Measurer:
         """Whether all parameters move at the same learning rate, so that directions are plain signs."""
         return self._instruments.one_lr
 
-    @property
     def parameters_changed(self) -> bool:
-        """Whether the window in hand trains other parameters than the one before."""
-        return self._instruments.parameters_changed
+        """Whether other parameters are trained than at the last call, as far as a measurement has looked."""
+        changed, self._instruments.parameters_changed = self._instruments.parameters_changed, False
+        return changed
+
+    def see_lr(self, lr: float) -> None:
+        """Note the scheduled learning rate of an ordinary step."""
+        self._instruments.see_lr(lr)
 
     @property
     def overhead(self) -> float:
         """Passes spent on measuring, times the safety factor, per example trained."""
         return self.budget.spent / self.budget.trained if self.budget.trained else 0.0
 
-    def expected(self, size: float) -> float:
-        """Examples that a micro-batch of all processes will have, where this process's has `size`."""
-        return self._plan.expected(size, self._ranks)
+    def foreseen(self, examples: float) -> float:
+        """Examples of all processes, where this one counts so many. One message."""
+        return self._ranks.examples(examples)[0]
 
     # ------------------------------------------------------------------ the window's hooks
 
@@ -160,7 +162,7 @@ class Measurer:
         size: float,
         *,
         base: float | None,
-        delta: float | None,
+        law: Law | None,
     ) -> None:
         """Decide at a window's first micro-batch whether and how the window is measured.
 
@@ -169,35 +171,35 @@ class Measurer:
             batch_idx: its index in the epoch.
             size: examples in it, of this process.
             base: base batch size; None if this window will fix it.
-            delta: the optimal learning rate as far as it is known.
+            law: the latest one, which says how far curvature is wanted; None while there is none.
 
         Raises:
             MisconfigurationException: if batches cannot be cut, before the first step is taken.
         """
-        plan, accumulation = self._plan, self._trainer.accumulate_grad_batches
-        self._refresh_parameters()
         self._pool.open_window()
-        self._instruments.optimal_lr = delta
+        if self._pool.target:
+            return  # still pooling
+        plan, accumulation = self._plan, self._trainer.accumulate_grad_batches
         typical = plan.typical(size, self._ranks)
         self._live.sort_processes(accumulation, cuts=self._cutting.allowed)
         free = accumulation * self._live.groups >= FREE_CHUNKS and not plan.by_coordinates
         if self._cutting.allowed and not free and self._first_window and size >= 2:
+            self._refresh_parameters()
             self._cutting.check(batch, self._prober)
         self._first_window = False
-        if self._pool.target:
-            return  # still pooling
         window = plan.look_ahead(self._trainer, self._pace, batch_idx, typical)
         if free:
-            self._open_live(base, typical, window)
+            self._open_live(base, typical, window, law)
         else:
             self._open_pool(base, typical, typical * window)
 
-    def _open_live(self, base: float | None, typical: float, window: float) -> None:
+    def _open_live(self, base: float | None, typical: float, window: float, law: Law | None) -> None:
         groups = self._live.groups
         due = self._plan.live_is_due(typical * window, groups, self._instruments.secants)
         # A shorter window would start a pool, which the next ones need not wait for.
         num_chunks = int(window) * groups
         if due and num_chunks >= FREE_CHUNKS:
+            self._refresh_parameters(law, base)
             # Directions of a base batch, if two sizes of them fit into half of the window.
             stride = round((base or typical) * groups / typical)
             self._start_live(num_chunks, stride=max(1, min(stride, num_chunks // 4)))
@@ -219,8 +221,9 @@ class Measurer:
         if self._pool.target:
             self.budget.start()
 
-    def _refresh_parameters(self) -> None:
+    def _refresh_parameters(self, law: Law | None = None, base: float | None = None) -> None:
         self._instruments.refresh()
+        self._instruments.optimal_lr = None if law is None or base is None else law.lr(base)
         self._prober.parameters = self._instruments.parameters
         self._prober.split_batch = self._cutting.split_batch
 
@@ -228,19 +231,32 @@ class Measurer:
         """Forget the batches of a window whose step is skipped: their gradients are not finite."""
         self._pool.drop_window()
 
-    def before_forward(self, batch: Any) -> None:
+    @property
+    def gathering(self) -> bool:
+        """Whether the micro-batches of this window are measured, or kept to be measured."""
+        return self._live.under_way or self._pool.target > 0.0
+
+    def before_forward(self, batch: Any) -> Any:
         """Remember what the coming pass of a batch that may be replayed begins with.
 
         Args:
             batch: the micro-batch.
+
+        Returns:
+            The batch to replay: in containers of its own where `gathering`, because a `training_step` may
+            take things out of them.
         """
+        if not self.gathering:
+            return batch
         self._live.before_forward()
-        if self._live.under_way or self._pool.target:
-            self._versions = Versions(batch)
+        batch = shared_copy(batch)
+        self._versions = Versions(batch)
+        return batch
 
     def before_backward(self) -> None:
         """Set the accumulated gradients aside, so that the coming micro-batch's stand alone."""
-        self._live.before_backward(self._instruments.parameters)
+        if self._live.under_way:
+            self._live.before_backward(self._instruments.parameters)
 
     def after_backward(self, batch: Any, batch_idx: int, size: float, weight: float = 1.0) -> None:
         """Fold in, or keep, a micro-batch whose gradients have just been computed.
@@ -251,6 +267,8 @@ class Measurer:
             size: examples in it; 0 if it was counted before in this window.
             weight: factor that somebody put on its loss.
         """
+        if not self.gathering:
+            return
         piece = Piece(batch, batch_idx, size)
         if self._live.under_way:
             begin = time.perf_counter()
@@ -286,21 +304,24 @@ class Measurer:
         """Whether the window that ends has a measurement to finish, so that `collect` has something to do."""
         return self._live.under_way or self._pool.full
 
-    def collect(self, base: float, batch_size: float, moments: AdamMoments | None) -> Measurement | None:
+    def collect(
+        self, base: float, batch_size: float, moments: AdamMoments | None, law: Law | None
+    ) -> Measurement | None:
         """Finish the measurement at the end of a window, if one is complete.
 
         Args:
             base: base batch size.
             batch_size: examples behind the step about to be taken.
             moments: of the optimizer; None if they are not readable now.
+            law: the latest one, which says how far curvature is wanted.
 
         Returns:
             The measurement; None if there is none. `failure` says if one failed.
         """
         if not self.ready:
             return None
-        if self._pace is not None:
-            self._refresh_parameters()  # some may have been toggled off when the window began
+        if not self._live.under_way or self._pace is not None:
+            self._refresh_parameters(law, base)  # some may have been toggled off when the window began
         parameters = self._instruments.parameters
         sharpness = self._instruments.sharpness(moments, base, batch_size)
         live = self._live.take()

@@ -50,11 +50,6 @@ class MeasuringPlan:
         # Of the measurement under way: its cost, and the examples of the whole run when it was planned.
         self._cost_under_way = 0.0
         self._planned = 0.0
-        self.forget_latest()
-
-    def forget_latest(self) -> None:
-        """A run ends: the batches of the next one need not be as large."""
-        self._latest = 0.0
 
     # ------------------------------------------------------------------ examples
 
@@ -67,20 +62,6 @@ class MeasuringPlan:
         """
         self._seen_batches += batches
         self._seen_examples += examples
-        self._latest = examples / max(batches, 1)
-
-    def expected(self, size: float, ranks: Ranks) -> float:
-        """Examples that a micro-batch of all processes will have: as many as those before it.
-
-        Args:
-            size: of this process's, which is the answer where there is no other.
-            ranks: the processes that measure together.
-        """
-        if ranks.count == 1:
-            return size
-        if not self._latest:
-            self._latest = ranks.examples(size)[0]
-        return self._latest
 
     def typical(self, size: float, ranks: Ranks) -> float:
         """Examples in a micro-batch to plan with, where batches differ in size, as those counted in tokens.
@@ -89,7 +70,7 @@ class MeasuringPlan:
             size: of the one at hand.
             ranks: the processes that measure together.
         """
-        return self.mean_batch if self._seen_batches else self.expected(size, ranks)
+        return self.mean_batch if self._seen_batches else ranks.examples(size)[0]
 
     @property
     def mean_batch(self) -> float:
