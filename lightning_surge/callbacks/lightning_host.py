@@ -96,9 +96,11 @@ def loader_batch_size(loader: Any, owner: str) -> int:
     Raises:
         MisconfigurationException: if it does not say.
     """
-    size = getattr(loader, "batch_size", None)
-    if size is None:  # a DataLoader with a batch sampler has batch_size=None
-        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    # A DataLoader with a batch sampler has batch_size=None; any other has one made for it, whose size may be
+    # written while training.
+    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if size is None:
+        size = getattr(loader, "batch_size", None)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise MisconfigurationException(
             f"Expected a training DataLoader with a batch_size, got batch_size={size!r} from"

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -25,8 +26,16 @@ from lightning_surge import (
     SurgeLRCallback,
     by_examples,
 )
-from lightning_surge.callbacks.resuming.random_streams import ResumableDataset
-from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, LinearRamp
+from lightning_surge.callbacks.resuming.random_streams import ResumableDataset, random_states
+from lightning_surge.schedules.sizes import (
+    BatchSizeRule,
+    ConstantSize,
+    GeometricRamp,
+    LinearRamp,
+    Milestones,
+    Progress,
+    Schedule,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -226,27 +235,120 @@ def test_killed_within_a_step_and_resumed_from_the_last_checkpoint(tmp_path: Pat
     assert_same(weights(steps(tmp_path / "resumed")[-1]), weights(steps(tmp_path / "whole")[-1]))
 
 
-@pytest.mark.parametrize("saved_within", [True, False])
-def test_a_loader_that_starts_the_epoch_over_is_named(tmp_path: Path, saved_within: bool) -> None:
-    def plain() -> Any:
-        return DataLoader(Noisy(), batch_size=2, shuffle=True)
+def plain() -> Any:
+    return DataLoader(Noisy(), batch_size=2, shuffle=True)
 
-    path = tmp_path / "run"
-    if saved_within:
-        with pytest.warns(UserWarning, match="in mid-epoch, it begins the epoch anew"):
-            run(path, plain, RAMPS["doublings"])
-    else:
+
+def trained(
+    loader: Callable[[], Any], rule: BatchSizeRule, *callbacks: pl.Callback, resume: Path | None = None
+) -> tuple[BatchSizeScheduler, list[tuple[int, int]]]:
+    """Train without `SurgeLRCallback`; returns what was asked for at each step."""
+    requests: list[tuple[int, int]] = []
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+            requests.append((trainer.global_step, scheduler.requested_batch_size))
+
+    torch.set_num_threads(1)
+    pl.seed_everything(1 if resume is None else 77, verbose=False)
+    scheduler = BatchSizeScheduler(rule)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=EPOCHS,
+        enable_checkpointing=bool(callbacks),
+        callbacks=[scheduler, Look(), *callbacks],
+    )
+    trainer.fit(Net(loader), ckpt_path=None if resume is None else str(resume), weights_only=True)
+    return scheduler, requests
+
+
+def every_step(path: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(
+    ("loader", "rule"),
+    [
+        (accumulated, Milestones({0: 2, 8: 4, 16: 8, 20: 2})),
+        (plain, Milestones({0: 2, 40: 4, 80: 8, 100: 2}, unit="examples")),
+        (sampled, Milestones({0: 2, 8: 5, 16: 9, 20: 2})),
+    ],
+)
+def test_the_schedule_goes_on_without_exact_resuming(
+    tmp_path: Path, loader: Callable[[], Any], rule: Schedule
+) -> None:
+    """Lightning may repeat or leave out examples, even an epoch; sizes follow the clock all the same."""
+    trained(loader, rule, every_step(tmp_path))
+    for checkpoint in steps(tmp_path)[::3]:
+        state = torch.load(checkpoint, weights_only=True)["callbacks"]["BatchSizeScheduler"]
+        assert state.keys() == {"version", "accumulation", "examples", "epoch_begin", "followed"}
+        _, requests = trained(loader, rule, resume=checkpoint)
+        done, sizes = int(state["examples"]), dict(requests)
+        if rule.unit == "steps":
+            assert [sizes[step] for step in sizes] == [rule(Progress(step)) for step in sizes]
+        else:
+            assert requests[0][1] == rule(Progress(0, done))
+
+
+@pytest.mark.filterwarnings("ignore:Expected a training loader with state_dict")
+@pytest.mark.parametrize("others", [[], [ExactResume()]])
+def test_only_exact_resuming_touches_random_streams(tmp_path: Path, others: list[pl.Callback]) -> None:
+    class Unscheduled(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Streams(pl.Callback):
+        """The states after every validation and checkpoint."""
+
+        def __init__(self) -> None:
+            self.states: list[Any] = []
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            now = random_states()
+            parts = (now["python"]["words"], now["numpy"]["words"], now["torch"])
+            self.states.append([part.tolist() for part in parts])
+
+    seen = []
+    for mine in ([], [BatchSizeScheduler(ConstantSize(2)), *others]):
         pl.seed_everything(1, verbose=False)
-        pl.Trainer(
+        streams = Streams()
+        trainer = pl.Trainer(
             accelerator="cpu",
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             max_epochs=2,
-            callbacks=[
-                BatchSizeScheduler(RAMPS["doublings"]),
-                ExactResume(),
-                ModelCheckpoint(path, every_n_epochs=1, save_on_train_epoch_end=True),
-            ],
-        ).fit(Net(plain))
-        assert len(list(path.glob("*.ckpt"))) == 1
+            val_check_interval=7,
+            callbacks=[*mine, streams, every_step(tmp_path / str(len(seen)))],
+        )
+        trainer.fit(Unscheduled(plain))
+        seen.append(streams.states)
+    assert (seen[0] == seen[1]) == (not others)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_checkpoint_that_holds_them_under_the_batch_size(tmp_path: Path, exact: bool) -> None:
+    """As `BatchSizeScheduler` saved them before `ExactResume` was there."""
+    _, whole = trained(sampled, RAMPS["any size"], ExactResume(), every_step(tmp_path))
+    saved = steps(tmp_path)
+    content = torch.load(saved[7], weights_only=True)
+    former = content["callbacks"]
+    former["BatchSizeScheduler"] |= {"version": 1, "resumption": former.pop("ExactResume")}
+    torch.save(content, tmp_path / "former.ckpt")
+    save = every_step(tmp_path / "again")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = [ExactResume()] if exact else []
+        _, again = trained(sampled, RAMPS["any size"], *callbacks, save, resume=tmp_path / "former.ckpt")
+    said = [str(warning.message) for warning in caught if "ExactResume" in str(warning.message)]
+    assert again == whole[8:]
+    last = (weights(steps(folder)[-1])["net.0.weight"] for folder in (tmp_path, tmp_path / "again"))
+    same = torch.equal(*last)
+    assert same == exact
+    assert [text.partition(" for a")[0] for text in said] == (
+        [] if exact else ["Expected ExactResume beside BatchSizeScheduler"]
+    )
