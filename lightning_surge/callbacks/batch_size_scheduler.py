@@ -219,11 +219,7 @@ class BatchSizeScheduler(Callback):
         self._law_comes = True
 
     def learn(self, law: EstimatedLaw) -> None:
-        """Take note of a law just measured.
-
-        Args:
-            law: as estimated now.
-        """
+        """Take note of a law just measured, as estimated now."""
         if isinstance(self.schedule, FollowPeak):
             self._followed = self.schedule.next_size(self._followed, law)
 
@@ -538,7 +534,7 @@ class BatchSizeWarmup(BatchSizeScheduler):
             first tensor.
 
     Raises:
-        ValueError: If an argument is no positive whole number, or ``end < start``.
+        ValueError: If an argument is not a positive whole number, or ``end < start``.
         MisconfigurationException: As for `BatchSizeScheduler`.
 
     Example:

@@ -71,7 +71,7 @@ def whole_number(name: str, value: Any, *, minimum: int) -> int:
         The value as a plain ``int`` (NumPy integers are converted).
 
     Raises:
-        ValueError: If the value is no whole number, or below ``minimum``.
+        ValueError: If the value is not a whole number, or is below ``minimum``.
 
     Example:
         >>> whole_number("end", 32, minimum=1)
@@ -142,14 +142,7 @@ class Schedule(BatchSizeRule):
 
 @dataclass(frozen=True, kw_only=True)
 class _Limits:
-    """What every schedule of its own shape can be told besides.
-
-    Attributes:
-        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: sizes are rounded down to a multiple of it.
-        minimum: no size is smaller.
-        maximum: no size is larger; None for no limit.
-    """
+    """What every schedule of its own shape can be told besides: its clock, and limits on its sizes."""
 
     unit: Unit = "steps"
     multiple_of: int = 1
@@ -196,7 +189,7 @@ class ConstantSize(_Limits, Schedule):
         size: Examples per optimizer step.
 
     Raises:
-        ValueError: If ``size`` is no positive whole number.
+        ValueError: If ``size`` is not a positive whole number.
 
     Example:
         >>> ConstantSize(16)(Progress(step=1000))
@@ -225,16 +218,7 @@ class ConstantSize(_Limits, Schedule):
 
 @dataclass(frozen=True)
 class _Ramp(_Limits, Schedule):
-    """From ``start`` to ``end`` within ``duration``, and ``end`` from then on.
-
-    Args:
-        start: Examples at first.
-        end: Examples from ``duration`` on; at least ``start``.
-        duration: Length of the ramp, in ``unit``.
-
-    Raises:
-        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
-    """
+    """From ``start`` to ``end`` within ``duration``, and ``end`` from then on."""
 
     start: int
     end: int
@@ -281,13 +265,13 @@ class LinearRamp(_Ramp):
         start: Examples at first.
         end: Examples from ``duration`` on; at least ``start``.
         duration: Length of the ramp, in ``unit``.
-        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: sizes are rounded down to a multiple of it.
-        minimum: no size is smaller.
-        maximum: no size is larger; None for no limit.
+        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: Examples; sizes are rounded down to a multiple of it.
+        minimum: Smallest size, in examples; None for no limit.
+        maximum: Largest size, in examples; None for no limit.
 
     Raises:
-        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
+        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
 
     Example:
         >>> ramp = LinearRamp(16, 64, duration=4, multiple_of=8)
@@ -309,13 +293,13 @@ class GeometricRamp(_Ramp):
         start: Examples at first.
         end: Examples from ``duration`` on; at least ``start``.
         duration: Length of the ramp, in ``unit``.
-        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: sizes are rounded down to a multiple of it.
-        minimum: no size is smaller.
-        maximum: no size is larger; None for no limit.
+        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: Examples; sizes are rounded down to a multiple of it.
+        minimum: Smallest size, in examples; None for no limit.
+        maximum: Largest size, in examples; None for no limit.
 
     Raises:
-        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
+        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
 
     Example:
         >>> ramp = GeometricRamp(start=16, end=64, duration=4)
@@ -337,13 +321,13 @@ class CosineRamp(_Ramp):
         start: Examples at first.
         end: Examples from ``duration`` on; at least ``start``.
         duration: Length of the ramp, in ``unit``.
-        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: sizes are rounded down to a multiple of it.
-        minimum: no size is smaller.
-        maximum: no size is larger; None for no limit.
+        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: Examples; sizes are rounded down to a multiple of it.
+        minimum: Smallest size, in examples; None for no limit.
+        maximum: Largest size, in examples; None for no limit.
 
     Raises:
-        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
+        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
 
     Example:
         >>> ramp = CosineRamp(16, 64, duration=4)
@@ -361,13 +345,13 @@ class Milestones(_Limits, Schedule):
 
     Args:
         sizes: Examples per step, by the point from which they hold. One of the points is 0.
-        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: sizes are rounded down to a multiple of it.
-        minimum: no size is smaller.
-        maximum: no size is larger; None for no limit.
+        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: Examples; sizes are rounded down to a multiple of it.
+        minimum: Smallest size, in examples; None for no limit.
+        maximum: Largest size, in examples; None for no limit.
 
     Raises:
-        ValueError: If a size is no positive whole number, a point is negative, or none is 0.
+        ValueError: If a size is not a positive whole number, a point is negative, or no point is 0.
 
     Example:
         >>> schedule = Milestones({0: 16, 2: 32, 3: 128})
@@ -421,7 +405,7 @@ class Phase:
         schedule: What holds in it. Its clock is the same and starts at 0 where the phase begins.
 
     Raises:
-        ValueError: If ``begin`` or ``end`` is no number, or ``schedule`` no `Schedule`.
+        ValueError: If ``begin`` or ``end`` is not a number, or ``schedule`` not a `Schedule`.
     """
 
     begin: float
@@ -454,11 +438,11 @@ class Phases(Schedule):
     Args:
         phases: The parts, which must meet: the first begins at 0 and each other one where its predecessor
             ends.
-        unit: the clock that `begin` and `end` are on, and the clock of every schedule within.
+        unit: The clock that ``begin`` and ``end`` are on, and the clock of every schedule within.
 
     Raises:
-        ValueError: If there is no phase, a gap, an overlap, or a schedule on another clock; or if ``unit`` is
-            no clock.
+        ValueError: If there is no phase, a gap, an overlap, or a schedule on another clock; or if ``unit``
+            is not a clock.
 
     Example:
         A thousand steps at 16, then four thousand from 16 to 256.

@@ -55,7 +55,7 @@ def accumulation_for(requested: int, micro_batch_size: int, *, limit: int | None
         The accumulation, at least 1 even where a single micro-batch exceeds the request.
 
     Raises:
-        ValueError: If an argument is no positive whole number.
+        ValueError: If an argument is not a positive whole number.
 
     Example:
         >>> [accumulation_for(size, micro_batch_size=8) for size in (4, 8, 31, 32, 100)]
@@ -124,7 +124,7 @@ def plan_windows(
         Windows, in order.
 
     Raises:
-        ValueError: If ``largest`` or ``replicas`` is no whole number >= 1, or ``examples`` none >= 0.
+        ValueError: If ``largest`` or ``replicas`` is not a whole number >= 1, or ``examples`` not one >= 0.
 
     Example:
         Micro-batches of at most 4. Step 2 would need four of them at micro-batch 2, and gets two.
@@ -240,7 +240,7 @@ class AccumulatedSchedule:
             ``DistributedSampler``. ``None``: one pass without an end.
 
     Raises:
-        ValueError: If a number is not positive and whole.
+        ValueError: If a number is not a positive whole number.
 
     Example:
         Micro-batches of 2 and an epoch of 26. The request for 8 comes at step 4, which begins at
@@ -313,7 +313,7 @@ class SampledSchedule:
         drop_last: The sampler's.
 
     Raises:
-        ValueError: If a number is not positive and whole.
+        ValueError: If a number is not a positive whole number.
 
     Example:
         >>> from itertools import islice

@@ -196,8 +196,3 @@ class TestRefresh:
         assert [model.seen.count(epoch) for epoch in range(3)] == lengths
         assert [model.validated.count(epoch) for epoch in range(3)] == validations
         assert trainer.num_training_batches == lengths[-1]
-
-    def test_without_it_the_first_length_stays(self, make_trainer: MakeTrainer) -> None:
-        model = Linear()
-        make_trainer(Grow(), max_epochs=3).fit(model, Growing(DATA), DataLoader(DATA))
-        assert [model.seen.count(epoch) for epoch in range(3)] == [11, 11, 11]

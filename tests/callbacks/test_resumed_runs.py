@@ -1,9 +1,5 @@
 """A training with a ramp that is killed and resumed is the training that was not, bit for bit."""
 
-import os
-import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from itertools import chain
@@ -206,33 +202,6 @@ def test_two_processes(tmp_path: Path, loader: Callable[[], Any], rule: str) -> 
         later = [file.name for file in again if file.name != saved[index].name]
         assert later == [file.name for file in saved[index + 1 :]]
         assert_same(weights(again[-1]), weights(saved[-1]))
-
-
-class Hold(pl.Callback):
-    """Says that a step begins, and waits for the end at the one where the process will be killed."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("killed_at", [5, 12])
-def test_killed_within_a_step_and_resumed_from_the_last_checkpoint(tmp_path: Path, killed_at: int) -> None:
-    run(tmp_path / "whole", sampled, RAMPS["any size"])
-    code = (
-        "from pathlib import Path; import tests.callbacks.test_resumed_runs as t; "
-        f"t.run(Path({str(tmp_path / 'killed')!r}), t.sampled, t.RAMPS['any size'], t.Hold({killed_at}))"
-    )
-    root = Path(__file__).parents[2]
-    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
-    left = steps(tmp_path / "killed")
-    assert len(left) == killed_at
-    run(tmp_path / "resumed", sampled, RAMPS["any size"], resume=left[-1])
-    assert_same(weights(steps(tmp_path / "resumed")[-1]), weights(steps(tmp_path / "whole")[-1]))
 
 
 def plain() -> Any:

@@ -26,7 +26,7 @@ from torchdata.stateful_dataloader.sampler import RandomSampler as StatefulRando
 from lightning_surge.schedules import batch_sampler as sampling
 from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Progress, Schedule
-from lightning_surge.schedules.windows import SampledSchedule, plan_windows
+from lightning_surge.schedules.windows import plan_windows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
@@ -195,23 +195,6 @@ class TestFollowing:
         assert drawn == order[: len(drawn)]
         assert drop_last or drawn == order
 
-    @pytest.mark.parametrize("unit", ["steps", "examples", "epochs"])
-    @pytest.mark.parametrize("drop_last", [True, False])
-    def test_epochs_are_those_of_the_replay(self, unit: Any, drop_last: bool) -> None:
-        duration = {"steps": 30, "examples": 200, "epochs": 3.5}[unit]
-        schedule = LinearRamp(2, 18, duration, unit=unit)
-        sampler = ScheduledBatchSampler(range(50), 5, drop_last)
-        sizes: list[int] = []
-        with following(schedule, replicas=2) as itinerary:
-            for _ in range(5):
-                assert len(sampler) == len(list(sampler))
-                windows = sampler.windows()
-                assert windows is not None
-                sizes += [2 * sum(window) for window in windows]
-                move_on(itinerary, sampler)
-        replay = SampledSchedule(schedule, 5, examples_per_epoch=100, replicas=2, drop_last=drop_last)
-        assert list(islice(replay.sizes(), len(sizes))) == sizes
-
     def test_an_epoch_begun_keeps_its_sizes(self) -> None:
         sampler = ScheduledBatchSampler(range(12), 4)
         with following(RAMP) as itinerary:
@@ -221,29 +204,12 @@ class TestFollowing:
             assert [first, *batches] == [[0], [1, 2], [3, 4, 5], [6, 7, 8, 9], [10, 11]]
             assert (len(sampler), sampler.sizes()) == (5, [2, 3, 2, 3, 2])
 
-    def test_replicas_see_all_examples_in_steps_of_the_size_asked_for(self) -> None:
-        with following(LinearRamp(2, 26, duration=6), replicas=2):
-            ranks = [ScheduledBatchSampler(distributed(rank, size=40), 3) for rank in range(2)]
-            windows = ranks[0].windows()
-            assert windows == ranks[1].windows()
-            assert [2 * sum(window) for window in windows or []] == [2, 6, 10, 14, 8]
-            both = [list(chain.from_iterable(sampler)) for sampler in ranks]
-        assert sorted(chain.from_iterable(both)) == list(range(40))
-
     def test_every_sampler_of_the_process_follows(self) -> None:
         # Lightning copies them: they cannot be told apart.
         samplers = [ScheduledBatchSampler(range(6), 4), copy.deepcopy(ScheduledBatchSampler(range(6), 2))]
         with following(ConstantSize(3)):
             assert [list(map(len, sampler)) for sampler in samplers] == [[3, 3], [1, 2, 1, 2]]
         assert [list(map(len, sampler)) for sampler in samplers] == [[4, 2], [2, 2, 2]]
-
-    def test_two_loaders_in_turns(self) -> None:
-        with following(RAMP):
-            one, other = (
-                DataLoader(range(12), batch_sampler=ScheduledBatchSampler(range(12), 4)) for _ in range(2)
-            )  # type: ignore[arg-type]
-            sizes = [(len(left), len(right)) for left, right in zip(one, other, strict=True)]
-        assert sizes == [(size, size) for size in (1, 2, 3, 4, 2)]
 
     def test_the_last_itinerary_counts(self) -> None:
         sampler = ScheduledBatchSampler(range(6), 6)
@@ -391,16 +357,6 @@ class TestResuming:
             resumed.load_state_dict(states[2])
             batches_of(resumed)
             assert batches_of(resumed) == later
-
-    def test_twice(self) -> None:
-        with following(RAMP):
-            batches, states = epoch_with_states(stateful(SAMPLERS["random"]))
-            first = stateful(SAMPLERS["random"])
-            first.load_state_dict(states[1])
-            assert next(iter(first)).tolist() == batches[1]
-            second = stateful(SAMPLERS["random"])
-            second.load_state_dict(through_a_file(first.state_dict()))
-            assert batches_of(second) == batches[2:]
 
     def test_when_nothing_is_followed(self) -> None:
         batches, states = epoch_with_states(stateful(SAMPLERS["random"]))

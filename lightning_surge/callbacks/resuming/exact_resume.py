@@ -231,13 +231,6 @@ class ExactResume(Callback):
         """What this rank saved."""
         if not state:  # the checkpoint is of a run without this
             return None
-        if state.get("version") != STATE_VERSION:
-            self._warn(
-                f"Expected random states of version {STATE_VERSION} in the checkpoint, got "
-                f"{state.get('version')!r}: training goes on with other random numbers. Resume with the "
-                "release that saved it for the same ones."
-            )
-            return None
         try:
             return self._own_of(trainer, state)
         except Exception as error:
@@ -248,6 +241,8 @@ class ExactResume(Callback):
             return None
 
     def _own_of(self, trainer: pl.Trainer, state: dict[str, Any]) -> dict[str, Any] | None:
+        if state["version"] != STATE_VERSION:
+            raise ValueError(f"Expected version {STATE_VERSION}, got {state['version']!r}.")
         ranks: list[Any] = state["ranks"]
         if len(ranks) != trainer.world_size:
             self._warn(
