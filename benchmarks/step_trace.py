@@ -1,7 +1,7 @@
 """How much of the package one optimizer step enters: `python -m benchmarks.step_trace [--list]`.
 
-Counts the Python functions of the package that are entered between the start of a batch and the end of it, in a small
-AdamW training that logs every step: an ordinary step, one beside a batch-size scheduler, and one with a probe.
+Counts the Python functions of the package that are entered from the start of a batch to its end, in a small
+AdamW training that logs every step: an ordinary step, one beside a batch-size scheduler, one with a probe.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def trace(*callbacks: pl.Callback, **options: Any) -> Entered:
     )
     module = Traced()
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, log_every_n_steps=1,
-        enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", devices=1, max_epochs=1, log_every_n_steps=1,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[
             *callbacks,
             SurgeLRCallback(base_batch_size=8, **options),

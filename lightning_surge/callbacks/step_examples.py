@@ -25,7 +25,8 @@ class StepExamples:
         examples: behind the step, so far.
         batches: that hold them.
         passes: micro-batches whose backward pass is behind the step, empty ones too.
-        batch: in hand; None between batches.
+        manual: whether the user calls the optimizer's steps.
+        batch: the micro-batch in hand; None between batches.
         batch_idx: its index in the epoch.
         size: examples in it.
         open: whether a window has begun.
@@ -52,6 +53,7 @@ class StepExamples:
     def detach(self) -> None:
         """Let go of the run, and of every batch; the pace is kept."""
         self._deposits: Deposits | None = None
+        self.manual = False
         self.batch: Any = None
         self.batch_idx = 0
         self.size = 0.0
@@ -60,7 +62,7 @@ class StepExamples:
 
     def follow(self, optimizer: Optimizer) -> None:
         """Look from now on at what backward passes leave in an optimizer that the user steps."""
-        self._deposits = Deposits(optimizer)
+        self._deposits, self.manual = Deposits(optimizer), True
 
     def close(self) -> None:
         """The optimizer has stepped, or skipped."""
@@ -71,11 +73,6 @@ class StepExamples:
         self.examples = 0.0
         self.batches = self.passes = 0
         self._counted_batch: int | None = None
-
-    @property
-    def manual(self) -> bool:
-        """Whether the user calls the optimizer's steps."""
-        return self._deposits is not None
 
     def steps(self, global_step: int) -> int:
         """Steps of this optimizer.

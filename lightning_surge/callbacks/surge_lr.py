@@ -208,6 +208,7 @@ class SurgeLRCallback(Callback):
         self._loss_fn = loss_fn
         self._split_batch = split_batch
         self._state_key = self._key_of(law)
+        self._measures, self._follows_edge = self.settings.measures, self.settings.follows_edge
         self._behind_step = StepExamples()
         self._begin_afresh()
         self._started = 0.0
@@ -396,12 +397,12 @@ class SurgeLRCallback(Callback):
         """Count the examples, and decide whether this window is measured."""
         size = self._examples_in.first(batch, trainer.train_dataloader)
         behind, measurer = self._behind_step, self._measurer
-        if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
+        if behind.open and not behind.manual and batch_idx % trainer.accumulate_grad_batches == 0:
             # Lightning zeroes gradients here, also of a window that a batch of None left without a step.
             self._close_window()
         if not behind.open:
             behind.open = True
-            if self.settings.measures:
+            if self._measures:
                 learner = self._learner
                 measurer.open_window(batch, batch_idx, size, base=learner.base_batch_size, law=learner.law)
         behind.begin_batch(measurer.before_forward(batch), batch_idx, size=size)
@@ -457,7 +458,7 @@ class SurgeLRCallback(Callback):
         if learner.policy is None:
             learner.fix_base(examples)
         step = self._step = StepToCome(optimizer, self._kind, behind.steps(trainer.global_step), examples)
-        if self.settings.measures and (measurer.ready or measurer.failure is not None):
+        if self._measures and (measurer.ready or measurer.failure is not None):
             self._measure(trainer, step)
         measurer.budget.train(examples)
 
@@ -504,7 +505,7 @@ class SurgeLRCallback(Callback):
         assert factor is not None
         groups = factor.optimizer.param_groups
         on_device = any(isinstance(group["lr"], Tensor) and not group["lr"].is_cpu for group in groups)
-        if self.settings.follows_edge or not on_device:
+        if self._follows_edge or not on_device:
             learner.scheduled_lr = max(learning_rates(factor.optimizer))
             self._measurer.see_lr(learner.scheduled_lr)
         return learner.scheduled_lr
@@ -559,7 +560,7 @@ class SurgeLRCallback(Callback):
         if self._step_log is not None and self._step_log.unlogged is not None and logs_now(trainer):
             examples = self._measurer.budget.trained
             metrics = self._learner.metrics(self._step_log.unlogged.batch_size, examples)
-            metrics |= {"surge/overhead": self.overhead, "surge/overhead_time": self.overhead_time}
+            metrics |= {"surge/overhead": self._measurer.overhead, "surge/overhead_time": self.overhead_time}
             self._step_log.write(pl_module, metrics)
 
     # ------------------------------------------------------------------ the end, and state

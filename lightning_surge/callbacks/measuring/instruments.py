@@ -47,7 +47,8 @@ class Instruments:
 
     Attributes:
         optimal_lr: distance that the curvature is wanted over, as far as it is known.
-        parameters: that the optimizer moves.
+        parameters: those that the optimizer moves.
+        largest_lr: largest scheduled learning rate so far, the scale of the schedule.
         parameters_changed: since somebody last set this to False, as where a callback unfreezes some.
     """
 
@@ -60,7 +61,7 @@ class Instruments:
         self._settings = settings
         self.optimal_lr: float | None = None
         self._ranks = ALONE
-        self._largest_lr = 0.0
+        self.largest_lr = 0.0
         self._sharpness = Sharpness()
         self.end()
 
@@ -86,7 +87,7 @@ class Instruments:
     def refresh(self) -> None:
         """Read the parameter groups afresh: fine-tuning callbacks unfreeze and add."""
         lrs = learning_rates(self._optimizer)
-        self.see_lr(max(lrs))
+        self.largest_lr = max(self.largest_lr, *lrs)
         groups = zip(self._optimizer.param_groups, lr_scales(lrs), strict=True)
         rows = [
             (p, scale * distance)
@@ -99,10 +100,6 @@ class Instruments:
             self.parameters_changed = True
         self._scales = [scale for _, scale in rows]
 
-    def see_lr(self, lr: float) -> None:
-        """Note a scheduled learning rate, of which the largest is the scale of the schedule."""
-        self._largest_lr = max(self._largest_lr, lr)
-
     @property
     def one_lr(self) -> bool:
         """Whether all parameters move at the same learning rate, so that directions are plain signs."""
@@ -110,7 +107,7 @@ class Instruments:
 
     def _delta(self, share: float = 1.0) -> float:
         """Distance of the secants: the optimal step as far as it is known, within the schedule's scale."""
-        lr = max(*learning_rates(self._optimizer), SMALLEST_DELTA * self._largest_lr)
+        lr = max(*learning_rates(self._optimizer), SMALLEST_DELTA * self.largest_lr)
         wanted = FIRST_DELTA * lr if self.optimal_lr is None else self.optimal_lr
         return probe_distance(self.parameters, share * min(max(wanted, SMALLEST_DELTA * lr), lr))
 
@@ -212,7 +209,7 @@ class Instruments:
     def state_dict(self) -> dict[str, Any]:
         """A plain number, and the tensors of the sharpness."""
         return {
-            "largest_lr": self._largest_lr,
+            "largest_lr": self.largest_lr,
             # A checkpoint keeps what the first process has. Pieces of the others would be missing.
             "sharpness": {"vector": []} if self._ranks.reduces else self._sharpness.state_dict(),
         }
@@ -225,7 +222,7 @@ class Instruments:
             KeyError: if one is missing.
         """
         remedy = "load what state_dict returned"
-        self._largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
+        self.largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
         if self._settings.follows_edge and "sharpness" in state:
             self._sharpness.load_state_dict(state["sharpness"])
 

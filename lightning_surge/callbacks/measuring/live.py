@@ -29,6 +29,7 @@ class LiveWindow:
 
     Attributes:
         groups: of processes, each of which makes a chunk of its own of every micro-batch.
+        measurement: under way; None in a window that is not measured.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
@@ -38,7 +39,7 @@ class LiveWindow:
         )
         # A single group is all of the processes together.
         self.groups = 1
-        self._measurement: LawMeasurement | None = None
+        self.measurement: LawMeasurement | None = None
         self._parameters: Sequence[Tensor] = ()
         self._random_state: RandomState | None = None
 
@@ -56,22 +57,17 @@ class LiveWindow:
 
     # ------------------------------------------------------------------ the window's hooks
 
-    @property
-    def under_way(self) -> bool:
-        """Whether this window is measured."""
-        return self._measurement is not None
-
     def begin(self, measurement: LawMeasurement | None) -> None:
         """Measure the window that begins.
 
         Args:
             measurement: takes as many chunks as will come; None if it could not be made.
         """
-        self._measurement = measurement
+        self.measurement = measurement
 
     def before_forward(self) -> None:
         """Remember the random numbers that the coming pass begins with."""
-        if self.under_way:
+        if self.measurement is not None:
             self._random_state = RandomState.capture()
 
     def before_backward(self, parameters: Sequence[Tensor]) -> None:
@@ -80,7 +76,7 @@ class LiveWindow:
         Args:
             parameters: that the optimizer moves.
         """
-        if self.under_way:
+        if self.measurement is not None:
             self._parameters = parameters
             self._own.begin(parameters)
 
@@ -101,12 +97,12 @@ class LiveWindow:
 
     def take(self) -> LawMeasurement | None:
         """Hand the measurement over at the end of its window."""
-        measurement, self._measurement = self._measurement, None
+        measurement, self.measurement = self.measurement, None
         return measurement
 
     def drop(self) -> None:
         """Give the measurement up, while its window goes on."""
-        self._measurement = None
+        self.measurement = None
 
     def close(self) -> None:
         """The window has ended, with a step or without."""
@@ -118,7 +114,7 @@ class LiveWindow:
 
     def _add_groups(self, piece: Piece, weight: float, attempts: Attempts) -> None:
         """Fold in a micro-batch, or each group of processes' part of it."""
-        live = self._measurement
+        live = self.measurement
         assert live is not None
         for group in range(self.groups):
             # No name for the gradients: it would keep them alive during the secant.
@@ -127,7 +123,7 @@ class LiveWindow:
                 self._own.end()
             if due:
                 attempts.without_trace(live.measure_curvature, self._parameters)
-            if not self.under_way:
+            if self.measurement is None:
                 return
 
     def _fold_in(self, live: LawMeasurement, piece: Piece, weight: float, group: int) -> bool:

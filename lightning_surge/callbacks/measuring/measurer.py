@@ -125,10 +125,10 @@ class Measurer:
 
     def close_window(self) -> None:
         """The optimizer has stepped, or skipped."""
-        if self._live.under_way:
+        if self._live.measurement is not None:
             # A step that was skipped takes its measurement with it, but not what that has cost.
             self._plan.charge_in_vain()
-        self._live.close()
+            self._live.close()
 
     @property
     def one_lr(self) -> bool:
@@ -142,7 +142,8 @@ class Measurer:
 
     def see_lr(self, lr: float) -> None:
         """Note the scheduled learning rate of an ordinary step."""
-        self._instruments.see_lr(lr)
+        if lr > self._instruments.largest_lr:
+            self._instruments.largest_lr = lr
 
     @property
     def overhead(self) -> float:
@@ -176,12 +177,13 @@ class Measurer:
         Raises:
             MisconfigurationException: if batches cannot be cut, before the first step is taken.
         """
-        self._pool.open_window()
         if self._pool.target:
+            self._pool.open_window()
             return  # still pooling
         plan, accumulation = self._plan, self._trainer.accumulate_grad_batches
         typical = plan.typical(size, self._ranks)
-        self._live.sort_processes(accumulation, cuts=self._cutting.allowed)
+        if self._ranks.count > 1:
+            self._live.sort_processes(accumulation, cuts=self._cutting.allowed)
         free = accumulation * self._live.groups >= FREE_CHUNKS and not plan.by_coordinates
         if self._cutting.allowed and not free and self._first_window and size >= 2:
             self._refresh_parameters()
@@ -216,9 +218,10 @@ class Measurer:
         # Directions smaller than the base batch are of no use to the ratio, and mostly zeros where gradients
         # are sparse.
         smallest = max(base or batch_size, float(self._ranks.count) if self._cutting.allowed else typical)
-        secants = self._instruments.secants
+        secants = self._instruments.secants if self._plan.follows_edge else 0
         self._pool.target = self._plan.probe_due(batch_size, base or batch_size, smallest, secants)
         if self._pool.target:
+            self._pool.open_window()
             self.budget.start()
 
     def _refresh_parameters(self, law: Law | None = None, base: float | None = None) -> None:
@@ -234,7 +237,7 @@ class Measurer:
     @property
     def gathering(self) -> bool:
         """Whether the micro-batches of this window are measured, or kept to be measured."""
-        return self._live.under_way or self._pool.target > 0.0
+        return self._live.measurement is not None or self._pool.target > 0.0
 
     def before_forward(self, batch: Any) -> Any:
         """Remember what the coming pass of a batch that may be replayed begins with.
@@ -246,7 +249,7 @@ class Measurer:
             The batch to replay: in containers of its own where `gathering`, because a `training_step` may
             take things out of them.
         """
-        if not self.gathering:
+        if self._live.measurement is None and not self._pool.target:
             return batch
         self._live.before_forward()
         batch = shared_copy(batch)
@@ -255,7 +258,7 @@ class Measurer:
 
     def before_backward(self) -> None:
         """Set the accumulated gradients aside, so that the coming micro-batch's stand alone."""
-        if self._live.under_way:
+        if self._live.measurement is not None:
             self._live.before_backward(self._instruments.parameters)
 
     def after_backward(self, batch: Any, batch_idx: int, size: float, weight: float = 1.0) -> None:
@@ -267,10 +270,8 @@ class Measurer:
             size: examples in it; 0 if it was counted before in this window.
             weight: factor that somebody put on its loss.
         """
-        if not self.gathering:
-            return
         piece = Piece(batch, batch_idx, size)
-        if self._live.under_way:
+        if self._live.measurement is not None:
             begin = time.perf_counter()
             self._live.add(piece, weight, self._attempts, partial(self._versions.check, batch))
             self.seconds += time.perf_counter() - begin
@@ -287,10 +288,12 @@ class Measurer:
         Returns:
             The examples behind the step.
         """
-        pool = self._pool
-        total, pool.gathered, failures = self._ranks.examples(
-            examples, pool.examples, float(pool.broken is not None)
-        )
+        pool, total, failures = self._pool, examples, float(self._pool.broken is not None)
+        kept = pool.examples if pool.target else 0.0
+        if self._ranks.count > 1:
+            total, pool.gathered, failures = self._ranks.examples(examples, kept, failures)
+        else:
+            pool.gathered = kept
         self._plan.see(total, batches)
         if failures:
             self.fail(pool.broken or RankError("Another process could not keep its batches"))
@@ -302,7 +305,8 @@ class Measurer:
     @property
     def ready(self) -> bool:
         """Whether the window that ends has a measurement to finish, so that `collect` has something to do."""
-        return self._live.under_way or self._pool.full
+        pool = self._pool
+        return self._live.measurement is not None or 0.0 < pool.target <= pool.gathered
 
     def collect(
         self, base: float, batch_size: float, moments: AdamMoments | None, law: Law | None
@@ -320,7 +324,7 @@ class Measurer:
         """
         if not self.ready:
             return None
-        if not self._live.under_way or self._pace is not None:
+        if self._live.measurement is None or self._pace is not None:
             self._refresh_parameters(law, base)  # some may have been toggled off when the window began
         parameters = self._instruments.parameters
         sharpness = self._instruments.sharpness(moments, base, batch_size)

@@ -37,11 +37,13 @@ class MeasuringPlan:
     Attributes:
         budget: what may be spent, and what was.
         by_coordinates: whether the law needs the gradient of every coordinate, as the theorems do.
-        fewest_chunks: that a measurement of this law takes.
+        follows_edge: whether measurements must find Adam's edge of stability too.
+        fewest_chunks: chunks that a measurement of this law takes.
     """
 
     def __init__(self, settings: SurgeSettings) -> None:
         self._settings = settings
+        self.follows_edge = settings.follows_edge
         self.budget = ProbeBudget(settings.max_overhead, settings.probe_every)
         self.by_coordinates = settings.law.startswith("theorem")
         self.fewest_chunks = CoordinateMeasurement.FEWEST_CHUNKS if self.by_coordinates else MIN_SLICES
@@ -50,6 +52,8 @@ class MeasuringPlan:
         # Of the measurement under way: its cost, and the examples of the whole run when it was planned.
         self._cost_under_way = 0.0
         self._planned = 0.0
+        self._asked: tuple[float, ...] = ()
+        self._wanted = self._probe_cost = 0.0
 
     # ------------------------------------------------------------------ examples
 
@@ -133,15 +137,20 @@ class MeasuringPlan:
             smallest_chunk: examples, of which the fewest chunks are made.
             secants: that the sharpness takes.
         """
-        wanted = self._settings.probe_examples or examples_wanted(
-            examples,
-            base,
-            lambda examples: self.budget.affordable(self._cost(examples), self._planned),
-            smallest=self.fewest_chunks * smallest_chunk,
-        )
-        self._cost_under_way = self._cost(wanted)
-        self._cost_under_way += self._sharpness_cost(wanted, secants - SECANTS)
-        return wanted if self.budget.due(self._cost_under_way, self._planned) else 0.0
+        question = examples, base, smallest_chunk, secants, self._planned
+        if question != self._asked:
+            # The same at every step of a batch size that stays.
+            self._wanted = self._settings.probe_examples or examples_wanted(
+                examples,
+                base,
+                lambda examples: self.budget.affordable(self._cost(examples), self._planned),
+                smallest=self.fewest_chunks * smallest_chunk,
+            )
+            self._probe_cost = self._cost(self._wanted)
+            self._probe_cost += self._sharpness_cost(self._wanted, secants - SECANTS)
+            self._asked = question
+        self._cost_under_way = self._probe_cost
+        return self._wanted if self.budget.due(self._probe_cost, self._planned) else 0.0
 
     def has_room(self, examples: float) -> bool:
         """Whether a probe of what was pooled in the end stays within the budget.
@@ -173,7 +182,7 @@ class MeasuringPlan:
 
     def _sharpness_cost(self, examples: float, secants: int) -> float:
         """Passes of the sharpness: one half of the examples for each secant."""
-        return 0.5 * secants * examples if self._settings.follows_edge else 0.0
+        return 0.5 * secants * examples if self.follows_edge else 0.0
 
     # ------------------------------------------------------------------ state
 
