@@ -1,12 +1,12 @@
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests import trainings
 
 MakeTrainer = Callable[..., pl.Trainer]
 
@@ -34,18 +34,4 @@ def _interrupts_are_heard() -> Iterator[None]:
 def make_trainer() -> MakeTrainer:
     """A Trainer on one CPU thread that writes nothing unless asked to."""
     torch.set_num_threads(1)
-
-    def make(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-        defaults: dict[str, Any] = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "log_every_n_steps": 1,
-            "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "max_epochs": 1,
-        }
-        return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
-
-    return make
+    return trainings.make_trainer

@@ -41,13 +41,8 @@ from lightning_surge.schedules.windows import AccumulatedSchedule, SampledSchedu
 
 MakeTrainer = Callable[..., pl.Trainer]
 
-pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
 forks = pytest.mark.skipif(
     torch.cuda.is_available(), reason="autograd's threads for a GPU do not survive a fork"
 )

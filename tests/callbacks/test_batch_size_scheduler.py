@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
@@ -19,14 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler, BatchSizeWarmup
 from lightning_surge.schedules.sizes import ConstantSize
 from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
-
-pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    # Lightning asks torch's tree utilities about leaves in the way of older versions.
-    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
-]
+from tests.trainings import make_trainer as trainer_with
 
 # 13 micro-batches of 2. Requests 2 2 4 5 8 8 ..., windows begin at micro-batches 0 1 2 4 6 8 12 of
 # the first epoch; the window of 4 requested at 6 waits for 8, and the one at 12 gets a single one.
@@ -36,11 +29,6 @@ HAND = {
     "actual": [2, 2, 4, 4, 4, 8, 2, 8, 8, 8, 2],
     "first_micro_batch": [0, 1, 2, 4, 6, 8, 12, 0, 4, 8, 12],
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 class OneHot(pl.LightningModule):
@@ -83,19 +71,6 @@ class OneHot(pl.LightningModule):
     @property
     def examples(self) -> list[list[int]]:
         return [gradient.nonzero().flatten().tolist() for gradient in self.gradients]
-
-
-def trainer_with(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 1,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
 
 
 def loader(size: int, batch_size: int = 2, **options: Any) -> DataLoader[Tensor]:

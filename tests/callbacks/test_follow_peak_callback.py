@@ -23,12 +23,6 @@ from lightning_surge.schedules.sizes import GeometricRamp, LinearRamp, Milestone
 
 MakeTrainer = Callable[..., pl.Trainer]
 
-pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
-
 FEATURES = 8
 BASE_LR = 0.01
 RAGGED = [4, 1, 7, 2, 9, 3, 4, 4, 1, 6, 2, 5, 3, 3, 4, 6]

@@ -20,12 +20,6 @@ from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 
 MakeTrainer = Callable[..., pl.Trainer]
 
-pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
-
 DATA: Any = torch.eye(12)
 
 

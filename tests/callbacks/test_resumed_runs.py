@@ -32,13 +32,9 @@ from lightning_surge.schedules.sizes import (
     Progress,
     Schedule,
 )
+from tests.trainings import make_trainer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
-    # Saved at every step, where the first measurements take several.
     pytest.mark.filterwarnings("ignore:The last 3 checkpoints each came while batches were being pooled"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
@@ -113,20 +109,13 @@ def run(
     **options: Any,
 ) -> Net:
     """Train on other random streams if resumed, saving after every optimizer step."""
-    torch.set_num_threads(1)
     pl.seed_everything(1 if resume is None else 77, verbose=False)
     model = Net(loader)
     # Measurements often enough to be under way at any checkpoint.
     surge = SurgeLRCallback(base_batch_size=2, probe_every=4, split_batch=None, custom_scalars=False)
     saving = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=EPOCHS,
-        callbacks=[BatchSizeScheduler(rule), surge, ExactResume(), saving, *callbacks],
-        **({"devices": 1} | options),
+    trainer = make_trainer(
+        BatchSizeScheduler(rule), surge, ExactResume(), saving, *callbacks, max_epochs=EPOCHS, **options
     )
     trainer.fit(model, ckpt_path=None if resume is None else str(resume), weights_only=True)
     return model
@@ -179,19 +168,11 @@ def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
 @pytest.mark.parametrize(("loader", "rule"), [(accumulated, "doublings"), (sampled, "any size")])
 def test_two_processes(tmp_path: Path, loader: Callable[[], Any], rule: str) -> None:
     def train(path: Path, resume: Path | None = None) -> list[Path]:
-        torch.set_num_threads(1)
         pl.seed_everything(1 if resume is None else 77, verbose=False)
         ramp = LinearRamp(4, 16, duration=1.5 * EXAMPLES, unit="examples")
         saving = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            strategy="ddp_fork",
-            devices=2,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            max_epochs=EPOCHS,
-            callbacks=[BatchSizeScheduler(ramp), ExactResume(), saving],
+        trainer = make_trainer(
+            BatchSizeScheduler(ramp), ExactResume(), saving, strategy="ddp_fork", devices=2, max_epochs=EPOCHS
         )
         trainer.fit(Net(loader), ckpt_path=None if resume is None else str(resume), weights_only=True)
         return steps(path)
@@ -218,18 +199,9 @@ def trained(
         def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
             requests.append((trainer.global_step, scheduler.requested_batch_size))
 
-    torch.set_num_threads(1)
     pl.seed_everything(1 if resume is None else 77, verbose=False)
     scheduler = BatchSizeScheduler(rule)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=EPOCHS,
-        enable_checkpointing=bool(callbacks),
-        callbacks=[scheduler, Look(), *callbacks],
-    )
+    trainer = make_trainer(scheduler, Look(), *callbacks, max_epochs=EPOCHS)
     trainer.fit(Net(loader), ckpt_path=None if resume is None else str(resume), weights_only=True)
     return scheduler, requests
 
@@ -285,14 +257,8 @@ def test_only_exact_resuming_touches_random_streams(tmp_path: Path, others: list
     for mine in ([], [BatchSizeScheduler(ConstantSize(2)), *others]):
         pl.seed_everything(1, verbose=False)
         streams = Streams()
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            max_epochs=2,
-            val_check_interval=7,
-            callbacks=[*mine, streams, every_step(tmp_path / str(len(seen)))],
+        trainer = make_trainer(
+            *mine, streams, every_step(tmp_path / str(len(seen))), max_epochs=2, val_check_interval=7
         )
         trainer.fit(Unscheduled(plain))
         seen.append(streams.states)

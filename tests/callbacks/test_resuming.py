@@ -40,18 +40,13 @@ from lightning_surge.callbacks.resuming.random_streams import (
     restore_random_states,
 )
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
+from tests.trainings import make_trainer
 
 pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
-    # torchdata 0.11 on torch 2.13, at every loader.
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
-    # Workers and ranks are forked from a process that has threads, but none at work.
-    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
 ]
+
 no_fork = pytest.mark.skipif(
     torch.cuda.is_available(), reason="autograd's threads for a GPU do not survive a fork"
 )
@@ -59,11 +54,6 @@ no_fork = pytest.mark.skipif(
 EXAMPLES, BATCH = 12, 4
 
 MakeLoader = Callable[[], Any]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 class Noisy(Dataset[Any]):
@@ -183,17 +173,7 @@ class Ran(NamedTuple):
 
 
 def trainer_with(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
-        "max_epochs": 2,
-        "num_sanity_val_steps": 0,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
+    return make_trainer(*callbacks, **({"max_epochs": 2, "num_sanity_val_steps": 0} | options))
 
 
 def run(

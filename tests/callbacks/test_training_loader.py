@@ -27,11 +27,6 @@ from lightning_surge.schedules import (
 
 MakeTrainer = Callable[..., pl.Trainer]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
-
 SIZE = 64
 
 

@@ -18,9 +18,6 @@ from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones
 MakeTrainer = Callable[..., pl.Trainer]
 
 pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
     pytest.mark.filterwarnings("ignore:train_dataloader yielded None"),
 ]

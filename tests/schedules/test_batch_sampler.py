@@ -28,11 +28,6 @@ from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSam
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Progress, Schedule
 from lightning_surge.schedules.windows import plan_windows
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
-]
-
 Batches = list[list[int]]
 RAMP = LinearRamp(1, 5, duration=4)
 

@@ -39,13 +39,6 @@ from lightning_surge import BatchSizeScheduler
 from lightning_surge.schedules.by_examples import ExamplesClock, by_examples
 from lightning_surge.schedules.sizes import ConstantSize
 
-pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
-]
-
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 STEPS = 40  # what the schedulers below are written for
 
