@@ -285,17 +285,6 @@ class TestTrainerOptions:
         else:
             assert all(length <= 13 for length in model.epoch_lengths)
 
-    def test_a_share_of_an_epoch_that_got_too_short_is_one_micro_batch(
-        self, make_trainer: MakeTrainer
-    ) -> None:
-        model = OneHot()
-        trainer = make_trainer(
-            BatchSizeScheduler(Milestones({0: 2, 4: 50})), max_epochs=6, limit_train_batches=0.1
-        )
-        trainer.fit(model, sampled())  # epochs of 10 micro-batches, later of 8
-        assert trainer.current_epoch == 6
-        assert model.epoch_lengths == [1] * 6
-
     @every_schedule
     @pytest.mark.parametrize("interval", [2, 7, 0.25])
     def test_val_check_interval(
@@ -312,15 +301,6 @@ class TestTrainerOptions:
             for length in model.epoch_lengths
         ]
         assert [sum(e == epoch for e, _ in model.validated) for epoch in range(4)] == validations
-
-    def test_overfit_batches(self, make_trainer: MakeTrainer) -> None:
-        model = OneHot()
-        make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3, overfit_batches=4).fit(
-            model, sampled(shuffle=False)
-        )
-        assert model.epoch_lengths == [4] * 3
-        assert model.sizes == [2, 6, 11, 16, 16, 26]
-        assert [model.seen(epoch) for epoch in range(3)] == [list(range(n)) for n in (19, 32, 26)]
 
     def test_fast_dev_run(self, make_trainer: MakeTrainer) -> None:
         model = OneHot()
@@ -492,11 +472,6 @@ class TestMaxMicroBatchSize:
             torch.stack(model.gradients), torch.ones(len(windows), 1), rtol=1e-5, atol=0
         )
 
-    @pytest.mark.parametrize("value", [0, 2.0, True])
-    def test_bad_numbers(self, value: Any) -> None:
-        with pytest.raises(ValueError, match=r"Expected max_micro_batch_size .* use an int >= 1"):
-            BatchSizeScheduler(ConstantSize(4), max_micro_batch_size=value)
-
 
 class TestReports:
     @pytest.mark.parametrize(
@@ -534,13 +509,6 @@ class TestReports:
             with pytest.raises(MisconfigurationException, match=message):
                 make_trainer(BatchSizeScheduler(schedule)).fit(model, sampled())
             assert model.gradients == []
-
-    def test_sizes_beyond_an_epoch_with_drop_last(self, make_trainer: MakeTrainer) -> None:
-        trainer = make_trainer(BatchSizeScheduler(LinearRamp(4, 64, 9)), max_epochs=9)
-        with pytest.raises(
-            MisconfigurationException, match=r"Expected end to be at most the 50 .* got end=64: use drop_last"
-        ):
-            trainer.fit(OneHot(), sampled(drop_last=True))
 
     def test_a_sampler_cannot_count_tokens(self, make_trainer: MakeTrainer) -> None:
         schedule = LinearRamp(4, 16, 1000, unit="examples")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 import lightning_surge
 from lightning_surge import BatchSizeScheduler, BatchSizeWarmup, ScheduledBatchSampler, by_examples
+from lightning_surge.callbacks.lightning_host import loader_batch_size
 from lightning_surge.schedules import (
     AccumulatedSchedule,
     ConstantSize,
@@ -85,6 +86,25 @@ class SetUpAgain(pl.Callback):
         if trainer.current_epoch + (trainer.fit_loop.epoch_loop.batch_progress.is_last_batch) >= 1:
             trainer.fit_loop._combined_loader = None
             trainer.fit_loop.setup_data()
+
+
+@pytest.mark.parametrize(
+    ("loader", "size"),
+    [
+        (plain(3), 3),
+        (sampled(4), 4),
+        (type("Loader", (), {"batch_size": True})(), "True from Loader"),
+        (type("Loader", (), {"batch_size": 2.0})(), "2.0 from Loader"),
+        ({"a": plain(3)}, "None from dict"),
+        (DataLoader([1], batch_size=None), "None from DataLoader"),  # type: ignore[arg-type]
+    ],
+)
+def test_the_batch_size_of_a_loader_is_what_it_says(loader: Any, size: Any) -> None:
+    if isinstance(size, int):
+        assert loader_batch_size(loader, "Callback") == size
+    else:
+        with pytest.raises(MisconfigurationException, match=f"got batch_size={size}: pass micro_batch"):
+            loader_batch_size(loader, "Callback")
 
 
 class TestLoadersThatChange:

@@ -1,6 +1,5 @@
 import copy
 import io
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -250,14 +249,6 @@ class TestFollowing:
             assert len(sampler) == 2
             assert calls[2] == (2, 6, 1)
 
-    def test_is_sent_to_other_processes(self) -> None:
-        with following(RAMP):
-            sampler = ScheduledBatchSampler(RandomSampler(range(12), generator=generator()), 4)
-            assert len(sampler) == 5
-            for other in (pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)):
-                assert list(other) == list(sampler)
-                sampler.sampler.generator.manual_seed(3)  # type: ignore[union-attr]
-
     @pytest.mark.parametrize("workers", [0, 2])
     def test_in_a_data_loader(self, workers: int) -> None:
         sampler = ScheduledBatchSampler(RandomSampler(range(12), generator=generator()), 2)
@@ -360,16 +351,6 @@ class TestResuming:
             resumed.load_state_dict(state)
             assert batches_of(resumed) == batches[position:]
 
-    def test_with_drop_last(self) -> None:
-        with following(ConstantSize(4)):
-            whole = iter(ScheduledBatchSampler(range(14), 2, drop_last=True))
-            rest = list(whole)[4:]
-            taken = iter(ScheduledBatchSampler(range(14), 2, drop_last=True))
-            list(islice(taken, 4))
-            resumed = iter(ScheduledBatchSampler(range(14), 2, drop_last=True))
-            resumed.load_state_dict(taken.state_dict())
-            assert list(resumed) == rest == [[8, 9], [10, 11]]
-
     def test_leaves_the_global_random_stream_alone(self) -> None:
         for name in ("random", "subset", "weighted"):
             taken = iter(ScheduledBatchSampler(SAMPLERS[name](), 3))
@@ -391,29 +372,6 @@ class TestResuming:
         resumed = iter(ScheduledBatchSampler(anew, 3))
         resumed.load_state_dict(state)
         assert (list(resumed), anew.epoch) == (rest, 4)
-
-    def test_an_epoch_in_the_way_of_others_is_no_epoch(self) -> None:
-        class Numbered(SequentialSampler):
-            epoch = 3
-
-        taken = iter(ScheduledBatchSampler(Numbered(range(6)), 2))
-        next(taken)
-        resumed = iter(ScheduledBatchSampler(Numbered(range(6)), 2))
-        resumed.load_state_dict(taken.state_dict())
-        assert list(resumed) == [[2, 3], [4, 5]]
-
-    def test_in_a_later_epoch(self) -> None:
-        sampler = ScheduledBatchSampler(range(12), 4)
-        with following(RAMP) as itinerary:
-            move_on(itinerary, sampler)
-            begin, taken = itinerary.begin, iter(sampler)
-            list(islice(taken, 2))
-            state, rest = taken.state_dict(), list(taken)
-        # Whoever trains restores the itinerary first.
-        with following(RAMP, begin=begin):
-            resumed = iter(ScheduledBatchSampler(range(12), 4))
-            resumed.load_state_dict(state)
-            assert list(resumed) == rest
 
     @pytest.mark.parametrize("finished", [True, False])
     def test_an_epoch_that_is_over_stays_over_when_the_next_is_longer(self, finished: bool) -> None:
