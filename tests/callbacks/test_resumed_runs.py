@@ -224,7 +224,7 @@ def test_the_schedule_goes_on_without_exact_resuming(
 ) -> None:
     """Lightning may repeat or leave out examples, even an epoch; sizes follow the clock all the same."""
     trained(loader, rule, every_step(tmp_path))
-    for checkpoint in steps(tmp_path)[::3]:
+    for checkpoint in steps(tmp_path)[::5]:
         state = torch.load(checkpoint, weights_only=True)["callbacks"]["BatchSizeScheduler"]
         assert state.keys() == {"version", "accumulation", "examples", "epoch_begin", "followed"}
         _, requests = trained(loader, rule, resume=checkpoint)
