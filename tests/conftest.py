@@ -1,14 +1,10 @@
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import lightning.pytorch as pl
 import pytest
-import torch
 
-from tests import trainings
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import MakeTrainer, make_quiet_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -33,5 +29,4 @@ def _interrupts_are_heard() -> Iterator[None]:
 @pytest.fixture
 def make_trainer() -> MakeTrainer:
     """A Trainer on one CPU thread that writes nothing unless asked to."""
-    torch.set_num_threads(1)
-    return trainings.make_trainer
+    return make_quiet_trainer

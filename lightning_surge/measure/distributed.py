@@ -25,7 +25,16 @@ MESSAGE_ELEMENTS = 1 << 22
 
 
 class RankError(RuntimeError):
-    """Another process failed, so that this one cannot go on either."""
+    """Another process failed, so that this one cannot go on either.
+
+    Args:
+        message: what happened.
+        final: whether that one will not try again.
+    """
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 class Ranks:
@@ -102,7 +111,7 @@ class Ranks:
         torch.distributed.all_reduce(message, how)
         return tuple(message.tolist())
 
-    def meet(self, *, failed: bool = False) -> None:
+    def meet(self, *, failed: bool = False, final: bool = False) -> None:
         """Wait for all processes, and learn whether they got here.
 
         A process that fails between two meetings must come to the next one all the same, with `failed`, where
@@ -110,16 +119,18 @@ class Ranks:
 
         Args:
             failed: whether this process comes to say that it failed.
+            final: whether it will not try again, so that no process may.
 
         Raises:
             RankError: if another one did.
         """
         if self.count == 1:
             return
-        (failures,) = self.total(float(failed))
+        failures, finals = self.total(float(failed), float(failed and final))
         if failures and not failed:
             raise RankError(
-                f"Expected {self.count} processes to measure together, but {failures:g} of them failed"
+                f"Expected {self.count} processes to measure together, but {failures:g} of them failed",
+                final=finals > 0.0,
             )
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:

@@ -75,7 +75,8 @@ class Prober:
     Args:
         parameters: the parameters that the optimizer moves.
         compute_loss: mean loss of a batch at the current parameters.
-        backward: what calls `backward` on a loss.
+        backward: function that calls `backward` on a loss; None to ask autograd for the gradients of the
+            parameters alone.
         batch_size_fn: examples in a batch.
         split_batch: cuts a batch; None if batches must stay whole.
         ranks: the processes that measure together, each from batches of its own.
@@ -86,7 +87,7 @@ class Prober:
         parameters: Sequence[Tensor],
         *,
         compute_loss: ComputeLoss,
-        backward: Callable[[Tensor], None],
+        backward: Callable[[Tensor], None] | None,
         batch_size_fn: Callable[[Any], float],
         split_batch: SplitBatch | None,
         ranks: Ranks = ALONE,
@@ -103,7 +104,16 @@ class Prober:
         """Add `weight * loss_scale` times the mean gradient of a piece to `.grad`."""
         with torch.enable_grad():
             loss = self._compute_loss(piece.batch, piece.batch_idx)
-            self._backward(loss * (weight * self.loss_scale * self.ranks.share))
+            loss = loss * (weight * self.loss_scale * self.ranks.share)
+            if self._backward is not None:
+                self._backward(loss)
+                return
+            # Backward passes wake the hooks of DistributedDataParallel, which keep account of the parameters
+            # that a step has used; asking for the gradients themselves does not.
+            gradients = torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def chunks(
         self, pieces: Sequence[Piece], base_batch_size: float, fewest: int = MIN_SLICES

@@ -1,26 +1,43 @@
 """Run a module's training step again and leave no trace of it.
 
 A probe recomputes gradients in the middle of training. Everything that a training step may change
-is put back bit for bit afterwards: gradients, buffers, random streams, metric states, and the plain
-Python attributes (lists, dicts, counters) of every submodule. Parameters are not copied here; what
-moves them (`curvature.displaced`) restores them.
+is put back bit for bit afterwards: gradients, buffers, random streams, metric states, settings of optimizers
+and schedulers, and the Python attributes of every submodule and of the objects that it holds. What moves
+parameters (`curvature.displaced`) restores them; a training step that moves some itself, as the moving
+average of a teacher, is found out.
 """
 
 from __future__ import annotations
 
+import copy
 import random
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+)
 from contextlib import contextmanager
 from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric
 
-__all__ = ["Chunk", "Piece", "RandomState", "TraceError", "no_trace"]
+from lightning_surge.measure.distributed import local
+
+__all__ = ["ChangedBatchError", "Chunk", "Piece", "RandomState", "TraceError", "no_trace"]
 
 # Plain tensor attributes up to this many elements are copied; a change of a larger one cannot be
 # undone and is reported instead. Buffers and metric states are always copied.
@@ -28,7 +45,11 @@ COPIED_ELEMENTS = 1 << 20
 
 
 class TraceError(RuntimeError):
-    """A replayed step changed something that could not be put back."""
+    """A replayed step changed something that it must not change, or that cannot be put back."""
+
+
+class ChangedBatchError(RuntimeError):
+    """A training step changed its batch, which therefore cannot be passed again."""
 
 
 class RandomState(NamedTuple):
@@ -94,26 +115,38 @@ class Chunk(NamedTuple):
 
 
 @contextmanager
-def no_trace(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Undo on exit whatever the block did to gradients, buffers, random streams and attributes.
+def no_trace(
+    modules: Iterable[nn.Module],
+    parameters: Mapping[str, Tensor],
+    *,
+    others: Iterable[Any] = (),
+    copies: bool = False,
+) -> Iterator[None]:
+    """Undo on exit whatever the block did to gradients, buffers, random streams, groups and attributes.
 
-    Inside, every gradient is None. A module inside a list or dict attribute is covered too; an object
-    of another class that keeps state of its own is not.
+    Inside, every gradient is None. Objects that modules hold are covered as far as their attributes can be
+    seen: schedulers, dataclasses, counters. An iterator that cannot be copied may not be drawn from.
 
     Args:
         modules: the modules that run, submodules included by the caller's `modules()`.
-        parameters: every parameter whose `.grad` the block may touch.
+        parameters: by name, every parameter that the block may touch, frozen ones too.
+        others: optimizers and schedulers whose settings the block may touch.
+        copies: whether parameters are copied, so that a change can be undone besides being told.
 
     Raises:
-        TraceError: on exit, if a tensor attribute too large to copy was changed in place.
+        TraceError: on exit, if the block changed a parameter, an optimizer's state, or a tensor attribute too
+            large to copy.
     """
     undo: list[Callable[[], object]] = [RandomState.capture().restore]
     seen: set[int] = set()
     for module in modules:
         _remember_module(module, undo, seen)
-    gradients = [(parameter, parameter.grad) for parameter in parameters]
+    for other in others:
+        _remember(other, undo, seen, always=False)
+    gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
     for parameter, _ in gradients:
         parameter.grad = None
+    undo.append(_remember_parameters(parameters, copies=copies))
 
     def put_back() -> list[Exception]:
         for parameter, gradient in gradients:
@@ -140,8 +173,71 @@ def no_trace(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> Iter
             del error, failures
 
 
+REMEDY = "pass loss_fn=, a function of (module, batch) that returns the mean loss and changes nothing"
+
+
+def _remember_parameters(parameters: Mapping[str, Tensor], *, copies: bool) -> Callable[[], None]:
+    """Compare parameters with what they are now, and put those back of which there are copies."""
+    tensors = {name: local(parameter.data) for name, parameter in parameters.items()}
+    kept = {name: tensor.clone() for name, tensor in tensors.items()} if copies else {}
+    before = _sums_of_bits(tensors.values())
+
+    def check() -> None:
+        after = _sums_of_bits(local(parameter.data) for parameter in parameters.values())
+        changed = [name for name, old, new in zip(tensors, before, after, strict=True) if old != new]
+        for name in changed:
+            if name in kept:
+                local(parameters[name].data).copy_(kept[name])
+        if changed:
+            raise TraceError(
+                f"Expected a training_step that leaves parameters to the optimizer, but it changes "
+                f"{', '.join(changed[:3])}: {REMEDY}"
+            )
+
+    return check
+
+
+def _sums_of_bits(tensors: Iterable[Tensor]) -> list[int]:
+    """A sum over each tensor's bits, read as whole numbers: any change shows, and nothing is copied."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums: dict[torch.device, list[Tensor]] = {}
+    order = []
+    for tensor in tensors:
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        found = sums.setdefault(tensor.device, [])
+        order.append((tensor.device, len(found)))
+        found.append(real.view(kinds[real.element_size()]).sum(dtype=torch.int64))
+    read = {device: torch.stack(found).tolist() for device, found in sums.items()}
+    return [read[device][index] for device, index in order]
+
+
 # nn.Module's own registries: torch manages them, and a training step does not touch them.
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
+# Lightning's references to the trainer lead out of the module.
+_OUTWARD = frozenset({"_trainer", "_fabric"})
+# What holds no state that a step may change, or more of it than can be looked through.
+_OPAQUE = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, Dataset, DataLoader, Sampler)
+_ATOMS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
+_LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"})
+
+
+class _Guard:
+    """Stands in for an iterator that a repeated step would draw from for good."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        raise TraceError(
+            f"Expected a training_step whose traces can be removed, but it uses {vars(self)['_name']}, which "
+            f"cannot be put back: {REMEDY}"
+        )
+
+    def __iter__(self) -> Any:
+        return self.__getattr__("__iter__")
+
+    def __next__(self) -> Any:
+        return self.__getattr__("__next__")
 
 
 def _remember_module(module: nn.Module, undo: list[Callable[[], object]], seen: set[int]) -> None:
@@ -158,30 +254,52 @@ def _remember_module(module: nn.Module, undo: list[Callable[[], object]], seen: 
     for buffer in buffers.values():
         if buffer is not None:
             _remember_tensor(buffer, undo, seen, always=True)
+    _remember_attributes(module, _REGISTRIES, undo, seen, always=isinstance(module, Metric))
 
-    attributes = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
 
-    def put_attributes_back() -> None:
-        for name in vars(module).keys() - attributes.keys() - _REGISTRIES:
-            del vars(module)[name]
-        vars(module).update(attributes)
+def _remember_attributes(
+    owner: Any, left_out: frozenset[str], undo: list[Callable[[], object]], seen: set[int], *, always: bool
+) -> None:
+    """Put the attributes of an object back, with the iterators among them where they stood."""
+    own = vars(owner)
+    attributes = {name: _where_it_stands(value) for name, value in own.items() if name not in left_out}
 
-    undo.append(put_attributes_back)
-    for name, value in attributes.items():
-        # Lightning's references to the trainer lead out of the module.
-        if name not in ("_trainer", "_fabric"):
-            _remember(value, undo, seen, always=isinstance(module, Metric))
+    def put_back() -> None:
+        for name in own.keys() - attributes.keys() - left_out:
+            del own[name]
+        own.update(attributes)
+
+    undo.append(put_back)
+    for name, value in list(attributes.items()):
+        if isinstance(value, Iterator) and value is own[name] and not hasattr(value, "__dict__"):
+            own[name] = _Guard(f"{type(owner).__name__}.{name}")
+        elif name not in _OUTWARD:
+            _remember(value, undo, seen, always=always)
+
+
+def _where_it_stands(value: Any) -> Any:
+    """A copy of a built-in iterator at the same place; anything else itself."""
+    if isinstance(value, Iterator) and not hasattr(value, "__dict__"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # itertools, from Python 3.12 on
+                return copy.copy(value)
+        except TypeError:
+            return value
+    return value
 
 
 def _remember(value: Any, undo: list[Callable[[], object]], seen: set[int], *, always: bool) -> None:
     """Append what puts a mutable value back in place, so that other references see it too."""
-    if isinstance(value, nn.Parameter):
+    if isinstance(value, (nn.Parameter, *_ATOMS)):
         return
     if isinstance(value, Tensor):
         _remember_tensor(value, undo, seen, always=always)
     elif isinstance(value, nn.Module):
         for module in value.modules():
             _remember_module(module, undo, seen)
+    elif isinstance(value, Optimizer):
+        _remember_optimizer(value, undo, seen)
     elif isinstance(value, torch.Generator):
         undo.append(partial(value.set_state, value.get_state()))
     elif isinstance(value, np.random.Generator):
@@ -194,6 +312,51 @@ def _remember(value: Any, undo: list[Callable[[], object]], seen: set[int], *, a
         undo.append(partial(np.copyto, value, value.copy()))
     elif isinstance(value, (MutableMapping, MutableSequence, MutableSet, deque, tuple)):
         _remember_container(value, undo, seen, always=always)
+    elif _is_plain_object(value) and id(value) not in seen:
+        seen.add(id(value))
+        _remember_attributes(value, frozenset(), undo, seen, always=always)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether an object keeps its state in attributes, and is no part of a framework but a scheduler."""
+    if isinstance(value, _OPAQUE) or not isinstance(getattr(value, "__dict__", None), dict):
+        return False
+    ours = type(value).__module__.partition(".")[0] in _LIBRARIES
+    return isinstance(value, LRScheduler) or not ours
+
+
+def _remember_optimizer(optimizer: Optimizer, undo: list[Callable[[], object]], seen: set[int]) -> None:
+    if id(optimizer) in seen:
+        return
+    seen.add(id(optimizer))
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
+
+    def put_back() -> None:
+        optimizer.param_groups[:] = [group for group, _ in groups]
+        for group, entries in groups:
+            group.clear()
+            group.update(entries)
+
+    undo.append(put_back)
+    for _, entries in groups:
+        for value in entries.values():
+            if isinstance(value, Tensor):
+                _remember_tensor(value, undo, seen, always=True)
+
+    def versions() -> list[int]:
+        states = optimizer.state.values()
+        return [value._version for state in states for value in state.values() if isinstance(value, Tensor)]
+
+    before = versions()
+
+    def check() -> None:
+        if versions() != before:
+            raise TraceError(
+                f"Expected a training_step that leaves the steps of {type(optimizer).__name__} to Lightning, "
+                f"but its state has changed: {REMEDY}"
+            )
+
+    undo.append(check)
 
 
 def _remember_container(
@@ -204,7 +367,8 @@ def _remember_container(
     seen.add(id(value))
     children: list[Any]
     if isinstance(value, MutableMapping):
-        undo.append(partial(_refill_mapping, value, dict(value)))
+        items = {key: _where_it_stands(item) for key, item in value.items()}
+        undo.append(partial(_refill_mapping, value, items))
         children = list(value.values())
     elif isinstance(value, MutableSet):
         undo.append(partial(_refill_set, value, set(value)))
@@ -212,9 +376,10 @@ def _remember_container(
     else:
         children = list(value)
         if not isinstance(value, tuple):
-            undo.append(partial(_refill_sequence, value, list(children)))
+            undo.append(partial(_refill_sequence, value, list(map(_where_it_stands, children))))
     for child in children:
-        _remember(child, undo, seen, always=always)
+        if not isinstance(child, _ATOMS):
+            _remember(child, undo, seen, always=always)
 
 
 def _refill_mapping(mapping: MutableMapping[Any, Any], items: dict[Any, Any]) -> None:
@@ -256,8 +421,7 @@ def _remember_tensor(
         if tensor._version != version:
             raise TraceError(
                 f"Expected a repeatable training step, but it changes a tensor attribute of shape "
-                f"{tuple(tensor.shape)} in place: register it as a buffer, or pass loss_fn=, a function "
-                "of (module, batch) that returns the mean loss and changes nothing."
+                f"{tuple(tensor.shape)} in place: register it as a buffer, or {REMEDY}"
             )
 
     undo.append(check)

@@ -160,9 +160,13 @@ class FactorInUpdate:
         if factor is not None and factor != 1.0:
             shared: set[int] = set()
             for group in groups:
+                before = _readable(group["lr"])
                 self._scale(group, "lr", factor, shared)
                 if self._keeps_decay is not None and group.get("weight_decay") and self._keeps_decay(group):
-                    self._scale(group, "weight_decay", 1.0 / factor, shared)
+                    # By what was really written: a tensor may hold fewer digits.
+                    used = None if before is None else _readable(group["lr"])
+                    kept = before / used if before and used else 1.0 if before == 0.0 else 1.0 / factor
+                    self._scale(group, "weight_decay", kept, shared)
         if not self._served:
             self.used = [_own(group["lr"]) for group in groups]
         # What an early reader has read stays what it was, whatever is written afterwards.
@@ -219,6 +223,11 @@ class _WatchedGroup(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         self._group[key] = value
+
+
+def _readable(lr: Any) -> float | None:
+    """A learning rate that can be read without waiting for a device."""
+    return None if isinstance(lr, Tensor) and not lr.is_cpu else float(lr)
 
 
 def _own(lr: Any) -> Any:

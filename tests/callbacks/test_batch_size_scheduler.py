@@ -19,7 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler, BatchSizeWarmup
 from lightning_surge.schedules.sizes import ConstantSize
 from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
-from tests.trainings import make_trainer as trainer_with
+from tests.trainings import make_quiet_trainer as trainer_with
 
 # 13 micro-batches of 2. Requests 2 2 4 5 8 8 ..., windows begin at micro-batches 0 1 2 4 6 8 12 of
 # the first epoch; the window of 4 requested at 6 waits for 8, and the one at 12 gets a single one.

@@ -22,6 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
+from tests.trainings import at_update
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -63,7 +64,7 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, betas=(0.9, 0.95))
-        optimizer.register_step_post_hook(lambda o, *_: self.lrs.append(float(o.param_groups[0]["lr"])))
+        at_update(optimizer, lambda o: self.lrs.append(float(o.param_groups[0]["lr"])))
         optimizer.register_step_post_hook(lambda *_: self.happens(STEP))
         return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, T_max=40), "interval": "step"}]
 

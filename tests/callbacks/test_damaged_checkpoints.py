@@ -27,6 +27,7 @@ from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Policy
 from lightning_surge.schedules.sizes import LinearRamp
+from tests.trainings import at_update
 
 MakeTrainer = Callable[..., pl.Trainer]
 State = dict[str, Any]
@@ -54,7 +55,7 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = AdamW(self.parameters(), lr=0.01)
-        optimizer.register_step_post_hook(lambda o, *_: self.lrs.append(float(o.param_groups[0]["lr"])))
+        at_update(optimizer, lambda o: self.lrs.append(float(o.param_groups[0]["lr"])))
         return optimizer
 
 

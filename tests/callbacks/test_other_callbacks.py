@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
+from tests.trainings import at_update
 
 MakeTrainer = Callable[..., pl.Trainer]
 Arrange = Callable[[Callback, Callback], list[Callback]]
@@ -96,13 +97,13 @@ class Net(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = AdamW(parameters, lr=self.lr)
-        optimizer.register_step_post_hook(self.note)
+        at_update(optimizer, self.note)
         if not self.scheduled:
             return optimizer
         # Recursive: whatever stays in the learning rate compounds.
         return [optimizer], [ExponentialLR(optimizer, 0.5)]
 
-    def note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def note(self, optimizer: Optimizer) -> None:
         # StochasticWeightAveraging steps once more, without gradients, after its pass for batch statistics.
         if any(parameter.grad is not None for parameter in self.parameters()):
             self.used.append([float(group["lr"]) for group in optimizer.param_groups])

@@ -17,6 +17,7 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.history import NoiseHistory
+from tests.trainings import at_update
 
 MakeTrainer = Callable[..., pl.Trainer]
 
@@ -345,9 +346,8 @@ class TestUnfrozenLater:
 
             def configure_optimizers(self) -> Optimizer:
                 optimizer = super().configure_optimizers()
-                # Before the callback's own hook, which takes the factor off.
-                optimizer.register_step_post_hook(
-                    lambda o, *_: self.used.append([float(group["lr"]) for group in o.param_groups])
+                at_update(
+                    optimizer, lambda o: self.used.append([float(group["lr"]) for group in o.param_groups])
                 )
                 return optimizer
 

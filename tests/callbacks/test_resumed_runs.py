@@ -32,7 +32,7 @@ from lightning_surge.schedules.sizes import (
     Progress,
     Schedule,
 )
-from tests.trainings import make_trainer
+from tests.trainings import make_quiet_trainer as make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The last 3 checkpoints each came while batches were being pooled"),

@@ -40,7 +40,7 @@ from lightning_surge.callbacks.resuming.random_streams import (
     restore_random_states,
 )
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
-from tests.trainings import make_trainer
+from tests.trainings import make_quiet_trainer as make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),

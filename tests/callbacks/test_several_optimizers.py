@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.step_examples import Deposits
+from tests.trainings import at_update
 
 MakeTrainer = Callable[..., pl.Trainer]
 
@@ -94,11 +95,11 @@ class Gan(pl.LightningModule):
         optimizers = [AdamW(part.parameters(), lr=lr) for part, lr in zip(parts, self.rates, strict=True)]
         for index, optimizer in enumerate(optimizers):
             # Registered before the callback's own hook, so it sees what the update has just used.
-            optimizer.register_step_post_hook(self.note(index))
+            at_update(optimizer, self.note(index))
         return optimizers
 
     def note(self, index: int) -> Callable[..., None]:
-        def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        def note(optimizer: Optimizer) -> None:
             self.used[index].append(float(optimizer.param_groups[0]["lr"]))
 
         return note

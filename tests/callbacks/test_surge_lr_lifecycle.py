@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.policy.policy import Decision, Policy
+from tests.trainings import at_update
 
 MakeTrainer = Callable[..., pl.Trainer]
 MakeSchedule = Callable[[Optimizer], Any]
@@ -98,7 +99,7 @@ class Regression(pl.LightningModule):
         optimizer = self.make_optimizer(self)
         if not isinstance(optimizer, Optimizer):
             return optimizer
-        optimizer.register_step_post_hook(lambda o, *_: self.lrs.append(float(o.param_groups[0]["lr"])))
+        at_update(optimizer, lambda o: self.lrs.append(float(o.param_groups[0]["lr"])))
         if self.make_schedule is None:
             return optimizer
         schedule = {

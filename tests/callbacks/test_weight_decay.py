@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
-from lightning_surge.optimizers.lr_writer import LearningRateWriter
+from lightning_surge.optimizers.lr_writer import FactorInUpdate
+from tests.trainings import at_update
 
 MakeTrainer = Callable[..., pl.Trainer]
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -49,7 +50,7 @@ class Decayed(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self)
-        optimizer.register_step_post_hook(lambda o, *_: self.used.append(entries(o)))
+        at_update(optimizer, lambda o: self.used.append(entries(o)))
         schedule = {"scheduler": ExponentialLR(optimizer, self.gamma), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -163,44 +164,24 @@ class TestWriter:
         optimizer = AdamW([nn.Parameter(torch.ones(1))], lr=lr, weight_decay=decay)
         if tensor:
             optimizer.param_groups[0]["weight_decay"] = torch.tensor(decay)
-        before = entries(optimizer)
-        writer = LearningRateWriter(optimizer, lambda group: True)
-        writer.apply(1.0 / factor)
-        writer.apply(factor)
-        (used, written), (_, old) = entries(optimizer)[0], before[0]
+        before, read = entries(optimizer), []
+        at_update(optimizer, lambda o: read.extend(entries(o)))
+        writer = FactorInUpdate(optimizer, lambda early: factor, keeps_decay=lambda group: True)
+        optimizer.step()
+        [(used, written)], [(_, old)] = read, before
         assert written is not None
         assert old is not None
         assert used * written == pytest.approx(lr * old, rel=1e-6 if tensor else 1e-15)
-        writer.restore()
         assert entries(optimizer) == before
+        writer.remove()
 
     def test_at_a_learning_rate_of_zero_leaves_the_decay(self) -> None:
         optimizer = AdamW([nn.Parameter(torch.ones(1))], lr=0.0, weight_decay=0.1)
-        writer = LearningRateWriter(optimizer, lambda group: True)
-        writer.apply(4.0)
-        assert entries(optimizer) == [(0.0, 0.1)]
-        writer.restore()
-        assert entries(optimizer) == [(0.0, 0.1)]
-
-    def test_a_decay_that_somebody_else_writes_is_the_new_schedule(self) -> None:
-        optimizer = AdamW([nn.Parameter(torch.ones(1))], lr=0.5, weight_decay=0.25)
-        writer = LearningRateWriter(optimizer, lambda group: True)
-        writer.apply(2.0)
-        optimizer.param_groups[0]["weight_decay"] = 0.75
-        writer.apply(4.0)
-        assert entries(optimizer) == [(2.0, 0.1875)]
-        writer.restore()
-        assert entries(optimizer) == [(0.5, 0.75)]
-
-    def test_a_group_added_in_between(self) -> None:
-        optimizer = AdamW([nn.Parameter(torch.ones(1))], lr=0.5, weight_decay=0.25)
-        writer = LearningRateWriter(optimizer, lambda group: True)
-        writer.apply(2.0)
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "weight_decay": 0.5})
-        writer.apply(4.0)
-        assert entries(optimizer) == [(2.0, 0.0625), (2.0, 0.125)]
-        writer.restore()
-        assert entries(optimizer) == [(0.5, 0.25), (0.5, 0.5)]
+        read: list[Any] = []
+        at_update(optimizer, lambda o: read.extend(entries(o)))
+        FactorInUpdate(optimizer, lambda early: 4.0, keeps_decay=lambda group: True)
+        optimizer.step()
+        assert read == entries(optimizer) == [(0.0, 0.1)]
 
 
 class TestRestoring:

@@ -17,7 +17,7 @@ from lightning_surge.measure.replay import Chunk, Piece, RandomState, TraceError
 
 
 def traceless(module: nn.Module) -> Any:
-    return no_trace(module.modules(), module.parameters())
+    return no_trace(module.modules(), dict(module.named_parameters()))
 
 
 class Step(nn.Module):
@@ -337,7 +337,7 @@ class TestGradients:
     def test_parameters_outside_the_module_and_without_gradients(self) -> None:
         inside, outside = nn.Linear(1, 1), nn.Parameter(torch.ones(2))
         outside.grad = kept = torch.ones(2)
-        with no_trace(inside.modules(), [*inside.parameters(), outside]):
+        with no_trace(inside.modules(), {**dict(inside.named_parameters()), "outside": outside}):
             assert outside.grad is None
             (inside(torch.ones(1)).sum() * outside.sum()).backward()
         assert outside.grad is kept

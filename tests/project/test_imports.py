@@ -48,7 +48,7 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
-        optimizer.register_step_post_hook(lambda o, *_: self.lrs.append(o.param_groups[0]["lr"]))
+        at_update(optimizer, lambda o: self.lrs.append(o.param_groups[0]["lr"]))
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
 
 

@@ -12,6 +12,7 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.checks import ranks_of
+from lightning_surge.callbacks.lightning_host import overrides
 from lightning_surge.callbacks.measuring.instruments import Instruments
 from lightning_surge.callbacks.measuring.live import FREE_CHUNKS, LiveWindow
 from lightning_surge.callbacks.measuring.plan import MeasuringPlan, Pace
@@ -24,7 +25,7 @@ from lightning_surge.measure.distributed import RankError
 from lightning_surge.measure.measurement import ALONE, MoreSecants
 from lightning_surge.measure.probing import Prober
 from lightning_surge.measure.records import Measurement
-from lightning_surge.measure.replay import Piece
+from lightning_surge.measure.replay import Piece, TraceError
 from lightning_surge.optimizers.families import OptimizerKind
 from lightning_surge.optimizers.moments import AdamMoments
 
@@ -73,6 +74,8 @@ class Measurer:
         self._live = LiveWindow()
         self._ranks = ALONE
         self._first_window = True
+        # For good: a repeated step leaves traces in training.
+        self.off = False
         self.budget = self._plan.budget
         self.seconds = 0.0
         self.failure: str | None = None
@@ -94,10 +97,11 @@ class Measurer:
         self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks)
         self._attempts = Attempts(self._ranks, self._loss.isolated, self.fail)
         self._live = LiveWindow(self._ranks)
+        alone = self._ranks.reducer_owns_gradients and not overrides(pl_module, "backward")
         self._prober = Prober(
             (),
             compute_loss=self._loss,
-            backward=pl_module.backward,
+            backward=None if alone else pl_module.backward,
             batch_size_fn=self._batch_size_fn,
             split_batch=None,
             ranks=self._ranks,
@@ -177,6 +181,8 @@ class Measurer:
         Raises:
             MisconfigurationException: if batches cannot be cut, before the first step is taken.
         """
+        if self.off:
+            return
         if self._pool.target:
             self._pool.open_window()
             return  # still pooling
@@ -382,6 +388,13 @@ class Measurer:
         self.budget.widen()
         self.failure = f"measuring failed with {type(error).__name__}"
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if isinstance(error, TraceError) or (isinstance(error, RankError) and error.final):
+            self.off = True
+            rank_zero_warn(
+                f"Measuring is off from now on, and the factor stays what it is: {reason}. What the repeated "
+                "training_step changed has been put back."
+            )
+            return
         rank_zero_warn(
             "Measuring failed and is tried again later, at twice the spacing; training goes on unchanged. "
             f"{reason}. If training_step cannot be repeated on a part of a batch, "
@@ -397,7 +410,8 @@ class Measurer:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, and the tensors of the sharpness."""
         parts = self._plan, self._cutting, self._instruments
-        return {name: value for part in parts for name, value in part.state_dict().items()}
+        state = {name: value for part in parts for name, value in part.state_dict().items()}
+        return {**state, "off": self.off}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`.
@@ -408,3 +422,4 @@ class Measurer:
         """
         for part in (self._plan, self._cutting, self._instruments):
             part.load_state_dict(state)
+        self.off = bool(state["off"])

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_surge.measure.batches import BatchError, SplitBatch, split_leading_dimension, tensors_in
 from lightning_surge.measure.budget import ProbeBudget
 from lightning_surge.measure.probing import Prober
-from lightning_surge.measure.replay import Chunk, Piece, TraceError
+from lightning_surge.measure.replay import ChangedBatchError, Chunk, Piece
 
 __all__ = ["Cutting", "Pool", "Versions"]
 
@@ -37,7 +37,7 @@ class Versions:
         >>> versions.check(batch)
         Traceback (most recent call last):
         ...
-        lightning_surge.measure.replay.TraceError: Expected a training_step that leaves its batch ...
+        lightning_surge.measure.replay.ChangedBatchError: Expected a training_step that leaves ...
     """
 
     def __init__(self, batch: Any = None) -> None:
@@ -47,10 +47,10 @@ class Versions:
         """True, after the pass.
 
         Raises:
-            TraceError: if it has changed a tensor.
+            ChangedBatchError: if it has changed a tensor.
         """
         if self._versions != [tensor._version for tensor in tensors_in(batch)]:
-            raise TraceError(
+            raise ChangedBatchError(
                 "Expected a training_step that leaves its batch alone, but it changes a tensor of it in "
                 "place: work on a copy"
             )
@@ -123,7 +123,7 @@ class Pool:
             return
         try:
             versions.check(piece.batch)
-        except TraceError as error:
+        except ChangedBatchError as error:
             self.broken = error  # the other processes must hear of it
         else:
             self.pieces.append(piece)

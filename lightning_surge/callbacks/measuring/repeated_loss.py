@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_surge.measure.batches import shared_copy
 from lightning_surge.measure.distributed import RankError, Ranks
-from lightning_surge.measure.replay import Chunk, no_trace
+from lightning_surge.measure.replay import Chunk, TraceError, no_trace
 
 __all__ = ["Attempts", "LossFn", "RepeatedLoss"]
 
@@ -44,6 +44,8 @@ class RepeatedLoss:
         self._module = pl_module
         self._loss_fn = loss_fn
         self._ranks = ranks
+        # Whether the latest repetition has left no trace: until then parameters are copied.
+        self._clean = False
 
     def __call__(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss, as a fresh graph.
@@ -84,14 +86,21 @@ class RepeatedLoss:
         Args:
             parameters: that the optimizer moves, if they are not the module's.
         """
-        loggers = self._trainer.loggers
-        unique = {id(p): p for p in (*self._module.parameters(), *parameters)}.values()
+        trainer, loggers = self._trainer, self._trainer.loggers
+        named: dict[str, Tensor] = dict(self._module.named_parameters())
+        known = set(map(id, named.values()))
+        named |= {
+            f"parameter {i} of the optimizer": p for i, p in enumerate(parameters) if id(p) not in known
+        }
+        others = (*trainer.optimizers, *(config.scheduler for config in trainer.lr_scheduler_configs))
+        first, self._clean = not self._clean, False
         try:
-            with no_trace(list(self._module.modules()), unique):
+            with no_trace(list(self._module.modules()), named, others=others, copies=first):
                 # Instance attributes hide the methods; they vanish with every other trace.
                 vars(self._module)["log"] = vars(self._module)["log_dict"] = _log_nothing
                 self._trainer.loggers = [DummyLogger() for _ in loggers]
                 yield
+            self._clean = True
         finally:
             self._trainer.loggers = loggers
 
@@ -170,7 +179,7 @@ class Attempts:
         except RankError as error:
             self._give_up(error)
         except Exception as error:
-            self._ranks.meet(failed=True)
+            self._ranks.meet(failed=True, final=isinstance(error, TraceError))
             self._give_up(error)
         else:
             return result
