@@ -421,6 +421,9 @@ class Exhausted:
         return iter([4, 0])
 
 
+DETOUR, BACK = Milestones({0: 2, 4: 4, 6: 2}), Milestones({0: 4, 2: 2})
+
+
 class TestTotals:
     def test_by_hand(self) -> None:
         ramp = GeometricRamp(2, 8, 2)  # 2 4 8 8 ...
@@ -455,6 +458,15 @@ class TestTotals:
         examples = total_examples(schedule, steps)
         assert total_steps(schedule, examples) == steps
         assert total_steps(schedule, examples + 1) == steps + 1
+
+    @pytest.mark.parametrize(
+        "schedule", [DETOUR, Phases([Phase(0, 4, ConstantSize(2)), Phase(4, None, BACK)])]
+    )
+    def test_a_short_detour_is_not_skipped(self, schedule: Schedule) -> None:
+        expected = [2] * 4 + [4] * 2 + [2] * 10
+        replays = [AccumulatedSchedule(schedule, 2), SampledSchedule(schedule, 4, 36)]
+        assert [list(islice(replay.sizes(), 16)) for replay in replays] == [expected] * 2
+        assert [total_examples(one, 16) for one in (schedule, *replays)] == [36] * 3
 
     @pytest.mark.parametrize(
         ("schedule", "steps"),
