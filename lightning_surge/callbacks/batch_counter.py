@@ -108,8 +108,8 @@ class BatchCounter:
         says = "" if loaded is None else f" The DataLoader says batch_size={loaded}."
         raise MisconfigurationException(
             f"{self._owner} cannot tell how many examples a {type(batch).__name__} holds, and the learning "
-            f"rate depends on it: got {seen}{also}.{says} Pass batch_size_fn=, a function of a batch that returns "
-            "its number of examples."
+            f"rate depends on it: got {seen}{also}.{says} Pass batch_size_fn=, a function of a batch that "
+            "returns its number of examples."
         )
 
 

@@ -95,8 +95,7 @@ class SurgeLRCallback(Callback):
         * A checkpoint discards batches that were being pooled for the next measurement, in the running
           training too, so that a resumed run repeats it bit for bit.
         * A checkpoint holds this callback's state, not the random streams or the places of loaders, which
-          Lightning does not restore either. A `BatchSizeScheduler` beside it keeps those, with
-          `ConstantSize(n)` for a fixed size.
+          Lightning does not restore either. `ExactResume` beside it keeps those.
 
     Args:
         base_batch_size: Examples per optimizer step, over all processes, at which the scheduled learning rate

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback, by_examples
+from lightning_surge import BatchSizeScheduler, ExactResume, FollowPeak, SurgeLRCallback, by_examples
 from lightning_surge.callbacks.resuming.random_streams import random_states
 from lightning_surge.laws.base import SGDLaw
 from lightning_surge.measure.budget import ProbeBudget
@@ -545,7 +545,7 @@ class TestBatchSizeScheduler:
             (("examples",), math.nan, "Expected 0 <= examples < inf, got examples=nan"),
             (("epoch_begin",), [1.0], "not enough values to unpack"),
             (("followed",), "16", "got followed='16'"),
-            (("version",), 0, "version 1 in the checkpoint, got 0"),
+            (("version",), 0, "version 2 in the checkpoint, got 0"),
         ],
     )
     def test_the_damage_is_named(self, path: tuple[Any, ...], value: Any, message: str) -> None:
@@ -570,12 +570,10 @@ class TestBatchSizeScheduler:
     def test_damaged_random_states_are_left_alone_altogether(
         self, make_trainer: MakeTrainer, tmp_path: Path, path: tuple[Any, ...], value: Any
     ) -> None:
-        scheduler = BatchSizeScheduler(LinearRamp(16, 16, duration=10))
         saving = ModelCheckpoint(tmp_path, filename="whole", every_n_train_steps=STEPS)
-        make_trainer(scheduler, saving).fit(Net(), data())
+        make_trainer(ExactResume(), saving).fit(Net(), data())
         content = torch.load(tmp_path / "whole.ckpt", weights_only=True)
-        state = content["callbacks"]["BatchSizeScheduler"]
-        state["resumption"] = damaged(state["resumption"], path, value)
+        content["callbacks"]["ExactResume"] = damaged(content["callbacks"]["ExactResume"], path, value)
         torch.save(content, tmp_path / "changed.ckpt")
 
         class Look(Callback):
@@ -583,8 +581,7 @@ class TestBatchSizeScheduler:
                 self.streams = random_states()
 
         look, net = Look(), Net()
-        again = BatchSizeScheduler(LinearRamp(16, 16, duration=10))
-        trainer = make_trainer(again, look, max_epochs=2)
+        trainer = make_trainer(ExactResume(), look, max_epochs=2)
         pl.seed_everything(5, verbose=False)
         expected = random_states()
         with pytest.warns(UserWarning, match="Expected whole random states in the checkpoint, got "):

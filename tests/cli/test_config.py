@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_surge import BatchSizeScheduler, SurgeLRCallback, schedules
+from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback, schedules
 from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.sizes import (
     ConstantSize,
@@ -324,6 +324,12 @@ def test_the_warm_up_by_both_names(tmp_path: Path) -> None:
         )
         assert warmup.schedule == GeometricRamp(8, 32, 9)
         assert "num_steps: 9" in printed
+
+
+@pytest.mark.parametrize("name", ["ExactResume", "lightning_surge.ExactResume"])
+def test_exact_resuming_by_both_names(tmp_path: Path, name: str) -> None:
+    (resume,), _ = parse(tmp_path, f"    - class_path: {name}\n")
+    assert type(resume) is ExactResume
 
 
 def test_the_example_trains_and_round_trips(
