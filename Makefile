@@ -32,10 +32,10 @@ test-matrix: $(STAMP)  ## tests that lean on Lightning, oldest and newest versio
 	$(BIN)/python -m benchmarks.matrix
 
 check-html: $(STAMP)  ## look at the page of `lightning-surge plot` in a headless browser, if there is one
-	$(BIN)/python -m pytest -rs tests/test_pages_in_browser.py -k page_draws
+	$(BIN)/python -m pytest -rs tests/runs/test_pages_in_browser.py -k page_draws
 
 check-tensorboard: $(STAMP)  ## the same for TensorBoard's charts of a run
-	$(BIN)/python -m pytest -rs tests/test_pages_in_browser.py -k tensorboard
+	$(BIN)/python -m pytest -rs tests/runs/test_pages_in_browser.py -k tensorboard
 
 docs: $(STAMP)  ## build the documentation in site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean

@@ -22,14 +22,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
 TESTS = (
-    "tests/test_lightning_contract.py",
-    "tests/test_surge_lr.py",
-    "tests/test_surge_lr_lifecycle.py",
-    "tests/test_batch_size_scheduler.py",
-    "tests/test_resumed_runs.py",
-    "tests/test_several_optimizers.py",
-    "tests/test_other_callbacks.py",
-    "tests/test_imports.py",
+    "tests/project/test_lightning_contract.py",
+    "tests/callbacks/test_surge_lr.py",
+    "tests/callbacks/test_surge_lr_lifecycle.py",
+    "tests/callbacks/test_batch_size_scheduler.py",
+    "tests/callbacks/test_resumed_runs.py",
+    "tests/callbacks/test_several_optimizers.py",
+    "tests/callbacks/test_other_callbacks.py",
+    "tests/project/test_imports.py",
 )
 SHOWN = ("lightning", "torch", "numpy", "scipy")
 # Other versions deprecate other things; that is not what this is about.

@@ -138,19 +138,8 @@ def no_trace(
             large to copy.
     """
     undo: list[Callable[[], object]] = [RandomState.capture().restore]
-    seen: set[int] = set()
-    for module in modules:
-        _remember_module(module, undo, seen)
-    for other in others:
-        _remember(other, undo, seen, always=False)
-    gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    undo.append(_remember_parameters(parameters, copies=copies))
 
     def put_back() -> list[Exception]:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
         failures: list[Exception] = []
         for step in reversed(undo):
             try:
@@ -160,6 +149,14 @@ def no_trace(
         return failures
 
     try:
+        # Memory may give out in here, too: what has been done by then is undone.
+        seen: set[int] = set()
+        for thing in (*modules, *others):
+            _remember(thing, undo, seen, always=False)
+        undo.append(_remember_parameters(parameters, copies=copies))
+        for parameter in parameters.values():
+            undo.append(partial(setattr, parameter, "grad", parameter.grad))
+            parameter.grad = None
         yield
     except BaseException:
         put_back()  # what was raised matters more than a trace

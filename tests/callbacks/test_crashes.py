@@ -74,7 +74,9 @@ class Net(pl.LightningModule):
 
 
 class Outside:
-    """Keeps what a measurement must not put back."""
+    """Keeps what a measurement must not put back, where it does not look."""
+
+    __slots__ = ("events", "training")
 
     def __init__(self) -> None:
         self.training = False

@@ -46,7 +46,7 @@ def test_fast_run_leaves_a_table_a_picture_and_logs(example, tmp_path, capsys):
     picture = example.main(["--fast", "--seed", "1", "--output", str(tmp_path)])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
-    run = read_run(picture.parent)
+    run = read_run(picture.parent, also=["val_loss"])
     rows = stages(run)
     # Every stage of the ramp was reached and has a validation loss of its own.
     assert [row.batch_size for row in rows] == [8, 16, 32, 64, 128]

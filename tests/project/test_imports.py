@@ -48,7 +48,8 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
-        at_update(optimizer, lambda o: self.lrs.append(o.param_groups[0]["lr"]))
+        ask = optimizer._init_group
+        optimizer._init_group = lambda group, *rest: (self.lrs.append(group["lr"]), ask(group, *rest))[1]
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
 
 

@@ -390,10 +390,7 @@ class Measurer:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         if isinstance(error, TraceError) or (isinstance(error, RankError) and error.final):
             self.off = True
-            rank_zero_warn(
-                f"Measuring is off from now on, and the factor stays what it is: {reason}. What the repeated "
-                "training_step changed has been put back."
-            )
+            rank_zero_warn(f"Measuring is off from now on, and the factor stays what it is: {reason}.")
             return
         rank_zero_warn(
             "Measuring failed and is tried again later, at twice the spacing; training goes on unchanged. "

@@ -1,7 +1,7 @@
 """Fingerprints of small trainings, to see that a change of the code changes no number.
 
-python -m benchmarks.trajectories --write before.json
-python -m benchmarks.trajectories --compare before.json    # exit 1 if something differs
+python -m tests.trajectories --write before.json
+python -m tests.trajectories --compare before.json    # exit 1 if something differs
 
 They hold on one machine, with one version of torch and of Lightning.
 """
