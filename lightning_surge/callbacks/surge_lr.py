@@ -369,7 +369,7 @@ class SurgeLRCallback(Callback):
             keeps_decay=None if self.settings.scale_weight_decay else partial(decay_follows_lr, optimizer),
             tell=partial(self._tell_of_early_reader, type(optimizer).__name__),
         )
-        self._cap_is_told = not math.isfinite(largest_lr(optimizer))
+        self._may_be_capped = math.isfinite(largest_lr(optimizer))
         self._learner.moments.begin(optimizer)
         pace = behind.pace if behind.manual else None
         self._measurer.attach(trainer, pl_module, optimizer, self._direction, pace)
@@ -523,6 +523,8 @@ class SurgeLRCallback(Callback):
             which = f"optimizer {self.settings.optimizer}, " if suffix else ""
             log.info("%sstep %d, %g examples: %s", which, step.number, step.batch_size, decision.reason)
         self.decision = decision
+        if self._may_be_capped:
+            self._warn_of_a_cap(step.optimizer, decision.used * self._learner.scheduled_lr)
         return decision
 
     def _after_step(self) -> None:
@@ -534,17 +536,15 @@ class SurgeLRCallback(Callback):
             # Where Lightning calls the steps, what is logged in other batches is dropped.
             if decision is not None and (behind.manual or logs_now(trainer)):
                 log_.unlogged = StepRecord(decision, step.batch_size, factor.scheduled, factor.used)
-            if not self._cap_is_told:
-                self._warn_of_a_cap(factor)
         self._close_window()
 
-    def _warn_of_a_cap(self, factor: FactorInUpdate) -> None:
-        """Say once if the optimizer cuts off the learning rates that it was given."""
-        cap, used = largest_lr(factor.optimizer), max(float(lr) for lr in factor.used)
+    def _warn_of_a_cap(self, optimizer: Optimizer, used: float) -> None:
+        """Say once if the optimizer cuts off the learning rates that it is given."""
+        cap = largest_lr(optimizer)
         if used > cap:
-            self._cap_is_told = True
+            self._may_be_capped = False
             rank_zero_warn(
-                f"{type(factor.optimizer).__name__} uses min(lr, 1 / sqrt(step)): the learning rate used, "
+                f"{type(optimizer).__name__} uses min(lr, 1 / sqrt(step)): the learning rate used, "
                 f"{used:g}, is above {cap:g} and has no effect beyond it, nor has the factor. Use a smaller "
                 "learning rate."
             )

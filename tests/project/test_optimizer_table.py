@@ -188,7 +188,7 @@ def test_the_length_of_an_update_grows_with_the_gradient_where_the_law_says_so(n
 
 
 def test_adafactor_says_when_its_learning_rate_is_capped(make_trainer: MakeTrainer) -> None:
-    with pytest.warns(UserWarning, match=r"uses min\(lr, 1 / sqrt\(step\)\): .* written, 0.8, is above 0.7"):
+    with pytest.warns(UserWarning, match=r"uses min\(lr, 1 / sqrt\(step\)\): .* used, 0.8, is above 0.7"):
         make_trainer(SurgeLRCallback(2, "linear")).fit(Linear("Adafactor", lr=0.4), data())
 
 
