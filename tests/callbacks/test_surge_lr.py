@@ -513,11 +513,15 @@ class TestBatchSize:
 
 
 class TestMeasuring:
-    def test_of_coupled_losses_falls_back_to_whole_batches(self, make_trainer: MakeTrainer) -> None:
+    @pytest.mark.parametrize("dropout", [0.0, 0.8])  # which would hide what BatchNorm does
+    def test_of_coupled_losses_falls_back_to_whole_batches(
+        self, make_trainer: MakeTrainer, dropout: float
+    ) -> None:
         class Normed(Regression):
             def __init__(self) -> None:
                 super().__init__()
-                self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+                layers = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 1)
+                self.net = nn.Sequential(*layers)
 
         self._falls_back(make_trainer, Normed)
 
