@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 FIELD := .field
 
 .DEFAULT_GOAL := help
-.PHONY: help demo digits test test-matrix check-html check-tensorboard docs docs-output lint format bench \
+.PHONY: help demo digits test test-fast test-matrix check-html check-tensorboard docs docs-output lint format bench \
 	bench-demo bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick field clean
 
 help:  ## show this list
@@ -25,6 +25,9 @@ digits: $(STAMP)  ## the same for an image model on scikit-learn's digits
 
 test: $(STAMP)  ## run the tests, doctests included
 	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)  ## the same without processes, kills, browsers and line searches
+	$(BIN)/python -m pytest -m "not slow"
 
 test-matrix: $(STAMP)  ## tests that lean on Lightning, oldest and newest versions: ten minutes after downloads
 	$(BIN)/python -m benchmarks.matrix

@@ -245,7 +245,6 @@ SET_UPS: dict[str, SetUp] = {
     "theorem3": SetUp(lambda: [surge("theorem3", probe_examples=32)]),
     "step": SetUp(lambda: [surge(objective="step", scale_weight_decay=False)]),
     "edge": SetUp(lambda: [surge(objective="edge")]),
-    "anchor at law": SetUp(lambda: [surge(anchor="law", base=4)]),
     "sqrt": SetUp(lambda: [surge("sqrt")], partial(Regression, schedule=partial(ExponentialLR, gamma=0.98))),
     "gan": SetUp(adversaries, Gan),
     "resumed": SetUp(lambda: [BatchSizeWarmup(8, 32, 40), surge()], sampled=True, resumed_from=30),

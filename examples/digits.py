@@ -74,9 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         enable_checkpointing=False,
     )
     trainer.fit(model, data)
-    return print_report(
-        loggers, surge.law_history, base_batch_size=8, title="Convolutional network on scikit-learn's digits"
-    )
+    return print_report(loggers, title="Convolutional network on scikit-learn's digits")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from lightning_surge.laws.base import Law
 from lightning_surge.laws.objectives import OBJECTIVES
-from lightning_surge.policy.history import Contrast, NoiseStats
-from lightning_surge.runs.charts import LawSnapshot
 from lightning_surge.runs.plots import plot_run
 from lightning_surge.runs.run_log import RunLog, Series, read_run
 
@@ -138,55 +135,14 @@ def table(rows: Sequence[Stage]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def law_snapshot(step: int, law: Law, stats: NoiseStats, base_batch_size: float) -> LawSnapshot:
-    """A law's curve around the ramp's batch sizes, with the measured ratios `N(B)/D(B)` behind it.
-
-    The points are the two sizes that most of the measurements, by weight, have seen together: what was
-    measured of other sizes at another time has another level, and does not compare. The law's own level
-    is an average over all measurements, while a learning rate is scaled by ratios alone, so the pair is
-    shown at the level of the curve.
-    """
-    batch_sizes = np.geomspace(base_batch_size / 4, base_batch_size * 128, 200)
-    groups: dict[tuple[float, float], list[Contrast]] = {}
-    for entry in stats.contrasts:
-        groups.setdefault(entry.sizes, []).append(entry)
-    alike = max(groups.values(), key=lambda group: sum(entry.weight for entry in group), default=[])
-    points = []
-    for index in range(2) if len(alike) > 1 else ():
-        weights = np.array([entry.weight for entry in alike])
-        alignments = np.array([entry.alignments[index] for entry in alike])
-        curvatures = np.array([entry.values[index] for entry in alike])
-        curvature = np.average(curvatures, weights=weights)
-        lr = np.average(alignments, weights=weights) / curvature
-        # First order in the errors of both, which share a measurement.
-        scatter = np.sqrt(np.sum((weights * (alignments - lr * curvatures)) ** 2)) / np.sum(weights)
-        points.append((alike[0].sizes[index], float(lr), float(scatter / abs(curvature))))
-    level = 1.0
-    if points and all(lr > 0.0 for _, lr, _ in points):
-        level = float(np.exp(np.mean([math.log(law.lr(size) / lr) for size, lr, _ in points])))
-    points = [(size, level * lr, level * error) for size, lr, error in points]
-    measured = [list(column) for column in zip(*points, strict=True)] if points else [[], [], []]
-    return LawSnapshot(step, batch_sizes, [law.lr(size) for size in batch_sizes], *measured)
-
-
-def early_and_late(
-    history: Sequence[tuple[int, Law, NoiseStats]], base_batch_size: float
-) -> list[LawSnapshot]:
-    """Two moments to compare: a quarter of the way through the measurements, and the end."""
-    moments = list(history) if len(history) < 2 else [history[len(history) // 4], history[-1]]
-    return [law_snapshot(*moment, base_batch_size) for moment in moments]
-
-
 def print_report(
     loggers: Sequence[Logger],
-    law_history: Sequence[tuple[int, Law, NoiseStats]],
     *,
-    base_batch_size: float,
     title: str,
 ) -> Path:
     """Print the table of a finished run and write its picture; both come from the logs."""
     directory = Path(str(loggers[0].log_dir))
-    run = read_run(directory)
+    run = read_run(directory, also=["val_loss"])
     print(f"\n{title}\n")
     print(table(stages(run)))
     print(
@@ -195,7 +151,6 @@ def print_report(
         "\nthat passed through probes per example trained."
     )
     picture = directory / "surge.png"
-    snapshots = early_and_late(law_history, base_batch_size)
-    plot_run(run, snapshots, base_batch_size=base_batch_size, title=title).savefig(picture)
+    plot_run(run, title=title).savefig(picture)
     print(f"\npicture  {picture}\ncharts   tensorboard --logdir {directory.parent}")
     return picture

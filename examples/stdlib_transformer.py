@@ -248,9 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         enable_checkpointing=False,
     )
     trainer.fit(model, data)
-    return print_report(
-        loggers, surge.law_history, base_batch_size=8, title="Byte-level transformer on the standard library"
-    )
+    return print_report(loggers, title="Byte-level transformer on the standard library")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_surge.callbacks import BatchSizeScheduler, BatchSizeWarmup, SurgeLRCallback
+    from lightning_surge.callbacks import BatchSizeScheduler, BatchSizeWarmup, ExactResume, SurgeLRCallback
     from lightning_surge.schedules import FollowPeak, ScheduledBatchSampler, by_examples
 
 __all__ = [
     "BatchSizeScheduler",
     "BatchSizeWarmup",
+    "ExactResume",
     "FollowPeak",
     "ScheduledBatchSampler",
     "SurgeLRCallback",
@@ -23,6 +24,7 @@ __version__ = version("lightning-surge")
 _PACKAGES = {
     "BatchSizeScheduler": "callbacks",
     "BatchSizeWarmup": "callbacks",
+    "ExactResume": "callbacks",
     "FollowPeak": "schedules",
     "ScheduledBatchSampler": "schedules",
     "SurgeLRCallback": "callbacks",

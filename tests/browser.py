@@ -1,47 +1,21 @@
 """Open a page in a headless browser and ask it something: `python -m tests.browser URL SCRIPT [SCREENSHOT]`.
 
-Prints JSON: what the script evaluated to, and the errors and warnings of the console. Exits with 77 where no
-browser is to be had. Any of these will do: playwright with its chromium or one on the PATH, or
-PyQt6-WebEngine, which is Chromium as a Python package. A process of its own, since each of them runs an event
-loop.
+Prints JSON: what the script evaluated to, and the errors and warnings of the console. Exits with 77 where
+there is no PyQt6-WebEngine, which is Chromium as a Python package. A process of its own, for its event loop.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from typing import Any
 
 NO_BROWSER = 77
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTH, HEIGHT, SETTLE_MS, LIMIT_MS = 1200, 1600, 3000, 60_000
 
 
-def with_playwright(url: str, script: str, screenshot: str | None) -> dict[str, Any]:
-    from playwright.sync_api import Error, sync_playwright
-
-    console: list[str] = []
-    with sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, BROWSERS)), None)
-        try:
-            browser = playwright.chromium.launch(executable_path=path)
-        except Error as error:
-            raise ModuleNotFoundError("playwright has no browser: playwright install chromium") from error
-        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
-        page.on("pageerror", lambda error: console.append(str(error)))
-        page.on("console", lambda one: one.type in ("error", "warning") and console.append(one.text))
-        page.goto(url)
-        page.wait_for_timeout(SETTLE_MS)
-        answer = page.evaluate(script)
-        if screenshot:
-            page.screenshot(path=screenshot)
-        browser.close()
-    return {"answer": answer, "console": console}
-
-
-def with_qt(url: str, script: str, screenshot: str | None) -> dict[str, Any]:
+def browse(url: str, script: str, screenshot: str | None) -> dict[str, Any]:
     os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
     os.environ.setdefault("QTWEBENGINE_CHROMIUM_FLAGS", "--no-sandbox --disable-gpu")
     from PyQt6.QtCore import QTimer, QUrl
@@ -80,14 +54,12 @@ def with_qt(url: str, script: str, screenshot: str | None) -> dict[str, Any]:
 
 
 def main(url: str, script: str, screenshot: str | None = None) -> int:
-    for browse in (with_playwright, with_qt):
-        try:
-            print(json.dumps(browse(url, script, screenshot)))
-        except ImportError as error:
-            print(f"{browse.__name__}: {error}", file=sys.stderr)
-        else:
-            return 0
-    return NO_BROWSER
+    try:
+        print(json.dumps(browse(url, script, screenshot)))
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        return NO_BROWSER
+    return 0
 
 
 if __name__ == "__main__":

@@ -102,6 +102,16 @@ def write_events(directory: Path, table: Mapping[int, Mapping[str, float]], suff
     return path
 
 
+def two_groups() -> dict[int, dict[str, float]]:
+    """A run with the parameter groups `body` and `head`, whose learning rate is twice as large."""
+    table = rows()
+    for row in table.values():
+        for name in ("lr_scheduled", "lr_used", "lr_predicted"):
+            value = row.pop(f"surge/{name}")
+            row |= {f"surge/{name}/body": value, f"surge/{name}/head": 2 * value}
+    return table
+
+
 def several_optimizers(groups: Mapping[str, Sequence[str]] | None = None) -> dict[int, dict[str, float]]:
     """Two callbacks of one module: `opt1` trains at twice the batch size and learning rate, by a later law.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from torch.optim import Optimizer
 
 __all__ = ["MakeTrainer", "at_update", "make_quiet_trainer"]
@@ -23,7 +23,7 @@ def make_quiet_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
         "devices": 1,
         "logger": False,
         "log_every_n_steps": 1,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "max_epochs": 1,

@@ -88,7 +88,7 @@ def main() -> None:
                 flags = ["--law" if name in FIXED else "--objective", name]
                 arguments = ["--seed", str(seed), "--output", f"{directory}/{name}-{seed}", *flags]
                 picture = stdlib_transformer.main([*arguments, *(["--fast"] if options.quick else [])])
-                rows = stages(read_run(picture.parent))
+                rows = stages(read_run(picture.parent, also=["val_loss"]))
                 records.append(
                     {
                         "rule": RULES[name],

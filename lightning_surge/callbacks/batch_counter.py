@@ -102,14 +102,11 @@ class BatchCounter:
         certain = len(lengths) == 1 and (loaded is None or (found[0][1] <= loaded and not full))
         if certain:
             return _leading
-        raise MisconfigurationException(self._uncertain(batch, found, loaded))
-
-    def _uncertain(self, batch: Any, found: list[tuple[str, int]], loaded: int | None) -> str:
         seen = f"{found[0][1]} in the first tensor, {found[0][0]}" if found else "no tensor"
         others = sorted({length for _, length in found[1:] if length != found[0][1]})
         also = f", and {', '.join(map(str, others[:3]))} in others" if others else ""
         says = "" if loaded is None else f" The DataLoader says batch_size={loaded}."
-        return (
+        raise MisconfigurationException(
             f"{self._owner} cannot tell how many examples a {type(batch).__name__} holds, and the learning "
             f"rate depends on it: got {seen}{also}.{says} Pass batch_size_fn=, a function of a batch that "
             "returns its number of examples."

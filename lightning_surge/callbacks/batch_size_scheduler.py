@@ -12,35 +12,28 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
-from operator import itemgetter
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.batch_counter import BatchCounter
-from lightning_surge.callbacks.checks import (
-    check_accumulated_sizes,
-    check_host,
-    check_sampled_sizes,
-    ranks_of,
+from lightning_surge.callbacks.checks import check_accumulated_sizes, check_host, ranks_of
+from lightning_surge.callbacks.lightning_host import Callback, refresh_epoch_length, replicas_of
+from lightning_surge.callbacks.resuming.exact_resume import ExactResume
+from lightning_surge.callbacks.training_loader import (
+    MicroBatches,
+    TrainingLoader,
+    warn_of_schedules_cut_short,
 )
-from lightning_surge.callbacks.lightning_host import (
-    Callback,
-    batches_per_epoch,
-    loader_batch_size,
-    refresh_epoch_length,
-    refuse_scheduled_validation,
-    replicas_of,
-    scheduled_sampler,
-)
-from lightning_surge.callbacks.resuming.exact_resume import Resumption
 from lightning_surge.laws.base import require_number
+from lightning_surge.measure.distributed import Ranks
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules.by_examples import ExamplesClock
@@ -51,9 +44,36 @@ from lightning_surge.schedules.windows import Window, accumulation_for, aligned_
 __all__ = ["BatchSizeScheduler", "BatchSizeWarmup"]
 
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 # Weights that differ from 1 by rounding alone are not worth a pass over the gradients.
 ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class SchedulerState:
+    """Where a training stands, as a checkpoint keeps it; its steps are the Trainer's ``global_step``.
+
+    Attributes:
+        accumulation: Micro-batches of the window in force.
+        examples: Examples, or tokens, behind the optimizer steps taken.
+        epoch_begin: Steps, examples and epochs at the beginning of the epoch.
+        followed: Batch size that `FollowPeak` has reached.
+    """
+
+    accumulation: int
+    examples: float
+    epoch_begin: list[float]
+    followed: int
+
+    def __post_init__(self) -> None:
+        remedy = "load what state_dict returned"
+        for name in ("accumulation", "followed"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
+        object.__setattr__(self, "examples", require_number("examples", self.examples, remedy, zero=True))
+        step, examples, epoch = (
+            require_number("epoch_begin", number, remedy, zero=True) for number in self.epoch_begin
+        )
+        object.__setattr__(self, "epoch_begin", [int(step), examples, epoch])
 
 
 class BatchSizeScheduler(Callback):
@@ -71,17 +91,20 @@ class BatchSizeScheduler(Callback):
     Micro-batches of unequal size, and the shorter window at an epoch's end, are weighted so that the gradient
     of a step is the mean over its examples.
 
+    The loader is read again at every epoch, and checked as at the start where it has changed.
+
     Logs ``surge/batch_size_requested`` and ``surge/batch_size_scheduled`` at the steps that Lightning logs,
-    and moves every learning-rate schedule that counts examples (`clocks.by_examples`).
+    and moves every learning-rate schedule that counts examples (`by_examples`). Where another one that counts
+    steps will not reach its end, a warning at the start says where it stops.
 
     Caveats:
         * ``trainer.estimated_stepping_batches`` assumes that the accumulation never changes, so a
-          learning-rate schedule sized by it has the wrong length. Use `windows.total_steps`, or a schedule
-          that counts examples.
+          learning-rate schedule sized by it has the wrong length. Use `by_examples`, or `total_steps`.
         * An accumulation longer than the epoch is capped, with a warning.
         * A checkpoint taken between two optimizer steps has no gradients in it: after resuming,
           Lightning finishes that window with the micro-batches that are left. Save with
-          ``every_n_train_steps`` or at the end of an epoch.
+          ``every_n_train_steps`` or at the end of an epoch, and add `ExactResume` to repeat a run
+          bit for bit.
         * The loss of a micro-batch must be the mean over its examples for the weights to be right.
 
     Args:
@@ -123,18 +146,19 @@ class BatchSizeScheduler(Callback):
                 " ConstantSize(16) for a constant size."
             )
         self.schedule = schedule
-        self._micro_batch_size = _optional("micro_batch_size", micro_batch_size)
-        self._max_micro_batch_size = _optional("max_micro_batch_size", max_micro_batch_size)
+        self._micro = MicroBatches(
+            type(self).__name__,
+            _optional("micro_batch_size", micro_batch_size),
+            _optional("max_micro_batch_size", max_micro_batch_size),
+            replicas=1,
+            in_tokens=batch_size_fn is not None,
+        )
         self._count = BatchCounter(batch_size_fn, type(self).__name__)
-        self._counts_tokens = batch_size_fn is not None
         self._weights = weight_micro_batches
         self._itinerary = (
-            Itinerary(schedule, largest=self._max_micro_batch_size)
-            if isinstance(schedule, Schedule)
-            else None
+            Itinerary(schedule, largest=self._micro.largest) if isinstance(schedule, Schedule) else None
         )
         self._law_comes = False
-        self._resumption = Resumption()
         self._trainer: pl.Trainer | None = None
         self._begin_afresh()
         self._forget_run()
@@ -147,11 +171,11 @@ class BatchSizeScheduler(Callback):
         self._begin = Progress()
 
     def _forget_run(self) -> None:
-        self._sampler: ScheduledBatchSampler | None = None
+        self._loader: TrainingLoader | None = None
         self._windows: list[Window] = []
         self._window_starts: list[int] = []
         self._examples_before: list[int] = []
-        self._replicas = 1
+        self._ranks = Ranks()
         self._reference = 1.0  # examples that the micro-batches of a window should have, on average
         self._first = 1.0  # ... and its first one
         self._unit = 1.0  # examples on one replica of a micro-batch that has weight 1
@@ -195,11 +219,7 @@ class BatchSizeScheduler(Callback):
         self._law_comes = True
 
     def learn(self, law: EstimatedLaw) -> None:
-        """Take note of a law just measured.
-
-        Args:
-            law: as estimated now.
-        """
+        """Take note of a law just measured, as estimated now."""
         if isinstance(self.schedule, FollowPeak):
             self._followed = self.schedule.next_size(self._followed, law)
 
@@ -216,16 +236,15 @@ class BatchSizeScheduler(Callback):
         others = [callback for callback in callbacks if callback is not self]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._trainer = trainer
-        self._resumption.setup()
         if trainer.global_step == 0:
             self._begin_afresh()
-        self._replicas = replicas_of(trainer)
-        if self._micro_batch_size is not None:
-            check_accumulated_sizes(self.schedule, self._micro_batch_size, self._replicas)
+        self._micro = replace(self._micro, replicas=replicas_of(trainer))
+        if self._micro.size is not None:
+            check_accumulated_sizes(self.schedule, self._micro.size, self._micro.replicas)
         if self._itinerary is not None:
             # Before the loaders exist: Lightning asks for their length, and workers for the first batches,
             # before any other hook runs.
-            self._itinerary.replicas = self._replicas
+            self._itinerary.replicas = self._micro.replicas
             self._itinerary.begin = self._begin
             follow(self._itinerary)
 
@@ -249,78 +268,36 @@ class BatchSizeScheduler(Callback):
                 f" SurgeLRCallback(base_batch_size={self.schedule.first_size}), with dry_run=True to leave"
                 " the learning rate alone."
             )
-        self._resumption.on_train_start(trainer)
         self._original_accumulation = trainer.accumulate_grad_batches
-        self._sampler = self._sampler_of(trainer)
-        if self._sampler is None:
-            self._start_accumulating(trainer)
-        else:
-            refuse_scheduled_validation(trainer)
-            self._start_sampling(self._sampler)
+        self._ranks = ranks_of(trainer)
+        self._read_loader(trainer)
+        assert self._loader is not None
+        sizes = self._loader.replay(self.schedule, self._micro.replicas)
+        if trainer.global_step == 0 and sizes is not None:
+            warn_of_schedules_cut_short(trainer, pl_module, sizes, type(self).__name__)
         # Before the first micro-batch, since Lightning reads it when it restores its counters.
         trainer.accumulate_grad_batches = self._accumulation
-        if self._sampler is None:
-            self._scheduled = round(self._reference * self._replicas * self._accumulation)
+        if self._loader.sampler is None:
+            self._scheduled = round(self._reference * self._micro.replicas * self._accumulation)
 
-    def _sampler_of(self, trainer: pl.Trainer) -> ScheduledBatchSampler | None:
-        return None if self._itinerary is None else scheduled_sampler(trainer.train_dataloader)
-
-    def _start_sampling(self, sampler: ScheduledBatchSampler) -> None:
-        assert isinstance(self.schedule, Schedule)
-        check_sampled_sizes(self.schedule, sampler, self._replicas, counts_tokens=self._counts_tokens)
-        self._plan_epoch(sampler)
-        rank_zero_info(
-            "Batch sizes are set by the batch sampler, exactly: micro-batches of at most"
-            f" {sampler.largest_micro_batch} examples on each replica, the rest by accumulation."
-        )
-
-    def _plan_epoch(self, sampler: ScheduledBatchSampler) -> None:
-        self._windows = sampler.windows() or []
-        self._window_starts = [0, *accumulate(map(len, self._windows))]
-        self._examples_before = [0, *accumulate(map(sum, self._windows))]
-
-    def _start_accumulating(self, trainer: pl.Trainer) -> None:
-        # Not earlier: a batch-size finder may have changed the loader in on_fit_start.
-        micro = self._read_micro_batch_size(trainer)
-        check_accumulated_sizes(self.schedule, micro, self._replicas)
-        unit, limit = micro * self._replicas, batches_per_epoch(trainer)
-        if limit is None and isinstance(self.schedule, Schedule) and self.schedule.unit == "epochs":
-            raise MisconfigurationException(
-                "Expected a schedule in steps or examples for a loader without a length, got unit='epochs':"
-                " the share of an epoch is not known. Use unit='examples'."
-            )
-        name, largest = max(reversed(self.schedule.named_sizes.items()), key=itemgetter(1))
-        longest = accumulation_for(largest, unit)
-        if limit is not None and limit < longest and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            capped = accumulation_for(largest, unit, limit=limit)
-            rank_zero_warn(
-                f"{name}={largest} needs {longest} micro-batches per optimizer step, got an epoch of"
-                f" {limit}: the size stays at {capped * unit} or below."
-                f" Use a smaller {name}, or a larger DataLoader batch_size."
-            )
-        rank_zero_info(
-            f"Batch sizes are set by accumulation, in powers of two of micro-batch {micro} x replicas"
-            f" {self._replicas}."
-        )
-
-    def _read_micro_batch_size(self, trainer: pl.Trainer) -> int:
-        micro = self._micro_batch_size or loader_batch_size(trainer.train_dataloader)
-        if self._max_micro_batch_size is not None and micro > self._max_micro_batch_size:
-            raise MisconfigurationException(
-                f"Expected micro-batches of at most max_micro_batch_size={self._max_micro_batch_size}, got"
-                f" {micro}: use a DataLoader with batch_size={self._max_micro_batch_size}."
-            )
-        self._reference = self._first = float(micro)
-        return micro
+    def _read_loader(self, trainer: pl.Trainer) -> None:
+        """Choose the mechanism for the training loader at hand, which is checked where it is another one."""
+        loader = TrainingLoader.read(trainer, self._micro, samples=self._itinerary is not None)
+        loader.admit(trainer, self.schedule, self._micro, self._loader)
+        self._loader = loader
+        if loader.sampler is None:
+            self._reference = self._first = float(loader.micro_batch_size)
+        else:
+            self._windows = loader.sampler.windows() or []
+            self._window_starts = [0, *accumulate(map(len, self._windows))]
+            self._examples_before = [0, *accumulate(map(sum, self._windows))]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let Lightning know how many micro-batches this epoch has."""
-        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-            self._sampler = self._sampler_of(trainer)
-            if self._sampler is None:
-                self._read_micro_batch_size(trainer)
-        if self._sampler is not None:
-            self._plan_epoch(self._sampler)
+        """Read the loader, which may be another one, and let Lightning know how long this epoch is."""
+        # Already there, unless Lightning has left out the end of an epoch on resuming.
+        self._move_to(Progress(trainer.global_step, self._examples, float(trainer.current_epoch)))
+        self._read_loader(trainer)
+        if self._loader is not None and self._loader.sampler is not None:
             refresh_epoch_length(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -333,17 +310,20 @@ class BatchSizeScheduler(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Change the accumulation where a window begins."""
+        if batch_idx == 0 and (self._loader is None or trainer.train_dataloader is not self._loader.loader):
+            self._read_loader(trainer)  # another hook of the epoch's start has replaced it
+        assert self._loader is not None
         if trainer.accumulate_grad_batches != self._accumulation:
             # Somebody else's value: StochasticWeightAveraging, say, stretches one window over the
             # pass in which it recomputes BatchNorm. Overwriting it would break that pass.
             self._warn_of_other_writer(trainer.accumulate_grad_batches)
-        elif self._sampler is not None:
-            self._begin_sampled_window(trainer, batch_idx)
+        elif self._loader.sampler is not None:
+            self._begin_sampled_window(trainer, self._loader.sampler, batch_idx)
         elif batch_idx % self._accumulation == 0:
-            self._begin_accumulated_window(trainer, batch_idx)
-        self._scheduled = round(self._reference * self._replicas * trainer.accumulate_grad_batches)
+            self._begin_accumulated_window(trainer, self._loader.batches, batch_idx)
+        self._scheduled = round(self._reference * self._micro.replicas * trainer.accumulate_grad_batches)
         self._batch_idx = batch_idx
-        self._batch_examples = self._count(batch)
+        self._batch_examples = self._count.first(batch, self._loader.loader)
         self._consumed += self._batch_examples
         if self._window_begins:
             self._window_begins = False
@@ -357,9 +337,13 @@ class BatchSizeScheduler(Callback):
     def _weighted_as_one(self) -> float:
         # One replica is free to choose: where batches are counted in tokens, say, which the loader does not
         # know, weights stay near 1, and steps of one micro-batch or of equal ones are left as they are.
-        return self._reference if self._replicas > 1 else self._reference * self._batch_examples / self._first
+        if self._micro.replicas > 1 or not self._batch_examples:
+            return self._reference
+        return self._reference * self._batch_examples / self._first
 
-    def _begin_sampled_window(self, trainer: pl.Trainer, batch_idx: int) -> None:
+    def _begin_sampled_window(
+        self, trainer: pl.Trainer, sampler: ScheduledBatchSampler, batch_idx: int
+    ) -> None:
         index = bisect_right(self._window_starts, batch_idx) - 1
         if index >= len(self._windows):
             return
@@ -369,15 +353,14 @@ class BatchSizeScheduler(Callback):
             return  # in the middle, where a run may have been resumed
         self._drop_gradients()
         done = self._examples_before[index]
-        share = done / len(self._sampler.sampler)  # type: ignore[union-attr, arg-type]
-        self._request(trainer, share, self._begin.examples + done * self._replicas)
+        share = done / len(sampler.sampler)  # type: ignore[arg-type]
+        self._request(trainer, share, self._begin.examples + done * self._micro.replicas)
         self._accumulation = trainer.accumulate_grad_batches = len(window)
 
-    def _begin_accumulated_window(self, trainer: pl.Trainer, batch_idx: int) -> None:
+    def _begin_accumulated_window(self, trainer: pl.Trainer, limit: int | None, batch_idx: int) -> None:
         self._drop_gradients()
-        limit = batches_per_epoch(trainer)
         self._request(trainer, 0.0 if limit is None else batch_idx / limit, self._examples)
-        target = accumulation_for(self._requested, round(self._reference) * self._replicas, limit=limit)
+        target = accumulation_for(self._requested, round(self._reference) * self._micro.replicas, limit=limit)
         self._accumulation = trainer.accumulate_grad_batches = aligned_accumulation(target, batch_idx)
 
     def _request(self, trainer: pl.Trainer, share_of_epoch: float, examples: float) -> None:
@@ -410,7 +393,7 @@ class BatchSizeScheduler(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Make the gradient the mean over the examples of the step, count them, log."""
-        trained, consumed = ranks_of(trainer).examples(self._trained, self._consumed)
+        trained, consumed = self._ranks.examples(self._trained, self._consumed)
         self._correct(trainer, optimizer, trained)
         if self._window_ends:
             return
@@ -429,7 +412,7 @@ class BatchSizeScheduler(Callback):
         """Replace Lightning's divisor, accumulation times micro-batch, by the examples there were."""
         if not self._weights or trained == 0.0:
             return
-        factor = trainer.accumulate_grad_batches * self._unit * self._replicas / trained
+        factor = trainer.accumulate_grad_batches * self._unit * self._micro.replicas / trained
         if abs(factor - 1.0) > ROUNDING:
             with torch.no_grad():
                 for group in optimizer.param_groups:
@@ -441,11 +424,6 @@ class BatchSizeScheduler(Callback):
         """Close the window if the optimizer has stepped."""
         if self._window_ends:
             self._close_window()
-        self._resumption.on_train_batch_end(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the random numbers of validation from training, which would not see them when resumed."""
-        self._resumption.on_validation_end(trainer)
 
     # ------------------------------------------------------------------ the end, and state
 
@@ -479,21 +457,14 @@ class BatchSizeScheduler(Callback):
         return "BatchSizeScheduler"
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training stands; the optimizer steps are the Trainer's ``global_step``."""
-        return {
-            "version": STATE_VERSION,
-            "accumulation": self._accumulation,
-            "examples": self._examples,
-            "epoch_begin": list(self._begin),
-            "followed": self._followed,
-            "resumption": None if self._trainer is None else self._resumption.state_dict(self._trainer),
-        }
+        """Where the training stands, as plain numbers."""
+        state = SchedulerState(self._accumulation, self._examples, list(self._begin), self._followed)
+        return {"version": STATE_VERSION, **asdict(state)}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Learn where a run stands that was saved without this callback; ``load_state_dict`` knows better."""
-        self._resumption.on_load_checkpoint(trainer, checkpoint)
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         self._move_to(Progress(checkpoint["global_step"], 0.0, epochs))
 
@@ -504,34 +475,33 @@ class BatchSizeScheduler(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; state that cannot be used is left out, with a warning."""
-        remedy = "load what state_dict returned"
         try:
-            if state_dict.get("version") != STATE_VERSION:
+            version = state_dict.get("version")
+            if version not in (1, STATE_VERSION):
                 raise ValueError(
-                    f"Expected state of version {STATE_VERSION} in the checkpoint, got"
-                    f" {state_dict.get('version')!r}."
+                    f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}."
                 )
-            accumulation = whole_number("accumulation", state_dict["accumulation"], minimum=1)
-            followed = whole_number("followed", state_dict["followed"], minimum=1)
-            counted = require_number("examples", state_dict["examples"], remedy, zero=True)
-            step, examples, epoch = (
-                require_number("epoch_begin", number, remedy, zero=True)
-                for number in state_dict["epoch_begin"]
-            )
-            resumption = state_dict["resumption"]
+            state = SchedulerState(**{name: state_dict[name] for name in SchedulerState.__annotations__})
         except Exception as error:
             rank_zero_warn(
                 f"Expected whole state in the checkpoint, got what cannot be read: {type(error).__name__}:"
-                f" {error} {type(self).__name__} counts examples from 0, and training goes on with other"
-                " random numbers."
+                f" {error} {type(self).__name__} counts examples from 0."
             )
             return
-        self._accumulation, self._examples = accumulation, counted
+        self._accumulation, self._examples = state.accumulation, state.examples
+        step, examples, epoch = state.epoch_begin
         self._move_to(Progress(int(step), examples, epoch))
-        if resumption is not None:
-            self._resumption.load_state_dict(resumption)
         if isinstance(self.schedule, FollowPeak):
-            self._followed = min(max(followed, self.schedule.smallest), self.schedule.maximum)
+            self._followed = min(max(state.followed, self.schedule.smallest), self.schedule.maximum)
+        trainer: Any = self._trainer  # None outside a training, where nothing goes on
+        if not state_dict.get("resumption") or trainer is None:
+            return
+        if not any(isinstance(callback, ExactResume) for callback in trainer.callbacks):
+            rank_zero_warn(
+                f"Expected ExactResume beside {type(self).__name__} for a checkpoint with random streams and"
+                " the places of loaders in it, got none: training goes on with other random numbers. Add"
+                " lightning_surge.ExactResume() to the callbacks for the same ones."
+            )
 
     def _warn_of_other_writer(self, found: int) -> None:
         if not self._warned_of_other_writer:
@@ -564,7 +534,7 @@ class BatchSizeWarmup(BatchSizeScheduler):
             first tensor.
 
     Raises:
-        ValueError: If an argument is no positive whole number, or ``end < start``.
+        ValueError: If an argument is not a positive whole number, or ``end < start``.
         MisconfigurationException: As for `BatchSizeScheduler`.
 
     Example:

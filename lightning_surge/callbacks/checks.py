@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_surge.callbacks.lightning_host import is_accumulation_scheduler, overrides, replicas_of
 from lightning_surge.callbacks.settings import REFERENCE_RULES
+from lightning_surge.measure.direction import SIGN
 from lightning_surge.measure.distributed import Ranks
 from lightning_surge.optimizers.families import (
     decay_follows_lr,
@@ -134,32 +135,33 @@ def check_optimizer(
         MisconfigurationException: with the rule, what was found, and the remedy.
     """
     optimizer = served_optimizer(trainer, pl_module, name, index)
-    kind, why, *_ = optimizer_family(optimizer)
+    family = optimizer_family(optimizer)
+    direction, why = family.direction, family.why
     _check_lr(optimizer, name)
-    if kind == "unscalable":
+    if not family.scalable:
         raise MisconfigurationException(
             f"{name} writes a learning rate for one step, got {type(optimizer).__name__}, which {why}: use "
             "another optimizer, as SGD or AdamW."
         )
     if law in REFERENCE_RULES:
         return
-    if kind == "unmeasured":
+    if direction is None:
         raise MisconfigurationException(
             f"law={law!r} measures along the sign of the gradient or along the gradient, got "
             f"{type(optimizer).__name__}, which {why}: pass law='sqrt', 'linear' or 'constant', which "
             "measure nothing, or use another optimizer, as AdamW or SGD."
         )
-    if kind == "unknown":
+    if not family.known:
         rank_zero_warn(
             f"{name} does not know {type(optimizer).__name__}: it is treated as an Adam-style optimizer, "
             "whose steps do not grow with the gradient. If they do, pass law='sqrt' or another rule."
         )
-    if kind == "gradient" and law.startswith("theorem"):
+    if direction is not SIGN and law.startswith("theorem"):
         raise MisconfigurationException(
             f"law={law!r} is about sign-like updates, got {type(optimizer).__name__}: use "
             "law='measured', which takes the gradient-noise law for it."
         )
-    if kind == "gradient" and clips_gradients(trainer, pl_module):
+    if direction.loss_power and clips_gradients(trainer, pl_module):
         rank_zero_warn(
             f"law={law!r} takes the steps of {type(optimizer).__name__} to be the gradient's, got clipping: "
             "while most steps are clipped their length is the same at every batch size, and the factor too "

@@ -15,17 +15,17 @@ from torch.optim import Optimizer
 from lightning_surge.callbacks.logging import law_metrics, run_metrics
 from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
 from lightning_surge.laws.base import require_number
+from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.records import Measurement
-from lightning_surge.optimizers.families import OptimizerKind, stability_constant
+from lightning_surge.optimizers.families import stability_constant
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.estimates import (
     EstimatedLaw,
     Fit,
     estimate,
     fit_edge_law,
-    fit_sgd_law,
-    fit_sign_law,
     fit_theorem3_law,
+    law_of,
 )
 from lightning_surge.policy.history import NoiseHistory, NoiseStats
 from lightning_surge.policy.policy import Policy
@@ -68,13 +68,13 @@ class StepToCome(NamedTuple):
 
     Attributes:
         optimizer: that takes it, with complete gradients.
-        kind: of its family.
+        direction: of the step.
         number: steps it has taken before.
         batch_size: examples behind the gradients.
     """
 
     optimizer: Optimizer
-    kind: OptimizerKind
+    direction: Direction
     number: int
     batch_size: float
 
@@ -125,7 +125,6 @@ class Learner:
         self.policy = Policy(
             base_batch_size=base_batch_size,
             objective=self._settings.objective,
-            anchor=self._settings.anchor,
             fixed_law=None if rule is None else rule(base_lr=1.0, base_batch_size=base_batch_size),
             bounds=self._settings.lr_scale_bounds,
             max_drift_per_step=self._settings.max_drift_per_step,
@@ -216,11 +215,9 @@ class Learner:
 
     def _fit(self, step: StepToCome) -> Fit:
         """Which law the measurements are fitted with."""
-        if step.kind == "gradient":
-            return fit_sgd_law
         if self._settings.follows_edge:
             return partial(fit_edge_law, stability=stability_constant(step.optimizer))
-        return fit_theorem3_law if self._settings.law == "theorem3" else fit_sign_law
+        return fit_theorem3_law if self._settings.law == "theorem3" else law_of(step.direction)
 
     def step(self, optimizer: Optimizer, batch_size: float) -> None:
         """Count a step just taken, for what Adam's averages hold.

@@ -86,25 +86,35 @@ def replicas_of(trainer: pl.Trainer) -> int:
     return 1 if kwargs is None else int(kwargs["num_replicas"])
 
 
-def loader_batch_size(loader: Any) -> int:
+def loader_batch_size(loader: Any, owner: str) -> int:
     """Examples per micro-batch that a loader was made with.
+
+    Args:
+        loader: The training loader.
+        owner: Name of the callback that asks, for the message.
 
     Raises:
         MisconfigurationException: if it does not say.
     """
-    size = getattr(loader, "batch_size", None)
-    if size is None:  # a DataLoader with a batch sampler has batch_size=None
-        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    # A DataLoader with a batch sampler has batch_size=None; any other has one made for it, whose size may be
+    # written while training.
+    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if size is None:
+        size = getattr(loader, "batch_size", None)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise MisconfigurationException(
             f"Expected a training DataLoader with a batch_size, got batch_size={size!r} from"
-            f" {type(loader).__name__}: pass micro_batch_size= to BatchSizeScheduler."
+            f" {type(loader).__name__}: pass micro_batch_size= to {owner}."
         )
     return size
 
 
-def scheduled_sampler(loader: Any) -> ScheduledBatchSampler | None:
+def scheduled_sampler(loader: Any, owner: str) -> ScheduledBatchSampler | None:
     """The batch sampler of a loader, if it is one that follows schedules.
+
+    Args:
+        loader: The training loader.
+        owner: Name of the callback that asks, for the message.
 
     Raises:
         MisconfigurationException: if it sits in one of several loaders.
@@ -114,7 +124,7 @@ def scheduled_sampler(loader: Any) -> ScheduledBatchSampler | None:
             raise MisconfigurationException(
                 f"Expected one training DataLoader with a ScheduledBatchSampler, got {len(loader)} loaders:"
                 " Lightning puts their batches together. Use DataLoader(batch_size=...) in each, and pass"
-                " micro_batch_size= to BatchSizeScheduler, which then accumulates."
+                f" micro_batch_size= to {owner}, which then accumulates."
             )
         return None
     sampler = getattr(loader, "batch_sampler", None)

@@ -130,6 +130,9 @@ def law_metrics(
 ) -> dict[str, float]:
     """What the measurements say, each with its standard error where it is finite.
 
+    An infinite noise scale, and whatever is 0 or infinite in a law at the edge of what can be fitted, was not
+    measured, and is left out. An infinite peak of another law is an answer: it never falls.
+
     Args:
         history: the measurements.
         law: the law estimated from them.
@@ -141,11 +144,12 @@ def law_metrics(
     """
     stats = history.stats()
     metrics = {
-        f"{PREFIX}noise_scale": stats.noise_scale,
         f"{PREFIX}grad_sq": stats.grad_sq,
         f"{PREFIX}trace_cov": stats.trace_cov,
         f"{PREFIX}num_measurements": float(history.num_measurements),
     }
+    if math.isfinite(stats.noise_scale):
+        metrics[f"{PREFIX}noise_scale"] = stats.noise_scale
     if law is None:
         return metrics
     quantities: dict[str, Callable[[Law], float]] = {
@@ -159,7 +163,10 @@ def law_metrics(
     if not math.isnan(law.edge_lr(batch_size)):
         quantities["edge_lr"] = lambda law: law.edge_lr(batch_size)
     for name, quantity in quantities.items():
-        metrics[f"{PREFIX}{name}"] = quantity(law)
+        value = quantity(law)
+        if law.at_edge and not 0.0 < value < math.inf:
+            continue
+        metrics[f"{PREFIX}{name}"] = value
         error = law.standard_error(quantity)
         if math.isfinite(error):
             metrics[f"{PREFIX}{name}_standard_error"] = error

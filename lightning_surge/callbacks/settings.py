@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 from lightning_surge.laws.base import ConstantLaw, LinearLaw, SqrtLaw
 from lightning_surge.laws.objectives import OBJECTIVES
-from lightning_surge.policy.policy import ANCHORS
+from lightning_surge.measure.direction import SIGN
 
 __all__ = [
-    "ALONG_THE_GRADIENT",
-    "DEFAULT_OBJECTIVE",
     "LAWS",
     "REFERENCE_RULES",
     "SurgeSettings",
     "check_functions",
     "default_objective",
+    "refuse_retired",
 ]
 
 REFERENCE_RULES: dict[str, type[ConstantLaw] | type[SqrtLaw] | type[LinearLaw]] = {
@@ -29,12 +29,6 @@ REFERENCE_RULES: dict[str, type[ConstantLaw] | type[SqrtLaw] | type[LinearLaw]] 
 LAWS = ("measured", "theorem2", "theorem3", *REFERENCE_RULES)
 
 
-# What the measured law is followed for unless the user says otherwise (docs/theory.md, section 8). For steps
-# along the gradient equal progress is linear scaling, whatever is measured; their own law is the other one.
-DEFAULT_OBJECTIVE = "progress"
-ALONG_THE_GRADIENT = "alignment"
-
-
 def default_objective(law: str) -> str:
     """What a law is followed for unless the user says otherwise.
 
@@ -42,10 +36,10 @@ def default_objective(law: str) -> str:
         law: key of `LAWS`.
 
     Returns:
-        `"progress"` for the measured law, replaced by `"alignment"` in training with SGD; `"step"` for the
-        paper's closed forms and for fixed rules, which are followed to the letter.
+        Adam's for the measured law, replaced in training by that of the optimizer's direction; `"step"` for
+        the paper's closed forms and for fixed rules, which are followed to the letter.
     """
-    return DEFAULT_OBJECTIVE if law == "measured" else "step"
+    return SIGN.objective if law == "measured" else "step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +53,6 @@ class SurgeSettings:
     base_batch_size: float | None
     law: str
     objective: str
-    anchor: str
     dry_run: bool
     max_overhead: float
     probe_every: int | None
@@ -73,14 +66,14 @@ class SurgeSettings:
     optimizer: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("law", LAWS), ("objective", tuple(OBJECTIVES)), ("anchor", ANCHORS)):
+        for name, choices in (("law", LAWS), ("objective", tuple(OBJECTIVES))):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"Expected {name} to be one of {', '.join(choices)}, got {name}={value!r}.")
-        if not self.measures and (self.objective != "step" or self.anchor != "schedule"):
+        if not self.measures and self.objective != "step":
             raise ValueError(
-                f"Expected objective='step' and anchor='schedule' with a rule that measures nothing, got "
-                f"law={self.law!r}, objective={self.objective!r}, anchor={self.anchor!r}: use law='measured'."
+                f"Expected objective='step' with a rule that measures nothing, got law={self.law!r}, "
+                f"objective={self.objective!r}: use law='measured'."
             )
         if self.follows_edge and self.law != "measured":
             raise ValueError(
@@ -125,6 +118,25 @@ class SurgeSettings:
                 f"Expected 0 < low <= 1 <= high, got lr_scale_bounds=({low}, {high}): the factor is 1 at "
                 "base_batch_size, so the bounds must hold 1 between them, the smaller one first."
             )
+
+
+def refuse_retired(arguments: Mapping[str, object]) -> None:
+    """Refuse arguments that there are not, and say what to use for one that there was.
+
+    Args:
+        arguments: of `SurgeLRCallback`, beyond those that it has.
+
+    Raises:
+        ValueError: if one is retired.
+        TypeError: if one is not known.
+    """
+    if "anchor" in arguments:
+        raise ValueError(
+            f"Expected no anchor, got anchor={arguments['anchor']!r}, which is retired: leave it out. The "
+            "level is the schedule's, and the factor on it is 1 at base_batch_size."
+        )
+    for name in arguments:
+        raise TypeError(f"SurgeLRCallback got an unexpected keyword argument {name!r}.")
 
 
 def check_functions(loss_fn: Any, split_batch: Any) -> None:

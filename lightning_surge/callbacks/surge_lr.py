@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
@@ -47,17 +47,17 @@ from lightning_surge.callbacks.logging import StepLog, StepRecord, add_layout, l
 from lightning_surge.callbacks.measuring.measurer import LossFn, Measurer
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import (
-    ALONG_THE_GRADIENT,
-    DEFAULT_OBJECTIVE,
     LAWS,
     SurgeSettings,
     check_functions,
     default_objective,
+    refuse_retired,
 )
 from lightning_surge.callbacks.step_examples import StepExamples
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch
-from lightning_surge.optimizers.families import OptimizerKind, decay_follows_lr, largest_lr, optimizer_kind
+from lightning_surge.measure.direction import SIGN, Direction
+from lightning_surge.optimizers.families import decay_follows_lr, direction_of, largest_lr
 from lightning_surge.optimizers.lr_writer import FactorInUpdate, learning_rates
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
@@ -95,8 +95,7 @@ class SurgeLRCallback(Callback):
         * A checkpoint discards batches that were being pooled for the next measurement, in the running
           training too, so that a resumed run repeats it bit for bit.
         * A checkpoint holds this callback's state, not the random streams or the places of loaders, which
-          Lightning does not restore either. A `BatchSizeScheduler` beside it keeps those, with
-          `ConstantSize(n)` for a fixed size.
+          Lightning does not restore either. `ExactResume` beside it keeps those.
 
     Args:
         base_batch_size: Examples per optimizer step, over all processes, at which the scheduled learning rate
@@ -114,16 +113,13 @@ class SurgeLRCallback(Callback):
             parameters. `"step"` is the paper's: it makes every step as good as it can be, and can fall with
             the batch size. None takes `"progress"`, `"alignment"` with SGD, whose steps
             progress would scale linearly, and `"step"` with a law that is not measured.
-        anchor: `"schedule"`: the scheduled learning rate is right at `base_batch_size`. `"law"`: from the
-            first trusted estimate on, the level follows the law too.
         dry_run: Measure and log, never touch the learning rate.
         max_overhead: Largest share of extra passes, in examples through probes per example trained.
         probe_every: Start a measurement every so many optimizer steps instead, whatever it costs; where
             batches must be pooled it ends some steps later.
         probe_examples: Examples per measurement, pooled from consecutive batches; None decides by the
             budget.
-        lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`,
-            ten times wider with `anchor="law"`.
+        lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`.
         max_drift_per_step: Largest relative rise of the factor per step, beyond what a larger batch allows at
             once.
         half_life: Measurements after which an old one counts half.
@@ -168,7 +164,6 @@ class SurgeLRCallback(Callback):
         base_batch_size: float | None = None,
         law: Literal["measured", "theorem2", "theorem3", "sqrt", "linear", "constant"] = "measured",
         objective: Literal["step", "alignment", "progress", "edge"] | None = None,
-        anchor: Literal["schedule", "law"] = "schedule",
         *,
         dry_run: bool = False,
         max_overhead: float = 0.01,
@@ -184,12 +179,13 @@ class SurgeLRCallback(Callback):
         optimizer: int | None = None,
         custom_scalars: bool = True,
         prog_bar: bool = False,
+        **retired: Never,
     ) -> None:
+        refuse_retired(retired)
         self.settings = SurgeSettings(
             base_batch_size=base_batch_size,
             law=law,
             objective=default_objective(law) if objective is None else objective,
-            anchor=anchor,
             dry_run=dry_run,
             max_overhead=max_overhead,
             probe_every=probe_every,
@@ -230,7 +226,7 @@ class SurgeLRCallback(Callback):
     def _forget_run(self) -> None:
         self._trainer: pl.Trainer | None = None
         self._factor: FactorInUpdate | None = None
-        self._kind: OptimizerKind = "unknown"
+        self._direction: Direction = SIGN
         self._step_log: StepLog | None = None
         self._scheduler: BatchSizeScheduler | None = None
         self._measurer.detach()
@@ -349,8 +345,7 @@ class SurgeLRCallback(Callback):
         if self.settings.follows_edge:
             check_edge(trainer, pl_module, index)
         if self._may_choose_objective:
-            kind = optimizer_kind(served_optimizer(trainer, pl_module, name, index))
-            objective = ALONG_THE_GRADIENT if kind == "gradient" else DEFAULT_OBJECTIVE
+            objective = direction_of(served_optimizer(trainer, pl_module, name, index)).objective
             self.settings = replace(self.settings, objective=objective)
             self._learner.follow(self.settings)
 
@@ -362,7 +357,7 @@ class SurgeLRCallback(Callback):
         name, index, behind = type(self).__name__, self.settings.optimizer, self._behind_step
         optimizer = served_optimizer(trainer, pl_module, name, index)
         self._trainer = trainer
-        self._kind = optimizer_kind(optimizer)
+        self._direction = direction_of(optimizer)
         self._scheduler = batch_size_scheduler(trainer)
         self._step_log = StepLog(optimizer, optimizer_suffix(trainer, index), prog_bar=self.settings.prog_bar)
         if not pl_module.automatic_optimization:
@@ -377,7 +372,7 @@ class SurgeLRCallback(Callback):
         self._cap_is_told = not math.isfinite(largest_lr(optimizer))
         self._learner.moments.begin(optimizer)
         pace = behind.pace if behind.manual else None
-        self._measurer.attach(trainer, pl_module, optimizer, self._kind, pace)
+        self._measurer.attach(trainer, pl_module, optimizer, self._direction, pace)
         self._started, self._ended = time.perf_counter(), 0.0
         drawn = [one for one in self._served(trainer) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them
@@ -457,7 +452,9 @@ class SurgeLRCallback(Callback):
             return
         if learner.policy is None:
             learner.fix_base(examples)
-        step = self._step = StepToCome(optimizer, self._kind, behind.steps(trainer.global_step), examples)
+        step = self._step = StepToCome(
+            optimizer, self._direction, behind.steps(trainer.global_step), examples
+        )
         if self._measures and (measurer.ready or measurer.failure is not None):
             self._measure(trainer, step)
         measurer.budget.train(examples)

@@ -1,7 +1,8 @@
+# PYTHON_ARGCOMPLETE_OK
 """`lightning-surge`: what can be asked on the command line, before a run and after it.
 
 Results go to standard output, progress and complaints to standard error; the exit status is 0 where the
-question was answered, 2 where it could not be.
+question was answered, 1 where cells of a sweep failed, 2 where there is no answer.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lightning_surge import __version__
 from lightning_surge.cli.advise import ADVISE
-from lightning_surge.cli.command import Command, CommandError
+from lightning_surge.cli.command import Command, CommandError, Parser
 from lightning_surge.cli.fit import FIT
 from lightning_surge.cli.plot import PLOT
 from lightning_surge.cli.sweep import SWEEP
@@ -31,32 +33,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(
+    try:
+        try:
+            options = _parse(arguments)
+            status: int = options.run(options) or 0
+        finally:
+            # Also after --help: what cannot be written is told here, not by Python on its way out.
+            print(end="", flush=True)
+    except KeyboardInterrupt:
+        return 130
+    except UnicodeEncodeError as error:
+        what = f"an output that can hold {error.object[error.start]!a}, got one in {error.encoding}"
+        words = f"Expected {what}: set PYTHONIOENCODING=utf-8:surrogateescape."
+    except OSError as error:
+        if error.filename is not None:  # not of the output, and nothing that was foreseen
+            raise
+        # Python would write what is left once more when it ends, and complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever read the results has seen enough
+            return 0
+        words = f"Expected an output that can be written to, got {error}: write it elsewhere."
+    except CommandError as error:
+        words = str(error)
+    else:
+        return status
+    print(f"lightning-surge: {words}", file=sys.stderr)
+    return 2
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
         prog="lightning-surge",
         description="Choose batch sizes and learning rates from measurements, before a run and after it.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = parsers.add_parser(
-            command.name,
-            help=command.summary,
-            description=command.summary,
-            epilog=command.examples,
+            command.name, help=command.summary, description=command.summary, epilog=command.examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        )  # fmt: skip
         command.add_arguments(sub)
-        sub.set_defaults(run=command.run)
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-        sys.stdout.flush()
-    except CommandError as error:
-        print(f"lightning-surge: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Whoever read the results has seen enough; Python would complain once more when it closes the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 0
+        sub.set_defaults(run=command.run, parser=sub)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options: argparse.Namespace
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # the command's own help knows what there is
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options

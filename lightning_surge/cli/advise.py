@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.cli.plot import choose_group, read
-from lightning_surge.runs.log_files import RunLogError
+from lightning_surge.cli.plot import RUN_HELP, choose_group, read
+from lightning_surge.runs.series import RunLogError
 
 if TYPE_CHECKING:
     from lightning_surge.runs.advice import Advice, Caveat, Interval, Option
@@ -22,7 +22,7 @@ def _caveat_text(caveat: Caveat, advice: Advice) -> str:
     from lightning_surge.runs.advice import Caveat
 
     state = advice.state
-    smallest, largest = state.measured
+    reach = " to ".join(map(_number, state.measured))
     chosen = next(option for option in advice.options if option.batch_size == advice.suggested)
     share = state.lr_scheduled / state.lr_scheduled_max if state.lr_scheduled_max > 0 else 0.0
     return {
@@ -30,7 +30,7 @@ def _caveat_text(caveat: Caveat, advice: Advice) -> str:
         Caveat.FEW_MEASUREMENTS: f"it rests on {state.num_measurements} measurements only",
         Caveat.UNCERTAIN: "the critical batch size is known to within a factor of two at best",
         Caveat.STALE: f"the last measurement is from step {state.measured_step:,}; the law moves on",
-        Caveat.EXTRAPOLATING: f"only sizes from {smallest:,.4g} to {largest:,.4g} examples were measured",
+        Caveat.EXTRAPOLATING: f"only sizes from {reach} examples were measured",
         Caveat.DECAYED: (
             f"the schedule is at {share:.1%} of its largest learning rate: for the next run ask at an "
             "earlier step (--step)"
@@ -46,29 +46,23 @@ def _caveat_text(caveat: Caveat, advice: Advice) -> str:
 
 
 def _number(value: float) -> str:
-    if math.isnan(value):
-        return "unknown"
-    return "infinite" if math.isinf(value) else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+    if not math.isfinite(value):
+        return "unknown" if math.isnan(value) else "infinite"
+    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _with_interval(interval: Interval) -> str:
     value, low, high = interval
     if math.isnan(value) or low == high:
         return _number(value)
-    if math.isinf(high):
-        return f"{_number(value)} (error not known)"
-    return f"{_number(value)} ({_number(low)} to {_number(high)})"
+    ends = "error not known" if math.isinf(high) else f"{_number(low)} to {_number(high)}"
+    return f"{_number(value)} ({ends})"
 
 
 def _row(option: Option, now: float, suggested: float) -> list[str]:
     marks = [mark for mark, size in (("now", now), ("suggested", suggested)) if size == option.batch_size]
-    return [
-        _number(option.batch_size),
-        _with_interval(option.lr),
-        _with_interval(option.steps),
-        _with_interval(option.examples),
-        ", ".join(marks),
-    ]
+    intervals = map(_with_interval, (option.lr, option.steps, option.examples))
+    return [_number(option.batch_size), *intervals, ", ".join(marks)]
 
 
 def _words(advice: Advice) -> str:
@@ -83,11 +77,9 @@ def _words(advice: Advice) -> str:
     critical, peak = advice.critical_batch_size, advice.peak_batch_size
     chosen = next(option for option in advice.options if option.batch_size == advice.suggested)
     doubled = next(option for option in advice.options if option.batch_size == 2.0 * state.batch_size)
-    surge = (
-        "none: the learning rate never falls with the batch size"
-        if math.isinf(peak.value)
-        else f"{_with_interval(peak)} examples; beyond it the best learning rate of a step falls"
-    )
+    surge = f"{_with_interval(peak)} examples; beyond it the best learning rate of a step falls"
+    if math.isinf(peak.value):
+        surge = "none: the learning rate never falls with the batch size"
     lines = [
         f"At step {state.step:,}: {_number(state.batch_size)} examples per step, learning rate "
         f"{state.lr_used:.3g} (scheduled {state.lr_scheduled:.3g}), {state.num_measurements} measurements.",
@@ -104,10 +96,8 @@ def _words(advice: Advice) -> str:
         "  Steps and examples to the same loss, over those at the present size, if the critical size stayed.",
         "  In brackets one standard error to both sides.",
     ]
-    if advice.caveats:
-        lines += ["", "Do not trust it blindly:"]
-        lines += [f"  - {_caveat_text(caveat, advice)}" for caveat in advice.caveats]
-    return "\n".join(lines)
+    lines += ["", "Do not trust it blindly:"] if advice.caveats else []
+    return "\n".join([*lines, *(f"  - {_caveat_text(caveat, advice)}" for caveat in advice.caveats)])
 
 
 def _change(ratio: Interval) -> str:
@@ -118,18 +108,14 @@ def _change(ratio: Interval) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: null for numbers that are not finite, names for what is one of a few."""
-    from lightning_surge.runs.advice import Interval
-
+    """What JSON can hold: null for numbers that are not finite, intervals by name."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, Interval):
-        return {key: _plain(one) for key, one in value._asdict().items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_json(advice: Advice) -> str:
@@ -141,8 +127,9 @@ def _as_json(advice: Advice) -> str:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="RUN", help="directory of a run, or its event file or metrics.csv")
-    parser.add_argument(
+    add = parser.add_argument
+    add("path", metavar="RUN", help=RUN_HELP)
+    add(
         "--batch-size",
         type=float,
         nargs="+",
@@ -150,13 +137,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="further sizes to judge, in examples",
     )
-    parser.add_argument("--step", type=int, help="optimizer step to ask at; the last if left out")
-    parser.add_argument(
-        "--group", metavar="G", help="optimizer or parameter group whose learning rate is shown"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="the same as JSON, null where a number is not finite"
-    )
+    add("--step", type=int, help="optimizer step to ask at, within the run; default: the last")
+    add("--group", metavar="G", help="optimizer or parameter group whose learning rate is shown")
+    add("--json", action="store_true", help="the same as JSON, null where a number is not finite")
 
 
 def _run(options: argparse.Namespace) -> None:

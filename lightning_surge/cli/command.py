@@ -1,16 +1,37 @@
-"""What a command is made of."""
+"""What a command is made of, and how its words are read."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partialmethod
+from typing import Any, NamedTuple, NoReturn
 
-__all__ = ["Command", "CommandError"]
+__all__ = ["Command", "CommandError", "Parser"]
 
 
 class CommandError(Exception):
     """The question cannot be answered: rule, value, remedy. Shown without a traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads options by their whole names, since scripts outlive abbreviations, and complains in one line.
+
+    Example:
+        >>> Parser(prog="lightning-surge").parse_args(["--red"])
+        Traceback (most recent call last):
+        lightning_surge.cli.command.CommandError: unrecognized arguments: --red; see lightning-surge --help
+    """
+
+    __init__ = partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the words: raise a `CommandError` with the message and where to find help."""
+        raise CommandError(f"{message}; see {self.prog} --help")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse says nothing where its help cannot be written.
+        print(message, end="", file=file)
 
 
 class Command(NamedTuple):
@@ -21,11 +42,11 @@ class Command(NamedTuple):
         summary: one line.
         examples: lines to try, shown under `--help`.
         add_arguments: declares its arguments.
-        run: answers; prints results to standard output.
+        run: answers; prints results to standard output; returns the exit status, None for 0.
     """
 
     name: str
     summary: str
     examples: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]

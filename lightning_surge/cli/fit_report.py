@@ -1,4 +1,4 @@
-"""What `lightning-surge fit` prints: a table to read, or JSON for programs."""
+"""What `lightning-surge fit` prints: an answer with the tables behind it, or JSON for programs."""
 
 from __future__ import annotations
 
@@ -6,150 +6,228 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from lightning_surge.tables.bootstrap import CONFIDENCE, Estimate
 from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, remedy
 from lightning_surge.tables.law_fits import LAWS
-from lightning_surge.tables.optima import Valley
-from lightning_surge.tables.read import RunTable
+from lightning_surge.tables.read import MIXED
 
 __all__ = ["as_json", "as_text"]
 
 VERSION = 1
 """Of the keys: raised when one changes its meaning or goes."""
+BEYOND = 4.0
+"""Factor beyond the batch sizes tried up to which the next one is proposed."""
 
 Found = Sequence[GridFit | Unfitted]
 
 
-def as_text(found: Found, table: RunTable, path: str, repetitions: int) -> str:
-    """Tables and sentences."""
-    lines = [f"{path}: {table.lrs.size} runs"]
-    for each in found:
-        if isinstance(each, Unfitted):
-            lines += ["", f"No fit to the loss {each.target:.5g}: {each.reason}"]
-        else:
-            lines += ["", *_fit_lines(each, repetitions)]
+def as_text(found: Found, path: str, runs: int, repetitions: int) -> str:
+    """The answer in a few lines, then tables; of several fits one table of answers."""
+    lines = [f"{path}: {runs:,} runs", ""]
+    (first, *others) = found
+    if others or isinstance(first, Unfitted):
+        lines += _table_of_answers(found)
+    else:
+        lines += [*_answer(first), *_notes([first]), "", *_tables(first, repetitions)]
     return "\n".join(lines) + "\n"
 
 
-def _fit_lines(fit: GridFit, repetitions: int) -> list[str]:
-    what = "final loss" if fit.measure == "loss" else "steps"
-    title = "Best learning rates" + ("" if fit.target is None else f" to the loss {fit.target:.5g}")
+def _answer(fit: GridFit) -> list[str]:
+    """The best law, its rivals, its peak, learning rates asked for, and what to do next: a line each."""
+    best = _best(fit)
+    if best.held_out is None:
+        lines = [
+            f"Closest law: {_label(best)}; to compare laws takes one batch size more than their parameters."
+        ]
+    else:
+        factor = f"a factor of {2.0**best.held_out.error:.2f}"
+        lines = [f"Best law: {_label(best)}, within {factor} on average at batch sizes left out."]
+        rivals = (
+            f"Rivals within error: {', '.join(fit.ties)}."
+            if fit.ties
+            else "No other law comes within its error."
+        )
+        lines.append(rivals)
+    size, tried = best.peak_batch_size, [valley.batch_size for valley in fit.valleys]
+    if not 0 < size.value < math.inf:
+        peak = "No peak: its learning rate never falls as the batch grows"
+    else:
+        outside = "" if tried[0] <= size.value <= tried[-1] else ", outside the batch sizes tried"
+        peak = f"Peak: lr {_with_interval(best.peak_lr)} at B = {_with_interval(size)}{outside}"
+    lines.append(f"{peak}; critical batch size {_with_interval(best.critical_batch_size)}.")
+    if best.at:
+        lines.append(
+            "Learning rate " + "; ".join(_at(fit, best, index) for index in range(len(best.at))) + "."
+        )
+    return [*lines, f"Next: {_next(fit, best)}."]
+
+
+def _best(fit: GridFit) -> FittedLaw:
+    return next((law for law in fit.laws if law.name == fit.best), fit.laws[0])
+
+
+def _label(law: FittedLaw) -> str:
+    return f"{law.name} ({LAWS[law.name].label})" + (
+        ", at the end of the range searched" if law.limited else ""
+    )
+
+
+def _at(fit: GridFit, best: FittedLaw, index: int) -> str:
+    lr = best.at[index]
+    size, tried = float(lr.name), [valley.batch_size for valley in fit.valleys]
+    text = f"at B = {size:,g}: {_with_interval(lr)}"
+    rivals = [law.at[index].value for law in fit.laws if law.name in fit.ties]
+    if rivals and max(*rivals, lr.value) > 1.01 * min(*rivals, lr.value):
+        text += f", by rivals {_number(min(rivals))} to {_number(max(rivals))}"
+    inside = tried[0] <= size <= tried[-1]
+    return text + ("" if inside else f", outside the {tried[0]:,g} to {tried[-1]:,g} tried")
+
+
+def _next(fit: GridFit, best: FittedLaw) -> str:
+    """The first of what would help most."""
+    if fit.notes and fit.notes[0].startswith(MIXED):
+        return "tell apart the runs that the first note names"
+    missing = [valley for valley in fit.valleys if remedy(valley)]
+    if missing:
+        texts = [f"at B = {valley.batch_size:,g} {remedy(valley)}" for valley in missing[:2]]
+        return "; ".join(texts) + (f"; and {len(missing) - 2} more" if len(missing) > 2 else "")
+    if best.held_out is None:
+        return "add a batch size, with learning rates on both sides of the best one"
+    if best.held_out.error > 0.5:
+        return "keep to the best learning rates below, since no law predicts them within a factor of 1.4"
+    if fit.ties:
+        first, last = fit.valleys[0].batch_size, fit.valleys[-1].batch_size
+        laws = [law.law for law in fit.laws if law.name in (best.name, *fit.ties)]
+        sizes = np.geomspace(max(first / BEYOND, 1.0), last * BEYOND, 9).tolist()
+        spreads = [max(law.lr(size) for law in laws) / min(law.lr(size) for law in laws) for size in sizes]
+        size, spread = sizes[int(np.argmax(spreads))], max(spreads)
+        if spread > 1.1:
+            return f"run B = {_number(size)}, where these laws differ most, by a factor of {spread:.2g}"
+    if not fit.from_seeds:
+        return "run the learning rates around each optimum with a second seed, for intervals that count noise"
+    return "use it; --at BATCH_SIZE says its learning rate"
+
+
+def _notes(fits: Iterable[GridFit]) -> list[str]:
+    return [f"Note: {note}" for note in dict.fromkeys(note for fit in fits for note in fit.notes)]
+
+
+def _table_of_answers(found: Found) -> list[str]:
+    columns = list(found[0].group)
+    targets = [] if found[0].target is None else ["target"]
+    fits = [each for each in found if isinstance(each, GridFit)]
+    at = [f"lr at {float(lr.name):,g}" for lr in _best(fits[0]).at]
+    rows = [
+        [
+            *columns,
+            *targets,
+            "runs",
+            "optima",
+            "best law",
+            "held-out error",
+            *at,
+            "its parameters, and what is missing",
+        ]
+    ]
+    for each in found:
+        row = [*each.group.values(), *([] if each.target is None else [f"{each.target:.5g}"])]
+        if isinstance(each, Unfitted):
+            rows.append([*row, "-", "-", "none", "-", *("-" for _ in at), each.reason.partition(": ")[0]])
+            continue
+        best, used = _best(each), sum(valley.optimum.found for valley in each.valleys)
+        error = "-" if best.held_out is None else f"{best.held_out.error:.3f}"
+        row += [f"{each.runs:,}", f"{used} of {len(each.valleys)}", best.name + "~" * bool(each.ties), error]
+        rows.append([*row, *(_number(lr.value) for lr in best.at), _parameters(best)])
+    tied = any(each.ties for each in fits)
+    lines = [*_aligned(rows, left=len(rows[0]) - 1), ""]
+    lines += ["~ other laws are not told from it by these batch sizes"] * tied
+    options = [f"--where {column}=VALUE" for column in columns] + ["--target LOSS" for _ in targets]
+    return [*lines, f"Next: {' '.join(options)} says more of one of them.", *_notes(fits)]
+
+
+def _tables(fit: GridFit, repetitions: int) -> list[str]:
+    what = fit.measure if fit.measure == "steps" else "final loss"
     rows = [["batch size", "best lr", f"{CONFIDENCE:.0%} interval", what, "optimum"]]
     for valley, lr in zip(fit.valleys, fit.lrs, strict=True):
-        optimum = valley.optimum
-        note = remedy(valley)
-        rows.append(
-            [
-                f"{valley.batch_size:g}",
-                _number(optimum.lr),
-                _interval(lr),
-                _number(optimum.outcome, 4),
-                optimum.status.replace("_", " ") + (f": {note}" if note else ""),
-            ]
-        )
+        optimum, note = valley.optimum, remedy(valley)
+        status = optimum.status.replace("_", " ") + (f": {note}" if note else "")
+        numbers = (_number(optimum.lr), _interval(lr), _number(optimum.outcome, 4))
+        rows.append([f"{valley.batch_size:,g}", *numbers, status])
+    title = "Best learning rates" + ("" if fit.target is None else f" to the loss {fit.target:.5g}")
     lines = [title, *_aligned(rows, left=4), ""]
     rows = [["law", "held-out error", "parameters"]]
-    rows += [
-        [
-            ("* " if law.name == fit.best else "~ " if law.name in fit.ties else "  ") + law.name,
-            "-" if law.held_out is None else f"{law.held_out.error:.3f}",
-            ", ".join(f"{each.name} {_with_interval(each)}" for each in law.parameters)
-            + (" (at the end of the range searched)" if law.limited else ""),
-        ]
-        for law in fit.laws
+    for law in fit.laws:
+        mark = "* " if law.name == fit.best else "~ " if law.name in fit.ties else "  "
+        rows.append(
+            [mark + law.name, "-" if law.held_out is None else f"{law.held_out.error:.3f}", _parameters(law)]
+        )
+    lines += [
+        "Laws, by the mean |log2(predicted / found)| at batch sizes left out (* best, ~ within its error)"
     ]
-    lines += ["Laws, by the mean |log2(predicted / found)| at batch sizes left out of the fit"]
-    lines += [*_aligned(rows, left=0, last_left=2), "", *_sentences(fit, repetitions)]
-    return lines
-
-
-def _sentences(fit: GridFit, repetitions: int) -> list[str]:
-    lines = []
-    best = next((law for law in fit.laws if law.name == fit.best), None)
-    if best is not None and best.held_out is not None:
-        factor = 2.0**best.held_out.error
-        lines.append(
-            f"* predicts best ({LAWS[best.name].label}): within a factor of {factor:.2f} on average"
-            + ("; ~ not told from it by these batch sizes" if fit.ties else "")
-        )
-    elif fit.laws:
-        lines.append("No law could be held out: it takes one batch size more than a law has parameters.")
-    shown = [best] if best is not None else list(fit.laws[:1])
-    shown += [law for law in fit.laws if law.name == "measured" and law not in shown]
-    lines += [_peak_sentence(fit, law) for law in shown]
+    lines += [*_aligned(rows, left=0, last_left=2), ""]
     if fit.tradeoff:
-        scale, steps, examples = fit.tradeoff
-        lines.append(
-            f"Critical batch size by Eq. 22: {_with_interval(scale)} examples; fewest steps "
-            f"{_with_interval(steps)}, fewest examples {_with_interval(examples)}"
-        )
-    if repetitions == 0:
-        source = "none asked for"
-    elif fit.from_seeds:
-        source = f"{repetitions} repetitions with the scatter of the seeds"
-    else:
-        tuned = any(valley.optimum.status == "tuned" for valley in fit.valleys)
-        why = "the table does not say how well they were tuned" if tuned else "no learning rate has two seeds"
-        source = f"{repetitions} repetitions with the scatter of the learning rates around each law: {why}"
-    lines.append(f"Intervals ({CONFIDENCE:.0%}): {source}")
-    return lines + [f"Note: {note}" for note in fit.notes]
+        scale, steps, examples = (_with_interval(each) for each in fit.tradeoff)
+        lines.append(f"Eq. 22: critical batch size {scale}, fewest steps {steps}, fewest examples {examples}")
+    tuned = any(valley.optimum.status == "tuned" for valley in fit.valleys)
+    why = "the table does not say how well they were tuned" if tuned else "no learning rate has two seeds"
+    source = "the seeds" if fit.from_seeds else f"the learning rates around each law: {why}"
+    return [*lines, f"Intervals ({CONFIDENCE:.0%}): {repetitions} repetitions with the scatter of {source}"]
 
 
-def _peak_sentence(fit: GridFit, law: FittedLaw) -> str:
-    size, lr = law.peak_batch_size, law.peak_lr
-    if not 0 < size.value < math.inf:
-        peak = "no peak, the learning rate never falls as the batch grows"
-    else:
-        tried = [valley.batch_size for valley in fit.valleys]
-        outside = "" if tried[0] <= size.value <= tried[-1] else ", outside the batch sizes tried"
-        peak = f"peak lr {_with_interval(lr)} at B = {_with_interval(size)}{outside}"
-    return f"{law.name}: {peak}; critical batch size {_with_interval(law.critical_batch_size)}"
+def _parameters(law: FittedLaw) -> str:
+    text = ", ".join(f"{each.name} {_with_interval(each)}" for each in law.parameters)
+    return text + (" (at the end of the range searched)" if law.limited else "")
 
 
-def as_json(found: Found, table: RunTable, path: str, repetitions: int, seed: int) -> dict[str, Any]:
+def as_json(found: Found, path: str, runs: int, repetitions: int, seed: int) -> dict[str, Any]:
     """The document of `--json`; docs/fitting.md lists its keys."""
-    return {
+    head = {
         "version": VERSION,
         "table": path,
-        "runs": int(table.lrs.size),
-        "measure": table.measure,
+        "runs": runs,
+        "measure": "loss",
         "bootstrap": repetitions,
         "seed": seed,
-        "confidence": CONFIDENCE,
-        "fits": [
-            {"target": each.target, "error": each.reason} if isinstance(each, Unfitted) else _fit_json(each)
-            for each in found
-        ],
     }
+    fits = []
+    for each in found:
+        part: dict[str, Any] = {"target": each.target, "group": dict(each.group), "error": None}
+        fits.append(part | ({"error": each.reason} if isinstance(each, Unfitted) else _fit_json(each)))
+        head["measure"] = each.measure if isinstance(each, GridFit) else head["measure"]
+    return {**head, "confidence": CONFIDENCE, "fits": fits}
 
 
 def _fit_json(fit: GridFit) -> dict[str, Any]:
+    optima = [
+        {
+            "batch_size": valley.batch_size,
+            "lr": _finite(valley.optimum.lr),
+            "interval": _ends(lr),
+            fit.measure: _finite(valley.optimum.outcome),
+            "status": valley.optimum.status,
+            "used": valley.optimum.found,
+            "message": remedy(valley) or None,
+        }
+        for valley, lr in zip(fit.valleys, fit.lrs, strict=True)
+    ]
     return {
-        "target": fit.target,
-        "error": None,
+        "runs": fit.runs,
         "intervals_from": "seeds" if fit.from_seeds else "residuals",
-        "optima": [
-            {
-                "batch_size": valley.batch_size,
-                "lr": _finite(valley.optimum.lr),
-                "interval": _ends(lr),
-                fit.measure: _finite(valley.optimum.outcome),
-                "status": valley.optimum.status,
-                "used": valley.optimum.found,
-                "message": remedy(valley) or None,
-            }
-            for valley, lr in zip(fit.valleys, fit.lrs, strict=True)
-        ],
+        "optima": optima,
         "tradeoff": _estimates(fit.tradeoff) or None,
-        "laws": [_law_json(law, fit.valleys) for law in fit.laws],
+        "laws": [_law_json(law, [valley.batch_size for valley in fit.valleys]) for law in fit.laws],
         "best": fit.best,
         "ties": list(fit.ties),
+        "next": _next(fit, _best(fit)),
         "notes": list(fit.notes),
     }
 
 
-def _law_json(law: FittedLaw, grid: Iterable[Valley]) -> dict[str, Any]:
+def _law_json(law: FittedLaw, sizes: Sequence[float]) -> dict[str, Any]:
     held = law.held_out
+    pairs = [] if held is None else held.by_batch_size
     return {
         "name": law.name,
         "parameters": _estimates(law.parameters),
@@ -157,10 +235,9 @@ def _law_json(law: FittedLaw, grid: Iterable[Valley]) -> dict[str, Any]:
         "at_end_of_range": law.limited,
         "residual": law.residual,
         "held_out_error": None if held is None else held.error,
-        "held_out": None
-        if held is None
-        else [{"batch_size": size, "log2_ratio": error} for size, error in held.by_batch_size],
-        "lrs": [{"batch_size": each.batch_size, "lr": law.law.lr(each.batch_size)} for each in grid],
+        "held_out": [{"batch_size": size, "log2_ratio": error} for size, error in pairs],
+        "lrs": [{"batch_size": size, "lr": law.law.lr(size)} for size in sizes],
+        "at": [{"batch_size": float(lr.name), "lr": lr.value, "interval": _ends(lr)} for lr in law.at],
     }
 
 
@@ -174,16 +251,14 @@ def _finite(value: float) -> float | None:
 
 
 def _ends(estimate: Estimate) -> list[float | None] | None:
-    if math.isnan(estimate.low):
-        return None
-    return [_finite(estimate.low), _finite(estimate.high)]
+    return None if math.isnan(estimate.low) else [_finite(estimate.low), _finite(estimate.high)]
 
 
 def _number(value: float, digits: int = 3) -> str:
     if not math.isfinite(value):
         return "-" if math.isnan(value) else "inf"
     large = abs(value) >= 10**digits
-    return f"{value:.0f}" if large and abs(value) < 1e7 else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if large and abs(value) < 1e12 else f"{value:.{digits}g}"
 
 
 def _interval(estimate: Estimate) -> str:

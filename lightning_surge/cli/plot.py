@@ -8,28 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.runs.log_files import RunLogError
+from lightning_surge.runs.series import RunLogError
 
 if TYPE_CHECKING:
     from lightning_surge.runs.run_log import RunLog
 
-__all__ = ["PLOT", "choose_group", "read"]
+__all__ = ["PLOT", "RUN_HELP", "choose_group", "read"]
 
 FORMATS = (".png", ".svg", ".html")
+RUN_HELP = "directory of a run, an event file, a metrics.csv, a .wandb file, or a database of MLflow"
 
 
 def read(path: str) -> RunLog:
-    """A run, with notes on how it was read on standard error.
-
-    Args:
-        path: what the user gave.
-
-    Returns:
-        The run.
-
-    Raises:
-        CommandError: if it cannot be read.
-    """
+    """A run, with notes on how it was read on standard error; raises `CommandError` if it cannot be read."""
     # Imported here: it needs scipy, which --help need not wait for.
     from lightning_surge.runs.run_log import read_run
 
@@ -43,30 +34,17 @@ def read(path: str) -> RunLog:
 
 
 def choose_group(run: RunLog, group: str | None) -> str | None:
-    """The optimizer or parameter group asked for; the first of several if none was.
-
-    Args:
-        run: what it logged.
-        group: name, or None. Of an optimizer with several parameter groups the first one is taken.
-
-    Returns:
-        The name; None if the run has one optimizer with one group.
-
-    Raises:
-        CommandError: if there is no such group.
-    """
+    """The optimizer or parameter group asked for, or the first; None if there is one, which has no name."""
     names = [*run.optimizers, *(name for name in run.groups if name not in run.optimizers)]
-    if not names:
-        if group is not None:
-            raise CommandError(
-                f"Expected no --group, since this run has one parameter group, got --group {group}: leave it "
-                "out."
-            )
-        return None
     if group is not None and group not in names:
-        raise CommandError(
-            f"Expected one of {', '.join(names)}, got --group {group}: leave it out or choose another."
+        rule, what = (
+            (f"one of {', '.join(names)}", "") if names else ("no --group", " with one parameter group")
         )
+        raise CommandError(
+            f"Expected {rule}, got --group {group} for a run{what}: leave it out or choose another."
+        )
+    if not names:
+        return None
     wanted = names[0] if group is None else group
     chosen = next((name for name in run.groups if name == wanted or name.startswith(f"{wanted}/")), wanted)
     if group != chosen:
@@ -77,20 +55,17 @@ def choose_group(run: RunLog, group: str | None) -> str | None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="RUN", help="directory of a run, or its event file or metrics.csv")
-    parser.add_argument(
+    add = parser.add_argument
+    add("path", metavar="RUN", help=RUN_HELP)
+    add(
         "--output",
         type=Path,
         metavar="FILE",
-        help="a .png, .svg or .html file; surge.png beside the logs if left out",
+        help="a .png, .svg or .html file; default: surge.png beside the logs",
     )
-    parser.add_argument(
-        "--group", metavar="G", help="optimizer or parameter group whose learning rates are shown"
-    )
-    parser.add_argument("--x", choices=("steps", "examples"), default="steps", help="what the x axis counts")
-    parser.add_argument(
-        "--title", help="a line above the charts; the path of the run, and the group, if left out"
-    )
+    add("--group", metavar="G", help="optimizer or parameter group whose learning rates are shown")
+    add("--x", choices=("steps", "examples"), default="steps", help="what the x axis counts")
+    add("--title", help="a line above the charts; default: the path of the run, and the group")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -99,17 +74,13 @@ def _run(options: argparse.Namespace) -> None:
 
     output: Path | None = options.output
     if output is not None and output.suffix.lower() not in FORMATS:
-        raise CommandError(
-            f"Expected --output to end in {', '.join(FORMATS)}, got --output {output}: the ending says the "
-            "format."
-        )
+        ends = ", ".join(FORMATS)
+        raise CommandError(f"Expected --output to end in {ends}, got --output {output}: it says the format.")
     run = read(options.path)
     group = choose_group(run, options.group)
     source = Path(run.source)
     output = output or (source if source.is_dir() else source.parent) / "surge.png"
-    title: str | None = options.title
-    if title is None:
-        title = run.source if group is None else f"{run.source}, {group}"
+    title: str = options.title or (run.source if group is None else f"{run.source}, {group}")
     try:
         if output.suffix.lower() == ".html":
             output.write_text(run_page(run, group=group, title=title, x=options.x), encoding="utf-8")
@@ -118,16 +89,16 @@ def _run(options: argparse.Namespace) -> None:
     except (RunLogError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from error
     except OSError as error:
+        hint = "make its directory first, or name another"
         raise CommandError(
-            f"Expected --output to be a file that can be written, got {error}: make its directory first, or "
-            "name another."
+            f"Expected --output to be a file that can be written, got {error}: {hint}."
         ) from error
     print(output)
 
 
 PLOT = Command(
     name="plot",
-    summary="Draw a run: learning rates, batch size against the peak, what decided, the law through time.",
+    summary="Draw a run: learning rates, batch size against the peak, what decided, the factor and the law.",
     examples=(
         "examples:\n"
         "  lightning-surge plot lightning_logs/version_3\n"

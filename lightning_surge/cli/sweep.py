@@ -6,28 +6,21 @@ import argparse
 import os
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.cli.sweep_output import SweepProgress, print_plan, print_result
-from lightning_surge.sweep.cells import (
-    Cell,
-    CellSpec,
-    Grid,
-    Outcome,
-    Record,
-    SweepError,
-    SweepSettings,
-)
-from lightning_surge.sweep.grid import accumulation_for, parse_numbers, planned
-from lightning_surge.sweep.pool import CellProcess, Job, run_cells
-from lightning_surge.sweep.table import SweepTable
+from lightning_surge.cli.sweep_output import Progress, print_plan, print_result
+from lightning_surge.sweep.cells import Cell, Outcome, SweepError, SweepSettings
+from lightning_surge.sweep.grid import Grid, accumulation_for, parse_numbers, planned
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
     from lightning_surge.sweep.config import TrainingConfig
+    from lightning_surge.sweep.run import CellProcess
+    from lightning_surge.sweep.study import SweepStudy
 
 __all__ = ["SWEEP"]
 
@@ -35,6 +28,10 @@ __all__ = ["SWEEP"]
 REFINEMENTS = 4
 # Validations per cell: with targets, what is between two of them is interpolated.
 CHECKS, CHECKS_WITH_TARGETS = 10, 50
+LEAST = {
+    "seeds": 1, "examples": 1, "steps": 1, "checks": 1, "smoothing": 0, "max_micro_batch_size": 1,
+    "replicas": 1, "refine": 0, "processes": 0,
+}  # fmt: skip
 
 EXAMPLES = """examples:
   lightning-surge sweep --config run.yaml --batch-sizes 16 64 256 --lrs 1e-4:1e-1:7 --examples 500000
@@ -42,12 +39,14 @@ EXAMPLES = """examples:
       --examples 500000 --target-loss 0.5 0.3 --processes 2 --output sweep.csv
   lightning-surge sweep ... --dry-run      what would run, and with which keys
 
-The same command goes on where it was stopped, by Ctrl-C or by a kill."""
+The same command goes on where it was stopped, by Ctrl-C or by a kill. Started several times, with
+--study URL on several machines, it shares the cells out. Exit status: 1 if cells failed."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    several: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY"}
     add = parser.add_argument
-    add("--config", action="append", required=True, metavar="FILE", help="of LightningCLI; may be repeated")
+    add("--config", dest="configs", action="append", required=True, metavar="FILE", help="of LightningCLI")
     add("--batch-sizes", nargs="+", required=True, metavar="B", help="examples per step, or first:last:count")
     add("--lrs", nargs="+", required=True, metavar="LR", help="learning rates, or first:last:count")
     add("--seeds", type=int, default=1, metavar="N", help="seeds per cell, from that of the configuration on")
@@ -55,40 +54,26 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--examples", type=float, metavar="N", help="per cell, whatever its batch size")
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps per cell instead")
     add("--metric", default="val_loss", help="logged name, or 'loss' for what training_step returns")
-    add("--target-loss", nargs="+", type=float, default=[], metavar="L", help="record when it is reached")
+    add("--maximize", action="store_true", help="larger is better, as for an accuracy")
+    add("--target-loss", dest="targets", nargs="+", default=[], metavar="L", help="record when it is reached")
     add("--stop-at-target", action="store_true", help="end a cell when it has reached all of them")
     add("--checks", type=int, metavar="N", help="validations per cell (10; 50 with targets)")
-    add(
-        "--smoothing",
-        type=float,
-        metavar="N",
-        help="examples a training loss is averaged over (1/50 of a cell)",
-    )
+    add("--smoothing", type=float, metavar="N", help="examples to average a training loss over (1/50 cell)")
     add("--refine", nargs="?", type=int, const=REFINEMENTS, default=0, metavar="N",
         help=f"add up to N ({REFINEMENTS}) learning rates where the best one is at the edge")  # fmt: skip
-    places = parser.add_argument_group("the configuration")
-    add = places.add_argument
+    add = parser.add_argument_group("the configuration").add_argument
     add("--batch-size-key", metavar="KEY", help="where it has the DataLoader's batch size")
     add("--lr-key", metavar="KEY", help="where it has the learning rate")
-    add("--steps-key", action="append", default=[], metavar="KEY", help="also gets the steps of the cell")
-    add(
-        "--examples-key",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="also gets the examples of the cell",
-    )
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for every cell")
-    add(
-        "--max-micro-batch-size", type=int, metavar="N", help="what fits into memory; the rest is accumulated"
-    )
+    add("--steps-key", dest="steps_keys", **several, help="also gets the steps of the cell")
+    add("--examples-key", dest="examples_keys", **several, help="also gets the examples of the cell")
+    add("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--max-micro-batch-size", type=int, metavar="N", help="what fits into memory; more is accumulated")
     add("--replicas", type=int, default=1, metavar="N", help="data-parallel replicas of the Trainer")
     add("--batch-size-fn", metavar="PATH", help="function that counts the examples in a batch")
     add("--model-class", metavar="PATH", help="where `model` has no class_path")
     add("--data-class", metavar="PATH", help="where `data` has no class_path")
     add("--cli-class", metavar="PATH", help="an own LightningCLI")
-    running = parser.add_argument_group("running")
-    add = running.add_argument
+    add = parser.add_argument_group("running").add_argument
     add(
         "--processes",
         type=int,
@@ -97,79 +82,76 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--devices", nargs="+", metavar="ID", help="CUDA devices to share out among the processes")
     add("--output", type=Path, default=Path("sweep.csv"), metavar="FILE", help="table, default %(default)s")
-    add("--extend", action="store_true", help="the table exists and gets another grid")
+    add("--study", metavar="FILE|URL", help="of Optuna: journal (sweep.study.log) or database")
+    add("--extend", action="store_true", help="the study exists and gets another grid")
     add("--retry-failed", action="store_true", help="run again what was killed, failed or out of memory")
     add("--dry-run", action="store_true", help="say what would run")
     add("--json", action="store_true", help="the result as JSON")
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int | None:
+    output = options.output
+    options.study = options.study or str(output.with_suffix(".study.log"))
     try:
-        settings, grid = _settings(options), _grid(options)
-        settings, grid, training = _with_config(settings, grid, options)
-        with SweepTable(options.output) as table:
-            announce = table.read(settings, grid, extend=options.extend)
-            if options.dry_run:
-                print_plan(settings, grid, training, table)
-                return
-            table.begin(settings, grid, announce=announce)
-            records = _sweep(options, settings, grid, training, table)
+        settings, grid, training = _with_config(*_checked(options), options)
+        from lightning_surge.sweep.study import SweepStudy
+
+        exists = Path(options.study.removeprefix("sqlite:///")).exists()
+        if options.dry_run:
+            done: dict[Cell, Outcome] = {}
+            if exists:
+                study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
+                study.begin(settings, grid.cells(), extend=options.extend, dry=True)
+                done = study.records()
+            print_plan(options, settings, grid, training, done)
+            return None
+        if output.exists() and not exists and "://" not in options.study:
+            raise SweepError(
+                f"Expected {output} to be new, got a file without its study {options.study}: choose another "
+                "--output."
+            )
+        study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
+        study.begin(settings, grid.cells(), extend=options.extend)
+        records = _sweep(options, settings, grid, training, study)
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise CommandError(
+            "Expected Optuna, which keeps the study, got an environment without it: pip install "
+            "'lightning-surge[sweep]'."
+        ) from error
     except (SweepError, ValueError, OSError) as error:
         raise CommandError(str(error)) from error
-    print_result(options.output, settings, records, as_json=options.json)
+    print_result(output, settings, records, as_json=options.json)
+    return int(not all(outcome.is_answer for outcome in records.values()))
 
 
-def _settings(options: argparse.Namespace) -> SweepSettings:
+def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
     """What was typed, checked as far as it can be without the configuration."""
-    checks = CHECKS_WITH_TARGETS if options.target_loss else CHECKS
-    checks = checks if options.checks is None else options.checks
     if options.processes is None:
         options.processes = len(options.devices or "1")
-    for name, value, least in (
-        ("--seeds", options.seeds, 1),
-        ("--examples", options.examples, 1),
-        ("--steps", options.steps, 1),
-        ("--checks", checks, 1),
-        ("--refine", options.refine, 0),
-        ("--max-micro-batch-size", options.max_micro_batch_size, 1),
-        ("--replicas", options.replicas, 1),
-        ("--processes", options.processes, 0),
-    ):
-        if value is not None and not value >= least:
-            raise ValueError(f"Expected {name} of at least {least}, got {value:g}.")
-    if options.stop_at_target and not options.target_loss:
+    if options.checks is None:
+        options.checks = CHECKS_WITH_TARGETS if options.targets else CHECKS
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value < 1e15:
+            raise ValueError(f"Expected --{name.replace('_', '-')} of at least {least}, got {value:g}.")
+    if options.stop_at_target and not options.targets:
         raise ValueError("Expected --target-loss with --stop-at-target, got none.")
-    return SweepSettings(
-        configs=tuple(options.config),
-        overrides=tuple(options.set),
-        steps_keys=tuple(options.steps_key),
-        examples_keys=tuple(options.examples_key),
-        examples=None if options.examples is None else round(options.examples),
-        steps=options.steps,
-        metric=options.metric,
-        targets=tuple(sorted(set(options.target_loss), reverse=True)),
-        stop_at_target=options.stop_at_target,
-        checks=checks,
-        smoothing=options.smoothing,
-        max_micro_batch_size=options.max_micro_batch_size,
-        replicas=options.replicas,
-        batch_size_fn=options.batch_size_fn,
-        model_class=options.model_class,
-        data_class=options.data_class,
-        cli_class=options.cli_class,
-    )
-
-
-def _grid(options: argparse.Namespace) -> Grid:
+    targets = {float(part) for word in options.targets for part in word.split(",")}
+    options.targets = sorted(targets, reverse=not options.maximize)
+    options.examples = None if options.examples is None else round(options.examples)
     sizes = tuple(int(size) for size in parse_numbers(options.batch_sizes, "--batch-sizes", whole=True))
     for size in sizes:
         accumulation_for(size, largest=options.max_micro_batch_size, replicas=options.replicas)
     if options.examples is not None and options.examples < sizes[-1]:
         raise ValueError(
-            f"Expected at least one step per cell, got --examples {options.examples:g} and a batch size of "
+            f"Expected at least one step per cell, got --examples {options.examples} and a batch size of "
             f"{sizes[-1]}: use more examples."
         )
-    return Grid(sizes, parse_numbers(options.lrs, "--lrs"), tuple(range(options.seeds)))
+    names = [field.name for field in fields(SweepSettings) if getattr(options, field.name, None) is not None]
+    settings = SweepSettings.from_json({name: getattr(options, name) for name in names})
+    return settings, Grid(sizes, parse_numbers(options.lrs, "--lrs"), tuple(range(options.seeds)))
 
 
 def _with_config(
@@ -184,18 +166,17 @@ def _with_config(
         settings,
         config_digest=training.digest,
         files_digest=files_digest(settings.configs),
-        batch_size_key=_key("--batch-size-key", options.batch_size_key, training.batch_size_key, training),
-        lr_key=_key("--lr-key", options.lr_key, training.lr_key, training),
+        batch_size_key=_key("--batch-size-key", options.batch_size_key or training.batch_size_key, training),
+        lr_key=_key("--lr-key", options.lr_key or training.lr_key, training),
     )
     for key in (*settings.steps_keys, *settings.examples_keys):
-        _key("--steps-key and --examples-key", key, None, training)
-    grid = replace(grid, seeds=tuple(training.seed + seed for seed in grid.seeds))
+        _key("--steps-key and --examples-key", key, training)
+    grid = grid._replace(seeds=tuple(training.seed + seed for seed in grid.seeds))
     check_arguments(settings, grid.cells()[0])
     return settings, grid, training
 
 
-def _key(name: str, given: str | None, guess: str | None, training: TrainingConfig) -> str:
-    key = given or guess
+def _key(name: str, key: str | None, training: TrainingConfig) -> str:
     if key is None or key not in training.keys:
         got = f"no usual one (such as {'lr' if 'lr' in name else 'batch_size'})" if key is None else repr(key)
         raise SweepError(
@@ -210,68 +191,58 @@ def _sweep(
     settings: SweepSettings,
     grid: Grid,
     training: TrainingConfig,
-    table: SweepTable,
-) -> list[Record]:
-    kept = [record for record in table.records if record.outcome.is_answer or not options.retry_failed]
-    examples = {size: settings.examples_of(size) for size in grid.batch_sizes}
-    progress = SweepProgress(sys.stderr, examples, processes=max(1, options.processes))
+    study: SweepStudy,
+) -> dict[Cell, Outcome]:
+    from optuna.storages._heartbeat import get_heartbeat_thread
+
+    from lightning_surge.sweep.run import CellProcess, run_cells
+
+    ended = study.records()
+    progress = Progress(options.output, ended)
     progress.say(f"batch size: {settings.batch_size_key}, learning rate: {settings.lr_key}")
     if training.left_out:
         progress.say(f"cells go without {', '.join(training.left_out)} of the configuration")
-    if table.damaged:
-        progress.say(
-            f"{table.damaged} damaged lines of {table.journal} are passed over: those cells run again"
-        )
-    if kept:
-        progress.say(f"{len(kept)} finished cells found in {table.journal}")
+    if ended:
+        progress.say(f"{len(ended)} finished cells found in {options.study}")
 
-    def finished(record: Record) -> None:
-        table.add(record)
-        progress.finished(record)
+    def start(trial: FrozenTrial, slot: int) -> CellProcess | None:
+        cell = Cell(**trial.params)
+        if options.processes == 0:
+            from lightning_surge.sweep.worker import run_cell
+
+            outcome = None
+            try:
+                # Standard output is for the result.
+                with get_heartbeat_thread(trial._trial_id, study.storage), redirect_stdout(sys.stderr):
+                    outcome = run_cell(settings, cell)
+            finally:
+                study.tell(trial._trial_id, outcome)
+            return None
+        environment = {}
+        if options.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = options.devices[slot % len(options.devices)]
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Cells that run side by side would otherwise each take all cores.
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.processes))
+        order = {"where": options.study, "name": options.output.stem, "trial": trial._trial_id}
+        log = options.output.with_suffix(".logs") / f"trial-{trial.number}.log"
+        return CellProcess(order | {"settings": asdict(settings), "cell": cell}, log, environment)
 
     try:
         return run_cells(
-            partial(planned, grid, refine=options.refine, targets=settings.targets),
-            partial(_start, options, settings, table.logs),
-            kept,
+            study,
+            lambda records: planned(
+                grid, records, refine=options.refine, targets=settings.targets, maximize=settings.maximize
+            ),
+            start,
             slots=max(1, options.processes),
-            finished=finished,
-            watch=progress.watch,
+            again=[c for c, outcome in ended.items() if options.retry_failed and not outcome.is_answer],
+            look=progress.look,
+            say=progress.say,
         )
     except KeyboardInterrupt:
-        progress.say(f"stopped; what has finished is in {table.journal}, the same command goes on")
+        progress.say(f"stopped; what has finished is in {options.study}, the same command goes on")
         raise
-    finally:
-        progress.close()
-
-
-class _Here:
-    """A cell that has run in this process."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        self._outcome = outcome
-
-    def poll(self) -> Outcome:
-        return self._outcome
-
-    def stop(self) -> None:
-        pass
-
-
-def _start(options: argparse.Namespace, settings: SweepSettings, logs: Path, cell: Cell, slot: int) -> Job:
-    spec = CellSpec(settings, cell)
-    if options.processes == 0:
-        from lightning_surge.sweep.worker import run_cell
-
-        with redirect_stdout(sys.stderr):  # standard output is for the result
-            return _Here(run_cell(spec))
-    environment = {}
-    if options.devices:
-        environment["CUDA_VISIBLE_DEVICES"] = options.devices[slot % len(options.devices)]
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Cells that run side by side would otherwise each take all cores.
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.processes))
-    return CellProcess(spec, logs, environment)
 
 
 SWEEP = Command(

@@ -1,191 +1,165 @@
-"""What a sweep answers: its plan beforehand, the best learning rates afterwards."""
+"""What a sweep says: its plan beforehand, its progress, the best learning rates afterwards."""
 
 from __future__ import annotations
 
+import argparse
+import csv
 import json
+import os
 import shlex
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_surge.cli.command import CommandError
-from lightning_surge.sweep.cells import Grid, Record, SweepSettings
-from lightning_surge.sweep.grid import Best, accumulation_for, best_lr
-from lightning_surge.sweep.table import SweepTable
+from lightning_surge.sweep.cells import Cell, Outcome, SweepSettings
+from lightning_surge.sweep.grid import Grid, accumulation_for, best_lr, seconds_left
+from lightning_surge.tables.study import COLUMNS, study_rows
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
     from lightning_surge.sweep.config import TrainingConfig
-import time
-from collections.abc import Mapping
-from typing import TextIO
 
-from lightning_surge.sweep.cells import Cell
-from lightning_surge.sweep.grid import remaining_seconds
-
-__all__ = ["SweepProgress", "duration", "print_plan", "print_result"]
+__all__ = ["Progress", "print_plan", "print_result"]
 
 
-def print_plan(settings: SweepSettings, grid: Grid, training: TrainingConfig, table: SweepTable) -> None:
-    """Print what would run.
-
-    Args:
-        settings: of the sweep.
-        grid: of the sweep.
-        training: what the configuration says.
-        table: with the cells that are finished.
-    """
-    done = {record.cell for record in table.records}
-    cells = grid.cells()
+def print_plan(
+    options: argparse.Namespace,
+    settings: SweepSettings,
+    grid: Grid,
+    training: TrainingConfig,
+    done: Collection[Cell],
+) -> None:
+    """Print what would run, as text or JSON; `done` are the cells that have ended."""
+    cells, sizes = grid.cells(), []
+    for size in grid.batch_sizes:
+        parts = accumulation_for(size, largest=settings.max_micro_batch_size, replicas=settings.replicas)
+        micro_batch = size // (parts * settings.replicas)
+        length = {"steps": settings.steps_of(size), "examples": settings.examples_of(size)}
+        sizes.append({"batch size": size, "micro-batch": micro_batch, "accumulated": parts, **length})
+    finished = len(set(cells).intersection(done))
+    if options.json:
+        plan = {
+            "batch_size_key": settings.batch_size_key,
+            "lr_key": settings.lr_key,
+            **grid._asdict(),
+            "without": training.left_out,
+            "plan": [
+                {name.replace(" ", "_").replace("-", "_"): value for name, value in row.items()}
+                for row in sizes
+            ],
+            "cells": len(cells),
+            "finished": finished,
+            "table": str(options.output),
+            "study": options.study,
+        }
+        print(json.dumps(plan, indent=1))
+        return
     print(f"batch size: {settings.batch_size_key}, learning rate: {settings.lr_key}")
     print(f"learning rates: {', '.join(f'{lr:g}' for lr in grid.lrs)}")
     print(f"seeds: {', '.join(map(str, grid.seeds))}")
     if training.left_out:
         print(f"without: {', '.join(training.left_out)}")
-    print(f"{'batch size':>10}  {'micro-batch':>11}  {'accumulated':>11}  {'steps':>8}  {'examples':>10}")
-    for size in grid.batch_sizes:
-        parts = accumulation_for(size, largest=settings.max_micro_batch_size, replicas=settings.replicas)
-        micro = size // (parts * settings.replicas)
-        print(
-            f"{size:>10}  {micro:>11}  {parts:>11}  {settings.steps_of(size):>8}  "
-            f"{settings.examples_of(size):>10}"
-        )
-    print(f"{len(cells)} cells, {len(done.intersection(cells))} of them finished; table: {table.path}")
+    line = "{:>10}  {:>11}  {:>11}  {:>8}  {:>10}"
+    for text in (line.format(*sizes[0]), *(line.format(*row.values()) for row in sizes)):
+        print(text)
+    print(f"{len(cells)} cells, {finished} of them finished; table: {options.output}")
 
 
-def print_result(table: Path, settings: SweepSettings, records: Sequence[Record], *, as_json: bool) -> None:
-    """Print the best learning rate of every batch size, and what to do next.
-
-    Args:
-        table: path of the table.
-        settings: of the sweep.
-        records: finished cells.
-        as_json: for programs.
+def print_result(
+    table: Path, settings: SweepSettings, records: Mapping[Cell, Outcome], *, as_json: bool
+) -> None:
+    """Print the best learning rate of every batch size, how many cells failed, and what to do next.
 
     Raises:
         CommandError: if no cell gave a loss.
     """
-    best = [
-        found
-        for target in settings.targets or (None,)
-        for size in sorted({record.cell.batch_size for record in records})
-        if (found := best_lr(records, size, target)) is not None
-    ]
+    sizes = sorted({cell.batch_size for cell in records})
+    targets = settings.targets or (None,)
+    found = [best_lr(records, size, t, maximize=settings.maximize) for t in targets for size in sizes]
+    best = [each for each in found if each is not None]
+    cells = Counter(outcome.status for outcome in records.values())
+    failed = {status: n for status, n in sorted(cells.items()) if status not in ("finished", "diverged")}
     if not best:
-        reasons = sorted({record.outcome.message for record in records if record.outcome.message})
-        diverged = any(record.outcome.status == "diverged" for record in records)
+        reasons = sorted({outcome.message for outcome in records.values() if outcome.message})[:3]
+        remedy = "use smaller learning rates" if cells["diverged"] else "remedy that and pass --retry-failed"
         raise CommandError(
-            f"Expected cells that finish, got none of {len(records)}, see {table} "
-            f"({'; '.join(reasons[:3])}): "
-            + ("use smaller learning rates." if diverged else "put that right, and pass --retry-failed.")
+            f"Expected cells that finish, got none of {len(records)}, see {table} ({'; '.join(reasons)}): "
+            f"{remedy}."
         )
-    fit = shlex.join(["lightning-surge", "fit", str(table)])
+    fit = shlex.join(["lightning-surge", "fit", str(table), *["--maximize"] * settings.maximize])
     if as_json:
-        print(json.dumps(_as_json(table, best, records, fit), indent=1))
+        answer = {"table": str(table), "cells": dict(sorted(cells.items())), "failed": sum(failed.values())}
+        print(json.dumps(answer | {"best": [each._asdict() for each in best], "fit": fit}, indent=1))
         return
     print(f"table: {table}")
-    for line in _best_lines(best):
-        print(line)
+    for index, entry in enumerate(best):
+        if index == 0 or entry.target != best[index - 1].target:
+            title = "" if entry.target is None else f"   steps to {entry.target:g}"
+            print(f"{'batch size':>10}  {'best lr':>10}  {'loss':>10}{title}")
+        reached = "never" if entry.steps is None else f"{entry.steps:g}"
+        steps = "" if entry.target is None else f"   {reached}"
+        edge = f"   {entry.edge} tried: --refine goes beyond" if entry.edge else ""
+        print(f"{entry.batch_size:>10}  {entry.lr:>10.4g}  {entry.loss:>10.5g}{steps}{edge}")
+    if failed:
+        kinds = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in failed.items())
+        print(f"without a loss: {kinds}, of {len(records)} cells; --retry-failed runs them again")
     print(f"next: {fit}")
 
 
-def _as_json(table: Path, best: Sequence[Best], records: Sequence[Record], fit: str) -> dict[str, Any]:
-    statuses = [record.outcome.status for record in records]
-    return {
-        "table": str(table),
-        "cells": {status: statuses.count(status) for status in sorted(set(statuses))},
-        "best": [entry._asdict() for entry in best],
-        "fit": fit,
-    }
+class Progress:
+    """A line for every cell that ends, with the time left; and the table, written anew each time.
 
-
-def _best_lines(best: Sequence[Best]) -> list[str]:
-    lines: list[str] = []
-    target: float | None = None
-    for entry in best:
-        if not lines or entry.target != target:
-            target = entry.target
-            title = "" if target is None else f"   steps to {target:g}"
-            lines.append(f"{'batch size':>10}  {'best lr':>10}  {'loss':>10}{title}")
-        steps = "" if target is None else f"   {'never' if entry.steps is None else f'{entry.steps:g}'}"
-        edge = f"   {entry.edge} tried: --refine goes beyond" if entry.edge else ""
-        lines.append(f"{entry.batch_size:>10}  {entry.lr:>10.4g}  {entry.loss:>10.5g}{steps}{edge}")
-    return lines
-
-
-REDRAW = 1.0  # seconds
-
-
-def duration(seconds: float) -> str:
-    """For people.
-
-    Example:
-        >>> duration(42), duration(600), duration(9000)
-        ('42 s', '10 min', '2.5 h')
+    Args:
+        table: path of the table.
+        ended: cells of former runs.
     """
+
+    def __init__(self, table: Path, ended: Collection[Cell]) -> None:
+        self._table = table
+        self._ended: set[Cell] | None = None
+        self._former = set(ended)
+        self._said = ""
+
+    def say(self, text: str) -> None:
+        """Print a line, unless it was the last one."""
+        if text != self._said:
+            print(text, file=sys.stderr, flush=True)
+        self._said = text
+
+    def look(self, records: Mapping[Cell, Outcome], trials: Mapping[Cell, FrozenTrial]) -> None:
+        """Take note of what the cells have said, and of all their trials."""
+        new = records.keys() - (self._former if self._ended is None else self._ended)
+        if new or self._ended is None:
+            self._write(trials)
+            self._ended = set(records)
+        left = [cell for cell, trial in trials.items() if not trial.state.is_finished()]
+        running = sum(trial.state.name == "RUNNING" for trial in trials.values())
+        seconds = seconds_left(records, left, running)
+        about = "" if seconds is None else f", about {_duration(seconds)}"
+        for cell in (cell for cell in records if cell in new):
+            outcome = records[cell]
+            said = outcome.status.replace("_", " ") if outcome.loss is None else f"loss {outcome.loss:.5g}"
+            said += f" ({outcome.message})" if outcome.message else ""
+            done = f"{len(records)} done, {len(left) or 'none'} left{about}"
+            self.say(f"{cell}: {said}, {_duration(outcome.seconds)}; {done}")
+
+    def _write(self, trials: Mapping[Cell, FrozenTrial]) -> None:
+        rows = study_rows(trials.values())
+        columns = [name for name in COLUMNS if name != "target" or (rows and name in rows[0])]
+        draft = self._table.with_name(f".{self._table.name}.{os.getpid()}")
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(draft, self._table)  # a reader sees the old one or the new one
+
+
+def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-class SweepProgress:
-    """A line for every finished cell; on a terminal also one that is redrawn, with the time left.
-
-    Args:
-        stream: usually standard error.
-        examples: of a cell, by batch size.
-        processes: cells that run at a time.
-    """
-
-    def __init__(self, stream: TextIO, examples: Mapping[int, int], *, processes: int) -> None:
-        self._stream = stream
-        self._examples = examples
-        self._processes = processes
-        self._terminal = stream.isatty()
-        self._records: list[Record] = []  # of this run: former ones may come from another machine
-        self._running: dict[Cell, float] = {}
-        self._waiting: Sequence[Cell] = ()
-        self._drawn = ""
-        self._drawn_at = 0.0
-
-    def say(self, text: str) -> None:
-        """One line."""
-        self._clear()
-        print(text, file=self._stream, flush=True)
-
-    def watch(self, running: Mapping[Cell, float], waiting: Sequence[Cell]) -> None:
-        """Take note of what runs and what waits."""
-        self._running, self._waiting = dict(running), waiting
-        if self._terminal and time.monotonic() - self._drawn_at > REDRAW:
-            self._clear()
-            self._drawn_at = time.monotonic()
-            self._drawn = f"{len(self._running)} cells run, {self._left()}"
-            self._stream.write(self._drawn)
-            self._stream.flush()
-
-    def finished(self, record: Record) -> None:
-        """Take note of a finished cell."""
-        self._records.append(record)
-        self._running.pop(record.cell, None)
-        cell, outcome = record
-        said = f"loss {outcome.loss:.5g}" if outcome.loss is not None else outcome.status.replace("_", " ")
-        if outcome.message:
-            said += f" ({outcome.message})"
-        self.say(f"{cell.name}: {said}, {duration(outcome.seconds)}; {self._left()}")
-
-    def _left(self) -> str:
-        left = dict(self._running) | dict.fromkeys(self._waiting, 0.0)
-        if not left:
-            return f"{len(self._records)} done, none left"
-        seconds = remaining_seconds(self._records, left, self._examples, self._processes)
-        about = "" if seconds is None else f", about {duration(seconds)}"
-        return f"{len(self._records)} done, {len(left)} left{about}"
-
-    def _clear(self) -> None:
-        if self._drawn:
-            self._stream.write("\r" + " " * len(self._drawn) + "\r")
-            self._drawn = ""
-
-    def close(self) -> None:
-        """Leave the terminal clean."""
-        self._clear()
-        self._stream.flush()

@@ -71,10 +71,9 @@ def require_number(name: str, value: float, remedy: str, *, zero: bool = False) 
 
 
 class Law(ABC):
-    """How the best learning rate depends on the batch size.
+    """How the best learning rate depends on the batch size, in examples behind one optimizer step.
 
-    Batch sizes are examples behind one optimizer step, real and positive. A subclass supplies the
-    formulas for a checked batch size, ``_lr`` and ``_gain``, and the two properties.
+    A subclass supplies the formulas for a checked batch size, ``_lr`` and ``_gain``, and the two properties.
     """
 
     def lr(self, batch_size: float) -> float:
@@ -92,10 +91,7 @@ class Law(ABC):
         """N(B) = 2 gain / lr, since gain = N^2 / (2 D) and lr = N / D; in the unit of gain over that of lr.
 
         Args:
-            batch_size: Examples per optimizer step, positive and finite.
-
-        Returns:
-            The alignment; only its ratios mean something where only ratios of ``gain`` do.
+            batch_size: examples behind the step. Where only ratios of ``gain`` mean something, so here.
         """
         return 2.0 * self.gain(batch_size) / self.lr(batch_size)
 
@@ -120,9 +116,8 @@ class Law(ABC):
     def gain(self, batch_size: float) -> float:
         """Expected decrease of the loss in one step at the best learning rate.
 
-        In units of the loss for ``MeasuredLaw`` and ``Theorem2Law``, which know N and D themselves.
-        The other laws know only the shape, so that ratios of their gains mean something and values
-        do not; each says how it is normalised.
+        In units of the loss for ``MeasuredLaw`` and ``Theorem2Law``, which know N and D themselves. The other
+        laws know ratios only; each says how its gain is normalised.
 
         Args:
             batch_size: examples behind the step.
@@ -174,15 +169,13 @@ class MeasuredLaw(Law):
         critical_batch_size = alignment_scale / (1 + r)
         gain(B)             = gain_max / (1 + critical_batch_size / B)
 
-    The first line is the form beta f / (f^2 + gamma) of the paper's Eq. 11. For
-    ``B << alignment_scale`` the law is ``Theorem3Law`` with noise scale ``alignment_scale / r``, for
-    ``signal_curvature = 0`` it is ``SGDLaw`` with exponent 1/2, and for ``B -> inf`` it tends to a
-    constant above 0. It fails where a step is too long for a second-order model of the loss.
+    For ``B << alignment_scale`` it is ``Theorem3Law`` with noise scale ``alignment_scale / r``, for
+    ``signal_curvature = 0`` ``SGDLaw`` with exponent 1/2, and for ``B -> inf`` a constant above 0. It fails
+    where a step is too long for a second-order model of the loss.
 
-    Edge cases: with ``alignment_scale = 0`` (no noise) the learning rate is constant and there is no
-    peak. With ``noise_curvature = 0`` and noise present, lr = 1 / (signal_curvature * N) only falls:
-    it grows without bound as B -> 0, reported as ``Peak(0, inf)``. A measurement that says so has not
-    resolved the noise; no real batch size sits at that peak.
+    Edge cases: with ``alignment_scale = 0`` (no noise) the learning rate is constant, without a peak. With
+    ``noise_curvature = 0`` and noise present it only falls, from ``Peak(0, inf)``. A measurement that says
+    so has not resolved what noise costs; no real batch size sits at that peak.
 
     Args:
         alignment_limit: N as B -> inf, positive; unit loss per unit of learning rate.
@@ -277,10 +270,9 @@ class SGDLaw(Law):
 
         lr(B) = max_lr / (1 + noise_scale / B)^exponent
 
-    Exponent 1 is Lemma 1 with V the batch gradient itself, to second order. Exponent 1/2 is the guess
-    for Adam, and the limit of ``MeasuredLaw`` in which coherent curvature is negligible: it has no
-    falling side, so it misses a surge. ``gain`` is 1 / (1 + noise_scale / B), normalised to 1 as
-    B -> inf; that follows from Lemma 1 for exponents 1 and 1/2 and is an assumption between them.
+    Exponent 1 is Lemma 1 with V the batch gradient itself. Exponent 1/2 is the guess for Adam, and the limit
+    of ``MeasuredLaw`` without coherent curvature: it has no falling side, so it misses a surge. ``gain`` is
+    1 / (1 + noise_scale / B), which follows from Lemma 1 for exponents 1 and 1/2 only.
 
     Args:
         max_lr: learning rate as B -> inf, positive.
@@ -333,12 +325,7 @@ class SGDLaw(Law):
 
 @dataclass(frozen=True, kw_only=True)
 class _PowerLaw(Law):
-    """``lr`` and ``gain`` as powers of ``batch_size / base_batch_size``.
-
-    Args:
-        base_lr: learning rate tuned at ``base_batch_size``, positive.
-        base_batch_size: examples, positive.
-    """
+    """``lr`` and ``gain`` as powers of ``batch_size / base_batch_size``."""
 
     base_lr: float
     base_batch_size: float
@@ -388,8 +375,8 @@ class ConstantLaw(_PowerLaw):
 class SqrtLaw(_PowerLaw):
     """Square-root scaling: lr(B) = base_lr sqrt(B / base_batch_size).
 
-    The limit B << noise scale for sign-like updates (Adam). Each example then gains the same whatever
-    the batch size: ``gain`` is B / base_batch_size, 1 at the base, and the critical batch size infinite.
+    The limit B << noise scale for sign-like updates (Adam). Each example then gains the same: ``gain`` is
+    B / base_batch_size, and the critical batch size infinite.
 
     Args:
         base_lr: learning rate tuned at ``base_batch_size``, positive.
@@ -407,8 +394,8 @@ class SqrtLaw(_PowerLaw):
 class LinearLaw(_PowerLaw):
     """Linear scaling: lr(B) = base_lr B / base_batch_size.
 
-    The limit B << noise scale for SGD. Each example then gains the same whatever the batch size:
-    ``gain`` is B / base_batch_size, 1 at the base, and the critical batch size infinite.
+    The limit B << noise scale for SGD. Each example then gains the same: ``gain`` is B / base_batch_size,
+    and the critical batch size infinite.
 
     Args:
         base_lr: learning rate tuned at ``base_batch_size``, positive.

@@ -19,16 +19,13 @@ class EdgeLaw(MeasuredLaw):
         edge_lr(B) = C / lambda_max(P^-1/2 H P^-1/2)        P ~ sqrt(v), v = mu^2 + sigma^2 / B
 
     If one group of coordinates with about the same `mu / sigma` holds the sharpest direction, `lambda^2` goes
-    with `1 / v`, so that
-
-        edge_lr(B) = edge_limit sqrt(1 + edge_scale / B)
-
-    It falls like `1 / sqrt(B)` while noise makes up `v`, and tends to a limit above 0 beyond.
+    with `1 / v`, so that `edge_lr(B) = edge_limit sqrt(1 + edge_scale / B)`. It falls like `1 / sqrt(B)`
+    while noise makes up `v`, and tends to a limit above 0 beyond.
 
     Args:
         edge_limit: the edge as B -> inf, at least 0; learning rate.
-        edge_sq_slope: `edge_limit^2 edge_scale`, at least 0; learning rate squared times examples. A product,
-            so that pure noise, without a limit, has numbers too.
+        edge_sq_slope: `edge_limit^2 edge_scale`, at least 0; learning rate squared times examples. Of pure
+            noise, which has no limit, it is a number too.
 
     Raises:
         ValueError: if a value is out of range, or both are 0.

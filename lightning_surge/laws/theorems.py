@@ -35,10 +35,9 @@ class Theorem3Law(Law):
     standard deviation sigma_i per example. Beyond, it falls to 0 where the true law tends to a constant.
     ``gain`` is 1 / (1 + noise_scale / B), normalised to 1 as B -> inf.
 
-    Without a falling side the law is written with an infinite noise scale, and the learning rate is
-    ``sqrt_coefficient * sqrt(B)`` at every B. Peak and critical batch size are then infinite and
-    ``gain`` is B, normalised to 1 at one example. A finite peak carries that slope already,
-    as 2 peak_lr / sqrt(noise_scale).
+    Without a falling side the noise scale is infinite, and the learning rate ``sqrt_coefficient * sqrt(B)``
+    at every B. Peak and critical batch size are then infinite, and ``gain`` is B. A finite peak carries that
+    slope already, as 2 peak_lr / sqrt(noise_scale).
 
     Args:
         noise_scale: examples at the peak, positive or infinite.
@@ -167,10 +166,9 @@ class Theorem2Law(Law):
     because one example moves many signs together: at small B this law can be far too high.
 
     A coordinate with sigma_i = 0 has E_i = sign(mu_i) at every B; one with mu_i = 0 too never moves and
-    costs nothing. Peak and critical batch size are found numerically: a scan over log B, then a bounded
-    search or a root. ``peak`` is infinite if no finite B beats the limit, even if the learning rate
-    dips on the way; the gain need not be monotone either, and the critical batch size is the smallest
-    at which it reaches half of its largest value. Cost O(n^2) per batch size.
+    costs nothing. Peak and critical batch size are found by a scan over log B, then a bounded search or a
+    root. ``peak`` is infinite if no finite B beats the limit. The gain need not be monotone; the critical
+    batch size is the smallest at which it is half of its largest value. Cost O(n^2) per batch size.
 
     Args:
         mean: mu, shape (n,), one example's expected gradient, not all 0.

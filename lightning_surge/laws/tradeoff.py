@@ -66,9 +66,6 @@ def gain_fraction(batch_size: float, *, critical_batch_size: float) -> float:
     Example:
         >>> gain_fraction(100, critical_batch_size=300)
         0.25
-
-    References:
-        arXiv:2405.14578, Eq. 18.
     """
     batch_size = require_number("batch_size", batch_size, _BATCH)
     critical_batch_size = require_number("critical_batch_size", critical_batch_size, _CRITICAL)
@@ -89,9 +86,6 @@ def steps_needed(batch_size: float, *, critical_batch_size: float, min_steps: fl
     Example:
         >>> steps_needed(100, critical_batch_size=300, min_steps=1000)
         4000.0
-
-    References:
-        arXiv:2405.14578, Theorem 5, Eq. 18-22.
     """
     fraction = gain_fraction(batch_size, critical_batch_size=critical_batch_size)
     return require_number("min_steps", min_steps, _SCALE) / fraction
@@ -111,9 +105,6 @@ def examples_needed(batch_size: float, *, critical_batch_size: float, min_exampl
     Example:
         >>> examples_needed(600, critical_batch_size=300, min_examples=300_000)
         900000.0
-
-    References:
-        arXiv:2405.14578, Theorem 5, Eq. 18-22.
     """
     batch_size = require_number("batch_size", batch_size, _BATCH)
     critical_batch_size = require_number("critical_batch_size", critical_batch_size, _CRITICAL)
@@ -136,9 +127,6 @@ def examples_at_steps(steps: float, *, min_steps: float, min_examples: float) ->
 
         >>> examples_at_steps(4000, min_steps=1000, min_examples=300_000)
         400000.0
-
-    References:
-        arXiv:2405.14578, Theorem 5, Eq. 18-22.
     """
     steps = require_number("steps", steps, "count optimizer steps")
     min_steps = require_number("min_steps", min_steps, _SCALE)

@@ -178,9 +178,17 @@ def group_evenly(items: Sequence[Any], num_groups: int) -> list[list[Any]]:
     Returns:
         The groups, in order, none of them empty.
 
+    Raises:
+        ValueError: If `num_groups` is not from 1 to the number of items.
+
     Example:
         >>> group_evenly([1, 2, 3, 4, 5], 2)
         [[1, 2], [3, 4, 5]]
     """
+    if not 1 <= num_groups <= len(items):
+        raise ValueError(
+            f"Expected 1 <= num_groups <= {len(items)} items, got num_groups={num_groups}: make as many"
+            " groups as there are items at most."
+        )
     edges = [index * len(items) // num_groups for index in range(num_groups + 1)]
     return [list(items[a:b]) for a, b in pairwise(edges)]

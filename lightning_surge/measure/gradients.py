@@ -17,17 +17,17 @@ gradient that went into it tends to a function of the batch size alone as soon a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_surge.measure.direction import SIGN, Direction
 from lightning_surge.measure.distributed import Shards, local
 from lightning_surge.measure.records import ChunkStatistics, SizedValue
 
 __all__ = [
     "ChunkStream",
-    "Direction",
     "blocks",
     "dense",
     "weighted_mean",
@@ -37,9 +37,6 @@ __all__ = [
 # Elementwise arithmetic on whole gradients works through blocks of this many elements, so that its
 # temporaries stay small beside a gradient even where one parameter holds most of the model.
 BLOCK_ELEMENTS = 1 << 20
-
-Direction = Callable[[Tensor], Tensor]
-"""Elementwise map from a mean gradient to the optimizer's update direction, e.g. `torch.sign`."""
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -76,8 +73,8 @@ class ChunkStream:
         parameters: the parameters whose gradients will be added.
         num_chunks: how many chunks will come, at least 2. Fewer may come in the end.
         scales: per parameter, its learning rate relative to the run's; 1 if not given. A step
-            moves parameter `i` by `lr * scales[i] * direction(g_i)`.
-        direction: elementwise update direction, `torch.sign` for Adam-style optimizers.
+            moves parameter `i` by `lr * scales[i] * V_i`.
+        direction: what the optimizer steps along.
         stride: chunks that make one group, where single chunks are smaller than any direction of interest.
 
     Raises:
@@ -107,7 +104,7 @@ class ChunkStream:
         *,
         num_chunks: int,
         scales: Sequence[float] | None = None,
-        direction: Direction = torch.sign,
+        direction: Direction = SIGN,
         stride: int = 1,
     ) -> None:
         if num_chunks < 2:
@@ -197,7 +194,7 @@ class ChunkStream:
     def _walk(self, total: Sequence[Tensor], size: float) -> Iterator[Tensor]:
         for tensor, scale in zip(total, self.scales, strict=True):
             for (block,) in blocks(tensor):
-                yield self.direction(block / size).mul(scale)
+                yield self.direction.of(block / size).mul(scale)
 
     def _along(self, total: Sequence[Tensor], other: Sequence[Tensor | None], size: float) -> Tensor:
         """`sum_i scale_i V_i . other_i` with the direction `V` of a sum over `size` examples."""
@@ -205,7 +202,7 @@ class ChunkStream:
         for tensor, gradient, scale in zip(total, other, self.scales, strict=True):
             if gradient is not None:
                 for block, grad_block in blocks(tensor, dense(gradient)):
-                    result += scale * torch.dot(self.direction(block / size), grad_block.to(block.dtype))
+                    result += scale * torch.dot(self.direction.of(block / size), grad_block.to(block.dtype))
         return self._shards.sum(result)
 
     def statistics(self) -> ChunkStatistics:

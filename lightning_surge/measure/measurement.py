@@ -19,12 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_surge.measure.curvature import Displacement, Sample, realised_slope, secant_curvature
+from lightning_surge.measure.direction import SIGN, Direction
 from lightning_surge.measure.distributed import Ranks
-from lightning_surge.measure.gradients import ChunkStream, Direction, weighted_mean
+from lightning_surge.measure.gradients import ChunkStream, weighted_mean
 from lightning_surge.measure.records import Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk, Piece, RandomState
 
@@ -100,7 +100,7 @@ class LawMeasurement:
         replay: recomputes a piece's gradient into `.grad`.
         delta: distance of the secant, a learning rate.
         scales: per parameter, its learning rate relative to the run's.
-        direction: the optimizer's elementwise direction.
+        direction: what the optimizer steps along.
         stride: chunks that make the smallest direction.
         keep_all: whether more secants will ask for the prefix's examples too.
         ranks: the processes that measure together.
@@ -114,7 +114,7 @@ class LawMeasurement:
         replay: Replay,
         delta: float,
         scales: Sequence[float],
-        direction: Direction = torch.sign,
+        direction: Direction = SIGN,
         stride: int = 1,
         keep_all: bool = False,
         ranks: Ranks = ALONE,

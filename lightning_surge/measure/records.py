@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lightning_surge.measure.direction import SIGN, Direction
+
 __all__ = ["ChunkStatistics", "CoordinateSums", "Measurement", "SizedValue"]
 
 
@@ -66,18 +68,19 @@ class Measurement(NamedTuple):
     coordinate_sums: CoordinateSums | None = None
     sharpness: tuple[SizedValue, ...] = ()
 
-    def unscaled(self, scale: float, *, direction_power: int = 0) -> Measurement:
+    def unscaled(self, scale: float, *, direction: Direction = SIGN) -> Measurement:
         """What would have been measured, had the loss not been multiplied by `scale`.
 
         Args:
             scale: the factor.
-            direction_power: how the direction scales with the loss: 0 for a sign, 1 for the gradient.
+            direction: the one that was measured along.
 
         Returns:
             The same measurement in the loss's own unit.
         """
         norms, sums = self.statistics, self.coordinate_sums
-        of_alignment, of_curvature = scale ** (1 + direction_power), scale ** (1 + 2 * direction_power)
+        power = direction.loss_power
+        of_alignment, of_curvature = scale ** (1 + power), scale ** (1 + 2 * power)
         return self._replace(
             statistics=ChunkStatistics(
                 batch_size=norms.batch_size,

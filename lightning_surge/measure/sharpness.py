@@ -152,7 +152,7 @@ class Sharpness:
         """Take over a copy of the vector of `state_dict`; one of other shapes is started afresh when used.
 
         Raises:
-            ValueError: if it is no list of finite floating-point tensors; nothing is taken over then.
+            ValueError: if an entry is not a finite floating-point tensor; nothing is taken over then.
             KeyError: if it is missing.
         """
         vector = list(state["vector"])

@@ -1,24 +1,25 @@
-"""How far an optimizer's learning rate moves, how its weight decay enters, and what its state knows."""
+"""What an optimizer steps along and how far, how its weight decay enters, and what its state knows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 
+from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
+
 __all__ = [
     "Family",
-    "OptimizerKind",
     "decay_follows_lr",
+    "direction_of",
     "has_coupled_decay",
     "has_plain_averages",
     "largest_lr",
     "lr_scales",
     "optimizer_family",
-    "optimizer_kind",
     "parameter_scales",
     "stability_constant",
 ]
@@ -215,26 +216,25 @@ def stability_constant(optimizer: Optimizer) -> float:
     return STABILITY[name](momenta.pop())
 
 
-OptimizerKind = Literal["sign", "gradient", "unmeasured", "unscalable", "unknown"]
-
-
 class Family(NamedTuple):
     """What is known of an optimizer.
 
     Attributes:
-        kind: `"sign"`: an update's length does not grow with the gradient, coordinate by coordinate;
-            `"gradient"`: it is the gradient; `"unmeasured"`: it takes neither of these directions, so only
-            rules that measure nothing apply; `"unscalable"`: a learning rate written for one step does not
-            act on that step; `"unknown"`.
         why: the reason, as the end of a sentence about the optimizer.
+        direction: what it steps along; None if that cannot be measured, so that only rules that measure
+            nothing apply.
         names: of classes, in lower case.
         fragments: parts of such names, for variants (`AdamW8bit`, `FusedAdam`).
+        scalable: whether a learning rate written for one step acts on that step.
+        known: whether the optimizer was recognised.
     """
 
-    kind: OptimizerKind
     why: str
+    direction: Direction | None = None
     names: frozenset[str] = frozenset()
     fragments: tuple[str, ...] = ()
+    scalable: bool = True
+    known: bool = True
 
 
 def _names(text: str) -> frozenset[str]:
@@ -244,51 +244,48 @@ def _names(text: str) -> frozenset[str]:
 # By class name, so that the same algorithm from another package is recognised too. The first that matches
 # counts: `MuonWithAuxAdam` is no Adam.
 FAMILIES = (
-    Family("unscalable", "takes its learning rate for the sizes of its first steps only", _names("rprop")),
     Family(
-        "unscalable",
-        "takes the learning rate that it finds at one step for the next one, so a factor comes a step late",
-        _names("asgd"),
+        "takes its learning rate for the sizes of its first steps only",
+        names=_names("rprop"),
+        scalable=False,
     ),
     Family(
-        "unmeasured",
+        "takes the learning rate that it finds at one step for the next one, so a factor comes a step late",
+        names=_names("asgd"),
+        scalable=False,
+    ),
+    Family(
         "steps by whole matrices, evening out their singular values or axes, not coordinate by coordinate",
-        _names(
+        names=_names(
             "soap dion scion scionlight kron psgd splus spectralsphere adago conda racs alice fira apollo"
         ),
-        ("muon", "shampoo", "galore"),
+        fragments=("muon", "shampoo", "galore"),
     ),
     Family(
-        "unmeasured",
         "finds the size of its steps itself, so its learning rate is no distance",
-        _names("adadelta"),
-        ("dadapt", "prodigy"),
+        names=_names("adadelta"),
+        fragments=("dadapt", "prodigy"),
     ),
+    Family("steps from a point other than the one at which it takes gradients", fragments=("schedulefree",)),
     Family(
-        "unmeasured",
-        "steps from a point other than the one at which it takes gradients",
-        fragments=("schedulefree",),
-    ),
-    Family(
-        "unmeasured",
         "divides whole tensors by one size, so that layers count otherwise than in a measurement",
-        _names("lars larc novograd nvnovograd adammini adam_mini fromage nero"),
-        ("lamb", "lars"),
+        names=_names("lars larc novograd nvnovograd adammini adam_mini fromage nero"),
+        fragments=("lamb", "lars"),
     ),
     Family(
-        "unmeasured",
         "divides by an estimate of the curvature, so its steps go along neither sign nor gradient",
-        _names("lbfgs adahessian"),
+        names=_names("lbfgs adahessian"),
     ),
     Family(
-        "sign",
         "divides by a running size of the gradient, or takes its sign",
+        SIGN,
         _names("adamax adan signsgd tiger"),
         ("adam", "lion", "adafactor", "adagrad", "rmsprop"),
     ),
-    Family("gradient", "steps along the gradient", _names("sgd sgdw sgd8bit sgd32bit fusedsgd")),
+    Family("steps along the gradient", GRADIENT, _names("sgd sgdw sgd8bit sgd32bit fusedsgd")),
 )
-UNKNOWN = Family("unknown", "is not known here")
+# Most optimizers that nobody has heard of are variants of Adam. Whoever meets one is told.
+UNKNOWN = Family("is not known here", SIGN, known=False)
 
 
 def optimizer_family(optimizer: Optimizer) -> Family:
@@ -301,11 +298,14 @@ def optimizer_family(optimizer: Optimizer) -> Family:
         optimizer: the raw torch optimizer.
 
     Returns:
-        Its kind, and the reason.
+        Its direction, and the reason.
 
     Example:
         >>> import torch
-        >>> optimizer_family(torch.optim.Rprop([torch.nn.Parameter(torch.ones(1))])).why
+        >>> weights = [torch.nn.Parameter(torch.ones(1))]
+        >>> optimizer_family(torch.optim.AdamW(weights)).direction.name
+        'sign'
+        >>> optimizer_family(torch.optim.Rprop(weights)).why
         'takes its learning rate for the sizes of its first steps only'
 
     References:
@@ -322,30 +322,22 @@ def optimizer_family(optimizer: Optimizer) -> Family:
 
 def _with_options(family: Family, optimizer: Optimizer) -> Family:
     groups = optimizer.param_groups
-    if family.kind in ("sign", "gradient") and any(group.get("maximize", False) for group in groups):
-        return Family("unmeasured", "climbs, with maximize=True, where measurements assume a descent")
-    if family.kind == "sign" and any(group.get("centered", False) for group in groups):
+    if family.direction and any(group.get("maximize", False) for group in groups):
+        return Family("climbs, with maximize=True, where measurements assume a descent")
+    if family.direction is SIGN and any(group.get("centered", False) for group in groups):
         return Family(
-            "unmeasured",
-            "divides, with centered=True, by the deviation alone: its steps grow with the gradient's mean",
+            "divides, with centered=True, by the deviation alone: its steps grow with the gradient's mean"
         )
     return family
 
 
-def optimizer_kind(optimizer: Optimizer) -> OptimizerKind:
-    """Whether an optimizer steps along the sign of the gradient or along the gradient.
+def direction_of(optimizer: Optimizer) -> Direction:
+    """What measurements are taken along.
 
     Args:
         optimizer: the raw torch optimizer.
 
     Returns:
-        The kind of its `Family`.
-
-    Example:
-        >>> import torch
-        >>> optimizer_kind(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
-        'sign'
-        >>> optimizer_kind(torch.optim.LBFGS([torch.nn.Parameter(torch.ones(1))]))
-        'unmeasured'
+        The direction of its `Family`; the sign where that has none, and nothing is measured.
     """
-    return optimizer_family(optimizer).kind
+    return optimizer_family(optimizer).direction or SIGN

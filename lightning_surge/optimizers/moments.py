@@ -237,7 +237,7 @@ class AdamMoments:
         """Take over the state of `state_dict`.
 
         Raises:
-            ValueError: if a value is none that averages can have; nothing is taken over then.
+            ValueError: if a value is out of range; nothing is taken over then.
             KeyError: if one is missing.
         """
         beta_1, beta_2 = state["_betas"]

@@ -23,6 +23,7 @@ import numpy as np
 from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw, require_number
 from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.theorems import Theorem3Law
+from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 from lightning_surge.policy.history import Bin, Contrast, NoiseHistory, NoiseStats
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "fit_sgd_law",
     "fit_sign_law",
     "fit_theorem3_law",
+    "law_of",
 ]
 
 Fit = Callable[[NoiseStats], Law | None]
@@ -61,6 +63,8 @@ class EstimatedLaw(Law):
             of the weight that the group has.
         num_measurements: measurements behind the law.
         reach: smallest and largest size of direction measured, examples.
+        at_edge: whether a clamp and not the data made one of the law's answers: noise hides `|G|^2`, or the
+            critical batch size or the peak's learning rate is 0 or infinite.
 
     Example:
         >>> laws = [SGDLaw(max_lr=lr, noise_scale=1.0) for lr in (2.0, 1.0, 3.0)]
@@ -73,6 +77,7 @@ class EstimatedLaw(Law):
     replicates: tuple[tuple[Law | None, float], ...]
     num_measurements: int
     reach: tuple[float, float] = (0.0, math.inf)
+    at_edge: bool = False
 
     @property
     def peak(self) -> Peak:
@@ -153,6 +158,7 @@ class EstimatedLaw(Law):
             ],
             "num_measurements": self.num_measurements,
             "reach": list(self.reach),
+            "at_edge": self.at_edge,
         }
 
     @classmethod
@@ -160,7 +166,7 @@ class EstimatedLaw(Law):
         """The law that `state_dict` described.
 
         Raises:
-            ValueError: if a value is none that a law can have.
+            ValueError: if a value is out of range.
             KeyError: if one is missing, or the kind of law is not known.
         """
         replicates = tuple(
@@ -173,7 +179,9 @@ class EstimatedLaw(Law):
                 f"{[share for _, share in replicates]} and {(low, high)}: load what state_dict returned."
             )
         number = require_number("num_measurements", state["num_measurements"], "count them", zero=True)
-        return cls(_law_from_state(state["law"]), replicates, int(number), (low, high))
+        return cls(
+            _law_from_state(state["law"]), replicates, int(number), (low, high), bool(state["at_edge"])
+        )
 
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MeasuredLaw, EdgeLaw, SGDLaw, Theorem3Law)}
@@ -213,7 +221,10 @@ def estimate(history: NoiseHistory, fit: Fit) -> EstimatedLaw | None:
     replicates = tuple((_attempt(fit, left_out), share) for left_out, share in history.replicates())
     sizes = [entry.batch_size for entry in (*stats.alignments, *stats.curvatures)]
     reach = (min(sizes), max(sizes)) if sizes else (0.0, math.inf)
-    return EstimatedLaw(law, replicates, history.num_measurements, reach)
+    # Noise and curvature give finite numbers above 0; others are what is left of a clamped estimate.
+    answers = (law.critical_batch_size, law.peak.lr, stats.noise_scale)
+    at_edge = not all(0.0 < answer < math.inf for answer in answers)
+    return EstimatedLaw(law, replicates, history.num_measurements, reach, at_edge)
 
 
 def _attempt(fit: Fit, stats: NoiseStats) -> Law | None:
@@ -222,6 +233,22 @@ def _attempt(fit: Fit, stats: NoiseStats) -> Law | None:
         return fit(stats)
     except (ArithmeticError, ValueError):
         return None
+
+
+def law_of(direction: Direction) -> Fit:
+    """The measured law of an optimizer that steps along a direction.
+
+    Args:
+        direction: one of `measure.direction`.
+
+    Returns:
+        Fits the law to averaged statistics of that direction.
+
+    Example:
+        >>> law_of(SIGN).__name__, law_of(GRADIENT).__name__
+        ('fit_sign_law', 'fit_sgd_law')
+    """
+    return {SIGN: fit_sign_law, GRADIENT: fit_sgd_law}[direction]
 
 
 def fit_sign_law(stats: NoiseStats) -> MeasuredLaw | None:
@@ -250,8 +277,11 @@ def fit_sign_law(stats: NoiseStats) -> MeasuredLaw | None:
     """
     if not stats.alignments or not stats.contrasts:
         return None
-    scale = _bounded_scale(stats)
-    limit = _alignment_limit(stats.alignments, scale)
+    largest = max(entry.batch_size for entry in stats.alignments)
+    # A negative trace is noise around no noise at all.
+    scale = max(min(stats.resolved_noise_scale, LARGEST_SCALE * largest), 0.0)
+    basis = [1.0 / math.sqrt(1.0 + scale / entry.batch_size) for entry in stats.alignments]
+    limit = _resolved_mean(stats.alignments, basis)
     if limit <= 0.0:
         return None
     noise, signal = _fit_curvature(stats.contrasts, lambda size: 1.0 / (1.0 + scale / size))
@@ -373,17 +403,6 @@ def fit_theorem3_law(stats: NoiseStats) -> Theorem3Law | None:
         return Theorem3Law(noise_scale=math.inf, peak_lr=math.inf, sqrt_coefficient=slope)
     noise_scale = math.pi * sums.trace_hessian / (2.0 * sums.coherent_curvature)
     return Theorem3Law(noise_scale=noise_scale, peak_lr=slope * math.sqrt(noise_scale) / 2.0)
-
-
-def _bounded_scale(stats: NoiseStats) -> float:
-    largest = max(entry.batch_size for entry in stats.alignments)
-    # A negative trace is noise around no noise at all.
-    return max(min(stats.resolved_noise_scale, LARGEST_SCALE * largest), 0.0)
-
-
-def _alignment_limit(alignments: Sequence[Bin], scale: float) -> float:
-    basis = [1.0 / math.sqrt(1.0 + scale / entry.batch_size) for entry in alignments]
-    return _resolved_mean(alignments, basis)
 
 
 def _resolved_mean(alignments: Sequence[Bin], basis: Sequence[float]) -> float:

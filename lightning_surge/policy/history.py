@@ -1,11 +1,10 @@
 """Measurements in, averaged noise statistics out.
 
-One measurement is very noisy, so what is used is a decayed average of many. Sums are averaged;
-ratios, roots and clamps come only afterwards (`estimates`), because the mean of a ratio is not the
-ratio of the means. A ramp changes the sizes behind each alignment and curvature: alignments are kept
-per bin of log2 of the batch size, and curvatures measurement by measurement, because their level
-drifts with training and only sizes seen at the same point can be compared. Records stay apart until
-they are asked for: leaving out one group at a time is what standard errors are made of.
+One measurement is very noisy, so what is used is a decayed average of many. Sums are averaged; ratios,
+roots and clamps come only afterwards (`estimates`), because the mean of a ratio is not the ratio of the
+means. Alignments are averaged per bin of log2 of the batch size. Curvatures are kept measurement by
+measurement: their level drifts with training, so only sizes seen at the same point can be compared. Records
+stay apart until they are asked for: standard errors come from leaving out one group of them at a time.
 """
 
 from __future__ import annotations
@@ -73,8 +72,7 @@ class NoiseStats(NamedTuple):
         contrasts: the curvatures measurement by measurement, to fit.
         grad_sq_error: standard error of `grad_sq`, from its scatter.
         coordinate_sums: what the theorems need, if measured.
-        sharpness: of Adam's preconditioned Hessian at the base and another batch size, in this order,
-            measurement by measurement.
+        sharpness: of Adam's preconditioned Hessian, pairs of the base and another batch size.
     """
 
     num_measurements: int
@@ -230,7 +228,7 @@ class NoiseHistory:
         """Take over the records of `state_dict`.
 
         Raises:
-            ValueError: if a value is none that a measurement can have; nothing is taken over then.
+            ValueError: if a value is out of range; nothing is taken over then.
             KeyError: if one is missing.
         """
         loaded = NoiseHistory(self.half_life)
@@ -253,7 +251,7 @@ def _saved(name: str, value: float, smallest: float) -> float:
 def _measurement(record: dict[str, Any]) -> Measurement:
     """One record of `NoiseHistory.state_dict`; `add` then refuses numbers that are not finite."""
     batch_size, grad_sq, trace_cov = record["norms"]
-    sums, sharpness = record["coordinate_sums"], _sized(record.get("sharpness", ()))
+    sums, sharpness = record["coordinate_sums"], _sized(record["sharpness"])
     if len(sharpness) not in (0, 2):
         raise ValueError(f"Expected the sharpness at two batch sizes or none, got {len(sharpness)}.")
     return Measurement(

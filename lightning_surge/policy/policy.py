@@ -1,8 +1,25 @@
 """A law and the batch size in force in, a decision about the learning rate out.
 
 The decision is a factor R(B) on the scheduled learning rate, which keeps its meaning: the rate that
-is right at `base_batch_size`. `R(base_batch_size) = 1` whatever is measured, unless the anchor is
-the law itself.
+is right at `base_batch_size`. So `R(base_batch_size) = 1`, whatever is measured.
+
+Two limits stand between what the law asks for and what is used. Both let the factor rise by at most
+`max_drift_per_step` a step, and both act on rises only:
+
+* *Heat* is about a larger batch. It is the factor that training has got used to, over the factor at
+  which a step costs what it costs at the base (`objectives.at_once_ratio`), and at least 1.
+* *Lag* is about a new measurement. It is the factor used over the factor wanted, at most 1, at about
+  the batch size where the measurement came.
+
+A worked example of heat: base 16, a noise scale of 100, `objective="progress"`, and a change to 256
+examples. The law asks for 7.01, of which 2.28 costs no more than a step at the base. The first step at
+256 gets 2.28 * 1.05 = 2.40 (heat 1.05), the next one 2.52, and the 23rd all of 7.01 (heat 3.07). A batch
+of 8 in between gets at once what the law asks for there, and takes half a percent off the heat.
+
+And of lag: with `objective="alignment"` the same law asks for 2.28 at 256 and gets it. Then a measurement
+finds a noise scale of 400, and the law asks for 3.19, at no greater cost. Lag begins at 2.28 / 3.19 =
+0.72, and the steps get 2.40, 2.52, ..., and 3.19 after 7 of them. A change to 64 examples meanwhile is
+another matter, and not held back.
 """
 
 from __future__ import annotations
@@ -15,17 +32,13 @@ from lightning_surge.laws.objectives import FOLLOW_LR, OBJECTIVES, at_once_ratio
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.reasons import Reason
 
-__all__ = ["ANCHORS", "Decision", "Policy"]
+__all__ = ["Decision", "Policy"]
 
-ANCHORS = ("schedule", "law")
-
-# Under anchor="law" the level follows the law too; one standard deviation of what is believed of that
-# before measuring, and the room that the default bounds leave for it.
-ANCHOR_LOG_WIDTH = math.log(2.0)
-ANCHOR_ROOM = 10.0
-# What training has got used to it forgets more slowly: batches counted in tokens have another size at every
-# step, and the larger ones would never get what is asked for.
+# Heat is forgotten ten times more slowly than it is gained: batches counted in tokens have another size at
+# every step, and the larger ones would never get what is asked for.
 FORGETTING = 0.1
+# The law's share in the factor above which it counts as followed; below, sqrt scaling has the larger share.
+FOLLOWED = 0.5
 ROUNDING = 1e-9
 # No training has batch sizes, or learning rates, that are farther apart.
 FARTHEST = 1e9
@@ -87,11 +100,8 @@ class Policy:
     Args:
         base_batch_size: examples at which the scheduled learning rate was tuned.
         objective: key of `OBJECTIVES`.
-        anchor: `"schedule"`, or `"law"` to let the level of the learning rate follow the law from the
-            first trusted estimate on.
         fixed_law: a law to follow instead of measured ones, with no shrinkage.
-        bounds: smallest and largest ratio; None for `[1/r, r]` with `r = max(B/base, base/B)`, ten times
-            wider if the anchor is the law.
+        bounds: smallest and largest ratio; None for `[1/r, r]` with `r = max(B/base, base/B)`.
         max_drift_per_step: largest relative rise per step beyond what the batch size allows at once.
 
     Example:
@@ -106,7 +116,6 @@ class Policy:
         *,
         base_batch_size: float,
         objective: str = "step",
-        anchor: str = "schedule",
         fixed_law: Law | None = None,
         bounds: tuple[float, float] | None = None,
         max_drift_per_step: float = 0.05,
@@ -115,15 +124,12 @@ class Policy:
         self.law: EstimatedLaw | None = None
         self._objective = OBJECTIVES[objective]
         self._follows_lr = objective in FOLLOW_LR
-        self._anchored = anchor == "law"
         self.fixed_law = fixed_law
         self._bounds = bounds
         self._max_drift = max_drift_per_step
-        self._anchor_lr: float | None = None
-        # How much more than the ratio at an unchanged cost training has got used to, at least 1.
         self._heat = 1.0
-        # Used ratio over the one wanted, at most 1, at the batch size where a measurement raised the latter.
         self._lag = 1.0
+        # The batch size of the measurement that the lag is about.
         self._lag_at: float | None = None
         # In words and as one of a few; None while the law is followed.
         self._held: tuple[str, Reason] | None = None
@@ -147,9 +153,7 @@ class Policy:
         self._held = None
         self.law = law
         self._answers.clear()
-        if self._anchored and self._anchor_lr is None and self._trusted(law):
-            self._anchor_lr = law.lr(self.base_batch_size)
-        # In proportion to the new law's ratio, as far as training was hotter than the old one's.
+        # Training stays used to the factor in use; away from the size that it rose for, to the heat.
         hotter = known is not None and math.isfinite(known) and self._heat > 1.0
         used_to = max(before, self._heat * known) if hotter and known is not None else before
         self._heat = max(used_to / self._target(batch_size, lr).at_once, 1.0)
@@ -220,9 +224,9 @@ class Policy:
     def _is_lagging(self, batch_size: float) -> bool:
         """Whether a rise that a measurement asks for is limited here: at about the batch size of that.
 
-        Never at the base, where the ratio is 1 by definition unless the level follows the law.
+        Never at the base, where the ratio is 1 by definition.
         """
-        if self._lag_at is None or (batch_size == self.base_batch_size and not self._anchored):
+        if self._lag_at is None or batch_size == self.base_batch_size:
             return False
         return round(math.log2(batch_size / self._lag_at)) == 0
 
@@ -234,27 +238,18 @@ class Policy:
             return target.used
         return self._bounded(limit, batch_size / self.base_batch_size, Reason.RISING)[0]
 
-    def _level(self, law: Law) -> float:
-        """What the learning rate at the base batch size is multiplied with."""
-        return 1.0 if self._anchor_lr is None else law.lr(self.base_batch_size) / self._anchor_lr
-
     def _wanted(self, law: Law, batch_size: float, lr: float) -> float:
-        level = self._level(law)
-        return level * self._objective(law, batch_size, self.base_batch_size, level * lr)
+        return self._objective(law, batch_size, self.base_batch_size, lr)
 
     def _usable(self, law: EstimatedLaw, batch_size: float, lr: float) -> bool:
         try:
             sizes = (batch_size, self.base_batch_size)
-            ratios = [self._objective(law, size, self.base_batch_size, lr) for size in sizes]
+            ratios = [self._wanted(law, size, lr) for size in sizes]
             return all(
                 math.isfinite(ratio) and ratio > 0.0 for ratio in (*ratios, law.lr(self.base_batch_size))
             )
         except (ArithmeticError, ValueError):
             return False
-
-    def _trusted(self, law: EstimatedLaw) -> bool:
-        error = law.standard_error(lambda law: math.log(law.lr(self.base_batch_size)))
-        return error < ANCHOR_LOG_WIDTH
 
     def _target(self, batch_size: float, lr: float) -> _Target:
         # The law changes every hundred steps, the question is asked at every one.
@@ -285,19 +280,19 @@ class Policy:
             return _Target(math.sqrt(quotient), math.inf, used, because)
         error = self._log_standard_error(batch_size, lr)
         log_sqrt = 0.5 * math.log(quotient)
-        width_sq = log_sqrt**2 + (ANCHOR_LOG_WIDTH**2 if self._anchor_lr is not None else 0.0)
-        weight = width_sq / (width_sq + error**2) if width_sq > 0.0 else 1.0
+        weight = log_sqrt**2 / (log_sqrt**2 + error**2) if log_sqrt != 0.0 else 1.0
         shrunk = math.exp(weight * log_predicted + (1.0 - weight) * log_sqrt)
-        log_at_once = math.log(
-            self._level(self.law) * at_once_ratio(self.law, batch_size, self.base_batch_size)
-        )
+        log_at_once = math.log(at_once_ratio(self.law, batch_size, self.base_batch_size))
         at_once = math.exp(weight * log_at_once + (1.0 - weight) * max(log_sqrt, 0.0))
-        because = Reason.MEASURED if weight > 0.5 else Reason.UNCERTAIN
+        if weight <= FOLLOWED:
+            because = Reason.UNCERTAIN
+        else:
+            because = Reason.UNRESOLVED if self.law.at_edge else Reason.MEASURED
         used, because = self._bounded(shrunk, quotient, because)
         return _Target(predicted, predicted * error, used, held or because, at_once)
 
     def _log_standard_error(self, batch_size: float, lr: float) -> float:
-        if self.law is None or (batch_size == self.base_batch_size and self._anchor_lr is None):
+        if self.law is None or batch_size == self.base_batch_size:
             return 0.0
         scatter = self.law.standard_error(lambda law: math.log(self._wanted(law, batch_size, lr)))
         return math.hypot(
@@ -307,7 +302,7 @@ class Policy:
         )
 
     def _bounded(self, ratio: float, quotient: float, because: Reason) -> tuple[float, Reason]:
-        reach = max(quotient, 1.0 / quotient) * (ANCHOR_ROOM if self._anchored else 1.0)
+        reach = max(quotient, 1.0 / quotient)
         low, high = self._bounds or (1.0 / reach, reach)
         if ratio > high:
             return high, Reason.BOUNDED_ABOVE
@@ -319,7 +314,6 @@ class Policy:
         """Plain numbers, strings and lists."""
         return {
             "law": None if self.law is None else self.law.state_dict(),
-            "anchor_lr": self._anchor_lr,
             "heat": self._heat,
             "lag": self._lag,
             "lag_at": self._lag_at,
@@ -331,16 +325,13 @@ class Policy:
         """Take over the state of `state_dict`.
 
         Raises:
-            ValueError: if a value is none that a policy can have; nothing is taken over then.
+            ValueError: if a value is out of range; nothing is taken over then.
             KeyError: if one is missing.
         """
         law = None if state["law"] is None else EstimatedLaw.from_state_dict(state["law"])
         remedy = "load what state_dict returned"
-        anchor_lr, lag_at = (
-            None if state[name] is None else require_number(name, state[name], remedy)
-            for name in ("anchor_lr", "lag_at")
-        )
-        heat = require_number("heat", state.get("heat", 1.0), remedy)
+        lag_at = None if state["lag_at"] is None else require_number("lag_at", state["lag_at"], remedy)
+        heat = require_number("heat", state["heat"], remedy)
         lag = require_number("lag", state["lag"], remedy)
         held = state["held"]
         far = lag_at is not None and not 1 / FARTHEST < lag_at / self.base_batch_size < FARTHEST
@@ -349,8 +340,8 @@ class Policy:
                 f"Expected heat >= 1, lag <= 1 at a batch size in reach of {self.base_batch_size:g}, and a "
                 f"reason or None, got heat={heat}, lag={lag}, lag_at={lag_at}, held={held!r}: {remedy}."
             )
-        because = Reason(state.get("held_because") or Reason.MEASURING_FAILED)
-        self.law, self._anchor_lr = law, anchor_lr
+        because = Reason.MEASURING_FAILED if held is None else Reason(state["held_because"])
+        self.law = law
         self._held = None if held is None else (held, because)
         self._heat, self._lag, self._lag_at = heat, lag, lag_at
         self._answers.clear()

@@ -18,6 +18,9 @@ class Reason(IntEnum):
 
     The numbers are part of the logs' format: they never change, and new reasons get new ones.
 
+    Attributes:
+        text: the reason in words; a held one may have been logged with more detail.
+
     Example:
         >>> Reason(4), Reason(4).text, Reason(4).held
         (<Reason.BOUNDED_ABOVE: 4>, 'bounded above by lr_scale_bounds', False)
@@ -25,26 +28,30 @@ class Reason(IntEnum):
         True
     """
 
-    MEASURED = 0
-    RULE = 1
-    NOTHING_MEASURED = 2
-    UNCERTAIN = 3
-    BOUNDED_ABOVE = 4
-    BOUNDED_BELOW = 5
-    RISING = 6
-    NO_LAW_HERE = 7
-    NO_LAW = 10
-    NO_EDGE = 11
-    MEASURING_FAILED = 12
-    FITTING_FAILED = 13
-    AVERAGES_UNREADABLE = 14
-    GRADIENTS_ZERO = 15
-    PARAMETERS_CHANGED = 16
+    text: str
 
-    @property
-    def text(self) -> str:
-        """The reason in words; a held one may have been logged with more detail."""
-        return _TEXTS[self]
+    def __new__(cls, code: int, text: str = "") -> Reason:
+        """A member from its code and its words."""
+        member = int.__new__(cls, code)
+        member._value_, member.text = code, text
+        return member
+
+    MEASURED = 0, "measured"
+    RULE = 1, "the rule"
+    NOTHING_MEASURED = 2, "sqrt: nothing measured yet"
+    UNCERTAIN = 3, "between sqrt and measured: standard error is large"
+    BOUNDED_ABOVE = 4, "bounded above by lr_scale_bounds"
+    BOUNDED_BELOW = 5, "bounded below by lr_scale_bounds"
+    RISING = 6, "rising: limited by max_drift_per_step"
+    NO_LAW_HERE = 7, "sqrt: no law at this batch size"
+    UNRESOLVED = 8, "unresolved: the law is at the edge of what can be fitted"
+    NO_LAW = 10, "held: the measurements do not determine a law"
+    NO_EDGE = 11, "held: the measurements do not determine an edge of stability"
+    MEASURING_FAILED = 12, "held: measuring failed"
+    FITTING_FAILED = 13, "held: fitting failed"
+    AVERAGES_UNREADABLE = 14, "held: Adam's averages do not tell the gradient from its noise now"
+    GRADIENTS_ZERO = 15, "held: the gradients are zero"
+    PARAMETERS_CHANGED = 16, "held: the trained parameters have changed"
 
     @property
     def label(self) -> str:
@@ -55,22 +62,3 @@ class Reason(IntEnum):
     def held(self) -> bool:
         """Whether the last law was kept because a new one could not be had."""
         return self >= FIRST_HELD
-
-
-_TEXTS = {
-    Reason.MEASURED: "measured",
-    Reason.RULE: "the rule",
-    Reason.NOTHING_MEASURED: "sqrt: nothing measured yet",
-    Reason.UNCERTAIN: "between sqrt and measured: standard error is large",
-    Reason.BOUNDED_ABOVE: "bounded above by lr_scale_bounds",
-    Reason.BOUNDED_BELOW: "bounded below by lr_scale_bounds",
-    Reason.RISING: "rising: limited by max_drift_per_step",
-    Reason.NO_LAW_HERE: "sqrt: no law at this batch size",
-    Reason.NO_LAW: "held: the measurements do not determine a law",
-    Reason.NO_EDGE: "held: the measurements do not determine an edge of stability",
-    Reason.MEASURING_FAILED: "held: measuring failed",
-    Reason.FITTING_FAILED: "held: fitting failed",
-    Reason.AVERAGES_UNREADABLE: "held: Adam's averages do not tell the gradient from its noise now",
-    Reason.GRADIENTS_ZERO: "held: the gradients are zero",
-    Reason.PARAMETERS_CHANGED: "held: the trained parameters have changed",
-}

@@ -7,19 +7,6 @@ from lightning_surge.runs.plots import plot_run
 from lightning_surge.runs.run_log import RunLog, RunLogError, Series, read_run
 
 __all__ = [
-    "Advice",
-    "Caveat",
-    "Interval",
-    "Option",
-    "RunCharts",
-    "RunLog",
-    "RunLogError",
-    "RunState",
-    "Series",
-    "advise",
-    "plot_run",
-    "read_run",
-    "run_charts",
-    "run_page",
-    "run_state",
-]
+    "Advice", "Caveat", "Interval", "Option", "RunCharts", "RunLog", "RunLogError", "RunState", "Series",
+    "advise", "plot_run", "read_run", "run_charts", "run_page", "run_state",
+]  # fmt: skip

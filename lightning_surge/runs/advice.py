@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ import numpy as np
 from lightning_surge.laws.base import Law, SGDLaw, require_number
 from lightning_surge.laws.objectives import OBJECTIVES, at_once_ratio
 from lightning_surge.laws.theorems import Theorem3Law
-from lightning_surge.laws.tradeoff import gain_fraction, steps_needed
+from lightning_surge.laws.tradeoff import steps_needed
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import RunLog, RunLogError, Series
+from lightning_surge.runs.run_log import RunLog, RunLogError, Series, wanted_factor
 
 __all__ = ["Advice", "Caveat", "Interval", "Option", "RunState", "advise", "run_state"]
 
@@ -117,7 +117,6 @@ class Option:
         lr_at_once: what of it may be written at once; the rest is approached (`policy.Policy`).
         steps: steps to the same loss, over those at the batch size in force.
         examples: examples to the same loss, over those at the batch size in force.
-        gain: share of what an unlimited batch would gain in the next step.
         beyond: factor by which it is outside the sizes measured; 1 inside.
     """
 
@@ -127,7 +126,6 @@ class Option:
     lr_at_once: float
     steps: Interval
     examples: Interval
-    gain: Interval
     beyond: float
 
 
@@ -157,21 +155,22 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
 
     Args:
         run: what it logged.
-        step: optimizer step; the last logged one up to it is taken. None takes the last.
+        step: optimizer step within the run; the last logged one up to it is taken. None takes the last.
         group: the parameter group whose learning rate counts, where there are several.
 
     Returns:
         The state.
 
     Raises:
-        RunLogError: if nothing was logged by then, or no law was known.
+        RunLogError: if the step is outside the run, or no law was known by then.
     """
     run = run.of_group(group)
     logged = run.require("batch_size").steps
-    index = int(np.searchsorted(logged, run.last_step if step is None else step, side="right")) - 1
-    if index < 0:
+    index = int(np.searchsorted(logged, logged[-1] if step is None else step, side="right")) - 1
+    if step is not None and not logged[0] <= step <= logged[-1]:
         raise RunLogError(
-            f"Expected {logged[0]} <= step <= {logged[-1]}, got step={step}: pass one of these."
+            f"Expected {logged[0]} <= step <= {logged[-1]}, got step={step}: the run's log begins and ends "
+            "there. Pass one of these, or leave it out for the last."
         )
     at = int(logged[index])
     law = run.law_at(at)
@@ -189,6 +188,10 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
             raise RunLogError(f"Expected {name} to be logged at step {at}, got none: pass another step.")
         return number
 
+    def error(name: str) -> float:
+        # Logged only while it is finite.
+        return math.inf if math.isnan(number := run.at(f"{name}_standard_error", at)) else number
+
     def one_of(kind: str, known: dict[int, Any]) -> Any:
         if (code := int(value(kind))) not in known:
             raise RunLogError(f"Expected {kind} to be one of {list(known)}, got {code}: use a newer version.")
@@ -196,10 +199,10 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
 
     size, scale = value("batch_size"), value("lr_scale_predicted")
     scheduled = run.require("lr_scheduled", group)
-    errors = (
-        (size, run.at("lr_scale_standard_error", at) / scale),
-        (2.0 * size, run.at("lr_scale_doubled_standard_error", at) / run.at("lr_scale_doubled", at)),
-    )
+    errors = {
+        size: error("lr_scale") / scale,
+        2.0 * size: error("lr_scale_doubled") / run.at("lr_scale_doubled", at),
+    }
     return RunState(
         step=at,
         batch_size=size,
@@ -210,9 +213,9 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
         lr_scale=scale,
         objective=one_of("objective", dict(enumerate(OBJECTIVES))),
         law=law,
-        critical_error=_known(run.at("critical_batch_size_standard_error", at)),
-        peak_error=_known(run.at("peak_batch_size_standard_error", at)),
-        scale_errors=tuple((size, error) for size, error in errors if not math.isnan(error)),
+        critical_error=error("critical_batch_size"),
+        peak_error=error("peak_batch_size"),
+        scale_errors=tuple((size, one) for size, one in errors.items() if math.isfinite(one)),
         measured=(value("law/smallest_measured"), value("law/largest_measured")),
         num_measurements=int(value("num_measurements")),
         measured_step=_last_change(run.get("num_measurements"), at),
@@ -236,27 +239,6 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
 
     Raises:
         ValueError: if a batch size is not positive and finite.
-
-    Example:
-        A critical batch size of 60 examples, with 60 in force. Twice as many need `(60 + 120) / (60 + 60)`
-        times the examples in three quarters of the steps.
-
-        >>> from lightning_surge.laws.base import MeasuredLaw
-        >>> state = RunState(
-        ...     step=100, batch_size=60.0, base_batch_size=60.0, lr_scheduled=0.001, lr_scheduled_max=0.001,
-        ...     lr_used=0.001, lr_scale=1.0, objective="step",
-        ...     law=MeasuredLaw(
-        ...         alignment_limit=2.0, alignment_scale=300.0, noise_curvature=1.0, signal_curvature=1.0
-        ...     ),
-        ...     critical_error=10.0, peak_error=20.0, scale_errors=((60.0, 0.0), (120.0, 0.1)),
-        ...     measured=(30.0, 120.0), num_measurements=20, measured_step=100, reason=Reason.MEASURED,
-        ... )
-        >>> advice = advise(state)
-        >>> advice.critical_batch_size, advice.suggested, advice.caveats
-        (Interval(value=60.0, low=50.0, high=70.0), 60.0, ())
-        >>> doubled = advice.options[1]
-        >>> doubled.batch_size, doubled.examples.value, doubled.steps.value
-        (120.0, 1.5, 0.75)
     """
     size, law = state.batch_size, state.law
     critical = _interval(law.critical_batch_size, state.critical_error)
@@ -267,18 +249,13 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
     for one in batch_sizes:
         sizes.add(require_number("batch_size", one, "count the examples behind one optimizer step"))
     options = tuple(_option(state, one, critical) for one in sorted(sizes))
-    return Advice(
-        state,
-        critical,
-        _interval(law.peak.batch_size, state.peak_error),
-        suggested,
-        options,
-        tuple(_caveats(state, critical, options, suggested, limited=wanted != allowed)),
-    )
+    caveats = _caveats(state, critical, options, suggested, wanted != allowed)
+    peak = _interval(law.peak.batch_size, state.peak_error)
+    return Advice(state, critical, peak, suggested, options, caveats)
 
 
 def _option(state: RunState, size: float, critical: Interval) -> Option:
-    # Relative to what was logged, which the level of a law that is an anchor has gone into.
+    # Relative to what was logged.
     value = state.lr_scale * _objective(state, size) / _objective(state, state.batch_size)
     error = _relative_error(state, size)
     spread = math.exp(error) if error < LARGEST_EXPONENT else math.inf
@@ -293,7 +270,6 @@ def _option(state: RunState, size: float, critical: Interval) -> Option:
         _ordered(_steps_ratio(size, state.batch_size, one) for one in critical),
         # E = B S.
         _ordered(_steps_ratio(size, state.batch_size, one) * size / state.batch_size for one in critical),
-        _ordered(_gain(size, one) for one in critical),
         max(smallest / size, size / largest, 1.0),
     )
 
@@ -311,11 +287,7 @@ def _lr_at_once(state: RunState, size: float) -> float:
 
 
 def _objective(state: RunState, size: float) -> float:
-    """The ratio that the objective asks for; NaN where the law cannot tell."""
-    try:
-        return OBJECTIVES[state.objective](state.law, size, state.base_batch_size, state.lr_scheduled)
-    except (ArithmeticError, ValueError):
-        return math.nan
+    return wanted_factor(state.objective, state.law, size, state.base_batch_size, state.lr_scheduled)
 
 
 def _relative_error(state: RunState, size: float) -> float:
@@ -348,35 +320,22 @@ def _steps_ratio(size: float, now: float, critical: float) -> float:
     return needed[0] / needed[1]
 
 
-def _gain(size: float, critical: float) -> float:
-    if critical <= 0.0 or math.isinf(critical):
-        return float(critical <= 0.0)
-    return gain_fraction(size, critical_batch_size=critical)
-
-
 def _caveats(
-    state: RunState, critical: Interval, options: Iterable[Option], suggested: float, *, limited: bool
-) -> Iterator[Caveat]:
-    if state.reason.held:
-        yield Caveat.HELD
-    if state.num_measurements < FEW_MEASUREMENTS:
-        yield Caveat.FEW_MEASUREMENTS
-    if not critical.high - critical.value < LARGE_ERROR * critical.value:
-        yield Caveat.UNCERTAIN
-    if state.step - state.measured_step > STALE * state.step:
-        yield Caveat.STALE
-    if any(option.beyond > FAR_BEYOND for option in options):
-        yield Caveat.EXTRAPOLATING
-    if state.lr_scheduled < DECAYED * state.lr_scheduled_max:
-        yield Caveat.DECAYED
-    if limited:
-        yield Caveat.LIMITED_MOVE
-    if isinstance(state.law, SGDLaw):
-        yield Caveat.GRADIENT_STEPS
-    if isinstance(state.law, Theorem3Law):
-        yield Caveat.INDEPENDENT_NOISE
-    if any(one.lr_at_once < one.lr.value for one in options if one.batch_size == suggested):
-        yield Caveat.APPROACH
+    state: RunState, critical: Interval, options: Sequence[Option], suggested: float, limited: bool
+) -> tuple[Caveat, ...]:
+    found = {
+        Caveat.HELD: state.reason.held,
+        Caveat.FEW_MEASUREMENTS: state.num_measurements < FEW_MEASUREMENTS,
+        Caveat.UNCERTAIN: not critical.high - critical.value < LARGE_ERROR * critical.value,
+        Caveat.STALE: state.step - state.measured_step > STALE * state.step,
+        Caveat.EXTRAPOLATING: any(option.beyond > FAR_BEYOND for option in options),
+        Caveat.DECAYED: state.lr_scheduled < DECAYED * state.lr_scheduled_max,
+        Caveat.LIMITED_MOVE: limited,
+        Caveat.GRADIENT_STEPS: isinstance(state.law, SGDLaw),
+        Caveat.INDEPENDENT_NOISE: isinstance(state.law, Theorem3Law),
+        Caveat.APPROACH: any(one.lr_at_once < one.lr.value for one in options if one.batch_size == suggested),
+    }
+    return tuple(caveat for caveat, applies in found.items() if applies)
 
 
 def _nearest_power_of_two_multiple(size: float, target: float) -> float:
@@ -402,8 +361,3 @@ def _last_change(series: Series, step: int) -> int:
     past = series.steps <= step
     changed = np.concatenate([[True], np.diff(series.values[past]) != 0])
     return int(series.steps[past][changed][-1])
-
-
-def _known(error: float) -> float:
-    """A standard error is logged only while it is finite."""
-    return math.inf if math.isnan(error) else error

@@ -1,12 +1,12 @@
-"""What the figures of a run show, as numbers: the same for a picture and for a page.
+"""What the charts of a run show: numbers, words and colours, the same for a picture and for a page.
 
-Long runs are thinned to what a figure can show, without losing extremes. Nothing is smoothed.
+Long runs are thinned to what a chart can show, without losing extremes. Nothing is smoothed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,96 +15,80 @@ from numpy.typing import NDArray
 
 from lightning_surge.laws.base import Law
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import RunLog, RunLogError, Series
+from lightning_surge.runs.run_log import RunLog, RunLogError, Series, wanted_factor
 
-__all__ = [
-    "Band",
-    "LawCurve",
-    "LawSnapshot",
-    "Line",
-    "RunCharts",
-    "Span",
-    "XAxis",
-    "base_of",
-    "law_curve",
-    "law_snapshots",
-    "run_charts",
-]
+__all__ = ["Band", "Panel", "RunCharts", "Spans", "Trace", "XAxis", "number", "reason_colour", "run_charts"]
 
 FloatArray = NDArray[np.float64]
+Spans = tuple[tuple[float, float], ...]
+"""From where to where on the x axis."""
 XAxis = Literal["steps", "examples"]
+Style = Literal["solid", "dash", "dot", "steps", "star", "circle", "diamond"]
+Place = Callable[[NDArray[np.int64]], FloatArray]
 X_LABELS: dict[XAxis, str] = {"steps": "optimizer step", "examples": "examples trained"}
 
-# Points per line, spans per row and marks of a changed batch size that a figure can show.
+# Okabe and Ito's palette, which stays apart under the common forms of colour blindness.
+BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    "#000000", "#8c8c8c", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+# Moments at which the law is drawn: more of them hide each other.
+LAW_COLOURS = (SKY, VERMILION, PURPLE)
+
+# Points per line, spans per row and marks of a changed batch size that a chart can show; the share of its
+# width that a letter beside a mark takes.
 MOST_POINTS = 2000
 MOST_MARKS = 40
-# Moments at which the law is drawn, and points of each curve.
-MOST_LAWS = 5
+LETTER_WIDTH = 0.014
+# Points of a law's curve, and room around what a logarithmic axis shows: so that there is a power of two.
 CURVE_POINTS = 121
+ROOM = 1.5
 
 
-class Line(NamedTuple):
-    """A curve: `x` in steps or examples, `y` in the unit of its chart; NaN is a gap."""
+class Trace(NamedTuple):
+    """One line, or some marks: `x` and `y` in the units of its panel; NaN is a gap.
 
+    Attributes:
+        label: its words in the legend; none if empty.
+        x: shape `(n,)`.
+        y: shape `(n,)`.
+        colour: as `"#0072B2"`.
+        style: of the line, `"steps"` for one that keeps each value until the next; else the kind of mark.
+        width: of the line, points.
+    """
+
+    label: str
     x: FloatArray
     y: FloatArray
+    colour: str
+    style: Style = "solid"
+    width: float = 1.5
 
 
 class Band(NamedTuple):
-    """One standard error on both sides of a line, inside the chart."""
+    """One standard error on both sides of a line, inside the panel."""
 
     x: FloatArray
     low: FloatArray
     high: FloatArray
+    colour: str
 
 
-class Span(NamedTuple):
-    """From where to where on the x axis."""
-
-    begin: float
-    end: float
-
-
-class LawSnapshot(NamedTuple):
-    """The law as it was estimated at one moment of training.
+class Panel(NamedTuple):
+    """Lines that share their axes.
 
     Attributes:
-        step: Optimizer step of the estimate.
-        batch_sizes: Batch sizes at which the fitted law was evaluated, in examples, increasing.
-        lrs: The fitted `lr(B)` there, same length, positive.
-        measured_batch_sizes: Batch sizes at which alignment and curvature were measured, in examples.
-        measured_lrs: The measured ratio `N(B)/D(B)` there, in the unit of `lrs`. May be negative or NaN.
-        measured_standard_errors: Its standard error, in the same unit.
+        title: what the panel is about.
+        y_label: quantity and unit.
+        y_range: lower and upper end of the y axis.
+        traces: the lines, the last one on top.
+        bands: behind them.
     """
 
-    step: int
-    batch_sizes: Sequence[float]
-    lrs: Sequence[float]
-    measured_batch_sizes: Sequence[float] = ()
-    measured_lrs: Sequence[float] = ()
-    measured_standard_errors: Sequence[float] = ()
-
-
-class LawCurve(NamedTuple):
-    """A snapshot relative to the fitted learning rate at the base batch size.
-
-    Attributes:
-        step: optimizer step.
-        sizes: batch sizes, examples.
-        ratios: `lr(B) / lr(base)`.
-        peak: batch size and ratio where the ratio is largest; None if that is at an end of the curve.
-        points: batch sizes that were measured, examples.
-        point_ratios: the measured ratios there.
-        point_errors: their standard errors, without that of the divisor.
-    """
-
-    step: int
-    sizes: FloatArray
-    ratios: FloatArray
-    peak: tuple[float, float] | None
-    points: FloatArray
-    point_ratios: FloatArray
-    point_errors: FloatArray
+    title: str
+    y_label: str
+    y_range: tuple[float, float]
+    traces: tuple[Trace, ...]
+    bands: tuple[Band, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,183 +96,202 @@ class RunCharts:
     """The charts of one run.
 
     Attributes:
-        x_label: what the x axis counts.
-        rates: learning rate per step: `"scheduled"`, `"predicted"`, `"used"`.
-        rate_top: upper end of their axis; a prediction that was out of bounds may leave it.
-        batch: examples per step in force.
-        changes: where it changed, and to what; none where there are too many to show.
-        peak: peak batch size, NaN while it is infinite or unknown.
-        peak_band: its standard error; the whole chart where it was not finite.
+        x_label: what the x axis of the first panels counts.
+        rates: learning rates from the schedule, as predicted, and as used.
+        sizes: batch size in force, peak and critical batch size; its y axis is logarithmic.
         no_peak: where the peak was infinite.
-        critical: critical batch size.
-        critical_band: its standard error.
-        sizes: lower and upper end of the axis of batch sizes.
+        changes: where the batch size changed, and to what, empty where there is no room for the words; none
+            where there are too many to show.
         reasons: what decided the factor, and where.
+        law: the factor that the objective asks for, and the law of the next step, over the batch size; both
+            axes are logarithmic.
+        law_range: lower and upper end of its x axis, examples.
     """
 
     x_label: str
-    rates: dict[str, Line]
-    rate_top: float
-    batch: Line
-    changes: tuple[tuple[float, float], ...]
-    peak: Line
-    peak_band: Band
-    no_peak: tuple[Span, ...]
-    critical: Line
-    critical_band: Band
-    sizes: tuple[float, float]
-    reasons: dict[Reason, tuple[Span, ...]]
+    rates: Panel
+    sizes: Panel
+    no_peak: Spans
+    changes: tuple[tuple[float, str], ...]
+    reasons: dict[Reason, Spans]
+    law: Panel
+    law_range: tuple[float, float]
 
 
-def run_charts(run: RunLog, *, group: str | None = None, x: XAxis = "steps") -> RunCharts:
+def number(value: float) -> str:
+    """A number for an axis or a legend.
+
+    Example:
+        >>> number(16384.0), number(0.25), number(1234.5)
+        ('16,384', '0.25', '1,234')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def reason_colour(reason: Reason) -> str:
+    """Green where the measurements are followed, red where the last law was held, orange in between."""
+    if reason in (Reason.MEASURED, Reason.RULE):
+        return GREEN
+    return VERMILION if reason.held else ORANGE
+
+
+def run_charts(
+    run: RunLog, *, group: str | None = None, x: XAxis = "steps", base_batch_size: float | None = None
+) -> RunCharts:
     """Prepare the charts of a run.
 
     Args:
         run: what it logged.
-        group: the parameter group whose learning rates are shown, where there are several.
+        group: name of the parameter group or optimizer that is shown, where there are several.
         x: what the x axis counts.
+        base_batch_size: examples at which the scheduled learning rate was tuned; None takes what was logged.
 
     Returns:
         The charts.
 
     Raises:
-        RunLogError: if a key is missing.
+        RunLogError: if a key is missing, or the base batch size is not positive and finite.
 
     Example:
         >>> steps = np.array([1, 2, 3])
         >>> names = ("lr_scheduled", "lr_predicted", "lr_used", "batch_size", "peak_batch_size")
         >>> run = RunLog("", {f"surge/{name}": Series(steps, np.array([8.0, 8.0, np.inf])) for name in names})
-        >>> charts = run_charts(run)
-        >>> charts.peak.y.tolist(), charts.no_peak, charts.rate_top
-        ([8.0, 8.0, nan], (Span(begin=2.5, end=3.5),), 8.96)
+        >>> charts = run_charts(run, base_batch_size=8)
+        >>> charts.sizes.traces[0].y.tolist(), charts.no_peak, charts.rates.y_range
+        ([8.0, 8.0, nan], ((2.5, 3.5),), (0.0, 8.96))
     """
-    rates = {name: run.require(f"lr_{name}", group) for name in ("scheduled", "predicted", "used")}
-    batch, peak, critical = (
-        run.require("batch_size"),
-        run.get("peak_batch_size"),
-        run.get("critical_batch_size"),
-    )
-    sizes = _size_range(batch.values, critical.values, peak.values)
+    run = run.of_group(group)
+    base = run.base_batch_size if base_batch_size is None else float(base_batch_size)
+    if not 0.0 < base < math.inf:
+        raise RunLogError(
+            f"Expected a positive, finite base_batch_size, got base_batch_size={base:g}: pass the batch size "
+            "at which the learning rate was tuned."
+        )
+    rates = {name: run.require(f"lr_{name}", group) for name in ("predicted", "used", "scheduled")}
+    batch = run.require("batch_size")
 
     def place(steps: NDArray[np.int64] | FloatArray) -> FloatArray:
         return run.examples_at(steps) if x == "examples" else np.asarray(steps, dtype=np.float64)
 
-    def line(series: Series) -> Line:
-        return Line(place(series.steps), series.values)
-
-    def spans(steps: NDArray[np.int64], flags: NDArray[np.bool_]) -> tuple[Span, ...]:
+    def spans(steps: NDArray[np.int64], flags: NDArray[np.bool_]) -> Spans:
         edges = place(np.array(_spans(steps, flags), dtype=np.float64).reshape(-1, 2))
-        return tuple(Span(float(begin), float(end)) for begin, end in edges)
+        return tuple((float(begin), float(end)) for begin, end in edges)
 
-    def with_band(name: str, series: Series) -> tuple[Line, Band]:
+    def trace(label: str, series: Series, colour: str, style: Style, width: float) -> Trace:
         shown = _thinned(series)
-        values = np.where(np.isfinite(shown.values) & (shown.values > 0), shown.values, np.nan)
-        error = _aligned(run.get(f"{name}_standard_error"), shown.steps)
-        # An unknown error next to a known value is drawn as the widest band there is, not as certainty.
-        error = np.where(np.isnan(error), np.inf, error)
-        at = place(shown.steps)
-        return Line(at, values), Band(at, np.clip(values - error, *sizes), np.clip(values + error, *sizes))
+        return Trace(label, place(shown.steps), shown.values, colour, style, width)
 
-    peak_line, peak_band = with_band("peak_batch_size", peak)
-    critical_line, critical_band = with_band("critical_batch_size", critical)
+    peak, codes = run.get("peak_batch_size"), _coarse(run.get("held_because"))
     infinite = _coarse(Series(peak.steps, np.isposinf(peak.values).astype(np.float64)))
-    codes = _coarse(run.get("held_because"))
     known = [reason for reason in Reason if (codes.values == reason).any()]
-    changed = np.flatnonzero(np.diff(batch.values)) + 1
-    changed = changed if changed.size <= MOST_MARKS else changed[:0]
+    law, law_range = _law_panel(run, group, base)
     return RunCharts(
         x_label=X_LABELS[x],
-        rates={name: line(_thinned(series)) for name, series in rates.items()},
-        rate_top=_rate_top(rates),
-        batch=line(_thinned(batch)),
-        changes=tuple(zip(place(batch.steps[changed]).tolist(), batch.values[changed].tolist(), strict=True)),
-        peak=peak_line,
-        peak_band=peak_band,
+        rates=Panel(
+            "Learning rate",
+            "learning rate (per step)",
+            (0.0, _rate_top(rates)),
+            (
+                trace("predicted by the law", rates["predicted"], ORANGE, "solid", 1.0),
+                trace("used", rates["used"], BLUE, "solid", 1.8),
+                trace("scheduled", rates["scheduled"], BLACK, "dash", 1.2),
+            ),
+        ),
+        sizes=_sizes_panel(run, place, trace("batch size in force", batch, BLACK, "steps", 1.8)),
         no_peak=spans(infinite.steps, infinite.values > 0.0),
-        critical=critical_line,
-        critical_band=critical_band,
-        sizes=sizes,
+        changes=_changes(batch, place(batch.steps)),
         reasons={reason: spans(codes.steps, codes.values == reason) for reason in known},
+        law=law,
+        law_range=law_range,
     )
 
 
-def law_snapshots(run: RunLog, most: int = MOST_LAWS) -> list[LawSnapshot]:
-    """The law at some moments of a run, evenly over those at which it was estimated, the last one included.
+def _sizes_panel(run: RunLog, place: Place, in_force: Trace) -> Panel:
+    names: dict[str, tuple[str, Style]] = {"peak": (VERMILION, "solid"), "critical": (GREEN, "dash")}
+    series = {name: run.get(f"{name}_batch_size") for name in names}
+    batch = run.require("batch_size").values
+    low, high = _size_range(batch, *(one.values for one in series.values()))
+    traces, bands = [], []
+    for name, (colour, style) in names.items():
+        shown = _thinned(series[name])
+        if not shown.steps.size:
+            continue
+        at = place(shown.steps)
+        values = np.where(np.isfinite(shown.values) & (shown.values > 0), shown.values, np.nan)
+        error = _aligned(run.get(f"{name}_batch_size_standard_error"), shown.steps)
+        # An unknown error next to a known value is drawn as the widest band there is, not as certainty.
+        error = np.where(np.isnan(error), np.inf, error)
+        bands.append(Band(at, np.clip(values - error, low, high), np.clip(values + error, low, high), colour))
+        label = f"{name} batch size ± 1 standard error"
+        traces.append(Trace(label, at, values, colour, style))
+    label = "batch size (examples)"
+    return Panel("Batch size against the peak", label, (low, high), (*traces, in_force), tuple(bands))
 
-    Args:
-        run: what it logged.
-        most: how many moments.
 
-    Returns:
-        Oldest first; empty if no law was logged.
-    """
-    steps = run.law_steps
-    chosen = np.unique(np.linspace(0, steps.size - 1, min(most, steps.size)).round().astype(int))
-    found = [(int(step), law) for step in steps[chosen] if (law := run.law_at(int(step))) is not None]
-    if not found:
-        return []
-    known = [run.get(name).values for name in ("batch_size", "law/smallest_measured", "law/largest_measured")]
-    sizes = _positive(np.concatenate([*known, [run.base_batch_size]]))
-    curve = np.geomspace(sizes.min() / 4, sizes.max() * 8, CURVE_POINTS)
-    return [_snapshot(step, law, curve) for step, law in found]
+def _law_panel(run: RunLog, group: str | None, base: float) -> tuple[Panel, tuple[float, float]]:
+    """The factor and the law of the next step, at moments evenly over those at which it changed."""
+    moments = run.law_steps if run.law_steps.size else run.require("batch_size").steps
+    count = min(len(LAW_COLOURS), moments.size)
+    steps = [int(one) for one in moments[np.linspace(0, moments.size - 1, count).round().astype(int)]]
+    laws = {step: law for step in steps if (law := run.law_at(step)) is not None}
+    names = ("batch_size", "law/smallest_measured", "law/largest_measured")
+    known = _positive(np.concatenate([*(run.get(name).values for name in names), [base]]))
+    # Far enough to the right for the law's fall, where it has one.
+    ends = (known.min() / 4, known.max() * 8) if laws else (known.min() / ROOM, known.max() * ROOM)
+    sizes = np.union1d(np.geomspace(*ends, CURVE_POINTS), [base])
+    traces = [Trace("sqrt scaling", sizes, np.sqrt(sizes / base), GREY, "dot", 1.1)]
+    for colour, (step, law) in zip(LAW_COLOURS, laws.items(), strict=False):
+        traces += _law_traces(run, group, step, law, sizes, base, colour)
+    base_words = number(base)
+    at_base = sizes[sizes == base]
+    traces.append(Trace(f"base batch size, B = {base_words}", at_base, np.ones(1), BLACK, "diamond"))
+    used = np.array([(run.at("batch_size", step), run.at("lr_scale", step)) for step in steps]).T
+    if np.isfinite(used).all():
+        traces.append(Trace("factor used in these steps", used[0], used[1], BLACK, "circle"))
+    # Square roots go where they go; the panel is around what was asked for.
+    heights = _positive(np.concatenate([[1.0], *(trace.y for trace in traces[1:])]))
+    y_range = (float(heights.min()) / ROOM, float(heights.max()) * ROOM)
+    y_label = f"learning rate over the one at B = {base_words} (factor R)"
+    return Panel("The factor and the law", y_label, y_range, tuple(traces)), (
+        float(sizes[0]),
+        float(sizes[-1]),
+    )
 
 
-def _snapshot(step: int, law: Law, curve: FloatArray) -> LawSnapshot:
+def _law_traces(
+    run: RunLog, group: str | None, step: int, law: Law, sizes: FloatArray, base: float, colour: str
+) -> Iterator[Trace]:
+    """One moment: what the objective asks for, and what is best for the next step alone."""
+    objective, lr = run.objective_at(step), run.at("lr_scheduled", step, group)
+    peak = law.peak
+    inside = sizes[0] < peak.batch_size < sizes[-1]
+    words = f"peak at B = {peak.batch_size:,.0f}" if inside else "no peak in this range"
     # With the peak among the sizes, a curve's summit is the law's.
-    peak = law.peak.batch_size
-    sizes = np.union1d(curve, [peak]) if curve[0] < peak < curve[-1] else curve
-    return LawSnapshot(step, sizes.tolist(), [law.lr(float(size)) for size in sizes])
+    at = np.union1d(sizes, [peak.batch_size]) if inside else sizes
+    next_step = np.array([law.lr(float(size)) for size in at]) / law.lr(base)
+    same = objective == "step"
+    label = f"step {step:,}: factor for objective={objective!r}"
+    if objective is not None:
+        factor = np.array([wanted_factor(objective, law, float(size), base, lr) for size in at])
+        yield Trace(f"{label}, {words}" if same else label, at, factor, colour, "solid", 2.0)
+    if not same:
+        yield Trace(f"step {step:,}: law of the next step, {words}", at, next_step, colour, "dash", 1.3)
+    if inside:
+        summit = int(np.argmax(at == peak.batch_size))
+        yield Trace("", at[[summit]], next_step[[summit]], colour, "star")
 
 
-def law_curve(snapshot: LawSnapshot, base: float) -> LawCurve:
-    """A snapshot as it is drawn.
-
-    Args:
-        snapshot: the law at one moment.
-        base: examples at which the scheduled learning rate was tuned.
-
-    Returns:
-        The curve.
-
-    Raises:
-        RunLogError: if lengths disagree, or the curve does not reach the base.
-
-    Example:
-        >>> curve = law_curve(LawSnapshot(7, [8.0, 16.0, 32.0], [0.1, 0.2, 0.1]), base=8.0)
-        >>> curve.ratios.round(9).tolist(), curve.peak[0]
-        ([1.0, 2.0, 1.0], 16.0)
-    """
-    sizes, lrs = _pair(snapshot, "batch_sizes", "lrs")
-    points, measured = _pair(snapshot, "measured_batch_sizes", "measured_lrs")
-    _, errors = _pair(snapshot, "measured_batch_sizes", "measured_standard_errors")
-    divisor = _lr_at(base, snapshot.step, sizes, lrs)
-    summit = int(np.argmax(lrs))
-    inside = 0 < summit < lrs.size - 1
-    ratios = lrs / divisor
-    peak = (float(sizes[summit]), float(ratios[summit])) if inside else None
-    return LawCurve(snapshot.step, sizes, ratios, peak, points, measured / divisor, errors / divisor)
-
-
-def _pair(snapshot: LawSnapshot, x_name: str, y_name: str) -> tuple[FloatArray, FloatArray]:
-    """Two fields of a snapshot as arrays of one length."""
-    x, y = (np.asarray(getattr(snapshot, name), dtype=np.float64) for name in (x_name, y_name))
-    if x.shape != y.shape or x.ndim != 1:
-        raise RunLogError(
-            f"Expected snapshots with {x_name} and {y_name} of one length, got {x.shape} and {y.shape} at "
-            f"step {snapshot.step}: give one value per batch size."
-        )
-    return x, y
-
-
-def _lr_at(base: float, step: int, sizes: FloatArray, lrs: FloatArray) -> float:
-    """The curve's learning rate at the base batch size; a power law joins neighbouring points."""
-    if sizes.size == 0 or not sizes[0] <= base <= sizes[-1]:
-        reach = "no batch size" if sizes.size == 0 else f"batch_sizes from {sizes[0]:g} to {sizes[-1]:g}"
-        raise RunLogError(
-            f"Expected snapshots whose batch_sizes reach base_batch_size={base:g}, got {reach} at step "
-            f"{step}: evaluate the law on a range that holds the base."
-        )
-    return float(np.exp(np.interp(np.log(base), np.log(sizes), np.log(lrs))))
+def _changes(batch: Series, places: FloatArray) -> tuple[tuple[float, str], ...]:
+    """Where the batch size changed, with words as long as they do not run into each other."""
+    changed = np.flatnonzero(np.diff(batch.values)) + 1
+    letter, free, marks = LETTER_WIDTH * (places[-1] - places[0]), -math.inf, []
+    for index in changed if changed.size <= MOST_MARKS else ():
+        place, words = float(places[index]), number(batch.values[index])
+        half = letter * (len(words) + 1) / 2
+        words = words if place - half >= free else ""
+        free = place + half if words else free
+        marks.append((place, words))
+    return tuple(marks)
 
 
 def _rate_top(rates: dict[str, Series]) -> float:
@@ -299,16 +302,16 @@ def _rate_top(rates: dict[str, Series]) -> float:
     return 1.12 * max(top, min(float(asked.max()) if asked.size else top, 1.5 * top))
 
 
-def _size_range(batch: FloatArray, critical: FloatArray, peak: FloatArray) -> tuple[float, float]:
+def _size_range(batch: FloatArray, peak: FloatArray, critical: FloatArray) -> tuple[float, float]:
     """Ends of a log axis; decades above the largest batch size say nothing a reader can use."""
     shown = _positive(np.concatenate([batch, critical, peak]))
     largest = float(np.nanmax(batch, initial=1.0))
     low, high = (float(shown.min()), float(shown.max())) if shown.size else (1.0, 2.0)
-    return max(low, largest / 1e4) / 1.4, min(high, 100.0 * largest) * 1.4
+    return max(low, largest / 1e4) / ROOM, min(high, 100.0 * largest) * ROOM
 
 
 def _thinned(series: Series) -> Series:
-    """As many points as a figure shows: of each bucket the first, smallest and largest one, the first gap."""
+    """As many points as a chart shows: of each bucket the first, smallest and largest one, the first gap."""
     size = series.steps.size
     if size <= MOST_POINTS:
         return series
@@ -355,25 +358,3 @@ def _aligned(series: Series, steps: NDArray[np.int64]) -> FloatArray:
 def _positive(values: FloatArray) -> FloatArray:
     """The values that a log axis can show."""
     return values[np.isfinite(values) & (values > 0)]
-
-
-def base_of(run: RunLog, base_batch_size: float | None = None) -> float:
-    """The base batch size given, or else the one that was logged.
-
-    Args:
-        run: what it logged.
-        base_batch_size: examples; None to look it up.
-
-    Returns:
-        Examples, positive and finite.
-
-    Raises:
-        RunLogError: if it is not known, or no batch size.
-    """
-    base = run.base_batch_size if base_batch_size is None else float(base_batch_size)
-    if not 0.0 < base < math.inf:
-        raise RunLogError(
-            f"Expected a positive, finite base_batch_size, got base_batch_size={base:g}: pass the batch size "
-            "at which the learning rate was tuned."
-        )
-    return base

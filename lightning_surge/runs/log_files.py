@@ -1,4 +1,4 @@
-"""Find the files of a run and read their numbers: event files of TensorBoard, or Lightning's `metrics.csv`.
+"""Find the files of a run and read their numbers, of TensorBoard, Lightning's CSVLogger, W&B or MLflow.
 
 The files of a run that was resumed are joined: what came after the step at which it went on again belongs to
 a training that was given up, and is left out. A run that is still going, or was killed, ends in the middle
@@ -8,74 +8,64 @@ of a record: files are read up to the last complete one.
 from __future__ import annotations
 
 import csv
-import math
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from lightning_surge.runs.event_files import read_events
+from lightning_surge.runs.series import MOST_NAMED, PREFIX, Points, RunLogError, Series, joined, progress
+from lightning_surge.runs.trackers import (
+    MLFLOW_SUFFIXES,
+    WANDB_SUFFIX,
+    is_mlflow_run,
+    read_mlflow,
+    read_wandb,
+)
 
-__all__ = ["NOTHING", "PREFIX", "RunLogError", "Series", "read_files"]
+__all__ = ["read_files"]
 
-FloatArray = NDArray[np.float64]
-Columns = dict[str, tuple["array[int]", "array[float]"]]
-
-PREFIX = "surge/"
-# How far below a directory its runs are looked for, and how many names an error gives.
+KINDS = "an event file (*tfevents*), a metrics.csv, a .wandb file or a store of MLflow"
+# How far below a directory its runs are looked for.
 SEARCH_DEPTH = 3
-MOST_NAMED = 8
-# A record of an event file is framed by its length (8 bytes) and two checksums (4 each).
-RECORD_FRAME = 16
+# The column of steps in a metrics.csv, and in a table of W&B's history.
+STEP_COLUMNS = ("step", "trainer/global_step")
 
 
-class RunLogError(ValueError):
-    """A run cannot be read: the rule, the value and the remedy."""
-
-
-class Series(NamedTuple):
-    """One logged quantity: what was written, and at which optimizer step.
-
-    Attributes:
-        steps: Optimizer steps, shape `(n,)`, increasing.
-        values: Values, shape `(n,)`. TensorBoard keeps them in single precision.
-    """
-
-    steps: NDArray[np.int64]
-    values: FloatArray
-
-
-NOTHING = Series(np.array([], dtype=np.int64), np.array([], dtype=np.float64))
-
-
-def read_files(path: Path) -> tuple[Path, dict[str, Series], list[str]]:
+def read_files(path: Path, also: Collection[str] = ()) -> tuple[Path, dict[str, Series], list[str]]:
     """Find one run and read it.
 
     Args:
-        path: an event file, a `metrics.csv`, the directory that holds them, or one above it.
+        path: a file or directory of a run, or a directory above it.
+        also: keys to read besides those under `surge/`.
 
     Returns:
         The directory or file that was read; one series per key; notes on what was chosen and left out.
 
     Raises:
-        ModuleNotFoundError: if tensorboard is needed and not installed.
+        ModuleNotFoundError: if the library is not installed that reads such files.
         RunLogError: if there is no run, more than one, or nothing that `SurgeLRCallback` has logged.
     """
     notes: list[str] = []
-    series: dict[str, Series] = {}
+    others: set[str] = set()
     try:
         found = _find(path, notes)
         for files in _sources(found):
-            series = _joined([_read_file(file, notes) for file in files])
+            parts = []
+            for file in files:
+                points = Points(also)
+                notes += filter(None, [_read(file, points)])
+                parts.append(points.series())
+                others |= points.others | parts[-1].keys()
+            series = joined(parts)
+            del parts
             if any(key.startswith(PREFIX) for key in series):
                 return found, series, notes
     except OSError as error:
         raise RunLogError(
             f"Expected files that can be read, got {error}: check their permissions."
         ) from error
-    keys = ", ".join(sorted(series)[:MOST_NAMED]) or "nothing"
+    keys = ", ".join(sorted(others)[:MOST_NAMED]) or "nothing"
     what = "; ".join(["", *notes])
     raise RunLogError(
         f"Expected a run that was trained with SurgeLRCallback, got {str(found)!r}, in which {keys} was "
@@ -84,12 +74,27 @@ def read_files(path: Path) -> tuple[Path, dict[str, Series], list[str]]:
     )
 
 
+def _read(path: Path, points: Points) -> str | None:
+    if path.suffix == ".csv":
+        return _read_table(path, points)
+    if path.suffix == WANDB_SUFFIX:
+        return read_wandb(path, points)
+    return read_events(path, points) if "tfevents" in path.name else read_mlflow(path, points)
+
+
+def _is_log(path: Path) -> bool:
+    known = path.suffix in (".csv", WANDB_SUFFIX, *MLFLOW_SUFFIXES) or "tfevents" in path.name
+    return known and path.is_file()
+
+
 def _sources(found: Path) -> list[list[Path]]:
-    """The files of a run: its event files together, or else its CSV file."""
-    if found.is_file():
+    """The files of a run: its event files together, or else the others one after the other."""
+    if not found.is_dir():
         return [[found]]
-    events, table = sorted(found.glob("*tfevents*"), key=_began), found / "metrics.csv"
-    return [files for files in (events, [table] if table.is_file() else []) if files]
+    events = sorted(filter(_is_log, found.glob("*tfevents*")), key=_began)
+    single = [found / "metrics.csv", *sorted(found.glob(f"*{WANDB_SUFFIX}")), found / "mlflow.db"]
+    stores = [[found]] if is_mlflow_run(found) else []
+    return [*([events] if events else []), *([one] for one in single if _is_log(one)), *stores]
 
 
 def _began(path: Path) -> list[tuple[int, str]]:
@@ -101,12 +106,13 @@ def _began(path: Path) -> list[tuple[int, str]]:
 def _find(path: Path, notes: list[str]) -> Path:
     """The run at a path or below it."""
     if path.is_file():
-        if "tfevents" in path.name or path.suffix == ".csv":
+        if _is_log(path):
             return path
         raise RunLogError(
-            f"Expected an event file (*tfevents*) or a metrics.csv, got {str(path)!r}: pass one of these, or "
-            "the directory that holds them."
+            f"Expected {KINDS}, got {str(path)!r}: pass one of these, or the directory that holds them."
         )
+    if path.parent.suffix in MLFLOW_SUFFIXES and path.parent.is_file():
+        return path
     if not path.is_dir():
         raise RunLogError(
             f"Expected the directory or file of a run, got {str(path)!r}, which does not exist: pass what "
@@ -115,135 +121,88 @@ def _find(path: Path, notes: list[str]) -> Path:
     if _sources(path):
         return path
     below = (place for depth in range(1, SEARCH_DEPTH + 1) for place in path.glob("/".join("*" * depth)))
-    runs = sorted(place for place in below if place.is_dir() and _sources(place))
+    # W&B's latest-run is a link to one of the others.
+    runs = sorted(place for place in below if place.is_dir() and not place.is_symlink() and _sources(place))
     if not runs:
         raise RunLogError(
-            f"Expected a directory with event files (*tfevents*) or a metrics.csv, got {str(path)!r} without "
-            "any: pass what logger.log_dir says."
+            f"Expected a directory with {KINDS}, got {str(path)!r} without any: pass what logger.log_dir "
+            "says."
         )
     versions = {int(match[1]): run for run in runs if (match := re.fullmatch(r"version_(\d+)", run.name))}
     one_logger = len(versions) == len(runs) and len({run.parent for run in runs}) == 1
     if len(runs) > 1 and not one_logger:
         names = ", ".join(str(run.relative_to(path)) for run in runs[:MOST_NAMED])
-        more = "" if len(runs) <= MOST_NAMED else f" and {len(runs) - MOST_NAMED} more"
-        raise RunLogError(f"Expected one run, got {len(runs)} in {str(path)!r}: choose among {names}{more}.")
+        more = "" if len(runs) <= MOST_NAMED else f" and {len(runs) - MOST_NAMED:,} more"
+        raise RunLogError(
+            f"Expected one run, got {len(runs):,} in {str(path)!r}: choose among {names}{more}."
+        )
     chosen = versions[max(versions)] if one_logger else runs[0]
-    notes.append(f"reading {chosen}" + (f", the newest of {len(runs)} runs" if len(runs) > 1 else ""))
+    notes.append(f"reading {chosen}" + (f", the newest of {len(runs):,} runs" if len(runs) > 1 else ""))
     return chosen
 
 
-def _read_file(path: Path, notes: list[str]) -> Columns:
-    return _read_table(path, notes) if path.suffix == ".csv" else _read_events(path, notes)
-
-
-def _read_events(path: Path, notes: list[str]) -> Columns:
-    """Scalars of one event file, up to the first record that is damaged."""
-    try:
-        from google.protobuf.message import DecodeError
-        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-        from tensorboard.compat.proto import event_pb2
-        from tensorboard.util import tensor_util
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Reading event files needs tensorboard: pip install 'lightning-surge[tensorboard]'."
-        ) from error
-
-    columns: Columns = {}
-    read = 0
-    # TensorBoard's loader that also migrates old formats takes three times as long.
-    for record in RawEventFileLoader(str(path)).Load():
-        try:
-            event = event_pb2.Event.FromString(record)
-        except DecodeError:
-            break
-        read += len(record) + RECORD_FRAME
-        for value in event.summary.value:
-            kind = value.WhichOneof("value")
-            if kind == "simple_value":
-                _append(columns, value.tag, event.step, value.simple_value)
-            elif kind == "tensor" and value.metadata.plugin_data.plugin_name == "scalars":
-                _append(columns, value.tag, event.step, float(tensor_util.make_ndarray(value.tensor)))
-    if read < (size := path.stat().st_size):
-        notes.append(f"{path} is damaged, or still being written: read {read:,} of its {size:,} bytes")
-    return columns
-
-
-def _read_table(path: Path, notes: list[str]) -> Columns:
+def _read_table(path: Path, points: Points) -> str | None:
     """Columns of a `metrics.csv`, whose cells are empty where a key was not logged."""
-    columns: Columns = {}
     left_out = 0
-    with path.open("rb") as file:
-        # The last line of a run that was killed: a number may be cut short, and be a number still.
-        file.seek(0, 2)
-        file.seek(max(file.tell() - 1, 0))
-        unfinished = file.read() not in (b"\n", b"\r")
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.reader(file)
+    with path.open(newline="", encoding="utf-8-sig") as file, progress(path, path.stat().st_size) as bar:
+
+        def lines() -> Iterator[str]:
+            nonlocal left_out
+            for line in file:
+                bar.update(len(line))
+                # The last line of a run that was killed: a number may be cut short, and be a number still.
+                if line.endswith(("\n", "\r")):
+                    yield line
+                else:
+                    left_out += 1
+
+        rows = csv.reader(lines())
+        try:
             header = next(rows, [])
-            if "step" not in header:
+            step_column = next((name for name in STEP_COLUMNS if name in header), None)
+            if step_column is None:
                 raise RunLogError(
                     "Expected a metrics.csv of Lightning's CSVLogger, with a column 'step', got "
                     f"{str(path)!r} with the columns {header[:MOST_NAMED]}: pass what CSVLogger wrote."
                 )
-            previous = next(rows, None)
-            while previous is not None:
-                row = next(rows, None)
-                if len(previous) != len(header) or (row is None and unfinished):
+            step_at = header.index(step_column)
+            kept = [at for at, key in enumerate(header) if at != step_at and points.wants(key)]
+            columns = {at: (array("q"), array("d")) for at in kept}
+            for row in rows:
+                if not any(row):
+                    continue
+                if len(row) != len(header) or not row[step_at]:
                     left_out += 1
-                else:
-                    _append_row(columns, header, previous)
-                previous = row
-    except RunLogError:
-        raise
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise RunLogError(
-            f"Expected a text file with columns, got {str(path)!r}: {error}. Pass what CSVLogger wrote."
-        ) from error
-    except (ValueError, OverflowError) as error:
-        raise RunLogError(
-            f"Expected numbers in {str(path)!r}, got {error} before line {rows.line_num + 1}: take it out."
-        ) from error
-    if left_out:
-        notes.append(f"{path} is damaged, or still being written: {left_out} incomplete lines were left out")
-    return columns
+                    continue
+                step = _whole_number(row[step_at])
+                for at in kept:
+                    if cell := row[at]:
+                        columns[at][1].append(float(cell))
+                        columns[at][0].append(step)
+        except RunLogError:
+            raise
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise RunLogError(
+                f"Expected a text file with columns, got {str(path)!r}: {error}. Pass what CSVLogger wrote."
+            ) from error
+        except (ValueError, OverflowError) as error:
+            raise RunLogError(
+                f"Expected numbers in {str(path)!r}, got {error} in line {rows.line_num:,}: take it out."
+            ) from error
+    for at in kept:
+        if columns[at][0]:
+            points.add(header[at], *columns.pop(at))
+    return (
+        f"{path} is damaged, or still being written: {left_out:,} incomplete lines were left out"
+        if left_out
+        else None
+    )
 
 
-def _append_row(columns: Columns, header: Sequence[str], row: Sequence[str]) -> None:
-    cells = dict(zip(header, row, strict=True))
-    cells.pop("epoch", None)
-    step = int(cells.pop("step"))
-    for key, cell in cells.items():
-        if cell:
-            _append(columns, key, step, float(cell))
-
-
-def _append(columns: Columns, key: str, step: int, value: float) -> None:
-    steps, values = columns.setdefault(key, (array("q"), array("d")))
-    steps.append(step)
-    values.append(value)
-
-
-def _joined(parts: Sequence[Columns]) -> dict[str, Series]:
-    """One run from the files of its parts, each in place of what earlier ones did after its beginning."""
-    series: dict[str, Series] = {}
-    for part in parts:
-        own = [min(steps) for key, (steps, _) in part.items() if key.startswith(PREFIX)]
-        begin = min(own, default=math.inf)
-        for key, (steps, values) in series.items():
-            if key.startswith(PREFIX):
-                series[key] = Series(steps[steps < begin], values[steps < begin])
-        for key, (new_steps, new_values) in part.items():
-            steps, values = series.get(key, NOTHING)
-            series[key] = Series(
-                np.concatenate([steps, np.frombuffer(new_steps, dtype=np.int64)]),
-                np.concatenate([values, np.frombuffer(new_values, dtype=np.float64)]),
-            )
-    return {key: _increasing(*one) for key, one in series.items() if one.steps.size}
-
-
-def _increasing(steps: NDArray[np.int64], values: FloatArray) -> Series:
-    """Without the points that a later one with the same or an earlier step takes back."""
-    earliest_after = np.minimum.accumulate(steps[::-1])[::-1][1:]
-    kept = np.append(steps[:-1] < earliest_after, True)
-    return Series(steps[kept], values[kept])
+def _whole_number(text: str) -> int:
+    """A step; other programs than CSVLogger write it as `9.0`."""
+    if text.isdecimal():
+        return int(text)
+    if not (number := float(text)).is_integer():
+        raise ValueError(f"a step of {text!r}")
+    return int(number)

@@ -1,13 +1,12 @@
 """What a run has logged: its series, its parameter groups, and its law at any step.
 
-Logs are read from event files of TensorBoard or from the `metrics.csv` of Lightning's CSVLogger, which hold
-the same keys; docs/logged-values.md lists them.
+docs/logged-values.md lists the keys, which are the same with every logger.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_surge.laws.base import Law, MeasuredLaw, SGDLaw
 from lightning_surge.laws.edge import EdgeLaw
+from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.laws.theorems import Theorem3Law
-from lightning_surge.runs.log_files import NOTHING, PREFIX, RunLogError, Series, read_files
+from lightning_surge.runs.log_files import read_files
+from lightning_surge.runs.series import NOTHING, PREFIX, RunLogError, Series
 
-__all__ = ["RunLog", "RunLogError", "Series", "law_from_numbers", "read_run"]
+__all__ = ["RunLog", "RunLogError", "Series", "law_from_numbers", "read_run", "wanted_factor"]
 
 FloatArray = NDArray[np.float64]
 
@@ -34,7 +35,7 @@ class RunLog:
 
     Attributes:
         source: the directory or file that was read.
-        series: one `Series` per key, those of other callbacks and the module's own too.
+        series: one `Series` per key.
         notes: what a reader should know of the files: which run was chosen, what was left out.
 
     Example:
@@ -136,6 +137,10 @@ class RunLog:
         numbers = {name: self.at(f"law/{name}", step) for name in names}
         return law_from_numbers({name: value for name, value in numbers.items() if not math.isnan(value)})
 
+    def objective_at(self, step: int) -> str | None:
+        """The objective at a logged step; None if none was logged, or one that a later release brought."""
+        return dict(enumerate(OBJECTIVES)).get(self.at("objective", step))  # type: ignore[call-overload, no-any-return]
+
     def examples_at(self, steps: ArrayLike) -> FloatArray:
         """Examples trained by each step, in proportion between two that were logged.
 
@@ -147,6 +152,25 @@ class RunLog:
         """
         examples = self.require("examples")
         return np.interp(np.asarray(steps, dtype=np.float64), examples.steps, examples.values)
+
+
+def wanted_factor(objective: str, law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:
+    """The factor on the scheduled learning rate that an objective asks for.
+
+    Args:
+        objective: key of `OBJECTIVES`.
+        law: the law in force.
+        batch_size: examples per optimizer step.
+        base_batch_size: examples at which the scheduled learning rate was tuned.
+        lr: scheduled learning rate.
+
+    Returns:
+        The factor; NaN where the law cannot tell.
+    """
+    try:
+        return OBJECTIVES[objective](law, batch_size, base_batch_size, lr)
+    except (ArithmeticError, ValueError):
+        return math.nan
 
 
 def law_from_numbers(numbers: Mapping[str, float]) -> Law | None:
@@ -176,18 +200,20 @@ def law_from_numbers(numbers: Mapping[str, float]) -> Law | None:
     return None
 
 
-def read_run(path: str | Path) -> RunLog:
-    r"""Read one run.
+def read_run(path: str | Path, also: Collection[str] = ()) -> RunLog:
+    r"""Read what the callback has logged of one run.
 
     Args:
-        path: An event file, a `metrics.csv`, the directory that holds them (`logger.log_dir`), or one above
-            it that holds a single run. Of the `version_N` of one logger the newest is taken.
+        path: An event file of TensorBoard, a `metrics.csv`, a `.wandb` file or a store of MLflow; or a
+            directory that holds one (`logger.log_dir`), or a single run below it. Of the `version_N` of one
+            logger the newest is taken.
+        also: Keys to read besides those under `surge/`.
 
     Returns:
         What was logged. Steps that a resumed run repeated appear once.
 
     Raises:
-        ModuleNotFoundError: If tensorboard is needed and not installed.
+        ModuleNotFoundError: If the library is not installed that reads such files.
         RunLogError: If there is no run, more than one, or nothing that `SurgeLRCallback` has logged.
 
     Example:
@@ -195,9 +221,9 @@ def read_run(path: str | Path) -> RunLog:
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     rows = "epoch,step,surge/batch_size,val_loss\n0,1,8,\n0,1,,2.5\n0,2,16,\n"
         ...     _ = Path(directory, "metrics.csv").write_text(rows)
-        ...     run = read_run(directory)
+        ...     run = read_run(directory, also=["val_loss"])
         >>> run.series["surge/batch_size"].values.tolist(), run.series["val_loss"].values.tolist()
         ([8.0, 16.0], [2.5])
     """
-    source, series, notes = read_files(Path(path))
+    source, series, notes = read_files(Path(path), also)
     return RunLog(str(source), series, tuple(notes))

@@ -50,14 +50,6 @@ class ExamplesClock(LRScheduler):
           before. The clock rests at ``total_steps - 1``, where the minimum is, so that a last batch
           larger than the budget ends no training, and warns once if a further step is made after
           ``total_steps * examples_per_step`` examples. A ``OneCycleLR`` inside another scheduler raises.
-
-    Args:
-        scheduler: the scheduler to move, with its lengths in units of ``examples_per_step`` examples.
-        examples_per_step: examples (or tokens) per step of the scheduler.
-
-    Raises:
-        TypeError: If ``scheduler`` is no torch scheduler that steps without a metric, or is a clock.
-        ValueError: If ``examples_per_step`` is no positive finite number.
     """
 
     def __init__(self, scheduler: LRScheduler, examples_per_step: float) -> None:
@@ -252,8 +244,8 @@ def by_examples(scheduler: LRScheduler, examples_per_step: float) -> ExamplesClo
         What ``configure_optimizers`` returns as ``{"scheduler": ..., "interval": "step"}``.
 
     Raises:
-        TypeError: If ``scheduler`` is no torch scheduler that steps without a metric, or is a clock.
-        ValueError: If ``examples_per_step`` is no positive finite number.
+        TypeError: If ``scheduler`` is not a torch scheduler that steps without a metric, or is a clock.
+        ValueError: If ``examples_per_step`` is not a positive finite number.
 
     Example:
         A cosine over 64 examples, written for batches of 16. Batches of 8 and 16 and 40 end it just as

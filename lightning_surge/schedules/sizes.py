@@ -53,7 +53,9 @@ class Progress(NamedTuple):
             >>> Progress(step=3, examples=48.0, epoch=0.5).on("examples")
             48.0
         """
-        return {"steps": float(self.step), "examples": self.examples, "epochs": self.epoch}[unit]
+        if unit == "steps":
+            return float(self.step)
+        return self.examples if unit == "examples" else self.epoch
 
 
 def whole_number(name: str, value: Any, *, minimum: int) -> int:
@@ -69,7 +71,7 @@ def whole_number(name: str, value: Any, *, minimum: int) -> int:
         The value as a plain ``int`` (NumPy integers are converted).
 
     Raises:
-        ValueError: If the value is no whole number, or below ``minimum``.
+        ValueError: If the value is not a whole number, or is below ``minimum``.
 
     Example:
         >>> whole_number("end", 32, minimum=1)
@@ -125,6 +127,13 @@ class Schedule(BatchSizeRule):
     def __call__(self, progress: Progress, /) -> int:
         """Examples requested, over all data-parallel replicas, for the step that begins at ``progress``."""
 
+    def rises_until(self, now: float, /) -> float:
+        """The point of the clock up to which sizes do not fall; ``now`` where that is not known.
+
+        Whoever counts steps skips over those of equal size, up to there, instead of looking at each.
+        """
+        return now
+
     @property
     def first_size(self) -> int:
         """Examples of the first step."""
@@ -133,14 +142,7 @@ class Schedule(BatchSizeRule):
 
 @dataclass(frozen=True, kw_only=True)
 class _Limits:
-    """What every schedule of its own shape can be told besides.
-
-    Attributes:
-        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: sizes are rounded down to a multiple of it.
-        minimum: no size is smaller.
-        maximum: no size is larger; None for no limit.
-    """
+    """What every schedule of its own shape can be told besides: its clock, and limits on its sizes."""
 
     unit: Unit = "steps"
     multiple_of: int = 1
@@ -187,7 +189,7 @@ class ConstantSize(_Limits, Schedule):
         size: Examples per optimizer step.
 
     Raises:
-        ValueError: If ``size`` is no positive whole number.
+        ValueError: If ``size`` is not a positive whole number.
 
     Example:
         >>> ConstantSize(16)(Progress(step=1000))
@@ -205,6 +207,10 @@ class ConstantSize(_Limits, Schedule):
         """``size``, after rounding and limits."""
         return {"size": self._limited(self.size)}
 
+    def rises_until(self, now: float, /) -> float:
+        """Never falls."""
+        return math.inf
+
     def __call__(self, progress: Progress, /) -> int:
         """The size."""
         return self._limited(self.size)
@@ -212,16 +218,7 @@ class ConstantSize(_Limits, Schedule):
 
 @dataclass(frozen=True)
 class _Ramp(_Limits, Schedule):
-    """From ``start`` to ``end`` within ``duration``, and ``end`` from then on.
-
-    Args:
-        start: Examples at first.
-        end: Examples from ``duration`` on; at least ``start``.
-        duration: Length of the ramp, in ``unit``.
-
-    Raises:
-        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
-    """
+    """From ``start`` to ``end`` within ``duration``, and ``end`` from then on."""
 
     start: int
     end: int
@@ -247,6 +244,10 @@ class _Ramp(_Limits, Schedule):
         """``start`` and ``end``, after rounding and limits."""
         return {"start": self._limited(self.start), "end": self._limited(self.end)}
 
+    def rises_until(self, now: float, /) -> float:
+        """Never falls."""
+        return math.inf
+
     def __call__(self, progress: Progress, /) -> int:
         """The requested number of examples; ``start`` at 0, ``end`` from ``duration`` on."""
         share = min(max(progress.on(self.unit) / self.duration, 0.0), 1.0)
@@ -264,13 +265,13 @@ class LinearRamp(_Ramp):
         start: Examples at first.
         end: Examples from ``duration`` on; at least ``start``.
         duration: Length of the ramp, in ``unit``.
-        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: sizes are rounded down to a multiple of it.
-        minimum: no size is smaller.
-        maximum: no size is larger; None for no limit.
+        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: Examples; sizes are rounded down to a multiple of it.
+        minimum: Smallest size, in examples; None for no limit.
+        maximum: Largest size, in examples; None for no limit.
 
     Raises:
-        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
+        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
 
     Example:
         >>> ramp = LinearRamp(16, 64, duration=4, multiple_of=8)
@@ -292,13 +293,13 @@ class GeometricRamp(_Ramp):
         start: Examples at first.
         end: Examples from ``duration`` on; at least ``start``.
         duration: Length of the ramp, in ``unit``.
-        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: sizes are rounded down to a multiple of it.
-        minimum: no size is smaller.
-        maximum: no size is larger; None for no limit.
+        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: Examples; sizes are rounded down to a multiple of it.
+        minimum: Smallest size, in examples; None for no limit.
+        maximum: Largest size, in examples; None for no limit.
 
     Raises:
-        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
+        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
 
     Example:
         >>> ramp = GeometricRamp(start=16, end=64, duration=4)
@@ -320,13 +321,13 @@ class CosineRamp(_Ramp):
         start: Examples at first.
         end: Examples from ``duration`` on; at least ``start``.
         duration: Length of the ramp, in ``unit``.
-        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: sizes are rounded down to a multiple of it.
-        minimum: no size is smaller.
-        maximum: no size is larger; None for no limit.
+        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: Examples; sizes are rounded down to a multiple of it.
+        minimum: Smallest size, in examples; None for no limit.
+        maximum: Largest size, in examples; None for no limit.
 
     Raises:
-        ValueError: If a size is no positive whole number, ``end < start``, or ``duration`` is not positive.
+        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
 
     Example:
         >>> ramp = CosineRamp(16, 64, duration=4)
@@ -344,13 +345,13 @@ class Milestones(_Limits, Schedule):
 
     Args:
         sizes: Examples per step, by the point from which they hold. One of the points is 0.
-        unit: the clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: sizes are rounded down to a multiple of it.
-        minimum: no size is smaller.
-        maximum: no size is larger; None for no limit.
+        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
+        multiple_of: Examples; sizes are rounded down to a multiple of it.
+        minimum: Smallest size, in examples; None for no limit.
+        maximum: Largest size, in examples; None for no limit.
 
     Raises:
-        ValueError: If a size is no positive whole number, a point is negative, or none is 0.
+        ValueError: If a size is not a positive whole number, a point is negative, or no point is 0.
 
     Example:
         >>> schedule = Milestones({0: 16, 2: 32, 3: 128})
@@ -384,6 +385,10 @@ class Milestones(_Limits, Schedule):
         """Every size, after rounding and limits."""
         return {self._name(point): self._limited(size) for point, size in self.sizes.items()}
 
+    def rises_until(self, now: float, /) -> float:
+        """The next point."""
+        return min((point for point in self.sizes if point > now), default=math.inf)
+
     def __call__(self, progress: Progress, /) -> int:
         """The size of the last point reached."""
         now = progress.on(self.unit)
@@ -400,7 +405,7 @@ class Phase:
         schedule: What holds in it. Its clock is the same and starts at 0 where the phase begins.
 
     Raises:
-        ValueError: If ``begin`` or ``end`` is no number, or ``schedule`` no `Schedule`.
+        ValueError: If ``begin`` or ``end`` is not a number, or ``schedule`` not a `Schedule`.
     """
 
     begin: float
@@ -433,11 +438,11 @@ class Phases(Schedule):
     Args:
         phases: The parts, which must meet: the first begins at 0 and each other one where its predecessor
             ends.
-        unit: the clock that `begin` and `end` are on, and the clock of every schedule within.
+        unit: The clock that ``begin`` and ``end`` are on, and the clock of every schedule within.
 
     Raises:
-        ValueError: If there is no phase, a gap, an overlap, or a schedule on another clock; or if ``unit`` is
-            no clock.
+        ValueError: If there is no phase, a gap, an overlap, or a schedule on another clock; or if ``unit``
+            is not a clock.
 
     Example:
         A thousand steps at 16, then four thousand from 16 to 256.
@@ -497,9 +502,18 @@ class Phases(Schedule):
             for name, size in phase.schedule.named_sizes.items()
         }
 
+    def _in_force(self, now: float) -> Phase:
+        return [phase for phase in self.phases if phase.begin <= now][-1]
+
+    def rises_until(self, now: float, /) -> float:
+        """The end of the phase in force, or where a size falls within it."""
+        phase = self._in_force(now)
+        end = math.inf if phase is self.phases[-1] or phase.end is None else phase.end
+        return min(end, phase.begin + phase.schedule.rises_until(now - phase.begin))
+
     def __call__(self, progress: Progress, /) -> int:
         """What the phase in force requests; the last one goes on after its end."""
         now = max(progress.on(self.unit), 0.0)
-        phase = [phase for phase in self.phases if phase.begin <= now][-1]
+        phase = self._in_force(now)
         since = now - phase.begin
         return phase.schedule(Progress(step=math.floor(since), examples=since, epoch=since))

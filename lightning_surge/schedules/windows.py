@@ -11,9 +11,9 @@ powers of two of micro-batches that begin at a multiple of their own length. Two
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import chain, repeat
 from typing import Protocol
 
 from lightning_surge.schedules.sizes import Progress, Schedule, whole_number
@@ -32,6 +32,12 @@ __all__ = [
 Window = tuple[int, ...]
 """Examples in each micro-batch behind one optimizer step, on one replica."""
 
+Run = tuple[int, int]
+"""Examples of an optimizer step, and how many steps of that size come in a row."""
+
+# What `total_steps` and `total_examples` may look at, in evaluations of a schedule: half a second or so.
+MOST_EVALUATIONS = 80_000
+
 
 def accumulation_for(requested: int, micro_batch_size: int, *, limit: int | None = None) -> int:
     """The largest power of two of micro-batches that does not exceed the requested size.
@@ -49,7 +55,7 @@ def accumulation_for(requested: int, micro_batch_size: int, *, limit: int | None
         The accumulation, at least 1 even where a single micro-batch exceeds the request.
 
     Raises:
-        ValueError: If an argument is no positive whole number.
+        ValueError: If an argument is not a positive whole number.
 
     Example:
         >>> [accumulation_for(size, micro_batch_size=8) for size in (4, 8, 31, 32, 100)]
@@ -118,7 +124,7 @@ def plan_windows(
         Windows, in order.
 
     Raises:
-        ValueError: If ``largest`` or ``replicas`` is no whole number >= 1, or ``examples`` none >= 0.
+        ValueError: If ``largest`` or ``replicas`` is not a whole number >= 1, or ``examples`` not one >= 0.
 
     Example:
         Micro-batches of at most 4. Step 2 would need four of them at micro-batch 2, and gets two.
@@ -131,24 +137,82 @@ def plan_windows(
     examples = whole_number("examples", examples, minimum=0)
     largest = whole_number("largest", largest, minimum=1)
     replicas = whole_number("replicas", replicas, minimum=1)
-    batch_idx = done = 0
-    step = begin.step
+    for size, parts, count in _plan(schedule, begin, examples, largest, replicas, drop_last):
+        window = tuple(size * (part + 1) // parts - size * part // parts for part in range(parts))
+        yield from repeat(window, count)
+
+
+def _plan(
+    schedule: Schedule, begin: Progress, examples: int, largest: int, replicas: int, drop_last: bool
+) -> Iterator[tuple[int, int, int]]:
+    """The windows of `plan_windows`: examples on a replica, micro-batches, how many such windows in a row."""
+    batch_idx = done = step = 0
+
+    def progress(ahead: int, size: int) -> Progress:
+        then = done + ahead * size
+        epoch = math.floor(begin.epoch) + then / examples
+        return Progress(begin.step + step + ahead, begin.examples + then * replicas, epoch)
+
+    def requested(now: Progress) -> int:
+        return max(1, schedule(now) // replicas)
+
     while done < examples:
-        epoch = math.floor(begin.epoch) + done / examples
-        requested = schedule(Progress(step, begin.examples + done * replicas, epoch))
-        wanted = max(1, requested // replicas)
-        if drop_last and wanted > examples - done:
+        request = requested(progress(0, 0))
+        if drop_last and request > examples - done:
             return
-        wanted = min(wanted, examples - done)
+        wanted = min(request, examples - done)
         # The smallest power of two of micro-batches that are small enough ...
         parts = 1 << (-(-wanted // largest) - 1).bit_length()
         # ... unless some would be empty, as where 3 examples are to be 4 micro-batches of 1.
-        parts = aligned_accumulation(parts if parts <= wanted else parts // 2, batch_idx)
-        size = min(wanted, parts * largest)
-        yield tuple(size * (part + 1) // parts - size * part // parts for part in range(parts))
-        batch_idx += parts
-        done += size
-        step += 1
+        parts = parts if parts <= wanted else parts // 2
+        aligned = aligned_accumulation(parts, batch_idx)
+        size, count = min(wanted, aligned * largest), 1
+        if aligned == parts:
+            # Not waiting for its place, so the next window is the same if the request is, and it fits.
+            # With drop_last a whole request has to fit, which micro-batches of one fall short of.
+            room = examples - done - (request - size if drop_last else 0)
+            count = _repeats(schedule, request, size, progress, requested, room // size)
+        yield size, aligned, count
+        batch_idx += aligned * count
+        done += size * count
+        step += count
+
+
+def _repeats(
+    schedule: Schedule,
+    first: int,
+    length: int,
+    progress: Callable[[int, int], Progress],
+    wanted: Callable[[Progress], int],
+    most: int,
+) -> int:
+    """How many steps in a row are to be alike, found by doubling and halving instead of one by one.
+
+    Args:
+        schedule: Knows up to where on its clock sizes do not fall.
+        first: What is wanted of the first of them.
+        length: How far each of the steps goes.
+        progress: Where a step begins, given a number of steps ahead and their length.
+        wanted: What is wanted there, which does not fall where sizes do not.
+        most: Steps to look at.
+    """
+    clock = progress(0, length).on(schedule.unit)
+    rises_until = schedule.rises_until(clock)
+    if rises_until <= clock:
+        return 1
+
+    def alike(ahead: int) -> bool:
+        later = progress(ahead, length)
+        return later.on(schedule.unit) < rises_until and wanted(later) == first
+
+    known = stride = 1
+    while known < most and alike(min(known + stride, most) - 1):
+        known, stride = min(known + stride, most), 2 * stride
+    while stride > 1:
+        stride //= 2
+        if known + stride <= most and alike(known + stride - 1):
+            known += stride
+    return known
 
 
 class Replay(Protocol):
@@ -176,7 +240,7 @@ class AccumulatedSchedule:
             ``DistributedSampler``. ``None``: one pass without an end.
 
     Raises:
-        ValueError: If a number is not positive and whole.
+        ValueError: If a number is not a positive whole number.
 
     Example:
         Micro-batches of 2 and an epoch of 26. The request for 8 comes at step 4, which begins at
@@ -203,26 +267,37 @@ class AccumulatedSchedule:
 
     def sizes(self) -> Iterator[int]:
         """Yields the actual number of examples of step 0, 1, 2, ... without end."""
-        micro = self.micro_batch_size
+        return _one_by_one(self.runs())
+
+    def runs(self) -> Iterator[Run]:
+        """Yields sizes and how many steps of each come in a row, without end."""
+        micro, unit = self.micro_batch_size, self.micro_batch_size * self.replicas
         share = None if self.examples_per_epoch is None else -(-self.examples_per_epoch // self.replicas)
         batches = None if share is None else -(-share // micro)
         batch_idx = step = examples = epoch = 0
+
+        def progress(ahead: int, length: int) -> Progress:
+            part = 0.0 if batches is None else (batch_idx + ahead * length) / batches
+            return Progress(step + ahead, examples + ahead * length * unit, epoch + part)
+
+        def wanted(now: Progress) -> int:
+            return accumulation_for(self.schedule(now), unit, limit=batches)
+
         while True:
-            part = 0.0 if batches is None else batch_idx / batches
-            requested = self.schedule(Progress(step, examples, epoch + part))
-            target = accumulation_for(requested, micro * self.replicas, limit=batches)
-            window_end = batch_idx + aligned_accumulation(target, batch_idx)
-            if share is None or batches is None:
-                size = (window_end - batch_idx) * micro * self.replicas
-                batch_idx = window_end
-            else:
+            target = wanted(progress(0, 0))
+            length, count = aligned_accumulation(target, batch_idx), 1
+            # Windows of whole micro-batches that the epoch still has room for.
+            room = 1 << 62 if share is None else (share // micro - batch_idx) // length
+            if length == target and room > 1:
+                count = _repeats(self.schedule, target, length, progress, wanted, room)
+            size = length * unit
+            if share is not None and not room:
                 # The last window may lack micro-batches, and the last micro-batch examples.
-                size = (min(window_end * micro, share) - batch_idx * micro) * self.replicas
-                batch_idx = window_end
-                if window_end >= batches:
-                    batch_idx, epoch = 0, epoch + 1
-            yield size
-            step, examples = step + 1, examples + size
+                size = (min((batch_idx + length) * micro, share) - batch_idx * micro) * self.replicas
+            yield size, count
+            step, examples, batch_idx = step + count, examples + count * size, batch_idx + count * length
+            if batches is not None and batch_idx >= batches:
+                batch_idx, epoch = 0, epoch + 1
 
 
 @dataclass(frozen=True)
@@ -238,7 +313,7 @@ class SampledSchedule:
         drop_last: The sampler's.
 
     Raises:
-        ValueError: If a number is not positive and whole.
+        ValueError: If a number is not a positive whole number.
 
     Example:
         >>> from itertools import islice
@@ -265,29 +340,28 @@ class SampledSchedule:
         Raises:
             ValueError: If ``drop_last`` leaves an epoch without a step.
         """
+        return _one_by_one(self.runs())
+
+    def runs(self) -> Iterator[Run]:
+        """Yields sizes and how many steps of each come in a row, without end."""
         share = -(-self.examples_per_epoch // self.replicas)
-        progress = Progress()
+        largest, replicas = self.largest_micro_batch, self.replicas
+        step = examples = epoch = 0
         while True:
-            windows = plan_windows(
-                self.schedule,
-                progress,
-                examples=share,
-                largest=self.largest_micro_batch,
-                replicas=self.replicas,
-                drop_last=self.drop_last,
-            )
-            steps = 0
-            for window in windows:
-                size = sum(window) * self.replicas
-                yield size
-                steps += 1
-                progress = progress._replace(examples=progress.examples + size)
-            if not steps:
+            begin, before = Progress(step, examples, epoch), step
+            for size, _, count in _plan(self.schedule, begin, share, largest, replicas, self.drop_last):
+                yield size * replicas, count
+                step, examples = step + count, examples + count * size * replicas
+            if step == before:
                 raise ValueError(
                     f"Expected epochs that hold a step, got examples_per_epoch={self.examples_per_epoch}, "
                     "which drop_last leaves without one: use smaller batches or drop_last=False."
                 )
-            progress = progress._replace(step=progress.step + steps, epoch=progress.epoch + 1)
+            epoch += 1
+
+
+def _one_by_one(runs: Iterable[Run]) -> Iterator[int]:
+    return chain.from_iterable(repeat(size, count) for size, count in runs)
 
 
 def _make_whole(replay: AccumulatedSchedule | SampledSchedule, *names: str) -> None:
@@ -295,32 +369,50 @@ def _make_whole(replay: AccumulatedSchedule | SampledSchedule, *names: str) -> N
         object.__setattr__(replay, name, whole_number(name, getattr(replay, name), minimum=1))
 
 
-def _step_sizes(schedule: Schedule | Replay) -> Iterator[int]:
+def _runs(schedule: Schedule | Replay) -> Iterator[Run]:
+    """Sizes, and how many steps of each come in a row, as long as counting them takes a moment only."""
+    runs: Iterable[Run]
     if isinstance(schedule, Schedule):
-        sizes = _requested_sizes(schedule)
+        runs = _requested_runs(schedule)
+    elif isinstance(schedule, (AccumulatedSchedule, SampledSchedule)):
+        runs = schedule.runs()
     elif callable(getattr(schedule, "sizes", None)):
-        sizes = schedule.sizes()
+        runs = ((size, 1) for size in schedule.sizes())
     else:
         raise ValueError(
             f"Expected a Schedule, AccumulatedSchedule or SampledSchedule, got {schedule!r}: only sizes known"
             " beforehand can be counted; make other functions a Schedule."
         )
-    for step, size in enumerate(sizes):
+    step = evaluations = 0
+    for size, count in runs:
         # A size of zero would make the counts below run for ever.
-        yield whole_number(f"schedule at step {step}", size, minimum=1)
+        yield whole_number(f"schedule at step {step}", size, minimum=1), count
+        step += count
+        evaluations += 2 * count.bit_length() - 1
+        if evaluations > MOST_EVALUATIONS:
+            raise ValueError(
+                "Expected a schedule whose steps can be counted in a moment, got one that is not through"
+                f" after {step} steps, of {size} examples at last: count a shorter training, use longer"
+                " epochs, or give multiple_of= to a ramp, which then has fewer sizes."
+            )
 
 
-def _requested_sizes(schedule: Schedule) -> Iterator[int]:
+def _requested_runs(schedule: Schedule) -> Iterator[Run]:
     if schedule.unit == "epochs":
         raise ValueError(
             "Expected a schedule in steps or examples, got unit='epochs', whose length is not known: pass an"
             " AccumulatedSchedule or a SampledSchedule, which know examples_per_epoch."
         )
     step = examples = 0
+
+    def progress(ahead: int, size: int) -> Progress:
+        return Progress(step + ahead, examples + ahead * size)
+
     while True:
-        size = schedule(Progress(step, examples))
-        yield size
-        step, examples = step + 1, examples + size
+        size = schedule(progress(0, 0))
+        count = _repeats(schedule, size, size, progress, schedule, 1 << 62)
+        yield size, count
+        step, examples = step + count, examples + count * size
 
 
 def total_steps(schedule: Schedule | Replay, examples: int) -> int:
@@ -339,8 +431,8 @@ def total_steps(schedule: Schedule | Replay, examples: int) -> int:
         The smallest ``n`` for which the first ``n`` steps hold at least ``examples``.
 
     Raises:
-        ValueError: If ``examples`` is no whole number >= 0, the schedule returns a size below 1, is in epochs
-            of unknown length, or is none.
+        ValueError: If ``examples`` is negative or not whole; if the schedule returns a size below 1, counts
+            epochs of unknown length, or changes its size too often to be counted in a second.
 
     Example:
         2 + 4 + 8 = 14 examples in three steps, so 15 need a fourth.
@@ -353,9 +445,12 @@ def total_steps(schedule: Schedule | Replay, examples: int) -> int:
     examples = whole_number("examples", examples, minimum=0)
     if not examples:
         return 0
-    for steps, consumed in enumerate(accumulate(_step_sizes(schedule)), 1):
-        if consumed >= examples:
-            return steps
+    steps = consumed = 0
+    for size, count in _runs(schedule):
+        needed = -(-(examples - consumed) // size)
+        if needed <= count:
+            return steps + needed
+        steps, consumed = steps + count, consumed + count * size
     raise AssertionError("schedules have no end")
 
 
@@ -370,12 +465,18 @@ def total_examples(schedule: Schedule | Replay, steps: int) -> int:
         The sum of the first ``steps`` sizes.
 
     Raises:
-        ValueError: If ``steps`` is no whole number >= 0, the schedule returns a size below 1, is in epochs
-            of unknown length, or is none.
+        ValueError: If ``steps`` is negative or not whole, or as for `total_steps`.
 
     Example:
         >>> from lightning_surge.schedules.sizes import GeometricRamp
         >>> total_examples(GeometricRamp(start=2, end=8, duration=2), steps=4)
         22
     """
-    return sum(islice(_step_sizes(schedule), whole_number("steps", steps, minimum=0)))
+    left, total = whole_number("steps", steps, minimum=0), 0
+    if not left:
+        return 0
+    for size, count in _runs(schedule):
+        if left <= count:
+            return total + left * size
+        left, total = left - count, total + count * size
+    raise AssertionError("schedules have no end")

@@ -4,214 +4,165 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from lightning_surge.sweep.cells import Cell, Grid, Record
+from lightning_surge.sweep.cells import Cell, Outcome
 
-__all__ = ["Best", "accumulation_for", "best_lr", "parse_numbers", "planned", "remaining_seconds"]
-
+__all__ = ["Best", "Grid", "accumulation_for", "best_lr", "parse_numbers", "planned", "seconds_left"]
 
 # Between a learning rate and the next one where the grid has only one.
 RATIO = math.sqrt(10)
+WORST = (math.inf, math.inf)
+
+
+class Grid(NamedTuple):
+    """Every batch size with every learning rate and every seed."""
+
+    batch_sizes: tuple[int, ...]
+    lrs: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    def cells(self) -> list[Cell]:
+        """All of them; the whole grid of one seed comes before the next seed."""
+        return [Cell(size, lr, seed) for seed in self.seeds for size in self.batch_sizes for lr in self.lrs]
 
 
 class Best(NamedTuple):
-    """The best learning rate of a batch size.
-
-    Attributes:
-        batch_size: examples per optimizer step.
-        lr: the one.
-        loss: mean over the seeds at the end of training.
-        target: the loss that had to be reached; None if the loss at the end was compared.
-        steps: mean over the seeds of the steps to the target; None without one, or where it was not reached.
-        edge: whether all other learning rates that were tried lie on one side.
-    """
+    """The best learning rate of a batch size; losses and steps are means over the seeds."""
 
     batch_size: int
     lr: float
-    loss: float
-    target: float | None
-    steps: float | None
-    edge: Literal["lowest", "highest"] | None
+    loss: float  # at the end of training
+    target: float | None  # the loss that had to be reached; None if the loss at the end was compared
+    steps: float | None  # to the target; None without one, or where it was not reached
+    edge: str | None  # "lowest" or "highest" of those that were tried
 
 
-class _Score(NamedTuple):
-    """Smaller is better: fewer steps to the target, then a smaller loss."""
-
-    steps: float
-    loss: float
-
-
-WORST = _Score(math.inf, math.inf)
-
-
-def _scores(records: Iterable[Record], batch_size: int, target: float | None) -> dict[float, _Score]:
-    """By learning rate, over the seeds; one seed that diverges spoils it."""
-    outcomes = defaultdict(list)
-    for cell, outcome in records:
-        if cell.batch_size == batch_size and outcome.is_answer:
-            outcomes[cell.lr].append(outcome)
-    scores = {}
-    for lr, group in outcomes.items():
-        losses = [math.inf if outcome.loss is None else outcome.loss for outcome in group]
-        steps = [0.0]
-        if target is not None:
-            steps = [
-                math.inf if entry.steps is None or outcome.loss is None else entry.steps
-                for outcome in group
-                for entry in outcome.reached or ()
-                if entry.target == target
-            ]
-        scores[lr] = _Score(fmean(steps) if steps else math.inf, fmean(losses))
-        if scores[lr].loss == math.inf:
-            scores[lr] = WORST
-    return scores
+def _score(outcomes: Sequence[Outcome], target: float | None, sign: int) -> tuple[float, float]:
+    """Of a learning rate, over the seeds; smaller is better: steps to the target, then the loss."""
+    losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
+    if len(losses) < len(outcomes):
+        return WORST  # one seed that diverges spoils it
+    steps = [entry.steps for outcome in outcomes for entry in outcome.reached if entry.target == target]
+    reached = [each for each in steps if each is not None]
+    missed = target is not None and (not reached or len(reached) < len(steps))
+    return math.inf if missed else fmean(reached or [0]), sign * fmean(losses)
 
 
-def best_lr(records: Iterable[Record], batch_size: int, target: float | None = None) -> Best | None:
-    """The best learning rate of a batch size.
+def best_lr(
+    records: Mapping[Cell, Outcome], batch_size: int, target: float | None = None, *, maximize: bool = False
+) -> Best | None:
+    """The best learning rate of a batch size; None where none gave a loss.
 
     Args:
         records: finished cells of any batch size. Cells that were killed, ran out of memory or failed
             say nothing; a learning rate that diverged with one seed is worse than any that did not.
         batch_size: examples per optimizer step.
-        target: compare the steps to this loss, and the loss at the end only among equals; None compares the
-            loss at the end.
-
-    Returns:
-        It; None where no learning rate gave a loss.
+        target: loss to which the steps are compared; None compares the loss at the end.
+        maximize: whether larger losses are better.
 
     Example:
-        >>> from lightning_surge.sweep.cells import Outcome
         >>> losses = {0.001: 0.5, 0.01: 0.3}
-        >>> records = [Record(Cell(8, lr, 0), Outcome("finished", loss)) for lr, loss in losses.items()]
-        >>> best = best_lr(records, 8)
+        >>> best = best_lr({Cell(8, lr, 0): Outcome("finished", loss) for lr, loss in losses.items()}, 8)
         >>> best.lr, best.edge
         (0.01, 'highest')
     """
-    scores = _scores(records, batch_size, target)
-    if not scores or min(scores.values()) == WORST:
+    groups = defaultdict(list)
+    for cell, outcome in records.items():
+        if cell.batch_size == batch_size and outcome.is_answer:
+            groups[cell.lr].append(outcome)
+    sign = -1 if maximize else 1
+    scores = {lr: _score(outcomes, target, sign) for lr, outcomes in groups.items()}
+    lr = min(scores, key=lambda lr: (scores[lr], lr), default=0.0)
+    steps, loss = scores.get(lr, WORST)
+    if loss == math.inf:
         return None
-    lr = min(scores, key=lambda lr: (scores[lr], lr))
-    edge: Literal["lowest", "highest"] | None = None
-    if lr == max(scores):
-        edge = "highest"
-    elif lr == min(scores):
-        edge = "lowest"
-    steps = scores[lr].steps if target is not None and scores[lr].steps < math.inf else None
-    return Best(batch_size, lr, scores[lr].loss, target, steps, edge)
-
-
-def _beyond(
-    records: Collection[Record], batch_size: int, lrs: Sequence[float], target: float | None
-) -> float | None:
-    """The learning rate to try next, beyond the edge where the best one is; None if it has neighbours."""
-    lrs = sorted(lrs)
-    below = lrs[1] / lrs[0] if len(lrs) > 1 else RATIO
-    above = lrs[-1] / lrs[-2] if len(lrs) > 1 else RATIO
-    best = best_lr(records, batch_size, target)
-    if best is not None:
-        # Learning rates that failed count as tried: trying them again, or beyond them, is no use.
-        if best.lr == lrs[-1]:
-            return float(f"{lrs[-1] * above:.6g}")
-        return float(f"{lrs[0] / below:.6g}") if best.lr == lrs[0] else None
-    diverged = any(cell.batch_size == batch_size and outcome.is_answer for cell, outcome in records)
-    return float(f"{lrs[0] / below:.6g}") if diverged else None
+    edge = "highest" if lr == max(scores) else "lowest" if lr == min(scores) else None
+    counted = None if target is None or steps == math.inf else steps
+    return Best(batch_size, lr, sign * loss, target, counted, edge)
 
 
 def planned(
-    grid: Grid, records: Collection[Record], *, refine: int = 0, targets: Sequence[float] = ()
+    grid: Grid,
+    records: Mapping[Cell, Outcome],
+    *,
+    refine: int = 0,
+    targets: Collection[float] = (),
+    maximize: bool = False,
 ) -> list[Cell]:
-    """All cells that a sweep wants, those among them that are finished too.
+    """All cells that a sweep wants, in the order to run them, those that are finished too.
 
     With `refine` a batch size whose cells are all finished, and whose best learning rate has none beyond
     it, gets one more, in the ratio of the last two. The answer depends on the grid and the records only, so
-    that a sweep that was killed goes on as if it had not been.
+    that every worker, and a sweep that was killed, plans the same.
 
     Args:
-        grid: as asked for.
+        grid: the cells asked for.
         records: finished cells.
         refine: largest number of learning rates to add to a batch size.
         targets: losses, each of which has a best learning rate of its own; none for the loss at the end.
-
-    Returns:
-        Them, in the order to run them.
+        maximize: whether larger losses are better.
 
     Example:
-        >>> from lightning_surge.sweep.cells import Outcome
-        >>> losses = {0.001: 0.5, 0.002: 0.3}
-        >>> records = [Record(Cell(8, lr, 0), Outcome("finished", loss)) for lr, loss in losses.items()]
-        >>> [cell.lr for cell in planned(Grid((8,), (0.001, 0.002), (0,)), records, refine=1)]
-        [0.001, 0.002, 0.004]
+        >>> records = {Cell(8, 0.1, 0): Outcome("finished", 0.5), Cell(8, 0.2, 0): Outcome("finished", 0.3)}
+        >>> [cell.lr for cell in planned(Grid((8,), (0.1, 0.2), (0,)), records, refine=1)]
+        [0.1, 0.2, 0.4]
     """
     cells = grid.cells()
-    done = {record.cell for record in records}
-    for batch_size in grid.batch_sizes:
+    for size in grid.batch_sizes:
         lrs = list(grid.lrs)
         for _ in range(refine):
-            tried = {Cell(batch_size, lr, seed) for lr in lrs for seed in grid.seeds}
-            if not tried <= done:
+            tried = {Cell(size, lr, seed) for lr in lrs for seed in grid.seeds}
+            if not tried <= records.keys():
                 break
-            known = [record for record in records if record.cell in tried]
-            found = (_beyond(known, batch_size, lrs, target) for target in targets or (None,))
+            known = {cell: records[cell] for cell in tried}
+            found = [
+                _beyond(known, sorted(lrs), best_lr(known, size, target, maximize=maximize))
+                for target in targets or (None,)
+            ]
             lr = next((lr for lr in found if lr is not None), None)
             if lr is None:
                 break
             lrs.append(lr)
-            cells += [Cell(batch_size, lr, seed) for seed in grid.seeds]
+            cells += [Cell(size, lr, seed) for seed in grid.seeds]
     return cells
 
 
-def remaining_seconds(
-    records: Iterable[Record], left: Mapping[Cell, float], examples: Mapping[int, int], processes: int
-) -> float | None:
-    """How long the rest will take, from the seconds per example of finished cells.
+def _beyond(records: Mapping[Cell, Outcome], lrs: Sequence[float], best: Best | None) -> float | None:
+    """The learning rate to try next, beyond the edge where the best one is; None if it has neighbours."""
+    below, above = (lrs[1] / lrs[0], lrs[-1] / lrs[-2]) if len(lrs) > 1 else (RATIO, RATIO)
+    # Learning rates that failed count as tried: trying them again, or beyond them, is no use.
+    if best is not None and best.lr == lrs[-1]:
+        return float(f"{lrs[-1] * above:.6g}")
+    all_diverged = best is None and any(outcome.is_answer for outcome in records.values())
+    at_the_bottom = best is not None and best.lr == lrs[0]
+    return float(f"{lrs[0] / below:.6g}") if all_diverged or at_the_bottom else None
 
-    Cells of the same batch size tell most: small batches take longer per example.
 
-    Args:
-        records: cells that ran on this machine.
-        left: cells to finish, with the seconds that they have been running.
-        examples: of a cell, by batch size.
-        processes: cells that run at a time.
-
-    Returns:
-        Seconds; None before anything finished.
+def seconds_left(records: Mapping[Cell, Outcome], left: Collection[Cell], at_a_time: int) -> float | None:
+    """How long the rest will take, from the mean time of finished cells of the same batch size, or of all.
 
     Example:
-        >>> from lightning_surge.sweep.cells import Outcome
-        >>> records = [Record(Cell(8, 0.1, 0), Outcome("finished", 1.0, 10, 80, seconds=4.0))]
-        >>> remaining_seconds(records, {Cell(8, 0.2, 0): 1.0, Cell(8, 0.3, 0): 0.0}, {8: 80}, processes=1)
-        7.0
+        >>> records = {Cell(8, 0.1, 0): Outcome("finished", 1.0, seconds=4.0)}
+        >>> seconds_left(records, [Cell(8, 0.2, 0), Cell(8, 0.3, 0)], at_a_time=1)
+        8.0
     """
-    spent: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    for cell, outcome in records:
-        if outcome.status == "finished" and outcome.examples:
-            spent[cell.batch_size].append((outcome.seconds, outcome.examples))
-    if not spent:
+    spent = defaultdict(list)
+    for cell, outcome in records.items():
+        if outcome.status == "finished":
+            spent[cell.batch_size].append(outcome.seconds)
+    if not spent or not left:
         return None
-    everything = [entry for entries in spent.values() for entry in entries]
-    needed = []
-    for cell, elapsed in left.items():
-        entries = spent.get(cell.batch_size, everything)
-        rate = sum(seconds for seconds, _ in entries) / sum(count for _, count in entries)
-        needed.append(max(0.0, rate * examples[cell.batch_size] - elapsed))
-    # However many processes there are, the longest cell has to be waited for.
-    return max(sum(needed) / max(1, processes), max(needed, default=0.0))
+    everything = [seconds for each in spent.values() for seconds in each]
+    needed = [fmean(spent.get(cell.batch_size, everything)) for cell in left]
+    # However many run side by side, the longest cell has to be waited for.
+    return max(sum(needed) / max(1, at_a_time), *needed)
 
 
 def accumulation_for(batch_size: int, *, largest: int | None, replicas: int = 1) -> int:
-    """Micro-batches per optimizer step: as few equal ones as fit.
-
-    Args:
-        batch_size: examples per optimizer step.
-        largest: examples that a micro-batch may have; None for any number.
-        replicas: data-parallel replicas that share a step.
-
-    Returns:
-        The number, a divisor of the replica's share.
+    """Micro-batches per optimizer step of each replica: as few equal ones, of at most `largest`, as fit.
 
     Raises:
         ValueError: if the replicas cannot share the batch.
@@ -226,19 +177,16 @@ def accumulation_for(batch_size: int, *, largest: int | None, replicas: int = 1)
             f"Expected batch sizes that {replicas} replicas can share, got {batch_size}: use multiples of "
             f"{replicas}."
         )
-    if largest is None:
-        return 1
-    if largest < 1:
-        raise ValueError(f"Expected max_micro_batch_size >= 1, got {largest}.")
-    return next(parts for parts in range(math.ceil(share / largest), share + 1) if share % parts == 0)
+    least = 1 if largest is None else math.ceil(share / largest)
+    return next(parts for parts in range(least, share + 1) if share % parts == 0)
 
 
 def parse_numbers(words: Sequence[str], name: str, *, whole: bool = False) -> tuple[float, ...]:
-    """Numbers, and ranges `first:last:count` in equal ratios.
+    """Numbers, and ranges `first:last:count` in equal ratios, separated by spaces or commas.
 
     Args:
-        words: as typed.
-        name: of the argument, for messages.
+        words: the words typed.
+        name: name of the argument, for messages.
         whole: whether only whole numbers will do; those of ranges are rounded.
 
     Returns:
@@ -248,37 +196,34 @@ def parse_numbers(words: Sequence[str], name: str, *, whole: bool = False) -> tu
         ValueError: if a word is neither, or a number is not positive and finite.
 
     Example:
-        >>> parse_numbers(["1e-3:1e-1:5", "1"], "lrs")
+        >>> parse_numbers(["1e-3:1e-1:5,1"], "lrs")
         (0.001, 0.00316228, 0.01, 0.0316228, 0.1, 1.0)
-        >>> parse_numbers(["16:128:4"], "batch_sizes", whole=True)
-        (16, 32, 64, 128)
     """
     numbers: set[float] = set()
     for word in words:
         try:
-            numbers.update(_numbers_in(word, whole))
+            for part in word.rstrip(",").split(","):
+                numbers.update(_numbers_in(part.strip(), whole))
         except (ValueError, OverflowError) as error:
-            kind = "positive whole numbers" if whole else "positive numbers"
-            example = "16:1024:4" if whole else "1e-4:1e-1:7"
+            kind, example = ("whole ", "16:1024:4") if whole else ("", "1e-4:1e-1:7")
             raise ValueError(
-                f"Expected {name} to be {kind} or ranges first:last:count, got {word!r}: write {example} "
-                f"for numbers in equal ratios."
+                f"Expected {name} to be positive {kind}numbers or ranges first:last:count, got {word!r}: "
+                f"write {example} for numbers in equal ratios."
             ) from error
     return tuple(sorted(numbers))
 
 
 def _numbers_in(word: str, whole: bool) -> list[float]:
-    parts = word.split(":")
-    if len(parts) == 1:
-        numbers: list[float] = [int(word)] if whole else [float(word)]
+    ends, count = word.split(":"), 1
+    if len(ends) == 1:
+        if whole and word.startswith("0"):
+            raise ValueError(word)  # 1,024 is one number with a separator, not two
+        numbers: list[float] = [int(word) if whole else float(word)]
     else:
-        if len(parts) != 3:
-            raise ValueError(word)
-        first, last, count = float(parts[0]), float(parts[1]), int(parts[2])
+        first, last, count = float(ends[0]), float(ends[1]), int(ends[2] if len(ends) == 3 else 0)
         if count < 2 or not 0 < first < last < math.inf:
             raise ValueError(word)
-        ratio = (last / first) ** (1 / (count - 1))
-        exact = [first * ratio**index for index in range(count)]
+        exact = [first * (last / first) ** (index / (count - 1)) for index in range(count)]
         numbers = [round(number) if whole else float(f"{number:.6g}") for number in exact]
     if not all(0 < number < math.inf for number in numbers):
         raise ValueError(word)

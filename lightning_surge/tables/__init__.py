@@ -5,7 +5,7 @@ from lightning_surge.tables.figure import draw_fits
 from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, fit_grid
 from lightning_surge.tables.law_fits import HeldOut, LawFit
 from lightning_surge.tables.optima import Optimum, Valley, valleys
-from lightning_surge.tables.read import Columns, RunTable, read_table
+from lightning_surge.tables.read import Columns, RunTable, read_table, read_tables
 
 __all__ = [
     "Columns",
@@ -21,5 +21,6 @@ __all__ = [
     "draw_fits",
     "fit_grid",
     "read_table",
+    "read_tables",
     "valleys",
 ]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_surge.tables.fit import FittedLaw, GridFit
-from lightning_surge.tables.law_fits import LAWS
+from lightning_surge.tables.fit import GridFit
+from lightning_surge.tables.law_fits import LAWS, Optima, fit_law
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,15 +27,12 @@ __all__ = ["draw_fits"]
 FloatArray = npt.NDArray[np.float64]
 
 # Okabe and Ito's palette, which stays apart under the common forms of colour blindness.
-STYLES: dict[str, tuple[str, Any, float]] = {
-    "measured": ("#D55E00", "-", 4.0),
-    "adam": ("#0072B2", (0, (5, 2)), 2.0),
-    "sgd": ("#CC79A7", (0, (1, 1)), 2.5),
-    "sgd_sqrt": ("#009E73", (0, (4, 1.5, 1, 1.5)), 2.0),
-}
-"""Colour, dashes and width of the curves that are drawn, the wide ones below."""
-INK, FAILED = "#000000", "#d8d8d8"
+BEST, SQRT, INK, FAILED = "#D55E00", "#555555", "#000000", "#d8d8d8"
+RIVALS = (("#0072B2", (0, (5, 2))), ("#CC79A7", (0, (1, 1))), ("#009E73", (0, (4, 1.5, 1, 1.5))))
+"""Colours and dashes of laws that are not told from the best one; further ones are not drawn."""
 COLUMNS = 3
+TICKS = 9
+"""Labels that an axis has room for."""
 WORST = 2.0
 """Colours end at so many doublings of the steps; at such a part of the losses' spread."""
 QUANTILE = 0.6
@@ -45,25 +42,25 @@ MARGIN = 1.3
 """Beyond the learning rates where there are no cells, as a factor."""
 
 
-def draw_fits(fits: Sequence[GridFit]) -> Figure:
+def draw_fits(fits: Sequence[GridFit], title: str = "") -> Figure:
     """One panel per fit.
 
     Each cell of a grid is coloured by how much worse it ended than the best one at its batch size, so that
     the valley shows at every size; grey cells have a run that failed. Dots are the optima, with intervals;
-    open ones lie at an edge of the grid and took no part in the fits. A table of tuned learning rates has no
-    cells to colour. The curves are the measured-law form,
-    Adam's and the two of SGD. A star marks the peak, with its interval, of the law that predicts best among
-    those with a peak inside the grid.
+    open ones took no part in the fits. A table of tuned learning rates has no cells to colour. The wide curve
+    is the law that predicts best, the thin ones are not told from it, and sqrt scaling is always there to
+    compare. A star marks the peak of the best law, with its interval, if it lies inside the grid.
 
     Args:
         fits: what `fit_grid` returned.
+        title: line above the panels, such as the name of the table.
 
     Returns:
         A figure for `figure.savefig`.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
-        ValueError: without fits.
+        ValueError: if there are no fits.
     """
     if not fits:
         raise ValueError("Expected at least one fit, got none: pass what fit_grid returned.")
@@ -73,7 +70,8 @@ def draw_fits(fits: Sequence[GridFit]) -> Figure:
         raise ModuleNotFoundError("Drawing needs matplotlib: pip install 'lightning-surge[plot]'.") from error
     columns = min(COLUMNS, len(fits))
     rows = math.ceil(len(fits) / columns)
-    figure = Figure(figsize=(6.2 * columns, 4.9 * rows + 0.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.2 * columns, 4.9 * rows + 0.7), dpi=110, layout="constrained")
+    figure.suptitle(title, fontsize=11)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes in panels[len(fits) :]:
         axes.set_visible(False)
@@ -82,7 +80,7 @@ def draw_fits(fits: Sequence[GridFit]) -> Figure:
         _draw_panel(axes, fit)
         handles, labels = axes.get_legend_handles_labels()
         entries = dict(zip(labels, handles, strict=True)) | entries
-    across = min(len(entries), 3 if len(fits) == 1 else 7)
+    across = min(len(entries), 2 * columns)
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=across, frameon=False)
     return figure
 
@@ -90,38 +88,61 @@ def draw_fits(fits: Sequence[GridFit]) -> Figure:
 def _draw_panel(axes: Axes, fit: GridFit) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    sizes = np.array([valley.batch_size for valley in fit.valleys])
+    lrs = np.unique(np.exp(np.concatenate([valley.log_lrs for valley in fit.valleys])))
     if any(valley.log_lrs.size > 1 for valley in fit.valleys):
         _draw_grid(axes, fit)
     else:
-        lrs = [valley.optimum.lr for valley in fit.valleys if valley.optimum.found]
-        axes.set_ylim(min(lrs) / MARGIN, max(lrs) * MARGIN)
-        axes.set_yticks(sorted({*lrs}), [f"{lr:g}" for lr in sorted({*lrs})])
+        axes.set_ylim(lrs[0] / MARGIN, lrs[-1] * MARGIN)
     bottom, top = axes.get_ylim()
-    sizes = np.array([valley.batch_size for valley in fit.valleys])
-    across = np.geomspace(sizes[0], sizes[-1], 200)
-    fitted = {law.name: law for law in fit.laws}
-    for name, (colour, dashes, width) in STYLES.items():
-        if name in fitted:
-            curve = [fitted[name].law.lr(size) for size in across.tolist()]
-            label = LAWS[name].label
-            axes.plot(across, curve, color=colour, linestyle=dashes, linewidth=width, label=label)
+    _draw_laws(axes, fit, np.geomspace(sizes[0], sizes[-1], 200))
     _draw_optima(axes, fit)
-    left, right = _borders(np.log(sizes))[[0, -1]]
-    axes.set_xlim(math.exp(left), math.exp(right))
+    left, right = np.exp(_borders(np.log(sizes))[[0, -1]])
     # A law may leave the grid by decades; the grid is what is to be seen.
+    axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
-    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes.minorticks_off()
+    ticks = _thinned(sizes, left, right)
+    axes.set_xticks(ticks, [f"{size:,.10g}" for size in ticks])
+    ticks = _thinned(np.array([float(f"{lr:.2g}") for lr in lrs]), bottom, top)
+    axes.set_yticks(ticks, [f"{lr:g}" for lr in ticks])
     axes.set_xlabel("batch size B (examples)")
     axes.set_ylabel("learning rate (per step)")
-    what = "final loss" if fit.measure == "loss" else "steps to the loss"
-    title = what + ("" if fit.target is None else f" {fit.target:.4g}")
-    peaked = _peaked(fit)
-    if peaked is not None:
-        _draw_peak(axes, peaked)
-        title += f"\npeak at B = {peaked.peak_batch_size.value:.3g} ({peaked.name}"
-        title += ")" if peaked.name == fit.best or fit.best is None else f"; best law: {fit.best})"
+    parts = ["final loss" if fit.measure == "loss" else "steps to the loss"]
+    parts += [] if fit.target is None else [f"{fit.target:.4g}"]
+    title = ", ".join([" ".join(parts), *(f"{column} {value}" for column, value in fit.group.items())])
+    best = next((law for law in fit.laws if law.name == fit.best), None)
+    if best is not None and sizes[0] <= best.peak_batch_size.value <= sizes[-1]:
+        _draw_star(axes, best.peak_batch_size, best.peak_lr)
+        title += f"\npeak of {best.name} at B = {float(f'{best.peak_batch_size.value:.3g}'):,g}"
     axes.set_title(title, fontsize=10.5)
+
+
+def _thinned(values: FloatArray, low: float, high: float) -> list[float]:
+    """As many of the values as there is room for, in the log."""
+    kept: list[float] = []
+    for value in np.unique(values).tolist():
+        if not kept or math.log(value / kept[-1]) >= math.log(high / low) / TICKS:
+            kept.append(value)
+    return kept
+
+
+def _draw_laws(axes: Axes, fit: GridFit, across: FloatArray) -> None:
+    used = [valley.optimum for valley in fit.valleys if valley.optimum.found]
+    optima = Optima(np.array([each.batch_size for each in used]), np.log([each.lr for each in used]), None)
+    laws = {law.name: law.law for law in fit.laws}
+    best = fit.best or next(iter(laws), None)
+    curves: list[tuple[str, str, Any, float, str]] = [
+        (name, *style, 1.8, "")
+        for name, style in zip([n for n in fit.ties if n != "sqrt"], RIVALS, strict=False)
+    ]
+    curves += [("sqrt", SQRT, ":", 2.0, "")] if best != "sqrt" else []
+    curves += [(best, BEST, "-", 4.0, " (predicts best)" if fit.best else "")] if best is not None else []
+    for name, colour, dashes, width, what in curves:
+        law = laws[name] if name in laws else fit_law(name, optima).law  # type: ignore[union-attr]
+        lrs = [law.lr(size) for size in across.tolist()]
+        label = LAWS[name].label + what
+        axes.plot(across, lrs, color=colour, linestyle=dashes, linewidth=width, label=label)
 
 
 def _draw_grid(axes: Axes, fit: GridFit) -> None:
@@ -129,72 +150,63 @@ def _draw_grid(axes: Axes, fit: GridFit) -> None:
     import matplotlib
 
     sizes = _borders(np.log([valley.batch_size for valley in fit.valleys]))
-    excess = [valley.means - valley.means.min() for valley in fit.valleys if np.isfinite(valley.means).any()]
-    everything = np.concatenate(excess) if excess else np.zeros(1)
-    finite = everything[np.isfinite(everything)]
+    with np.errstate(invalid="ignore"):
+        excess = [valley.means - valley.means.min() for valley in fit.valleys]
+    finite = np.concatenate([each[np.isfinite(each)] for each in excess])
     spread = float(np.quantile(finite, QUANTILE)) or 1.0
     top = WORST * math.log(2) if fit.measure == "steps" else spread
     colours = matplotlib.colormaps["viridis_r"].with_extremes(bad=FAILED)
+    borders = [_borders(valley.log_lrs) for valley in fit.valleys]
     image: Any = None
-    lows, highs = [], []
-    for valley, left, right in zip(fit.valleys, sizes[:-1], sizes[1:], strict=True):
-        borders = _borders(valley.log_lrs)
-        lows.append(borders[0])
-        highs.append(borders[-1])
-        cells = np.full(valley.means.shape, np.nan)
-        known = np.isfinite(valley.means)
-        if known.any():
-            cells[known] = valley.means[known] - valley.means[known].min()
+    for left, right, heights, cells in zip(sizes[:-1], sizes[1:], borders, excess, strict=True):
+        cells = np.where(np.isfinite(cells), cells, np.nan)[:, None]
         image = axes.pcolormesh(
-            np.exp([left, right]), np.exp(borders), cells[:, None], cmap=colours, vmin=0, vmax=top,
-            alpha=0.85, rasterized=True,
-        )  # fmt: skip
-    axes.set_ylim(math.exp(min(lows)), math.exp(max(highs)))
+            np.exp([left, right]),
+            np.exp(heights),
+            cells,
+            cmap=colours,
+            vmin=0,
+            vmax=top,
+            alpha=0.85,
+            rasterized=True,
+        )
+    axes.set_ylim(math.exp(min(each[0] for each in borders)), math.exp(max(each[-1] for each in borders)))
     bar = axes.figure.colorbar(image, ax=axes, extend="max")
     if fit.measure == "steps":
         bar.set_ticks([0, math.log(2), 2 * math.log(2)], labels=["1", "2", "4"])
         bar.set_label("steps / fewest at this B (grey: not reached)", fontsize=9)
     else:
-        bar.set_label("loss above the lowest at this B (grey: failed)", fontsize=9)
+        bar.set_label("distance from the best at this B (grey: failed)", fontsize=9)
 
 
 def _draw_optima(axes: Axes, fit: GridFit) -> None:
     barred = any(math.isfinite(lr.low) and math.isfinite(lr.high) for lr in fit.lrs)
-    found = "best lr, 95 % interval" if barred else "best lr"
-    if all(valley.optimum.status == "tuned" for valley in fit.valleys):
-        found = "tuned lr"
-    used = [valley.optimum.found for valley in fit.valleys]
-    for valley, lr, inside in zip(fit.valleys, fit.lrs, used, strict=True):
-        if math.isnan(lr.value):
-            continue
-        bars = None
-        if math.isfinite(lr.low) and math.isfinite(lr.high):
-            bars = [[max(lr.value - lr.low, 0.0)], [max(lr.high - lr.value, 0.0)]]
-        axes.errorbar(
-            [valley.batch_size], [lr.value], yerr=bars, fmt="o", color=INK, markersize=7, capsize=4,
-            markerfacecolor=INK if inside else "white", zorder=4,
-            label=found if inside else "at an edge: not used",
-        )  # fmt: skip
+    tuned = all(valley.optimum.status == "tuned" for valley in fit.valleys)
+    found = "tuned lr" if tuned else "best lr, 95 % interval" if barred else "best lr"
+    for valley, lr in zip(fit.valleys, fit.lrs, strict=True):
+        if not math.isnan(lr.value):
+            inside = valley.optimum.found
+            axes.errorbar(
+                [valley.batch_size], [lr.value], yerr=_bars(lr.value, lr.low, lr.high), fmt="o", color=INK,
+                markersize=6, capsize=3, markerfacecolor=INK if inside else "white", zorder=4,
+                label=found if inside else "no optimum inside: not used",
+            )  # fmt: skip
 
 
-def _peaked(fit: GridFit) -> FittedLaw | None:
-    """The law whose peak is marked."""
-    first, last = fit.valleys[0].batch_size, fit.valleys[-1].batch_size
-    return next((law for law in fit.laws if first <= law.peak_batch_size.value <= last), None)
+def _bars(value: float, low: float, high: float) -> list[list[float]] | None:
+    """Lengths of an error bar to both sides; None without an interval that ends."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return None
+    return [[max(value - low, 0.0)], [max(high - value, 0.0)]]
 
 
-def _draw_peak(axes: Axes, law: FittedLaw) -> None:
-    size, lr = law.peak_batch_size, law.peak_lr
+def _draw_star(axes: Axes, size: Any, lr: Any) -> None:
     low, high = axes.get_xlim()
     # An interval without an end goes on to the border.
-    ends = [max(size.low, low), min(size.high, high)] if not math.isnan(size.low) else [size.value] * 2
-    heights = [lr.low, lr.high] if math.isfinite(lr.low) and math.isfinite(lr.high) else [lr.value] * 2
     axes.errorbar(
-        [size.value], [lr.value],
-        xerr=[[max(size.value - ends[0], 0.0)], [max(ends[1] - size.value, 0.0)]],
-        yerr=[[max(lr.value - heights[0], 0.0)], [max(heights[1] - lr.value, 0.0)]],
-        fmt="*", color="white", ecolor="#8b0000", markersize=17, markeredgecolor="#8b0000", elinewidth=2,
-        capsize=5, zorder=5, label="peak, 95 % interval",
+        [size.value], [lr.value], xerr=_bars(size.value, max(size.low, low), min(size.high, high)),
+        yerr=_bars(lr.value, lr.low, lr.high), fmt="*", color="white", ecolor="#8b0000", markersize=17,
+        markeredgecolor="#8b0000", elinewidth=2, capsize=5, zorder=5, label="its peak, 95 % interval",
     )  # fmt: skip
 
 

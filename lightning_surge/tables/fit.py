@@ -11,7 +11,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,12 +34,13 @@ class FittedLaw(NamedTuple):
     """One law.
 
     Attributes:
-        name: a key of `families.LAWS`.
+        name: a key of `law_fits.LAWS`.
         law: with its parameters.
         parameters: those, with intervals.
         peak_batch_size: where its learning rate is largest, in examples; infinite if it never falls.
         peak_lr: the learning rate there, or its limit; infinite if it grows without bound.
         critical_batch_size: where a step gains half of the most it can, in examples.
+        at: its learning rates at the batch sizes asked for.
         limited: whether a parameter of its shape stopped at the end of the range searched, far from the batch
             sizes tried: the grid only says that it is at least, or at most, so much.
         residual: root mean square of log2 of fitted over found.
@@ -52,6 +53,7 @@ class FittedLaw(NamedTuple):
     peak_batch_size: Estimate
     peak_lr: Estimate
     critical_batch_size: Estimate
+    at: tuple[Estimate, ...]
     limited: bool
     residual: float
     held_out: HeldOut | None
@@ -61,8 +63,10 @@ class GridFit(NamedTuple):
     """All that a grid says.
 
     Attributes:
-        measure: what was made smallest.
+        measure: what was made smallest, or largest if the table was read so.
         target: the loss that was to be reached; None if the table does not say.
+        group: values that its runs share, by column.
+        runs: number of runs.
         valleys: the grid, by batch size.
         lrs: interval of each valley's best learning rate.
         tradeoff: critical batch size, fewest steps and fewest examples by Eq. 22; empty without steps.
@@ -75,6 +79,8 @@ class GridFit(NamedTuple):
 
     measure: Measure
     target: float | None
+    group: Mapping[str, str]
+    runs: int
     valleys: tuple[Valley, ...]
     lrs: tuple[Estimate, ...]
     tradeoff: tuple[Estimate, ...]
@@ -86,14 +92,10 @@ class GridFit(NamedTuple):
 
 
 class Unfitted(NamedTuple):
-    """A grid that says too little.
-
-    Attributes:
-        target: the loss that was to be reached; None if the table does not say.
-        reason: what is missing.
-    """
+    """A grid that says too little: its target and group as of a `GridFit`, and what is missing."""
 
     target: float | None
+    group: Mapping[str, str]
     reason: str
 
 
@@ -101,18 +103,8 @@ def split_targets(table: RunTable) -> list[tuple[float | None, RunTable]]:
     """One table for each target, from the highest loss to the lowest."""
     if table.targets is None:
         return [(None, table)]
-    parts = []
-    for target in sorted(np.unique(table.targets).tolist(), reverse=True):
-        rows = table.targets == target
-        part = table._replace(
-            batch_sizes=table.batch_sizes[rows],
-            lrs=table.lrs[rows],
-            outcomes=table.outcomes[rows],
-            seeds=None if table.seeds is None else table.seeds[rows],
-            targets=table.targets[rows],
-        )
-        parts.append((target, part))
-    return parts
+    targets = sorted(np.unique(table.targets).tolist(), reverse=True)
+    return [(target, table.at(table.targets == target)) for target in targets]
 
 
 def fit_grid(
@@ -122,17 +114,19 @@ def fit_grid(
     tuned: bool = False,
     bootstrap: int = 200,
     seed: int = 0,
+    at: Sequence[float] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> GridFit:
     """Fit laws to one grid of runs.
 
     Args:
         table: runs to one target.
-        laws: names from `families.LAWS`.
+        laws: names from `law_fits.LAWS`.
         tuned: whether a learning rate that is the only one of its batch size is the best one, as in tables of
             runs that others have tuned.
         bootstrap: repetitions for the intervals, at least 0.
         seed: of the repetitions.
+        at: batch sizes at which every law is asked for its learning rate, in examples.
         progress: told how many repetitions are done, of how many.
 
     Returns:
@@ -167,21 +161,27 @@ def fit_grid(
     grid = valleys(table, tuned=tuned)
     used = [valley for valley in grid if valley.optimum.found]
     if len(used) < FEWEST:
-        raise ValueError(_too_little(grid))
+        raise ValueError(_too_little(grid, table.maximize))
     optima = Optima(
         sizes=np.array([valley.batch_size for valley in used]),
         logs=np.log([valley.optimum.lr for valley in used]),
         steps=np.array([valley.optimum.outcome for valley in used]) if table.measure == "steps" else None,
     )
-    fits, notes = _fit_all([name for name in LAWS if name in laws], optima)
+    notes = list(table.notes)
+    if optima.steps is not None and optima.line() is None:
+        notes.append("Eq. 22 gives no scale: steps do not fall towards a limit as examples grow")
+    names = [name for name in LAWS if name in laws and LAWS[name].size <= len(used)]
+    fits = {name: fit for name in names if (fit := fit_law(name, optima)) is not None}
     drawn = repeat(used, optima, fits, repetitions=bootstrap, seed=seed, progress=progress)
-    fitted = [_fitted(name, fit, hold_out(name, optima), drawn) for name, fit in fits.items()]
+    fitted = [_fitted(name, fit, hold_out(name, optima), drawn, at) for name, fit in fits.items()]
     # What cannot be held out comes last.
     fitted.sort(key=lambda each: math.inf if each.held_out is None else each.held_out.error)
     best, ties = _ranking(fitted)
     return GridFit(
         measure=table.measure,
         target=None if table.targets is None else float(table.targets[0]),
+        group=table.group,
+        runs=table.lrs.size,
         valleys=tuple(grid),
         lrs=_learning_rates(grid, drawn),
         tradeoff=drawn.of_line(optima.line()),
@@ -189,38 +189,25 @@ def fit_grid(
         best=best,
         ties=ties,
         from_seeds=drawn.from_seeds,
-        notes=(*table.notes, *notes),
+        notes=tuple(notes),
     )
 
 
-def _fit_all(names: Sequence[str], optima: Optima) -> tuple[dict[str, LawFit], list[str]]:
-    """Every law that there are batch sizes enough for, and what to say of the others."""
-    fits, notes = {}, []
-    if optima.steps is not None and optima.line() is None:
-        notes.append("Eq. 22 gives no scale: steps do not fall towards a limit as examples grow")
-    for name in names:
-        if LAWS[name].size <= optima.sizes.size and (fit := fit_law(name, optima)) is not None:
-            fits[name] = fit
-    return fits, notes
+def _fitted(
+    name: str, fit: LawFit, held_out: HeldOut | None, drawn: Repetitions, at: Sequence[float]
+) -> FittedLaw:
+    def interval(what: str, quantity: Callable[[Law], float]) -> Estimate:
+        return drawn.of_law(name, what, quantity(fit.law), quantity)
 
-
-def _fitted(name: str, fit: LawFit, held_out: HeldOut | None, drawn: Repetitions) -> FittedLaw:
-    describe, law = LAWS[name].describe, fit.law
-    parameters = describe(law)
+    describe = LAWS[name].describe
     return FittedLaw(
         name=name,
-        law=law,
-        parameters=tuple(
-            drawn.of_law(name, key, value, lambda each, key=key: describe(each)[key])  # type: ignore[misc]
-            for key, value in parameters.items()
-        ),
-        peak_batch_size=drawn.of_law(
-            name, "peak_batch_size", law.peak.batch_size, lambda each: each.peak.batch_size
-        ),
-        peak_lr=drawn.of_law(name, "peak_lr", law.peak.lr, lambda each: each.peak.lr),
-        critical_batch_size=drawn.of_law(
-            name, "critical_batch_size", law.critical_batch_size, lambda each: each.critical_batch_size
-        ),
+        law=fit.law,
+        parameters=tuple(interval(key, lambda law, key=key: describe(law)[key]) for key in describe(fit.law)),  # type: ignore[misc]
+        peak_batch_size=interval("peak_batch_size", lambda law: law.peak.batch_size),
+        peak_lr=interval("peak_lr", lambda law: law.peak.lr),
+        critical_batch_size=interval("critical_batch_size", lambda law: law.critical_batch_size),
+        at=tuple(interval(f"{size:g}", lambda law, size=size: law.lr(size)) for size in at),  # type: ignore[misc]
         limited=fit.limited,
         residual=float(np.sqrt(np.mean(fit.residuals**2)) / math.log(2)),
         held_out=held_out,
@@ -250,12 +237,11 @@ def _ranking(fitted: Sequence[FittedLaw]) -> tuple[str | None, tuple[str, ...]]:
 
 
 REMEDIES = {
-    "edge_low": "the best learning rate is the smallest one tried, {lr:.3g}: extend the grid downwards",
-    "edge_high": "the best learning rate is the largest one tried, {lr:.3g}: extend the grid upwards",
+    "edge_low": "the best learning rate is the smallest one tried, {lr:.3g}: add smaller ones",
+    "edge_high": "the best learning rate is the largest one tried, {lr:.3g}: add larger ones",
     "flat": "no valley stands out of the noise: add seeds, or learning rates further apart",
-    "few": "fewer than 3 learning rates: add some on both sides of {lr:.3g}, or pass --tuned if the only one "
-    "is known to be best",
-    "failed": "every learning rate has a run that failed: add smaller ones, or longer runs",
+    "few": "fewer than 3 learning rates: add some around {lr:.3g}, or pass --tuned if it is known to be best",
+    "failed": "every learning rate has a run that failed: add smaller ones",
 }
 """What to do where a batch size has no optimum inside its grid, by status."""
 
@@ -266,15 +252,16 @@ def remedy(valley: Valley) -> str:
     return REMEDIES.get(optimum.status, "").format(lr=optimum.lr)
 
 
-def _too_little(grid: Sequence[Valley]) -> str:
+def _too_little(grid: Sequence[Valley], maximize: bool) -> str:
     missing = [valley for valley in grid if not valley.optimum.found]
-    found = len(grid) - len(missing)
-    reasons = "; ".join(f"at B = {valley.batch_size:g} {remedy(valley)}" for valley in missing[:6])
-    if len(missing) > 6:
-        reasons += f"; and {len(missing) - 6} more"
-    count = f"{len(grid)} batch size" + ("s" if len(grid) > 1 else "")
+    reasons = "; ".join(f"at B = {valley.batch_size:,g} {remedy(valley)}" for valley in missing[:6])
+    more = f"; and {len(missing) - 6} more" if len(missing) > 6 else ""
+    edges = all(valley.optimum.status in ("edge_low", "edge_high") for valley in grid)
+    hint = ". Every optimum is at an end: pass --maximize if larger values are better, as of an accuracy"
+    if maximize:
+        hint = ". Every optimum is at an end: leave out --maximize if smaller values are better"
     return (
-        f"Expected {FEWEST} batch sizes with an optimum inside their grid, got {found} of {count}: "
-        + (reasons or "add batch sizes, each with at least 3 learning rates")
-        + "."
+        f"Expected {FEWEST} batch sizes with an optimum inside their grid, got {len(grid) - len(missing)} of "
+        f"{len(grid)}: {reasons or 'add batch sizes, each with at least 3 learning rates'}{more}"
+        f"{hint if edges else ''}."
     )

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,22 +57,11 @@ class HeldOut(NamedTuple):
 
 
 class Optima(NamedTuple):
-    """Batch sizes with their best learning rates.
-
-    Attributes:
-        sizes: examples, shape `(n,)`.
-        logs: logs of the best learning rates, shape `(n,)`.
-        steps: steps to the target there, shape `(n,)`, if those were counted.
-    """
+    """Batch sizes, the logs of their best learning rates, and the steps to the target there if counted."""
 
     sizes: FloatArray
     logs: FloatArray
     steps: FloatArray | None
-
-    def without(self, index: int) -> Optima:
-        """All but one batch size."""
-        kept = np.arange(self.sizes.size) != index
-        return Optima(self.sizes[kept], self.logs[kept], None if self.steps is None else self.steps[kept])
 
     def line(self) -> TradeoffFit | None:
         """Eq. 22; None without steps, or where they do not fall towards a limit as examples grow."""
@@ -82,13 +71,7 @@ class Optima(NamedTuple):
 
 
 class LawFit(NamedTuple):
-    """A fitted law.
-
-    Attributes:
-        law: with its parameters.
-        residuals: log of fitted over found, shape `(n,)`.
-        limited: whether a parameter of its shape stopped at the end of the range searched.
-    """
+    """A law, the logs of fitted over found, and whether a parameter stopped at the end of its range."""
 
     law: Law
     residuals: FloatArray
@@ -122,8 +105,7 @@ def fit_law(name: str, optima: Optima, *, precise: bool = True) -> LawFit | None
 
     def curve(shape: npt.ArrayLike) -> FloatArray:
         law = family.build(1.0, given or tuple(np.exp(shape).tolist()), base)
-        logs_of_law: FloatArray = np.log([law.lr(size) for size in sizes.tolist()])
-        return logs_of_law
+        return np.log([law.lr(size) for size in sizes.tolist()])
 
     # The amplitude is that of the mean over the batch sizes, so that it does not depend on the shape.
     def residuals(parameters: FloatArray) -> FloatArray:
@@ -131,35 +113,20 @@ def fit_law(name: str, optima: Optima, *, precise: bool = True) -> LawFit | None
         differences: FloatArray = parameters[0] + shape - shape.mean() - logs
         return differences
 
-    if given or family.size == 1:
-        starts, low, high = [()], np.array([]), np.array([])
-    else:
+    starts, low, high = [()], np.array([]), np.array([])
+    if not given and family.size > 1:
         shapes, curves, low, high = _starts(name, tuple(sizes.tolist()))
         misfit = curves - (logs - logs.mean())
         misfit -= np.median(misfit, axis=1, keepdims=True)
         order = np.argsort(np.sqrt(1 + (misfit / RESIDUAL_SCALE) ** 2).sum(axis=1), kind="stable")
         starts = shapes[order[: REFINED if precise else 1]].tolist()
-    tolerance = TOLERANCE if precise else ROUGH_TOLERANCE
-    found = min(
-        (
-            least_squares(
-                residuals,
-                np.array([logs.mean(), *start]),
-                jac="3-point" if precise else "2-point",
-                bounds=([-np.inf, *low], [np.inf, *high]),
-                loss="soft_l1",
-                f_scale=RESIDUAL_SCALE,
-                xtol=tolerance,
-                ftol=tolerance,
-                gtol=tolerance,
-                max_nfev=EVALUATIONS if precise else ROUGH_EVALUATIONS,
-            )
-            for start in starts
-        ),
-        key=lambda result: float(result.cost),
-    ).x
-    shape = curve(found[1:])
-    amplitude = math.exp(found[0] - shape.mean())
+    options: dict[str, Any] = {"jac": "3-point" if precise else "2-point", "loss": "soft_l1"}
+    options |= {"f_scale": RESIDUAL_SCALE, "bounds": ([-np.inf, *low], [np.inf, *high])}
+    options |= dict.fromkeys(("xtol", "ftol", "gtol"), TOLERANCE if precise else ROUGH_TOLERANCE)
+    options["max_nfev"] = EVALUATIONS if precise else ROUGH_EVALUATIONS
+    results = [least_squares(residuals, np.array([logs.mean(), *start]), **options) for start in starts]
+    found = min(results, key=lambda result: float(result.cost)).x
+    amplitude = math.exp(found[0] - curve(found[1:]).mean())
     law = family.build(amplitude, given or tuple(np.exp(found[1:]).tolist()), base)
     limited = bool((np.minimum(found[1:] - low, high - found[1:]) < AT_LIMIT).any())
     return LawFit(law, residuals(found), limited)
@@ -210,7 +177,8 @@ def hold_out(name: str, optima: Optima) -> HeldOut | None:
         return None
     errors = []
     for index, size in enumerate(optima.sizes.tolist()):
-        fit = fit_law(name, optima.without(index))
+        rest = Optima(*(None if values is None else np.delete(values, index) for values in optima))  # type: ignore[arg-type]
+        fit = fit_law(name, rest)
         if fit is None:
             return None
         errors.append((size, (math.log(fit.law.lr(size)) - float(optima.logs[index])) / math.log(2)))
@@ -252,11 +220,9 @@ def _sgd(exponent: float) -> Callable[[float, Sequence[float], float], Law]:
 
 def _measured(amplitude: float, shape: Sequence[float], _: float) -> Law:
     # The learning rate does not tell the unit of the loss: alignment is counted in its limit.
+    noise, signal = 1 / amplitude, shape[1] / amplitude
     return MeasuredLaw(
-        alignment_limit=1.0,
-        alignment_scale=shape[0],
-        noise_curvature=1 / amplitude,
-        signal_curvature=shape[1] / amplitude,
+        alignment_limit=1.0, alignment_scale=shape[0], noise_curvature=noise, signal_curvature=signal
     )
 
 
@@ -266,28 +232,26 @@ def _power(kind: type[SqrtLaw | LinearLaw | ConstantLaw]) -> Callable[[float, Se
 
 def _parts(law: Law) -> dict[str, float]:
     assert isinstance(law, MeasuredLaw)
-    return {
-        "lr_limit": 1 / (law.noise_curvature + law.signal_curvature),
-        "alignment_scale": law.alignment_scale,
-        "signal_share": law.signal_curvature / law.noise_curvature,
-    }
+    limit, share = law.noise_curvature + law.signal_curvature, law.signal_curvature / law.noise_curvature
+    return {"lr_limit": 1 / limit, "alignment_scale": law.alignment_scale, "signal_share": share}
 
 
 def _fields(*names: str) -> Callable[[Law], dict[str, float]]:
     return lambda law: {name: float(getattr(law, name)) for name in names}
 
 
+_ADAM, _SGD, _BASE = _fields("peak_lr", "noise_scale"), _fields("max_lr", "noise_scale"), _fields("base_lr")
 LAWS: dict[str, Family] = {
     "measured": Family("measured-law form", 1, 1, _measured, _parts),
-    "adam": Family("Adam, Eq. 23", 1, 0, _theorem3, _fields("peak_lr", "noise_scale")),
-    "sgd": Family("SGD, exponent 1", 1, 0, _sgd(1.0), _fields("max_lr", "noise_scale")),
-    "sgd_sqrt": Family("SGD, exponent 1/2", 1, 0, _sgd(0.5), _fields("max_lr", "noise_scale")),
-    "adam_eq22": Family("Adam, B of Eq. 22", 1, 0, _theorem3, _fields("peak_lr", "noise_scale"), True),
-    "sgd_eq22": Family("SGD 1, B of Eq. 22", 1, 0, _sgd(1.0), _fields("max_lr", "noise_scale"), True),
-    "sgd_sqrt_eq22": Family("SGD 1/2, B of Eq. 22", 1, 0, _sgd(0.5), _fields("max_lr", "noise_scale"), True),
-    "sqrt": Family("sqrt scaling", 0, 0, _power(SqrtLaw), _fields("base_lr")),
-    "linear": Family("linear scaling", 0, 0, _power(LinearLaw), _fields("base_lr")),
-    "constant": Family("constant", 0, 0, _power(ConstantLaw), _fields("base_lr")),
+    "adam": Family("Adam, Eq. 23", 1, 0, _theorem3, _ADAM),
+    "sgd": Family("SGD, exponent 1", 1, 0, _sgd(1.0), _SGD),
+    "sgd_sqrt": Family("SGD, exponent 1/2", 1, 0, _sgd(0.5), _SGD),
+    "adam_eq22": Family("Adam, B of Eq. 22", 1, 0, _theorem3, _ADAM, True),
+    "sgd_eq22": Family("SGD 1, B of Eq. 22", 1, 0, _sgd(1.0), _SGD, True),
+    "sgd_sqrt_eq22": Family("SGD 1/2, B of Eq. 22", 1, 0, _sgd(0.5), _SGD, True),
+    "sqrt": Family("sqrt scaling", 0, 0, _power(SqrtLaw), _BASE),
+    "linear": Family("linear scaling", 0, 0, _power(LinearLaw), _BASE),
+    "constant": Family("constant", 0, 0, _power(ConstantLaw), _BASE),
 }
 """What can be fitted. Names that end in `_eq22` are the paper's own procedure: the scale comes from steps and
 examples, and only the amplitude from learning rates."""

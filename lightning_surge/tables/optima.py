@@ -19,6 +19,7 @@ from lightning_surge.tables.read import RunTable
 __all__ = ["Optimum", "Status", "Valley", "valleys"]
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 Status = Literal["inside", "bracketed", "tuned", "edge_low", "edge_high", "flat", "few", "failed"]
 
 SAME_LR = 1e-6
@@ -39,7 +40,7 @@ class Optimum(NamedTuple):
     Attributes:
         batch_size: examples behind one optimizer step.
         lr: learning rate at the bottom; the best one tried where there is no parabola. NaN where all failed.
-        outcome: the loss, or the steps to the target, there.
+        outcome: the loss, or the steps to the target, there, in the unit of the table.
         status: `inside` a parabola; `bracketed` between two learning rates of which one failed, so that the
             best one tried stands for the optimum; `tuned` by somebody who tells no others; at an edge of the
             grid; `flat`, with a curvature that does not stand out of the noise; `few` learning rates; every
@@ -72,7 +73,7 @@ class _Bottom(NamedTuple):
     freedom: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Valley:
     """Runs of one batch size, averaged over their seeds.
 
@@ -123,12 +124,8 @@ class Valley:
             best = int(np.argmin(means))
             steps = np.diff(self.log_lrs) / 2
             below, above = steps[max(best - 1, 0)], steps[min(best, steps.size - 1)]
-            return bottom.x + float(generator.uniform(-below, above)), self.outcome(bottom.y)
-        return bottom.x, self.outcome(bottom.y)
-
-    def outcome(self, mean: float) -> float:
-        """A mean in the unit of the table."""
-        return _outcome(mean, self.logarithmic)
+            return bottom.x + float(generator.uniform(-below, above)), _outcome(bottom.y, self.logarithmic)
+        return bottom.x, _outcome(bottom.y, self.logarithmic)
 
 
 def valleys(table: RunTable, *, tuned: bool = False) -> list[Valley]:
@@ -140,9 +137,6 @@ def valleys(table: RunTable, *, tuned: bool = False) -> list[Valley]:
         table: runs to one target.
         tuned: whether a learning rate that is the only one of its batch size is the best one.
 
-    Returns:
-        One valley per batch size.
-
     Example:
         Steps fall from 400 to 200 and rise again: by symmetry the bottom is in the middle.
 
@@ -153,33 +147,27 @@ def valleys(table: RunTable, *, tuned: bool = False) -> list[Valley]:
         >>> round(optimum.lr, 9), round(optimum.outcome, 6), optimum.status
         (0.002, 200.0, 'inside')
     """
-    logarithmic = table.measure == "steps"
     with np.errstate(invalid="ignore"):
-        outcomes = np.log(table.outcomes) if logarithmic else table.outcomes
+        outcomes = np.log(table.outcomes) if table.measure == "steps" else table.outcomes
     log_lrs = np.log(table.lrs)
     seeds = np.zeros(log_lrs.size, dtype=np.int64) if table.seeds is None else table.seeds
     # One order whatever that of the rows, so that sums round alike.
     order = np.lexsort((outcomes, seeds, log_lrs, table.batch_sizes))
     sizes, starts = np.unique(table.batch_sizes[order], return_index=True)
-    found = []
-    for size, rows in zip(sizes.tolist(), np.split(order, starts[1:]), strict=True):
-        labels = None if table.seeds is None else seeds[rows]
-        found.append(_valley(size, log_lrs[rows], outcomes[rows], labels, logarithmic, tuned))
-    return found
+    return [
+        _valley(
+            table, size, log_lrs[rows], outcomes[rows], None if table.seeds is None else seeds[rows], tuned
+        )
+        for size, rows in zip(sizes.tolist(), np.split(order, starts[1:]), strict=True)
+    ]
 
 
 def _valley(
-    size: float,
-    x: FloatArray,
-    y: FloatArray,
-    seeds: npt.NDArray[np.int64] | None,
-    logarithmic: bool,
-    tuned: bool,
+    table: RunTable, size: float, x: FloatArray, y: FloatArray, seeds: IntArray | None, tuned: bool
 ) -> Valley:
     cell = np.concatenate([[0], np.cumsum(np.diff(x) > SAME_LR)])
     if cell[-1] >= MAX_CELLS:
-        span = (x[-1] - x[0]) / MAX_CELLS
-        bins = np.minimum((x - x[0]) // span, MAX_CELLS - 1).astype(np.int64)
+        bins = np.minimum((x - x[0]) // ((x[-1] - x[0]) / MAX_CELLS), MAX_CELLS - 1).astype(np.int64)
         cell = np.unique(bins, return_inverse=True)[1]
     if seeds is not None:
         pairs, inverse = np.unique(cell * (seeds.max() + 1) + seeds, return_inverse=True)
@@ -189,40 +177,29 @@ def _valley(
     counts = np.bincount(cell).astype(np.float64)
     centres, means = np.bincount(cell, x) / counts, np.bincount(cell, y) / counts
 
-    best, noise, seed_noise, freedom, reach = int(np.argmin(means)), math.nan, 0.0, 0, MIN_REACH
+    best, reach = int(np.argmin(means)), MIN_REACH
+    noise, seed_noise, freedom = _noise(centres, means, cell, y, seeds)
     status: Status
     bottom = _Bottom(float(centres[best]), float(means[best]))
     if not math.isfinite(means[best]):
         status, bottom = "failed", _Bottom(math.nan, math.inf)
+    elif centres.size < 3:
+        status = "tuned" if tuned and centres.size == 1 else "few"
+    elif (means == means[best]).all():
+        status = "flat"
+    elif best in (0, centres.size - 1):
+        status = "edge_high" if best else "edge_low"
+    elif not np.isfinite(means[best - 1 : best + 2]).all():
+        status = "bracketed"
     else:
-        noise, seed_noise, freedom = _noise(centres, means, cell, y, seeds)
-        if centres.size < 3:
-            status = "tuned" if tuned and centres.size == 1 else "few"
-        elif (means == means[best]).all():
-            status = "flat"
-        elif best == 0:
-            status = "edge_low"
-        elif best == centres.size - 1:
-            status = "edge_high"
-        elif not np.isfinite(means[best - 1 : best + 2]).all():
-            status = "bracketed"
-        else:
-            bottom, reach, resolved = _parabola(centres, means, counts, noise)
-            status = "inside" if resolved else "flat"
-            if math.isnan(noise) and bottom.freedom >= RESIDUALS:
-                noise, freedom = bottom.scatter, bottom.freedom
-    return Valley(
-        batch_size=size,
-        log_lrs=centres,
-        means=means,
-        counts=counts,
-        logarithmic=logarithmic,
-        reach=reach,
-        noise=noise,
-        seed_noise=seed_noise,
-        freedom=freedom,
-        optimum=Optimum(size, math.exp(bottom.x), _outcome(bottom.y, logarithmic), status),
-    )
+        bottom, reach, resolved = _parabola(centres, means, counts, noise)
+        status = "inside" if resolved else "flat"
+        if math.isnan(noise) and bottom.freedom >= RESIDUALS:
+            noise, freedom = bottom.scatter, bottom.freedom
+    logarithmic = table.measure == "steps"
+    outcome = _outcome(bottom.y, logarithmic) * (-1 if table.maximize else 1)
+    optimum = Optimum(size, math.exp(bottom.x), outcome, status)
+    return Valley(size, centres, means, counts, logarithmic, reach, noise, seed_noise, freedom, optimum)
 
 
 def _outcome(mean: float, logarithmic: bool) -> float:
@@ -249,17 +226,15 @@ def _parabola(
 def _bottom(x: FloatArray, y: FloatArray, reach: float, counts: FloatArray | None = None) -> _Bottom:
     """Bottom of the parabola through the smallest value and what lies around it, up to the first failure."""
     best = int(np.argmin(y))
-    if not math.isfinite(y[best]):
-        return _Bottom(float(x[best]), float(y[best]))
-    first = last = best
-    while first > 0 and math.isfinite(y[first - 1]) and (first == best or x[best] - x[first - 1] <= reach):
-        first -= 1
-    while (
-        last < x.size - 1 and math.isfinite(y[last + 1]) and (last == best or x[last + 1] - x[best] <= reach)
-    ):
-        last += 1
-    if first == best or last == best:
-        return _Bottom(float(x[best]), float(y[best]))
+    lone = _Bottom(float(x[best]), float(y[best]))
+    if not math.isfinite(lone.y):
+        return lone
+    # The neighbours of the best one belong to it however far they are.
+    near = (np.abs(x - x[best]) <= reach) | (np.abs(np.arange(x.size) - best) <= 1)
+    outside = np.flatnonzero(~(near & np.isfinite(y)))
+    first, last = max([-1, *outside[outside < best]]) + 1, min([x.size, *outside[outside > best]]) - 1
+    if best in (first, last):
+        return lone
     inside = slice(first, last + 1)
     unit = max(x[last] - x[best], x[best] - x[first])
     t = (x[inside] - x[best]) / unit
@@ -267,10 +242,9 @@ def _bottom(x: FloatArray, y: FloatArray, reach: float, counts: FloatArray | Non
     coefficients = np.linalg.pinv(np.stack([np.ones_like(t), t, t * t], axis=1))
     level, slope, bend = (coefficients @ (y[inside] - y[best])).tolist()
     if bend <= 0:
-        return _Bottom(float(x[best]), float(y[best]), bend)
+        return lone._replace(curvature=bend)
     vertex = min(max(-slope / (2 * bend), float(t[0])), float(t[-1]))
-    residuals = y[inside] - y[best] - level - slope * t - bend * t * t
-    freedom = t.size - 3
+    residuals, freedom = y[inside] - y[best] - level - slope * t - bend * t * t, t.size - 3
     weights = np.ones_like(t) if counts is None else counts[inside]
     return _Bottom(
         x=float(x[best] + unit * vertex),
@@ -283,11 +257,7 @@ def _bottom(x: FloatArray, y: FloatArray, reach: float, counts: FloatArray | Non
 
 
 def _noise(
-    x: FloatArray,
-    means: FloatArray,
-    cell: npt.NDArray[np.int64],
-    y: FloatArray,
-    seeds: npt.NDArray[np.int64] | None,
+    x: FloatArray, means: FloatArray, cell: IntArray, y: FloatArray, seeds: IntArray | None
 ) -> tuple[float, float, int]:
     """Scatter of single runs near the bottom, of what a seed's runs share there, and degrees of freedom.
 

@@ -1,48 +1,52 @@
 """Read a table of runs: one row per run, with its batch size, its learning rate and how it ended.
 
-A run ended either with a final loss, or by reaching a target loss after some number of steps. Values that are
-blank, NaN or infinite stand for a run that diverged or never reached the target, and so does a row whose
-`status`, as `lightning-surge sweep` writes it, is `diverged` or `not_reached`. Rows of cells that were
-killed, ran out of memory or failed tell nothing, and are left out.
+A run ended either with a final loss, or by reaching a target loss after some number of steps. Blanks, NaN,
+infinities and words such as `None` or `diverged` stand for a run that diverged or never reached the target;
+so does a `status` of `diverged` or `not_reached`. Runs that were killed, ran out of memory, failed or are not
+done yet say nothing about their learning rate and are left out.
+
+Sources become DataFrames in `files`, columns get their roles in `columns`, cells become numbers in `values`.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from shlex import quote
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Columns", "Measure", "RunTable", "read_table"]
+from lightning_surge.tables.columns import Columns, as_text, find_column, find_columns, settings_within, shown
+from lightning_surge.tables.files import read_frame
+from lightning_surge.tables.values import WORDS, has_decimal_commas, numbers
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Columns", "Measure", "RunTable", "read_table", "read_tables"]
 
 FloatArray = npt.NDArray[np.float64]
 Measure = Literal["loss", "steps"]
 
-
 LIMIT = 1e30
 """No batch size, learning rate or count is beyond it, or below its inverse; a loss beyond it has diverged."""
-
-
-SILENT = ("out_of_memory", "killed", "failed")
-"""Statuses of a sweep that say nothing about the learning rate."""
+FEWEST_STEPS = 0.5
+"""No run is shorter, even if its steps were interpolated; below, examples are counted in another unit."""
+SILENT = WORDS["silent_statuses"].split()
+"""Statuses that say nothing about the learning rate, of `lightning-surge sweep` and of other programs."""
 UNFINISHED = ("diverged", "not_reached")
 """And those that say that it is no good."""
-
-
-class Columns(NamedTuple):
-    """Names of a table's columns. Only the first two must be there, and one of the next three."""
-
-    batch_size: str = "batch_size"
-    lr: str = "lr"
-    loss: str = "loss"
-    steps: str = "steps"
-    examples: str = "examples"
-    seed: str = "seed"
-    target: str = "target"
-    status: str = "status"
+MIXED = "runs that differ in"
+"""Begins the note that matters most."""
+REMEDIES = {
+    "batch_size": "write the examples behind one optimizer step, or leave the row out with --where",
+    "lr": "write the learning rate, or leave the row out with --where",
+    "target": "write the loss to reach",
+}
+"""What to do with a cell that cannot be read, by role; an outcome may be blank."""
 
 
 class RunTable(NamedTuple):
@@ -56,6 +60,8 @@ class RunTable(NamedTuple):
         seeds: which runs share a seed, as codes from 0; None if the table does not say.
         targets: the loss to reach, for steps; None if the table has no such column.
         notes: what a reader should know about the reading.
+        maximize: whether larger was better in the table, so that `outcomes` are its values times -1.
+        group: the values that these runs share, by the columns that the table was divided by.
     """
 
     measure: Measure
@@ -65,19 +71,25 @@ class RunTable(NamedTuple):
     seeds: npt.NDArray[np.int64] | None = None
     targets: FloatArray | None = None
     notes: tuple[str, ...] = ()
+    maximize: bool = False
+    group: Mapping[str, str] = {}
+
+    def at(self, rows: npt.NDArray[np.bool_]) -> RunTable:
+        """The runs in some rows."""
+        arrays = ("batch_sizes", "lrs", "outcomes", "seeds", "targets")
+        return self._replace(
+            **{name: array[rows] for name in arrays if (array := getattr(self, name)) is not None}
+        )
 
 
 def read_table(
-    path: str | Path, columns: Columns | None = None, *, measure: Measure | None = None
+    source: str | Path, columns: Columns | None = None, *, measure: Measure | None = None
 ) -> RunTable:
-    r"""Read a CSV or Parquet file.
-
-    CSV may be separated by commas, semicolons or tabs, and may begin with lines of comment (`#`). A file that
-    ends in `.parquet` or `.pq` is read with pyarrow.
+    r"""Read one table of runs.
 
     Args:
-        path: the file.
-        columns: names of its columns; other columns are passed over.
+        source: a file of CSV, JSON, JSON lines or Parquet; `-` is standard input.
+        columns: names of its columns; those left out are found by their usual names.
         measure: what counts, where a table has both; by default the loss if there is one.
 
     Returns:
@@ -85,254 +97,204 @@ def read_table(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        IsADirectoryError: if it is a directory.
-        ModuleNotFoundError: if it is a Parquet file and pyarrow is not installed.
-        ValueError: for a file that is empty or damaged, lacks a column, or holds values out of range.
+        ModuleNotFoundError: if pandas, or pyarrow for Parquet, is not installed.
+        ValueError: if it is no table, a role's column is missing or ambiguous, or a value is out of range.
 
     Example:
         >>> import tempfile
-        >>> from pathlib import Path
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     path = Path(directory) / "runs.csv"
-        ...     _ = path.write_text("batch_size,lr,examples\n8,0.1,800\n16,0.1,\n")
+        ...     _ = path.write_text("bs,lr,examples\n8,0.1,800\n16,0.1,\n")
         ...     table = read_table(path)
-        >>> table.measure, table.outcomes.tolist()
-        ('steps', [100.0, inf])
+        >>> table.measure, table.outcomes.tolist(), table.notes
+        ('steps', [100.0, inf], ("columns: batch_size from 'bs'",))
     """
-    path, names = Path(path), Columns() if columns is None else columns
-    if path.is_dir():
-        raise IsADirectoryError(f"Expected a file, got the directory {str(path)!r}: name the table in it.")
-    if not path.exists():
-        raise FileNotFoundError(f"Expected an existing file, got {str(path)!r}: check the path.")
-    found = _parquet(path) if path.suffix in (".parquet", ".pq") else _csv(path)
-    if found.rows == 0:
-        raise ValueError(f"Expected at least one row, got none in {str(path)!r}: add runs under the header.")
-    return _runs(found, names, measure)
+    return read_tables(source, columns, measure=measure)[0]
 
 
-class _Source(NamedTuple):
-    """An open table: its columns' names, the number of rows, and one column's values when asked for."""
+def read_tables(
+    source: str | Path,
+    columns: Columns | None = None,
+    *,
+    measure: Measure | None = None,
+    where: Sequence[tuple[str, str]] = (),
+    by: Sequence[str] = (),
+    maximize: bool = False,
+) -> list[RunTable]:
+    """Read a table, select runs and divide them.
 
-    path: Path
-    names: list[str]
-    rows: int
-    column: Callable[[str], Sequence[Any]]
-    line: Callable[[int], str]
+    Args:
+        source: as for `read_table`, which also says what is raised.
+        columns: as for `read_table`.
+        measure: as for `read_table`.
+        where: columns and values that a run must have; several values of one column are alternatives.
+        by: columns by whose values the runs are divided, such as the size of the model.
+        maximize: whether larger outcomes are better, as of an accuracy.
+
+    Returns:
+        A table for each combination of values, in their order; one without `by`.
+    """
+    name = "standard input" if str(source) == "-" else str(source)
+    frame = read_frame(source)
+    maximize = maximize or frame.attrs.get("maximize", False)  # studies say so
+    frame = _selected(frame, where)
+    if frame.empty:
+        raise ValueError(f"Expected at least one row, got none in {name!r}: add runs under the header.")
+    by = [find_column(frame, column, "--by") for column in by]
+    named = columns or Columns()
+    roles, notes = find_columns(frame.drop(columns=by), named, name, measure=measure, maximize=maximize)
+    frame = _telling(frame, roles, name, notes)
+    if not by:
+        return [_runs(frame, roles, measure, maximize, notes)]
+    groups = frame.groupby(list(as_text(frame, *by).to_numpy().T))
+    return [
+        _runs(rows, roles, measure, maximize, notes)._replace(
+            group=dict(zip(by, map(str, values), strict=True))
+        )
+        for values, rows in sorted(groups, key=lambda group: [_order(value) for value in group[0]])
+    ]
 
 
-def _runs(source: _Source, names: Columns, measure: Measure | None) -> RunTable:
-    present = set(source.names)
-    for role in ("batch_size", "lr"):
-        if (name := getattr(names, role)) not in present:
-            raise ValueError(_missing(source, name, role))
-    counted = names.steps in present or names.examples in present
+def _order(value: Any) -> tuple[float, str]:
+    """Numbers by size, then words."""
+    try:
+        return float(value), ""
+    except (TypeError, ValueError):
+        return math.inf, str(value)
+
+
+def _selected(frame: pd.DataFrame, where: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    wanted: dict[str, list[str]] = {}
+    for column, value in where:
+        wanted.setdefault(find_column(frame, column, "--where"), []).append(value.strip())
+    for column, values in wanted.items():
+        text = as_text(frame, column)[column]
+        kept = text.isin(values) | text.map(_order).isin(
+            [each for each in map(_order, values) if not each[1]]
+        )
+        if not kept.any():
+            there = shown(sorted(text.unique(), key=_order))
+            raise ValueError(
+                f"Expected --where {column}=VALUE among {there}, got {shown(values)}: choose one of them."
+            )
+        frame = frame[kept]
+    return frame
+
+
+def _telling(frame: pd.DataFrame, roles: Mapping[str, str], source: str, notes: list[str]) -> pd.DataFrame:
+    """The rows that are not blank, and whose status is not silent."""
+    outcome = next(roles[role] for role in ("loss", "steps", "examples") if role in roles)
+    cells = as_text(frame, roles["batch_size"], roles["lr"], outcome)
+    blank = cells.isin(["", "nan", "NaN", "None", "null"]).all(axis=1)
+    if blank.any():
+        notes.append(f"rows left out, since they are blank: {int(blank.sum())}")
+    place = roles.get("status", outcome)
+    words = as_text(frame[~blank], place)[place].str.lower().str.replace(" ", "_")
+    words = words.where(words.isin(SILENT if "status" in roles else WORDS["silent_outcomes"].split()))
+    if words.notna().any():
+        counts = words.value_counts().to_dict()
+        kinds = ", ".join(f"{counts[kind]} {kind}" for kind in SILENT if kind in counts)
+        remedy = "run them again; lightning-surge sweep does with --retry-failed"
+        if words.notna().all():
+            raise ValueError(f"Expected runs that finished, got {kinds} in {source!r}: {remedy}.")
+        notes.append(f"rows left out, since they say nothing about their learning rates: {kinds}; {remedy}")
+    if blank.all():
+        raise ValueError(f"Expected at least one run, got blank rows in {source!r}: fill them in.")
+    return frame[~blank][words.isna()]
+
+
+def _runs(
+    frame: pd.DataFrame,
+    roles: Mapping[str, str],
+    measure: Measure | None,
+    maximize: bool,
+    said: Sequence[str],
+) -> RunTable:
+    counted = [role for role in ("steps", "examples") if role in roles]
     if measure is None:
         # A target says what steps and examples are for, and then losses repeat for each of them.
-        measure = "loss" if names.loss in present and not (counted and names.target in present) else "steps"
-    if measure == "loss" and names.loss not in present:
-        raise ValueError(_missing(source, names.loss, "loss"))
-    if measure == "steps" and not counted:
-        raise ValueError(_missing(source, names.loss, "loss", names.steps, names.examples))
-
-    notes: list[str] = []
-    if names.status in present:
-        source = _telling(source, names.status, notes)
-    batch_sizes = _numbers(source, names.batch_size, positive=True)
-    lrs = _numbers(source, names.lr, positive=True)
+        measure = "loss" if "loss" in roles and not (counted and "target" in roles) else "steps"
+    maximize = maximize and measure == "loss"
+    notes, commas = list(said), has_decimal_commas(frame[roles["lr"]])
+    batch_sizes = _read(frame, roles, "batch_size", commas, notes, low=1.0)
+    lrs = _read(frame, roles, "lr", commas, notes, low=1 / LIMIT)
     if measure == "loss":
-        outcomes = _numbers(source, names.loss)
-        if counted and names.status not in present:
+        outcomes = _read(frame, roles, "loss", commas, notes)
+        if counted and "status" not in roles:
             notes.append("the table has steps as well as losses: --measure steps fits those")
-    elif names.steps in present:
-        outcomes = _numbers(source, names.steps, failed=True)
-        if names.examples in present:
-            ratio = _numbers(source, names.examples, failed=True) / (batch_sizes * outcomes)
-            typical = float(np.median(ratio[np.isfinite(ratio)])) if np.isfinite(ratio).any() else 1.0
-            if not 0.9 < typical < 1.1:
-                notes.append(
-                    f"examples are {typical:.3g} times steps x batch_size: count both in one unit; only the "
-                    "steps are used"
-                )
     else:
-        outcomes = _numbers(source, names.examples, failed=True) / batch_sizes
-    seeds = targets = None
-    if names.seed in present:
-        codes: dict[Any, int] = {}
-        labels = source.column(names.seed)
-        seeds = np.array([codes.setdefault(label, len(codes)) for label in labels], dtype=np.int64)
-        # Codes by the sorted labels, so that the order of the rows does not matter.
-        order = {codes[label]: index for index, label in enumerate(sorted(codes, key=str))}
-        seeds = np.array([order[code] for code in range(len(order))], dtype=np.int64)[seeds]
-    if names.target in present and measure == "steps":
-        targets = _numbers(source, names.target, finite=True)
+        every = {role: _read(frame, roles, role, commas, notes, batch_sizes=batch_sizes) for role in counted}
+        outcomes = every[counted[0]]
+        with np.errstate(invalid="ignore"):
+            ratio = every[counted[-1]] / outcomes
+        typical = float(np.median(ratio[np.isfinite(ratio)])) if np.isfinite(ratio).any() else 1.0
+        if not 0.9 < typical < 1.1:
+            unit = f"examples are {typical:.3g} times steps x batch_size: count both in one unit"
+            notes.append(f"{unit}; only the steps are used")
     with np.errstate(invalid="ignore"):
-        outcomes = np.where(np.abs(outcomes) < LIMIT, outcomes, np.inf)
-    if names.status in present:
-        unfinished = [str(word) in UNFINISHED for word in source.column(names.status)]
-        outcomes = np.where(unfinished, np.inf, outcomes)
-    table = RunTable(measure, batch_sizes, lrs, outcomes, seeds, targets, tuple(notes))
-    return _once(table, source, names) if measure == "loss" and names.target in present else table
-
-
-def _telling(source: _Source, name: str, notes: list[str]) -> _Source:
-    """The table without cells of a sweep that say nothing; words of other programs are passed over."""
-    words = [str(word) for word in source.column(name)]
-    silent = [word for word in words if word in SILENT]
-    if not silent:
-        return source
-    kinds = ", ".join(f"{silent.count(kind)} {kind}" for kind in SILENT if kind in silent)
-    remedy = "run them again with lightning-surge sweep --retry-failed"
-    if len(silent) == len(words):
-        raise ValueError(f"Expected runs that finished, got {kinds} in {str(source.path)!r}: {remedy}.")
-    notes.append(f"rows left out, since they say nothing about their learning rates: {kinds}; {remedy}")
-    kept = [row for row, word in enumerate(words) if word not in SILENT]
-
-    def column(name: str) -> Sequence[Any]:
-        values = source.column(name)
-        return values[kept] if isinstance(values, np.ndarray) else [values[row] for row in kept]
-
-    return _Source(source.path, source.names, len(kept), column, lambda row: source.line(kept[row]))
-
-
-def _once(table: RunTable, source: _Source, names: Columns) -> RunTable:
-    """The table without repetitions of a run's loss, once for each further target."""
-    targets = source.column(names.target)
-    seeds = np.zeros(len(targets), dtype=np.int64) if table.seeds is None else table.seeds
-    first: dict[tuple[float, ...], Any] = {}
-    kept = np.ones(len(targets), dtype=bool)
-    rows = zip(table.batch_sizes, table.lrs, table.outcomes, seeds, targets, strict=True)
-    for row, (*run, target) in enumerate(rows):
-        kept[row] = first.setdefault(tuple(run), target) == target
-    return table._replace(
-        batch_sizes=table.batch_sizes[kept],
-        lrs=table.lrs[kept],
-        outcomes=table.outcomes[kept],
-        seeds=None if table.seeds is None else table.seeds[kept],
-    )
-
-
-def _missing(source: _Source, name: str, role: str, *others: str) -> str:
-    wanted = " or ".join(repr(each) for each in (name, *others))
-    roles = (role, "steps") if others else (role,)
-    options = " or ".join(f"--{each.replace('_', '-')}-column" for each in roles)
-    shown = ", ".join(repr(each) for each in source.names[:20]) + (", ..." if len(source.names) > 20 else "")
-    return (
-        f"Expected a column {wanted} in {str(source.path)!r}, got {shown or 'none'}: "
-        f"rename a column or name it with {options}."
-    )
-
-
-def _numbers(
-    source: _Source, name: str, *, positive: bool = False, failed: bool = False, finite: bool = False
-) -> FloatArray:
-    """A column as floats, NaN where blank.
-
-    `positive` and `finite` refuse NaN and infinities too; `failed` lets them stand for a run that failed, and
-    refuses what is not positive among the others.
-    """
-    column = source.column(name)
-    if isinstance(column, np.ndarray):
-        values = column.astype(np.float64)
-    else:
-        try:
-            values = np.array([float(text or "nan") for text in column], dtype=np.float64)
-        except ValueError:
-            row = next(i for i, text in enumerate(column) if not _is_number(text))
-            raise ValueError(
-                f"Expected numbers in column {name!r}, got {column[row]!r} on {source.line(row)}: "
-                "leave the field blank for a run that failed."
-            ) from None
-    wrong = np.zeros(values.shape, dtype=bool)
-    rule = ""
-    if positive:
-        wrong, rule = ~((values > 1 / LIMIT) & (values < LIMIT)), f"0 < {name} < {LIMIT:g}"
-    elif failed:
-        wrong, rule = values <= 1 / LIMIT, f"{name} > 0, or blank for a run that failed"
-    elif finite:
-        wrong, rule = ~np.isfinite(values), f"finite {name}"
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise ValueError(
-            f"Expected {rule}, got {name}={values[row]:g} on {source.line(row)}: correct or remove the row."
+        outcomes = np.where(np.abs(outcomes) < LIMIT, outcomes * (-1 if maximize else 1), np.inf)
+    if "status" in roles:
+        outcomes = np.where(
+            as_text(frame, roles["status"]).isin(UNFINISHED).to_numpy()[:, 0], np.inf, outcomes
         )
-    return values
+    cell = [roles[role] for role in ("batch_size", "lr", "seed", "target") if role in roles]
+    used = [name for role, name in roles.items() if role != "examples" or measure == "steps"]
+    differing, apart = settings_within(frame, cell, used)
+    if differing:
+        remedy = " ".join(f"--by {quote(column)}" for column in apart)
+        which = f"{MIXED} {shown(differing)} are averaged as if they were seeds"
+        notes.insert(
+            0, f"{which}: pass {remedy} for a fit of each, or --where {quote(apart[0])}=VALUE for one"
+        )
+    seeds = targets = None
+    if "seed" in roles:
+        # Codes by the sorted labels, so that the order of the rows does not matter.
+        seeds = np.unique(as_text(frame, roles["seed"]), return_inverse=True)[1].ravel().astype(np.int64)
+    if "target" in roles and measure == "steps":
+        targets = _read(frame, roles, "target", commas, notes, low=-LIMIT)
+    table = RunTable(measure, batch_sizes, lrs, outcomes, seeds, targets, tuple(notes), maximize)
+    if measure == "loss" and "target" in roles:
+        # The loss of a run stands there once for each target.
+        run = as_text(frame, *(roles[role] for role in ("batch_size", "lr", "loss", "seed") if role in roles))
+        goal = as_text(frame, roles["target"])[roles["target"]]
+        return table.at((goal == goal.groupby(list(run.to_numpy().T)).transform("first")).to_numpy())
+    return table
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text or "nan")
-    except ValueError:
-        return False
-    return True
-
-
-def _csv(path: Path) -> _Source:
-    lines: list[int] = []
-    rows: list[list[str]] = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            start, above = file.tell(), 0
-            while (first := file.readline()).startswith("#") or (first and not first.strip()):
-                start, above = file.tell(), above + 1
-            if not first:
-                raise ValueError(
-                    f"Expected a header and rows, got the empty file {str(path)!r}: write the table again."
-                )
-            file.seek(start)
-            reader = csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True)
-            header = [name.strip() for name in next(reader)]
-            for row in reader:
-                if not "".join(row).strip():
-                    continue
-                if len(row) != len(header):
-                    raise ValueError(
-                        f"Expected {len(header)} fields, as in the header, got {len(row)} on line "
-                        f"{reader.line_num + above} of {str(path)!r}: correct or remove the line."
-                    )
-                rows.append(row)
-                lines.append(reader.line_num + above)
-    except UnicodeDecodeError as error:
+def _read(
+    frame: pd.DataFrame,
+    roles: Mapping[str, str],
+    role: str,
+    commas: bool,
+    notes: list[str],
+    *,
+    low: float | None = None,
+    batch_sizes: FloatArray | None = None,
+) -> FloatArray:
+    """A column as numbers: at least `low` and finite, or else steps, if need be from examples."""
+    name, remedy = roles[role], REMEDIES.get(role, "leave the field blank for a run that failed")
+    column, count = frame[name], batch_sizes is not None or role == "batch_size"
+    if count and commas:
+        # A comma in front of fractions goes with a dot for thousands.
+        column = column.replace(r"^(\d{1,3})\.(\d{3})$", r"\1\2", regex=True)
+    values, wrong = numbers(column, commas=commas and not count)
+    rule = f"numbers in column {name!r}"
+    if not wrong.any() and low is not None:
+        wrong, rule = ~((values >= low) & (values < LIMIT)), f"{low:g} <= {name} < {LIMIT:g}"
+    elif not wrong.any() and batch_sizes is not None:
+        wrong, rule = values <= 0, f"{name} > 0, or blank for a run that failed"
+        if not wrong.any():
+            values = values / batch_sizes if role == "examples" else values
+            wrong, rule = values < FEWEST_STEPS, f"runs of at least one step in column {name!r}"
+            remedy = "count in the unit of the batch size, and not in epochs or thousands"
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        text = str(column.iloc[place])
         raise ValueError(
-            f"Expected text in UTF-8, got other bytes in {str(path)!r}: save it as CSV, or name a Parquet "
-            "file *.parquet."
-        ) from error
-    except csv.Error as error:
-        raise ValueError(f"Expected CSV, got {str(path)!r}: {error}; write the table again.") from error
-    twice = next((name for name in header if name and header.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"Expected distinct columns, got {twice!r} twice in {str(path)!r}: rename one.")
-
-    def column(name: str) -> list[str]:
-        place = header.index(name)
-        return [row[place].strip() for row in rows]
-
-    return _Source(path, header, len(rows), column, lambda row: f"line {lines[row]}")
-
-
-def _parquet(path: Path) -> _Source:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Reading a Parquet file needs pyarrow: pip install 'lightning-surge[parquet]'."
-        ) from error
-    try:
-        file = parquet.ParquetFile(path)
-        names, rows = list(file.schema_arrow.names), int(file.metadata.num_rows)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"Expected a Parquet file, got {str(path)!r}: {error}; write it again.") from error
-
-    def column(name: str) -> Sequence[Any]:
-        try:
-            values = file.read(columns=[name]).column(name)
-            if pyarrow.types.is_integer(values.type) or pyarrow.types.is_floating(values.type):
-                array: Sequence[Any] = values.cast(pyarrow.float64(), safe=False).to_numpy()
-                return array
-            return ["" if value is None else str(value).strip() for value in values.to_pylist()]
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(
-                f"Expected a Parquet file, got {str(path)!r}: {error}; write it again."
-            ) from error
-
-    return _Source(path, names, rows, column, lambda row: f"row {row + 1}")
+            f"Expected {rule}, got {text[:40] + '...' if len(text) > 40 else text!r} on {frame.index.name} "
+            f"{frame.index[place]}: {remedy}."
+        )
+    thousand = next((each for each in column.tolist() if str(each)[-1:] in ("k", "K")), None)
+    if thousand is not None:
+        notes.append(f"K is 1,000 in column {name!r}, as in {thousand!r}")
+    return values

@@ -1,5 +1,4 @@
 import csv
-import json
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler, BatchSizeWarmup
-from lightning_surge.schedules.sizes import ConstantSize, GeometricRamp
+from lightning_surge.schedules.sizes import ConstantSize
 from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
-
-pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    # Lightning asks torch's tree utilities about leaves in the way of older versions.
-    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
-]
+from tests.trainings import make_quiet_trainer as trainer_with
 
 # 13 micro-batches of 2. Requests 2 2 4 5 8 8 ..., windows begin at micro-batches 0 1 2 4 6 8 12 of
 # the first epoch; the window of 4 requested at 6 waits for 8, and the one at 12 gets a single one.
@@ -36,11 +29,6 @@ HAND = {
     "actual": [2, 2, 4, 4, 4, 8, 2, 8, 8, 8, 2],
     "first_micro_batch": [0, 1, 2, 4, 6, 8, 12, 0, 4, 8, 12],
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 class OneHot(pl.LightningModule):
@@ -85,19 +73,6 @@ class OneHot(pl.LightningModule):
         return [gradient.nonzero().flatten().tolist() for gradient in self.gradients]
 
 
-def trainer_with(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 1,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
-
-
 def loader(size: int, batch_size: int = 2, **options: Any) -> DataLoader[Tensor]:
     return DataLoader(torch.eye(size), batch_size=batch_size, **options)  # type: ignore[arg-type]
 
@@ -112,24 +87,6 @@ class Endless(IterableDataset[Tensor]):
     def __iter__(self) -> Any:
         while True:
             yield torch.ones(4)
-
-
-class ResumableLoader(DataLoader[Tensor]):
-    """Continues at the micro-batch that a checkpoint stopped at, in the simplest way."""
-
-    position = 0
-
-    def __iter__(self) -> Any:
-        # The Trainer stops asking at the last micro-batch, so an epoch's end is seen only here.
-        first = self.position % len(self)
-        for self.position, batch in enumerate(list(super().__iter__())[first:], start=first + 1):
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
 
 
 class TestWindows:
@@ -174,31 +131,6 @@ class TestWindows:
         assert len(model.examples) == total_steps(actual, epochs * size)
         assert [len(window) for window in model.examples] == list(islice(actual.sizes(), len(model.examples)))
 
-    def test_a_learning_rate_sized_by_total_steps_ends_at_zero(self) -> None:
-        class Cosine(OneHot):
-            def configure_optimizers(self) -> Any:
-                actual = AccumulatedSchedule(GeometricRamp(2, 8, 4), 2, examples_per_epoch=26)
-                self.steps = total_steps(actual, examples=3 * 26)
-                optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
-                scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-                return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-        model = Cosine(26)
-        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), max_epochs=3)
-        trainer.fit(model, loader(26))
-        assert trainer.global_step == model.steps == 15
-        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-
-    def test_validation_within_an_epoch_changes_nothing(self) -> None:
-        class Validated(OneHot):
-            def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-                self.log("loss", batch.sum())
-
-        model = Validated(26)
-        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), max_epochs=2, val_check_interval=3)
-        trainer.fit(model, loader(26), loader(26))
-        assert [len(window) for window in model.examples] == HAND["actual"]
-
     def test_a_loader_without_a_length(self) -> None:
         model = OneHot(4)
         trainer = trainer_with(BatchSizeWarmup(2, 8, 4), max_epochs=-1, max_steps=9)
@@ -211,30 +143,6 @@ class TestWindows:
         model = fit(BatchSizeWarmup(4, 16, 4), size=26)
         assert [scheduled for _, scheduled in model.sizes] == [4, 4, 8, 8, 8, 16, 16]
         assert [len(window) for window in model.examples] == HAND["actual"][:7]
-
-    @pytest.mark.skipif(
-        torch.cuda.is_available(), reason="autograd's threads for a GPU do not survive a fork"
-    )
-    @pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
-    def test_two_processes_change_together(self, tmp_path: Path) -> None:
-        class Reports(OneHot):
-            def on_train_end(self) -> None:
-                # A forked process brings nothing back but what it wrote.
-                windows = [
-                    [scheduled, *window]
-                    for (_, scheduled), window in zip(self.sizes, self.examples, strict=True)
-                ]
-                (tmp_path / f"{self.trainer.global_rank}.json").write_text(json.dumps(windows))
-
-        warmup = BatchSizeWarmup(4, 16, 4)
-        trainer = trainer_with(warmup, strategy="ddp_fork", devices=2, max_epochs=2)
-        trainer.fit(Reports(28), loader(28))  # 14 examples, 7 micro-batches to a process
-        first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-        assert first == second  # gradients are reduced, so both see the examples of both
-        assert [scheduled for scheduled, *_ in first] == [4, 4, 8, 8, 8, 16, 16]
-        actual = AccumulatedSchedule(warmup.schedule, 2, replicas=2, examples_per_epoch=28)
-        assert [len(window) for _, *window in first] == list(islice(actual.sizes(), 7))
-        assert sorted(chain.from_iterable(window for _, *window in first[:5])) == list(range(28))
 
     def test_an_epoch_shorter_than_the_last_window_caps_it(self) -> None:
         warmup = BatchSizeWarmup(2, 16, 3)
@@ -378,13 +286,6 @@ class TestManners:
         assert trainer.accumulate_grad_batches == 1
         assert warmup.state_dict()["accumulation"] == 4
 
-    def test_one_callback_serves_a_second_run(self) -> None:
-        warmup = BatchSizeWarmup(2, 8, 4)
-        fit(warmup, size=26)
-        model = fit(warmup, size=26, max_epochs=2)
-        assert [scheduled for _, scheduled in model.sizes] == HAND["scheduled"]
-        assert [len(window) for window in model.examples] == HAND["actual"]
-
     def test_another_writer_is_left_alone_and_named_once(self) -> None:
         class OneWindow(pl.Callback):
             """Stretches the second epoch into a single window, as StochasticWeightAveraging may."""
@@ -422,45 +323,10 @@ class TestManners:
         assert [float(row["surge/batch_size_requested"]) for row in rows] == HAND["requested"]
         assert [float(row["surge/batch_size_scheduled"]) for row in rows] == HAND["scheduled"]
 
-    def test_barebones_trainer_gets_no_warnings(self) -> None:
-        model = OneHot(26)
-        # Refuses even to be told that there is no logger.
-        pl.Trainer(barebones=True, accelerator="cpu", max_epochs=2, callbacks=[BatchSizeWarmup(2, 8, 4)]).fit(
-            model, loader(26)
-        )
-        assert [len(window) for window in model.examples] == HAND["actual"]
-
 
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty")
 class TestResume:
     """Micro-batches of 2 in epochs of 13, three epochs: 15 steps, every one of them checkpointed."""
-
-    @staticmethod
-    def run(path: Path, resume_from: int | None = None, fail_at: int | None = None) -> OneHot:
-        model = OneHot(26, fail_at=fail_at)
-        checkpoint = ModelCheckpoint(path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), checkpoint, max_epochs=3, default_root_dir=path)
-        resumable = ResumableLoader(torch.eye(26), batch_size=2)  # type: ignore[arg-type]
-        ckpt_path = None if resume_from is None else path / f"step={resume_from}.ckpt"
-        trainer.fit(model, resumable, ckpt_path=ckpt_path, weights_only=True)
-        return model
-
-    def test_every_step_is_a_point_to_resume_from(self, tmp_path: Path) -> None:
-        whole = self.run(tmp_path)
-        assert [len(window) for window in whole.examples] == HAND["actual"] + [8, 8, 8, 2]
-        for step in range(1, 15):
-            resumed = self.run(tmp_path, resume_from=step)
-            assert resumed.sizes == whole.sizes[step:]
-            assert resumed.examples == whole.examples[step:]
-            torch.testing.assert_close(resumed.weight, whole.weight, rtol=0, atol=0)
-
-    def test_after_a_crash_within_a_window(self, tmp_path: Path) -> None:
-        whole = self.run(tmp_path / "whole")
-        with pytest.raises(RuntimeError, match="switched off"):
-            self.run(tmp_path / "cut", fail_at=10)  # the third of 8 9 10 11
-        resumed = self.run(tmp_path / "cut", resume_from=5)
-        assert resumed.sizes == whole.sizes[5:]
-        torch.testing.assert_close(resumed.weight, whole.weight, rtol=0, atol=0)
 
     def test_a_window_cut_in_two_is_finished_with_what_is_left(self, tmp_path: Path) -> None:
         class SaveWithin(pl.Callback):
@@ -470,12 +336,12 @@ class TestResume:
 
         trainer_with(BatchSizeWarmup(2, 8, 4), SaveWithin()).fit(
             OneHot(26),
-            ResumableLoader(torch.eye(26), batch_size=2),  # type: ignore[arg-type]
+            StatefulDataLoader(torch.eye(26), batch_size=2),  # type: ignore[arg-type]
         )
         model = OneHot(26)
         trainer_with(BatchSizeWarmup(2, 8, 4)).fit(
             model,
-            ResumableLoader(torch.eye(26), batch_size=2),  # type: ignore[arg-type]
+            StatefulDataLoader(torch.eye(26), batch_size=2),  # type: ignore[arg-type]
             ckpt_path=tmp_path / "within.ckpt",
             weights_only=True,
         )

@@ -1,7 +1,7 @@
 """Killed anywhere, and resumed from the last checkpoint: the training that was not killed, bit for bit.
 
 `SurgeLRCallback` alone keeps all of its own state. Random streams and the places of loaders are Lightning's,
-which does not keep them all; `BatchSizeScheduler` does, also for a constant size.
+which does not keep them all; `ExactResume` does.
 """
 
 import os
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_surge import BatchSizeScheduler, SurgeLRCallback
+from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
 from tests.trainings import at_update
 
@@ -121,7 +121,7 @@ def train(
     surge = SurgeLRCallback(base_batch_size=4, objective="edge", probe_every=2, probe_examples=16)
     callbacks = [surge, ModelCheckpoint(path, "{step}", every_n_train_steps=every, save_top_k=-1)]
     if scheduled:
-        callbacks.append(BatchSizeScheduler(ConstantSize(8)))
+        callbacks += [BatchSizeScheduler(ConstantSize(8)), ExactResume()]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,

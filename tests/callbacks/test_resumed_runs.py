@@ -1,9 +1,6 @@
 """A training with a ramp that is killed and resumed is the training that was not, bit for bit."""
 
-import os
-import signal
-import subprocess
-import sys
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -19,20 +16,25 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge import (
     BatchSizeScheduler,
+    ExactResume,
     FollowPeak,
     ScheduledBatchSampler,
     SurgeLRCallback,
     by_examples,
 )
-from lightning_surge.callbacks.resuming.random_streams import ResumableDataset
-from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, LinearRamp
+from lightning_surge.callbacks.resuming.random_streams import ResumableDataset, random_states
+from lightning_surge.schedules.sizes import (
+    BatchSizeRule,
+    ConstantSize,
+    GeometricRamp,
+    LinearRamp,
+    Milestones,
+    Progress,
+    Schedule,
+)
+from tests.trainings import make_quiet_trainer as make_trainer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
-    # Saved at every step, where the first measurements take several.
     pytest.mark.filterwarnings("ignore:The last 3 checkpoints each came while batches were being pooled"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
@@ -107,20 +109,13 @@ def run(
     **options: Any,
 ) -> Net:
     """Train on other random streams if resumed, saving after every optimizer step."""
-    torch.set_num_threads(1)
     pl.seed_everything(1 if resume is None else 77, verbose=False)
     model = Net(loader)
     # Measurements often enough to be under way at any checkpoint.
     surge = SurgeLRCallback(base_batch_size=2, probe_every=4, split_batch=None, custom_scalars=False)
     saving = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=EPOCHS,
-        callbacks=[BatchSizeScheduler(rule), surge, saving, *callbacks],
-        **({"devices": 1} | options),
+    trainer = make_trainer(
+        BatchSizeScheduler(rule), surge, ExactResume(), saving, *callbacks, max_epochs=EPOCHS, **options
     )
     trainer.fit(model, ckpt_path=None if resume is None else str(resume), weights_only=True)
     return model
@@ -173,19 +168,11 @@ def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
 @pytest.mark.parametrize(("loader", "rule"), [(accumulated, "doublings"), (sampled, "any size")])
 def test_two_processes(tmp_path: Path, loader: Callable[[], Any], rule: str) -> None:
     def train(path: Path, resume: Path | None = None) -> list[Path]:
-        torch.set_num_threads(1)
         pl.seed_everything(1 if resume is None else 77, verbose=False)
         ramp = LinearRamp(4, 16, duration=1.5 * EXAMPLES, unit="examples")
         saving = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            strategy="ddp_fork",
-            devices=2,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            max_epochs=EPOCHS,
-            callbacks=[BatchSizeScheduler(ramp), saving],
+        trainer = make_trainer(
+            BatchSizeScheduler(ramp), ExactResume(), saving, strategy="ddp_fork", devices=2, max_epochs=EPOCHS
         )
         trainer.fit(Net(loader), ckpt_path=None if resume is None else str(resume), weights_only=True)
         return steps(path)
@@ -198,53 +185,105 @@ def test_two_processes(tmp_path: Path, loader: Callable[[], Any], rule: str) -> 
         assert_same(weights(again[-1]), weights(saved[-1]))
 
 
-class Hold(pl.Callback):
-    """Says that a step begins, and waits for the end at the one where the process will be killed."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+def plain() -> Any:
+    return DataLoader(Noisy(), batch_size=2, shuffle=True)
 
 
-@pytest.mark.parametrize("killed_at", [5, 12])
-def test_killed_within_a_step_and_resumed_from_the_last_checkpoint(tmp_path: Path, killed_at: int) -> None:
-    run(tmp_path / "whole", sampled, RAMPS["any size"])
-    code = (
-        "from pathlib import Path; import tests.test_resumed_runs as t; "
-        f"t.run(Path({str(tmp_path / 'killed')!r}), t.sampled, t.RAMPS['any size'], t.Hold({killed_at}))"
-    )
-    root = Path(__file__).parents[2]
-    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
-    left = steps(tmp_path / "killed")
-    assert len(left) == killed_at
-    run(tmp_path / "resumed", sampled, RAMPS["any size"], resume=left[-1])
-    assert_same(weights(steps(tmp_path / "resumed")[-1]), weights(steps(tmp_path / "whole")[-1]))
+def trained(
+    loader: Callable[[], Any], rule: BatchSizeRule, *callbacks: pl.Callback, resume: Path | None = None
+) -> tuple[BatchSizeScheduler, list[tuple[int, int]]]:
+    """Train without `SurgeLRCallback`; returns what was asked for at each step."""
+    requests: list[tuple[int, int]] = []
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+            requests.append((trainer.global_step, scheduler.requested_batch_size))
+
+    pl.seed_everything(1 if resume is None else 77, verbose=False)
+    scheduler = BatchSizeScheduler(rule)
+    trainer = make_trainer(scheduler, Look(), *callbacks, max_epochs=EPOCHS)
+    trainer.fit(Net(loader), ckpt_path=None if resume is None else str(resume), weights_only=True)
+    return scheduler, requests
 
 
-@pytest.mark.parametrize("saved_within", [True, False])
-def test_a_loader_that_starts_the_epoch_over_is_named(tmp_path: Path, saved_within: bool) -> None:
-    def plain() -> Any:
-        return DataLoader(Noisy(), batch_size=2, shuffle=True)
+def every_step(path: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)
 
-    path = tmp_path / "run"
-    if saved_within:
-        with pytest.warns(UserWarning, match="in mid-epoch, it begins the epoch anew"):
-            run(path, plain, RAMPS["doublings"])
-    else:
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(
+    ("loader", "rule"),
+    [
+        (accumulated, Milestones({0: 2, 8: 4, 16: 8, 20: 2})),
+        (plain, Milestones({0: 2, 40: 4, 80: 8, 100: 2}, unit="examples")),
+        (sampled, Milestones({0: 2, 8: 5, 16: 9, 20: 2})),
+    ],
+)
+def test_the_schedule_goes_on_without_exact_resuming(
+    tmp_path: Path, loader: Callable[[], Any], rule: Schedule
+) -> None:
+    """Lightning may repeat or leave out examples, even an epoch; sizes follow the clock all the same."""
+    trained(loader, rule, every_step(tmp_path))
+    for checkpoint in steps(tmp_path)[::5]:
+        state = torch.load(checkpoint, weights_only=True)["callbacks"]["BatchSizeScheduler"]
+        assert state.keys() == {"version", "accumulation", "examples", "epoch_begin", "followed"}
+        _, requests = trained(loader, rule, resume=checkpoint)
+        done, sizes = int(state["examples"]), dict(requests)
+        if rule.unit == "steps":
+            assert [sizes[step] for step in sizes] == [rule(Progress(step)) for step in sizes]
+        else:
+            assert requests[0][1] == rule(Progress(0, done))
+
+
+@pytest.mark.filterwarnings("ignore:Expected a training loader with state_dict")
+@pytest.mark.parametrize("others", [[], [ExactResume()]])
+def test_only_exact_resuming_touches_random_streams(tmp_path: Path, others: list[pl.Callback]) -> None:
+    class Unscheduled(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Streams(pl.Callback):
+        """The states after every validation and checkpoint."""
+
+        def __init__(self) -> None:
+            self.states: list[Any] = []
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            now = random_states()
+            parts = (now["python"]["words"], now["numpy"]["words"], now["torch"])
+            self.states.append([part.tolist() for part in parts])
+
+    seen = []
+    for mine in ([], [BatchSizeScheduler(ConstantSize(2)), *others]):
         pl.seed_everything(1, verbose=False)
-        pl.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            max_epochs=2,
-            callbacks=[
-                BatchSizeScheduler(RAMPS["doublings"]),
-                ModelCheckpoint(path, every_n_epochs=1, save_on_train_epoch_end=True),
-            ],
-        ).fit(Net(plain))
-        assert len(list(path.glob("*.ckpt"))) == 1
+        streams = Streams()
+        trainer = make_trainer(
+            *mine, streams, every_step(tmp_path / str(len(seen))), max_epochs=2, val_check_interval=7
+        )
+        trainer.fit(Unscheduled(plain))
+        seen.append(streams.states)
+    assert (seen[0] == seen[1]) == (not others)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_checkpoint_that_holds_them_under_the_batch_size(tmp_path: Path, exact: bool) -> None:
+    """As `BatchSizeScheduler` saved them before `ExactResume` was there."""
+    _, whole = trained(sampled, RAMPS["any size"], ExactResume(), every_step(tmp_path))
+    saved = steps(tmp_path)
+    content = torch.load(saved[7], weights_only=True)
+    former = content["callbacks"]
+    former["BatchSizeScheduler"] |= {"version": 1, "resumption": former.pop("ExactResume")}
+    torch.save(content, tmp_path / "former.ckpt")
+    save = every_step(tmp_path / "again")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = [ExactResume()] if exact else []
+        _, again = trained(sampled, RAMPS["any size"], *callbacks, save, resume=tmp_path / "former.ckpt")
+    said = [str(warning.message) for warning in caught if "ExactResume" in str(warning.message)]
+    assert again == whole[8:]
+    last = (weights(steps(folder)[-1])["net.0.weight"] for folder in (tmp_path, tmp_path / "again"))
+    same = torch.equal(*last)
+    assert same == exact
+    assert [text.partition(" for a")[0] for text in said] == (
+        [] if exact else ["Expected ExactResume beside BatchSizeScheduler"]
+    )

@@ -1,7 +1,7 @@
 """A run that was killed and resumed takes the same batches to the same weights as one that was not.
 
-The exact comparisons are also the tests of what `Resumption` relies on in Lightning and torchdata: the layout
-of the loops' states in a checkpoint, `fit_loop._resuming_from_checkpoint`, `fit_loop._data_fetcher` and its
+The exact comparisons also test what `ExactResume` relies on in Lightning and torchdata: the layout of
+the loops' states in a checkpoint, `fit_loop._resuming_from_checkpoint`, `fit_loop._data_fetcher` and its
 iterator, the samplers that Lightning makes, and `_num_yielded` and `_finished` of torchdata's iterators.
 """
 
@@ -32,7 +32,7 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from lightning_surge.callbacks.resuming.exact_resume import Resumption
+from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.resuming.loaders import Obstacle, why_not_resumable
 from lightning_surge.callbacks.resuming.random_streams import (
     ResumableDataset,
@@ -40,18 +40,13 @@ from lightning_surge.callbacks.resuming.random_streams import (
     restore_random_states,
 )
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
+from tests.trainings import make_quiet_trainer as make_trainer
 
 pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
-    # torchdata 0.11 on torch 2.13, at every loader.
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
-    # Workers and ranks are forked from a process that has threads, but none at work.
-    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
 ]
+
 no_fork = pytest.mark.skipif(
     torch.cuda.is_available(), reason="autograd's threads for a GPU do not survive a fork"
 )
@@ -59,11 +54,6 @@ no_fork = pytest.mark.skipif(
 EXAMPLES, BATCH = 12, 4
 
 MakeLoader = Callable[[], Any]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 class Noisy(Dataset[Any]):
@@ -141,36 +131,6 @@ class ValidatedNet(Net):
         self.net(batch[1])
 
 
-class Owner(pl.Callback):
-    """As a callback uses it that does nothing else."""
-
-    def __init__(self) -> None:
-        self.resumption = Resumption()
-        self.trainer: pl.Trainer
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.trainer = trainer
-        self.resumption.setup()
-
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self.resumption.on_load_checkpoint(trainer, checkpoint)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.resumption.load_state_dict(state)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.resumption.state_dict(self.trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.resumption.on_train_start(trainer)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.resumption.on_train_batch_end(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.resumption.on_validation_end(trainer)
-
-
 class SaveEverywhere(Checkpoint):
     """Saves between any two optimizer steps, after validations, and at the end of epochs."""
 
@@ -213,17 +173,7 @@ class Ran(NamedTuple):
 
 
 def trainer_with(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
-        "max_epochs": 2,
-        "num_sanity_val_steps": 0,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
+    return make_trainer(*callbacks, **({"max_epochs": 2, "num_sanity_val_steps": 0} | options))
 
 
 def run(
@@ -243,10 +193,10 @@ def shuffled(**options: Any) -> StatefulDataLoader[Any]:
 def assert_exact(net: type[Net], loader: MakeLoader, folder: Path, every: int = 1, **options: Any) -> None:
     """Resume from every checkpoint of a run and compare what follows."""
     save = SaveEverywhere(folder)
-    whole = run(net, loader, Owner(), save, **options)
+    whole = run(net, loader, ExactResume(), save, **options)
     assert len(whole.taken) >= 4
     for path, taken in save.saved[::every]:
-        resumed = run(net, loader, Owner(), resume=path, **options)
+        resumed = run(net, loader, ExactResume(), resume=path, **options)
         assert resumed.same_as(whole.after(taken)), path.name
 
 
@@ -317,13 +267,13 @@ class TestOneProcess:
     def test_a_run_that_was_resumed_before(self, tmp_path: Path) -> None:
         for options in ({}, {"max_steps": 6, "max_epochs": -1}):
             save = SaveEverywhere(tmp_path)
-            whole = run(Net, shuffled, Owner(), save, **options)
+            whole = run(Net, shuffled, ExactResume(), save, **options)
             for path, taken in save.saved[1:4]:  # in mid-epoch, after its last batch, at its end
                 (tmp_path / "again").mkdir(exist_ok=True)
                 again = SaveEverywhere(tmp_path / "again")
-                run(Net, shuffled, Owner(), again, resume=path, **options)
+                run(Net, shuffled, ExactResume(), again, resume=path, **options)
                 for later, more in again.saved:
-                    resumed = run(Net, shuffled, Owner(), resume=later, **options)
+                    resumed = run(Net, shuffled, ExactResume(), resume=later, **options)
                     assert resumed.same_as(whole.after(taken + more)), (path.name, later.name)
 
     @pytest.mark.parametrize("epochs", [1, 2])
@@ -334,31 +284,11 @@ class TestOneProcess:
 
         pl.seed_everything(1, verbose=False)
         model, path = Net(shuffled), tmp_path / "end.ckpt"
-        trainer = trainer_with(Owner(), **until(epochs))
+        trainer = trainer_with(ExactResume(), **until(epochs))
         trainer.fit(model)
         trainer.save_checkpoint(path, weights_only=False)
-        resumed = run(Net, shuffled, Owner(), resume=path, **until(3))
-        assert resumed.same_as(run(Net, shuffled, Owner(), **until(3)).after(3 * epochs))
-
-    @no_fork
-    def test_killed(self, tmp_path: Path) -> None:
-        class Killer(pl.Callback):
-            def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-                if trainer.global_step == 4:
-                    os._exit(9)
-
-        def doomed() -> None:
-            save = ModelCheckpoint(
-                tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}"
-            )
-            run(Net, shuffled, Owner(), save, Killer())
-
-        process = mp.get_context("fork").Process(target=doomed)
-        process.start()
-        process.join()
-        assert process.exitcode == 9
-        resumed = run(Net, shuffled, Owner(), resume=tmp_path / "saved" / "step=4.ckpt")
-        assert resumed.same_as(run(Net, shuffled, Owner()).after(4))
+        resumed = run(Net, shuffled, ExactResume(), resume=path, **until(3))
+        assert resumed.same_as(run(Net, shuffled, ExactResume(), **until(3)).after(3 * epochs))
 
     def test_a_plain_loader_at_the_end_of_epochs(self, tmp_path: Path) -> None:
         def loader() -> DataLoader[Any]:
@@ -367,10 +297,10 @@ class TestOneProcess:
         for options in ({}, {"max_steps": 6, "max_epochs": -1}):
             save = SaveEverywhere(tmp_path)
             with pytest.warns(UserWarning, match="Expected a training loader with state_dict"):
-                whole = run(ValidatedNet, loader, Owner(), save, **options)
+                whole = run(ValidatedNet, loader, ExactResume(), save, **options)
             # After the last batch, the validation, and the epoch.
             for path, taken in save.saved[2:5]:
-                resumed = run(ValidatedNet, loader, Owner(), resume=path, **options)
+                resumed = run(ValidatedNet, loader, ExactResume(), resume=path, **options)
                 assert resumed.same_as(whole.after(taken)), path.name
 
     def test_a_loader_without_a_length_at_the_end_of_epochs(self, tmp_path: Path) -> None:
@@ -379,20 +309,20 @@ class TestOneProcess:
 
         save = SaveEverywhere(tmp_path)
         with pytest.warns(UserWarning, match="Expected a training loader with a length"):
-            whole = run(Net, loader, Owner(), save)
+            whole = run(Net, loader, ExactResume(), save)
         for path, taken in save.saved[2:4]:  # after the last batch, after the epoch
-            assert run(Net, loader, Owner(), resume=path).same_as(whole.after(taken)), path.name
+            assert run(Net, loader, ExactResume(), resume=path).same_as(whole.after(taken)), path.name
 
     def test_a_checkpoint_of_a_run_without_it(self, tmp_path: Path) -> None:
         save = SaveEverywhere(tmp_path)
         whole = run(Net, lambda: shuffled(shuffle=False), save)
         for path, taken in save.saved:
-            resumed = run(Net, lambda: shuffled(shuffle=False), Owner(), resume=path)
+            resumed = run(Net, lambda: shuffled(shuffle=False), ExactResume(), resume=path)
             assert resumed.same_batches_as(whole.after(taken)), path.name
 
     def test_validation_leaves_training_alone(self) -> None:
-        without = run(Net, shuffled, Owner())
-        validated = run(ValidatedNet, shuffled, Owner(), val_check_interval=1)
+        without = run(Net, shuffled, ExactResume())
+        validated = run(ValidatedNet, shuffled, ExactResume(), val_check_interval=1)
         assert validated.same_as(without)
 
     def test_a_checkpoint_in_the_midst_of_validation(self, tmp_path: Path) -> None:
@@ -402,12 +332,12 @@ class TestOneProcess:
                 trainer.save_checkpoint(path, weights_only=False)
 
         options = {"val_check_interval": 2}
-        whole = run(ValidatedNet, shuffled, SaveWhileValidating(), Owner(), **options)
-        resumed = run(ValidatedNet, shuffled, Owner(), resume=tmp_path / "2.ckpt", **options)
+        whole = run(ValidatedNet, shuffled, SaveWhileValidating(), ExactResume(), **options)
+        resumed = run(ValidatedNet, shuffled, ExactResume(), resume=tmp_path / "2.ckpt", **options)
         assert resumed.same_as(whole.after(2))
 
     def test_a_validation_of_its_own_leaves_streams_alone(self) -> None:
-        model, owned, other = ValidatedNet(shuffled), trainer_with(Owner()), trainer_with()
+        model, owned, other = ValidatedNet(shuffled), trainer_with(ExactResume()), trainer_with()
         owned.fit(model)
         after = []
         for trainer in (owned, other):
@@ -422,7 +352,7 @@ UNBATCHED: dict[str, Any] = {"batch_size": 1, "shuffle": False}
 
 
 class TestWhatLightningDoesAlone:
-    """If one of these fails, Lightning has been mended, and `Resumption` can do less."""
+    """If one of these fails, Lightning has been mended, and `ExactResume` can do less."""
 
     def test_it_leaves_out_an_epoch(self, tmp_path: Path) -> None:
         save = SaveEverywhere(tmp_path)
@@ -457,21 +387,14 @@ class TestWorkers:
 
         assert_exact(Net, loader, tmp_path, every=3)
 
-    def test_a_scheduled_batch_sampler(self, tmp_path: Path) -> None:
-        def loader() -> StatefulDataLoader[Any]:
-            sampler = ScheduledBatchSampler(RandomSampler(Noisy()), BATCH)
-            return StatefulDataLoader(ResumableDataset(Noisy()), batch_sampler=sampler, num_workers=2)
-
-        assert_exact(Net, loader, tmp_path, every=3)
-
     def test_without_the_wrapper_only_the_order_is_kept(self, tmp_path: Path) -> None:
         def loader() -> StatefulDataLoader[Any]:
             return shuffled(num_workers=2)
 
         save = SaveEverywhere(tmp_path)
-        whole = run(Net, loader, Owner(), save)
+        whole = run(Net, loader, ExactResume(), save)
         with pytest.warns(UserWarning, match="Noisy in workers, whose random numbers begin anew"):
-            resumed = run(Net, loader, Owner(), resume=save.saved[0][0])
+            resumed = run(Net, loader, ExactResume(), resume=save.saved[0][0])
         assert resumed.same_batches_as(whole.after(1))
         assert not resumed.same_as(whole.after(1))
 
@@ -544,7 +467,7 @@ class TestTwoProcesses:
     def test_killed(self, loader: MakeLoader, options: dict[str, Any], tmp_path: Path) -> None:
         def fit(*callbacks: pl.Callback, resume: Any = None) -> list[Ran]:
             ran = WroteRan(tmp_path)
-            callbacks = (Owner(), *callbacks, ran)
+            callbacks = (ExactResume(), *callbacks, ran)
             run(ValidatedNet, loader, *callbacks, resume=resume, strategy="ddp_fork", devices=2, **options)
             return ran.read()
 
@@ -566,7 +489,7 @@ class TestTwoProcesses:
 
         def fit(*callbacks: pl.Callback, resume: Any = None) -> list[Ran]:
             ran = WroteRan(tmp_path)
-            callbacks = (Owner(), *callbacks, ran)
+            callbacks = (ExactResume(), *callbacks, ran)
             run(Net, loader, *callbacks, resume=resume, strategy="ddp_fork", devices=2, max_epochs=1)
             return ran.read()
 
@@ -664,7 +587,7 @@ class TestWarnings:
         return DataLoader(Noisy(), batch_size=BATCH)
 
     def test_once_when_saving_in_mid_epoch(self, tmp_path: Path) -> None:
-        (warning,) = warnings_of(self.plain, Owner(), SaveEverywhere(tmp_path))
+        (warning,) = warnings_of(self.plain, ExactResume(), SaveEverywhere(tmp_path))
         assert "got DataLoader" in warning
 
     def test_once_when_resuming_in_mid_epoch(self, tmp_path: Path) -> None:
@@ -672,78 +595,74 @@ class TestWarnings:
         warnings_of(self.plain, save)
         (tmp_path / "again").mkdir()
         again = SaveEverywhere(tmp_path / "again")
-        (warning,) = warnings_of(self.plain, Owner(), again, resume=save.saved[0][0])
+        (warning,) = warnings_of(self.plain, ExactResume(), again, resume=save.saved[0][0])
         assert "got DataLoader" in warning
 
     def test_none_at_the_end_of_an_epoch(self, tmp_path: Path) -> None:
         save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-        assert warnings_of(self.plain, Owner(), save) == []
-        assert warnings_of(self.plain, Owner(), resume=tmp_path / "epoch=0.ckpt") == []
-
-    def test_none_with_a_loader_that_can(self, tmp_path: Path) -> None:
-        save = SaveEverywhere(tmp_path)
-        assert warnings_of(shuffled, Owner(), save) == []
-        assert warnings_of(shuffled, Owner(), resume=save.saved[0][0]) == []
+        assert warnings_of(self.plain, ExactResume(), save) == []
+        assert warnings_of(self.plain, ExactResume(), resume=tmp_path / "epoch=0.ckpt") == []
 
     def test_a_doubt_only_when_resuming(self, tmp_path: Path) -> None:
         def loader() -> StatefulDataLoader[Any]:
             return shuffled(sampler=OwnSampler(), shuffle=None)
 
         save = SaveEverywhere(tmp_path)
-        assert warnings_of(loader, Owner(), save) == []
-        assert len(warnings_of(loader, Owner(), resume=save.saved[0][0])) == 1
+        assert warnings_of(loader, ExactResume(), save) == []
+        assert len(warnings_of(loader, ExactResume(), resume=save.saved[0][0])) == 1
 
     def test_a_loader_without_a_length(self, tmp_path: Path) -> None:
         def loader() -> StatefulDataLoader[Any]:
             return StatefulDataLoader(Counting(), batch_size=BATCH)
 
-        (warning,) = warnings_of(loader, Owner(), SaveEverywhere(tmp_path))
+        (warning,) = warnings_of(loader, ExactResume(), SaveEverywhere(tmp_path))
         assert "a length, got one without: Lightning fetches one batch ahead" in warning
         save = SaveEverywhere(tmp_path)
-        assert warnings_of(loader, Owner(), save, limit_train_batches=3) == []
+        assert warnings_of(loader, ExactResume(), save, limit_train_batches=3) == []
 
     def test_another_number_of_processes(self, tmp_path: Path) -> None:
         save = SaveEverywhere(tmp_path)
-        run(Net, shuffled, Owner(), save)
+        run(Net, shuffled, ExactResume(), save)
         checkpoint = torch.load(save.saved[0][0], weights_only=True)
-        checkpoint["callbacks"]["Owner"]["ranks"] *= 2
-        checkpoint["callbacks"]["Owner"]["loaders"] = []  # not to be taken from either
+        checkpoint["callbacks"]["ExactResume"]["ranks"] *= 2
+        checkpoint["callbacks"]["ExactResume"]["loaders"] = []  # not to be taken from either
         torch.save(checkpoint, tmp_path / "two.ckpt")
-        (warning,) = warnings_of(shuffled, Owner(), resume=tmp_path / "two.ckpt")
+        (warning,) = warnings_of(shuffled, ExactResume(), resume=tmp_path / "two.ckpt")
         assert "resume on 2 processes, as the checkpoint was saved, got 1" in warning
 
     def test_another_version(self, tmp_path: Path) -> None:
         save = SaveEverywhere(tmp_path)
-        run(Net, shuffled, Owner(), save)
+        run(Net, shuffled, ExactResume(), save)
         checkpoint = torch.load(save.saved[0][0], weights_only=True)
-        checkpoint["callbacks"]["Owner"]["version"] = 99
+        checkpoint["callbacks"]["ExactResume"]["version"] = 99
         torch.save(checkpoint, tmp_path / "other.ckpt")
-        (warning,) = warnings_of(shuffled, Owner(), resume=tmp_path / "other.ckpt")
-        assert "version 1 in the checkpoint, got 99" in warning
+        (warning,) = warnings_of(shuffled, ExactResume(), resume=tmp_path / "other.ckpt")
+        assert "whole random states in the checkpoint, got ValueError: Expected version 1, got 99." in warning
 
     def test_after_an_exception_no_rank_waits_for_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         trainer = trainer_with()
         monkeypatch.setattr(type(trainer), "world_size", 2)
         trainer.state.status = TrainerStatus.INTERRUPTED
-        state = Resumption().state_dict(trainer)
+        resume = ExactResume()
+        resume.setup(trainer, Net(shuffled), "fit")
+        state = resume.state_dict()
         assert [rank is None for rank in state["ranks"]] == [False, True]
-        resumption = Resumption()
         with pytest.warns(UserWarning, match="random states of 2 processes in the checkpoint, got those of"):
-            assert resumption._own(trainer, state) is not None
+            assert resume._own(trainer, state) is not None
 
 
 def test_states_that_no_run_resumes_from_are_forgotten() -> None:
     """A learning-rate finder, say, loads the checkpoint that it saved before the first step."""
-    owner = Owner()
+    resume = ExactResume()
     model = Net(shuffled)
-    trainer = trainer_with(owner)
+    trainer = trainer_with(resume)
     trainer.fit(model)
-    state = owner.state_dict()
+    state = resume.state_dict()
 
     class Finder(pl.Callback):
         def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            owner.on_load_checkpoint(
+            resume.on_load_checkpoint(
                 trainer,
                 pl_module,
                 {
@@ -756,7 +675,7 @@ def test_states_that_no_run_resumes_from_are_forgotten() -> None:
                     }
                 },
             )
-            owner.load_state_dict(state)
+            resume.load_state_dict(state)
 
-    found = run(Net, shuffled, owner, Finder())
+    found = run(Net, shuffled, resume, Finder())
     assert found.same_as(run(Net, shuffled))

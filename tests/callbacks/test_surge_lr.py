@@ -758,12 +758,6 @@ class TestArguments:
         assert progress.law is not None
         assert progress_ratio(progress.law, 256.0, 4.0) >= math.sqrt(256 / 4) > step.lr_scale(256)
 
-    def test_anchor(self, make_trainer: MakeTrainer) -> None:
-        schedule, _ = self._run(make_trainer, 4, probe_every=1)
-        law, _ = self._run(make_trainer, 4, anchor="law", probe_every=1)
-        assert schedule.lr_scale(4) == 1.0
-        assert law.lr_scale(4) != 1.0
-
     def test_half_life(self, make_trainer: MakeTrainer) -> None:
         short, _ = self._run(make_trainer, 16, probe_every=1, half_life=0.1)
         long, _ = self._run(make_trainer, 16, probe_every=1, half_life=100.0)

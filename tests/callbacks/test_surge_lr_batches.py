@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
+from lightning_surge.measure.direction import GRADIENT
 from lightning_surge.measure.measurement import LawMeasurement
 from lightning_surge.measure.replay import Chunk, Piece
 from lightning_surge.policy.reasons import Reason
@@ -123,7 +124,7 @@ def test_gradient_directions_go_as_far_under_a_loss_scale(scale: float) -> None:
             direction=lambda gradient: gradient,
         )
         done = measurement.run([Chunk((Piece(value, 0, 1.0),)) for value in noise])
-        return done.unscaled(factor, direction_power=1)
+        return done.unscaled(factor, direction=GRADIENT)
 
     plain, scaled = measure(1.0), measure(scale)
     for mine, theirs in zip(scaled.curvatures, plain.curvatures, strict=True):

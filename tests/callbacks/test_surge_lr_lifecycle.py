@@ -366,7 +366,6 @@ RESUMED: dict[str, dict[str, Any]] = {
         "options": {"base_batch_size": None, "probe_examples": 16},
         "short": 8,
     },
-    "anchored": {"batch_size": 16, "options": {"probe_examples": 16, "anchor": "law"}},
     "progress": {"batch_size": 16, "options": {"probe_examples": 16, "objective": "progress"}},
     "edge": {"batch_size": 16, "options": {"probe_examples": 16, "objective": "edge"}},
     "edge from micro-batches": {
@@ -450,7 +449,7 @@ class TestResume:
         _, without = self._run(make_trainer, tmp_path / "b", **RESUMED["pooled"])
         assert with_checkpoints.history.num_measurements < without.history.num_measurements
 
-    @pytest.mark.parametrize("case", ["sliced", "theorem3", "sgd", "anchored", "edge"])
+    @pytest.mark.parametrize("case", ["sliced", "theorem3", "sgd", "edge"])
     def test_state_is_plain_and_loads_safely(
         self, make_trainer: MakeTrainer, tmp_path: Path, case: str
     ) -> None:
@@ -580,7 +579,7 @@ class TestErrors:
                 {"objective": "edge", "law": "theorem2"},
                 r"law='measured' with objective='edge', got law='theorem2'",
             ),
-            ({"anchor": "ship"}, r"anchor to be one of schedule, law, got anchor='ship'"),
+            ({"anchor": "law"}, r"no anchor, got anchor='law', which is retired: leave it out"),
             ({"base_batch_size": 0}, r"0 < base_batch_size < inf, got base_batch_size=0: count examples"),
             ({"base_batch_size": -8}, r"got base_batch_size=-8"),
             ({"base_batch_size": math.nan}, r"got base_batch_size=nan"),

@@ -164,7 +164,7 @@ class TestDryRuns:
             warnings.simplefilter("always")
             assert outcome(make_trainer, Net(touch, **attributes()), callback, **options) == plain
         said = [str(one.message) for one in told if "Measuring is off from now on" in str(one.message)]
-        # The secants of a live window move the parameters and put them back, with whatever the step did to them.
+        # The secants of a live window put the parameters back, with whatever a step did to them.
         moved = accumulation > 1 and "net.weight" in trace
         assert len(said) == (0 if moved else 1)
         assert callback.state_dict()["measurer"]["off"] is not moved

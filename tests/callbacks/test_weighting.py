@@ -18,9 +18,6 @@ from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones
 MakeTrainer = Callable[..., pl.Trainer]
 
 pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
     pytest.mark.filterwarnings("ignore:train_dataloader yielded None"),
 ]
@@ -159,6 +156,19 @@ class TestOneBigBatch:
         model.assert_means()
         assert len(model.gradients) == trainer.global_step - 1  # one step had no gradient at all
         assert scheduler.examples == 2 * sum(RAGGED)  # consumed all the same
+
+    def test_micro_batches_that_count_for_nothing(self, make_trainer: MakeTrainer) -> None:
+        model = Net()
+        model.loss = lambda batch: 0.0 * batch.sum() + Net.loss(model, batch)  # type: ignore[method-assign]
+        empty = Ragged()
+        for index in (0, 4, 5):  # the first of a window, the last, and one of its own
+            empty[index] = torch.zeros_like(empty[index])
+        scheduler = BatchSizeScheduler(
+            Milestones({0: 4, 3: 16}), batch_size_fn=lambda batch: len(batch) * float(batch.any())
+        )
+        make_trainer(scheduler).fit(model, empty)
+        assert all(gradient.isfinite().all() for gradient in model.gradients)
+        assert scheduler.examples == sum(RAGGED) - RAGGED[0] - RAGGED[4] - RAGGED[5]
 
     @pytest.mark.parametrize("missing", [3, 7, 10])
     def test_a_batch_that_is_none(self, make_trainer: MakeTrainer, missing: int) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_surge import BatchSizeScheduler, SurgeLRCallback, schedules
+from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback, schedules
 from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.sizes import (
     ConstantSize,
@@ -202,7 +202,6 @@ ARGUMENTS = """
         base_batch_size: 16
         law: measured
         objective: progress
-        anchor: law
         lr_scale_bounds: [0.25, 8]
         probe_every: 3
         batch_size_fn: named_functions.count
@@ -225,7 +224,7 @@ def test_every_kind_of_argument_of_the_callback(tmp_path: Path, functions: Any) 
     (callback,), printed = parse(tmp_path, ARGUMENTS)
     assert isinstance(callback, SurgeLRCallback)
     settings = callback.settings
-    assert (settings.law, settings.objective, settings.anchor) == ("measured", "progress", "law")
+    assert (settings.law, settings.objective) == ("measured", "progress")
     assert (settings.lr_scale_bounds, settings.probe_every) == ((0.25, 8.0), 3)
     assert callback._loss_fn is functions.loss
     assert callback._split_batch is functions.cut
@@ -325,6 +324,12 @@ def test_the_warm_up_by_both_names(tmp_path: Path) -> None:
         )
         assert warmup.schedule == GeometricRamp(8, 32, 9)
         assert "num_steps: 9" in printed
+
+
+@pytest.mark.parametrize("name", ["ExactResume", "lightning_surge.ExactResume"])
+def test_exact_resuming_by_both_names(tmp_path: Path, name: str) -> None:
+    (resume,), _ = parse(tmp_path, f"    - class_path: {name}\n")
+    assert type(resume) is ExactResume
 
 
 def test_the_example_trains_and_round_trips(

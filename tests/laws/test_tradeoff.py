@@ -1,12 +1,10 @@
 import math
 import re
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_surge.laws.base import MeasuredLaw
 from lightning_surge.laws.tradeoff import (
     TradeoffFit,
     examples_at_steps,
@@ -15,14 +13,8 @@ from lightning_surge.laws.tradeoff import (
     gain_fraction,
     steps_needed,
 )
+from tests.drawn import decades, many, measured_law
 
-
-def decades(low: float, high: float) -> st.SearchStrategy[float]:
-    return st.floats(low, high).map(lambda exponent: 10.0**exponent)
-
-
-# No deadline: a shared machine stalls.
-many = settings(max_examples=60, deadline=None)
 CRITICAL, MIN_STEPS = decades(1, 5), decades(1, 6)
 
 
@@ -49,7 +41,7 @@ def test_the_critical_batch_size_costs_twice_the_least_of_both() -> None:
 
 
 def test_steps_go_as_the_inverse_gain_of_the_measured_law() -> None:
-    law = MeasuredLaw(alignment_limit=2, alignment_scale=300, noise_curvature=1, signal_curvature=1)
+    law = measured_law(2, 300, 1, 1)
     for batch_size in (1, 60, 4096):
         gain = gain_fraction(batch_size, critical_batch_size=law.critical_batch_size)
         assert law.gain(batch_size) / law.gain(1e15) == pytest.approx(gain, rel=1e-9)
@@ -62,18 +54,6 @@ def test_fit_recovers_the_curve(critical: float, min_steps: float, multiples: li
     examples = [critical * min_steps * (1 + multiple) for multiple in multiples]
     fit = fit_tradeoff(steps, examples)
     assert fit == pytest.approx(TradeoffFit(critical, min_steps, critical * min_steps), rel=1e-6)
-
-
-def test_fit_is_unbiased_when_only_the_steps_are_noisy() -> None:
-    rng = np.random.default_rng(0)
-    multiples = np.array([0.25, 0.5, 1.0, 2.0, 4.0])
-    inverse_steps, examples = multiples / (1 + multiples) / 1000, 3e5 * (1 + multiples)
-    noisy = inverse_steps + rng.normal(0, 1e-6, (400, 5))
-    slopes = np.array([fit_tradeoff(1 / row, examples).critical_batch_size for row in noisy])
-    assert abs(slopes.mean() - 300) < 4 * slopes.std(ddof=1) / math.sqrt(400)
-    # The spread that least squares must have: noise over the spread of 1 / E.
-    expected = 1e-6 / math.sqrt((((1 / examples) - (1 / examples).mean()) ** 2).sum())
-    assert slopes.std(ddof=1) == pytest.approx(expected, rel=4 / math.sqrt(2 * 399))
 
 
 @pytest.mark.parametrize(

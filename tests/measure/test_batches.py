@@ -129,3 +129,10 @@ class TestGrouping:
         lengths = [len(group) for group in groups]
         assert min(lengths) >= 1
         assert max(lengths) - min(lengths) <= 1
+
+    @pytest.mark.parametrize("num_groups", [0, -1, 4, 10**18])
+    def test_groups_that_would_be_empty(self, num_groups: int) -> None:
+        with pytest.raises(
+            ValueError, match=f"Expected 1 <= num_groups <= 3 items, got num_groups={num_groups}: "
+        ):
+            group_evenly([1, 2, 3], num_groups)

@@ -128,16 +128,6 @@ class TestExact:
         assert len(quadratic.measure(sharpness, hessian())) == 2
         assert quadratic.calls == 2 + FIRST_SECANTS + 2 + SECANTS
 
-    def test_underestimates_die_out(self) -> None:
-        """From below, and faster than the averages of `NoiseHistory` forget at their half-life of 8."""
-        quadratic, sharpness = Quadratic(), Sharpness()
-        deficits = []
-        for _ in range(9):
-            values = quadratic.measure(sharpness, hessian(), (8.0,))
-            deficits += [largest(8.0, hessian()) - value.value for value in values]
-        assert all(deficit > -1e-9 for deficit in deficits)
-        assert deficits[-1] < 0.5 * deficits[0]
-
     def test_parameters_are_put_back_bit_for_bit(self) -> None:
         quadratic, sharpness = Quadratic(torch.float32), Sharpness()
         before = [p.clone() for p in quadratic.parameters]
@@ -163,26 +153,6 @@ class TestExact:
         assert values[0].value == pytest.approx(largest(8.0, matrix), rel=1e-6)
 
 
-class TestNoise:
-    def test_the_value_does_not_follow_the_noise_of_its_own_examples(self) -> None:
-        """With a fresh Hessian each time, values stay below the largest eigenvalue of the mean Hessian."""
-        noise, count = 6.0, 400
-        quadratic, sharpness = Quadratic(), Sharpness()
-        quadratic.measure(sharpness, hessian())
-        values = torch.tensor(
-            [
-                quadratic.measure(
-                    sharpness, hessian(seed, noise), (8.0,), judge=hessian(count + seed, noise)
-                )[0].value
-                for seed in range(1, count)
-            ]
-        )
-        own = [largest(8.0, hessian(seed, noise)) for seed in range(1, count)]
-        assert values.mean() < largest(8.0, hessian()) + 4 * values.std() / math.sqrt(count)
-        # What each sample would have told of itself is far above.
-        assert sum(own) / len(own) > 1.3 * largest(8.0, hessian())
-
-
 class TestState:
     def test_goes_on_bit_for_bit(self) -> None:
         quadratic, sharpness, resumed = Quadratic(torch.float32), Sharpness(), Sharpness()
@@ -193,13 +163,6 @@ class TestState:
             left = quadratic.measure(sharpness, hessian(seed, 1.0))
             assert left == quadratic.measure(resumed, hessian(seed, 1.0))
             assert len(left) == 2
-
-    def test_loading_copies(self) -> None:
-        quadratic, sharpness, resumed = Quadratic(), Sharpness(), Sharpness()
-        quadratic.measure(sharpness, hessian())
-        resumed.load_state_dict(sharpness.state_dict())
-        expected = quadratic.measure(sharpness, hessian())
-        assert quadratic.measure(resumed, hessian()) == expected
 
     def test_other_parameters_start_afresh(self) -> None:
         quadratic, sharpness = Quadratic(), Sharpness()

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_surge.measure.direction import GRADIENT, SIGN
 from lightning_surge.optimizers.families import (
     decay_follows_lr,
+    direction_of,
     has_coupled_decay,
     has_plain_averages,
     largest_lr,
     lr_scales,
     optimizer_family,
-    optimizer_kind,
     parameter_scales,
 )
 
@@ -46,11 +47,11 @@ class TestKind:
         ],
     )
     def test_sign_updates_of_other_packages(self, name: str) -> None:
-        assert optimizer_kind(foreign(name)) == "sign"
+        assert direction_of(foreign(name)) is SIGN
 
     @pytest.mark.parametrize("name", ["SGDW", "SGD8bit", "FusedSGD"])
     def test_gradient_updates_of_other_packages(self, name: str) -> None:
-        assert optimizer_kind(foreign(name)) == "gradient"
+        assert direction_of(foreign(name)) is GRADIENT
 
     @pytest.mark.parametrize(
         ("name", "why"),
@@ -68,23 +69,23 @@ class TestKind:
     )
     def test_updates_along_neither(self, name: str, why: str) -> None:
         family = optimizer_family(foreign(name))
-        assert family.kind == "unmeasured"
+        assert family.direction is None
         assert why in family.why
 
     @pytest.mark.parametrize("name", ["Sophia", "Custom", "Lookahead"])
     def test_unknown_names(self, name: str) -> None:
-        assert optimizer_kind(foreign(name)) == "unknown"
+        assert not optimizer_family(foreign(name)).known
 
     def test_subclasses_count_as_what_they_derive_from(self) -> None:
-        assert optimizer_kind(foreign("Mine", torch.optim.AdamW)) == "sign"
-        assert optimizer_kind(foreign("Mine", torch.optim.SGD)) == "gradient"
+        assert direction_of(foreign("Mine", torch.optim.AdamW)) is SIGN
+        assert direction_of(foreign("Mine", torch.optim.SGD)) is GRADIENT
         # The nearest name decides.
-        assert optimizer_kind(foreign("SignSGD", torch.optim.SGD)) == "sign"
+        assert direction_of(foreign("SignSGD", torch.optim.SGD)) is SIGN
 
     def test_options_that_change_the_direction(self) -> None:
         weights = [nn.Parameter(torch.ones(1))]
         for climbing in (torch.optim.AdamW(weights, maximize=True), torch.optim.SGD(weights, maximize=True)):
-            assert optimizer_kind(climbing) == "unmeasured"
+            assert optimizer_family(climbing).direction is None
             assert "maximize=True" in optimizer_family(climbing).why
         assert "centered=True" in optimizer_family(torch.optim.RMSprop(weights, centered=True)).why
 
@@ -156,6 +157,13 @@ class TestDecay:
             optimizer = foreign("Custom", weight_decay=0.1, **options)
             assert decay_follows_lr(optimizer, optimizer.param_groups[0]) is follows
             assert has_coupled_decay(optimizer) is not follows
+
+    def test_is_coupled_in_any_group(self) -> None:
+        def groups() -> list[dict[str, object]]:
+            return [{"params": [nn.Parameter(torch.ones(1))], "weight_decay": d} for d in (0.0, 0.1)]
+
+        assert has_coupled_decay(torch.optim.Adam(groups()))
+        assert not has_coupled_decay(torch.optim.NAdam(groups(), decoupled_weight_decay=True))
 
     def test_plain_averages_are_adams_own(self) -> None:
         weights = [nn.Parameter(torch.ones(1))]

@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 from lightning_surge.policy.history import NoiseHistory, NoiseStats
-
-many = settings(max_examples=50, deadline=None)
+from tests.drawn import many
 
 
 def measured(
@@ -76,6 +75,13 @@ class TestAverages:
         assert small.weight == pytest.approx(1.5)
         assert large.value == pytest.approx((0.5 * 5 + 7) / 1.5)
         assert large.batch_size == pytest.approx(30 ** (1 / 3) * 36 ** (2 / 3))
+
+    @pytest.mark.parametrize(("weight", "kept"), [(0.3, True), (0.2, False)])
+    def test_a_size_that_a_ramp_has_left_behind_is_dropped(self, weight: float, kept: bool) -> None:
+        """Below a quarter of the heaviest bin's weight; the newest record weighs 1."""
+        rows = [measured(alignments=((8.0, 1.0),)), measured(alignments=((64.0, 2.0),))]
+        stats = history_of(rows, half_life=-1.0 / math.log2(weight)).stats()
+        assert [round(entry.batch_size) for entry in stats.alignments] == ([8, 64] if kept else [64])
 
     def test_the_mean_of_a_bin_has_the_variance_of_a_mean(self) -> None:
         values = [1.0, 4.0, 2.0, 7.0]
@@ -219,12 +225,3 @@ class TestState:
             each.add(measured(5.0))
         assert other.stats() == history.stats()
         assert other.state_dict() == history.state_dict()
-
-    def test_records_from_before_there_was_sharpness_load(self) -> None:
-        history = history_of([measured(1.0, 2.0), measured(2.0, 3.0)])
-        state = history.state_dict()
-        for record in state["records"]:
-            del record["sharpness"]
-        other = NoiseHistory()
-        other.load_state_dict(state)
-        assert other.stats() == history.stats()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from lightning_surge.laws.base import Law
 from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.laws.theorems import Theorem3Law
-from lightning_surge.policy.estimates import EstimatedLaw
+from lightning_surge.measure.records import ChunkStatistics, Measurement, SizedValue
+from lightning_surge.policy.estimates import EstimatedLaw, estimate, fit_sign_law
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.run_log import read_run
@@ -136,7 +138,7 @@ def test_codes_stay() -> None:
     assert {reason.name: int(reason) for reason in Reason} == {
         "MEASURED": 0, "RULE": 1, "NOTHING_MEASURED": 2, "UNCERTAIN": 3, "BOUNDED_ABOVE": 4,
         "BOUNDED_BELOW": 5,
-        "RISING": 6, "NO_LAW_HERE": 7, "NO_LAW": 10, "NO_EDGE": 11, "MEASURING_FAILED": 12,
+        "RISING": 6, "NO_LAW_HERE": 7, "UNRESOLVED": 8, "NO_LAW": 10, "NO_EDGE": 11, "MEASURING_FAILED": 12,
         "FITTING_FAILED": 13,
         "AVERAGES_UNREADABLE": 14, "GRADIENTS_ZERO": 15, "PARAMETERS_CHANGED": 16,
     }  # fmt: skip
@@ -153,3 +155,19 @@ def test_a_failed_measurement_is_logged_as_such(fitted: Callable[..., Any]) -> N
         )
     assert run.at("held_because", run.last_step) == Reason.MEASURING_FAILED
     assert callback.decision.reason == "held: measuring failed with RuntimeError"
+
+
+def test_what_a_clamp_made_is_not_logged() -> None:
+    """All of the curvature is the signal's, and noise hides the gradient."""
+    norms = ChunkStatistics(128.0, -1.0, 48.0, (SizedValue(16.0, 1.0), SizedValue(64.0, 1.2)))
+    history = NoiseHistory()
+    for _ in range(2):
+        history.add(Measurement(norms, (SizedValue(16.0, 1.0), SizedValue(64.0, 100.0)), passes=1.0))
+    law = estimate(history, fit_sign_law)
+    assert law is not None
+    assert (law.critical_batch_size, law.peak, history.stats().noise_scale) == (0.0, (0.0, inf), inf)
+    logged = law_metrics(history, law, 64.0)
+    assert all(isfinite(value) for value in logged.values())
+    left_out = {"noise_scale", "critical_batch_size", "peak_batch_size", "peak_lr"}
+    assert not left_out & {key.removeprefix("surge/") for key in logged}
+    assert {"surge/grad_sq", "surge/lr_optimal", "surge/law/noise_curvature"} <= logged.keys()

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
-from lightning_surge.optimizers.families import optimizer_family, optimizer_kind
+from lightning_surge.optimizers.families import optimizer_family
 
 MakeTrainer = Callable[..., pl.Trainer]
 
@@ -79,11 +79,11 @@ def test_every_optimizer_of_torch_has_a_row() -> None:
 def test_the_row_says_what_the_code_says(name: str) -> None:
     optimizer = Linear(name).configure_optimizers()
     law, objectives = ROWS[name]
-    kind = optimizer_kind(optimizer)
-    assert kind != "unknown"
-    assert law == (kind if kind in ("sign", "gradient") else "refused")
-    assert (objectives == "none") == (kind == "unscalable")
-    assert (objectives == "rules only") == (kind == "unmeasured")
+    family = optimizer_family(optimizer)
+    assert family.known
+    assert law == (family.direction.name if family.direction else "refused")
+    assert (objectives == "none") is not family.scalable
+    assert (objectives == "rules only") == (family.direction is None and family.scalable)
 
 
 def forms(name: str) -> list[dict[str, Any]]:
@@ -185,37 +185,6 @@ def test_the_length_of_an_update_grows_with_the_gradient_where_the_law_says_so(n
     small, large = moved(1024.0), moved(1024.0 * 16)
     expected = 16.0 * small if ROWS[name][0] == "gradient" or name == "ASGD" else small
     assert torch.allclose(large, expected, rtol=2e-3, atol=1e-6)
-
-
-class TestMuon:
-    """Why its law is no sign law: the same noise, averaged over singular directions and over coordinates."""
-
-    @staticmethod
-    def alignments(direction: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> list[float]:
-        generator = torch.Generator().manual_seed(0)
-        left, right = torch.randn(32, 1, generator=generator), torch.randn(1, 32, generator=generator)
-        signal = 0.02 * left @ right  # of rank one, as signals are that few directions make up
-        values = []
-        for size in sizes:
-            noisy = signal + torch.randn(200, 32, 32, generator=generator) / size**0.5
-            values.append(float((direction(noisy) * signal).sum(dim=(1, 2)).mean()))
-        return values
-
-    @staticmethod
-    def orthogonal(matrices: Tensor) -> Tensor:
-        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-        return u @ v
-
-    def test_square_root_scaling_is_the_limit_of_small_batches(self) -> None:
-        small, large = self.alignments(self.orthogonal, (1, 4))
-        assert large / small == pytest.approx(2.0, rel=0.15)
-
-    def test_saturates_elsewhere(self) -> None:
-        spectral = self.alignments(self.orthogonal, (4, 256, 2**16))
-        by_sign = self.alignments(torch.sign, (4, 256, 2**16))
-        shares = [values[1] / values[2] for values in (spectral, by_sign)]
-        # At this batch size one direction is done and the other far from it.
-        assert shares[0] > 1.25 * shares[1]
 
 
 def test_adafactor_says_when_its_learning_rate_is_capped(make_trainer: MakeTrainer) -> None:

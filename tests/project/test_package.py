@@ -2,10 +2,14 @@
 
 import ast
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 import lightning_surge
+from lightning_surge import SurgeLRCallback
+from lightning_surge.callbacks.settings import LAWS
+from lightning_surge.laws.objectives import OBJECTIVES
 
 
 def test_every_public_name_is_there_and_listed() -> None:
@@ -25,7 +29,7 @@ def test_type_checkers_see_the_same_names_from_the_same_rooms() -> None:
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }
-    assert seen == lightning_surge._ROOMS
+    assert seen == lightning_surge._PACKAGES
     assert sorted(seen) == sorted(lightning_surge.__all__)
 
 
@@ -39,3 +43,17 @@ def test_star_import_gives_the_public_names() -> None:
     names: dict[str, object] = {}
     exec("from lightning_surge import *", names)
     assert names.keys() >= set(lightning_surge.__all__)
+
+
+def test_the_choices_of_the_callback_are_those_that_there_are() -> None:
+    hints = get_type_hints(SurgeLRCallback.__init__)
+    objective, none = get_args(hints["objective"])
+    assert (list(get_args(objective)), none) == (list(OBJECTIVES), type(None))
+    assert get_args(hints["law"]) == LAWS
+
+
+def test_what_is_retired_says_what_to_use_and_what_is_unknown_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no anchor, got anchor='law', which is retired: leave it out"):
+        SurgeLRCallback(16, anchor="law")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'base_batchsize'"):
+        SurgeLRCallback(base_batchsize=16)  # type: ignore[arg-type]

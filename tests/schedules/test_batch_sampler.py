@@ -1,6 +1,5 @@
 import copy
 import io
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -26,12 +25,7 @@ from torchdata.stateful_dataloader.sampler import RandomSampler as StatefulRando
 from lightning_surge.schedules import batch_sampler as sampling
 from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Progress, Schedule
-from lightning_surge.schedules.windows import SampledSchedule, plan_windows
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
-]
+from lightning_surge.schedules.windows import plan_windows
 
 Batches = list[list[int]]
 RAMP = LinearRamp(1, 5, duration=4)
@@ -195,23 +189,6 @@ class TestFollowing:
         assert drawn == order[: len(drawn)]
         assert drop_last or drawn == order
 
-    @pytest.mark.parametrize("unit", ["steps", "examples", "epochs"])
-    @pytest.mark.parametrize("drop_last", [True, False])
-    def test_epochs_are_those_of_the_replay(self, unit: Any, drop_last: bool) -> None:
-        duration = {"steps": 30, "examples": 200, "epochs": 3.5}[unit]
-        schedule = LinearRamp(2, 18, duration, unit=unit)
-        sampler = ScheduledBatchSampler(range(50), 5, drop_last)
-        sizes: list[int] = []
-        with following(schedule, replicas=2) as itinerary:
-            for _ in range(5):
-                assert len(sampler) == len(list(sampler))
-                windows = sampler.windows()
-                assert windows is not None
-                sizes += [2 * sum(window) for window in windows]
-                move_on(itinerary, sampler)
-        replay = SampledSchedule(schedule, 5, examples_per_epoch=100, replicas=2, drop_last=drop_last)
-        assert list(islice(replay.sizes(), len(sizes))) == sizes
-
     def test_an_epoch_begun_keeps_its_sizes(self) -> None:
         sampler = ScheduledBatchSampler(range(12), 4)
         with following(RAMP) as itinerary:
@@ -221,29 +198,12 @@ class TestFollowing:
             assert [first, *batches] == [[0], [1, 2], [3, 4, 5], [6, 7, 8, 9], [10, 11]]
             assert (len(sampler), sampler.sizes()) == (5, [2, 3, 2, 3, 2])
 
-    def test_replicas_see_all_examples_in_steps_of_the_size_asked_for(self) -> None:
-        with following(LinearRamp(2, 26, duration=6), replicas=2):
-            ranks = [ScheduledBatchSampler(distributed(rank, size=40), 3) for rank in range(2)]
-            windows = ranks[0].windows()
-            assert windows == ranks[1].windows()
-            assert [2 * sum(window) for window in windows or []] == [2, 6, 10, 14, 8]
-            both = [list(chain.from_iterable(sampler)) for sampler in ranks]
-        assert sorted(chain.from_iterable(both)) == list(range(40))
-
     def test_every_sampler_of_the_process_follows(self) -> None:
         # Lightning copies them: they cannot be told apart.
         samplers = [ScheduledBatchSampler(range(6), 4), copy.deepcopy(ScheduledBatchSampler(range(6), 2))]
         with following(ConstantSize(3)):
             assert [list(map(len, sampler)) for sampler in samplers] == [[3, 3], [1, 2, 1, 2]]
         assert [list(map(len, sampler)) for sampler in samplers] == [[4, 2], [2, 2, 2]]
-
-    def test_two_loaders_in_turns(self) -> None:
-        with following(RAMP):
-            one, other = (
-                DataLoader(range(12), batch_sampler=ScheduledBatchSampler(range(12), 4)) for _ in range(2)
-            )  # type: ignore[arg-type]
-            sizes = [(len(left), len(right)) for left, right in zip(one, other, strict=True)]
-        assert sizes == [(size, size) for size in (1, 2, 3, 4, 2)]
 
     def test_the_last_itinerary_counts(self) -> None:
         sampler = ScheduledBatchSampler(range(6), 6)
@@ -288,14 +248,6 @@ class TestFollowing:
             itinerary.begin = Progress(step=2, examples=6, epoch=1)
             assert len(sampler) == 2
             assert calls[2] == (2, 6, 1)
-
-    def test_is_sent_to_other_processes(self) -> None:
-        with following(RAMP):
-            sampler = ScheduledBatchSampler(RandomSampler(range(12), generator=generator()), 4)
-            assert len(sampler) == 5
-            for other in (pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)):
-                assert list(other) == list(sampler)
-                sampler.sampler.generator.manual_seed(3)  # type: ignore[union-attr]
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_in_a_data_loader(self, workers: int) -> None:
@@ -392,32 +344,12 @@ class TestResuming:
             batches_of(resumed)
             assert batches_of(resumed) == later
 
-    def test_twice(self) -> None:
-        with following(RAMP):
-            batches, states = epoch_with_states(stateful(SAMPLERS["random"]))
-            first = stateful(SAMPLERS["random"])
-            first.load_state_dict(states[1])
-            assert next(iter(first)).tolist() == batches[1]
-            second = stateful(SAMPLERS["random"])
-            second.load_state_dict(through_a_file(first.state_dict()))
-            assert batches_of(second) == batches[2:]
-
     def test_when_nothing_is_followed(self) -> None:
         batches, states = epoch_with_states(stateful(SAMPLERS["random"]))
         for position, state in enumerate(states):
             resumed = stateful(SAMPLERS["random"])
             resumed.load_state_dict(state)
             assert batches_of(resumed) == batches[position:]
-
-    def test_with_drop_last(self) -> None:
-        with following(ConstantSize(4)):
-            whole = iter(ScheduledBatchSampler(range(14), 2, drop_last=True))
-            rest = list(whole)[4:]
-            taken = iter(ScheduledBatchSampler(range(14), 2, drop_last=True))
-            list(islice(taken, 4))
-            resumed = iter(ScheduledBatchSampler(range(14), 2, drop_last=True))
-            resumed.load_state_dict(taken.state_dict())
-            assert list(resumed) == rest == [[8, 9], [10, 11]]
 
     def test_leaves_the_global_random_stream_alone(self) -> None:
         for name in ("random", "subset", "weighted"):
@@ -440,29 +372,6 @@ class TestResuming:
         resumed = iter(ScheduledBatchSampler(anew, 3))
         resumed.load_state_dict(state)
         assert (list(resumed), anew.epoch) == (rest, 4)
-
-    def test_an_epoch_in_the_way_of_others_is_no_epoch(self) -> None:
-        class Numbered(SequentialSampler):
-            epoch = 3
-
-        taken = iter(ScheduledBatchSampler(Numbered(range(6)), 2))
-        next(taken)
-        resumed = iter(ScheduledBatchSampler(Numbered(range(6)), 2))
-        resumed.load_state_dict(taken.state_dict())
-        assert list(resumed) == [[2, 3], [4, 5]]
-
-    def test_in_a_later_epoch(self) -> None:
-        sampler = ScheduledBatchSampler(range(12), 4)
-        with following(RAMP) as itinerary:
-            move_on(itinerary, sampler)
-            begin, taken = itinerary.begin, iter(sampler)
-            list(islice(taken, 2))
-            state, rest = taken.state_dict(), list(taken)
-        # Whoever trains restores the itinerary first.
-        with following(RAMP, begin=begin):
-            resumed = iter(ScheduledBatchSampler(range(12), 4))
-            resumed.load_state_dict(state)
-            assert list(resumed) == rest
 
     @pytest.mark.parametrize("finished", [True, False])
     def test_an_epoch_that_is_over_stays_over_when_the_next_is_longer(self, finished: bool) -> None:

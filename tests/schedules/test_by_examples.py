@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -37,14 +35,9 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DataLoader
 
+from lightning_surge import BatchSizeScheduler
 from lightning_surge.schedules.by_examples import ExamplesClock, by_examples
-
-pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
-]
+from lightning_surge.schedules.sizes import ConstantSize
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 STEPS = 40  # what the schedulers below are written for
@@ -317,214 +310,31 @@ class TestState:
         assert (copied.ticks, clock.ticks) == (1, 3)
 
 
-class Weights(pl.LightningModule):
-    """A linear loss, and the learning rate that each optimizer step used."""
+def test_a_scaler_that_finds_infinite_gradients(make_trainer: Callable[..., pl.Trainer]) -> None:
+    """The data are consumed, so the clock goes on; and torch does not warn of a wrong order."""
 
-    def __init__(self, make: MakeScheduler, examples_per_step: float = 4, **config: Any) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(2))
-        self.make, self.examples_per_step, self.config = make, examples_per_step, config
-        self.lrs: list[float] = []
-        self.batch_size = 1
+    class Overflows(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+            self.lrs: list[float] = []
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
-        return (batch @ self.weight).mean()
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return (batch @ self.weight).mean() * (math.inf if batch_idx < 8 else 1.0)
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.lrs.append(optimizer.param_groups[0]["lr"])
+        def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+            self.lrs.append(optimizer.param_groups[0]["lr"])
 
-    def configure_optimizers(self) -> Any:
-        optimizer = SGD(self.parameters(), lr=0.5)
-        clock = by_examples(self.make(optimizer), self.examples_per_step)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": clock, "interval": "step"} | self.config,
-        }
+        def configure_optimizers(self) -> Any:
+            optimizer = SGD(self.parameters(), lr=0.5)
+            clock = by_examples(LambdaLR(optimizer, Cosine(32)), 4)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": clock, "interval": "step"}}
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(torch.ones(64, 2), batch_size=self.batch_size)  # type: ignore[arg-type]
-
-    @property
-    def clock(self) -> ExamplesClock:
-        clock = self.lr_schedulers()
-        assert isinstance(clock, ExamplesClock)
-        return clock
-
-
-class Counts(pl.Callback):
-    """Plays BatchSizeScheduler's part: accumulates more and more micro-batches, and announces steps."""
-
-    def __init__(self, *changes: tuple[int, int]) -> None:
-        self.changes = dict(changes)
-        self.pending = 0
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Before the batch-size finder, which Lightning puts first and whose trials have no callbacks.
-        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.advance(trainer, 0)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        batch, batch_idx = args[1:]
-        position = trainer.fit_loop.epoch_loop.total_batch_idx
-        trainer.accumulate_grad_batches = self.changes.get(position, trainer.accumulate_grad_batches)
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.pending = 0
-        self.pending += len(batch)
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.advance(trainer, self.pending)
-        self.pending = 0
-
-    @staticmethod
-    def advance(trainer: pl.Trainer, examples: int) -> None:
-        for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ExamplesClock):
-                config.scheduler.advance(examples)
-
-
-RAMP = (
-    (0, 1),
-    (4, 2),
-    (16, 16),
-    (64, 8),
-    (96, 32),
-)  # micro-batch -> accumulation; 128 of them are two epochs
-
-
-def lambda_cosine(optimizer: Optimizer) -> LRScheduler:
-    return LambdaLR(optimizer, Cosine(32))  # 128 examples in steps of 4
-
-
-@pytest.fixture
-def trainer_with(make_trainer: Callable[..., pl.Trainer]) -> Callable[..., pl.Trainer]:
-    def make(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-        return make_trainer(*callbacks, **({"max_epochs": 2} | options))
-
-    return make
-
-
-class TestInLightning:
-    @pytest.mark.parametrize("ramp", [RAMP, ((0, 1),), ((0, 64),), ((0, 1), (64, 32))])
-    def test_a_cosine_ends_with_the_budget(
-        self, ramp: tuple[tuple[int, int], ...], trainer_with: Callable[..., pl.Trainer]
-    ) -> None:
-        for make, error in [
-            (lambda_cosine, 0.0),
-            (lambda optimizer: CosineAnnealingLR(optimizer, T_max=32), 1e-12),
-        ]:
-            model = Weights(make)
-            trainer_with(Counts(*ramp)).fit(model)
-            assert (model.clock.examples, model.clock.ticks) == (128, 32)
-            assert abs(model.optimizers().param_groups[0]["lr"]) <= error  # type: ignore[union-attr]
-
-    def test_every_step_uses_the_rate_of_constant_training(
-        self, trainer_with: Callable[..., pl.Trainer]
-    ) -> None:
-        constant, ramped = Weights(lambda_cosine), Weights(lambda_cosine)
-        trainer_with(Counts((0, 4))).fit(constant)
-        trainer_with(Counts(*RAMP)).fit(ramped)
-        sizes = [1] * 4 + [2] * 6 + [16] * 3 + [8] * 4 + [32]
-        before = [total - size for total, size in zip(accumulate(sizes), sizes, strict=True)]
-        assert constant.lrs == [0.5 * Cosine(32)(step) for step in range(32)]
-        assert ramped.lrs == [constant.lrs[examples // 4] for examples in before]
-
-    def test_resuming(self, trainer_with: Callable[..., pl.Trainer], tmp_path: Path) -> None:
-        """At 64 examples, which are ten ticks of 6 and a part of one."""
-
-        def make() -> tuple[Weights, ModelCheckpoint]:
-            model = Weights(lambda o: CosineAnnealingLR(o, T_max=22, eta_min=0.1), examples_per_step=6)
-            return model, ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-
-        whole, save = make()
-        trainer_with(Counts((0, 1), (6, 2), (48, 16)), save).fit(whole)
-        resumed, save = make()
-        trainer_with(Counts((64, 16)), save).fit(
-            resumed, ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True
-        )
-        assert resumed.lrs == whole.lrs[-4:]
-        assert len(resumed.lrs) == 4
-        assert resumed.clock.state_dict() == whole.clock.state_dict()
-
-    def test_learning_rate_monitor(self, trainer_with: Callable[..., pl.Trainer], tmp_path: Path) -> None:
-        model, monitor = Weights(lambda_cosine, name="clocked"), LearningRateMonitor()
-        trainer_with(monitor, Counts((0, 8)), logger=CSVLogger(tmp_path), default_root_dir=tmp_path).fit(
-            model
-        )
-        # It looks when a micro-batch begins, and every step has 8 of them.
-        assert monitor.lrs == {"clocked": [lr for lr in model.lrs for _ in range(8)]}
-
-    def test_without_the_callback(self, trainer_with: Callable[..., pl.Trainer]) -> None:
-        with pytest.raises(RuntimeError, match="add BatchSizeScheduler to the Trainer's callbacks"):
-            trainer_with().fit(Weights(lambda_cosine))
-
-    def test_interval_epoch_catches_up(self, trainer_with: Callable[..., pl.Trainer]) -> None:
-        model = Weights(lambda_cosine, interval="epoch")
-        trainer_with(Counts((0, 16))).fit(model)
-        assert model.lrs == [0.5] * 4 + [0.25] * 4
-        assert model.clock.get_last_lr() == [0.0]
-
-
-class TestSkippedSteps:
-    def test_scaler_that_finds_infinite_gradients(self, trainer_with: Callable[..., pl.Trainer]) -> None:
-        """The data are consumed, so the clock goes on; and torch warns of no wrong order."""
-
-        class Overflows(Weights):
-            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-                loss = super().training_step(batch, batch_idx)
-                assert loss is not None
-                return loss * math.inf if batch_idx < 16 else loss
-
-        scaler = torch.amp.GradScaler("cpu")
-        model = Overflows(lambda_cosine)
-        precision = MixedPrecision("16-mixed", "cpu", scaler)
-        trainer_with(Counts((0, 8)), plugins=[precision]).fit(model)
-        assert scaler.get_scale() < 2**16
-        assert model.lrs == [0.5 * Cosine(16)(step) for step in range(16)]
-
-    @pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
-    def test_training_step_that_returns_none(self, trainer_with: Callable[..., pl.Trainer]) -> None:
-        class Nothing(Weights):
-            def training_step(self, batch: Tensor, batch_idx: int) -> None:
-                return None
-
-        model = Nothing(lambda_cosine)
-        trainer_with(Counts((0, 8))).fit(model)
-        assert model.lrs == [0.5 * Cosine(16)(step) for step in range(16)]
-
-    def test_rest_of_an_epoch_that_is_skipped(self, trainer_with: Callable[..., pl.Trainer]) -> None:
-        """Lightning steps schedulers there, though no optimizer step was begun."""
-
-        class Skips(Weights):
-            def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
-                return -1 if batch_idx == 8 else None
-
-        model = Skips(lambda_cosine)
-        counts = Counts((0, 4))
-        trainer_with(counts).fit(model)
-        assert model.lrs == [0.5 * Cosine(32)(step) for step in range(4)]
-        assert model.clock.ticks == 4
-
-    @pytest.mark.filterwarnings("ignore:.*train_dataloader yielded None")
-    def test_loader_that_yields_none_at_first(self, trainer_with: Callable[..., pl.Trainer]) -> None:
-        class Yields(Weights):
-            def train_dataloader(self) -> DataLoader[Tensor]:
-                batches = [None, torch.ones(4, 2), None, torch.ones(4, 2)]
-                return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-
-        model = Yields(lambda_cosine)
-        trainer_with(Counts(), max_epochs=1).fit(model)
-        assert model.lrs == [0.5, 0.5 * Cosine(32)(1)]
-        assert model.clock.ticks == 2
-
-    def test_finder_that_takes_the_callbacks_away(
-        self, trainer_with: Callable[..., pl.Trainer], tmp_path: Path
-    ) -> None:
-        """Its trials step the schedulers unannounced; a callback that advances by 0 before lets them."""
-        model = Weights(lambda_cosine)
-        finder = BatchSizeFinder(steps_per_trial=2, init_val=1, max_trials=2)
-        trainer_with(Counts(), finder, default_root_dir=tmp_path).fit(model)
-        assert model.batch_size == 2
-        assert model.lrs[-64:] == [0.5 * Cosine(32)(step // 2) for step in range(64)]
+    scaler = torch.amp.GradScaler("cpu")
+    model = Overflows()
+    loader: Any = DataLoader(torch.ones(64, 2), batch_size=2)
+    make_trainer(
+        BatchSizeScheduler(ConstantSize(8)), plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_epochs=2
+    ).fit(model, loader)
+    assert scaler.get_scale() < 2**16
+    assert model.lrs == [0.5 * Cosine(16)(step) for step in range(16)]

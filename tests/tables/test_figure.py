@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
-import sys
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgba
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.tables.figure import FAILED, draw_fits
 from lightning_surge.tables.fit import GridFit, fit_grid
+from lightning_surge.tables.law_fits import LAWS
 from lightning_surge.tables.read import RunTable
 
 LAW = Theorem3Law(peak_lr=0.01, noise_scale=64.0)
@@ -45,21 +46,50 @@ def panel(fit: GridFit) -> Any:
     return draw_fits([fit]).axes[0]
 
 
-def test_the_curves_are_the_laws(fit: GridFit) -> None:
-    lines = {line.get_label(): line for line in panel(fit).get_lines()}
-    labels = {"adam": "Adam, Eq. 23", "sgd": "SGD, exponent 1", "sgd_sqrt": "SGD, exponent 1/2"}
+def test_the_curves_are_the_best_law_its_rivals_and_sqrt(fit: GridFit) -> None:
+    lines = {str(line.get_label()): line for line in panel(fit).get_lines()}
     laws = {law.name: law.law for law in fit.laws}
-    for name, label in {**labels, "measured": "measured-law form"}.items():
+    assert fit.best == "adam"
+    wanted = {LAWS[name].label: laws[name] for name in fit.ties} | {
+        "Adam, Eq. 23 (predicts best)": laws["adam"]
+    }
+    for label, law in wanted.items():
         sizes, lrs = lines[label].get_data()
-        np.testing.assert_allclose(lrs, [laws[name].lr(size) for size in sizes.tolist()])
+        np.testing.assert_allclose(lrs, [law.lr(size) for size in sizes.tolist()])
         assert (sizes[0], sizes[-1]) == pytest.approx((4, 1024))
-    assert not any("constant" in str(label) for label in lines)
+    widths = {label: line.get_linewidth() for label, line in lines.items() if not label.startswith("_")}
+    assert max(widths, key=lambda label: widths[label]) == "Adam, Eq. 23 (predicts best)"
+    # Not among the laws that were fitted.
+    sizes, lrs = lines["sqrt scaling"].get_data()
+    np.testing.assert_allclose(np.diff(np.log(lrs)) / np.diff(np.log(sizes)), 0.5)
+    drawn = {LAWS[name].label for name in LAWS} & lines.keys()
+    assert drawn == {*(LAWS[name].label for name in fit.ties[:3]), "sqrt scaling"}
+
+
+@pytest.mark.parametrize("count", [3, 20])
+def test_labels_have_room(count: int) -> None:
+    sizes = np.repeat(np.geomspace(8, 16_000, count).round(), 9)
+    lrs = LAW.peak.lr * np.tile(2.0 ** np.arange(-4, 5), count)
+    table = RunTable("loss", sizes, lrs, np.log(lrs / [LAW.lr(size) for size in sizes.tolist()]) ** 2)
+    figure = draw_fits([fit_grid(table, laws=["adam", "sqrt"], bootstrap=0)], "runs.csv: 180 runs")
+    figure.canvas.draw()
+    assert figure.get_suptitle() == "runs.csv: 180 runs"
+    for axis, fewest in ((figure.axes[0].xaxis, min(count, 5)), (figure.axes[0].yaxis, 4)):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
+        assert len(boxes) >= fewest
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert "16,000" in [label.get_text() for label in figure.axes[0].get_xticklabels()] or count == 20
+    (legend,) = figure.legends
+    assert figure.bbox.contains(*legend.get_window_extent().min)
+    assert figure.bbox.contains(*legend.get_window_extent().max)
 
 
 def test_optima_with_intervals_and_the_one_at_the_edge_open(fit: GridFit) -> None:
     axes = panel(fit)
-    bars = [bar for bar in axes.containers if not bar.get_label().startswith("peak")]
-    assert [bar.get_label() for bar in bars] == ["best lr, 95 % interval"] * 4 + ["at an edge: not used"]
+    bars = [bar for bar in axes.containers if not bar.get_label().startswith("its peak")]
+    assert [bar.get_label() for bar in bars] == ["best lr, 95 % interval"] * 4 + [
+        "no optimum inside: not used"
+    ]
     for bar, lr, size in zip(bars, fit.lrs, SIZES, strict=True):
         assert bar.lines[0].get_xdata().tolist() == [size]
         assert bar.lines[0].get_ydata().tolist() == [lr.value]
@@ -73,13 +103,15 @@ def test_optima_with_intervals_and_the_one_at_the_edge_open(fit: GridFit) -> Non
 def test_the_peak_with_its_interval(fit: GridFit) -> None:
     axes = panel(fit)
     law = next(law for law in fit.laws if law.name == fit.best)
-    assert law.name == "adam" or "adam" in fit.ties
-    (peak,) = [bar for bar in axes.containers if bar.get_label() == "peak, 95 % interval"]
+    (peak,) = [bar for bar in axes.containers if bar.get_label() == "its peak, 95 % interval"]
     assert peak.lines[0].get_xdata().tolist() == [law.peak_batch_size.value]
     across, up = (each.get_segments()[0] for each in peak.lines[2])
     assert across[:, 0].tolist() == pytest.approx([law.peak_batch_size.low, law.peak_batch_size.high])
     assert up[:, 1].tolist() == pytest.approx([law.peak_lr.low, law.peak_lr.high])
-    assert f"peak at B = {law.peak_batch_size.value:.3g} ({law.name})" in axes.get_title()
+    assert f"peak of adam at B = {law.peak_batch_size.value:.3g}" in axes.get_title()
+    # No peak is marked of a law that lost.
+    title = panel(fit._replace(best="constant")).get_title()
+    assert "peak" not in title
 
 
 def test_the_grid_is_coloured_by_the_excess_and_failed_cells_are_grey(fit: GridFit) -> None:
@@ -104,34 +136,22 @@ def test_every_axis_names_its_unit(fit: GridFit) -> None:
     assert colours.get_ylabel() == "steps / fewest at this B (grey: not reached)"
     assert [label.get_text() for label in colours.get_yticklabels()] == ["1", "2", "4"]
     losses = draw_fits([fitted(steps=False, bootstrap=0)]).axes[1]
-    assert losses.get_ylabel() == "loss above the lowest at this B (grey: failed)"
+    assert losses.get_ylabel() == "distance from the best at this B (grey: failed)"
 
 
 def test_one_panel_per_target(fit: GridFit) -> None:
     targets = (2.5, 2.0, 1.5, 1.0)
-    figure = draw_fits([fit._replace(target=target) for target in targets])
+    figure = draw_fits([fit._replace(target=target, group={"width": "64"}) for target in targets])
     titles = [axes.get_title().split("\n")[0] for axes in figure.axes if axes.get_title()]
-    assert titles == [f"steps to the loss {target:g}" for target in targets]
+    assert titles == [f"steps to the loss {target:g}, width 64" for target in targets]
     # Three to a row; what is left of the second is empty.
     assert [axes.get_visible() for axes in figure.axes[:6]] == [True] * 4 + [False] * 2
 
 
-def test_nothing_to_draw() -> None:
+def test_nothing_to_draw_and_nothing_to_draw_with(fit: GridFit, without: Callable[[str], None]) -> None:
     with pytest.raises(ValueError, match="Expected at least one fit, got none"):
         draw_fits([])
-
-
-def test_without_matplotlib_the_extra_is_named(fit: GridFit, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, module)
-    real = builtins.__import__
-
-    def refusing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] == "matplotlib":
-            raise ModuleNotFoundError("No module named 'matplotlib'")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refusing)
+    without("matplotlib")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[plot\]'"):
         draw_fits([fit])
 

@@ -1,19 +1,54 @@
-"""Tables as people have them: other names, separators, gaps, and damage."""
+"""Tables as people have them: other kinds of files, names, separators, gaps, and damage."""
 
 from __future__ import annotations
 
-import builtins
+import gzip
+import io
+import json
 import math
+import os
+import pickle
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from lightning_surge.tables.read import Columns, read_table
+from lightning_surge.tables import files
+from lightning_surge.tables.columns import NAMES, Columns, find_columns
+from lightning_surge.tables.read import MIXED, read_table, read_tables
+from lightning_surge.tables.values import WORDS, numbers
 
 HEADER = "batch_size,lr,loss,seed\n"
+RUNS = pd.DataFrame(
+    [
+        {"batch_size": size, "lr": lr, "loss": 1 + abs(math.log(lr * 300)) + seed / 64, "seed": seed}
+        for size in (16, 64, 1024)
+        for lr in (0.000961, 0.002, 0.0041)
+        for seed in (0, 1)
+    ]
+)
+NESTED = [
+    {
+        "config": {"lr": run["lr"], "bs": run["batch_size"]},
+        "summary/val/loss": run["loss"],
+        "seed": run["seed"],
+    }
+    for run in RUNS.to_dict("records")
+]
+CSV = RUNS.to_csv(index=False)
+COMMAS = RUNS.to_csv(index=False, sep=";", decimal=",").replace("\n1024;", "\n1.024;")
+
+
+def parquet(frame: pd.DataFrame) -> bytes:
+    frame.to_parquet(buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
 def written(tmp_path: Path, text: str | bytes, name: str = "runs.csv") -> Path:
@@ -22,37 +57,243 @@ def written(tmp_path: Path, text: str | bytes, name: str = "runs.csv") -> Path:
     return path
 
 
-class TestCSV:
-    def test_rows_in_their_order(self, tmp_path: Path) -> None:
-        table = read_table(written(tmp_path, HEADER + "8,1e-3,2.5,0\n16, 0.002 ,2.25,1\n"))
-        assert table.measure == "loss"
-        assert table.batch_sizes.tolist() == [8, 16]
-        assert table.lrs.tolist() == [1e-3, 2e-3]
-        assert table.outcomes.tolist() == [2.5, 2.25]
+class TestFiles:
+    @pytest.mark.parametrize(
+        "content",
+        [
+            CSV,
+            CSV.replace("\n", "\r\n"),
+            CSV.replace(",", "\t"),
+            CSV.replace(",", " "),
+            COMMAS,
+            "sep=;\n" + CSV.replace(",", ";"),
+            "\ufeff# made by hand\n\n" + CSV.replace("\n", "\n,,,\n\n", 1) + "\n",
+            CSV + CSV.split("\n", 1)[0] + "\n",
+            "| "
+            + CSV.replace(",", " | ")
+            .rstrip()
+            .replace("\n", " |\n| ")
+            .replace(" |\n", " |\n|---|---|---|---|\n", 1)
+            + " |",
+            CSV.encode("utf-16"),
+            CSV.replace("seed", "seed,note", 1)
+            .replace("0\n", "0,gr\u00fcn\n")
+            .replace("1\n", "1,\n")
+            .encode("cp1252"),
+            gzip.compress(CSV.encode()),
+            RUNS.to_json(orient="records"),
+            RUNS.to_json(orient="records", lines=True) + "\n\n",
+            RUNS.to_json(),
+            RUNS.to_json(orient="split", index=False).replace('"columns"', '"names"')
+            and RUNS.to_json(orient="table"),
+            json.dumps(RUNS.to_dict("list"), indent=1),
+            json.dumps({"entity": "me", "runs": RUNS.to_dict("records")}),
+            json.dumps(NESTED),
+            parquet(RUNS),
+            parquet(RUNS.set_index(["batch_size", "lr"])),
+            parquet(RUNS.astype({"batch_size": "Int32", "lr": object, "seed": str})),
+        ],
+    )
+    def test_the_same_runs_in_other_forms(self, tmp_path: Path, content: str | bytes) -> None:
+        table = read_table(written(tmp_path, content, "runs.txt"))
         assert table.seeds is not None
-        assert table.seeds.tolist() == [0, 1]
-        assert table.targets is None
-        assert table.notes == ()
+        found = (table.batch_sizes, table.lrs, table.outcomes, table.seeds)
+        for values, name in zip(found, RUNS, strict=True):
+            np.testing.assert_allclose(values, RUNS[name], rtol=1e-9, err_msg=name)
 
-    @pytest.mark.parametrize("separator", [",", ";", "\t"])
-    @pytest.mark.parametrize("end", ["\n", "\r\n"])
-    def test_separators_line_ends_comments_marks_and_blank_lines(
-        self, tmp_path: Path, separator: str, end: str
+    def test_pipes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(CSV.encode())))
+        assert read_table("-").lrs.size == len(RUNS)
+        os.mkfifo(tmp_path / "pipe")
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(gzip.compress(CSV.encode()),))
+        writer.start()
+        assert read_table(tmp_path / "pipe").lrs.size == len(RUNS)
+        writer.join()
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("", "Expected a header and rows, got the empty file"),
+            ("# only a comment\n", "Expected a header and rows, got the empty file"),
+            (HEADER, r"Expected at least one row, got none in .*: add runs"),
+            (HEADER + ",,,\nNaN,None,,1\n", "Expected at least one run, got blank rows in"),
+            (HEADER + "8,0.1\n", "Expected 4 fields, as in the header, got 2 on line 2 of .*: correct"),
+            ("# c\n" + HEADER + "8,1,1,0\n\n8,1,1,0,1\n", "got .*5 fields on line 5, 4 in the header"),
+            (HEADER + '8,1,"1,0\n', "Expected CSV, got .*: .*unexpected end of data"),
+            ("batch_size,lr,lr,loss\n8,1,1,1\n", "Expected distinct columns, got 'lr' twice"),
+            (b"\x00\x01\x02\xff" * 9, "Expected a table, got bytes that are no text"),
+            (CSV.encode("utf-16") + b"\x00", "Expected "),
+            (gzip.compress(CSV.encode())[:-9], "Expected a whole gzip file, got"),
+            (parquet(RUNS)[:-40], "Expected a Parquet file, got .*write it again"),
+            ('[{"batch_size": 8}, ', "Expected JSON with one object per run, got .*line 1"),
+            ('{"lr": 1}\n[2]\n', "Expected JSON with one object per run"),
+            ("[" * 100_000, "Expected JSON with one object per run"),
+            (pickle.dumps(1), "Expected a table, got a pickle, .*: save it with DataFrame.to_csv"),
+            (b"PK\x03\x04\x00", "got a ZIP archive, as Excel files"),
+            (b"SQLite format 3\0", "got an SQLite database, .*: name an Optuna study sqlite:///FILE"),
+            ("<!DOCTYPE html>", "got HTML or XML"),
+        ],
+    )  # fmt: skip
+    def test_what_is_no_table_is_named(self, tmp_path: Path, content: str | bytes, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            read_table(written(tmp_path, content))
+
+    def test_paths_and_folders_of_other_programs(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"Expected an existing file, got .*nowhere"):
+            read_table(tmp_path / "nowhere.csv")
+        with pytest.raises(IsADirectoryError, match=r"got the directory .*: name the table in it"):
+            read_table(tmp_path)
+        for name, kind in (("w/offline-run/run.wandb", "W&B folder"), ("m/0/meta.yaml", "MLflow store")):
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).touch()
+            with pytest.raises(IsADirectoryError, match=f"got an? {kind}, .*: .*csv|CSV"):
+                read_table(tmp_path / name[0])
+
+    @pytest.mark.parametrize("package", ["pandas", "pyarrow"])
+    def test_without_its_library_the_extra_is_named(
+        self, tmp_path: Path, without: Callable[[str], None], package: str
     ) -> None:
-        lines = ["\ufeff# made by hand", "", '"batch_size",lr,loss', '"8",0.1,1', "", "8,0.2,2", ",,"]
-        lines = [line if line.startswith("\ufeff") else line.replace(",", separator) for line in lines]
-        table = read_table(written(tmp_path, end.join(lines)))
-        assert table.outcomes.tolist() == [1, 2]
+        path = written(tmp_path, parquet(RUNS) if package == "pyarrow" else CSV)
+        without(package)
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[fit\]'"):
+            read_table(path)
 
-    @pytest.mark.parametrize("failed", ["", "nan", "NaN", "inf", "-inf", " ", "1e38"])
+    def test_another_source_is_a_function(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        study = pd.DataFrame(
+            {"params_lr": [0.1, 0.2, 0.4], "params_batch_size": 8, "value": [2.0, np.nan, 1.0]}
+        )
+        study["state"] = ["COMPLETE", "COMPLETE", "RUNNING"]
+        monkeypatch.setattr(files, "SOURCES", [(lambda name: name.startswith("sqlite:"), lambda _: study)])
+        (table,) = read_tables("sqlite:///study.db", where=[("params_batch_size", "8")])
+        assert table.outcomes.tolist() == [2, math.inf]
+        assert "1 running" in table.notes[1]
+
+
+class TestColumns:
+    @pytest.mark.parametrize(
+        "names",
+        [
+            "Batch Size|Learning Rate|Loss|Seed",
+            "global_batch_size|learning_rate|val_loss|random_seed",
+            "BATCH_SIZE|LR|eval/loss|SEED",
+            "params.bs|params.lr|metrics.val_loss|params.seed",
+            "config/batch_size|config/optimizer.lr|final_loss|config/seed",
+            "params_batch_size|params_lr|value|user_attrs_seed",
+            "data.init_args.batch_size|model.init_args.lr|Val/Loss_epoch|seed_everything",
+            "Batch size (tokens)|peak_lr|validation loss [nats]|seed",
+            "B|\u03b7|test_loss|repetition",
+        ],
+    )
+    def test_usual_names_are_taken_and_said(self, names: str) -> None:
+        columns = names.split("|")
+        other = {"_step": 9, "val/accuracy": 0.5, "min_lr": 0.0, "eval_batch_size": 4, "smooth loss": 3.0}
+        found, notes = find_columns(RUNS.set_axis(columns, axis=1).assign(**other), Columns(), "runs.csv")
+        assert found == dict(zip(RUNS, columns, strict=True))
+        assert all(repr(name) in notes[0] for role, name in found.items() if name.lower() != role)
+
+    def test_a_held_out_loss_counts_before_the_training_loss(self) -> None:
+        frame = RUNS.rename(columns={"loss": "val/loss"}).assign(**{"train/loss": 1.0, "empty_loss": ""})
+        assert find_columns(frame, Columns(), "")[0]["loss"] == "val/loss"
+
+    def test_columns_with_equal_values_are_one(self) -> None:
+        frame = RUNS.assign(learning_rate=RUNS["lr"])
+        assert find_columns(frame, Columns(), "")[0]["lr"] == "lr"
+
+    def test_all_roles_without_a_column_or_with_several_are_told_at_once(self) -> None:
+        frame = pd.DataFrame(
+            {"micro_batch_size": [8, 8], "lr": [1, 2], "peak_lr": [3, 4], "val_acc": [0.1, 0.2]}
+        )
+        message = (
+            r"in 'x\.csv', got 'micro_batch_size', 'lr', 'peak_lr', 'val_acc': lr may be 'lr', 'peak_lr'; "
+            r"batch_size has no column \(close: 'micro_batch_size'\); loss or steps or examples has no "
+            r"column \(close: 'val_acc'.*\)\. Pass --lr-column NAME --batch-size-column NAME --loss"
+        )
+        with pytest.raises(ValueError, match=message):
+            find_columns(frame, Columns(), "x.csv")
+        named = Columns(batch_size="Micro Batch Size", lr="peak_lr")
+        found, _ = find_columns(frame, named, "x.csv", maximize=True)
+        assert found == {"batch_size": "micro_batch_size", "lr": "peak_lr", "loss": "val_acc"}
+
+    def test_several_losses_are_ambiguous_unless_one_is_named(self) -> None:
+        frame = RUNS.assign(test_loss=1.5, steps=3)
+        with pytest.raises(ValueError, match=r"loss may be 'loss', 'test_loss'\. Pass --loss-column"):
+            find_columns(frame, Columns(), "")
+        assert find_columns(frame, Columns(loss="test_loss"), "")[0]["loss"] == "test_loss"
+        assert "loss" not in find_columns(frame, Columns(), "", measure="steps")[0]
+
+    def test_a_name_that_fits_no_column(self) -> None:
+        with pytest.raises(ValueError, match=r"Expected --lr-column to name one column of .*, got 'eta'"):
+            find_columns(RUNS, Columns(lr="eta"), "")
+
+    def test_every_role_has_its_names_in_the_list(self) -> None:
+        assert tuple(NAMES) == Columns._fields
+        assert all(names[0] == role for role, names in NAMES.items())
+        for words in [*WORDS["roles"].values(), *WORDS["fallbacks"].values()]:
+            assert len(words.split()) == len(set(words.split()))
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("texts", "expected"),
+        [
+            ("16K|0.016k|1,024|16", [16_000, 16, 1024, 16]),
+            ("1,024|12,345.5|1e-3", [1024, 12345.5, 1e-3]),
+            ("0,001|1.024,5|3", [0.001, 1024.5, 3]),
+            ("1,024|2,5", [1.024, 2.5]),
+            ("3e-4|3E-04|3 x 10^-4|3\u00d710\u207b\u2074|$3\\times10^{-4}$|3*10**-4", [3e-4] * 6),
+            ("2^-7|2**10|$2^{3}$|4Ki|1.5M|1_024", [2**-7, 1024, 8, 4096, 1.5e6, 1024]),
+            ("1.23 \u00b1 0.02|1.23 +- 0.02|1.23 (5)|~1.23|\u22121.23", [1.23, 1.23, 1.23, 1.23, -1.23]),
+            ("None|NA|n/a|NaN|diverged| |-|#DIV/0!|not reached", [math.nan] * 9),
+        ],
+    )
+    def test_numbers_as_people_write_them(self, texts: str, expected: list[float]) -> None:
+        values, unread = numbers(pd.Series(texts.split("|")))
+        assert not unread.any()
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
+
+    @pytest.mark.parametrize(
+        "text", ["x1", "1,2,3", "1;2", "true", "2025-01-01", "1e5e5", "9" * 500 + "Q", "0x10"]
+    )
+    def test_what_is_no_number(self, text: str) -> None:
+        assert numbers(pd.Series([text, "1"]))[1].tolist() == [True, False]
+
+    def test_thousands_of_the_batch_size_beside_fractions_with_commas(self, tmp_path: Path) -> None:
+        table = read_table(written(tmp_path, 'bs,lr,loss\n"1,024","0,1","2,125"\n"2,048","0,25",3\n'))
+        assert (table.batch_sizes.tolist(), table.outcomes.tolist()) == ([1024, 2048], [2.125, 3])
+
+    @pytest.mark.parametrize("failed", ["", "nan", "inf", "-inf", "1e38", "None", "diverged", "NaN"])
     def test_runs_that_failed(self, tmp_path: Path, failed: str) -> None:
         table = read_table(written(tmp_path, f"batch_size,lr,loss\n8,0.1,{failed}\n8,0.1,1\n"))
         assert table.outcomes.tolist() == [math.inf, 1]
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (HEADER + "8,x1,1,0\n", "Expected numbers in column 'lr', got 'x1' on line 2: write the"),
+            (HEADER + "8,1,1,0\n8,1,oops,0\n", "column 'loss', got 'oops' on line 3: leave the field blank"),
+            (HEADER + "0,1,1,0\n", "Expected 1 <= batch_size < 1e\\+30, got '0' on line 2: write"),
+            (HEADER + "0.016,1,1,0\n", "Expected 1 <= batch_size"),
+            (HEADER + "8,None,1,0\n", "got 'None' on line 2: .*leave the row out with --where"),
+            (HEADER + "8,-1,1,0\n", "Expected 1e-30 <= lr < 1e\\+30, got '-1' on line 2"),
+            ("batch_size,lr,steps\n8,1,0\n", "Expected steps > 0, or blank for a run that failed, got '0'"),
+            ("batch_size,lr,steps,target\n8,1,5,2\n8,1,5,\n", "got '' on line 3: write the loss"),
+            ("batch_size,lr,epochs\n8,1,5\n", "loss or steps or examples has no column"),
+            ("batch_size,lr,examples\n32768,1,0.7\n", "one step in column 'examples', got '0.7' .*epochs"),
+            ('[{"bs": 8, "lr": 1, "loss": [1]}]', r"column 'loss', got '\[1\]' on row 1"),
+            (HEADER + "8,1," + "y" * 99_999 + ",0\n", "got 'y{40}...' on line 2"),
+        ],
+    )  # fmt: skip
+    def test_what_is_out_of_range_gets_a_remedy_that_fits_its_column(
+        self, tmp_path: Path, text: str, message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            read_table(written(tmp_path, text))
+
+
+class TestOutcomes:
     def test_steps_from_examples(self, tmp_path: Path) -> None:
         table = read_table(written(tmp_path, "batch_size,lr,examples,target\n8,0.1,800,2.5\n16,0.1,,1.5\n"))
-        assert table.measure == "steps"
-        assert table.outcomes.tolist() == [100, math.inf]
+        assert (table.measure, table.outcomes.tolist()) == ("steps", [100, math.inf])
         assert table.targets is not None
         assert table.targets.tolist() == [2.5, 1.5]
 
@@ -70,114 +311,70 @@ class TestCSV:
             "examples are 128 times steps x batch_size: count both in one unit; only the steps are used",
         )
 
-    def test_columns_by_other_names(self, tmp_path: Path) -> None:
-        text = "bs,config.lr,val/loss,run\n8,0.1,2,b\n8,0.1,3,a\n"
-        names = Columns(batch_size="bs", lr="config.lr", loss="val/loss", seed="run")
-        table = read_table(written(tmp_path, text), names)
-        assert table.outcomes.tolist() == [2, 3]
-        assert table.seeds is not None
-        assert table.seeds.tolist() == [1, 0]
+    def test_larger_is_better(self, tmp_path: Path) -> None:
+        path = written(tmp_path, "bs,lr,val_acc,loss\n8,0.1,0.9,2\n8,0.2,,3\n")
+        (table,) = read_tables(path, maximize=True)
+        assert (table.outcomes.tolist(), table.maximize) == ([-0.9, math.inf], True)
+
+    def test_statuses_of_other_programs(self, tmp_path: Path) -> None:
+        rows = "8,1,1.5,COMPLETED\n8,2,2.5,\n8,3,,diverged\n8,4,1,running\n8,5,1,Crashed\n8,6,1,PRUNED\n"
+        table = read_table(written(tmp_path, "bs,lr,loss,State\n" + rows))
+        assert table.outcomes.tolist() == [1.5, 2.5, math.inf]
+        assert "1 crashed, 1 running, 1 pruned" in table.notes[1]
+
+    def test_a_hundred_thousand_rows_take_well_under_a_second(self, tmp_path: Path) -> None:
+        lines = "".join(
+            f"{8 << i % 5},{1e-3 * 2 ** (i % 7)},{1 + i % 11},{i % 100}\n" for i in range(100_000)
+        )
+        path = written(tmp_path, HEADER + lines)
+        begin = time.process_time()
+        assert read_table(path).lrs.size == 100_000
+        assert time.process_time() - begin < 2
 
 
-class TestErrors:
+class TestRows:
+    frame = pd.concat(
+        [RUNS.drop(columns="seed").assign(width=w, depth=w // 64, loss=RUNS["loss"] + w) for w in (64, 128)]
+    )
+
+    def test_settings_that_differ_within_a_cell_are_no_seeds(self, tmp_path: Path) -> None:
+        logged = {"runtime": range(36), "run_name": "a", "noise": np.arange(36.0), "val_acc": 0.5}
+        (note, *_) = read_table(written(tmp_path, self.frame.assign(**logged).to_csv())).notes
+        assert note == (
+            f"{MIXED} 'width', 'depth' are averaged as if they were seeds: pass --by width for a fit of "
+            "each, or --where width=VALUE for one"
+        )
+        assert read_table(written(tmp_path, CSV)).notes == ()
+        # A column that says which runs are seeds, by telling them apart.
+        assert (
+            read_table(written(tmp_path, self.frame.assign(seed=range(36)).to_csv(index=False))).notes == ()
+        )
+
+    def test_where_and_by(self, tmp_path: Path) -> None:
+        path = written(tmp_path, self.frame.to_csv(index=False))
+        (table,) = read_tables(path, where=[("Width", "64.0"), ("lr", "2e-3"), ("lr", ".0041")])
+        assert (table.lrs.size, table.outcomes.max() < 128, table.notes) == (12, True, ())
+        tables = read_tables(path, by=["depth", "width"])
+        assert [dict(table.group) for table in tables] == [
+            {"depth": "1", "width": "64"}, {"depth": "2", "width": "128"}
+        ]  # fmt: skip
+        assert [table.notes for table in tables] == [(), ()]
+        np.testing.assert_allclose(tables[1].outcomes, RUNS["loss"] + 128)
+
     @pytest.mark.parametrize(
-        ("text", "message"),
+        ("words", "message"),
         [
-            ("", "Expected a header and rows, got the empty file"),
-            ("# only a comment\n", "Expected a header and rows, got the empty file"),
-            (HEADER, r"Expected at least one row, got none in .*: add runs"),
-            ("batch_size,loss\n8,1\n", r"a column 'lr' in .*, got 'batch_size', 'loss': .*--lr-column"),
-            ("lr,loss\n8,1\n", r"a column 'batch_size' in .*--batch-size-column"),
-            ("batch_size,lr\n8,1\n", r"column 'loss' or 'steps' or 'examples' in .*--loss-column or --steps"),
-            ("batch_size,lr,loss\n8,0.1\n", "Expected 3 fields, as in the header, got 2 on line 2"),
-            ("# c\nbatch_size,lr,loss\n8,1,1\n8,1,1,1\n", r"Expected 3 fields, .*, got 4 on line 4"),
-            (HEADER + "8,x,1,0\n", "Expected numbers in column 'lr', got 'x' on line 2: leave the field"),
-            (HEADER + "8,1,1,0\n8,1,OOM,0\n", "Expected numbers in column 'loss', got 'OOM' on line 3"),
-            (HEADER + "0,1,1,0\n", "Expected 0 < batch_size < 1e\\+30, got batch_size=0 on line 2: correct"),
-            (HEADER + "8,,1,0\n", "Expected 0 < lr < 1e\\+30, got lr=nan on line 2"),
-            (HEADER + "8,-1,1,0\n", "Expected 0 < lr < 1e\\+30, got lr=-1 on line 2"),
-            ("batch_size,lr,steps\n8,1,0\n", "Expected steps > 0, or blank .*, got steps=0 on line 2"),
-            ("batch_size,lr,steps,target\n8,1,5,\n", "Expected finite target, got target=nan on line 2"),
-            ("batch_size,lr,lr,loss\n8,1,1,1\n", "Expected distinct columns, got 'lr' twice"),
-            (b"\xff\xfe\x00\x01binary", "Expected text in UTF-8, got other bytes in .*: save it as CSV"),
-            (b"PK\x03\x04\x00\x00", "Expected "),
-            (HEADER + '8,1,"1,0\n', "Expected CSV, got .*: unexpected end of data; write"),
-            (HEADER.encode() + b"8,1,\x001,0\n", "Expected "),
-            (HEADER + "8,1," + "1" * 200_000 + ",0\n", "Expected CSV, got .*field larger than"),
+            ({"where": [("width", "9")]}, "Expected --where width=VALUE among '64', '128', got '9': choose"),
+            (
+                {"where": [("widht", "9")]},
+                r"Expected --where to name one column .*got 'widht' \(close: 'width'\)",
+            ),
+            ({"by": ["heads"]}, "Expected --by to name one column"),
+            ({"by": ["lr"]}, "lr has no column"),
         ],
     )
-    def test_what_cannot_be_read_is_said(self, tmp_path: Path, text: str | bytes, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            read_table(written(tmp_path, text))
-
-    def test_paths(self, tmp_path: Path) -> None:
-        with pytest.raises(IsADirectoryError, match="Expected a file, got the directory"):
-            read_table(tmp_path)
-        with pytest.raises(FileNotFoundError, match=r"Expected an existing file, got .*nowhere"):
-            read_table(tmp_path / "nowhere.csv")
-
-    def test_measure_asks_for_its_column(self, tmp_path: Path) -> None:
-        path = written(tmp_path, HEADER + "8,1,1,0\n")
-        with pytest.raises(ValueError, match="Expected a column 'loss' or 'steps' or 'examples'"):
-            read_table(path, measure="steps")
-
-
-class TestParquet:
-    def test_the_same_runs_as_csv(self, tmp_path: Path) -> None:
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
-        rows = {
-            "batch_size": pyarrow.array([8, 16, 32], pyarrow.int32()),
-            "lr": pyarrow.array([0.1, 0.25, 0.5], pyarrow.float32()),
-            "steps": pyarrow.array([100, None, 300]),
-            "seed": ["b", "a", "b"],
-            "target": [2.5, 2.5, 1.5],
-        }
-        parquet.write_table(pyarrow.table(rows), tmp_path / "runs.parquet")
-        found = read_table(tmp_path / "runs.parquet")
-        text = "batch_size,lr,steps,seed,target\n8,0.1,100,b,2.5\n16,0.25,,a,2.5\n32,0.5,300,b,1.5\n"
-        wanted = read_table(written(tmp_path, text))
-        assert found.measure == wanted.measure
-        for name in ("batch_sizes", "outcomes", "seeds", "targets"):
-            np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
-        np.testing.assert_allclose(found.lrs, wanted.lrs, rtol=1e-7)
-
-    def test_damage_and_wrong_types(self, tmp_path: Path) -> None:
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
-        with pytest.raises(ValueError, match=r"Expected a Parquet file, got .*write it again"):
-            read_table(written(tmp_path, "batch_size,lr\n", "runs.parquet"))
-        whole = tmp_path / "whole.parquet"
-        parquet.write_table(
-            pyarrow.table({"batch_size": [8] * 999, "lr": ["x"] * 999, "loss": [1.0] * 999}), whole
-        )
-        with pytest.raises(ValueError, match="Expected numbers in column 'lr', got 'x' on row 1"):
-            read_table(whole)
-        with pytest.raises(ValueError, match=r"Expected a Parquet file, got .*write it again"):
-            read_table(written(tmp_path, whole.read_bytes()[:-40], "cut.parquet"))
-
-    def test_without_pyarrow_the_extra_is_named(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_columns_and_values_that_are_not_there(
+        self, tmp_path: Path, words: dict[str, Any], message: str
     ) -> None:
-        for module in [name for name in sys.modules if name.split(".")[0] == "pyarrow"]:
-            monkeypatch.delitem(sys.modules, module)
-        real = builtins.__import__
-
-        def refusing(name: str, *args: object, **kwargs: object) -> object:
-            if name.split(".")[0] == "pyarrow":
-                raise ModuleNotFoundError("No module named 'pyarrow'")
-            return real(name, *args, **kwargs)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(builtins, "__import__", refusing)
-        with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[parquet\]'"):
-            read_table(written(tmp_path, "", "runs.parquet"))
-
-
-def test_a_hundred_thousand_rows_take_well_under_a_second(tmp_path: Path) -> None:
-    lines = "".join(f"{8 << i % 5},{1e-3 * 2 ** (i % 7)},{1 + i % 11},{i % 100}\n" for i in range(100_000))
-    path = written(tmp_path, HEADER + lines)
-    begin = time.process_time()
-    assert read_table(path).lrs.size == 100_000
-    assert time.process_time() - begin < 2
+        with pytest.raises(ValueError, match=message):
+            read_tables(written(tmp_path, self.frame.to_csv(index=False)), **words)

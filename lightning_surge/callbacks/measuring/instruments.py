@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,12 +13,13 @@ from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.laws.base import require_number
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.curvature import Sample, probe_distance
+from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.measurement import ALONE, LawMeasurement, MoreSecants
 from lightning_surge.measure.probing import Prober
 from lightning_surge.measure.records import Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk
 from lightning_surge.measure.sharpness import Sharpness, SharpnessError
-from lightning_surge.optimizers.families import OptimizerKind, lr_scales, parameter_scales
+from lightning_surge.optimizers.families import lr_scales, parameter_scales
 from lightning_surge.optimizers.lr_writer import learning_rates
 from lightning_surge.optimizers.moments import AdamMoments
 
@@ -54,7 +54,7 @@ class Instruments:
 
     # Of the run in hand; absent between runs.
     _optimizer: Optimizer
-    _kind: OptimizerKind
+    _direction: Direction
     _prober: Prober
 
     def __init__(self, settings: SurgeSettings) -> None:
@@ -65,20 +65,20 @@ class Instruments:
         self._sharpness = Sharpness()
         self.end()
 
-    def begin(self, optimizer: Optimizer, kind: OptimizerKind, prober: Prober) -> None:
+    def begin(self, optimizer: Optimizer, direction: Direction, prober: Prober) -> None:
         """Take hold of a run that starts.
 
         Args:
             optimizer: that moves the parameters.
-            kind: of its direction.
+            direction: of its steps.
             prober: computes gradients, on all processes.
         """
-        self._optimizer, self._kind, self._prober = optimizer, kind, prober
+        self._optimizer, self._direction, self._prober = optimizer, direction, prober
         self._ranks = prober.ranks
 
     def end(self) -> None:
         """Let go of the run."""
-        for name in ("_optimizer", "_kind", "_prober"):
+        for name in ("_optimizer", "_direction", "_prober"):
             vars(self).pop(name, None)
         self.parameters: list[Tensor] = []
         self.parameters_changed = False
@@ -124,10 +124,10 @@ class Instruments:
             self.parameters,
             num_chunks=num_chunks,
             replay=self._prober.replay,
-            # Along the gradient the direction itself carries the loss scale.
-            delta=self._delta() / (self._prober.loss_scale if self._kind == "gradient" else 1.0),
+            # The direction itself may carry the loss scale, as the gradient does.
+            delta=self._delta() / self._prober.loss_scale**self._direction.loss_power,
             scales=self._scales,
-            direction=_identity if self._kind == "gradient" else torch.sign,
+            direction=self._direction,
             stride=stride,
             keep_all=self._settings.follows_edge,
             ranks=self._ranks,
@@ -201,8 +201,7 @@ class Instruments:
 
     def unscaled(self, measurement: Measurement) -> Measurement:
         """What a measurement says of the loss itself, without the factor that it was taken with."""
-        power = 1 if self._kind == "gradient" else 0
-        return measurement.unscaled(self._prober.loss_scale, direction_power=power)
+        return measurement.unscaled(self._prober.loss_scale, direction=self._direction)
 
     # ------------------------------------------------------------------ state
 
@@ -225,7 +224,3 @@ class Instruments:
         self.largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
         if self._settings.follows_edge and "sharpness" in state:
             self._sharpness.load_state_dict(state["sharpness"])
-
-
-def _identity(gradient: Tensor) -> Tensor:
-    return gradient

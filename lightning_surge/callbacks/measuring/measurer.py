@@ -21,12 +21,12 @@ from lightning_surge.callbacks.measuring.repeated_loss import Attempts, LossFn, 
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch, shared_copy
+from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.distributed import RankError
 from lightning_surge.measure.measurement import ALONE, MoreSecants
 from lightning_surge.measure.probing import Prober
 from lightning_surge.measure.records import Measurement
 from lightning_surge.measure.replay import Piece, TraceError
-from lightning_surge.optimizers.families import OptimizerKind
 from lightning_surge.optimizers.moments import AdamMoments
 
 __all__ = ["LossFn", "Measurer"]
@@ -50,7 +50,7 @@ class Measurer:
     """
 
     # Of the run in hand; absent between runs.
-    _run: tuple[pl.Trainer, pl.LightningModule, Optimizer, OptimizerKind]
+    _run: tuple[pl.Trainer, pl.LightningModule, Optimizer, Direction]
     _trainer: pl.Trainer
     _loss: RepeatedLoss
     _attempts: Attempts
@@ -86,12 +86,12 @@ class Measurer:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         optimizer: Optimizer,
-        kind: OptimizerKind,
+        direction: Direction,
         pace: Pace | None = None,
     ) -> None:
         """Take hold of a run that starts; `pace` is that of the optimizer where the user calls its steps."""
         self.detach()
-        self._run = trainer, pl_module, optimizer, kind
+        self._run = trainer, pl_module, optimizer, direction
         self._trainer, self._pace = trainer, pace
         self._ranks = ranks_of(trainer)
         self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks)
@@ -107,7 +107,7 @@ class Measurer:
             ranks=self._ranks,
             uses_batch_statistics=self._loss.uses_batch_statistics,
         )
-        self._instruments.begin(optimizer, kind, self._prober)
+        self._instruments.begin(optimizer, direction, self._prober)
         self.seconds = 0.0
 
     def take_over(self, other: Measurer, pace: Pace) -> None:

@@ -24,6 +24,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_surge.callbacks.lightning_host import Callback
 from lightning_surge.callbacks.resuming.loaders import (
     epoch_samplers,
     generators_of,
@@ -38,65 +39,74 @@ from lightning_surge.callbacks.resuming.loaders import (
 from lightning_surge.callbacks.resuming.random_streams import from_portable, to_portable
 from lightning_surge.measure.replay import RandomState
 
-__all__ = ["Resumption"]
+__all__ = ["ExactResume"]
 
 STATE_VERSION = 1
 
 
-class Resumption:
-    """What a callback keeps in its state, and does in its hooks, so that a run can be resumed exactly.
+class ExactResume(Callback):
+    """Makes a run that was killed and resumed take the same batches to the same weights, bit for bit.
 
-    The callback calls each method from its own hook of the same name. Resumed from a checkpoint that was
-    saved between two optimizer steps, in ``on_train_batch_end`` or later, the run then takes the remaining
-    batches to the same weights, bit for bit, on as many processes as before. Where the loader cannot do that,
-    a warning says so, once per run.
+    Lightning restores weights, optimizers and its own counters, and every other callback its own state. This
+    one keeps what else the next step depends on: the random streams of every rank, the generators of the
+    loaders and the places that the loaders had reached. Resumed from a checkpoint that was saved between two
+    optimizer steps, on as many processes as before, the run is the one that was not killed. Where a loader
+    cannot go on in mid-epoch, a warning says so, once per run.
 
-    Random numbers that a validation draws do not reach training any more, with or without a resume.
+    It is the only callback of this package that touches random streams: those that a validation draws from
+    are set back after it, with or without a resume, since a resumed run does not repeat that validation.
 
-    Limits: random numbers that ``LightningModule.on_train_batch_end`` draws come after the checkpoint and are
-    lost. ``ReduceLROnPlateau`` does not see the metrics of an epoch that was over, but not yet ended. A
-    ``CombinedLoader`` of mode ``max_size`` begins anew with loaders that were used up.
+    Caveats:
+        * Random numbers that ``LightningModule.on_train_batch_end`` draws come after the checkpoint, and
+          are lost.
+        * ``ReduceLROnPlateau`` does not see the metrics of an epoch that was over, but not yet ended.
+        * A ``CombinedLoader`` of mode ``max_size`` begins anew with loaders that were used up.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> save = ModelCheckpoint("checkpoints", every_n_train_steps=1000)
+        >>> trainer = Trainer(callbacks=[ExactResume(), save], accelerator="cpu", logger=False)
     """
 
     def __init__(self) -> None:
-        self.setup()
+        self._trainer: pl.Trainer | None = None
+        self._begin_afresh()
 
-    def setup(self) -> None:
-        """Forget any run before."""
+    def _begin_afresh(self) -> None:
         self._training_streams: RandomState | None = None  # while a validation may draw from them
         self._resumes = False
         self._loaded: dict[str, Any] = {}
         self._loader_states: list[Any] = []
         self._warned = False
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget any run before."""
+        if stage == "fit":
+            # Kept after the run: a checkpoint may be saved when it is over, to go on from.
+            self._trainer = trainer
+            self._begin_afresh()
+
     # ------------------------------------------------------------------ before the run is killed
 
-    def on_train_batch_end(self, trainer: pl.Trainer) -> None:
-        """Remember the streams, in case a validation follows.
-
-        Args:
-            trainer: the one that trains.
-        """
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Remember the streams, in case a validation follows."""
         # Here, since a validation draws from them before any hook of it runs.
         self._training_streams = RandomState.capture() if trainer.enable_validation else None
 
-    def on_validation_end(self, trainer: pl.Trainer) -> None:
-        """Set the streams back to what they were before the validation.
-
-        Args:
-            trainer: any, after training batches or alone.
-        """
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the streams back to what they were before the validation."""
         if self._training_streams is not None and _validates_while_training(trainer):
             self._training_streams.restore()
 
-    def state_dict(self, trainer: pl.Trainer) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Random streams, generators and, where they differ, loaders of every rank.
 
         Every rank has to ask for it, as Lightning does in ``trainer.save_checkpoint`` and `ModelCheckpoint`.
-
-        Args:
-            trainer: the one that saves.
         """
+        trainer = self._trainer
+        if trainer is None:
+            return {}
         if self._training_streams is None or not _validates_while_training(trainer):
             self._training_streams = RandomState.capture()
         loaders = _training_loaders(trainer)
@@ -138,15 +148,15 @@ class Resumption:
 
     # ------------------------------------------------------------------ when it is resumed
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Correct what Lightning noted about an epoch whose batches had all been taken.
-
-        Args:
-            trainer: the one that resumes.
-            checkpoint: the whole of it, of which Lightning restores its loops later.
-        """
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Correct what Lightning noted about an epoch whose batches had all been taken."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        # Where it was kept before this callback existed; `load_state_dict` comes later and knows better.
+        former = checkpoint.get("callbacks", {}).get("BatchSizeScheduler", {})
+        self._loaded = former.get("resumption") or {}
         loops = checkpoint["loops"]["fit_loop"]
         self._resumes = True
         self._loader_states = loops["state_dict"].get("combined_loader", [])
@@ -164,20 +174,12 @@ class Resumption:
                 epochs[count]["processed"] -= 1
                 epochs[count]["completed"] = min(epochs[count]["completed"], epochs[count]["processed"])
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep what `state_dict` returned until training starts.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what `state_dict` returned until training starts."""
+        self._loaded = state_dict
 
-        Args:
-            state: from the checkpoint.
-        """
-        self._loaded = state
-
-    def on_train_start(self, trainer: pl.Trainer) -> None:
-        """Set loaders, generators and streams to where they were.
-
-        Args:
-            trainer: with its loaders and counters restored.
-        """
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set loaders, generators and streams to where they were."""
         resumes, state, loader_states = self._resumes, self._loaded, self._loader_states
         self._resumes, self._loaded, self._loader_states = False, {}, []
         if not resumes or trainer.global_step == 0:  # the latter after a learning-rate finder
@@ -229,13 +231,6 @@ class Resumption:
         """What this rank saved."""
         if not state:  # the checkpoint is of a run without this
             return None
-        if state.get("version") != STATE_VERSION:
-            self._warn(
-                f"Expected random states of version {STATE_VERSION} in the checkpoint, got "
-                f"{state.get('version')!r}: training goes on with other random numbers. Resume with the "
-                "release that saved it for the same ones."
-            )
-            return None
         try:
             return self._own_of(trainer, state)
         except Exception as error:
@@ -246,6 +241,8 @@ class Resumption:
             return None
 
     def _own_of(self, trainer: pl.Trainer, state: dict[str, Any]) -> dict[str, Any] | None:
+        if state["version"] != STATE_VERSION:
+            raise ValueError(f"Expected version {STATE_VERSION}, got {state['version']!r}.")
         ranks: list[Any] = state["ranks"]
         if len(ranks) != trainer.world_size:
             self._warn(

@@ -1,0 +1,168 @@
+"""Runs that experiment trackers keep on a disk: W&B's files and MLflow's stores.
+
+Records are decoded by the trackers' own libraries, which the package does not depend on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sqlite3
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lightning_surge.runs.series import PREFIX, Points, RunLogError, progress
+
+__all__ = ["MLFLOW_SUFFIXES", "WANDB_SUFFIX", "is_mlflow_run", "read_mlflow", "read_wandb"]
+
+WANDB_SUFFIX = ".wandb"
+MLFLOW_SUFFIXES = (".db", ".sqlite", ".sqlite3")
+# What WandbLogger logs beside W&B's own count of rows, and that count.
+STEP_KEYS = ("trainer/global_step", "_step")
+
+# W&B's file is LevelDB's log: a header, then blocks of fragments, each behind a checksum (4 bytes), a length
+# (2) and a kind (1). https://github.com/google/leveldb/blob/main/doc/log_format.md
+WANDB_HEADER, BLOCK_BYTES, FRAGMENT = 7, 1 << 15, struct.Struct("<IHB")
+WHOLE, LAST = 1, 4
+
+
+def _missing(what: str, package: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"Reading {what} needs {package}: pip install {package}, or train with CSVLogger beside it, as in "
+        "Trainer(logger=[..., CSVLogger('logs')]), and pass the directory of that."
+    )
+
+
+def read_wandb(path: Path, points: Points) -> str | None:
+    """Read the history in a `.wandb` file, of an offline run or one that was synchronized.
+
+    Args:
+        path: the file, `run-<id>.wandb`.
+        points: takes what is found.
+
+    Returns:
+        What a reader should know of the file; None if it was read to its end.
+
+    Raises:
+        ModuleNotFoundError: if wandb is not installed.
+        OSError: if the file cannot be read.
+    """
+    try:
+        from wandb.proto.wandb_internal_pb2 import Record
+    except ModuleNotFoundError as error:
+        raise _missing("a file of W&B", "wandb") from error
+
+    size = path.stat().st_size
+    with path.open("rb") as file, progress(path, size) as bar:
+        for record in _wandb_records(file):
+            bar.update(len(record))
+            history = Record.FromString(record).history
+            row = {item.key or "/".join(item.nested_key): item.value_json for item in history.item}
+            step = next((float(row[key]) for key in STEP_KEYS if key in row), float(history.step.num))
+            for key in filter(points.wants, row):
+                # Infinity and NaN are words of Python's JSON, or strings.
+                points.add(key, [int(step)], [float(json.loads(row[key]))])
+        read = file.tell()
+    return None if read == size else f"{path} is damaged: read {read:,} of its {size:,} bytes"
+
+
+def _wandb_records(file: BinaryIO) -> Iterator[bytes]:
+    """The records of a file, up to the first damaged one; the file is then where reading ended."""
+    begin, record = file.seek(WANDB_HEADER), b""
+    while block := file.read(BLOCK_BYTES - begin % BLOCK_BYTES):
+        at = 0
+        while at + FRAGMENT.size <= len(block):
+            checksum, length, kind = FRAGMENT.unpack_from(block, at)
+            end = at + FRAGMENT.size + length
+            fragment = block[at + FRAGMENT.size - 1 : end]  # with its kind, which the checksum is of, too
+            if zlib.crc32(fragment) != checksum:
+                file.seek(begin + at)
+                return
+            record += fragment[1:]
+            if kind in (WHOLE, LAST):
+                yield record
+                record = b""
+            at = end
+        begin += len(block)
+
+
+def is_mlflow_run(directory: Path) -> bool:
+    """Whether a directory is that of one run in a file store of MLflow."""
+    return (directory / "meta.yaml").is_file() and (directory / "metrics").is_dir()
+
+
+def read_mlflow(path: Path, points: Points) -> str | None:
+    """Read one run of a store of MLflow.
+
+    Args:
+        path: a run in a store of files, `mlruns/<experiment>/<run>`, or in a database, `mlflow.db/<run>`; of
+            a database, `mlflow.db`, the newest run is read that has logged keys under `surge/`.
+        points: takes what is found.
+
+    Returns:
+        Which run of a database was chosen; None for one that was named.
+
+    Raises:
+        ModuleNotFoundError: if mlflow is not installed.
+        RunLogError: if MLflow cannot read it.
+    """
+    try:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+    except ModuleNotFoundError as error:
+        raise _missing("a store of MLflow", "mlflow") from error
+
+    # Newer releases read a store of files only if they are told to.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    database = next((one for one in (path, path.parent) if one.is_file()), None)
+    if database and not _has_metrics(database):
+        raise RunLogError(
+            f"Expected a database of MLflow, got {str(database)!r}, which is none: pass another."
+        )
+    try:
+        client = MlflowClient(tracking_uri=f"sqlite:///{database}" if database else str(path.parents[1]))
+        run, note = _newest(client, path) if path == database else (client.get_run(path.name), None)
+        for key in filter(points.wants, run.data.metrics):
+            history = client.get_metric_history(run.info.run_id, key)
+            points.add(key, [one.step for one in history], [_number(one.value) for one in history])
+    except MlflowException as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise RunLogError(
+            f"Expected a store that MLflow can read, got {str(path)!r}: {why}. Pass another run."
+        ) from error
+    return note
+
+
+def _has_metrics(database: Path) -> bool:
+    """Whether it is a database of MLflow, which would make its tables in any other."""
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
+        ) as found:
+            found.execute("SELECT run_uuid, key FROM metrics LIMIT 1")
+    except sqlite3.Error:
+        return False
+    return True
+
+
+def _newest(client: Any, path: Path) -> tuple[Any, str]:
+    """The newest run with keys of ours, or else the newest run."""
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    runs = list(client.search_runs(experiments, order_by=["attributes.start_time DESC"]))
+    if not runs:
+        raise RunLogError(f"Expected a store with a run, got {str(path)!r} without any: pass another.")
+    ours = [run for run in runs if any(key.startswith(PREFIX) for key in run.data.metrics)] or runs
+    newest, *others = (f"{path}/{run.info.run_id}" for run in ours)
+    more = f", the newest of {len(ours):,} runs; the one before is {others[0]}" if others else ""
+    return ours[0], f"reading {newest}{more}"
+
+
+def _number(value: float) -> float:
+    """MLflow's databases keep infinity as the largest float."""
+    return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else float(value)

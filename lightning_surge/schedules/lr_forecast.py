@@ -1,0 +1,78 @@
+"""Where a learning-rate schedule that counts steps stops, if a run has fewer than it was made for."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LRScheduler
+
+__all__ = ["share_of_peak"]
+
+# Replaying takes about ten microseconds a step.
+MOST_STEPS = 100_000
+
+
+def share_of_peak(
+    scheduler: LRScheduler, *, planned: int, taken: int, shared: Iterable[object] = ()
+) -> float | None:
+    """The learning rate at which a schedule is left, as a share of its peak.
+
+    A copy of the schedule is replayed on an optimizer without a model.
+
+    Args:
+        scheduler: A torch scheduler, before its first step.
+        planned: Steps that it was made for.
+        taken: Steps that it will make.
+        shared: What the copy may refer to without copying it, such as the model.
+
+    Returns:
+        The largest learning rate after ``taken`` steps over the largest in ``planned`` steps. None if the
+        schedule loses nothing (its peak is behind, and it would fall no further), or cannot be replayed.
+
+    Example:
+        >>> optimizer = SGD([torch.zeros(1)], lr=0.1)
+        >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+        >>> share_of_peak(cosine, planned=100, taken=50)
+        0.5
+        >>> share_of_peak(cosine, planned=150, taken=100) is None
+        True
+    """
+    if not 0 < taken < planned <= MOST_STEPS:
+        return None
+    try:
+        rates = _replayed(scheduler, planned, shared)
+    except Exception:
+        return None  # somebody's own scheduler, which needs more than an optimizer
+    peak, last = max(rates), rates[taken]
+    falls_further = min(rates[taken:]) < 0.99 * last
+    peaks_later = max(rates[: taken + 1]) < 0.99 * peak
+    if not 0.0 < peak < math.inf or not (falls_further or peaks_later):
+        return None
+    return round(last / peak, 6)
+
+
+def _replayed(scheduler: LRScheduler, steps: int, shared: Iterable[object]) -> list[float]:
+    """The largest learning rate of all groups, before the first step and after each."""
+    optimizer = scheduler.optimizer
+    stand_in = SGD([{"params": [torch.zeros(1)]} for _ in optimizer.param_groups], lr=0.0)
+    for group, original in zip(stand_in.param_groups, optimizer.param_groups, strict=True):
+        group |= {name: copy.deepcopy(value) for name, value in original.items() if name != "params"}
+    # What the memo holds counts as copied: every scheduler within finds the stand-in where the optimizer was.
+    memo = {id(one): one for one in shared} | {id(optimizer): stand_in}
+    replay = copy.deepcopy(scheduler, memo)
+    rates = [_largest(stand_in)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of steps that no optimizer step came before
+        for _ in range(steps):
+            replay.step()
+            rates.append(_largest(stand_in))
+    return rates
+
+
+def _largest(optimizer: SGD) -> float:
+    return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -1,0 +1,249 @@
+"""Which column of a table is the batch size, the learning rate, and so on.
+
+Names are compared without case, separators, units in brackets and the prefixes of loggers and configuration
+files, so that `Batch Size`, `params.lr`, `config/optimizer.lr` and `val/loss` are known. A role goes to the
+one column that can have it; where none or several can, all such roles are told at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_surge.tables.values import WORDS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Columns", "as_text", "find_column", "find_columns", "settings_within", "shown"]
+
+
+class Columns(NamedTuple):
+    """Names of a table's columns; a column that is None is found by the usual names of its role.
+
+    Attributes:
+        batch_size: examples behind one optimizer step.
+        lr: learning rate.
+        loss: final loss.
+        steps: optimizer steps to the target.
+        examples: examples to the target.
+        seed: label that runs with the same seed share.
+        target: loss to reach.
+        status: how the run ended, in a word.
+    """
+
+    batch_size: str | None = None
+    lr: str | None = None
+    loss: str | None = None
+    steps: str | None = None
+    examples: str | None = None
+    seed: str | None = None
+    target: str | None = None
+    status: str | None = None
+
+
+OUTCOMES = ("loss", "steps", "examples")
+NAMES = {role: names.split() for role, names in WORDS["roles"].items()}
+FALLBACKS = {role: names.split() for role, names in WORDS["fallbacks"].items()}
+PREFIXES, ACCURACIES = frozenset(WORDS["prefixes"].split()), frozenset(WORDS["accuracies"].split())
+RESULTS = ACCURACIES | frozenset(WORDS["results"].split())
+SIMILAR = 0.7
+"""Share of equal letters from which a name is a close match."""
+
+
+def _plain(name: str) -> str:
+    """A name in lower case with single underscores, without brackets unless they hold a number."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", re.sub(r"[(\[][^)\]\d]*[)\]]", "", name))
+    return re.sub(r"[\W_]+", "_", name).strip("_").lower()
+
+
+def _forms(name: str) -> set[str]:
+    """A name, and what is left of it without prefixes and the suffixes of loggers."""
+    words = _plain(name).split("_")
+    forms = ["_".join(words)]
+    while len(words) > 1 and words[0] in PREFIXES:
+        words = words[1:]
+        forms.append("_".join(words))
+    return {shorter for form in forms for shorter in (form, re.sub(r"_(value|epoch)$", "", form))}
+
+
+def shown(names: Sequence[Any], most: int = 12) -> str:
+    """Names in quotes, separated by commas, and dots for those after the first `most`."""
+    return ", ".join(repr(str(name)) for name in names[:most]) + (", ..." if len(names) > most else "")
+
+
+def as_text(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Columns as text, empty where a value is missing."""
+    text = {}
+    for name in names:
+        pairs = zip(frame[name].tolist(), frame[name].isna().tolist(), strict=True)
+        text[name] = ["" if missing else str(value).strip() for value, missing in pairs]
+    return type(frame)(text, index=frame.index, dtype=object)
+
+
+def find_column(frame: pd.DataFrame, name: str, option: str) -> str:
+    """The column that a user means.
+
+    Args:
+        frame: the table.
+        name: what the user wrote; case, separators and prefixes may differ from the column's name.
+        option: where it was written, for the message.
+
+    Raises:
+        ValueError: if it fits no column, or several.
+    """
+    columns = [str(column) for column in frame.columns]
+    fits = ([c for c in columns if c == name], [c for c in columns if _plain(name) in _forms(c)])
+    found = fits[0] or fits[1]
+    if len(found) == 1:
+        return found[0]
+    close = f" (close: {shown(closest)})" if (closest := _close(columns, [_plain(name)])) else ""
+    raise ValueError(
+        f"Expected {option} to name one column of {shown(columns)}, got {name!r}{close}: write it in full."
+    )
+
+
+def _close(columns: Sequence[str], wanted: Sequence[str], most: int = 4) -> list[str]:
+    """Columns whose names resemble one of those wanted, or hold all of its words; the best first."""
+
+    def similarity(column: str) -> float:
+        plain = _plain(column)
+        held = any(set(name.split("_")) <= set(plain.split("_")) for name in wanted)
+        return 1.0 if held else max(SequenceMatcher(None, plain, name).ratio() for name in wanted)
+
+    best = sorted(columns, key=similarity, reverse=True)[:most]
+    return [column for column in best if similarity(column) > SIMILAR]
+
+
+def find_columns(
+    frame: pd.DataFrame, named: Columns, source: str, *, measure: str | None = None, maximize: bool = False
+) -> tuple[dict[str, str], list[str]]:
+    """Give every role its column.
+
+    Args:
+        frame: the table.
+        named: columns that the user has named.
+        source: name of the table, for messages.
+        measure: what counts, `loss` or `steps`; None takes what there is.
+        maximize: whether larger is better, as of an accuracy.
+
+    Returns:
+        Columns by role, and notes on those that go by another name than the documented one.
+
+    Raises:
+        ValueError: if a role that is needed has no column, or a role has several.
+
+    Example:
+        >>> import pandas as pd
+        >>> frame = pd.DataFrame({"params.bs": [8], "params.lr": [0.1], "val/loss": [2.0], "epoch": [9]})
+        >>> find_columns(frame, Columns(), "runs.csv")[0]
+        {'batch_size': 'params.bs', 'lr': 'params.lr', 'loss': 'val/loss'}
+    """
+    asked = {role: name for role, name in named._asdict().items() if name is not None}
+    found = {
+        role: find_column(frame, name, f"--{role.replace('_', '-')}-column") for role, name in asked.items()
+    }
+    free = [name for name in frame.columns if name not in found.values()]
+    text = as_text(frame, *free)
+    blank = [name for name in free if not text[name].any()]
+    free = [name for name in free if name not in blank]
+    problems: dict[str, str] = {}
+    for role in (role for role in Columns._fields if role not in found):
+        candidates = _candidates(text[free], role, maximize)
+        if not candidates and role in ("batch_size", "lr", "loss"):
+            candidates = _candidates(text[blank], role, maximize)
+        if (
+            role == "steps"
+            and "loss" in found
+            and not any(_forms(name) & set(NAMES[role]) for name in candidates)
+        ):
+            continue  # steps by the name of a counter, beside a loss
+        if len(candidates) == 1:
+            found[role] = candidates[0]
+        elif candidates:
+            problems[role] = f"{role} may be {shown(candidates)}"
+    # One outcome is enough; a loss that may be several columns counts before steps that nobody named.
+    outcomes = [role for role in OUTCOMES if measure is None or (role == "loss") == (measure == "loss")]
+    settled = asked.keys() & outcomes or ("loss" not in problems and found.keys() & outcomes)
+    problems = {
+        r: text for r, text in problems.items() if r not in OUTCOMES or (r in outcomes and not settled)
+    }
+    needed = ["batch_size", "lr"] + ([] if settled or problems.keys() & set(OUTCOMES) else outcomes[:1])
+    for role in needed:
+        if role not in found and role not in problems:
+            wanted = [*NAMES[role], *(ACCURACIES if role == "loss" else ())]
+            close = _close([name for name in free if name not in found.values()], wanted)
+            what = " or ".join(outcomes) if role in OUTCOMES else role
+            problems[role] = f"{what} has no column" + (f" (close: {shown(close)})" if close else "")
+    if problems:
+        options = " ".join(f"--{role.replace('_', '-')}-column NAME" for role in problems)
+        larger = " (and --maximize if larger is better)" if "loss" in problems and not maximize else ""
+        raise ValueError(
+            f"Expected one column for each role in {source!r}, got {shown(list(frame.columns))}: "
+            f"{'; '.join(problems.values())}. Pass {options}{larger}."
+        )
+    notes = [
+        f"{role} from {name!r}" for role, name in found.items() if role not in asked and name.lower() != role
+    ]
+    return found, ["columns: " + ", ".join(notes)] if notes else []
+
+
+def _candidates(text: pd.DataFrame, role: str, maximize: bool) -> list[str]:
+    """Columns that can have a role; of those with equal values only one."""
+    columns = list(text.columns)
+    usual = [name for name in columns if _forms(name) & set(NAMES[role])]
+    if role == "loss" and maximize:
+        larger = [name for name in columns if set(_plain(name).split("_")) & ACCURACIES]
+        usual = [name for name in larger if "train" not in _plain(name)] or larger or usual
+    found = usual or [name for name in columns if _forms(name) & set(FALLBACKS.get(role, ()))]
+    found.sort(key=lambda column: _plain(column) != role)
+    different = [
+        c for place, c in enumerate(found) if not any(text[c].equals(text[b]) for b in found[:place])
+    ]
+    # Where a mistake would not change what is compared, a column by the documented name is enough.
+    exact = bool(different) and role not in ("batch_size", "lr", "loss") and _plain(different[0]) == role
+    return different[:1] if exact else different
+
+
+def settings_within(
+    frame: pd.DataFrame, cell: Sequence[str], roles: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Find the settings in which runs differ that are averaged as if they were seeds.
+
+    Args:
+        frame: the table.
+        cell: columns whose values such runs have in common, the batch size first.
+        roles: columns that are no settings, since they have a role.
+
+    Returns:
+        Columns that differ within a cell, and a few of them that tell such runs apart.
+
+    Example:
+        >>> import pandas as pd
+        >>> frame = pd.DataFrame({"bs": [8] * 4, "width": [1, 1, 2, 2], "runtime": [3, 4, 5, 6]})
+        >>> settings_within(frame, ["bs"], ["bs"])
+        (['width'], ['width'])
+    """
+    free = [
+        name for name in frame.columns if name not in roles and not set(_plain(name).split("_")) & RESULTS
+    ]
+    if not free:
+        return [], []
+    text = as_text(frame, *cell, *free)
+
+    def told_apart(among: Sequence[str], names: Sequence[str]) -> int:
+        return len(text[[*among, *names]].drop_duplicates())
+
+    # With nearly as many values as rows it is a result, or a name.
+    free = [name for name in free if 1 < text[name].nunique() <= len(text) / 2]
+    differing = [name for name in free if told_apart(cell, [name]) > told_apart(cell, [])]
+    # Told apart at every learning rate of a batch size, or a valley would be one of several models.
+    apart: list[str] = []
+    while told_apart(cell[:1], apart) < told_apart(cell[:1], differing):
+        left = [name for name in differing if name not in apart]
+        apart.append(
+            max(left, key=lambda name: (told_apart(cell[:1], [*apart, name]), -text[name].nunique()))
+        )
+    return differing, apart

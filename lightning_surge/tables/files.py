@@ -1,0 +1,196 @@
+"""Open a table of runs, whatever kind of file it is, as a pandas DataFrame.
+
+The first bytes tell the kind, not the name, so that a pipe or a renamed file is read too. The frame's index
+says where a row stands in the file, and the index's name what it counts: lines or rows.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_surge.tables.study import is_study, read_study
+from lightning_surge.tables.values import WORDS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["SOURCES", "read_frame"]
+
+EXPORT = "export the runs as CSV or Parquet"
+SOURCES: list[tuple[Callable[[str], bool], Callable[[str], pd.DataFrame]]] = [(is_study, read_study)]
+"""Sources other than tables in files, such as studies: what tells one by its name, and what reads it."""
+
+
+def read_frame(source: str | Path) -> pd.DataFrame:
+    r"""Open a table.
+
+    Args:
+        source: path of a file or a pipe; `-` is standard input.
+
+    Returns:
+        The table as it stands: the text of CSV is not yet taken for numbers.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        IsADirectoryError: if it is a directory.
+        ModuleNotFoundError: if pandas, or pyarrow for Parquet, is not installed.
+        ValueError: if the file is empty, damaged or of another kind.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     path = Path(directory) / "runs.csv"
+        ...     _ = path.write_text("# made by hand\nbs;lr;loss\n8;0,1;2\n")
+        ...     frame = read_frame(path)
+        >>> frame.index.name, frame.to_dict("index")
+        ('line', {3: {'bs': '8', 'lr': '0,1', 'loss': '2'}})
+    """
+    try:
+        import pandas  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Reading a table needs pandas: pip install 'lightning-surge[fit]'."
+        ) from error
+    name = str(source)
+    for belongs, read in SOURCES:
+        if belongs(name):
+            return read(name)
+    frame = _parse(_content(name), "standard input" if name == "-" else repr(name))
+    frame = frame.set_axis([str(column).strip() for column in frame.columns], axis=1)
+    if (again := frame.columns.duplicated()).any():
+        twice = frame.columns[again][0]
+        raise ValueError(f"Expected distinct columns, got {twice!r} twice in {name!r}: rename one.")
+    return frame
+
+
+def _content(name: str) -> bytes:
+    if name == "-":
+        return sys.stdin.buffer.read()
+    path = Path(name)
+    if path.is_dir():
+        for pattern, (kind, remedy) in WORDS["folders"].items():
+            if any(next(path.glob(above + pattern), None) for above in ("", "*/", "*/*/")):
+                raise IsADirectoryError(f"Expected a file, got {kind}, {name!r}: {remedy}.")
+        raise IsADirectoryError(f"Expected a file, got the directory {name!r}: name the table in it.")
+    if not path.exists():
+        raise FileNotFoundError(f"Expected an existing file, got {name!r}: check the path.")
+    return path.read_bytes()
+
+
+def _parse(data: bytes, name: str) -> pd.DataFrame:
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            return _parse(gzip.decompress(data), name)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"Expected a whole gzip file, got {name}: {error}; copy it again.") from error
+    if data.startswith(b"PAR1"):
+        return _parquet(data, name)
+    for magic, (kind, remedy) in WORDS["kinds"].items():
+        if data.startswith(bytes.fromhex(magic)):
+            raise ValueError(f"Expected a table, got {kind}, {name}: {remedy}.")
+    text = _text(data, name)
+    if not text.strip():
+        raise ValueError(f"Expected a header and rows, got the empty file {name}: write the table again.")
+    return _json(text, name) if text.lstrip()[0] in "[{" else _delimited(text, name)
+
+
+def _text(data: bytes, name: str) -> str:
+    """Decode; spreadsheets still write UTF-16 and the code page of Windows."""
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", errors="replace")
+    if len(re.findall(r"[\0-\b\x0e-\x1f]", text[:4096])) > len(text[:4096]) / 100:
+        raise ValueError(f"Expected a table, got bytes that are no text, {name}: {EXPORT}.")
+    return text
+
+
+def _parquet(data: bytes, name: str) -> pd.DataFrame:
+    import pandas
+
+    try:
+        frame = pandas.read_parquet(io.BytesIO(data))
+    except ImportError as error:
+        raise ModuleNotFoundError("Parquet needs pyarrow: pip install 'lightning-surge[fit]'.") from error
+    except (OSError, ValueError) as error:  # pyarrow's own are of these kinds
+        raise ValueError(f"Expected a Parquet file, got {name}: {error}; write it again.") from error
+    levels = [level for level in frame.index.names if level is not None and level not in frame.columns]
+    return _in_rows(frame.reset_index(levels) if levels else frame)
+
+
+def _in_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.set_axis(range(1, len(frame) + 1), axis=0).rename_axis("row")
+
+
+def _json(text: str, name: str) -> pd.DataFrame:
+    """A list of runs, a run per line, or columns as pandas has them; deeper values get dotted names."""
+    import pandas
+
+    try:
+        try:
+            found: Any = json.loads(text)
+        except json.JSONDecodeError:
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if isinstance(found, dict):
+            lists = [
+                value for value in found.values() if isinstance(value, list) and isinstance(value[0], dict)
+            ]
+            found = lists[0] if len(lists) == 1 else pandas.DataFrame(found).to_dict("records")
+        return _in_rows(pandas.json_normalize(found))
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError) as error:
+        raise ValueError(f"Expected JSON with one object per run, got {name}: {error}; {EXPORT}.") from error
+
+
+def _delimited(text: str, name: str) -> pd.DataFrame:
+    """CSV by whatever separates the names in the header; comments may stand above it."""
+    import pandas
+
+    # Comments, Excel's `sep=;` and Markdown's rules are emptied and not removed: lines keep their numbers.
+    lines = re.split(r"\r\n|\r|\n", text)
+    lines = ["" if re.match(r"#|sep=.\s*$|[|\s:-]*--[|\s:-]*$", line) else line for line in lines]
+    first = next((place for place, line in enumerate(lines) if line.strip()), None)
+    if first is None:
+        raise ValueError(f"Expected a header and rows, got the empty file {name}: write the table again.")
+    separator = max(",;\t|", key=lines[first].count)
+    if separator == "|":
+        lines = [line.strip().removeprefix("|").removesuffix("|") for line in lines]
+    try:
+        frame = pandas.read_csv(
+            io.StringIO("\n".join(lines[first:])),
+            sep=separator if separator in lines[first] else r"\s+",
+            header=None,
+            dtype=object,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            engine="python",  # the other one fills short rows without a word
+        )
+    except ValueError as error:  # pandas' own are of this kind
+        reason = re.sub(
+            r".*Expected (\d+) fields in line (\d+), saw (\d+)",
+            lambda found: f"{found[3]} fields on line {int(found[2]) + first}, {found[1]} in the header",
+            str(error).strip(),
+        )
+        raise ValueError(f"Expected CSV, got {name}: {reason}; correct or remove the line.") from error
+    texts = {name: [text and text.strip() for text in column] for name, column in frame.items()}
+    cells = pandas.DataFrame(texts, index=range(first + 1, first + 1 + len(frame)), dtype=object).rename_axis(
+        "line"
+    )
+    cells = cells[(cells.fillna("") != "").any(axis=1)]
+    header = cells.iloc[0]
+    cells = cells[cells.ne(header).any(axis=1)]  # files that were joined repeat their header
+    missing = cells.isna().sum(axis=1)
+    if missing.any():
+        raise ValueError(
+            f"Expected {len(header)} fields, as in the header, got {len(header) - missing.max()} on line "
+            f"{missing.idxmax()} of {name}: correct or remove the line."
+        )
+    return cells.set_axis([str(text) or f"unnamed {place}" for place, text in enumerate(header, 1)], axis=1)

@@ -1,0 +1,124 @@
+"""Read an Optuna study as a table of runs: one that `lightning-surge sweep` keeps, or any other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from optuna.trial import FrozenTrial
+
+__all__ = ["is_study", "read_study", "study_rows"]
+
+COLUMNS = ("batch_size", "lr", "loss", "steps", "examples", "seed", "target", "status", "seconds")
+
+
+def is_study(where: str) -> bool:
+    """Whether it is the URL of a database, or a file that begins as a journal of Optuna does.
+
+    Example:
+        >>> is_study("sqlite:///sweep.db"), is_study("no-such-file.csv")
+        (True, False)
+    """
+    if "://" in where:
+        return True
+    path = Path(where)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(10) == b'{"op_code"'
+
+
+def read_study(where: str) -> pd.DataFrame:
+    """Read the trials of a study; if there are several, a column `study` has their names.
+
+    Args:
+        where: path of a journal, or URL of a database.
+
+    Returns:
+        One run per row; `attrs["maximize"]` says whether larger losses are better.
+
+    Raises:
+        ModuleNotFoundError: if Optuna or pandas is not installed.
+        ValueError: if there is no study, or it cannot be read.
+    """
+    try:
+        import optuna
+        import pandas
+        from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Reading a study needs Optuna and pandas: pip install 'lightning-surge[sweep]'."
+        ) from error
+    shown = re.sub(r"(://[^:/]*):[^@/]*@", r"\1:***@", where)
+    file = where.partition("///")[2].partition("?")[0] if where.startswith("sqlite") else where
+    if (where.startswith("sqlite") or "://" not in where) and not Path(file).is_file():
+        raise ValueError(f"Expected an existing study, got {shown!r}: check the path.")
+    try:
+        storage: BaseStorage
+        if "://" in where:
+            storage = RDBStorage(where, skip_table_creation=True)
+        else:
+            storage = JournalStorage(JournalFileBackend(where, JournalFileOpenLock(where)))
+        studies = [
+            optuna.load_study(study_name=s.study_name, storage=storage) for s in storage.get_all_studies()
+        ]
+    except Exception as error:  # of whatever driver the URL names
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"Expected an Optuna study in {shown!r}, got {first}: check the URL.") from error
+    if not studies:
+        raise ValueError(f"Expected an Optuna study in {shown!r}, got none: run the sweep first.")
+    rows = []
+    for study in studies:
+        name = {"study": study.study_name} if len(studies) > 1 else {}
+        rows += [row | name for row in study_rows(study.get_trials(deepcopy=False))]
+    frame = pandas.DataFrame(rows).set_axis(range(1, len(rows) + 1), axis=0).rename_axis("row")
+    frame.attrs["maximize"] = all(study.direction.name == "MAXIMIZE" for study in studies)
+    return frame
+
+
+def study_rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
+    """Rows of the trials that have ended.
+
+    Trials of a sweep have the columns of its table, sorted, with one row for each target loss, whose steps
+    and examples are those until it was reached, and empty where it never was. Others have a column for each
+    parameter and for the value, `loss`; of those, trials that were pruned say nothing comparable.
+
+    Args:
+        trials: the trials of one study, in the order of their numbers.
+
+    Example:
+        >>> import optuna
+        >>> study = optuna.create_study()
+        >>> space = {"lr": optuna.distributions.FloatDistribution(0, 1)}
+        >>> study.add_trial(optuna.create_trial(params={"lr": 0.1}, distributions=space, value=2.5))
+        >>> study_rows(study.trials)
+        [{'lr': 0.1, 'loss': 2.5, 'status': 'finished'}]
+    """
+    ended, others = {}, []
+    for trial in trials:
+        if (outcome := trial.user_attrs.get("outcome")) is not None:
+            seconds = trial.duration.total_seconds() if trial.duration else 0.0
+            # A cell that was run again has several trials: the last one counts.
+            ended[tuple(trial.params.values())] = {**trial.params, **outcome, "seconds": round(seconds, 2)}
+        elif trial.state.name in ("COMPLETE", "FAIL") and "worker" not in trial.user_attrs:
+            status = "finished" if trial.state.name == "COMPLETE" else "failed"
+            others.append({**trial.params, "loss": trial.value, "status": status})
+    targets = sorted({entry[0] for row in ended.values() for entry in row["reached"]}, reverse=True)
+    return others + [row for _, values in sorted(ended.items()) for row in _rows_of(values, targets)]
+
+
+def _rows_of(values: dict[str, Any], targets: list[float]) -> Iterable[dict[str, Any]]:
+    if not targets:
+        yield {name: values[name] for name in COLUMNS if name != "target"}
+    reached = {target: (steps, examples) for target, steps, examples in values["reached"]}
+    for target in targets:
+        steps, examples = reached.get(target, (None, None))
+        missed = values["status"] == "finished" and steps is None
+        told = {"target": target, "steps": steps, "examples": examples}
+        row = values | told | ({"status": "not_reached"} if missed else {})
+        yield {name: row[name] for name in COLUMNS}

@@ -1,0 +1,302 @@
+"""Loaders that change in mid-run, and learning-rate schedules that stop short of their end."""
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+from torch.utils.data import DataLoader, SequentialSampler
+
+import lightning_surge
+from lightning_surge import BatchSizeScheduler, BatchSizeWarmup, ScheduledBatchSampler, by_examples
+from lightning_surge.callbacks.lightning_host import loader_batch_size
+from lightning_surge.schedules import (
+    AccumulatedSchedule,
+    ConstantSize,
+    GeometricRamp,
+    LinearRamp,
+    total_steps,
+)
+
+MakeTrainer = Callable[..., pl.Trainer]
+
+SIZE = 64
+
+
+class Mean(pl.LightningModule):
+    """Counts the examples behind each step."""
+
+    def __init__(self, loaders: Any = None, schedule: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(SIZE))
+        self.loaders = loaders  # one for each epoch
+        self.schedule = schedule
+        self.sizes: list[int] = []
+        self.examples = 0
+
+    def train_dataloader(self) -> Any:
+        loader = self.loaders[self.trainer.current_epoch]
+        return loader() if callable(loader) else loader
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.examples += len(batch)
+        return (batch @ self.weight).mean()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.sizes.append(self.examples)
+        self.examples = 0
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
+        if self.schedule is None:
+            return optimizer
+        config = self.schedule(optimizer, self)
+        return {"optimizer": optimizer, "lr_scheduler": {"interval": "step"} | config}
+
+
+def plain(batch_size: int) -> DataLoader[Any]:
+    return DataLoader(torch.eye(SIZE), batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def sampled(largest: int = 8) -> DataLoader[Any]:
+    data: Any = torch.eye(SIZE)
+    return DataLoader(data, batch_sampler=ScheduledBatchSampler(SequentialSampler(data), largest))
+
+
+def scheduled(size: int, **options: Any) -> BatchSizeScheduler:
+    return BatchSizeScheduler(ConstantSize(size), **options)
+
+
+class SetUpAgain(pl.Callback):
+    """Asks for another loader as users do who want other batches, at one of the hooks."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._again)
+
+    @staticmethod
+    def _again(trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.current_epoch + (trainer.fit_loop.epoch_loop.batch_progress.is_last_batch) >= 1:
+            trainer.fit_loop._combined_loader = None
+            trainer.fit_loop.setup_data()
+
+
+@pytest.mark.parametrize(
+    ("loader", "size"),
+    [
+        (plain(3), 3),
+        (sampled(4), 4),
+        (type("Loader", (), {"batch_size": True})(), "True from Loader"),
+        (type("Loader", (), {"batch_size": 2.0})(), "2.0 from Loader"),
+        ({"a": plain(3)}, "None from dict"),
+        (DataLoader([1], batch_size=None), "None from DataLoader"),  # type: ignore[arg-type]
+    ],
+)
+def test_the_batch_size_of_a_loader_is_what_it_says(loader: Any, size: Any) -> None:
+    if isinstance(size, int):
+        assert loader_batch_size(loader, "Callback") == size
+    else:
+        with pytest.raises(MisconfigurationException, match=f"got batch_size={size}: pass micro_batch"):
+            loader_batch_size(loader, "Callback")
+
+
+class TestLoadersThatChange:
+    @pytest.mark.parametrize("hook", ["reload", "on_train_epoch_start"])
+    @pytest.mark.parametrize(
+        ("loaders", "schedule", "sizes"),
+        [
+            ([plain(16), plain(8), plain(4)], ConstantSize(32), [32] * 6),
+            ([plain(4), plain(16), plain(8)], ConstantSize(32), [32] * 6),
+            ([plain(8), sampled(), plain(4)], ConstantSize(16), [16] * 12),
+            ([sampled(), plain(8), sampled()], ConstantSize(32), [32] * 6),
+            ([plain(16), plain(8), plain(4)], GeometricRamp(16, 64, 6), [16, 16, 16, 16, 32, 32, 64]),
+        ],
+    )
+    def test_steps_keep_the_sizes_of_the_schedule(
+        self, make_trainer: MakeTrainer, hook: str, loaders: Any, schedule: Any, sizes: list[int]
+    ) -> None:
+        model = Mean(loaders)
+        options = {"reload_dataloaders_every_n_epochs": 1} if hook == "reload" else {}
+        callbacks = [] if hook == "reload" else [SetUpAgain(hook)]
+        make_trainer(BatchSizeScheduler(schedule), *callbacks, max_epochs=3, **options).fit(model)
+        assert sum(model.sizes) == 3 * SIZE
+        assert model.sizes == sizes
+
+    @pytest.mark.filterwarnings("ignore:size=32 needs 8 micro-batches per optimizer step, got an epoch of 4")
+    def test_a_batch_sampler_whose_size_is_written(self, make_trainer: MakeTrainer) -> None:
+        class Halves(pl.Callback):
+            def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+                sampler: Any = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
+                sampler.batch_size //= 2
+
+        model = Mean([plain(16)] * 3)
+        make_trainer(scheduled(32), Halves(), max_epochs=3).fit(model)
+        assert model.sizes == [32, 32, 32, 16]  # Lightning takes four batches from every epoch
+
+    @pytest.mark.parametrize(
+        ("scheduler", "later", "message"),
+        [
+            (scheduled(8), plain(16), "got size=8: use size=16, or change the Data"),
+            (scheduled(10), plain(8), "got size=10: use size=8 or size=16"),
+            (scheduled(8, max_micro_batch_size=8), plain(16), "at most max_micro_batch_size=8, got 16"),
+            (scheduled(64, micro_batch_size=32), plain(4), "micro_batch_size=32 was given, .* batch_size=4"),
+            (BatchSizeWarmup(8, 32, 4), plain(12), r"Expected start .* \(12 x 1\) times a power of two"),
+            (BatchSizeWarmup(8, 32, 4), [torch.eye(SIZE)], "pass micro_batch_size= to BatchSizeWarmup"),
+            (BatchSizeWarmup(8, 32, 4), [plain(8), sampled()], "micro_batch_size= to BatchSizeWarmup"),
+        ],
+    )
+    def test_what_cannot_be_is_an_error_as_at_the_start(
+        self, make_trainer: MakeTrainer, scheduler: BatchSizeScheduler, later: Any, message: str
+    ) -> None:
+        first = sampled() if "size=10" in message else plain(8)
+        trainer = make_trainer(scheduler, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+        with pytest.raises(MisconfigurationException, match=message):
+            trainer.fit(Mean([first, later]))
+        assert trainer.current_epoch == 1
+
+    def test_one_that_is_no_different_is_not_reported_again(
+        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            trainer = make_trainer(
+                BatchSizeScheduler(ConstantSize(8)), max_epochs=3, reload_dataloaders_every_n_epochs=1
+            )
+            trainer.fit(Mean([lambda: plain(8)] * 3))
+        assert caplog.text.count("Batch sizes are set by accumulation") == 1
+
+
+def cosine(steps: Callable[[Any], float]) -> Callable[..., Any]:
+    return lambda optimizer, module: {"scheduler": CosineAnnealingLR(optimizer, int(steps(module.trainer)))}
+
+
+def estimated(trainer: pl.Trainer) -> float:
+    return trainer.estimated_stepping_batches
+
+
+RAMP = GeometricRamp(2, 16, 40)
+
+
+def after_ramp(trainer: pl.Trainer) -> float:
+    return total_steps(AccumulatedSchedule(RAMP, 2, examples_per_epoch=SIZE), 4 * SIZE)
+
+
+SHORT = "Expected a learning-rate schedule that reaches its end"
+
+
+def warned(make_trainer: MakeTrainer, model: Mean, callback: Any, **options: Any) -> list[str]:
+    data, resume = options.pop("loader", None) or plain(2), options.pop("ckpt_path", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(callback, **{"max_epochs": 4} | options)
+        trainer.fit(model, data, ckpt_path=resume, weights_only=True if resume else None)
+    return [str(warning.message) for warning in caught if str(warning.message).startswith(SHORT)]
+
+
+def by_the_clock(optimizer: Any, module: Any) -> dict[str, Any]:
+    return {"scheduler": by_examples(CosineAnnealingLR(optimizer, 128), examples_per_step=2)}
+
+
+def one_cycle(optimizer: Any, module: Mean) -> dict[str, Any]:
+    return {"scheduler": OneCycleLR(optimizer, 0.1, total_steps=int(estimated(module.trainer)))}
+
+
+def warm_up(steps: int) -> Callable[..., dict[str, Any]]:
+    return lambda optimizer, _: {"scheduler": LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / steps))}
+
+
+class TestSchedulesCutShort:
+    @pytest.mark.parametrize("callback", [BatchSizeScheduler(RAMP), BatchSizeWarmup(2, 16, 40)])
+    def test_the_end_that_is_told_is_the_end_that_comes(
+        self, make_trainer: MakeTrainer, callback: Any
+    ) -> None:
+        model = Mean(schedule=cosine(estimated))
+        (message,) = warned(make_trainer, model, callback)
+        share = model.trainer.optimizers[0].param_groups[0]["lr"] / 0.1
+        assert 0.3 < share < 0.9
+        assert message.removeprefix(SHORT) == (
+            f", got CosineAnnealingLR, which counts optimizer steps: under {type(callback).__name__} the"
+            f" training takes {len(model.sizes)} steps where the Trainer estimates 128, and ends at"
+            f" {share:.2f} of the peak learning rate. Count examples instead:"
+            " by_examples(scheduler, examples_per_step=2)."
+        )
+
+    @pytest.mark.parametrize(
+        ("schedule", "rule", "options", "count"),
+        [
+            (cosine(estimated), ConstantSize(8), {}, 1),
+            (cosine(estimated), LinearRamp(2, 20, 30), {"loader": sampled()}, 1),
+            (cosine(estimated), ConstantSize(2), {}, 0),
+            (cosine(estimated), RAMP, {"max_epochs": -1, "max_steps": 40}, 0),
+            (cosine(after_ramp), RAMP, {}, 0),
+            (lambda o, m: cosine(estimated)(o, m) | {"interval": "epoch"}, RAMP, {}, 0),
+            (by_the_clock, RAMP, {}, 0),
+            (one_cycle, RAMP, {}, 1),
+            (warm_up(9), RAMP, {}, 0),  # through in time
+            (warm_up(128), RAMP, {}, 1),
+        ],
+    )
+    def test_only_where_something_is_lost(
+        self, make_trainer: MakeTrainer, schedule: Any, rule: Any, options: dict[str, Any], count: int
+    ) -> None:
+        found = warned(make_trainer, Mean(schedule=schedule), BatchSizeScheduler(rule), **options)
+        assert len(found) == count
+
+    def test_the_schedule_and_the_model_are_left_as_they_were(self, make_trainer: MakeTrainer) -> None:
+        class Own(Mean):
+            def scale(self, step: int) -> float:
+                assert self is model  # not a copy
+                return 1 / (1 + step)
+
+        model = Own(schedule=lambda optimizer, module: {"scheduler": LambdaLR(optimizer, module.scale)})
+        lrs = []
+
+        class Look(pl.Callback):
+            def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+                lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        with pytest.warns(UserWarning, match="got LambdaLR, which counts"):
+            make_trainer(BatchSizeScheduler(ConstantSize(16)), Look()).fit(model, plain(8))
+        assert lrs == [0.1] * 2 + [0.1 / 2] * 2 + [0.1 / 3] * 2 + [0.1 / 4] * 2
+
+    def test_not_when_a_run_is_resumed(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+        model, path = Mean(schedule=cosine(estimated)), tmp_path / "half.ckpt"
+        assert warned(make_trainer, model, BatchSizeScheduler(RAMP), max_epochs=2)
+        model.trainer.save_checkpoint(path)
+        model = Mean(schedule=cosine(estimated))
+        assert warned(make_trainer, model, BatchSizeScheduler(RAMP), ckpt_path=path) == []
+        assert model.trainer.current_epoch == 4
+
+
+@pytest.mark.parametrize(
+    ("loader", "schedule"),
+    [
+        (lambda: plain(2), ConstantSize(4)),
+        (lambda: plain(2), GeometricRamp(2, 16, 1000)),
+        (sampled, LinearRamp(2, 16, 1000)),
+    ],
+)
+def test_an_ordinary_step_enters_the_package_a_few_times_only(
+    make_trainer: MakeTrainer, loader: Callable[[], Any], schedule: Any
+) -> None:
+    folder = str(Path(lightning_surge.__file__).parent)
+    entered: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            entered[frame.f_code.co_qualname] += 1
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            # From the end of one step to that of the next.
+            sys.setprofile(note if trainer.global_step == 5 else None)
+
+    make_trainer(BatchSizeScheduler(schedule), Watch()).fit(Mean(schedule=by_the_clock), loader())
+    assert entered["BatchSizeScheduler.on_before_optimizer_step"] == 1
+    assert sum(entered.values()) <= 80

@@ -1,0 +1,77 @@
+"""Laws, histories and checks that the tests of several packages draw or make."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from lightning_surge.laws.base import Law, MeasuredLaw
+from lightning_surge.laws.edge import EdgeLaw
+from lightning_surge.measure.records import Measurement
+from lightning_surge.policy.estimates import EstimatedLaw
+from lightning_surge.policy.history import NoiseHistory
+
+# No deadline: a shared machine stalls.
+many = settings(max_examples=60, deadline=None)
+BASE = 16.0
+sizes = st.floats(0, 14).map(lambda exponent: 2.0**exponent)
+
+
+def decades(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high).map(lambda exponent: 10.0**exponent)
+
+
+def measured_law(limit: float, scale: float, noise: float, signal: float) -> MeasuredLaw:
+    return MeasuredLaw(
+        alignment_limit=limit, alignment_scale=scale, noise_curvature=noise, signal_curvature=signal
+    )
+
+
+def edge_law(edge_limit: float, edge_sq_slope: float, scale: float = 300.0, signal: float = 1.0) -> EdgeLaw:
+    return EdgeLaw(
+        alignment_limit=1.0, alignment_scale=scale, noise_curvature=1.0, signal_curvature=signal,
+        edge_limit=edge_limit, edge_sq_slope=edge_sq_slope,
+    )  # fmt: skip
+
+
+def noise_alone(edge_at_base: float) -> EdgeLaw:
+    """Noise makes up `v` and every direction."""
+    return edge_law(0.0, edge_at_base**2 * BASE, scale=1e14, signal=0.0)
+
+
+measured_laws = st.builds(
+    measured_law,
+    decades(-4, 4),
+    st.one_of(st.just(0.0), decades(-2, 8)),
+    decades(-6, 6),
+    st.one_of(st.just(0.0), decades(-6, 6)),
+)
+edge_laws = st.builds(
+    edge_law,
+    decades(-4, 1),
+    st.one_of(st.just(0.0), decades(-4, 4)),
+    st.one_of(st.just(0.0), decades(-2, 6)),
+    st.one_of(st.just(0.0), decades(-3, 3)),
+)
+
+
+def halves(law: Law, *replicates: Law | None, at_edge: bool = False) -> EstimatedLaw:
+    """A law with what it would have been without each of some equal groups; without any, a sure one."""
+    groups = replicates or (law, law)
+    shares = tuple((each, 1.0 / len(groups)) for each in groups)
+    return EstimatedLaw(law, shares, len(groups), at_edge=at_edge)
+
+
+def history_of(measurements: Sequence[Measurement], half_life: float = 1e6) -> NoiseHistory:
+    history = NoiseHistory(half_life)
+    for measurement in measurements:
+        history.add(measurement)
+    return history
+
+
+def within(samples: Sequence[float], truth: float, allowance: float = 0.0) -> None:
+    """The mean of samples lies within 4 standard errors of the truth, and an allowance for known bias."""
+    error, mean = float(np.std(samples, ddof=1)) / math.sqrt(len(samples)), float(np.mean(samples))
+    assert abs(mean - truth) < 4 * error + allowance, f"{mean} +- {error}, expected {truth}"
