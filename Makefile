@@ -2,10 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FIELD := .field
 
 .DEFAULT_GOAL := help
 .PHONY: help demo digits test test-fast test-matrix check-html check-tensorboard docs docs-output lint format bench \
-	bench-demo bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick clean
+	bench-demo bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick field clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -77,5 +78,17 @@ fidelity: $(STAMP)  ## predicted learning rates against sweeps: goes on for BUDG
 fidelity-quick: $(STAMP)  ## one cell of each kind, under two minutes; writes nothing
 	$(BIN)/python -m benchmarks.fidelity --quick
 
-clean:  ## remove the environment and what the examples wrote
-	rm -rf $(VENV) .matrix runs site
+$(FIELD)/.installed: benchmarks/field/requirements.txt constraints.txt pyproject.toml
+	@echo "building $(FIELD): 3 GB, ten minutes the first time"
+	$(PYTHON) -m venv $(FIELD)
+	grep -v '^pandas' constraints.txt > $(FIELD)/constraints.txt
+	$(FIELD)/bin/pip install --disable-pip-version-check --progress-bar on -c $(FIELD)/constraints.txt -e . \
+		-r benchmarks/field/requirements.txt
+	@touch $@
+
+field: $(FIELD)/.installed  ## inside libraries that others wrote, in an environment of their own: writes benchmarks/field/results
+	$(FIELD)/bin/python -m benchmarks.field
+	$(FIELD)/bin/python -m benchmarks.publish
+
+clean:  ## remove the environments and what the examples wrote
+	rm -rf $(VENV) $(FIELD) .matrix runs site

@@ -80,6 +80,8 @@ class Prober:
         batch_size_fn: examples in a batch.
         split_batch: cuts a batch; None if batches must stay whole.
         ranks: the processes that measure together, each from batches of its own.
+        uses_batch_statistics: whether a layer normalizes by the other examples of a batch, asked when batches
+            are compared with their slices.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class Prober:
         batch_size_fn: Callable[[Any], float],
         split_batch: SplitBatch | None,
         ranks: Ranks = ALONE,
+        uses_batch_statistics: Callable[[], bool] = lambda: False,
     ) -> None:
         self.ranks = ranks
+        self._uses_batch_statistics = uses_batch_statistics
         self.parameters = parameters
         self._compute_loss = compute_loss
         self._backward = backward
@@ -163,7 +167,8 @@ class Prober:
 
         It is not where the loss couples the examples of a batch (contrastive losses, batch statistics), or
         is a sum over them. Dropout makes two passes differ too; how much is measured by repeating the
-        whole batch with other random numbers, and only if the first comparison fails.
+        whole batch with other random numbers, and only if the first comparison fails. They can be large
+        enough to hide what BatchNorm does, so beside it no difference is forgiven.
 
         Args:
             piece: one batch.
@@ -187,6 +192,8 @@ class Prober:
             )
         if mismatch <= TOLERATED_MISMATCH:
             return True, 2 * size
+        if self._uses_batch_statistics():
+            return False, 2 * size
         state = RandomState.capture()
         repeat = 0.0
         for _ in range(REPEATS):

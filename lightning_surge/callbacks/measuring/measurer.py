@@ -105,6 +105,7 @@ class Measurer:
             batch_size_fn=self._batch_size_fn,
             split_batch=None,
             ranks=self._ranks,
+            uses_batch_statistics=self._loss.uses_batch_statistics,
         )
         self._instruments.begin(optimizer, direction, self._prober)
         self.seconds = 0.0

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_surge.measure.batches import shared_copy
 from lightning_surge.measure.distributed import RankError, Ranks
@@ -78,6 +79,11 @@ class RepeatedLoss:
                 f"got {type(loss).__name__}: return the mean loss of the batch"
             )
         return loss
+
+    def uses_batch_statistics(self) -> bool:
+        """Whether a BatchNorm layer of the module normalizes by the examples of the batch at hand."""
+        layers = (layer for layer in self._module.modules() if isinstance(layer, _BatchNorm))
+        return any(layer.training or layer.running_mean is None for layer in layers)
 
     @contextmanager
     def isolated(self, parameters: Sequence[Tensor]) -> Iterator[None]:
