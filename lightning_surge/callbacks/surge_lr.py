@@ -397,6 +397,8 @@ class SurgeLRCallback(Callback):
             self._close_window()
         if not behind.open:
             behind.open = True
+            if self._measures and batch_idx == 0 and measurer.parameters_changed(look=True):
+                self._learner.forget()  # as where a callback unfreezes some at the start of an epoch
             if self._measures:
                 learner = self._learner
                 measurer.open_window(batch, batch_idx, size, base=learner.base_batch_size, law=learner.law)

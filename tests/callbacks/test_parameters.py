@@ -331,7 +331,7 @@ class TestUnfrozenLater:
             assert callback.decision is not None
             seen.append((module.trainer.current_epoch, callback.decision.reason, callback.decision.used))
 
-        module.on_before_optimizer_step = lambda optimizer: note()  # type: ignore[method-assign]
+        module.on_train_batch_end = lambda *args: note()  # type: ignore[method-assign]
         make_trainer(callback, Later(), max_epochs=2).fit(module, data(20, 16))
         first = next(i for i, (epoch, *_) in enumerate(seen) if epoch == 1)
         assert seen[first][1] == "held: the trained parameters have changed"

@@ -100,6 +100,8 @@ class Slope(pl.LightningModule):
 class Oracle:
     """Lives outside of what a probe puts back, so it can count what a probe does."""
 
+    __slots__ = ("calls",)
+
     def __init__(self) -> None:
         self.calls = 0
 

@@ -140,8 +140,14 @@ class Measurer:
         """Whether all parameters move at the same learning rate, so that directions are plain signs."""
         return self._instruments.one_lr
 
-    def parameters_changed(self) -> bool:
-        """Whether other parameters are trained than at the last call, as far as a measurement has looked."""
+    def parameters_changed(self, *, look: bool = False) -> bool:
+        """Whether other parameters are trained than at the last call, as far as it is known.
+
+        Args:
+            look: whether to look at every parameter now, as measurements do.
+        """
+        if look:
+            self._instruments.refresh()
         changed, self._instruments.parameters_changed = self._instruments.parameters_changed, False
         return changed
 
