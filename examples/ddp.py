@@ -33,23 +33,22 @@ class Result(pl.Callback):
 
     def __init__(self, surge: SurgeLRCallback) -> None:
         self.surge = surge
-        self.lrs: list[float] = []
+        self.factors: list[float] = []
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """The learning rate of this step: `SurgeLRCallback` comes earlier in the list and has set it."""
-        self.lrs.append(optimizer.param_groups[0]["lr"])
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
+        """The factor that the step was taken with."""
+        if self.surge.decision is not None:
+            self.factors.append(self.surge.decision.used)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Every rank sends what it has, rank zero prints."""
-        lrs: list[list[float]] = [[] for _ in range(trainer.world_size)]
-        torch.distributed.all_gather_object(lrs, self.lrs)
+        factors: list[list[float]] = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(factors, self.factors)
         if not trainer.is_global_zero:
             return
-        equal = all(other == self.lrs for other in lrs)
+        equal = all(other == self.factors for other in factors)
         print(f"\n{trainer.world_size} ranks, {trainer.global_step} optimizer steps")
-        print(f"learning rates {'equal on all ranks' if equal else 'NOT equal'}, at most {max(self.lrs):.2e}")
+        print(f"factors {'equal on all ranks' if equal else 'NOT equal'}, at most {max(self.factors):.2f}")
         law = self.surge.law
         if not isinstance(law, EstimatedLaw):
             print("too few measurements for a law: train longer, or raise max_overhead")
@@ -59,8 +58,8 @@ class Result(pl.Callback):
             f"law from {self.surge.history.num_measurements} measurements: noise scale {noise_scale:.0f}, "
             f"critical batch size {law.critical_batch_size:.0f} examples"
         )
-        factors = [f"{size}: {self.surge.lr_scale(size, lr=BASE_LR):.2f}" for size in (16, 32, 64, 128)]
-        print(f"factor on the learning rate tuned at {TUNED_AT}, by batch size: {', '.join(factors)}")
+        scales = [f"{size}: {self.surge.lr_scale(size, lr=BASE_LR):.2f}" for size in (16, 32, 64, 128)]
+        print(f"factor on the learning rate tuned at {TUNED_AT}, by batch size: {', '.join(scales)}")
 
 
 def main(arguments: Sequence[str] | None = None, strategy: str = "ddp") -> None:

@@ -36,7 +36,9 @@ def at_update(optimizer: Optimizer, look: Callable[[Optimizer], object]) -> None
 
     Hooks see the schedule's values before and after: the factor is there for the update alone.
     """
-    ask: Any = optimizer._init_group  # type: ignore[attr-defined]
+    ask: Any = getattr(optimizer, "_init_group", None)
+    if ask is None:  # LBFGS, which has one group and keeps no state by parameter
+        return
 
     def asked(group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if group is optimizer.param_groups[0]:

@@ -79,6 +79,7 @@ def plot_run(
         RunLogError: If a key is missing.
 
     Example:
+        >>> import numpy as np
         >>> from lightning_surge.runs.run_log import Series
         >>> steps, values = np.array([1, 2]), np.array([8.0, 16.0])
         >>> names = ("lr_scheduled", "lr_predicted", "lr_used", "batch_size", "held_because")

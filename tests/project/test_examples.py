@@ -138,7 +138,7 @@ def test_ddp_counts_the_examples_of_both_ranks(capfd):
     assert rows[-1][2] == "64"
     assert int(rows[1][1]) - int(rows[0][1]) == Digits.TRAINING_EXAMPLES // 64
     assert f"2 ranks, {rows[-1][1]} optimizer steps" in printed
-    assert "learning rates equal on all ranks" in printed
+    assert "factors equal on all ranks" in printed
     (factor,) = re.findall(r" 64: ([\d.]+)", printed)
     assert 1.0 < float(factor) <= 8.0
     assert re.search(r"law from \d+ measurements: noise scale \d+, critical batch size \d+ examples", printed)
