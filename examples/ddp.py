@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
-from torch.optim import Optimizer
 
 from examples.digits_model import BASE_LR, MICRO_BATCH_SIZE, ConvolutionalClassifier, Digits
 from examples.epoch_table import EpochTable, quiet_trainer

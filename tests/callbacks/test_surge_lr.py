@@ -332,7 +332,7 @@ class TestLearningRate:
         module = Slope()
         callback = SurgeLRCallback(2, "linear")
         make_trainer(callback, accumulate_grad_batches=3, max_epochs=2).fit(module, ones(10, 2))
-        # Windows of 6 and 4 examples; the gradient of the second is 2/3, and its factor that of a whole window.
+        # Windows of 6 and 4 examples: the gradient of the second is 2/3, its factor that of a whole one.
         expected = [0.0, 0.0, 0.0, -3.0, -3.0]
         second = [-3.0 - 3.0 * 2.0 / 3.0 + step for step in expected]
         assert module.steps == pytest.approx(expected + second, rel=1e-12)

@@ -121,7 +121,7 @@ def test_gradient_directions_go_as_far_under_a_loss_scale(scale: float) -> None:
             replay=replay,
             delta=0.3 / factor,
             scales=[1.0],
-            direction=lambda gradient: gradient,
+            direction=GRADIENT,
         )
         done = measurement.run([Chunk((Piece(value, 0, 1.0),)) for value in noise])
         return done.unscaled(factor, direction=GRADIENT)

@@ -74,10 +74,10 @@ class Spy(Callback):
         self.rows: list[tuple[Any, float, Any]] = []
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
-        decision = self.callback.decision
-        assert decision is not None
-        lr = trainer.optimizers[0].param_groups[0]["lr"] / decision.used
-        self.rows.append((decision, lr, self.callback.law))
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.rows.append((self.callback.decision, self.lr, self.callback.law))
 
 
 class TestFollowing:
