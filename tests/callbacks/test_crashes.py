@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
     pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Expected a learning-rate schedule that reaches its end"),
 ]
 
 EXAMPLES, EPOCHS, EVERY = 96, 2, 3
