@@ -19,6 +19,7 @@ from examples.epoch_table import EpochTable, quiet_trainer
 from examples.report import fast_and_seed, prepare
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.policy.estimates import EstimatedLaw
+from lightning_surge.schedules import AccumulatedSchedule, GeometricRamp, total_steps
 
 RANKS = 2
 TUNED_AT = MICRO_BATCH_SIZE
@@ -66,12 +67,20 @@ def main(arguments: Sequence[str] | None = None, strategy: str = "ddp") -> None:
     options = fast_and_seed(__doc__, arguments)
     prepare(options.seed)
     epochs = 2 if options.fast else 8
-    steps = epochs * Digits.TRAINING_EXAMPLES // (RANKS * MICRO_BATCH_SIZE)
+    smallest = RANKS * MICRO_BATCH_SIZE
+    ramp_steps = epochs * Digits.TRAINING_EXAMPLES // smallest // 4
+    # A ramp takes fewer steps than the smallest batch size would: the schedule of the learning rate must know.
+    ramp = AccumulatedSchedule(
+        GeometricRamp(smallest, 64, duration=ramp_steps),
+        smallest,
+        examples_per_epoch=Digits.TRAINING_EXAMPLES,
+    )
+    steps = total_steps(ramp, epochs * Digits.TRAINING_EXAMPLES)
 
     surge = SurgeLRCallback(base_batch_size=TUNED_AT, max_overhead=0.5 if options.fast else 0.1)
     trainer = quiet_trainer(
         # Sizes are global: 16 is one micro-batch on each rank, 64 is four.
-        BatchSizeWarmup(start=RANKS * MICRO_BATCH_SIZE, end=64, num_steps=steps // 4),
+        BatchSizeWarmup(start=smallest, end=64, num_steps=ramp_steps),
         surge,
         EpochTable(),
         Result(surge),

@@ -131,8 +131,8 @@ def no_trace(
         modules: the modules that run, submodules included by the caller's `modules()`.
         parameters: by name, every parameter that the block may touch, frozen ones too.
         others: optimizers and schedulers whose settings the block may touch.
-        copies: whether parameters are copied, so that a change can be undone besides being told: frozen ones,
-            and small ones.
+        copies: whether frozen and small parameters are copied, so that a change can be undone besides being
+            told. Those of a small model always are.
 
     Raises:
         TraceError: on exit, if the block changed a parameter, an optimizer's state, or a tensor attribute too
@@ -177,12 +177,12 @@ REMEDY = "pass loss_fn=, a function of (module, batch) that returns the mean los
 def _remember_parameters(parameters: Mapping[str, Tensor], *, copies: bool) -> Callable[[], None]:
     """Compare parameters with what they are now, and put those back of which there are copies."""
     tensors = {name: local(parameter.data) for name, parameter in parameters.items()}
+    small = sum(tensor.numel() for tensor in tensors.values()) <= COPIED_ELEMENTS
     kept = {}
-    if copies:
-        for name, tensor in tensors.items():
-            # Whole copies of what the optimizer moves would be one more buffer of its size.
-            if tensor.numel() <= COPIED_ELEMENTS or not parameters[name].requires_grad:
-                kept[name] = tensor.clone()
+    for name, tensor in tensors.items():
+        # Whole copies of what the optimizer moves would be one more buffer of its size.
+        if small or (copies and (tensor.numel() <= COPIED_ELEMENTS or not parameters[name].requires_grad)):
+            kept[name] = tensor.clone()
     before = _sums_of_bits(tensors.values())
 
     def check() -> None:
