@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None, strategy: str = "ddp") -> None:
     epochs = 2 if options.fast else 8
     smallest = RANKS * MICRO_BATCH_SIZE
     ramp_steps = epochs * Digits.TRAINING_EXAMPLES // smallest // 4
-    # A ramp takes fewer steps than the smallest batch size would: the schedule of the learning rate must know.
+    # A ramp takes fewer steps than its smallest batch size would: the learning-rate schedule must know.
     ramp = AccumulatedSchedule(
         GeometricRamp(smallest, 64, duration=ramp_steps),
         smallest,
