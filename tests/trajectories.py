@@ -43,6 +43,7 @@ import lightning_surge
 from lightning_surge import (
     BatchSizeScheduler,
     BatchSizeWarmup,
+    ExactResume,
     FollowPeak,
     ScheduledBatchSampler,
     SurgeLRCallback,
@@ -247,7 +248,9 @@ SET_UPS: dict[str, SetUp] = {
     "edge": SetUp(lambda: [surge(objective="edge")]),
     "sqrt": SetUp(lambda: [surge("sqrt")], partial(Regression, schedule=partial(ExponentialLR, gamma=0.98))),
     "gan": SetUp(adversaries, Gan),
-    "resumed": SetUp(lambda: [BatchSizeWarmup(8, 32, 40), surge()], sampled=True, resumed_from=30),
+    "resumed": SetUp(
+        lambda: [BatchSizeWarmup(8, 32, 40), ExactResume(), surge()], sampled=True, resumed_from=30
+    ),
 }
 
 
