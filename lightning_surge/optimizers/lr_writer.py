@@ -109,8 +109,7 @@ class FactorInUpdate:
 
     def restore(self) -> None:
         """Take the factor off, where an update that raised an error has left it on."""
-        if self._groups is not None:
-            self._stop_watching()
+        self._stop_watching()
         while self._undo:
             self._undo.pop()()
 
@@ -123,8 +122,7 @@ class FactorInUpdate:
     # ------------------------------------------------------------------ one step
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self._undo or self._groups is not None:
-            self.restore()
+        self.restore()
         self._served = False
         positional = len(args) > 1
         closure = args[1] if positional else kwargs.get("closure")
@@ -133,8 +131,7 @@ class FactorInUpdate:
             return None
 
         def wrapped() -> Any:
-            if self._undo or self._groups is not None:
-                self.restore()  # an optimizer may ask for the gradients several times
+            self.restore()  # an optimizer may ask for the gradients several times
             result = closure()
             self._put_on(early=False)
             return result

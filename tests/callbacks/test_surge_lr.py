@@ -22,7 +22,7 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.laws.base import LinearLaw
 from lightning_surge.laws.objectives import progress_ratio
 from lightning_surge.policy.estimates import EstimatedLaw
-from lightning_surge.policy.policy import Decision, Policy
+from lightning_surge.policy.policy import Decision
 from tests.trainings import at_update
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -175,21 +175,6 @@ def ones(count: int, batch_size: int) -> DataLoader[Any]:
 def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
     pl.seed_everything(seed, verbose=False)
     return make()
-
-
-@pytest.fixture
-def decisions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Decision]]:
-    """Every batch size that the policy is asked about at a step, with its answer."""
-    taken: list[tuple[float, Decision]] = []
-    decide = Policy.decide
-
-    def noted(self: Policy, batch_size: float, lr: float) -> Decision:
-        decision = decide(self, batch_size, lr)
-        taken.append((batch_size, decision))
-        return decision
-
-    monkeypatch.setattr(Policy, "decide", noted)
-    return taken
 
 
 def flatten(value: Any) -> Iterable[tuple[str, Any]]:

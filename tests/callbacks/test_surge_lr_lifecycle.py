@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
-from lightning_surge.policy.policy import Decision, Policy
+from lightning_surge.policy.policy import Decision
 from tests.trainings import at_update
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -145,21 +145,6 @@ def data(count: int, batch_size: int, kind: type[DataLoader[Any]] = DataLoader) 
     x = torch.randn(count, 4, generator=generator)
     y = x.sum(dim=1, keepdim=True) + torch.randn(count, 1, generator=generator)
     return kind(TensorDataset(x, y), batch_size=batch_size)
-
-
-@pytest.fixture
-def decisions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Decision]]:
-    """Every batch size that the policy is asked about at a step, with its answer."""
-    taken: list[tuple[float, Decision]] = []
-    decide = Policy.decide
-
-    def noted(self: Policy, batch_size: float, lr: float) -> Decision:
-        decision = decide(self, batch_size, lr)
-        taken.append((batch_size, decision))
-        return decision
-
-    monkeypatch.setattr(Policy, "decide", noted)
-    return taken
 
 
 class CrashAt(Callback):

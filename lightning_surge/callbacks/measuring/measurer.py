@@ -318,8 +318,7 @@ class Measurer:
     @property
     def ready(self) -> bool:
         """Whether the window that ends has a measurement to finish, so that `collect` has something to do."""
-        pool = self._pool
-        return self._live.measurement is not None or 0.0 < pool.target <= pool.gathered
+        return self._live.measurement is not None or self._pool.full
 
     def collect(
         self, base: float, batch_size: float, moments: AdamMoments | None, law: Law | None
