@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FIELD := .field
+# A process per core, at most four: each imports torch, 300 MB.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo digits test test-fast test-matrix check-html check-tensorboard docs docs-output lint format bench \
@@ -24,10 +26,10 @@ digits: $(STAMP)  ## the same for an image model on scikit-learn's digits
 	$(BIN)/python -m examples.digits
 
 test: $(STAMP)  ## run the tests, doctests included
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(STAMP)  ## the same without processes, kills, browsers and line searches
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-matrix: $(STAMP)  ## tests that lean on Lightning, oldest and newest versions: ten minutes after downloads
 	$(BIN)/python -m benchmarks.matrix

@@ -10,7 +10,6 @@ import os
 import pickle
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -321,15 +320,6 @@ class TestOutcomes:
         table = read_table(written(tmp_path, "bs,lr,loss,State\n" + rows))
         assert table.outcomes.tolist() == [1.5, 2.5, math.inf]
         assert "1 crashed, 1 running, 1 pruned" in table.notes[1]
-
-    def test_a_hundred_thousand_rows_take_well_under_a_second(self, tmp_path: Path) -> None:
-        lines = "".join(
-            f"{8 << i % 5},{1e-3 * 2 ** (i % 7)},{1 + i % 11},{i % 100}\n" for i in range(100_000)
-        )
-        path = written(tmp_path, HEADER + lines)
-        begin = time.process_time()
-        assert read_table(path).lrs.size == 100_000
-        assert time.process_time() - begin < 2
 
 
 class TestRows:
