@@ -1,8 +1,7 @@
 """When to measure: deterministic spacing that keeps the cost inside a share of training.
 
-Cost is counted in examples passed through probes against examples trained, times a fixed safety
-factor, never in wall time: the spacing is equal on every rank, repeats from run to run, and is part
-of the checkpoint.
+Cost is counted in examples passed through probes against examples trained, never in wall time: the spacing is
+equal on every rank, repeats from run to run, and is part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -10,17 +9,35 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["ProbeBudget"]
+__all__ = ["ProbeBudget", "norms_cost", "probe_cost"]
 
 # Small slices and whole-gradient arithmetic make a probe's pass dearer than training's.
 SAFETY = 1.25
+# Norms of gradients that training computes anyway, in passes over their examples.
+ARITHMETIC = 0.025
 # The first measurements come this many times faster, until there are enough for a standard error.
 EARLY_MEASUREMENTS = 10
 EARLY_RATE = 4.0
-# Of a run of known length, the early measurements may take this share of all that it can afford.
+# Of a run of known length, early and urgent measurements may take this share of all that it can afford.
 EARLY_SHARE = 0.5
+# By this share of a run of known length it should have been measured once.
+FIRST_BY = 0.02
 # A failed probe multiplies the spacing by this.
 WIDENING = 2.0
+
+
+def probe_cost(passes: float) -> float:
+    """What a measurement is planned with and charged for.
+
+    Args:
+        passes: examples passed forward and backward beyond training's own.
+    """
+    return SAFETY * passes
+
+
+def norms_cost(examples: float) -> float:
+    """The same for the norms of an accumulation window with so many examples."""
+    return ARITHMETIC * examples
 
 
 class ProbeBudget:
@@ -35,18 +52,18 @@ class ProbeBudget:
         probe_every: measure every so many optimizer steps instead, whatever it costs.
 
     Example:
-        One measurement costs 100 passes, 125 with the safety factor. At 5 % the first one may come
-        after 125 / (4 * 0.05) = 625 examples. Two take half of what 10,000 examples afford; the other
-        half is spread over what remains, so the third comes 125 / (250 / 8750) = 4375 examples later.
+        One measurement costs 125. At 5 % the first one is due after 2 % of 10,000 examples, the next one
+        125 / (4 * 0.05) = 625 examples later. Two take half of what 10,000 examples afford; the other
+        half is spread over what remains, so the third comes 3,075 examples later, where 125 / (250 / 6100) fits.
 
         >>> budget, times = ProbeBudget(max_overhead=0.05), []
         >>> for examples in range(0, 10000, 25):
         ...     budget.train(25)
-        ...     if budget.due(100, planned_examples=10000):
-        ...         budget.charge(100)
+        ...     if budget.due(125, planned_examples=10000):
+        ...         budget.charge(125)
         ...         times.append(examples + 25)
         >>> times, budget.spent
-        ([625, 1250, 4175, 7100], 500.0)
+        ([200, 825, 3900, 6975], 500.0)
     """
 
     def __init__(self, max_overhead: float, probe_every: int | None = None) -> None:
@@ -64,18 +81,17 @@ class ProbeBudget:
         self.trained += examples
         self._steps_since_last += 1
 
-    def charge(self, passes: float, *, measured: bool = True) -> None:
-        """Pay for a probe.
-
-        Args:
-            passes: examples passed forward and backward beyond training's own.
-            measured: whether a measurement came of it.
-        """
-        self.spent += SAFETY * passes
+    def charge(self, cost: float, *, measured: bool = True) -> None:
+        """Pay for a probe, of which a measurement came or not."""
+        self.spent += cost
         self.measurements += measured
         self._trained_at_last = self.trained
         if measured:
             self._spacing = max(1.0, self._spacing / WIDENING)
+
+    def charge_norms(self, cost: float) -> None:
+        """Pay for arithmetic beside training's own passes, which delays no probe but by its cost."""
+        self.spent += cost
 
     def start(self) -> None:
         """A probe starts to gather its batches: `probe_every` counts from here."""
@@ -85,52 +101,52 @@ class ProbeBudget:
         """Double the spacing after a probe failed; every one that succeeds halves it again."""
         self._spacing *= WIDENING
 
-    def due(self, passes: float, planned_examples: float = math.inf) -> bool:
-        """Whether a probe that costs `passes` may start.
+    @property
+    def step_is_due(self) -> bool:
+        """Whether `probe_every` asks for a measurement."""
+        return self.probe_every is not None and self._steps_since_last >= self.probe_every * self._spacing
+
+    def due(self, cost: float, planned_examples: float = math.inf, *, urgent: bool = False) -> bool:
+        """Whether a probe of this cost may start.
 
         Args:
-            passes: examples it will pass forward and backward.
+            cost: as it will be charged.
             planned_examples: examples of the whole run; infinite if unknown.
-
-        Returns:
-            True if it is time and the budget has room.
+            urgent: whether it is wanted now, ahead of the even spacing, as before a change of the batch size
+                where nothing has been measured, and after one.
         """
         if self.probe_every is not None:
-            return self._steps_since_last >= self.probe_every * self._spacing
-        cost = SAFETY * passes
+            return self.step_is_due
         total = self.max_overhead * planned_examples
         left = planned_examples - self.trained
         known = math.isfinite(planned_examples)
-        if known and (left <= 0.0 or not self.has_room(passes, planned_examples)):
+        if known and (left <= 0.0 or not self.has_room(cost, planned_examples)):
             return False
-        early = self.measurements < EARLY_MEASUREMENTS and not (
-            known and self.spent + cost > EARLY_SHARE * total
-        )
-        if early:
+        ahead = self.spent + cost <= EARLY_SHARE * total
+        if known and self.measurements == 0 and self.trained >= FIRST_BY * planned_examples:
+            urgent = ahead = True
+        if urgent and self._spacing == 1.0 and (ahead if known else self._catches_up(EARLY_RATE, cost)):
+            return True
+        if self.measurements < EARLY_MEASUREMENTS and (ahead or not known):
             rate = EARLY_RATE * self.max_overhead
         elif known:
             rate = (total - self.spent) / left
-        elif self.spent + cost <= self.max_overhead * self.trained:
+        elif self._catches_up(1.0, cost):
             rate = self.max_overhead
         else:
             return False
         return self.trained - self._trained_at_last >= self._spacing * cost / rate
 
-    def has_room(self, passes: float, planned_examples: float) -> bool:
-        """Whether a probe of this cost stays within what the whole run may spend.
+    def _catches_up(self, rate: float, cost: float) -> bool:
+        return self.spent + cost <= rate * self.max_overhead * self.trained
 
-        Args:
-            passes: examples it will pass forward and backward.
-            planned_examples: examples of the whole run; infinite if unknown.
-        """
-        free = self.probe_every is not None
-        return free or self.spent + SAFETY * passes <= self.max_overhead * planned_examples
+    def has_room(self, cost: float, planned_examples: float) -> bool:
+        """Whether a probe of this cost stays within what the whole run may spend."""
+        return self.probe_every is not None or self.spent + cost <= self.max_overhead * planned_examples
 
-    def affordable(self, passes: float, planned_examples: float) -> float:
+    def affordable(self, cost: float, planned_examples: float) -> float:
         """How many probes of this cost a whole run can pay for; 0 if `probe_every` asks for small ones."""
-        if self.probe_every is not None:
-            return 0.0
-        return self.max_overhead * planned_examples / (SAFETY * passes)
+        return 0.0 if self.probe_every is not None else self.max_overhead * planned_examples / cost
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_surge.measure.curvature import Displacement, secant_curvature
-from lightning_surge.measure.distributed import Ranks, Shards
+from lightning_surge.measure.distributed import ALONE, Ranks
 from lightning_surge.measure.gradients import blocks, dense, zeros
-from lightning_surge.measure.measurement import ALONE, Replay, pass_chunk
+from lightning_surge.measure.measurement import Replay, pass_chunk
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk
 
@@ -65,7 +65,6 @@ class CoordinateMeasurement:
         ranks: Ranks = ALONE,
     ) -> None:
         self._ranks = ranks
-        self._shards = Shards(parameters)
         self._parameters = parameters
         self._replay = replay
         self._delta = delta
@@ -138,6 +137,7 @@ class CoordinateMeasurement:
             self._passes,
             len(chunks),
             CoordinateSums(trace_hessian, coherent, alignment_slope, deviation_l1),
+            pairs=sum(self._half_sizes) ** 2 - sum(chunk.size**2 for chunk in chunks),
         )
 
     def _moments(
@@ -190,11 +190,8 @@ class CoordinateMeasurement:
                     both += torch.dot(self._mean_sign(b, 1, batch_size), mu_a)
                     products[batch_size] += 0.5 * scale * float(both)
         self._halves = (sums[0], sums[1])
-        found = [grad_sq, trace, slope, deviation_l1, *products.values()]
-        device = self._parameters[0].device
-        found = self._shards.sum(torch.tensor(found, dtype=torch.float64, device=device)).tolist()
-        alignments = tuple(SizedValue(float(b), value) for b, value in zip(products, found[4:], strict=True))
-        return (found[0], found[1]), found[2], found[3], alignments
+        alignments = tuple(SizedValue(float(b), value) for b, value in products.items())
+        return (grad_sq, trace), slope, deviation_l1, alignments
 
     def _mean_sign(self, u: Tensor, half: int, batch_size: float) -> Tensor:
         """Estimate of `erf(sqrt(B / 2) u)` from one half's noisy `u`.
@@ -226,8 +223,7 @@ class CoordinateMeasurement:
 
     def _signs(self, function: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
         """A function of both halves' `u`, times random signs that are the same on every walk."""
-        seed = self._seed * self._shards.count + self._shards.index
-        generator = torch.Generator(device=self._parameters[0].device).manual_seed(seed)
+        generator = torch.Generator(device=self._parameters[0].device).manual_seed(self._seed)
         for left, right, scale in zip(*self._halves, self._scales, strict=True):
             for u, other in blocks(left, right):
                 draws = torch.randint(0, 2, u.shape, generator=generator, device=u.device, dtype=u.dtype)
@@ -259,7 +255,7 @@ class CoordinateMeasurement:
         return curvature
 
     def _add_gradient(self, chunk: Chunk, weight: float) -> Chunk:
-        self._passes += chunk.size + chunk.idle
+        self._passes += chunk.size
         return pass_chunk(chunk, self._replay, weight)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_surge.measure.distributed import Shards, local
+from lightning_surge.measure.distributed import local
 from lightning_surge.measure.gradients import blocks, dense
 
 __all__ = ["Displacement", "Sample", "displaced", "probe_distance", "realised_slope", "secant_curvature"]
@@ -67,8 +67,6 @@ def probe_distance(parameters: Sequence[Tensor], lr: float) -> float:
         squares += torch.linalg.vector_norm(local(parameter.detach()), dtype=dtype).item() ** 2
         count += parameter.numel()
         epsilon = max(epsilon, torch.finfo(parameter.dtype).eps)
-    if (shards := Shards(parameters)).count > 1:
-        squares = shards.sum(torch.tensor(squares, dtype=torch.float64, device=parameters[0].device)).item()
     floor = RESOLUTION_STEPS * epsilon * math.sqrt(squares / max(count, 1))
     return max(lr, floor, torch.finfo(torch.float32).tiny)
 
@@ -133,7 +131,7 @@ def realised_slope(
             moved = theta.add(next(walk).to(theta.dtype), alpha=-delta)
             if grad is not None:
                 total += torch.dot(_difference(theta, moved), g.double())
-    return Shards(parameters).sum(total)
+    return total
 
 
 def secant_curvature(
@@ -189,7 +187,6 @@ def secant_curvature(
         Lemma 1 (Eq. 6, 7) of Li et al. 2024, arXiv:2405.14578, for the role of `V' H V`.
     """
     device = parameters[0].device
-    shards = Shards(parameters)
     change, length_sq, realised = torch.zeros(3, dtype=torch.float64, device=device)
     with displaced(parameters, direction, delta) as originals:
         walk = direction()
@@ -200,8 +197,6 @@ def secant_curvature(
                 realised += torch.dot(v.double(), _difference(theta_0, theta))
                 del v  # likewise
         del walk
-        shards.sum(length_sq)
-        shards.sum(realised)
         if realised.item() == 0.0:
             # A direction of zeros, as from examples without a gradient, has no curvature; one that rounding
             # swallowed has an unknown one.
@@ -213,7 +208,6 @@ def secant_curvature(
             for theta, theta_0, g_delta in blocks(parameter, original, after):
                 w = _difference(theta_0, theta) if other is None else next(other)
                 change += torch.dot(w.double(), g_delta.double())
-        shards.sum(change)
     per_length = length_sq / realised
     return float(((slope - change) * (per_length.square() if against is None else per_length)).item())
 

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-__all__ = ["RankError", "Ranks", "Shards", "local"]
+__all__ = ["ALONE", "RankError", "Ranks", "local"]
 
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Ranks:
         count: number of processes; 1 needs no group.
         rank: of this process.
         replicas: how many of the processes have examples of their own; None for all.
-        reduces: whether gradients arrive summed already, as those of sharded parameters do.
+        sharded: whether each process holds a piece of the parameters, and of gradients that are summed already.
 
     Example:
         >>> alone = Ranks()
@@ -60,24 +60,14 @@ class Ranks:
         count: int = 1,
         rank: int = 0,
         replicas: int | None = None,
-        reduces: bool = False,
+        sharded: bool = False,
     ) -> None:
         self._device = device
         self.count = count
         self.rank = rank
-        self.reduces = reduces
+        self.sharded = sharded
         # Ranks of one replica, as under tensor parallelism, have the same examples.
-        self._replica_share = 1.0 if replicas is None else replicas / count
-
-    @property
-    def share(self) -> float:
-        """Factor on a loss whose gradients arrive as a mean over the processes, so that they are a sum."""
-        return float(self.count) if self.reduces else 1.0
-
-    @property
-    def reducer_owns_gradients(self) -> bool:
-        """Whether the processes have `DistributedDataParallel` add up their gradients."""
-        return self.count > 1 and not self.reduces
+        self.replica_share = 1.0 if replicas is None else replicas / count
 
     def total(self, *values: float) -> tuple[float, ...]:
         """Sum numbers over the processes, in one message.
@@ -92,7 +82,7 @@ class Ranks:
 
     def examples(self, *counts: float) -> tuple[float, ...]:
         """Sum counts of examples over the processes, each example once, in one message."""
-        return tuple(self._replica_share * count for count in self.total(*counts))
+        return tuple(self.replica_share * count for count in self.total(*counts))
 
     def least(self, *values: float) -> tuple[float, ...]:
         """The smallest of each number over the processes, likewise."""
@@ -143,9 +133,6 @@ class Ranks:
             RankError: if another process failed on the way here.
         """
         if self.count == 1:
-            return
-        if self.reduces:
-            self.meet()
             return
         for parameter in parameters:
             if parameter.grad is None:
@@ -209,65 +196,4 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class Shards:
-    """The ranks over which parameters are spread, and sums over them.
-
-    Parameters that every rank holds whole have no such ranks: their sums are complete as they are.
-
-    Args:
-        parameters: all of them spread in the same way, or none.
-
-    Raises:
-        ValueError: if some are spread and others are not, or in other ways.
-
-    Example:
-        >>> Shards([torch.ones(3)]).sum(torch.tensor(2.0))
-        tensor(2.)
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        spread = {_spread(parameter) for parameter in parameters}
-        if len(spread) > 1:
-            raise ValueError(
-                "Expected parameters that are all sharded over the same ranks, or none, got several kinds: "
-                "shard the whole module with fully_shard(module)."
-            )
-        mesh: Any
-        mesh, dimensions = spread.pop() if spread else (None, ())
-        self._groups: list[Any] = [mesh.get_group(dimension) for dimension in dimensions]
-
-    def sum(self, total: Tensor) -> Tensor:
-        """Add up what every rank found on its own piece.
-
-        Args:
-            total: changed in place.
-
-        Returns:
-            The same tensor, equal on every rank.
-        """
-        for group in self._groups:
-            torch.distributed.all_reduce(total, group=group)
-        return total
-
-    @property
-    def index(self) -> int:
-        """Which piece this process holds, counted from 0; for random numbers that differ between pieces."""
-        index = 0
-        for group in self._groups:
-            index = index * torch.distributed.get_world_size(group) + torch.distributed.get_rank(group)
-        return index
-
-    @property
-    def count(self) -> int:
-        """Into how many pieces parameters are cut; 1 if they are whole."""
-        count = 1
-        for group in self._groups:
-            count *= torch.distributed.get_world_size(group)
-        return count
-
-
-def _spread(parameter: Tensor) -> tuple[Any, tuple[int, ...]]:
-    if not isinstance(parameter, DTensor):
-        return None, ()
-    cut = (index for index, placement in enumerate(parameter.placements) if isinstance(placement, Shard))
-    return parameter.device_mesh, tuple(cut)
+ALONE = Ranks()

@@ -23,13 +23,18 @@ import torch
 from torch import Tensor
 
 from lightning_surge.measure.direction import SIGN, Direction
-from lightning_surge.measure.distributed import Shards, local
+from lightning_surge.measure.distributed import local
 from lightning_surge.measure.records import ChunkStatistics, SizedValue
 
 __all__ = [
     "ChunkStream",
+    "add_scaled",
     "blocks",
+    "debiased_norms",
     "dense",
+    "pairs_of",
+    "require_size",
+    "squared_norm",
     "weighted_mean",
     "zeros",
 ]
@@ -65,27 +70,22 @@ class ChunkStream:
         |G|^2    = |g|^2 - tr Sigma / n
 
     Both are unbiased because `E|g_k|^2 = |G|^2 + tr Sigma / n_k` for independent examples. The
-    alignment `N(b)` is the direction of a group of chunks dotted with the mean of the group after it,
-    averaged over such pairs, and for the largest size the direction of the whole prefix dotted with the
-    whole reference; both are unbiased because the examples are independent.
+    alignment `N(b)` is the direction of a chunk dotted with the chunk after it, averaged over such pairs, and
+    for the largest size the direction of the whole prefix dotted with the whole reference; both are unbiased
+    because the examples are independent.
 
     Args:
         parameters: the parameters whose gradients will be added.
-        num_chunks: how many chunks will come, at least 2. Fewer may come in the end.
         scales: per parameter, its learning rate relative to the run's; 1 if not given. A step
             moves parameter `i` by `lr * scales[i] * V_i`.
         direction: what the optimizer steps along.
-        stride: chunks that make one group, where single chunks are smaller than any direction of interest.
-
-    Raises:
-        ValueError: if fewer than two chunks are announced.
 
     Example:
         Two one-example chunks with gradients (3, 0) and (1, 0): the mean is (2, 0), so
         `tr Sigma = (9 + 1 - 2 * 4) / 1 = 2` and `|G|^2 = 4 - 2 / 2 = 3`, which is also the
         product of the two independent gradients.
 
-        >>> stream = ChunkStream([torch.zeros(2)], num_chunks=2)
+        >>> stream = ChunkStream([torch.zeros(2)])
         >>> stream.add([torch.tensor([3.0, 0.0])], size=1)
         False
         >>> stream.add([torch.tensor([1.0, 0.0])], size=1)
@@ -102,37 +102,25 @@ class ChunkStream:
         self,
         parameters: Sequence[Tensor],
         *,
-        num_chunks: int,
         scales: Sequence[float] | None = None,
         direction: Direction = SIGN,
-        stride: int = 1,
     ) -> None:
-        if num_chunks < 2:
-            raise ValueError(
-                f"Expected num_chunks >= 2, got num_chunks={num_chunks}: noise shows only as a difference "
-                "between chunks, so split the batch into at least 2 slices or pool 2 batches."
-            )
         self.scales = [1.0] * len(parameters) if scales is None else list(scales)
         self.direction = direction
-        self.stride = stride
-        self._shards = Shards(parameters)
         self.prefix = [zeros(parameter) for parameter in parameters]
         self.reference = [zeros(parameter) for parameter in parameters]
-        self.prefix_size = 0.0
-        self.reference_size = 0.0
-        self.num_added = 0
-        # The group that makes a direction, a sum, and what the group after it has said of it.
-        self.group: list[Tensor] = []
-        self.group_size = 0.0
-        self.partner_size = 0.0
-        self._group_slope = torch.zeros(())
-        self._weighted_squares: list[tuple[float, Tensor]] = []
+        self.prefix_size = self.reference_size = 0.0
+        # The chunk that makes a direction, a sum over its examples.
+        self.latest: list[Tensor] = []
+        self.latest_size = 0.0
+        self.sizes: list[float] = []
+        self._squares: list[Tensor] = []
         self._pairs: list[tuple[float, float, Tensor]] = []
 
     @property
     def in_reference(self) -> bool:
         """Whether the next chunk belongs to the reference."""
-        return self.num_added // self.stride % 2 == 1
+        return len(self.sizes) % 2 == 1
 
     def add(self, gradient: Sequence[Tensor | None], size: float) -> bool:
         """Fold in the next chunk; `gradient` is read, not kept.
@@ -142,50 +130,29 @@ class ChunkStream:
             size: examples in the chunk, any positive number.
 
         Returns:
-            Whether this chunk completes a pair of groups.
+            Whether this chunk completes a pair.
 
         Raises:
             ValueError: if `size` is not positive and finite.
         """
-        if not (size > 0 and math.isfinite(size)):
-            raise ValueError(
-                f"Expected a positive, finite chunk size, got size={size}: "
-                "check batch_size_fn, which must count the examples of every slice."
-            )
-        self._weighted_squares.append((size, self._shards.sum(_squared_norm(gradient, self.reference))))
-        first = self.num_added % self.stride == 0
-        last = (self.num_added + 1) % self.stride == 0
-        if self.in_reference:
-            if first:
-                self.partner_size, self._group_slope = 0.0, torch.zeros_like(self._weighted_squares[0][1])
-            self._group_slope = self._group_slope + size * self._along(self.group, gradient, self.group_size)
-            self.partner_size += size
-            _add_scaled(self.reference, gradient, size)
+        require_size(size)
+        complete = self.in_reference
+        self._squares.append(squared_norm(gradient))
+        if complete:
+            self._pairs.append((self.latest_size, size, self._along(self.latest, gradient, self.latest_size)))
+            add_scaled(self.reference, gradient, size)
             self.reference_size += size
-            if last:
-                self._pairs.append(
-                    (self.group_size, self.partner_size, self._group_slope / self.partner_size)
-                )
         else:
-            if first:
-                self.group = [torch.zeros_like(total) for total in self.prefix]
-                self.group_size = 0.0
-            _add_scaled(self.group, gradient, size)
-            self.group_size += size
-            _add_scaled(self.prefix, gradient, size)
+            self.latest, self.latest_size = [torch.zeros_like(total) for total in self.prefix], size
+            add_scaled(self.latest, gradient, size)
+            add_scaled(self.prefix, gradient, size)
             self.prefix_size += size
-        complete = self.in_reference and last
-        self.num_added += 1
+        self.sizes.append(size)
         return complete
 
-    @property
-    def more_than_a_pair(self) -> bool:
-        """Whether the prefix or the reference has grown beyond the first pair of groups."""
-        return self.num_added > 2 * self.stride
-
-    def group_direction(self) -> Iterator[Tensor]:
-        """Walk the scaled direction of the latest group, in flat blocks."""
-        return self._walk(self.group, self.group_size)
+    def latest_direction(self) -> Iterator[Tensor]:
+        """Walk the scaled direction of the latest chunk that makes one, in flat blocks."""
+        return self._walk(self.latest, self.latest_size)
 
     def prefix_direction(self) -> Iterator[Tensor]:
         """Walk the scaled direction of the prefix, in flat blocks."""
@@ -203,41 +170,29 @@ class ChunkStream:
             if gradient is not None:
                 for block, grad_block in blocks(tensor, dense(gradient)):
                     result += scale * torch.dot(self.direction.of(block / size), grad_block.to(block.dtype))
-        return self._shards.sum(result)
+        return result
 
     def statistics(self) -> ChunkStatistics:
-        """Close the stream and return what it measured.
-
-        Returns:
-            The debiased statistics of all chunks added.
+        """The debiased statistics of all chunks added.
 
         Raises:
-            ValueError: if not even one pair of groups came.
+            ValueError: if not even one pair came.
         """
         if not self._pairs:
             raise ValueError(
-                f"Expected at least {2 * self.stride} chunks, got {self.num_added}: the window "
-                "ended early; a longer one will be measured next time."
+                f"Expected at least 2 chunks, got {len(self.sizes)}: noise shows only as a difference between "
+                "chunks, so split the batch into at least 2 slices or pool 2 batches."
             )
-        size = self.reference_size + self.prefix_size
-        mean_sq = self._mean_squared_norm(size)
-        weighted = sum(chunk_size * square.item() for chunk_size, square in self._weighted_squares)
-        trace_cov = (weighted - size * mean_sq) / (self.num_added - 1)
+        mean_sq = self._mean_squared_norm(self.reference_size + self.prefix_size)
         whole = self._along(self.prefix, self.reference, self.prefix_size).item() / self.reference_size
         alignments = [SizedValue(float(self.prefix_size), whole)]
-        if self.more_than_a_pair:
-            pairs = [
-                (group_size, partner_size, value.item()) for group_size, partner_size, value in self._pairs
-            ]
-            alignments.insert(0, weighted_mean(pairs))
+        if len(self.sizes) > 2:
+            alignments.insert(0, weighted_mean([(b, n, value.item()) for b, n, value in self._pairs]))
         # The reverse pair is free: the direction of the reference against the prefix.
         reverse = self._along(self.reference, self.prefix, self.reference_size).item() / self.prefix_size
-        return ChunkStatistics(
-            batch_size=float(size),
-            grad_sq=mean_sq - trace_cov / size,
-            trace_cov=trace_cov,
-            alignments=(*alignments, SizedValue(float(self.reference_size), reverse)),
-        )
+        alignments.append(SizedValue(float(self.reference_size), reverse))
+        norms = debiased_norms(self.sizes, [square.item() for square in self._squares], mean_sq)
+        return norms._replace(alignments=tuple(alignments))
 
     def _mean_squared_norm(self, size: float) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.reference[0].device)
@@ -245,7 +200,43 @@ class ChunkStream:
             for reference_block, prefix_block in blocks(reference, prefix):
                 mean = (reference_block + prefix_block) / size
                 total += torch.dot(mean, mean)
-        return float(self._shards.sum(total).item())
+        return float(total.item())
+
+
+def debiased_norms(sizes: Sequence[float], squares: Sequence[float], mean_sq: float) -> ChunkStatistics:
+    """`|G|^2` and `tr Sigma`, as derived in `ChunkStream`, from norms alone.
+
+    Args:
+        sizes: examples in each chunk.
+        squares: squared norm of each chunk's mean gradient.
+        mean_sq: squared norm of the mean over all examples.
+
+    Example:
+        >>> debiased_norms([1.0, 1.0], [9.0, 1.0], mean_sq=4.0)
+        ChunkStatistics(batch_size=2.0, grad_sq=3.0, trace_cov=2.0, alignments=())
+    """
+    size = float(sum(sizes))
+    weighted = sum(n * square for n, square in zip(sizes, squares, strict=True))
+    trace_cov = (weighted - size * mean_sq) / (len(sizes) - 1)
+    return ChunkStatistics(size, mean_sq - trace_cov / size, trace_cov, ())
+
+
+def pairs_of(sizes: Sequence[float]) -> float:
+    """Pairs of examples in different chunks, ordered: `n^2 - sum_k n_k^2`."""
+    return float(sum(sizes) ** 2 - sum(size**2 for size in sizes))
+
+
+def require_size(size: float) -> None:
+    """Refuse what is no number of examples.
+
+    Raises:
+        ValueError: if it is not positive and finite.
+    """
+    if not (size > 0 and math.isfinite(size)):
+        raise ValueError(
+            f"Expected a positive, finite chunk size, got size={size}: "
+            "check batch_size_fn, which must count the examples of every slice."
+        )
 
 
 def weighted_mean(rows: Sequence[tuple[float, float, float]]) -> SizedValue:
@@ -268,15 +259,27 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else local(gradient)
 
 
-def _add_scaled(total: Sequence[Tensor], gradient: Sequence[Tensor | None], size: float) -> None:
+def add_scaled(total: Sequence[Tensor], gradient: Sequence[Tensor | None], size: float) -> None:
+    """Add `size * gradient` to a sum; None counts as zero."""
     for accumulated, grad in zip(total, gradient, strict=True):
         if grad is not None:
             accumulated.add_(local(grad.detach()), alpha=size)
 
 
-def _squared_norm(gradient: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=like[0].device)
-    for grad, tensor in zip(gradient, like, strict=True):
-        if grad is not None:
-            total += torch.linalg.vector_norm(dense(grad.detach()), dtype=tensor.dtype).double().square()
-    return total
+def squared_norm(gradients: Sequence[Tensor | None], shares: Sequence[float] | None = None) -> Tensor:
+    """`|g|^2` as a float64 scalar on the device, from gradients of any dtype.
+
+    Args:
+        gradients: one tensor per parameter; None counts as zero.
+        shares: factor on the square of each one; None for 1.
+    """
+    found = [(dense(gradient.detach()), i) for i, gradient in enumerate(gradients) if gradient is not None]
+    if not found:
+        return torch.zeros((), dtype=torch.float64)
+    tensors = [tensor for tensor, _ in found]
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    norms = torch._foreach_norm(tensors, 2, dtype)
+    squares = torch.stack([norm.to(tensors[0].device) for norm in norms]).double().square_()
+    if shares is not None:
+        squares *= torch.tensor([shares[i] for _, i in found], dtype=torch.float64, device=squares.device)
+    return squares.sum()

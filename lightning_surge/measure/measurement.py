@@ -1,6 +1,7 @@
 """One measurement: chunks of examples in, noise and curvature at one point of training out.
 
-The order of work keeps the memory at four gradient-sized buffers, whatever the number of chunks:
+`NormMeasurement` takes norms only, in one buffer, and moves no parameter. `LawMeasurement` takes alignment and
+curvature too. The order of its work keeps the memory at four gradient-sized buffers for any number of chunks:
 
 1. a chunk makes a direction: it is kept (buffer 1) and added to the prefix (buffer 2);
 2. the next one is added to the reference (buffer 3) while its gradient passes by (buffer 4), and tells the
@@ -17,21 +18,36 @@ asked for, its secants follow on the examples of the reference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_surge.measure.curvature import Displacement, Sample, realised_slope, secant_curvature
 from lightning_surge.measure.direction import SIGN, Direction
-from lightning_surge.measure.distributed import Ranks
-from lightning_surge.measure.gradients import ChunkStream, weighted_mean
+from lightning_surge.measure.distributed import ALONE, Ranks
+from lightning_surge.measure.gradients import (
+    ChunkStream,
+    add_scaled,
+    blocks,
+    debiased_norms,
+    dense,
+    pairs_of,
+    require_size,
+    squared_norm,
+    weighted_mean,
+    zeros,
+)
 from lightning_surge.measure.records import Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk, Piece, RandomState
 
 __all__ = [
     "LawMeasurement",
     "MoreSecants",
+    "NormMeasurement",
     "Replay",
+    "Whole",
     "pass_chunk",
     "slices_for",
 ]
@@ -42,7 +58,21 @@ Replay = Callable[[Piece, float], None]
 MoreSecants = Callable[[Sample, Sample], tuple[SizedValue, ...]]
 """Takes the examples of the prefix, and those of the reference."""
 
-ALONE = Ranks()
+
+class Whole(NamedTuple):
+    """The mean gradient of a batch, which is at hand without a pass.
+
+    Attributes:
+        gradient: times a factor on the loss.
+        size: examples in the batch.
+        ratio: the factor of replayed gradients over that one.
+    """
+
+    gradient: Sequence[Tensor | None]
+    size: float
+    ratio: float = 1.0
+
+
 MAX_SLICES = 16
 MIN_SLICES = 4
 
@@ -86,23 +116,98 @@ def pass_chunk(chunk: Chunk, replay: Replay, weight: float) -> Chunk:
             piece = piece._replace(random_state=RandomState.capture())
         else:
             piece.random_state.restore()
-        replay(piece, weight * piece.size / chunk.size if chunk.mine else 0.0)
+        replay(piece, weight * piece.size / chunk.size)
         pieces.append(piece)
     return chunk._replace(pieces=tuple(pieces))
 
 
-class LawMeasurement:
-    """Collects the chunks of one measurement and measures the curvature on the way.
+class _Passes:
+    """Computes the gradients of chunks, and counts the examples passed.
 
     Args:
         parameters: the parameters that the optimizer moves.
-        num_chunks: chunks to come, at least 2.
+        replay: recomputes a piece's gradient into `.grad`.
+        ranks: the processes that measure together.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], replay: Replay, ranks: Ranks) -> None:
+        self._parameters = parameters
+        self._replay = replay
+        self._ranks = ranks
+        self._passes = 0.0
+
+    def _pass(self, chunk: Chunk, weight: float = 1.0) -> Chunk:
+        self._passes += chunk.size
+        return pass_chunk(chunk, self._replay, weight)
+
+    def _each(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Tensor | None]]]:
+        """Every chunk with its mean gradient over the examples of all processes, which is dropped after use."""
+        for chunk in chunks:
+            passed = self._pass(chunk)
+            self._ranks.sum_gradients(self._parameters)
+            yield passed, [parameter.grad for parameter in self._parameters]
+            self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+class NormMeasurement(_Passes):
+    """Measures `|G|^2` and `tr Sigma` from norms: no parameter moves, so they may have 16 bits."""
+
+    def run(self, chunks: Sequence[Chunk], whole: Whole | None = None) -> Measurement:
+        """Measure from chunks whose gradients have yet to be computed.
+
+        Where training has just computed the gradient of the batch that they are slices of, what they leave
+        of it is one more chunk, `(n g - sum_k n_k g_k) / (n - sum_k n_k)`, without a pass.
+
+        Args:
+            chunks: at least 2, or 1 beside the whole.
+            whole: the batch that they are cut from, larger than they are together.
+
+        Raises:
+            ValueError: if a chunk has no size.
+        """
+        total = [zeros(parameter) for parameter in self._parameters]
+        sizes: list[float] = []
+        squares: list[Tensor] = []
+        for chunk, gradient in self._each(chunks):
+            require_size(chunk.size)
+            add_scaled(total, gradient, chunk.size)
+            squares.append(squared_norm(gradient))
+            sizes.append(chunk.size)
+        del gradient
+        if whole is None:
+            mean_sq = float(squared_norm(total).item()) / sum(sizes) ** 2
+        else:
+            rest = whole.size - sum(sizes)
+            squares.append(self._rest_squared(total, whole) / rest**2)
+            mean_sq = float(squared_norm(whole.gradient).item()) * whole.ratio**2
+            sizes.append(rest)
+        statistics = debiased_norms(sizes, [float(square.item()) for square in squares], mean_sq)
+        return Measurement(statistics, (), self._passes, len(sizes), pairs=pairs_of(sizes))
+
+    def _rest_squared(self, total: Sequence[Tensor], whole: Whole) -> Tensor:
+        """`|n g - sum_k n_k g_k|^2`."""
+        square = torch.zeros((), dtype=torch.float64, device=total[0].device)
+        for part, gradient in zip(total, whole.gradient, strict=True):
+            other = torch.zeros_like(part) if gradient is None else dense(gradient)
+            for mine, all_ in blocks(part, other):
+                rest = all_.to(mine.dtype) * (whole.size * whole.ratio) - mine
+                square += torch.dot(rest, rest)
+        return square
+
+
+class LawMeasurement(_Passes):
+    """Measures norms, alignments and curvatures of two sizes of direction.
+
+    Args:
+        parameters: the parameters that the optimizer moves.
         replay: recomputes a piece's gradient into `.grad`.
         delta: distance of the secant, a learning rate.
         scales: per parameter, its learning rate relative to the run's.
         direction: what the optimizer steps along.
-        stride: chunks that make the smallest direction.
-        keep_all: whether more secants will ask for the prefix's examples too.
         ranks: the processes that measure together.
     """
 
@@ -110,61 +215,63 @@ class LawMeasurement:
         self,
         parameters: Sequence[Tensor],
         *,
-        num_chunks: int,
         replay: Replay,
         delta: float,
         scales: Sequence[float],
         direction: Direction = SIGN,
-        stride: int = 1,
-        keep_all: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._ranks = ranks
-        self._parameters = parameters
-        self._replay = replay
+        super().__init__(parameters, replay, ranks)
         self._delta = delta
-        self._stream = ChunkStream(
-            parameters, num_chunks=num_chunks, scales=scales, direction=direction, stride=stride
-        )
-        self._keep_all = keep_all
-        self._prefix_chunks: list[Chunk] = []
-        self._reference_chunks: list[Chunk] = []
-        # Of each of these chunks, its size times the slope along the small direction before it.
-        self._slopes: list[Tensor] = []
-        # Of the pairs of groups: size of the direction, examples it was measured on, curvature.
+        self._stream = ChunkStream(parameters, scales=scales, direction=direction)
+        # Of the pairs of chunks: size of the direction, examples it was measured on, curvature.
         self._pairs: list[tuple[float, float, float]] = []
-        self._passes = 0.0
 
-    @property
-    def complete(self) -> bool:
-        """Whether a pair of groups has come, so that there is something to measure."""
-        return bool(self._pairs)
-
-    def add(self, chunk: Chunk, gradient: Sequence[Tensor | None]) -> bool:
-        """Fold in a chunk and its mean gradient at the current parameters.
+    def run(self, chunks: Sequence[Chunk], sharpness: MoreSecants | None = None) -> Measurement:
+        """Measure from chunks whose gradients have yet to be computed.
 
         Args:
-            chunk: kept until the end if it belongs to the reference, or all are.
-            gradient: over the examples of all processes; read, not kept.
+            chunks: at least 2; 4 for two sizes of direction.
+            sharpness: measures Adam's sharpness.
 
-        Returns:
-            Whether a secant is due now: call `measure_curvature`, with nothing but this object holding
-            a gradient.
+        Raises:
+            ValueError: if there are too few chunks, or one has no size.
         """
-        if self._stream.in_reference:
-            self._reference_chunks.append(chunk)
-            self._slopes.append(chunk.size * self._slope(self._stream.group_direction, gradient))
-        elif self._keep_all:
-            self._prefix_chunks.append(chunk)
-        return self._stream.add(gradient, chunk.size)
-
-    def measure_curvature(self) -> None:
-        """Measure `D` along the latest small direction, on the examples of the group after it."""
         stream = self._stream
-        chunks = self._reference_chunks[-stream.stride :]
-        slope = sum(value.item() for value in self._slopes[-stream.stride :]) / stream.partner_size
-        curvature = self._secant(chunks, stream.group_direction, slope, release=stream.group)
-        self._pairs.append((stream.group_size, stream.partner_size, curvature))
+        passed: list[Chunk] = []
+        for chunk, gradient in self._each(chunks):
+            passed.append(chunk)
+            # The slope is read before the chunk is folded in, the secant taken when nothing holds its gradient.
+            slope = self._slope(stream.latest_direction, gradient) if stream.in_reference else None
+            stream.add(gradient, chunk.size)
+            del gradient
+            if slope is not None:
+                self._drop_gradients()
+                value = self._secant([chunk], stream.latest_direction, slope.item(), release=stream.latest)
+                self._pairs.append((stream.latest_size, chunk.size, value))
+        statistics = stream.statistics()
+        curvatures = [weighted_mean(self._pairs)]
+        stream.latest.clear()  # of a chunk that none came after
+        reference = passed[1::2]
+        if len(passed) > 2:
+            slope = self._slope(stream.prefix_direction, stream.reference) / stream.reference_size
+            value = self._secant(reference, stream.prefix_direction, slope.item())
+            curvatures.append(SizedValue(stream.prefix_size, value))
+        values: tuple[SizedValue, ...] = ()
+        if sharpness is not None:
+            values = sharpness(
+                self._sample(stream.prefix, stream.prefix_size, passed[::2]),
+                self._sample(stream.reference, stream.reference_size, reference),
+            )
+            self._drop_gradients()
+        return Measurement(
+            statistics,
+            tuple(curvatures),
+            self._passes,
+            len(passed),
+            sharpness=values,
+            pairs=pairs_of(stream.sizes),
+        )
 
     def _slope(self, direction: Displacement, gradient: Sequence[Tensor | None]) -> Tensor:
         return realised_slope(self._parameters, direction, self._delta, gradient)
@@ -206,60 +313,3 @@ class LawMeasurement:
 
     def _sample(self, total: Sequence[Tensor], size: float, chunks: Sequence[Chunk]) -> Sample:
         return Sample([tensor.div_(size) for tensor in total], lambda: self._gradient_now(chunks))
-
-    def _drop_gradients(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    def _pass(self, chunk: Chunk, weight: float = 1.0) -> Chunk:
-        self._passes += chunk.size + chunk.idle
-        return pass_chunk(chunk, self._replay, weight)
-
-    def run(self, chunks: Sequence[Chunk], sharpness: MoreSecants | None = None) -> Measurement:
-        """Measure from chunks whose gradients have yet to be computed.
-
-        Args:
-            chunks: as many as announced.
-            sharpness: measures Adam's sharpness.
-
-        Returns:
-            The measurement.
-        """
-        for chunk in chunks:
-            passed = self._pass(chunk)
-            self._ranks.sum_gradients(self._parameters)
-            due = self.add(passed, [parameter.grad for parameter in self._parameters])
-            self._drop_gradients()
-            if due:
-                self.measure_curvature()
-        return self.finish(sharpness)
-
-    def finish(self, sharpness: MoreSecants | None = None) -> Measurement:
-        """Close the measurement.
-
-        Args:
-            sharpness: measures Adam's sharpness.
-
-        Returns:
-            What was measured.
-
-        Raises:
-            ValueError: if too few chunks came.
-        """
-        stream = self._stream
-        statistics = stream.statistics()
-        curvatures = [weighted_mean(self._pairs)]
-        stream.group.clear()  # of a group that none came after
-        if stream.more_than_a_pair:
-            slope = self._slope(stream.prefix_direction, stream.reference).item() / stream.reference_size
-            value = self._secant(self._reference_chunks, stream.prefix_direction, slope)
-            curvatures.append(SizedValue(stream.prefix_size, value))
-        measured = Measurement(statistics, tuple(curvatures), self._passes, stream.num_added)
-        if sharpness is None:
-            return measured
-        values = sharpness(
-            self._sample(stream.prefix, stream.prefix_size, self._prefix_chunks),
-            self._sample(stream.reference, stream.reference_size, self._reference_chunks),
-        )
-        self._drop_gradients()
-        return measured._replace(sharpness=values, passes=self._passes)

@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_surge.measure.batches import SplitBatch, TooFewExamplesError, group_evenly
-from lightning_surge.measure.distributed import Ranks, Shards
+from lightning_surge.measure.distributed import ALONE, Ranks
 from lightning_surge.measure.gradients import dense
-from lightning_surge.measure.measurement import ALONE, MAX_SLICES, MIN_SLICES, slices_for
+from lightning_surge.measure.measurement import MIN_SLICES, slices_for
 from lightning_surge.measure.replay import Chunk, Piece, RandomState
 
-__all__ = ["ComputeLoss", "Prober", "examples_wanted"]
+__all__ = ["Agreement", "ComputeLoss", "Prober"]
 
 ComputeLoss = Callable[[Any, int], Tensor]
 """Mean loss of a batch, given the batch and its index."""
 
-# Fewer, larger probes resolve the signal better at equal cost (its noise falls with the size of a probe
-# but only with the root of their number), until there are too few of them to follow training.
-ENOUGH_PROBES = 20.0
-# The mean batch is a little smaller than most where the last one of an epoch is short.
-NEARLY = 0.75
 # Slices whose mean gradient differs from the whole batch's by more than this share of its squared length,
 # beyond three times what repeating the whole batch with other random numbers changes on average, measure
 # something else. (Dropout alone makes the two equal on average.)
@@ -38,35 +33,18 @@ TOLERATED_NOISE = 3.0
 REPEATS = 3
 
 
-def examples_wanted(
-    batch_size: float,
-    base_batch_size: float,
-    affordable: Callable[[float], float],
-    *,
-    smallest: float,
-) -> float:
-    """How many examples a probe should see: consecutive batches are pooled up to this number.
+class Agreement(NamedTuple):
+    """What comparing a batch with its slices has found.
 
-    Args:
-        batch_size: examples per optimizer step now.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        affordable: how many probes that see so many examples the whole run can pay for.
-        smallest: examples below which no two sizes of direction can be made.
-
-    Returns:
-        A power-of-two multiple of the batch size: the largest up to 16 times the base for which at
-        least 20 probes are affordable, and never less than one batch or `smallest`.
-
-    Example:
-        >>> examples_wanted(8, 8, lambda examples: 1500 / examples, smallest=32)
-        64
+    Attributes:
+        agrees: whether the mean of the slices' gradients is the whole batch's, up to random numbers.
+        exact: whether it is without them, so that a pass of a part tells what the rest's would be.
+        passes: examples passed.
     """
-    examples = batch_size
-    while examples < NEARLY * smallest:
-        examples *= 2
-    while 2 * examples <= MAX_SLICES * base_batch_size and affordable(2 * examples) >= ENOUGH_PROBES:
-        examples *= 2
-    return examples
+
+    agrees: bool
+    exact: bool
+    passes: float
 
 
 class Prober:
@@ -108,7 +86,7 @@ class Prober:
         """Add `weight * loss_scale` times the mean gradient of a piece to `.grad`."""
         with torch.enable_grad():
             loss = self._compute_loss(piece.batch, piece.batch_idx)
-            loss = loss * (weight * self.loss_scale * self.ranks.share)
+            loss = loss * (weight * self.loss_scale)
             if self._backward is not None:
                 self._backward(loss)
                 return
@@ -162,7 +140,7 @@ class Prober:
             return self.cut(piece, num_slices // 2)
         return [Piece(part, piece.batch_idx, self._batch_size_fn(part)) for part in slices]
 
-    def slices_agree(self, piece: Piece, num_slices: int) -> tuple[bool, float]:
+    def slices_agree(self, piece: Piece, num_slices: int) -> Agreement:
         """Whether the mean of the slices' gradients is the whole batch's gradient.
 
         It is not where the loss couples the examples of a batch (contrastive losses, batch statistics), or
@@ -174,8 +152,6 @@ class Prober:
             piece: one batch.
             num_slices: slices to cut it into, at least 2.
 
-        Returns:
-            Whether they agree, and the examples passed.
         """
         slices = self.cut(piece, num_slices)
         self.ranks.meet()
@@ -191,16 +167,17 @@ class Prober:
                 "Expected finite gradients, got some that are not, as where the loss scale overflows"
             )
         if mismatch <= TOLERATED_MISMATCH:
-            return True, 2 * size
+            return Agreement(True, True, 2 * size)
         if self._uses_batch_statistics():
-            return False, 2 * size
+            return Agreement(False, False, 2 * size)
         state = RandomState.capture()
         repeat = 0.0
         for _ in range(REPEATS):
             self.replay(piece, share)
             repeat += self._relative_difference(whole) / REPEATS
         state.restore()
-        return mismatch <= TOLERATED_MISMATCH + TOLERATED_NOISE * repeat, (2 + REPEATS) * size
+        agrees = mismatch <= TOLERATED_MISMATCH + TOLERATED_NOISE * repeat
+        return Agreement(agrees, False, (2 + REPEATS) * size)
 
     def _take(self) -> list[Tensor | None]:
         self.ranks.sum_gradients(self.parameters)
@@ -219,6 +196,4 @@ class Prober:
                 change += float(torch.linalg.vector_norm(dense(difference)).square())
             elif gradient is not None:
                 change += float(torch.linalg.vector_norm(dense(gradient)).square())
-        both = torch.tensor([change, length], dtype=torch.float64, device=self.parameters[0].device)
-        change, length = Shards(self.parameters).sum(both).tolist()
         return change / length if length > 0.0 else float(change > 0.0)

@@ -53,12 +53,14 @@ class Measurement(NamedTuple):
 
     Attributes:
         statistics: debiased norms and alignments.
-        curvatures: `D(b) = V_b' H V_b` for two sizes of direction.
+        curvatures: `D(b) = V_b' H V_b` for two sizes of direction; none from norms alone.
         passes: examples passed forward and backward beyond training's own.
         num_chunks: chunks behind it.
         coordinate_sums: what the theorems need, if it was asked for.
         sharpness: `w' P^-1/2 H P^-1/2 w` with Adam's preconditioner of two batch sizes, the base first, if
             it was asked for.
+        pairs: pairs of examples in different chunks, `n^2 - sum_k n_k^2`: the variance of `|G|^2` is
+            `2 tr(Sigma^2) / pairs` where noise dominates. 0 where they were not counted.
     """
 
     statistics: ChunkStatistics
@@ -67,6 +69,7 @@ class Measurement(NamedTuple):
     num_chunks: int = 0
     coordinate_sums: CoordinateSums | None = None
     sharpness: tuple[SizedValue, ...] = ()
+    pairs: float = 0.0
 
     def unscaled(self, scale: float, *, direction: Direction = SIGN) -> Measurement:
         """What would have been measured, had the loss not been multiplied by `scale`.

@@ -98,15 +98,10 @@ class Chunk(NamedTuple):
     Attributes:
         pieces: those of this process.
         total: examples in the pieces of all processes that measure together; None if there is only this one.
-        mine: whether the pieces count. Those of a chunk that belongs to other processes are passed along with
-            weight 0: whatever a training step says to the other processes, all of them must say it.
-        idle: examples that count nothing but are passed, by other processes.
     """
 
     pieces: tuple[Piece, ...]
     total: float | None = None
-    mine: bool = True
-    idle: float = 0.0
 
     @property
     def size(self) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_surge.measure.curvature import Displacement, Sample, displaced
-from lightning_surge.measure.distributed import Shards, local
+from lightning_surge.measure.distributed import local
 from lightning_surge.measure.gradients import blocks, dense, zeros
 from lightning_surge.measure.records import SizedValue
 
@@ -122,10 +122,7 @@ class Sharpness:
                 _iterate(parameters, self._vector, root, search, delta)
             if cold:
                 return ()
-            shards = Shards(parameters)
-            lengths = [
-                float(shards.sum(self._length_sq(root, partial(inverse_root, size))).item()) for size in sizes
-            ]
+            lengths = [float(self._length_sq(root, partial(inverse_root, size)).item()) for size in sizes]
             if 0.0 in lengths:
                 raise SharpnessError(f"Expected a direction of some length, got squared lengths {lengths}.")
             curvature = _iterate(parameters, self._vector, root, judge, delta)
@@ -179,11 +176,9 @@ def _iterate(
             yield w * r
 
     device = parameters[0].device
-    shards = Shards(parameters)
     length_sq, change, realised, norm_sq = torch.zeros(4, dtype=torch.float64, device=device)
     for d in direction():
         length_sq += torch.dot(d, d)
-    shards.sum(length_sq)
     if length_sq.item() == 0.0:
         raise SharpnessError("Expected a direction of some length, got zeros: its examples have no gradient.")
     step = delta * math.sqrt(sum(parameter.numel() for parameter in parameters) / length_sq.item())
@@ -202,8 +197,6 @@ def _iterate(
                 realised += torch.dot(d, (theta_0 - theta).to(d.dtype))
                 torch.mul(difference, r, out=w_block)
                 norm_sq += torch.dot(w_block, w_block)
-    for total in (change, realised, norm_sq):
-        shards.sum(total)
     curvature = float((change * length_sq / realised).item())
     norm = math.sqrt(norm_sq.item())
     if not (math.isfinite(curvature) and 0.0 < norm < math.inf):

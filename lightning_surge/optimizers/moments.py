@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_surge.measure.distributed import Shards, local
+from lightning_surge.measure.distributed import local
 from lightning_surge.measure.gradients import blocks
 from lightning_surge.optimizers.families import has_plain_averages
 
@@ -164,10 +164,6 @@ class AdamMoments:
                 for square in self._squares(state, steps, batch_size):
                     total += square.sum()
                 means[id(parameter)] = one * total / parameter.numel()
-        # Before any walk: pieces of a parameter differ in length, so that walks do not keep step.
-        if (shards := Shards(parameters)).count > 1 and means:
-            summed = shards.sum(torch.stack(list(means.values())))
-            means = dict(zip(means, summed, strict=True))
         return means
 
     def inverse_root(
@@ -227,7 +223,7 @@ class AdamMoments:
             variance = self.variance(optimizer, parameter)
             if variance is not None:
                 total += variance.sqrt_().sum(dtype=torch.float64)
-        return float(Shards(parameters).sum(total).item())
+        return float(total.item())
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""

@@ -14,7 +14,8 @@ from lightning_surge.laws.base import require_number
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.curvature import Sample, probe_distance
 from lightning_surge.measure.direction import Direction
-from lightning_surge.measure.measurement import ALONE, LawMeasurement, MoreSecants
+from lightning_surge.measure.distributed import ALONE
+from lightning_surge.measure.measurement import LawMeasurement, MoreSecants, NormMeasurement
 from lightning_surge.measure.probing import Prober
 from lightning_surge.measure.records import Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk
@@ -113,23 +114,19 @@ class Instruments:
 
     # ------------------------------------------------------------------ instruments
 
-    def law(self, num_chunks: int, stride: int = 1) -> LawMeasurement:
-        """For the measured law.
+    def norms(self) -> NormMeasurement:
+        """For the noise alone."""
+        return NormMeasurement(self.parameters, self._prober.replay, self._ranks)
 
-        Args:
-            num_chunks: chunks to come.
-            stride: chunks that make the smallest direction.
-        """
+    def law(self) -> LawMeasurement:
+        """For the measured law."""
         return LawMeasurement(
             self.parameters,
-            num_chunks=num_chunks,
             replay=self._prober.replay,
             # The direction itself may carry the loss scale, as the gradient does.
             delta=self._delta() / self._prober.loss_scale**self._direction.loss_power,
             scales=self._scales,
             direction=self._direction,
-            stride=stride,
-            keep_all=self._settings.follows_edge,
             ranks=self._ranks,
         )
 
@@ -207,11 +204,7 @@ class Instruments:
 
     def state_dict(self) -> dict[str, Any]:
         """A plain number, and the tensors of the sharpness."""
-        return {
-            "largest_lr": self.largest_lr,
-            # A checkpoint keeps what the first process has. Pieces of the others would be missing.
-            "sharpness": {"vector": []} if self._ranks.reduces else self._sharpness.state_dict(),
-        }
+        return {"largest_lr": self.largest_lr, "sharpness": self._sharpness.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`.

@@ -14,30 +14,43 @@ from torch.optim import Optimizer
 from lightning_surge.callbacks.checks import ranks_of
 from lightning_surge.callbacks.lightning_host import overrides
 from lightning_surge.callbacks.measuring.instruments import Instruments
-from lightning_surge.callbacks.measuring.live import FREE_CHUNKS, LiveWindow
-from lightning_surge.callbacks.measuring.plan import MeasuringPlan, Pace
+from lightning_surge.callbacks.measuring.plan import (
+    CURVATURE_EVERY,
+    SMALLEST_SLICE,
+    Kind,
+    MeasuringPlan,
+    Pace,
+    Probe,
+)
 from lightning_surge.callbacks.measuring.pooling import Cutting, Pool, Versions
 from lightning_surge.callbacks.measuring.repeated_loss import Attempts, LossFn, RepeatedLoss
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch, shared_copy
 from lightning_surge.measure.direction import Direction
-from lightning_surge.measure.distributed import RankError
-from lightning_surge.measure.measurement import ALONE, MoreSecants
+from lightning_surge.measure.distributed import ALONE, RankError
+from lightning_surge.measure.measurement import MIN_SLICES, MoreSecants, Whole
+from lightning_surge.measure.norms import WindowNorms
 from lightning_surge.measure.probing import Prober
 from lightning_surge.measure.records import Measurement
-from lightning_surge.measure.replay import Piece, TraceError
+from lightning_surge.measure.replay import Chunk, Piece, TraceError
 from lightning_surge.optimizers.moments import AdamMoments
 
 __all__ = ["LossFn", "Measurer"]
+
+# Examples of a batch whose slices are compared with it, where only a part of it is measured.
+COMPARED_EXAMPLES = 16.0
+# Into how many slices at most that part is cut: each tells `tr Sigma` once more.
+MAX_PARTS = 8
 
 
 class Measurer:
     """Takes measurements from the windows of a training that `SurgeLRCallback` shows it.
 
-    A window is what lies behind one optimizer step. At its first micro-batch it is decided whether it
-    is measured: live, from the gradients of its own micro-batches if they are many, or by a probe at its end
-    that recomputes gradients of slices of its batches, pooled with those of windows before it.
+    A window is what lies behind one optimizer step. Where it has several micro-batches, or there are several
+    processes, the norms of their gradients tell the noise without a pass, in every window. Else, and for
+    curvature, a probe recomputes gradients: of a slice of the batch at hand, measured against the rest of it, or
+    of slices of batches that are pooled from window to window.
 
     Data-parallel processes measure the gradient over all their examples, and do everything here at the same
     time: what is decided depends on numbers that are equal on all of them, and if one fails they all give up.
@@ -65,16 +78,18 @@ class Measurer:
         split_batch: SplitBatch | Literal[False] | None,
         loss_fn: LossFn | None,
     ) -> None:
+        self._settings = settings
         self._batch_size_fn = batch_size_fn
         self._loss_fn = loss_fn
         self._plan = MeasuringPlan(settings)
         self._instruments = Instruments(settings)
         self._cutting = Cutting(split_batch)
         self._pool = Pool()
-        self._live = LiveWindow()
+        self._norms = WindowNorms(ALONE)
         self._ranks = ALONE
         self._first_window = True
-        # For good: a repeated step leaves traces in training.
+        self._told_of_first = False
+        # For good: a repeated step leaves traces in training. Norms of windows are still taken.
         self.off = False
         self.budget = self._plan.budget
         self.seconds = 0.0
@@ -88,16 +103,33 @@ class Measurer:
         optimizer: Optimizer,
         direction: Direction,
         pace: Pace | None = None,
+        size_ahead: Callable[[float], float] | None = None,
+        *,
+        curvature: bool = False,
     ) -> None:
-        """Take hold of a run that starts; `pace` is that of the optimizer where the user calls its steps."""
+        """Take hold of a run that starts.
+
+        Args:
+            trainer: of the run.
+            pl_module: the module that trains.
+            optimizer: that moves the parameters.
+            direction: of its steps.
+            pace: of the optimizer where the user calls its steps.
+            size_ahead: the batch size after so many more examples, where a schedule says it.
+            curvature: whether somebody beside the settings asks for curvature.
+        """
         self.detach()
         self._run = trainer, pl_module, optimizer, direction
         self._trainer, self._pace = trainer, pace
+        self._size_ahead, self._curvature_asked = size_ahead, curvature
+        self._plan.curvature = self._settings.needs_curvature or curvature
         self._ranks = ranks_of(trainer)
         self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks)
         self._attempts = Attempts(self._ranks, self._loss.isolated, self.fail)
-        self._live = LiveWindow(self._ranks)
-        alone = self._ranks.reducer_owns_gradients and not overrides(pl_module, "backward")
+        kept = self._norms.state_dict()
+        self._norms = WindowNorms(self._ranks)
+        self._norms.load_state_dict(kept)
+        alone = self._ranks.count > 1 and not overrides(pl_module, "backward")
         self._prober = Prober(
             (),
             compute_loss=self._loss,
@@ -113,7 +145,8 @@ class Measurer:
     def take_over(self, other: Measurer, pace: Pace) -> None:
         """Take hold of the run that another one has in hand, if it has one; `pace` takes the place of its."""
         if "_run" in vars(other):
-            self.attach(*other._run, None if other._pace is None else pace)
+            own_pace = None if other._pace is None else pace
+            self.attach(*other._run, own_pace, other._size_ahead, curvature=other._curvature_asked)
             self.seconds = other.seconds
 
     def detach(self) -> None:
@@ -121,19 +154,22 @@ class Measurer:
         for name in ("_run", "_trainer", "_loss", "_attempts", "_prober"):
             vars(self).pop(name, None)
         self._pace = None
+        self._size_ahead: Callable[[float], float] | None = None
+        self._curvature_asked = False
         self._instruments.end()
         # Of the batch in hand, which can see several windows where optimization is manual.
         self._versions = Versions()
         self._pool.clear()
         self._pool.broken = None
+        self._micro_batches = self._begun = 0
         self.close_window()
 
     def close_window(self) -> None:
         """The optimizer has stepped, or skipped."""
-        if self._live.measurement is not None:
-            # A step that was skipped takes its measurement with it, but not what that has cost.
-            self._plan.charge_in_vain()
-            self._live.close()
+        self._norms.close()
+        self._at_hand: Probe | None = None
+        self._measured: Measurement | None = None
+        self._windows_done = False
 
     @property
     def one_lr(self) -> bool:
@@ -147,7 +183,7 @@ class Measurer:
             look: whether to look at every parameter now, as measurements do.
         """
         if look:
-            self._instruments.refresh()
+            self._refresh_parameters()
         changed, self._instruments.parameters_changed = self._instruments.parameters_changed, False
         return changed
 
@@ -158,7 +194,7 @@ class Measurer:
 
     @property
     def overhead(self) -> float:
-        """Passes spent on measuring, times the safety factor, per example trained."""
+        """What measuring has cost in passes, per example trained."""
         return self.budget.spent / self.budget.trained if self.budget.trained else 0.0
 
     def foreseen(self, examples: float) -> float:
@@ -167,15 +203,7 @@ class Measurer:
 
     # ------------------------------------------------------------------ the window's hooks
 
-    def open_window(
-        self,
-        batch: Any,
-        batch_idx: int,
-        size: float,
-        *,
-        base: float | None,
-        law: Law | None,
-    ) -> None:
+    def open_window(self, batch: Any, batch_idx: int, size: float, *, base: float | None) -> None:
         """Decide at a window's first micro-batch whether and how the window is measured.
 
         Args:
@@ -183,74 +211,97 @@ class Measurer:
             batch_idx: its index in the epoch.
             size: examples in it, of this process.
             base: base batch size; None if this window will fix it.
-            law: the latest one, which says how far curvature is wanted; None while there is none.
 
         Raises:
             MisconfigurationException: if batches cannot be cut, before the first step is taken.
         """
-        if self.off:
+        plan, free = self._plan, self._windows_tell
+        if self.off and not free:
             return
+        typical = plan.typical(size, self._ranks)
+        window = plan.look_ahead(self._trainer, self._pace, batch_idx, typical)
+        if free:
+            self._begun, self._micro_batches = 0, int(window)
+            if not self._instruments.parameters:
+                self._refresh_parameters()
+            self._norms.open(self._micro_batches)
         if self._pool.target:
             self._pool.open_window()
             return  # still pooling
-        plan, accumulation = self._plan, self._trainer.accumulate_grad_batches
-        typical = plan.typical(size, self._ranks)
-        if self._ranks.count > 1:
-            self._live.sort_processes(accumulation, cuts=self._cutting.allowed)
-        free = accumulation * self._live.groups >= FREE_CHUNKS and not plan.by_coordinates
-        if self._cutting.allowed and not free and self._first_window and size >= 2:
+        kind = self._next_kind(free=free)
+        if kind is None:
+            return
+        if self._cutting.allowed and self._first_window and size >= 2:
             self._refresh_parameters()
             self._cutting.check(batch, self._prober)
         self._first_window = False
-        window = plan.look_ahead(self._trainer, self._pace, batch_idx, typical)
-        if free:
-            self._open_live(base, typical, window, law)
-        else:
-            self._open_pool(base, typical, typical * window)
+        probe = self._next_probe(kind, batch_idx, size, typical, window, base)
+        if probe is not None and probe.at_hand:
+            self._at_hand = probe
+        elif probe is not None:
+            self._kind = probe.kind
+            self._pool.begin(probe.examples)
 
-    def _open_live(self, base: float | None, typical: float, window: float, law: Law | None) -> None:
-        groups = self._live.groups
-        due = self._plan.live_is_due(typical * window, groups, self._instruments.secants)
-        # A shorter window would start a pool, which the next ones need not wait for.
-        num_chunks = int(window) * groups
-        if due and num_chunks >= FREE_CHUNKS:
-            self._refresh_parameters(law, base)
-            # Directions of a base batch, if two sizes of them fit into half of the window.
-            stride = round((base or typical) * groups / typical)
-            self._start_live(num_chunks, stride=max(1, min(stride, num_chunks // 4)))
+    @property
+    def _windows_tell(self) -> bool:
+        """Whether norms of windows tell the noise: of several chunks, put together by factors that are known."""
+        chunks = self._trainer.accumulate_grad_batches
+        if not self._ranks.sharded:
+            chunks *= self._ranks.count
+        return chunks > 1 and self._pace is None
 
-    def _start_live(self, num_chunks: int, stride: int) -> None:
-        # Lightning divides by the accumulation that is set, also in a window that is shorter.
-        self._prober.loss_scale = self._loss.scale / self._trainer.accumulate_grad_batches
-        self.budget.start()
-        # Its buffers may not fit into memory.
-        make = partial(self._instruments.law, num_chunks, stride=stride)
-        self._live.begin(self._attempts.together(make))
+    def _next_probe(
+        self, kind: Kind, batch_idx: int, size: float, typical: float, window: float, base: float | None
+    ) -> Probe | None:
+        """Ask the plan for a probe that starts with this window."""
+        cuts = self._cutting.allowed and (self._cutting.exact or not self._cutting.checked)
+        one = self._pace is None and self._ranks.count == 1 and window == 1
+        at_hand = one and cuts and kind is Kind.NORMS and size >= 2.0 * SMALLEST_SLICE
+        # The last batch of an epoch may be short.
+        last = 0 < batch_idx == self._trainer.num_training_batches - 1
+        whole = size if at_hand and not last else typical * window
+        smallest = float(self._ranks.count) if self._cutting.allowed else typical
+        if kind is not Kind.NORMS:
+            # Directions smaller than the base batch are of no use to the ratio, and mostly zeros where
+            # gradients are sparse.
+            smallest = max(base or whole, smallest)
+        secants = self._instruments.secants if self._settings.follows_edge else 0
+        ahead = self._size_ahead or (lambda examples: whole)
+        return self._plan.next_probe(
+            whole, base or whole, smallest, at_hand=at_hand, kind=kind, secants=secants, size_ahead=ahead
+        )
 
-    def _open_pool(self, base: float | None, typical: float, batch_size: float) -> None:
-        # Directions smaller than the base batch are of no use to the ratio, and mostly zeros where gradients
-        # are sparse.
-        smallest = max(base or batch_size, float(self._ranks.count) if self._cutting.allowed else typical)
-        secants = self._instruments.secants if self._plan.follows_edge else 0
-        self._pool.target = self._plan.probe_due(batch_size, base or batch_size, smallest, secants)
-        if self._pool.target:
-            self._pool.open_window()
-            self.budget.start()
+    def _next_kind(self, *, free: bool) -> Kind | None:
+        """What the next probe measures; None where no probe is needed, or possible."""
+        if self.off or self._ranks.sharded:
+            return None
+        if self._settings.law.startswith("theorem"):
+            return Kind.COORDINATES
+        if self._settings.follows_edge:
+            return Kind.LAW
+        if not self._plan.curvature:
+            return None if free else Kind.NORMS
+        return Kind.LAW if free or self.budget.measurements % CURVATURE_EVERY == 0 else Kind.NORMS
 
     def _refresh_parameters(self, law: Law | None = None, base: float | None = None) -> None:
+        before = [id(parameter) for parameter in self._instruments.parameters]
         self._instruments.refresh()
         self._instruments.optimal_lr = None if law is None or base is None else law.lr(base)
         self._prober.parameters = self._instruments.parameters
         self._prober.split_batch = self._cutting.split_batch
+        if [id(parameter) for parameter in self._instruments.parameters] != before:
+            self._norms.follow(self._instruments.parameters, afresh=bool(before))
 
     def drop_window(self) -> None:
         """Forget the batches of a window whose step is skipped: their gradients are not finite."""
         self._pool.drop_window()
+        self._norms.close()
+        self._measured = None
 
     @property
     def gathering(self) -> bool:
         """Whether the micro-batches of this window are measured, or kept to be measured."""
-        return self._live.measurement is not None or self._pool.target > 0.0
+        return self._norms.is_open or self._pool.target > 0.0 or self._at_hand is not None
 
     def before_forward(self, batch: Any) -> Any:
         """Remember what the coming pass of a batch that may be replayed begins with.
@@ -259,23 +310,22 @@ class Measurer:
             batch: the micro-batch.
 
         Returns:
-            The batch to replay: in containers of its own where `gathering`, because a `training_step` may
-            take things out of them.
+            The batch to replay, in containers of its own, because a `training_step` may take things out of them.
         """
-        if self._live.measurement is None and not self._pool.target:
+        self._begun += 1
+        if not self._pool.target and self._at_hand is None:
             return batch
-        self._live.before_forward()
         batch = shared_copy(batch)
         self._versions = Versions(batch)
         return batch
 
     def before_backward(self) -> None:
-        """Set the accumulated gradients aside, so that the coming micro-batch's stand alone."""
-        if self._live.measurement is not None:
-            self._live.before_backward(self._instruments.parameters)
+        """Let the coming micro-batch's gradients be seen by themselves."""
+        if self._norms.is_open:
+            self._norms.before_backward()
 
     def after_backward(self, batch: Any, batch_idx: int, size: float, weight: float = 1.0) -> None:
-        """Fold in, or keep, a micro-batch whose gradients have just been computed.
+        """Look at, or keep, a micro-batch whose gradients have just been computed.
 
         Args:
             batch: the micro-batch.
@@ -283,12 +333,16 @@ class Measurer:
             size: examples in it; 0 if it was counted before in this window.
             weight: factor that somebody put on its loss.
         """
+        if self._norms.is_open:
+            factor = weight / self._trainer.accumulate_grad_batches
+            last = self._begun >= self._micro_batches
+            self._norms.after_backward(size, factor, self._loss.scale, last=last)
         piece = Piece(batch, batch_idx, size)
-        if self._live.measurement is not None:
+        if self._at_hand is not None:
             begin = time.perf_counter()
-            self._live.add(piece, weight, self._attempts, partial(self._versions.check, batch))
+            self._measure_at_hand(piece, self._at_hand, weight)
             self.seconds += time.perf_counter() - begin
-        else:
+        elif self._pool.target:
             self._pool.add(piece, self._versions)
 
     def end_window(self, examples: float, batches: int) -> float:
@@ -301,13 +355,25 @@ class Measurer:
         Returns:
             The examples behind the step.
         """
-        pool, total, failures = self._pool, examples, float(self._pool.broken is not None)
+        pool, norms, total, failures = self._pool, self._norms, examples, float(self._pool.broken is not None)
         kept = pool.examples if pool.target else 0.0
+        message: tuple[float, ...] = ()
         if self._ranks.count > 1:
-            total, pool.gathered, failures = self._ranks.examples(examples, kept, failures)
+            total, pool.gathered, failures, *rest = self._ranks.total(
+                examples, kept, failures, *norms.message()
+            )
+            total, pool.gathered = (
+                self._ranks.replica_share * total,
+                self._ranks.replica_share * pool.gathered,
+            )
+            message = tuple(rest)
         else:
             pool.gathered = kept
         self._plan.see(total, batches)
+        if norms.is_open and total > 0.0:
+            norms.end(message, total)
+            self._plan.charge_windows(total)
+            self._windows_done = self._plan.windows_are_due(norms, total)
         if failures:
             self.fail(pool.broken or RankError("Another process could not keep its batches"))
             pool.broken = None
@@ -318,12 +384,12 @@ class Measurer:
     @property
     def ready(self) -> bool:
         """Whether the window that ends has a measurement to finish, so that `collect` has something to do."""
-        return self._live.measurement is not None or self._pool.full
+        return self._windows_done or self._measured is not None or self._pool.full
 
     def collect(
         self, base: float, batch_size: float, moments: AdamMoments | None, law: Law | None
-    ) -> Measurement | None:
-        """Finish the measurement at the end of a window, if one is complete.
+    ) -> list[Measurement]:
+        """Finish the measurements at the end of a window, as far as they are complete.
 
         Args:
             base: base batch size.
@@ -332,63 +398,98 @@ class Measurer:
             law: the latest one, which says how far curvature is wanted.
 
         Returns:
-            The measurement; None if there is none. `failure` says if one failed.
+            The measurements. `failure` says if one failed.
         """
-        if not self.ready:
-            return None
-        if self._live.measurement is None or self._pace is not None:
-            self._refresh_parameters(law, base)  # some may have been toggled off when the window began
-        parameters = self._instruments.parameters
-        sharpness = self._instruments.sharpness(moments, base, batch_size)
-        live = self._live.take()
-        if live is None:
+        found, self._measured = self._measured, None
+        measurements = [] if found is None else [found]
+        if self._windows_done:
+            windows = self._norms.take()
+            if windows is not None:
+                self._tell_of_the_first(windows, "the windows' own gradients")
+                measurements.append(windows)
+        if self._pool.full:
+            self._refresh_parameters(law, base)
+            sharpness = self._instruments.sharpness(moments, base, batch_size)
             probe = partial(self._probe, base, moments, sharpness)
-            return self._finished(self._attempts.without_trace(probe, parameters), free=False)
-        if not live.complete:
-            # Somebody ended the window early; its examples have been trained on all the same.
-            self._plan.charge_in_vain()
-            return None
-        finish = partial(live.finish, sharpness)
-        return self._finished(self._attempts.without_trace(finish, parameters), free=True)
+            found = self._attempts.without_trace(probe, self._instruments.parameters)
+            if found is not None:
+                measurements.append(self._finished(found))
+        return measurements
 
     def _probe(
         self, base: float, moments: AdamMoments | None, sharpness: MoreSecants | None
     ) -> Measurement | None:
         """Measure from pooled batches, after making sure once that cutting them changes nothing."""
-        plan, prober, pieces = self._plan, self._prober, self._pool.pieces
-        chunks = prober.chunks(pieces, base, plan.fewest_chunks)
-        if len(chunks) < plan.fewest_chunks:
+        prober, pieces, kind = self._prober, self._pool.pieces, self._kind
+        fewest = MIN_SLICES if kind is not Kind.COORDINATES else 2 * MIN_SLICES
+        finest = base if kind is not Kind.NORMS else SMALLEST_SLICE
+        chunks = prober.chunks(pieces, finest, fewest)
+        if len(chunks) < (2 if kind is Kind.NORMS else fewest):
             return None  # too few whole batches, or examples: go on pooling
         self._pool.clear()
-        if not plan.has_room(sum(chunk.size for chunk in chunks)):
+        if not self._plan.has_room(Probe(kind, sum(chunk.size for chunk in chunks))):
             return None  # the last batch was far larger than those the plan was made with
-        prober.loss_scale = self._loss.scale_for(chunks, plan.mean_batch)
-        if not self._cutting.agrees(pieces, chunks, prober, self.budget):
+        prober.loss_scale = self._loss.scale_for(chunks, self._plan.mean_batch)
+        if len(chunks) > len(pieces) and not self._cutting.agrees(pieces, prober, self.budget):
             return None
-        if plan.by_coordinates:
+        if kind is Kind.COORDINATES:
             seed = self._trainer.global_step
             return self._instruments.coordinates(chunks, base, moments, seed).run(chunks)
-        return self._instruments.law(len(chunks)).run(chunks, sharpness)
+        if kind is Kind.LAW:
+            return self._instruments.law().run(chunks, sharpness)
+        return self._instruments.norms().run(chunks)
 
-    def _finished(self, measurement: Measurement | None, *, free: bool) -> Measurement | None:
-        if measurement is None:
-            return None
+    def _measure_at_hand(self, piece: Piece, probe: Probe, weight: float) -> None:
+        """Measure a slice of the batch whose gradient is in `.grad` against the rest of it."""
+        self._at_hand = None
+        if not self._attempts.together(partial(self._versions.check, piece.batch)) or piece.size <= 0.0:
+            return
+        if not self._instruments.parameters:
+            self._refresh_parameters()
+        self._prober.split_batch = self._cutting.split_batch
+        whole = [parameter.grad for parameter in self._instruments.parameters]
+        factor = weight * self._loss.scale / self._trainer.accumulate_grad_batches
+        work = partial(self._slice_against_rest, piece, probe, whole, factor)
+        found = self._attempts.without_trace(work, self._instruments.parameters)
+        if found is not None:
+            self._measured = self._finished(found)
+
+    def _slice_against_rest(
+        self, piece: Piece, probe: Probe, whole: list[Any], factor: float
+    ) -> Measurement | None:
+        prober, cutting = self._prober, self._cutting
+        if not cutting.checked:
+            part = prober.cut(piece, int(max(piece.size // COMPARED_EXAMPLES, 1)))[0]
+            prober.loss_scale = self._loss.scale_for([Chunk((part,))], piece.size)
+            if not cutting.agrees([part], prober, self.budget):
+                return None
+        length = max(probe.examples / MAX_PARTS, SMALLEST_SLICE)
+        parts, chunks, examples = prober.cut(piece, int(piece.size // length)), [], 0.0
+        while examples < probe.examples and len(chunks) < len(parts) - cutting.exact:
+            chunks.append(Chunk((parts[len(chunks)],)))
+            examples += chunks[-1].size
+        prober.loss_scale = self._loss.scale_for(chunks, piece.size)
+        # Random numbers of another pass would make a slice and the rest depend on each other.
+        rest = Whole(whole, piece.size, prober.loss_scale / factor) if cutting.exact else None
+        return self._instruments.norms().run(chunks, rest)
+
+    def _finished(self, measurement: Measurement) -> Measurement:
         measurement = self._ranks.first(measurement)
-        if not self.budget.measurements:
-            source = "probes"
-            if free:
-                source = "gradient accumulation" if self._live.groups == 1 else "the processes' own gradients"
+        self._tell_of_the_first(measurement, "probes")
+        self._pool.measured()
+        self._plan.charge(measurement.passes)
+        return self._instruments.unscaled(measurement)
+
+    def _tell_of_the_first(self, measurement: Measurement, source: str) -> None:
+        if not self._told_of_first:
+            self._told_of_first = True
             rank_zero_info(
                 f"First measurement of gradient noise: from {source}, "
                 f"{measurement.statistics.batch_size:g} examples in {measurement.num_chunks} chunks."
             )
-        self._pool.measured()
-        self._plan.charge(measurement, free=free)
-        return self._instruments.unscaled(measurement)
 
     def fail(self, error: Exception) -> None:
         """Give up the measurement under way, and try again at a larger spacing."""
-        self._live.drop()
         self._pool.clear()
         self._plan.charge_in_vain()
         self.budget.widen()
@@ -414,7 +515,7 @@ class Measurer:
         """Plain numbers, and the tensors of the sharpness."""
         parts = self._plan, self._cutting, self._instruments
         state = {name: value for part in parts for name, value in part.state_dict().items()}
-        return {**state, "off": self.off}
+        return {**state, "off": self.off, "windows": self._norms.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`.
@@ -426,3 +527,5 @@ class Measurer:
         for part in (self._plan, self._cutting, self._instruments):
             part.load_state_dict(state)
         self.off = bool(state["off"])
+        self._norms.load_state_dict(state["windows"])
+        self._told_of_first = True

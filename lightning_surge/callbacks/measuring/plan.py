@@ -1,31 +1,67 @@
-"""What a measurement costs, and when one is due: by the examples seen and those still to come."""
+"""What is measured next, from how many examples, and when: by the batch sizes and the length of the run."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities import rank_zero_info
 
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.laws.base import require_number
-from lightning_surge.measure.budget import ProbeBudget
+from lightning_surge.measure.budget import ProbeBudget, norms_cost, probe_cost
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.distributed import Ranks
-from lightning_surge.measure.measurement import MIN_SLICES
-from lightning_surge.measure.probing import examples_wanted
-from lightning_surge.measure.records import Measurement
+from lightning_surge.measure.measurement import MAX_SLICES, MIN_SLICES
+from lightning_surge.measure.norms import WindowNorms
 from lightning_surge.measure.sharpness import SECANTS
 
-__all__ = ["MeasuringPlan", "Pace"]
+__all__ = ["Kind", "MeasuringPlan", "Pace", "Probe"]
 
-
-# Whole-gradient arithmetic on free chunks, in passes per example.
-FREE_CHUNK_PASSES = 0.25
 
 # What the two counts of examples in a checkpoint may differ by: sums of fractions, and skipped steps.
 ROUNDING = 1e-9
 MOST_SKIPPED = 1e3
+# The mean batch is a little smaller than most where the last one of an epoch is short.
+NEARLY = 0.75
+# Pairs of examples tell `|G|^2`, and a probe of M has M^2 of them: it pays to pool this many, as long as the
+# run affords two such probes, and more where it affords twenty, enough to follow training.
+POOLED = 256.0
+FEW_PROBES, ENOUGH_PROBES = 2.0, 20.0
+# Smaller slices pass too slowly for what they tell.
+SMALLEST_SLICE = 4.0
+# A batch size that differs by this factor from the last one measured is news.
+CHANGED = 2.0
+# Curvature is measured in the first of so many measurements, where somebody asks for it.
+CURVATURE_EVERY = 4
+# A measurement from windows holds as many examples as a probe, and later this share of those trained on.
+WINDOWS_SHARE = 1.0 / 64.0
+
+
+class Kind(Enum):
+    """What a probe measures."""
+
+    NORMS = "norms"
+    LAW = "law"
+    COORDINATES = "coordinates"
+
+
+class Probe(NamedTuple):
+    """A measurement that starts.
+
+    Attributes:
+        kind: what it measures.
+        examples: to recompute gradients of.
+        at_hand: whether they are a slice of the batch at hand, measured against the rest of it. Else batches
+            are pooled from window to window.
+    """
+
+    kind: Kind
+    examples: float
+    at_hand: bool = False
 
 
 class MeasuringPlan:
@@ -36,24 +72,23 @@ class MeasuringPlan:
 
     Attributes:
         budget: what may be spent, and what was.
-        by_coordinates: whether the law needs the gradient of every coordinate, as the theorems do.
-        follows_edge: whether measurements must find Adam's edge of stability too.
-        fewest_chunks: chunks that a measurement of this law takes.
+        curvature: whether somebody asks for curvature, so that norms are not enough.
     """
 
     def __init__(self, settings: SurgeSettings) -> None:
         self._settings = settings
-        self.follows_edge = settings.follows_edge
         self.budget = ProbeBudget(settings.max_overhead, settings.probe_every)
-        self.by_coordinates = settings.law.startswith("theorem")
-        self.fewest_chunks = CoordinateMeasurement.FEWEST_CHUNKS if self.by_coordinates else MIN_SLICES
+        self.curvature = settings.needs_curvature
         self._seen_batches = 0
         self._seen_examples = 0.0
+        # The batch size of the last measurement, or of the first step while there was none.
+        self._size = 0.0
         # Of the measurement under way: its cost, and the examples of the whole run when it was planned.
         self._cost_under_way = 0.0
-        self._planned = 0.0
-        self._asked: tuple[float, ...] = ()
-        self._wanted = self._probe_cost = 0.0
+        self._planned = math.inf
+        self._asked: tuple[Any, ...] = ()
+        self._answer: list[Probe] = []
+        self._told_of_short_run = False
 
     # ------------------------------------------------------------------ examples
 
@@ -68,12 +103,7 @@ class MeasuringPlan:
         self._seen_examples += examples
 
     def typical(self, size: float, ranks: Ranks) -> float:
-        """Examples in a micro-batch to plan with, where batches differ in size, as those counted in tokens.
-
-        Args:
-            size: of the one at hand.
-            ranks: the processes that measure together.
-        """
+        """Examples in a micro-batch to plan with, where batches differ in size, as those counted in tokens."""
         return self.mean_batch if self._seen_batches else ranks.examples(size)[0]
 
     @property
@@ -113,82 +143,143 @@ class MeasuringPlan:
         self._planned = planned
         return window
 
-    # ------------------------------------------------------------------ costs
+    # ------------------------------------------------------------------ windows
 
-    def live_is_due(self, examples: float, groups: int, secants: int) -> bool:
-        """Whether to measure a window by the gradients of its own micro-batches.
+    def windows_are_due(self, norms: WindowNorms, size: float) -> bool:
+        """Whether the norms of the windows so far make a measurement.
 
         Args:
-            examples: in it.
-            groups: of processes that make chunks of their own: all pass whenever one of them must.
-            secants: that the sharpness takes.
+            norms: of those windows.
+            size: batch size of the last of them.
         """
-        passes = 1.0 if groups == 1 else 0.5 * groups + 1.0
-        self._cost_under_way = (passes + FREE_CHUNK_PASSES) * examples
-        self._cost_under_way += self._sharpness_cost(examples, secants)
-        return self.budget.due(self._cost_under_way, self._planned)
+        if self._settings.probe_every is not None:
+            due = norms.windows >= self._settings.probe_every
+        else:
+            wanted = self._settings.probe_examples or POOLED
+            due = norms.examples >= max(wanted, WINDOWS_SHARE * self.budget.trained) or self._is_new(size)
+        if due:
+            self._size = size
+        return due
 
-    def probe_due(self, examples: float, base: float, smallest_chunk: float, secants: int) -> float:
-        """How many examples to pool for a probe; 0 if none is due.
+    def _is_new(self, size: float) -> bool:
+        self._size = self._size or size
+        return max(size / self._size, self._size / size) >= CHANGED
+
+    # ------------------------------------------------------------------ probes
+
+    def next_probe(
+        self,
+        size: float,
+        base: float,
+        smallest: float,
+        *,
+        at_hand: bool,
+        kind: Kind,
+        secants: int,
+        size_ahead: Callable[[float], float],
+    ) -> Probe | None:
+        """The probe that starts with this window, if one is due.
 
         Args:
-            examples: in a window.
+            size: examples in the window.
             base: base batch size.
-            smallest_chunk: examples, of which the fewest chunks are made.
+            smallest: examples in the smallest chunk that can be made.
+            at_hand: whether a part of the batch at hand can be measured against its rest.
+            kind: of the probe.
             secants: that the sharpness takes.
+            size_ahead: the batch size after so many more examples.
         """
-        question = examples, base, smallest_chunk, secants, self._planned
+        question = size, base, smallest, at_hand, kind, secants, self._planned
         if question != self._asked:
             # The same at every step of a batch size that stays.
-            self._wanted = self._settings.probe_examples or examples_wanted(
-                examples,
-                base,
-                lambda examples: self.budget.affordable(self._cost(examples), self._planned),
-                smallest=self.fewest_chunks * smallest_chunk,
+            self._asked, self._answer = question, self._options(size, base, smallest, at_hand, kind)
+            self._costs = [self._cost(probe, secants) for probe in self._answer]
+            self._tell_of_a_short_run(min(self._costs), smallest)
+        changed = self._is_new(size)
+        probe, cost = self._answer[changed], self._costs[changed]
+        urgent = changed
+        if not self.budget.measurements and not changed:
+            # Before the first change of the batch size, if it is known: pooling takes that long.
+            urgent = size_ahead(probe.examples + size) >= CHANGED * size
+        if not self.budget.due(cost, self._planned, urgent=urgent):
+            return None
+        self._cost_under_way, self._size = cost, size
+        self.budget.start()
+        return probe
+
+    def _options(self, size: float, base: float, smallest: float, at_hand: bool, kind: Kind) -> list[Probe]:
+        """A probe to follow training with, and one for the first step after a change of the batch size."""
+        pooled = Probe(kind, self._settings.probe_examples or self._pooled(size, base, smallest, kind))
+        if not at_hand or self._settings.probe_examples:
+            return [pooled, pooled]
+        part = min(size / 2.0, POOLED)
+        while part >= 4.0 and self.budget.affordable(probe_cost(part), self._planned) < FEW_PROBES:
+            part /= 2.0
+        part = float(math.ceil(part))
+        here = Probe(kind, part, at_hand=True)
+        # Pairs of examples per pass: `b (n - b) + b^2 / 2` of a slice, `M^2 / 2` of a pool.
+        return [here if size - part / 2.0 > pooled.examples / 2.0 else pooled, here]
+
+    def _pooled(self, size: float, base: float, smallest: float, kind: Kind) -> float:
+        """A power-of-two multiple of the batch size, for which at least some probes are affordable."""
+        chunks = CoordinateMeasurement.FEWEST_CHUNKS if kind is Kind.COORDINATES else MIN_SLICES
+        examples = size
+        while examples < NEARLY * chunks * smallest:
+            examples *= 2
+        while True:
+            number = self.budget.affordable(self._cost(Probe(kind, 2 * examples), 0), self._planned)
+            few = kind is Kind.NORMS and 2 * examples <= POOLED and number >= FEW_PROBES
+            many = 2 * examples <= MAX_SLICES * base and number >= ENOUGH_PROBES
+            if not (few or many):
+                return examples
+            examples *= 2
+
+    def _cost(self, probe: Probe, secants: int = SECANTS) -> float:
+        """Passes: every slice once, and half of them for each of two sizes of direction."""
+        passes = probe.examples
+        if probe.kind is Kind.COORDINATES:
+            passes = CoordinateMeasurement.cost(passes, self._settings.law)
+        elif probe.kind is Kind.LAW:
+            more = 0.5 * (secants or SECANTS) if self._settings.follows_edge else 0.0
+            passes *= 2.0 + more
+        return probe_cost(passes)
+
+    def _tell_of_a_short_run(self, cost: float, smallest: float) -> None:
+        if self._told_of_short_run or not math.isfinite(self._planned) or self._settings.probe_every:
+            return
+        self._told_of_short_run = True
+        total = self._settings.max_overhead * self._planned
+        if cost > total and not self.budget.measurements:
+            rank_zero_info(
+                f"Nothing will be measured: the smallest measurement takes {cost:g} passes, and "
+                f"max_overhead={self._settings.max_overhead:g} of the {self._planned:g} examples of this run "
+                f"affords {total:g}. The factor stays that of square-root scaling. Train longer, pass "
+                f"max_overhead={_rounded_up(cost / self._planned):g}, or accumulate_grad_batches=2, which is "
+                "measured without passes."
             )
-            self._probe_cost = self._cost(self._wanted)
-            self._probe_cost += self._sharpness_cost(self._wanted, secants - SECANTS)
-            self._asked = question
-        self._cost_under_way = self._probe_cost
-        return self._wanted if self.budget.due(self._probe_cost, self._planned) else 0.0
 
-    def has_room(self, examples: float) -> bool:
-        """Whether a probe of what was pooled in the end stays within the budget.
+    def has_room(self, probe: Probe) -> bool:
+        """Whether a probe of what was pooled in the end stays within the budget."""
+        return self.budget.has_room(self._cost(probe), self._planned)
 
-        Args:
-            examples: that were pooled.
-        """
-        return self.budget.has_room(self._cost(examples), self._planned)
+    def charge(self, passes: float) -> None:
+        """Pay for a measurement that took so many passes."""
+        self.budget.charge(probe_cost(passes))
 
-    def charge(self, measurement: Measurement, *, free: bool) -> None:
-        """Pay for a measurement.
-
-        Args:
-            measurement: that was taken.
-            free: whether its chunks came without passes of their own.
-        """
-        arithmetic = FREE_CHUNK_PASSES * measurement.statistics.batch_size if free else 0.0
-        self.budget.charge(measurement.passes + arithmetic)
+    def charge_windows(self, examples: float) -> None:
+        """Pay for the norms of a window with so many examples."""
+        self.budget.charge_norms(norms_cost(examples))
 
     def charge_in_vain(self) -> None:
         """Pay for the measurement under way, of which nothing came."""
         self.budget.charge(self._cost_under_way, measured=False)
 
-    def _cost(self, examples: float) -> float:
-        """Passes of a probe: its slices once, and half of them for each of two sizes of direction."""
-        if self.by_coordinates:
-            return CoordinateMeasurement.cost(examples, self._settings.law)
-        return 2.0 * examples + self._sharpness_cost(examples, SECANTS)
-
-    def _sharpness_cost(self, examples: float, secants: int) -> float:
-        """Passes of the sharpness: one half of the examples for each secant."""
-        return 0.5 * secants * examples if self.follows_edge else 0.0
-
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {"budget": self.budget.state_dict(), "seen": [self._seen_batches, self._seen_examples]}
+        seen = [self._seen_batches, self._seen_examples]
+        return {"budget": self.budget.state_dict(), "seen": seen, "size": self._size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`.
@@ -199,6 +290,7 @@ class MeasuringPlan:
         """
         remedy = "load what state_dict returned"
         self.budget.load_state_dict(state["budget"])
+        self._size = require_number("size", state.get("size", 0.0), remedy, zero=True)
         batches, examples = (require_number("seen", number, remedy, zero=True) for number in state["seen"])
         # Their quotient is the size that the next measurement is planned with: it must be one. Examples that
         # were seen and not trained on are those of steps that a scaler skipped.
@@ -210,6 +302,12 @@ class MeasuringPlan:
                 f"batches of {examples:g} examples: {remedy}."
             )
         self._seen_batches, self._seen_examples = int(batches), examples
+
+
+def _rounded_up(value: float) -> float:
+    """To one digit."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return math.ceil(value / unit) * unit
 
 
 class Pace:

@@ -9,15 +9,17 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_surge.measure.batches import BatchError, SplitBatch, split_leading_dimension, tensors_in
-from lightning_surge.measure.budget import ProbeBudget
+from lightning_surge.measure.budget import ProbeBudget, probe_cost
 from lightning_surge.measure.probing import Prober
-from lightning_surge.measure.replay import ChangedBatchError, Chunk, Piece
+from lightning_surge.measure.replay import ChangedBatchError, Piece
 
 __all__ = ["Cutting", "Pool", "Versions"]
 
 
 # Checkpoints in a row that may interrupt a measurement before the user is told.
 PATIENCE = 3
+# Slices that a batch is compared with.
+COMPARED = 4
 
 
 class Versions:
@@ -68,7 +70,7 @@ class Pool:
 
     Example:
         >>> pool = Pool()
-        >>> pool.target = 8.0
+        >>> pool.begin(8.0)
         >>> for batch in ([1], [2]):
         ...     pool.open_window()
         ...     pool.add(Piece(batch, 0, 4.0), Versions(batch))
@@ -101,6 +103,11 @@ class Pool:
     def full(self) -> bool:
         """Whether there are as many examples as were wanted."""
         return self.target > 0.0 and self.gathered >= self.target
+
+    def begin(self, examples: float) -> None:
+        """Gather so many examples, from a window that begins."""
+        self.target = examples
+        self.open_window()
 
     def open_window(self) -> None:
         """Remember where a window begins."""
@@ -153,12 +160,14 @@ class Cutting:
 
     Attributes:
         allowed: whether batches may be cut, as far as it is known.
+        checked: whether slices have been compared with a batch.
+        exact: whether they agree without random numbers.
     """
 
     def __init__(self, split_batch: SplitBatch | Literal[False] | None) -> None:
         self._split_batch = split_batch or split_leading_dimension
         self.allowed = split_batch is not False
-        self._checked = False
+        self.checked = self.exact = False
 
     @property
     def split_batch(self) -> SplitBatch | None:
@@ -184,36 +193,26 @@ class Cutting:
                 "measure from whole, pooled batches."
             ) from error
 
-    def agrees(
-        self, pieces: Sequence[Piece], chunks: Sequence[Chunk], prober: Prober, budget: ProbeBudget
-    ) -> bool:
-        """Whether chunks can be measured in place of the batches, which is made sure of once.
+    def agrees(self, pieces: Sequence[Piece], prober: Prober, budget: ProbeBudget) -> bool:
+        """Whether slices can be measured in place of the batches, which is made sure of once.
 
         Args:
-            pieces: whole batches.
-            chunks: made of them.
-            prober: passes the batches and their slices, on all processes.
+            pieces: whole batches, or parts of one.
+            prober: passes one of them and its slices, on all processes.
             budget: pays for the passes.
         """
-        if self._checked or len(chunks) <= len(pieces):
-            return True
-        num_slices = max(len(chunks) // len(pieces), 2)
+        if self.checked:
+            return self.allowed
         # The cheapest that can be cut: a size may count tokens, and a batch be a single row.
-        piece = next(
-            (
-                piece
-                for piece in sorted(pieces, key=lambda piece: piece.size)
-                if len(prober.cut(piece, num_slices)) > 1
-            ),
-            None,
-        )
+        by_size = sorted(pieces, key=lambda piece: piece.size)
+        piece = next((piece for piece in by_size if len(prober.cut(piece, COMPARED)) > 1), None)
         prober.ranks.meet()
         if not any(prober.ranks.total(float(piece is not None))):
             return True  # nothing was cut
-        agree, passes = prober.slices_agree(piece or pieces[0], num_slices)
-        self._checked = True
-        budget.charge(passes, measured=False)
-        if not agree:
+        found = prober.slices_agree(piece or pieces[0], COMPARED)
+        self.checked, self.exact = True, found.exact
+        budget.charge(probe_cost(found.passes), measured=False)
+        if not found.agrees:
             self.allowed = False
             rank_zero_warn(
                 "The mean gradient of a batch's slices is not the gradient of the batch: the loss couples "
@@ -221,11 +220,11 @@ class Cutting:
                 "else, as tokens without padding (then pass batch_size_fn=). Whole batches are pooled "
                 "instead of sliced; pass loss_fn= or split_batch= if slices can be made to agree."
             )
-        return agree
+        return found.agrees
 
     def state_dict(self) -> dict[str, Any]:
         """What has been found out."""
-        return {"slices_checked": self._checked, "may_split": self.allowed}
+        return {"slices_checked": self.checked, "slices_exact": self.exact, "may_split": self.allowed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`.
@@ -233,4 +232,5 @@ class Cutting:
         Raises:
             KeyError: if a value is missing.
         """
-        self._checked, self.allowed = bool(state["slices_checked"]), bool(state["may_split"])
+        self.checked, self.exact = bool(state["slices_checked"]), bool(state.get("slices_exact", False))
+        self.allowed = bool(state["may_split"])

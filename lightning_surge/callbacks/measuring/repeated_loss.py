@@ -65,7 +65,7 @@ class RepeatedLoss:
         else:
             parameters = inspect.signature(self._module.training_step).parameters
             arguments = (batch, batch_idx)[: len(parameters)]
-            if self._ranks.reducer_owns_gradients:
+            if self._ranks.count > 1:
                 # Around the wrapper, whose forward pass would prepare a reduction.
                 with self._trainer.precision_plugin.train_step_context():
                     loss = self._module.training_step(*arguments)
