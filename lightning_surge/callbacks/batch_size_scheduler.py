@@ -25,7 +25,12 @@ from torch.optim import Optimizer
 
 from lightning_surge.callbacks.batch_counter import BatchCounter
 from lightning_surge.callbacks.checks import check_accumulated_sizes, check_host, ranks_of
-from lightning_surge.callbacks.lightning_host import Callback, refresh_epoch_length, replicas_of
+from lightning_surge.callbacks.lightning_host import (
+    Callback,
+    check_versions,
+    refresh_epoch_length,
+    replicas_of,
+)
 from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.training_loader import (
     MicroBatches,
@@ -229,6 +234,7 @@ class BatchSizeScheduler(Callback):
         """Refuse whatever cannot be combined with an accumulation that changes."""
         if stage != "fit":
             return
+        check_versions(trainer, type(self).__name__)
         check_host(trainer, pl_module, type(self).__name__)
         # Before a batch-size finder, whose trials step the learning-rate schedules without callbacks. A new
         # list: Lightning iterates over the old one now.

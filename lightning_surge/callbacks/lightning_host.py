@@ -9,9 +9,11 @@ both. Only `pytorch_lightning`'s LightningCLI asks for a class of callbacks: imp
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.overrides import is_overridden
 from torch.optim import Optimizer
@@ -21,6 +23,7 @@ from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 __all__ = [
     "Callback",
     "batches_per_epoch",
+    "check_versions",
     "is_accumulation_scheduler",
     "is_sampler_wrapper",
     "loader_batch_size",
@@ -41,6 +44,48 @@ else:
 
     class Callback(pl.Callback, _OtherCallback):
         """A callback to both packages."""
+
+
+# Neither Lightning nor torch documents these; each has a test in tests/project/test_lightning_contract.py.
+OF_LIGHTNING = (
+    "_logger_connector.should_update_logs",
+    "strategy.training_step",
+    "fit_loop._combined_loader",
+    "fit_loop._data_fetcher",
+    "fit_loop.max_batches",
+    "val_check_batch",
+    "distributed_sampler_kwargs",
+)
+OF_TORCH = (
+    "amp.GradScaler._found_inf_per_device",
+    "amp.GradScaler._check_inf_per_device",
+    "optim.Optimizer.register_step_pre_hook",
+    "optim.Optimizer.register_step_post_hook",
+)
+
+
+def check_versions(trainer: pl.Trainer, name: str) -> None:
+    """Refuse a Lightning or torch in which something that the callbacks touch is no longer there.
+
+    Args:
+        trainer: at `setup`.
+        name: name of the callback, for the message.
+
+    Raises:
+        MisconfigurationException: if one of the undocumented parts is missing; it names part and version.
+    """
+    for package, version, owner, paths in (
+        ("lightning", pl.__version__, trainer, OF_LIGHTNING),
+        ("torch", torch.__version__, torch, OF_TORCH),
+    ):
+        for path in paths:
+            try:
+                attrgetter(path)(owner)
+            except AttributeError:
+                raise MisconfigurationException(
+                    f"{name} needs {path}, which {package} does not document, got {package} {version} "
+                    "without it: install an older release of it, or a newer one of lightning-surge."
+                ) from None
 
 
 def is_accumulation_scheduler(callback: object) -> bool:

@@ -40,6 +40,7 @@ from lightning_surge.callbacks.learner import (
 )
 from lightning_surge.callbacks.lightning_host import (
     Callback,
+    check_versions,
     is_accumulation_scheduler,
     skips_step,
 )
@@ -325,6 +326,7 @@ class SurgeLRCallback(Callback):
             return
         name, measures = type(self).__name__, self.settings.measures
         repeats_step = measures and self._loss_fn is None
+        check_versions(trainer, name)
         check_trainer(trainer, pl_module, name, measures=measures, repeats_step=repeats_step)
         served = self._served(trainer)
         check_indices([callback.settings.optimizer for callback in served], name)
