@@ -9,6 +9,7 @@ both. Only `pytorch_lightning`'s LightningCLI asks for a class of callbacks: imp
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -74,16 +75,13 @@ def check_versions(trainer: pl.Trainer, name: str) -> None:
     Raises:
         MisconfigurationException: if one of the undocumented parts is missing; it names part and version.
     """
-    for package, version, owner, paths in (
-        ("lightning", pl.__version__, trainer, OF_LIGHTNING),
-        ("torch", torch.__version__, torch, OF_TORCH),
-    ):
+    for package, owner, paths in (("lightning", trainer, OF_LIGHTNING), ("torch", torch, OF_TORCH)):
         for path in paths:
             try:
                 attrgetter(path)(owner)
             except AttributeError:
                 raise MisconfigurationException(
-                    f"{name} needs {path}, which {package} does not document, got {package} {version} "
+                    f"{name} needs {path}, which {package} does not document, got {package} {version(package)} "
                     "without it: install an older release of it, or a newer one of lightning-surge."
                 ) from None
 
