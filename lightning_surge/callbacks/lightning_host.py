@@ -9,7 +9,7 @@ both. Only `pytorch_lightning`'s LightningCLI asks for a class of callbacks: imp
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,6 +21,7 @@ from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 __all__ = [
     "Callback",
     "batches_per_epoch",
+    "callbacks_of",
     "is_accumulation_scheduler",
     "is_sampler_wrapper",
     "loader_batch_size",
@@ -32,6 +33,8 @@ __all__ = [
     "skips_step",
 ]
 
+C = TypeVar("C", bound=pl.Callback)
+
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
     Callback = pl.Callback
 else:
@@ -41,6 +44,12 @@ else:
 
     class Callback(pl.Callback, _OtherCallback):
         """A callback to both packages."""
+
+
+def callbacks_of(trainer: pl.Trainer, kind: type[C]) -> list[C]:
+    """The Trainer's callbacks of a class, in their order."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, kind)]
 
 
 def is_accumulation_scheduler(callback: object) -> bool:
@@ -54,12 +63,7 @@ def is_sampler_wrapper(sampler: object) -> bool:
 
 
 def overrides(pl_module: pl.LightningModule, name: str) -> bool:
-    """Whether a module brings a method of its own in place of LightningModule's.
-
-    Args:
-        pl_module: of either package.
-        name: of the method.
-    """
+    """Whether a module brings a method of its own in place of LightningModule's."""
     parents = _classes("pytorch", "LightningModule")
     return is_overridden(name, pl_module, next(kind for kind in parents if isinstance(pl_module, kind)))
 
@@ -87,15 +91,7 @@ def replicas_of(trainer: pl.Trainer) -> int:
 
 
 def loader_batch_size(loader: Any, owner: str) -> int:
-    """Examples per micro-batch that a loader was made with.
-
-    Args:
-        loader: The training loader.
-        owner: Name of the callback that asks, for the message.
-
-    Raises:
-        MisconfigurationException: if it does not say.
-    """
+    """Examples per micro-batch that a loader was made with."""
     # A DataLoader with a batch sampler has batch_size=None; any other has one made for it, whose size may be
     # written while training.
     size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
@@ -110,15 +106,7 @@ def loader_batch_size(loader: Any, owner: str) -> int:
 
 
 def scheduled_sampler(loader: Any, owner: str) -> ScheduledBatchSampler | None:
-    """The batch sampler of a loader, if it is one that follows schedules.
-
-    Args:
-        loader: The training loader.
-        owner: Name of the callback that asks, for the message.
-
-    Raises:
-        MisconfigurationException: if it sits in one of several loaders.
-    """
+    """The batch sampler of a loader, if it is one that follows schedules."""
     if isinstance(loader, (list, tuple, dict)):
         if _has_scheduled_sampler(loader):
             raise MisconfigurationException(
@@ -139,11 +127,7 @@ def _has_scheduled_sampler(loaders: Any) -> bool:
 
 
 def refuse_scheduled_validation(trainer: pl.Trainer) -> None:
-    """Refuse a sampler that would cut validation into the micro-batches of training, and leave out the rest.
-
-    Raises:
-        MisconfigurationException: if a validation loader has a `ScheduledBatchSampler`.
-    """
+    """Refuse a sampler that would cut validation into the micro-batches of training."""
     if _has_scheduled_sampler(trainer.val_dataloaders):
         raise MisconfigurationException(
             "Expected a ScheduledBatchSampler in the training DataLoader only, got one for validation, whose"
@@ -156,9 +140,6 @@ def refresh_epoch_length(trainer: pl.Trainer) -> None:
 
     It reads it once per `fit`. With a stale one it would skip validation and the last step of an epoch that
     got shorter, and leave out examples of one that got longer.
-
-    Args:
-        trainer: in `on_train_epoch_start`, with one training DataLoader that has a length.
     """
     length, limit = len(trainer.train_dataloader), trainer.limit_train_batches  # type: ignore[arg-type]
     # At least one, where the first epoch had one: without a batch Lightning ends the training.
@@ -182,16 +163,6 @@ def skips_step(trainer: pl.Trainer, optimizer: Optimizer, *, has_loss: bool) -> 
     Lightning has unscaled the gradients by then and looked for infinities, except those of a fused optimizer
     (`_step_supports_amp_scaling`), which does both within its step. For that one the scaler is made to look
     now: one more pass over the gradients, which waits for the device.
-
-    Args:
-        trainer: at `on_before_optimizer_step`.
-        optimizer: the raw torch optimizer, whose gradients are complete.
-        has_loss: whether the last `training_step` returned one; Lightning leaves out the scaler's step where
-            it returned None.
-
-    Returns:
-        Whether gradients are not finite, so that the optimizer will leave the parameters alone; False where
-        there is no scaler.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not scaler.is_enabled():
