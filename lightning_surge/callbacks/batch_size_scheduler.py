@@ -234,7 +234,7 @@ class BatchSizeScheduler(Callback):
         check_host(trainer, pl_module, type(self).__name__)
         # Before a batch-size finder, whose trials step the learning-rate schedules without callbacks. A new
         # list: Lightning iterates over the old one now.
-        others = [callback for callback in callbacks_of(trainer, pl.Callback) if callback is not self]
+        others = [callback for callback in callbacks_of(trainer, object) if callback is not self]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._trainer = trainer
         if trainer.global_step == 0:

@@ -283,7 +283,7 @@ def check_host(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) ->
             f" accumulate_grad_batches={trainer.accumulate_grad_batches}: remove it from the Trainer;"
             " the schedule sets the first size."
         )
-    for other in callbacks_of(trainer, pl.Callback):
+    for other in callbacks_of(trainer, object):
         if is_accumulation_scheduler(other):
             raise MisconfigurationException(
                 f"Expected one callback that changes the accumulation, got {name} and"

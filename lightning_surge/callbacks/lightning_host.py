@@ -33,7 +33,7 @@ __all__ = [
     "skips_step",
 ]
 
-C = TypeVar("C", bound=pl.Callback)
+C = TypeVar("C")
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
     Callback = pl.Callback
@@ -47,8 +47,8 @@ else:
 
 
 def callbacks_of(trainer: pl.Trainer, kind: type[C]) -> list[C]:
-    """The Trainer's callbacks of a class, in their order."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    """The Trainer's callbacks of a class, in their order; `object` for all, of either package."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, kind)]
 
 

@@ -328,7 +328,7 @@ class SurgeLRCallback(Callback):
             )
         # Schedules of the batch size must have spoken before; monitors come after. A new list: Lightning
         # iterates over the old one now.
-        callbacks = callbacks_of(trainer, pl.Callback)
+        callbacks = callbacks_of(trainer, object)
         first = [c for c in callbacks if isinstance(c, BatchSizeScheduler) or is_accumulation_scheduler(c)]
         rest = [callback for callback in callbacks if callback not in first and callback not in ours]
         trainer.callbacks = [*first, *ours, *rest]  # type: ignore[attr-defined]
