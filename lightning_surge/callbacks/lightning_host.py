@@ -85,7 +85,8 @@ def check_versions(trainer: pl.Trainer, name: str) -> None:
             except AttributeError:
                 raise MisconfigurationException(
                     f"{name} needs {path}, which {package} does not document, got {package} "
-                    f"{version(package)} without it: install an older release of it, or a newer one of lightning-surge."
+                    f"{version(package)} without it: install an older release of it, or a newer one of "
+                    "lightning-surge."
                 ) from None
 
 
