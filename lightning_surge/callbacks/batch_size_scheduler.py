@@ -10,6 +10,7 @@ steps of any size, if the loader has a `ScheduledBatchSampler`.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -216,6 +217,17 @@ class BatchSizeScheduler(Callback):
     def follows_law(self) -> bool:
         """Whether the sizes come from the measured law."""
         return isinstance(self.schedule, FollowPeak)
+
+    def size_ahead(self, examples: float) -> float:
+        """Examples per step that the schedule asks for after so many more at the present size."""
+        if not isinstance(self.schedule, Schedule) or self._trainer is None:
+            return float(self._followed)
+        trainer, seen = self._trainer, self._examples + examples
+        batches = trainer.num_training_batches
+        per_epoch = batches * self._reference * self._micro.replicas
+        steps = trainer.global_step + math.ceil(examples / self._scheduled)
+        epoch = trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_idx / batches + examples / per_epoch
+        return float(self.schedule(Progress(steps, seen, epoch)))
 
     def expect_law(self) -> None:
         """Told by whoever will call `learn`, before training starts."""

@@ -57,10 +57,17 @@ FULL_PRECISION = ("32-true", "64-true")
 
 
 def check_trainer(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, *, measures: bool, repeats_step: bool
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    name: str,
+    *,
+    measures: bool,
+    repeats_step: bool,
+    curvature: bool,
 ) -> None:
     """Refuse a Trainer or module that the callback cannot serve."""
-    check_processes(trainer, name, measures=measures)
+    probes = curvature or not pl_module.automatic_optimization
+    check_processes(trainer, name, measures=measures, probes=probes)
     if not pl_module.automatic_optimization and repeats_step:
         raise MisconfigurationException(
             f"{name} cannot repeat the training_step of {type(pl_module).__name__}, which optimizes "
@@ -101,7 +108,13 @@ def served_optimizer(
 
 
 def check_optimizer(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, name: str, law: str
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    optimizer: Optimizer,
+    name: str,
+    law: str,
+    *,
+    curvature: bool,
 ) -> None:
     """Refuse optimizers that the law does not describe, and name one that is not known."""
     family = optimizer_family(optimizer)
@@ -136,7 +149,7 @@ def check_optimizer(
             "while most steps are clipped their length is the same at every batch size, and the factor too "
             "large. Pass law='sqrt' if they are."
         )
-    _check_parameters(optimizer, name)
+    _check_parameters(optimizer, name, curvature=curvature)
 
 
 def _check_lr(optimizer: Optimizer, name: str) -> None:
@@ -241,7 +254,7 @@ def clips_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     return bool(trainer.gradient_clip_val) or overrides(pl_module, "configure_gradient_clipping")
 
 
-def _check_parameters(optimizer: Optimizer, name: str) -> None:
+def _check_parameters(optimizer: Optimizer, name: str, *, curvature: bool) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.device.type == "mps":
@@ -249,12 +262,13 @@ def _check_parameters(optimizer: Optimizer, name: str) -> None:
                     f"{name} sums in float64, which device 'mps' does not have: use accelerator='cpu', or "
                     "law='sqrt', which measures nothing."
                 )
-            if torch.finfo(parameter.dtype).eps > torch.finfo(torch.float32).eps:
+            if curvature and torch.finfo(parameter.dtype).eps > torch.finfo(torch.float32).eps:
                 raise MisconfigurationException(
                     f"Expected float32 parameters, got dtype {parameter.dtype}, which cannot hold the "
-                    "small moves that measure curvature: keep float32 parameters "
-                    "(precision='bf16-mixed' or '16-mixed' does, which computes in 16 bits all the same), or "
-                    "pass law='sqrt', law='linear' or law='constant', which measure nothing."
+                    "small moves that measure curvature: use an objective that needs none ('progress', "
+                    "'alignment'), keep float32 parameters (precision='bf16-mixed' or '16-mixed' does, which "
+                    "computes in 16 bits all the same), or pass law='sqrt', law='linear' or law='constant', "
+                    "which measure nothing."
                 )
 
 
@@ -339,7 +353,7 @@ def check_sampled_sizes(
             )
 
 
-def check_processes(trainer: pl.Trainer, name: str, *, measures: bool) -> None:
+def check_processes(trainer: pl.Trainer, name: str, *, measures: bool, probes: bool) -> None:
     """Refuse strategies whose gradients cannot be read process by process."""
     strategy = trainer.strategy
     if strategy.handles_gradient_accumulation:
@@ -363,16 +377,22 @@ def check_processes(trainer: pl.Trainer, name: str, *, measures: bool) -> None:
             f"{trainer.world_size}, tensor_parallel_size=1)."
         )
     if not isinstance(strategy, DDPStrategy):
+        if probes:
+            raise MisconfigurationException(
+                f"{name} measures sharded parameters from the norms of accumulation windows alone, got "
+                f"{type(strategy).__name__} with manual optimization, or an objective, law or schedule that "
+                "needs curvature: use objective='progress' or 'alignment', strategy='ddp', or law='sqrt'."
+            )
         return
     if strategy._model_averaging_period is not None:
         raise MisconfigurationException(
             f"{name} needs equal parameters on all processes, got DDPStrategy with model_averaging_period="
             f"{strategy._model_averaging_period}, which lets them drift apart: leave it out."
         )
-    if strategy._ddp_kwargs.get("static_graph", False):
+    if probes and strategy._ddp_kwargs.get("static_graph", False):
         raise MisconfigurationException(
-            f"{name} runs backward passes of its own, got DDPStrategy(static_graph=True), which counts every "
-            "pass in the first step: leave it out."
+            f"{name} runs backward passes of its own for curvature and in manual optimization, got "
+            "DDPStrategy(static_graph=True), which counts every pass in the first step: leave it out."
         )
 
 
@@ -385,5 +405,5 @@ def ranks_of(trainer: pl.Trainer) -> Ranks:
         count=trainer.world_size,
         rank=trainer.global_rank,
         replicas=replicas_of(trainer),
-        reduces=isinstance(trainer.strategy, ModelParallelStrategy),
+        sharded=isinstance(trainer.strategy, ModelParallelStrategy),
     )

@@ -162,7 +162,9 @@ class Learner:
         sums = self.history.stats().coordinate_sums
         if sums is not None:
             return sums.deviation_l1
-        return math.nan if moments is None else moments.deviation_l1(optimizer)
+        if moments is None or not self.history.stats().alignments:
+            return math.nan
+        return moments.deviation_l1(optimizer)
 
     def _fit_again(
         self, step: StepToCome, deviation_l1: float, tell: Callable[[EstimatedLaw], None] | None
@@ -172,7 +174,7 @@ class Learner:
         law = estimate(self.history, self._fit(step))
         policy.update(law, step.batch_size, self.scheduled_lr)
         if law is not None:
-            if tell is not None:
+            if tell is not None and self.history.stats().knows_curvature:
                 tell(law)
             self.law_history.append(LawRecord(step.number, law, self.history.stats()))
         self._law_metrics = law_metrics(self.history, law, step.batch_size, deviation_l1)
@@ -181,7 +183,10 @@ class Learner:
         """Which law the measurements are fitted with."""
         if self._settings.follows_edge:
             return partial(fit_edge_law, stability=stability_constant(step.optimizer))
-        return fit_theorem3_law if self._settings.law == "theorem3" else law_of(step.direction)
+        if self._settings.law == "theorem3":
+            return fit_theorem3_law
+        needed = self._settings.objective == "step" or self._settings.law == "theorem2"
+        return law_of(step.direction, curvature=needed)
 
     def step(self, optimizer: Optimizer, batch_size: float) -> None:
         """Count a step just taken, for what Adam's averages hold."""

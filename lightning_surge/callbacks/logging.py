@@ -76,7 +76,8 @@ def law_metrics(
     """What the measurements say, each with its standard error where it is finite.
 
     An infinite noise scale, and whatever is 0 or infinite in a law at the edge of what can be fitted, was not
-    measured, and is left out. An infinite peak of another law is an answer: it never falls.
+    measured, and is left out, and so is what depends on curvature in a law from norms alone. An infinite peak
+    of another law is an answer: it never falls.
     """
     stats = history.stats()
     metrics = {
@@ -96,6 +97,8 @@ def law_metrics(
         "curvature": lambda law: law.alignment(batch_size) / law.lr(batch_size),
         "lr_optimal": lambda law: law.lr(batch_size),
     }
+    if not stats.knows_curvature:
+        quantities = {"critical_batch_size": quantities["critical_batch_size"]}
     if not math.isnan(law.edge_lr(batch_size)):
         quantities["edge_lr"] = lambda law: law.edge_lr(batch_size)
     for name, quantity in quantities.items():
@@ -111,7 +114,7 @@ def law_metrics(
     metrics |= {f"{PREFIX}law/{name}": value for name, value in numbers.items() if value is not None}
     metrics[f"{PREFIX}law/smallest_measured"], metrics[f"{PREFIX}law/largest_measured"] = law.reach
     if isinstance(law.law, MeasuredLaw):
-        if math.isfinite(deviation_l1):
+        if math.isfinite(deviation_l1) and stats.alignments:
             # |sigma|_1^2 / |mu|_1^2; the alignment of an infinite batch is |mu|_1.
             metrics[f"{PREFIX}noise_scale_l1"] = (deviation_l1 / law.law.alignment_limit) ** 2
         error = law.standard_error(lambda law: law.alignment_scale)  # type: ignore[attr-defined]

@@ -57,6 +57,7 @@ class SurgeSettings:
     max_overhead: float
     probe_every: int | None
     probe_examples: int | None
+    log_peak: bool
     lr_scale_bounds: tuple[float, float] | None
     max_drift_per_step: float
     half_life: float
@@ -101,6 +102,12 @@ class SurgeSettings:
     def measures(self) -> bool:
         """Whether the law takes measurements, as rules do not."""
         return self.law not in REFERENCE_RULES
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether norms of gradients are not enough."""
+        needed = self.objective in ("step", "edge") or self.law.startswith("theorem") or self.log_peak
+        return self.measures and needed
 
     @property
     def follows_edge(self) -> bool:

@@ -115,6 +115,8 @@ class SurgeLRCallback(Callback):
         probe_every: Optimizer steps between measurements, whatever they cost; None keeps to `max_overhead`.
         probe_examples: Examples per measurement, pooled from consecutive batches; None decides by the
             budget.
+        log_peak: Whether to measure curvature too where the objective needs none: then the peak of the
+            learning rate, the critical batch size, alignment and curvature are measured and logged.
         lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`.
         max_drift_per_step: Largest relative rise of the factor per step, beyond what a larger batch allows at
             once.
@@ -164,6 +166,7 @@ class SurgeLRCallback(Callback):
         max_overhead: float = 0.01,
         probe_every: int | None = None,
         probe_examples: int | None = None,
+        log_peak: bool = False,
         lr_scale_bounds: tuple[float, float] | None = None,
         max_drift_per_step: float = 0.05,
         half_life: float = 8.0,
@@ -185,6 +188,7 @@ class SurgeLRCallback(Callback):
             max_overhead=max_overhead,
             probe_every=probe_every,
             probe_examples=probe_examples,
+            log_peak=log_peak,
             lr_scale_bounds=lr_scale_bounds,
             max_drift_per_step=max_drift_per_step,
             half_life=half_life,
@@ -320,7 +324,14 @@ class SurgeLRCallback(Callback):
         name, measures = type(self).__name__, self.settings.measures
         repeats_step = measures and self._loss_fn is None
         check_versions(trainer, name)
-        check_trainer(trainer, pl_module, name, measures=measures, repeats_step=repeats_step)
+        check_trainer(
+            trainer,
+            pl_module,
+            name,
+            measures=measures,
+            repeats_step=repeats_step,
+            curvature=self._needs_curvature(trainer),
+        )
         ours = callbacks_of(trainer, SurgeLRCallback)
         indices = [callback.settings.optimizer for callback in ours]
         if len(indices) > 1 and (None in indices or len(set(indices)) < len(indices)):
@@ -337,11 +348,17 @@ class SurgeLRCallback(Callback):
         for scheduler in callbacks_of(trainer, BatchSizeScheduler) if measures else ():
             scheduler.expect_law()
 
+    def _needs_curvature(self, trainer: pl.Trainer) -> bool:
+        """Whether this callback or a schedule that follows its law needs more than norms of gradients."""
+        followed = any(scheduler.follows_law for scheduler in callbacks_of(trainer, BatchSizeScheduler))
+        return self.settings.measures and (self.settings.needs_curvature or followed)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizer, before any time is spent on training."""
         name, index = type(self).__name__, self.settings.optimizer
         optimizer = served_optimizer(trainer, pl_module, name, index)
-        check_optimizer(trainer, pl_module, optimizer, name, self.settings.law)
+        curvature = self._needs_curvature(trainer)
+        check_optimizer(trainer, pl_module, optimizer, name, self.settings.law, curvature=curvature)
         if not self.settings.scale_weight_decay:
             check_weight_decay(optimizer, name)
         if self.settings.follows_edge:
@@ -373,7 +390,15 @@ class SurgeLRCallback(Callback):
         self._may_be_capped = math.isfinite(largest_lr(optimizer))
         self._learner.moments.begin(optimizer)
         pace = behind.pace if behind.manual else None
-        self._measurer.attach(trainer, pl_module, optimizer, self._direction, pace)
+        self._measurer.attach(
+            trainer,
+            pl_module,
+            optimizer,
+            self._direction,
+            pace,
+            None if self._scheduler is None else self._scheduler.size_ahead,
+            curvature=self._needs_curvature(trainer),
+        )
         self._started, self._ended = time.perf_counter(), 0.0
         drawn = [one for one in callbacks_of(trainer, SurgeLRCallback) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them
@@ -402,7 +427,7 @@ class SurgeLRCallback(Callback):
                 learner = self._learner
                 if batch_idx == 0 and measurer.parameters_changed(look=True):
                     learner.forget()  # a callback has unfrozen some at the start of the epoch
-                measurer.open_window(batch, batch_idx, size, base=learner.base_batch_size, law=learner.law)
+                measurer.open_window(batch, batch_idx, size, base=learner.base_batch_size)
         behind.begin_batch(measurer.before_forward(batch), batch_idx, size=size)
         if behind.manual:
             behind.pace.begin_batch(trainer.global_step)
@@ -469,14 +494,14 @@ class SurgeLRCallback(Callback):
         base = learner.base_batch_size
         assert base is not None
         learner.scheduled_lr = max(learning_rates(step.optimizer))
-        measurement = measurer.collect(base, step.batch_size, moments, learner.law)
+        measurements = measurer.collect(base, step.batch_size, moments, learner.law)
         if measurer.parameters_changed():
             learner.forget()
         if measurer.failure is not None:
             learner.hold(Reason.MEASURING_FAILED, measurer.failure)
             measurer.failure = None
-        if measurement is not None:
-            tell = None if self._scheduler is None else self._scheduler.learn
+        tell = None if self._scheduler is None else self._scheduler.learn
+        for measurement in measurements:
             learner.learn(step, measurement, one_lr=measurer.one_lr, moments=moments, tell=tell)
         measurer.seconds += time.perf_counter() - begin
 

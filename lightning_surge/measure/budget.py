@@ -54,7 +54,7 @@ class ProbeBudget:
     Example:
         One measurement costs 125. At 5 % the first one is due after 2 % of 10,000 examples, the next one
         125 / (4 * 0.05) = 625 examples later. Two take half of what 10,000 examples afford; the other
-        half is spread over what remains, so the third comes 3,075 examples later, where 125 / (250 / 6100) fits.
+        half is spread over what remains, so the third comes at 3,900, when 125 / (250 / 6100) have passed.
 
         >>> budget, times = ProbeBudget(max_overhead=0.05), []
         >>> for examples in range(0, 10000, 25):
@@ -70,7 +70,7 @@ class ProbeBudget:
         self.max_overhead = max_overhead
         self.probe_every = probe_every
         self.trained = 0.0
-        self.spent = 0.0
+        self.spent = self.arithmetic = 0.0
         self.measurements = 0
         self._trained_at_last = 0.0
         self._steps_since_last = 0
@@ -90,8 +90,8 @@ class ProbeBudget:
             self._spacing = max(1.0, self._spacing / WIDENING)
 
     def charge_norms(self, cost: float) -> None:
-        """Pay for arithmetic beside training's own passes, which delays no probe but by its cost."""
-        self.spent += cost
+        """Pay for arithmetic beside training's own passes, which is no pass and delays no probe."""
+        self.arithmetic += cost
 
     def start(self) -> None:
         """A probe starts to gather its batches: `probe_every` counts from here."""

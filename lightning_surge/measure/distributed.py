@@ -45,7 +45,7 @@ class Ranks:
         count: number of processes; 1 needs no group.
         rank: of this process.
         replicas: how many of the processes have examples of their own; None for all.
-        sharded: whether each process holds a piece of the parameters, and of gradients that are summed already.
+        sharded: whether each process holds a piece of the parameters, and of gradients summed over all.
 
     Example:
         >>> alone = Ranks()

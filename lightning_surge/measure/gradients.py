@@ -180,8 +180,8 @@ class ChunkStream:
         """
         if not self._pairs:
             raise ValueError(
-                f"Expected at least 2 chunks, got {len(self.sizes)}: noise shows only as a difference between "
-                "chunks, so split the batch into at least 2 slices or pool 2 batches."
+                f"Expected at least 2 chunks, got {len(self.sizes)}: noise shows only as a difference "
+                "between chunks, so split the batch into at least 2 slices or pool 2 batches."
             )
         mean_sq = self._mean_squared_norm(self.reference_size + self.prefix_size)
         whole = self._along(self.prefix, self.reference, self.prefix_size).item() / self.reference_size

@@ -1,7 +1,7 @@
 """One measurement: chunks of examples in, noise and curvature at one point of training out.
 
-`NormMeasurement` takes norms only, in one buffer, and moves no parameter. `LawMeasurement` takes alignment and
-curvature too. The order of its work keeps the memory at four gradient-sized buffers for any number of chunks:
+`NormMeasurement` takes norms only, in one buffer, and moves no parameter. `LawMeasurement` takes alignment
+and curvature too. The order of its work keeps the memory at four gradient-sized buffers:
 
 1. a chunk makes a direction: it is kept (buffer 1) and added to the prefix (buffer 2);
 2. the next one is added to the reference (buffer 3) while its gradient passes by (buffer 4), and tells the
@@ -141,7 +141,7 @@ class _Passes:
         return pass_chunk(chunk, self._replay, weight)
 
     def _each(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Tensor | None]]]:
-        """Every chunk with its mean gradient over the examples of all processes, which is dropped after use."""
+        """Every chunk with its mean gradient over all processes, which is dropped after use."""
         for chunk in chunks:
             passed = self._pass(chunk)
             self._ranks.sum_gradients(self._parameters)
@@ -241,7 +241,7 @@ class LawMeasurement(_Passes):
         passed: list[Chunk] = []
         for chunk, gradient in self._each(chunks):
             passed.append(chunk)
-            # The slope is read before the chunk is folded in, the secant taken when nothing holds its gradient.
+            # The slope is read while the gradient is there, the secant taken when nothing holds it.
             slope = self._slope(stream.latest_direction, gradient) if stream.in_reference else None
             stream.add(gradient, chunk.size)
             del gradient

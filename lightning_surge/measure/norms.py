@@ -233,7 +233,7 @@ class HookedNorms(GradientNorms):
     """Sees a process's own gradients pass by before anything accumulates or reduces them.
 
     Data parallelism makes `.grad` the reducer's: on the last micro-batch of a window it turns what is local
-    into a mean over all processes. No communication hook is needed, so that the one there is stays the user's.
+    into a mean over all processes. The one communication hook that there is stays the user's.
 
     Example:
         >>> weight = torch.ones(1, requires_grad=True)
@@ -340,7 +340,7 @@ class WindowNorms:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._norms: GradientNorms | None = None
+        self._norms: GradientNorms = StashedNorms(ranks)
         self._parameters: Sequence[Tensor] = ()
         self._window: Window | None = None
         self._unread: list[Window] = []
@@ -366,17 +366,15 @@ class WindowNorms:
     def open(self, micro_batches: int) -> None:
         """A window of so many micro-batches begins."""
         self.close()
-        self._window = None if self._norms is None else Window(micro_batches)
+        self._window = Window(micro_batches)
 
     def close(self) -> None:
         """Forget the window in hand, whose step is skipped or fails."""
-        if self._norms is not None:
-            self._norms.release()
+        self._norms.release()
         self._window = None
 
     def before_backward(self) -> None:
         """A micro-batch's backward pass is about to start."""
-        assert self._norms is not None
         self._norms.begin(self._parameters)
 
     def after_backward(self, size: float, factor: float, scale: float, *, last: bool) -> None:
@@ -389,7 +387,7 @@ class WindowNorms:
             last: whether no other one comes before the step.
         """
         window, norms = self._window, self._norms
-        assert window is not None and norms is not None
+        assert window is not None
         window.own.append(norms.end())
         window.sizes.append(size)
         window.factors.append(factor)
@@ -398,9 +396,7 @@ class WindowNorms:
 
     def message(self) -> tuple[float, ...]:
         """What several processes tell each other of the window that ends."""
-        if self._window is None or self._norms is None:
-            return ()
-        return self._norms.message(self._window)
+        return () if self._window is None else self._norms.message(self._window)
 
     def end(self, message: Sequence[float], examples: float) -> None:
         """Add the window that ends.
@@ -409,7 +405,7 @@ class WindowNorms:
             message: sum of all processes'; empty in a process alone.
             examples: behind the step.
         """
-        assert self._window is not None and self._norms is not None
+        assert self._window is not None
         if message:
             self._sums += self._norms.sums(message)
         else:

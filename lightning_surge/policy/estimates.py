@@ -31,6 +31,7 @@ __all__ = [
     "Fit",
     "estimate",
     "fit_edge_law",
+    "fit_noise_law",
     "fit_sgd_law",
     "fit_sign_law",
     "fit_theorem3_law",
@@ -219,8 +220,8 @@ def estimate(history: NoiseHistory, fit: Fit) -> EstimatedLaw | None:
     if law is None:
         return None
     replicates = tuple((_attempt(fit, left_out), share) for left_out, share in history.replicates())
-    sizes = [entry.batch_size for entry in (*stats.alignments, *stats.curvatures)]
-    reach = (min(sizes), max(sizes)) if sizes else (0.0, math.inf)
+    sizes = [entry.batch_size for entry in (*stats.alignments, *stats.curvatures)] or stats.sizes
+    reach = (min(sizes), max(sizes))
     # Noise and curvature give finite numbers above 0; others are what is left of a clamped estimate.
     answers = (law.critical_batch_size, law.peak.lr, stats.noise_scale)
     at_edge = not all(0.0 < answer < math.inf for answer in answers)
@@ -235,11 +236,12 @@ def _attempt(fit: Fit, stats: NoiseStats) -> Law | None:
         return None
 
 
-def law_of(direction: Direction) -> Fit:
+def law_of(direction: Direction, *, curvature: bool = True) -> Fit:
     """The measured law of an optimizer that steps along a direction.
 
     Args:
         direction: one of `measure.direction`.
+        curvature: whether a law without measured curvature is of no use.
 
     Returns:
         Fits the law to averaged statistics of that direction.
@@ -248,7 +250,35 @@ def law_of(direction: Direction) -> Fit:
         >>> law_of(SIGN).__name__, law_of(GRADIENT).__name__
         ('fit_sign_law', 'fit_sgd_law')
     """
-    return {SIGN: fit_sign_law, GRADIENT: fit_sgd_law}[direction]
+    measured: Fit = {SIGN: fit_sign_law, GRADIENT: fit_sgd_law}[direction]
+    return measured if curvature else lambda stats: measured(stats) or fit_noise_law(stats, direction)
+
+
+def fit_noise_law(stats: NoiseStats, direction: Direction) -> Law | None:
+    """A law from the norms alone, with curvature taken to be the same for every direction of one length.
+
+    Its ratios are those of `isotropic_lr`; its level has no meaning, and its peak is not measured. Along the
+    gradient the noise scale then is `tr Sigma / |G|^2`.
+
+    Args:
+        stats: averaged statistics.
+        direction: of the optimizer's steps.
+
+    Example:
+        >>> stats = NoiseStats(2, 1.0, 48.0, (), (), sizes=(4.0, 16.0))
+        >>> fit_noise_law(stats, SIGN).isotropic_lr(16) == 0.5  # 1 / sqrt(1 + 48 / 16)
+        True
+
+    References:
+        McCandlish et al. 2018, arXiv:1812.06162, section 2.2.
+    """
+    if not stats.num_measurements:
+        return None
+    largest = stats.sizes[1] if math.isfinite(stats.sizes[1]) else 1.0
+    scale = max(min(stats.resolved_noise_scale, LARGEST_SCALE * largest), 0.0)
+    if direction is GRADIENT:
+        return SGDLaw(max_lr=1.0, noise_scale=scale)
+    return MeasuredLaw(alignment_limit=1.0, alignment_scale=scale, noise_curvature=1.0, signal_curvature=0.0)
 
 
 def fit_sign_law(stats: NoiseStats) -> MeasuredLaw | None:

@@ -73,6 +73,7 @@ class NoiseStats(NamedTuple):
         grad_sq_error: standard error of `grad_sq`, from its scatter.
         coordinate_sums: what the theorems need, if measured.
         sharpness: of Adam's preconditioned Hessian, pairs of the base and another batch size.
+        sizes: examples in the smallest chunk and in the largest batch whose norms were taken.
     """
 
     num_measurements: int
@@ -84,6 +85,12 @@ class NoiseStats(NamedTuple):
     grad_sq_error: float = 0.0
     coordinate_sums: CoordinateSums | None = None
     sharpness: tuple[Contrast, ...] = ()
+    sizes: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def knows_curvature(self) -> bool:
+        """Whether more than norms was measured."""
+        return bool(self.contrasts) or self.coordinate_sums is not None
 
     @property
     def noise_scale(self) -> float:
@@ -171,7 +178,7 @@ class NoiseHistory:
         groups = min(count, max_groups)
         if groups < 2:
             return []
-        weights = self._weights()
+        weights = [_precision(r) * w for r, w in zip(self._records, self._weights(), strict=True)]
         total = sum(weights)
         edges = [round(index * count / groups) for index in range(groups + 1)]
         result = []
@@ -191,12 +198,17 @@ class NoiseHistory:
         if not records:
             return NoiseStats(0, math.nan, math.nan, (), ())
         # One "size" for all: the norms need no bins, but the same scatter.
-        norm = _bin([(weight, 0.0, record.statistics.grad_sq) for record, weight in records])
+        norms = [(_precision(record) * weight, record.statistics) for record, weight in records]
+        norm = _bin([(weight, 0.0, statistics.grad_sq) for weight, statistics in norms])
         return NoiseStats(
             num_measurements=len(records),
             grad_sq=norm.value,
             grad_sq_error=math.sqrt(norm.variance),
-            trace_cov=sum(weight * record.statistics.trace_cov for record, weight in records) / total,
+            trace_cov=sum(weight * statistics.trace_cov for weight, statistics in norms) / norm.weight,
+            sizes=(
+                min(s.batch_size / max(r.num_chunks, 1) for r, _ in records for s in [r.statistics]),
+                max(record.statistics.batch_size for record, _ in records),
+            ),
             alignments=_bins((record.statistics.alignments, weight) for record, weight in records),
             curvatures=_bins((record.curvatures, weight) for record, weight in records),
             contrasts=tuple(_contrast(record, weight) for record, weight in records if record.curvatures),
@@ -219,6 +231,7 @@ class NoiseHistory:
                     "num_chunks": record.num_chunks,
                     "coordinate_sums": list(record.coordinate_sums) if record.coordinate_sums else None,
                     "sharpness": [list(sized) for sized in record.sharpness],
+                    "pairs": record.pairs,
                 }
                 for record in self._records
             ],
@@ -263,7 +276,13 @@ def _measurement(record: dict[str, Any]) -> Measurement:
         int(record["num_chunks"]),
         None if sums is None else CoordinateSums(*sums),
         sharpness,
+        _saved("pairs", record.get("pairs", 0.0), 0.0),
     )
+
+
+def _precision(record: Measurement) -> float:
+    """Weight of its norms: the inverse of their variance where noise dominates, up to a factor."""
+    return record.pairs or 1.0
 
 
 def _pair(sized: Sequence[SizedValue], weight: float) -> Contrast:

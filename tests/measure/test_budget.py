@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_surge.measure.budget import EARLY_MEASUREMENTS, EARLY_RATE, EARLY_SHARE, SAFETY, ProbeBudget
+from lightning_surge.measure.budget import EARLY_MEASUREMENTS, EARLY_RATE, EARLY_SHARE, FIRST_BY, ProbeBudget
 
 many = settings(max_examples=80, deadline=None)
 overheads = st.floats(0.002, 0.5)
@@ -89,8 +89,8 @@ class TestSpending:
         assert 0.97 * 1e4 < unknown.spent <= 1e4
 
     def test_early_measurements_come_four_times_as_often(self) -> None:
-        steps = times(ProbeBudget(0.05), 80.0, 20_000)
-        # 100 passes with the safety factor: every 500 examples early, every 2000 in the long run.
+        steps = times(ProbeBudget(0.05), 100.0, 20_000)
+        # Every 500 examples early, every 2000 in the long run.
         assert [b - a for a, b in pairwise(steps[:10])] == [50] * 9
         assert steps[0] == 49
         # Ten measurements have spent what 20,000 examples afford; nothing more before the next is paid for.
@@ -99,43 +99,55 @@ class TestSpending:
 
     def test_early_measurements_take_no_more_than_their_share_of_a_known_run(self) -> None:
         budget = ProbeBudget(0.05)
-        steps = times(budget, 80.0, 1000, planned=10_000.0)
+        steps = times(budget, 100.0, 1000, planned=10_000.0)
         # The run affords five; half of them early, the others spread over what is left.
         assert len(steps) == 5
-        assert steps[:2] == [49, 99]
+        assert steps[:2] == [19, 69]
+        assert FIRST_BY == 0.02
         gaps = [b - a for a, b in pairwise(steps[1:])]
         assert min(gaps) > 200
         assert EARLY_SHARE * 5 // 1 == 2
 
     def test_the_rest_is_spread_evenly(self) -> None:
-        steps = times(ProbeBudget(0.02), 80.0, 50_000, planned=500_000.0)
+        steps = times(ProbeBudget(0.02), 100.0, 50_000, planned=500_000.0)
         late = [b - a for a, b in pairwise(steps[10:])]
         assert len(late) > 80
         assert max(late) - min(late) <= 5
         # What came early is taken off the rest, which lasts to the end all the same.
         assert steps[-1] > 49_400
 
-    def test_the_safety_factor_is_charged(self) -> None:
+    def test_what_was_in_vain_is_paid_and_no_measurement(self) -> None:
         budget = ProbeBudget(0.01)
         budget.charge(100.0)
-        assert budget.spent == SAFETY * 100.0
-        assert budget.measurements == 1
         budget.charge(8.0, measured=False)
-        assert budget.spent == SAFETY * 108.0
-        assert budget.measurements == 1
+        budget.charge_norms(5.0)
+        assert (budget.spent, budget.arithmetic, budget.measurements) == (108.0, 5.0, 1)
+
+    @pytest.mark.parametrize(
+        ("planned", "room"), [(100_000.0, 0.5 * 1000.0), (math.inf, 4.0 * 0.01 * 10_000.0)]
+    )
+    def test_urgent_ones_come_at_once_within_their_share(self, planned: float, room: float) -> None:
+        budget = ProbeBudget(0.01)
+        budget.train(10_000.0)
+        budget.charge(100.0)
+        assert not budget.due(100.0, planned)
+        assert budget.due(room - 100.0, planned, urgent=True)
+        assert not budget.due(room - 99.0, planned, urgent=True)
+        budget.widen()  # after a failure they wait like any other
+        assert not budget.due(100.0, planned, urgent=True)
 
     def test_every_charge_restarts_the_spacing(self) -> None:
         budget = ProbeBudget(0.05)
         budget.train(625.0)
-        assert budget.due(100.0)
+        assert budget.due(125.0)
         budget.charge(0.0, measured=False)
-        assert not budget.due(100.0)
+        assert not budget.due(125.0)
 
     def test_widening_doubles_the_spacing(self) -> None:
         plain, widened = ProbeBudget(0.05), ProbeBudget(0.05)
         widened.widen()
-        assert times(plain, 80.0, 60) == [49]
-        assert times(widened, 80.0, 110) == [99]
+        assert times(plain, 100.0, 60) == [49]
+        assert times(widened, 100.0, 110) == [99]
 
 
 class TestProbeEvery:
@@ -156,7 +168,7 @@ class TestAffordable:
     @given(overhead=overheads, cost=st.floats(1, 1e4), planned=st.floats(1, 1e9))
     def test_counts_the_probes_of_a_whole_run(self, overhead: float, cost: float, planned: float) -> None:
         affordable = ProbeBudget(overhead).affordable(cost, planned)
-        assert affordable * SAFETY * cost == pytest.approx(overhead * planned)
+        assert affordable * cost == pytest.approx(overhead * planned)
 
     def test_an_unknown_length_affords_any_number(self) -> None:
         assert ProbeBudget(0.01).affordable(100.0, math.inf) == math.inf
@@ -167,13 +179,13 @@ class TestState:
     def test_a_resumed_budget_goes_on_at_the_same_steps(
         self, planned: float, tmp_path: pytest.TempPathFactory
     ) -> None:
-        whole = times(ProbeBudget(0.05), 80.0, 3000, planned=planned)
+        whole = times(ProbeBudget(0.05), 100.0, 3000, planned=planned)
         first = ProbeBudget(0.05)
-        begin = times(first, 80.0, 1234, planned=planned)
+        begin = times(first, 100.0, 1234, planned=planned)
         torch.save(first.state_dict(), tmp_path / "state.pt")
         second = ProbeBudget(0.05)
         second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        assert begin + [1234 + step for step in times(second, 80.0, 1766, planned=planned)] == whole
+        assert begin + [1234 + step for step in times(second, 100.0, 1766, planned=planned)] == whole
 
     def test_settings_are_not_part_of_it(self) -> None:
         first, second = ProbeBudget(0.05), ProbeBudget(0.2, probe_every=3)

@@ -12,7 +12,7 @@ from lightning_surge.measure.distributed import RankError, Ranks
 from lightning_surge.measure.measurement import LawMeasurement
 from lightning_surge.measure.probing import Prober
 from lightning_surge.measure.records import Measurement
-from lightning_surge.measure.replay import Chunk, Piece
+from lightning_surge.measure.replay import Piece
 from tests.processes import on_ranks
 
 EXAMPLES, WIDTH = 32, 5
@@ -31,7 +31,6 @@ class TestAlone:
         alone.sum_gradients([parameter])
         assert parameter.grad is None
         assert alone.first("anything") == "anything"
-        assert alone.share == 1.0
 
 
 class TestTogether:
@@ -90,16 +89,6 @@ class TestTogether:
         message = "Expected 3 processes to measure together, but 1 of them failed"
         assert on_ranks(work, 3) == [message, "failed", message]
 
-    def test_gradients_that_arrive_summed_are_left_alone(self) -> None:
-        def work(rank: int, count: int) -> Any:
-            group = Ranks(count=count, rank=rank, reduces=True)
-            weight = torch.zeros(1, requires_grad=True)
-            weight.grad = torch.ones(1)
-            group.sum_gradients([weight])
-            return float(weight.grad), group.share
-
-        assert on_ranks(work, 2) == [(1.0, 2.0)] * 2
-
 
 def data() -> Tensor:
     generator = torch.Generator().manual_seed(3)
@@ -129,7 +118,6 @@ def law_measurement(batches: Sequence[Tensor], group: Ranks, law: str) -> tuple[
     if law == "measured":
         measured = LawMeasurement(
             [weight],
-            num_chunks=len(chunks),
             replay=probe.replay,
             delta=1e-3,
             scales=[1.0],
@@ -206,16 +194,6 @@ def test_slices_are_as_many_as_the_shortest_batch_allows() -> None:
     assert sum(sizes) == EXAMPLES
     assert len(long) == len(short) == 5
     assert short == [1] * 5
-
-
-def test_chunks_of_others_are_passed_and_count_nothing() -> None:
-    from lightning_surge.measure.measurement import pass_chunk
-
-    weights: list[float] = []
-    chunk = Chunk((Piece(None, 0, 3.0),), total=12.0, mine=False, idle=12.0)
-    pass_chunk(chunk, lambda piece, weight: weights.append(weight), 2.0)
-    pass_chunk(chunk._replace(mine=True), lambda piece, weight: weights.append(weight), 2.0)
-    assert weights == [0.0, 0.5]
 
 
 class TestSlices:

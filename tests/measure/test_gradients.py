@@ -1,8 +1,7 @@
 """Streamed chunk statistics against slow references, and against known distributions."""
 
 import math
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -35,40 +34,20 @@ def chunk_gradients(num_chunks: int, seed: int = 0, dtype: torch.dtype = torch.f
 def streamed(
     chunks: list[list[Tensor | None]],
     sizes: list[float],
-    num_chunks: int | None = None,
     direction: Direction = SIGN,
     scales: list[float] = SCALES,
     parameters: list[Tensor] | None = None,
-    stride: int = 1,
 ) -> ChunkStatistics:
     if parameters is None:
         parameters = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
-    stream = ChunkStream(
-        parameters,
-        num_chunks=num_chunks or len(chunks),
-        scales=scales,
-        direction=direction,
-        stride=stride,
-    )
+    stream = ChunkStream(parameters, scales=scales, direction=direction)
     for gradient, size in zip(chunks, sizes, strict=True):
         stream.add(gradient, size)
     return stream.statistics()
 
 
-def turns(count: int, stride: int = 1) -> list[tuple[range, range]]:
-    """Which chunks make a direction and which ones it is measured on; the last ones may be short, or none."""
-    starts = range(0, count, 2 * stride)
-    return [
-        (range(k, min(k + stride, count)), range(min(k + stride, count), min(k + 2 * stride, count)))
-        for k in starts
-    ]
-
-
 def slow_statistics(
-    chunks: list[list[Tensor]],
-    sizes: list[float],
-    stride: int = 1,
-    direction: Direction = SIGN,
+    chunks: list[list[Tensor]], sizes: list[float], direction: Direction = SIGN
 ) -> ChunkStatistics:
     """All chunks held at once; the covariance from differences of pairs of chunks."""
     flat = [torch.cat([g.double().reshape(-1) for g in chunk]) for chunk in chunks]
@@ -81,24 +60,22 @@ def slow_statistics(
     ]
     trace_cov = float(sum(squares)) / (n * (count - 1))
 
-    def size(indices: list[int]) -> float:
+    def size(indices: Sequence[int]) -> float:
         return float(sum(sizes[k] for k in indices))
 
-    def mean(indices: list[int]) -> Tensor:
+    def mean(indices: Sequence[int]) -> Tensor:
         return sum(sizes[k] * flat[k] for k in indices) / size(indices)
 
-    def aligned(indices: list[int], target: list[int]) -> float:
+    def aligned(indices: Sequence[int], target: Sequence[int]) -> float:
         return float((weights * direction.of(mean(indices))) @ mean(target))
 
-    groups = [(list(first), list(second)) for first, second in turns(count, stride)]
-    pairs = [(first, second) for first, second in groups if len(second) == stride]
-    prefix, reference = (list(chain(*part)) for part in zip(*groups, strict=True))
+    prefix, reference = range(0, count, 2), range(1, count, 2)
     alignments = [(size(prefix), aligned(prefix, reference)), (size(reference), aligned(reference, prefix))]
-    if count > 2 * stride:
-        rows = np.array([(size(first), aligned(first, second)) for first, second in pairs])
-        averaged = np.average(rows, axis=0, weights=[size(second) for _, second in pairs])
+    if count > 2:
+        rows = np.array([(sizes[k], aligned([k], [k + 1])) for k in range(0, count - 1, 2)])
+        averaged = np.average(rows, axis=0, weights=[sizes[k] for k in reference])
         alignments.append((float(averaged[0]), float(averaged[1])))
-    mean_sq = float(mean(list(range(count))).square().sum())
+    mean_sq = float(mean(range(count)).square().sum())
     return ChunkStatistics(
         n, mean_sq - trace_cov / n, trace_cov, tuple(SizedValue(*pair) for pair in alignments)
     )
@@ -125,15 +102,6 @@ class TestExact:
         chunks = chunk_gradients(len(sizes))
         wanted = slow_statistics(chunks, sizes, direction=direction)
         assert_equal_statistics(streamed(chunks, sizes, direction=direction), wanted)
-
-    @pytest.mark.parametrize(("stride", "stop"), [(1, 5), (2, 4), (2, 8), (2, 9), (2, 10), (2, 11), (3, 12)])
-    def test_groups_of_chunks_and_windows_that_end_early_at_any_place(self, stride: int, stop: int) -> None:
-        chunks, sizes = (
-            chunk_gradients(stop),
-            [3.0, 1.0, 8.0, 2.0, 5.0, 4.0, 1.0, 7.0, 2.0, 6.0, 3.0, 9.0][:stop],
-        )
-        got = streamed(chunks, sizes, num_chunks=16, stride=stride)
-        assert_equal_statistics(got, slow_statistics(chunks, sizes, stride))
 
     def test_single_examples_give_the_sample_covariance(self) -> None:
         torch.manual_seed(0)
@@ -201,9 +169,7 @@ class TestExact:
         chunks = chunk_gradients(4)
         wanted = streamed(chunks, EQUAL)
         before = [[g.clone() for g in chunk] for chunk in chunks]
-        stream = ChunkStream(
-            [torch.zeros(s, dtype=torch.float64) for s in SHAPES], num_chunks=4, scales=SCALES
-        )
+        stream = ChunkStream([torch.zeros(s, dtype=torch.float64) for s in SHAPES], scales=SCALES)
         for chunk, original, size in zip(chunks, before, EQUAL, strict=True):
             stream.add(chunk, size)
             for g, kept in zip(chunk, original, strict=True):
@@ -211,42 +177,27 @@ class TestExact:
                 g.fill_(math.nan)
         assert stream.statistics() == wanted
 
-    @pytest.mark.parametrize("stride", [1, 2])
-    def test_a_pair_is_a_group_and_the_group_after_it(self, stride: int) -> None:
-        """Directions are scaled and averaged; `add` says when one is there."""
-        sizes = [1, 3, 2, 6, 5, 4, 7, 2, 3]
+    def test_a_pair_is_a_chunk_and_the_next_one(self) -> None:
+        """Directions are scaled; `add` says when a chunk has told what one is worth."""
+        sizes = [1, 3, 2, 6, 5]
         chunks = chunk_gradients(len(sizes))
-        stream = ChunkStream(
-            [torch.zeros(s, dtype=torch.float64) for s in SHAPES],
-            num_chunks=len(sizes),
-            scales=SCALES,
-            direction=GRADIENT,
-            stride=stride,
-        )
+        parameters = [torch.zeros(s, dtype=torch.float64) for s in SHAPES]
+        stream = ChunkStream(parameters, scales=SCALES, direction=GRADIENT)
 
-        def mean(indices: list[int], parameter: int) -> Tensor:
-            return sum(sizes[k] * chunks[k][parameter] for k in indices) / sum(sizes[k] for k in indices)
-
-        def check(walk: Iterator[Tensor], made_of: list[int]) -> None:
-            for got, index in zip(walk, range(3), strict=True):
-                wanted = SCALES[index] * mean(made_of, index)
+        def check(walk: Iterator[Tensor], made_of: Sequence[int]) -> None:
+            total = sum(sizes[k] for k in made_of)
+            for index, got in enumerate(walk):
+                wanted = sum(SCALES[index] * sizes[k] * chunks[k][index] for k in made_of) / total
                 torch.testing.assert_close(got, wanted.reshape(-1), rtol=1e-12, atol=0.0)
 
-        ends = {second[-1]: (first, second) for first, second in turns(len(sizes), stride) if second}
         for index, (chunk, size) in enumerate(zip(chunks, sizes, strict=True)):
-            complete = stream.add(chunk, size)
-            assert complete == (index in ends)
-            if complete:
-                group, partner = (list(indices) for indices in ends[index])
-                assert stream.group_size == sum(sizes[k] for k in group)
-                assert stream.partner_size == sum(sizes[k] for k in partner)
-                check(stream.group_direction(), group)
-        prefix = list(chain(*(first for first, _ in turns(len(sizes), stride))))
-        check(stream.prefix_direction(), prefix)
+            assert stream.add(chunk, size) == (index % 2 == 1)
+            check(stream.latest_direction(), [index // 2 * 2])
+        check(stream.prefix_direction(), [0, 2, 4])
 
     def test_sums_over_blocks_are_in_float64(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", 1)
-        stream = ChunkStream([torch.zeros(3)], num_chunks=2)
+        stream = ChunkStream([torch.zeros(3)])
         stream.add([torch.ones(3)], 1)
         # In float32 the ones would vanish beside 2^30.
         stream.add([torch.tensor([2.0**30, 1.0, 1.0])], 1)
@@ -258,26 +209,19 @@ class TestExact:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("num_chunks", [1, 0])
-    def test_two_chunks_are_the_least(self, num_chunks: int) -> None:
-        with pytest.raises(
-            ValueError, match=f"num_chunks >= 2, got num_chunks={num_chunks}: .* pool 2 batches"
-        ):
-            ChunkStream([torch.zeros(1)], num_chunks=num_chunks)
-
     @pytest.mark.parametrize("size", [0, -1, math.inf, math.nan])
     def test_sizes_are_checked_and_nothing_is_folded_in(self, size: float) -> None:
-        stream = ChunkStream([torch.zeros(1)], num_chunks=2)
+        stream = ChunkStream([torch.zeros(1)])
         with pytest.raises(ValueError, match=f"got size={size}: check batch_size_fn"):
             stream.add([torch.ones(1)], size)
-        assert stream.num_added == 0
+        assert stream.sizes == []
 
-    @pytest.mark.parametrize(("stride", "added"), [(1, 0), (1, 1), (2, 3)])
-    def test_too_few_chunks(self, stride: int, added: int) -> None:
-        stream = ChunkStream([torch.zeros(1)], num_chunks=8, stride=stride)
+    @pytest.mark.parametrize("added", [0, 1])
+    def test_too_few_chunks(self, added: int) -> None:
+        stream = ChunkStream([torch.zeros(1)])
         for _ in range(added):
             assert not stream.add([torch.ones(1)], 1)
-        with pytest.raises(ValueError, match=f"at least {2 * stride} chunks, got {added}: "):
+        with pytest.raises(ValueError, match=f"at least 2 chunks, got {added}: .* pool 2 batches"):
             stream.statistics()
 
 
@@ -294,7 +238,7 @@ class TestStatistical:
         parameters = [torch.zeros(2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
         norms, aligned = [], []
         for _ in range(700):
-            stream = ChunkStream(parameters, num_chunks=len(sizes), scales=[1.0, 0.5])
+            stream = ChunkStream(parameters, scales=[1.0, 0.5])
             for size in sizes:
                 g = torch.from_numpy(mean + root @ rng.normal(size=5) / math.sqrt(size))
                 stream.add([g[:2], g[2:]], size)

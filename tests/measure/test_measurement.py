@@ -3,7 +3,7 @@
 import gc
 import math
 from collections.abc import Sequence
-from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from lightning_surge.measure.curvature import Sample
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
-from lightning_surge.measure.measurement import LawMeasurement, slices_for
+from lightning_surge.measure.distributed import ALONE
+from lightning_surge.measure.gradients import debiased_norms
+from lightning_surge.measure.measurement import LawMeasurement, NormMeasurement, Whole, slices_for
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
-from lightning_surge.measure.replay import Chunk, Piece, RandomState
+from lightning_surge.measure.replay import Chunk, Piece
 from tests.drawn import within
 
 HESSIAN = torch.tensor(
@@ -54,45 +56,28 @@ class Quadratic:
 
     def measurement(
         self,
-        num_chunks: int,
         *,
         direction: Direction = SIGN,
         delta: float = 0.01,
         scale: float = 1.0,
-        stride: int = 1,
-        keep_all: bool = False,
     ) -> LawMeasurement:
         return LawMeasurement(
-            [self.theta],
-            num_chunks=num_chunks,
-            replay=self.replay,
-            delta=delta,
-            scales=[scale],
-            direction=direction,
-            stride=stride,
-            keep_all=keep_all,
+            [self.theta], replay=self.replay, delta=delta, scales=[scale], direction=direction
         )
 
-    def slow_curvatures(
-        self, batches: list[Tensor], stride: int, direction: Direction, scale: float
-    ) -> list[SizedValue]:
+    def slow_curvatures(self, batches: list[Tensor], direction: Direction, scale: float) -> list[SizedValue]:
         """From all examples at once, where they were drawn: the parameters at the start."""
-        groups = [batches[k : k + stride] for k in range(0, len(batches), stride)]
-        made_of, measured_on = groups[::2], groups[1::2]
 
-        def curvature(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
-            v = scale * direction.of(self.gradient(torch.cat(first)))
-            return float(sum(map(len, first))), float(v @ self.hessian(torch.cat(second)) @ v)
+        def curvature(first: Tensor, second: Tensor) -> tuple[float, float]:
+            v = scale * direction.of(self.gradient(first))
+            return float(len(first)), float(v @ self.hessian(second) @ v)
 
-        rows = [
-            (curvature(first, second), sum(map(len, second)))
-            for first, second in zip(made_of, measured_on, strict=False)
-            if len(second) == stride
-        ]
-        size, value = np.average([row for row, _ in rows], axis=0, weights=[weight for _, weight in rows])
+        pairs = list(zip(batches[::2], batches[1::2], strict=False))
+        rows = [curvature(first, second) for first, second in pairs]
+        size, value = np.average(rows, axis=0, weights=[len(second) for _, second in pairs])
         wanted = [SizedValue(float(size), float(value))]
-        if len(batches) > 2 * stride:
-            wanted.append(SizedValue(*curvature(list(chain(*made_of)), list(chain(*measured_on)))))
+        if len(batches) > 2:
+            wanted.append(SizedValue(*curvature(torch.cat(batches[::2]), torch.cat(batches[1::2]))))
         return wanted
 
 
@@ -122,32 +107,18 @@ class TestExact:
         self, sizes: list[int], direction: Direction, delta: float
     ) -> None:
         quadratic, batches = Quadratic(spread=2.0), noise(sizes)
-        measurement = quadratic.measurement(len(sizes), direction=direction, delta=delta, scale=0.5)
+        measurement = quadratic.measurement(direction=direction, delta=delta, scale=0.5)
         got = measurement.run([chunk(batch) for batch in batches])
-        assert_close(got.curvatures, quadratic.slow_curvatures(batches, 1, direction, 0.5))
+        assert_close(got.curvatures, quadratic.slow_curvatures(batches, direction, 0.5))
         assert got.num_chunks == len(sizes)
         assert got.statistics.batch_size == sum(sizes)
         assert torch.equal(quadratic.theta, THETA)
         assert quadratic.theta.grad is None
 
-    @pytest.mark.parametrize("stop", [4, 5, 6, 7, 8, 9, 10, 11, 12])
-    def test_groups_of_chunks_and_windows_that_end_early_at_any_place(self, stop: int) -> None:
-        quadratic, batches = Quadratic(spread=2.0), noise([3, 1, 8, 2, 5, 4, 1, 7, 2, 6, 3, 9][:stop])
-        measurement = quadratic.measurement(16, stride=2)
-        for index, batch in enumerate(batches):
-            due = measurement.add(chunk(batch), [quadratic.gradient(batch)])
-            assert due == (index % 4 == 3)
-            if due:
-                measurement.measure_curvature()
-            assert measurement.complete == (index >= 3)
-        got = measurement.finish()
-        assert_close(got.curvatures, quadratic.slow_curvatures(batches, 2, SIGN, 1.0))
-        assert got.num_chunks == stop
-
     @pytest.mark.parametrize("sizes", [[3, 5], [2] * 16, [3, 1, 8, 2], [3, 1, 8, 2, 5]], ids=str)
     def test_passes_count_every_replayed_example(self, sizes: list[int]) -> None:
         quadratic = Quadratic()
-        got = quadratic.measurement(len(sizes)).run([chunk(batch) for batch in noise(sizes)])
+        got = quadratic.measurement().run([chunk(batch) for batch in noise(sizes)])
         # All once; the reference again in pairs, and if there are several again as a whole.
         secants = 2 if len(sizes) > 2 else 1
         assert got.passes == quadratic.passes == sum(sizes) + secants * sum(sizes[1::2])
@@ -160,8 +131,8 @@ class TestExact:
             seen.extend([(half.gradient[0].clone(), half.gradient_now()[0].clone()) for half in halves])
             return (SizedValue(8.0, 3.0), SizedValue(32.0, 5.0))
 
-        plain = quadratic.measurement(5).run([chunk(batch) for batch in batches])
-        got = quadratic.measurement(5, keep_all=True).run([chunk(batch) for batch in batches], more)
+        plain = quadratic.measurement().run([chunk(batch) for batch in batches])
+        got = quadratic.measurement().run([chunk(batch) for batch in batches], more)
         for half, gradients in zip((batches[::2], batches[1::2]), seen, strict=True):
             expected = quadratic.gradient(torch.cat(half))
             assert all(torch.allclose(gradient, expected) for gradient in gradients)
@@ -169,21 +140,12 @@ class TestExact:
         assert got == plain._replace(passes=plain.passes + 16 + 3, sharpness=pair)
         assert quadratic.theta.grad is None
 
-    def test_too_few_chunks_is_an_error(self) -> None:
-        quadratic = Quadratic()
-        measurement = quadratic.measurement(8, stride=2)
-        for _ in range(3):
-            assert not measurement.add(chunk(torch.zeros(1, 4)), [MEAN_GRADIENT])
-        assert not measurement.complete
-        with pytest.raises(ValueError, match="at least 4 chunks, got 3"):
-            measurement.finish()
-
     def test_a_chunk_of_several_pieces_is_their_weighted_mean(self) -> None:
         batches = noise([3, 1, 2, 4, 5, 1, 2, 2])
         pieces = [Piece(batch, 0, float(len(batch))) for batch in batches]
         grouped = [Chunk(tuple(pieces[k : k + 2])) for k in range(0, 8, 2)]
         whole = [chunk(torch.cat(batches[k : k + 2])) for k in range(0, 8, 2)]
-        first, second = (Quadratic().measurement(4).run(chunks) for chunks in (grouped, whole))
+        first, second = (Quadratic().measurement().run(chunks) for chunks in (grouped, whole))
         assert [*first.statistics[:3]] == pytest.approx([*second.statistics[:3]], rel=1e-12)
         for field in (lambda m: m.statistics.alignments, lambda m: m.curvatures):
             for mine, theirs in zip(field(first), field(second), strict=True):
@@ -196,10 +158,49 @@ def alive(nbytes: int) -> int:
     return len({t.data_ptr() for t in tensors if t.untyped_storage().nbytes() == nbytes and t.numel() > 0})
 
 
+class TestNorms:
+    """From norms alone: what the law's measurement says of the same chunks, and no parameter moves."""
+
+    @pytest.mark.parametrize("sizes", [[4, 4, 4, 4], [3, 1, 8, 2, 5]], ids=str)
+    def test_are_those_of_the_law(self, sizes: list[int]) -> None:
+        quadratic, chunks = Quadratic(spread=2.0), [chunk(batch) for batch in noise(sizes)]
+        law = quadratic.measurement().run(chunks)
+        norms = NormMeasurement([quadratic.theta], quadratic.replay, ALONE).run(chunks)
+        assert norms.statistics[:3] == pytest.approx(law.statistics[:3], rel=1e-9)
+        assert norms.pairs == law.pairs == sum(sizes) ** 2 - sum(size**2 for size in sizes)
+        assert (norms.curvatures, norms.passes, norms.num_chunks) == ((), sum(sizes), len(sizes))
+
+    @pytest.mark.parametrize("ratio", [1.0, 4.0])
+    def test_of_a_slice_against_the_rest_of_a_batch_take_no_pass_for_the_rest(self, ratio: float) -> None:
+        quadratic, batches = Quadratic(spread=2.0), noise([3, 1, 8])
+        whole = Whole([quadratic.gradient(torch.cat(batches)) / ratio], 12.0, ratio)
+        chunks = [chunk(batch) for batch in batches]
+        wanted = NormMeasurement([quadratic.theta], quadratic.replay, ALONE).run(chunks)
+        got = NormMeasurement([quadratic.theta], quadratic.replay, ALONE).run(chunks[:2], whole)
+        assert got.statistics[:3] == pytest.approx(wanted.statistics[:3], rel=1e-9)
+        assert (got.passes, got.num_chunks, got.pairs) == (4.0, 3, wanted.pairs)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_of_16_bit_parameters(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        theta = torch.zeros(4096, dtype=dtype)
+        rows = [0.1 + torch.randn(4096, generator=generator) for _ in range(64)]
+
+        def replay(piece: Piece, weight: float) -> None:
+            theta.grad = (weight * piece.batch).to(dtype)
+
+        got = NormMeasurement([theta], replay, ALONE).run([Chunk((Piece(row, 0, 1.0),)) for row in rows])
+        exact = debiased_norms([1.0] * 64, [float(row.square().sum()) for row in rows],
+                               float(torch.stack(rows).mean(0).square().sum()))  # fmt: skip
+        assert got.statistics[:3] == pytest.approx(exact[:3], rel=0.01)
+        assert not theta.any()
+
+
 class TestMemory:
-    @pytest.mark.parametrize(("count", "stride"), [(2, 1), (4, 1), (5, 1), (6, 1), (8, 2), (9, 2), (11, 2)])
-    def test_is_four_buffers_for_any_number_of_chunks(self, count: int, stride: int) -> None:
-        """The gradient, and three more beside the parameters at every pass."""
+    @pytest.mark.parametrize("count", [2, 4, 5, 8])
+    @pytest.mark.parametrize("curvature", [True, False])
+    def test_is_four_buffers_for_any_number_of_chunks(self, count: int, curvature: bool) -> None:
+        """The gradient, and three more beside the parameters at every pass; one more for norms alone."""
         parameters = [torch.full((1009,), share, dtype=torch.float64) for share in (0.5, -0.5)]
         nbytes = parameters[0].untyped_storage().nbytes()
         seen = []
@@ -214,13 +215,13 @@ class TestMemory:
                     parameter.grad = parameter * weight
 
         before = alive(nbytes)
-        measurement = LawMeasurement(
-            parameters, num_chunks=count, replay=replay, delta=0.1, scales=[1.0, 1.0], stride=stride
-        )
+        measurement: Any = NormMeasurement(parameters, replay, ALONE)
+        if curvature:
+            measurement = LawMeasurement(parameters, replay=replay, delta=0.1, scales=[1.0, 1.0])
         got = measurement.run([Chunk((Piece(None, 0, 1.0),)) for _ in range(count)])
         assert [value for _, value in got.curvatures] == pytest.approx([2018.0] * len(got.curvatures))
         assert len(seen) == got.passes
-        assert max(seen) == 3
+        assert max(seen) == (3 if curvature else 1)
 
 
 class TestRandomStreams:
@@ -235,7 +236,7 @@ class TestRandomStreams:
             theta.grad = gradient if theta.grad is None else theta.grad + gradient
 
         torch.manual_seed(0)
-        measurement = LawMeasurement([theta], num_chunks=7, replay=replay, delta=1e-3, scales=[1.0])
+        measurement = LawMeasurement([theta], replay=replay, delta=1e-3, scales=[1.0])
         got = measurement.run([Chunk((Piece(None, 0, 1.0),)) for _ in range(7)])
         # Passes: three times a direction, its partner and the partner again; a direction; all partners again.
         assert len(masks) == 13
@@ -253,29 +254,6 @@ class TestRandomStreams:
         for mask in (*own, after):
             assert torch.equal(torch.rand(3, dtype=torch.float64), mask)
 
-    def test_live_chunks_are_replayed_with_the_streams_they_were_made_with(self) -> None:
-        theta = torch.ones(2, dtype=torch.float64)
-
-        def replay(piece: Piece, weight: float) -> None:
-            gradient = weight * torch.rand(2, dtype=torch.float64) * theta
-            theta.grad = gradient if theta.grad is None else theta.grad + gradient
-
-        torch.manual_seed(1)
-        measurement = LawMeasurement([theta], num_chunks=4, replay=replay, delta=1e-3, scales=[1.0])
-        masks = []
-        for _ in range(4):
-            piece = Piece(None, 0, 1.0, RandomState.capture())
-            masks.append(torch.rand(2, dtype=torch.float64))
-            if measurement.add(Chunk((piece,)), [masks[-1] * theta]):
-                torch.rand(1)  # by whoever trains
-                before = torch.get_rng_state()
-                measurement.measure_curvature()
-                assert torch.equal(torch.get_rng_state(), before)
-        got = measurement.finish()
-        wanted = float((0.5 * (masks[1] + masks[3])).sum())
-        assert [value for _, value in got.curvatures] == pytest.approx([wanted, wanted], rel=1e-9)
-        assert got.passes == 2 * 2
-
 
 class TestStatistical:
     MEAN = MEAN_GRADIENT.numpy()
@@ -290,7 +268,7 @@ class TestStatistical:
         share = 1.0 + 0.5 * THETA
         for _ in range(count):
             batches = [torch.from_numpy(rng.normal(size=(size, 4)) @ self.ROOT.T) / share for size in sizes]
-            measurement = quadratic.measurement(len(sizes), direction=direction)
+            measurement = quadratic.measurement(direction=direction)
             result.append(measurement.run([chunk(batch) for batch in batches]))
         return result
 

@@ -49,8 +49,8 @@ class Measurer:
 
     A window is what lies behind one optimizer step. Where it has several micro-batches, or there are several
     processes, the norms of their gradients tell the noise without a pass, in every window. Else, and for
-    curvature, a probe recomputes gradients: of a slice of the batch at hand, measured against the rest of it, or
-    of slices of batches that are pooled from window to window.
+    curvature, a probe recomputes gradients: of a slice of the batch at hand, measured against the rest of it,
+    or of slices of batches that are pooled from window to window.
 
     Data-parallel processes measure the gradient over all their examples, and do everything here at the same
     time: what is decided depends on numbers that are equal on all of them, and if one fails they all give up.
@@ -69,6 +69,7 @@ class Measurer:
     _attempts: Attempts
     _prober: Prober
     _pace: Pace | None
+    _size_ahead: Callable[[float], float] | None
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class Measurer:
         for name in ("_run", "_trainer", "_loss", "_attempts", "_prober"):
             vars(self).pop(name, None)
         self._pace = None
-        self._size_ahead: Callable[[float], float] | None = None
+        self._size_ahead = None
         self._curvature_asked = False
         self._instruments.end()
         # Of the batch in hand, which can see several windows where optimization is manual.
@@ -195,7 +196,8 @@ class Measurer:
     @property
     def overhead(self) -> float:
         """What measuring has cost in passes, per example trained."""
-        return self.budget.spent / self.budget.trained if self.budget.trained else 0.0
+        budget = self.budget
+        return (budget.spent + budget.arithmetic) / budget.trained if budget.trained else 0.0
 
     def foreseen(self, examples: float) -> float:
         """Examples of all processes, where this one counts so many. One message."""
@@ -244,7 +246,7 @@ class Measurer:
 
     @property
     def _windows_tell(self) -> bool:
-        """Whether norms of windows tell the noise: of several chunks, put together by factors that are known."""
+        """Whether norms of windows tell the noise: they have several chunks, with factors that are known."""
         chunks = self._trainer.accumulate_grad_batches
         if not self._ranks.sharded:
             chunks *= self._ranks.count
@@ -310,7 +312,7 @@ class Measurer:
             batch: the micro-batch.
 
         Returns:
-            The batch to replay, in containers of its own, because a `training_step` may take things out of them.
+            The batch to replay, in containers of its own: a `training_step` may take things out of them.
         """
         self._begun += 1
         if not self._pool.target and self._at_hand is None:
@@ -464,7 +466,8 @@ class Measurer:
             if not cutting.agrees([part], prober, self.budget):
                 return None
         length = max(probe.examples / MAX_PARTS, SMALLEST_SLICE)
-        parts, chunks, examples = prober.cut(piece, int(piece.size // length)), [], 0.0
+        parts, examples = prober.cut(piece, int(piece.size // length)), 0.0
+        chunks: list[Chunk] = []
         while examples < probe.examples and len(chunks) < len(parts) - cutting.exact:
             chunks.append(Chunk((parts[len(chunks)],)))
             examples += chunks[-1].size

@@ -103,7 +103,7 @@ class MeasuringPlan:
         self._seen_examples += examples
 
     def typical(self, size: float, ranks: Ranks) -> float:
-        """Examples in a micro-batch to plan with, where batches differ in size, as those counted in tokens."""
+        """Examples in a micro-batch to plan with: batches may differ in size, as those counted in tokens."""
         return self.mean_batch if self._seen_batches else ranks.examples(size)[0]
 
     @property
