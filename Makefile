@@ -36,7 +36,7 @@ test-matrix: $(STAMP)  ## tests that lean on Lightning, oldest and newest versio
 
 docs-pictures: $(STAMP)  ## draw the pictures of the pages on `plot` and `fit` again: a minute
 	$(BIN)/python -m examples.digits --output runs/pictures
-	$(BIN)/lightning-surge plot runs/pictures --output docs/reading-a-run.png --title "Convolutional network on scikit-learn's digits"
+	$(BIN)/lightning-surge plot runs/pictures/csv --output docs/reading-a-run.png --title "Convolutional network on scikit-learn's digits"
 	$(BIN)/lightning-surge fit examples/tables/mlperf_retinanet.csv --tuned --figure examples/tables/mlperf_retinanet.png
 
 docs: $(STAMP)  ## build the documentation in site/, warnings as errors

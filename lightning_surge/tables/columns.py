@@ -184,7 +184,7 @@ def settings_within(
 ) -> tuple[list[str], list[str]]:
     """Settings in which runs differ that are averaged as if they were seeds, and a few that tell them apart.
 
-    Such runs have the columns of a `cell` in common, the batch size first; columns with a role are no settings.
+    Such runs have the columns of a `cell` in common, the batch size first. What has a role is no setting.
 
     Example:
         >>> import pandas as pd

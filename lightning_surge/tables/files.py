@@ -32,8 +32,8 @@ SOURCES: list[tuple[Callable[[str], bool], Callable[[str], pd.DataFrame]]] = [(i
 def read_frame(source: str | Path) -> pd.DataFrame:
     r"""Open a table, a file, a pipe or `-`, as it stands: the text of CSV is not yet taken for numbers.
 
-    Raises an OSError if there is no such file, ModuleNotFoundError without pandas, or pyarrow for Parquet, and
-    ValueError if the file is empty, damaged or of another kind.
+    Raises an OSError if there is no such file, ModuleNotFoundError without pandas, or pyarrow for Parquet,
+    and ValueError if the file is empty, damaged or of another kind.
 
     Example:
         >>> import tempfile
