@@ -24,7 +24,7 @@ from benchmarks.fidelity.one_step import laws, truths
 from benchmarks.fidelity.regrets import DEFAULT
 from benchmarks.fidelity.switch import BATCH_SIZES, SEEDS, sweep
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES
-from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
+from benchmarks.fidelity.workloads import WORKLOADS
 from lightning_surge.laws.objectives import OBJECTIVES
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,14 +67,15 @@ def unusual(key: dict[str, Any]) -> int:
 
 
 def quick() -> list[Cell]:
-    """One cell of each kind, on the smallest workload."""
-    point: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "start"}
+    """One cell of each kind, as short as they can be."""
+    point: dict[str, Any] = {"workload": "autoencoder", "beta_2": 0.95, "phase": "start"}
+    short = point | {"examples": LARGER[-1]}
     return [
         Cell("truths", point | {"seed": 0}, truths),
         Cell("laws", point | {"seed": 0}, laws),
-        Cell("sweep", point | {"batch_size": 16 * BASE_BATCH_SIZE}, sweep),
-        Cell("free", point | EXAMPLES, free),
-        Cell("live", point | AS_SHIPPED | {"seed": 0}, partial(live, batch_sizes=LARGER)),
+        Cell("sweep", short | {"batch_size": LARGER[-1]}, sweep),
+        Cell("free", short, free),
+        Cell("live", short | AS_SHIPPED | {"seed": 0}, partial(live, batch_sizes=LARGER)),
     ]
 
 
