@@ -188,7 +188,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[Injector], None]:
 
     def install(injector: Injector) -> None:
         monkeypatch.setattr(ProbeBudget, "widen", lambda self: None)
-        for name in ("_start_live", "after_backward", "collect"):
+        for name in ("after_backward", "collect"):
             original = getattr(Measurer, name)
 
             def watched(self: Measurer, *args: Any, original: Any = original, **kwargs: Any) -> Any:

@@ -18,11 +18,13 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
-from lightning_surge import SurgeLRCallback
+from lightning_surge import BatchSizeScheduler, ScheduledBatchSampler, SurgeLRCallback
 from lightning_surge.laws.base import LinearLaw
 from lightning_surge.laws.objectives import progress_ratio
+from lightning_surge.measure.budget import ARITHMETIC
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.policy import Decision
+from lightning_surge.schedules import Milestones
 from tests.trainings import at_update
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -585,8 +587,8 @@ class TestMeasuring:
         )
         make_trainer(callback).fit(seeded(Counting), data(80, 16))
         assert oracle.calls == 5
-        # Once 1 + 4 passes to compare; then, in each of 4 probes, 4 slices and the first 2 again, twice.
-        assert replayed == [16, *[4] * 4, *[4] * 4 * 8]
+        # Once 1 + 4 passes to compare; then 4 slices in each of 4 probes.
+        assert replayed == [16, *[4] * 4, *[4] * 4 * 4]
         assert callback.history.num_measurements == 4
 
     def test_uses_split_batch(self, make_trainer: MakeTrainer) -> None:
@@ -627,10 +629,9 @@ class TestMeasuring:
         assert 4 in asked
         assert {1, 13, 16} == set(sizes)
         assert callback.history.num_measurements == 4
-        # Directions of 1 and 1 examples, measured on 1 and 13.
         latest = callback.history.latest
         assert latest is not None
-        assert [size for size, _ in latest.curvatures] == [1.0, 2.0]
+        assert latest.pairs == 16**2 - (1 + 1 + 1 + 13**2)
 
     def test_without_cutting_pools_whole_batches(self, make_trainer: MakeTrainer) -> None:
         class Noting(Regression):
@@ -644,14 +645,83 @@ class TestMeasuring:
         assert sizes == {16}
         assert callback.history.num_measurements >= 2
 
-    def test_from_accumulation_costs_no_pass_but_the_secants(self, make_trainer: MakeTrainer) -> None:
-        module = seeded(lambda: Everything(adamw, batch_norm=False))
-        callback = SurgeLRCallback(4, objective="alignment", probe_every=1)
-        make_trainer(callback, accumulate_grad_batches=4).fit(module, data(96, 4))
-        # 24 batches are 6 windows; 5 are measured, with 2 micro-batches repeated for each of 2 secants.
-        assert callback.history.num_measurements == 5
-        assert module.oracle.calls == 24 + 5 * 4
-        assert callback.overhead == pytest.approx(5 * 1.25 * (16 + 4) / 96)
+    @pytest.mark.parametrize("clip", [None, 1e-3])
+    def test_from_accumulation_costs_no_pass(self, make_trainer: MakeTrainer, clip: float | None) -> None:
+        module = seeded(lambda: Everything(adamw, batch_norm=True))
+        callback = SurgeLRCallback(4, probe_every=1, dry_run=True)
+        options = {"accumulate_grad_batches": 4, "gradient_clip_val": clip}
+        make_trainer(callback, **options).fit(module, data(96 + 6, 4))
+        # 26 batches are 7 windows, of which the last one has 2, the second of 2 examples.
+        assert callback.history.num_measurements == 7
+        assert module.oracle.calls == 26
+        assert callback.overhead == pytest.approx(ARITHMETIC)
+        latest = callback.history.latest
+        assert latest is not None
+        assert latest.statistics.batch_size == 6.0
+        assert latest.num_chunks == 2
+        assert latest.statistics.trace_cov > 0.0
+
+    def test_curvature_where_it_is_asked_for_in_every_fourth_probe(self, make_trainer: MakeTrainer) -> None:
+        for options, asked in (({}, False), ({"log_peak": True}, True), ({"objective": "step"}, True)):
+            callback = SurgeLRCallback(4, probe_every=1, probe_examples=16, **options)
+            make_trainer(callback).fit(seeded(Regression), data(128, 16))
+            curved = [bool(record.curvatures) for record in callback.history._records]
+            assert curved == [asked and index % 4 == 0 for index in range(7)]
+            assert math.isinf(callback.law.peak.batch_size) or asked  # type: ignore[union-attr]
+
+    def test_of_a_slice_against_the_rest_of_a_large_batch(self, make_trainer: MakeTrainer) -> None:
+        sizes: list[int] = []
+
+        class Noting(Regression):
+            def loss(self, batch: Any) -> Tensor:
+                sizes.append(len(batch[0]))
+                return super().loss(batch)
+
+        callback = SurgeLRCallback(16, max_overhead=0.2)
+        make_trainer(callback).fit(seeded(Noting), data(32 * 512, 512))
+        latest = callback.history.latest
+        assert latest is not None
+        assert latest.statistics.batch_size == 512.0
+        assert latest.num_chunks == 9  # eight slices of 32, and the rest
+        assert latest.passes == 256.0
+        assert latest.pairs == 512**2 - 8 * 32**2 - 256**2
+        # A part of the first one is compared with its slices, once.
+        assert sorted(set(sizes)) == [4, 16, 32, 512]
+        assert callback.overhead <= 0.2
+
+    def test_comes_before_the_first_change_of_the_batch_size_and_right_after_it(
+        self, make_trainer: MakeTrainer, decisions: list[tuple[float, Decision]]
+    ) -> None:
+        seen: list[tuple[float, int]] = []
+
+        class Noting(Callback):
+            def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+                seen.append((decisions[-1][0], callback.history.num_measurements))
+
+        callback = SurgeLRCallback(16, max_overhead=0.05)
+        sizes = Milestones({0: 16, 64: 64})
+        loader = data(8192, 16)
+        sampler = ScheduledBatchSampler(torch.utils.data.SequentialSampler(loader.dataset), 64)  # type: ignore[arg-type]
+        loader = DataLoader(loader.dataset, batch_sampler=sampler)
+        make_trainer(BatchSizeScheduler(sizes), callback, Noting()).fit(seeded(Regression), loader)
+        before = [number for size, number in seen if size == 16]
+        after = [number for size, number in seen if size == 64]
+        assert before[-1] >= 1
+        assert after[0] == before[-1] + 1
+        assert callback.law_history[before[-1]].step == 64
+
+    def test_a_run_that_affords_none_is_told_so_once(
+        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for options, told in (({"max_overhead": 0.01}, 1), ({"max_overhead": 0.5}, 0), ({"law": "sqrt"}, 0)):
+            caplog.clear()
+            with caplog.at_level("INFO"):
+                make_trainer(SurgeLRCallback(8, **options), max_epochs=2).fit(seeded(Regression), data(64, 8))
+            said = [
+                record.message for record in caplog.records if "Nothing will be measured" in record.message
+            ]
+            assert len(said) == told
+            assert all("of the 128 examples" in message for message in said)
 
     def test_law_answers_with_standard_errors(self, make_trainer: MakeTrainer) -> None:
         callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)

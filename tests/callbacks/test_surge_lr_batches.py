@@ -58,11 +58,12 @@ def test_a_step_that_overwrites_its_batch_is_told_and_trains_on(
     make_trainer: MakeTrainer, accumulation: int
 ) -> None:
     module, plain = Linear(lambda x: x.mul_(0.5)), Linear(lambda x: x.mul_(0.5))
-    callback = SurgeLRCallback(8, probe_every=1, dry_run=True)
+    callback = SurgeLRCallback(8, objective="step", probe_every=1, dry_run=True)
     with pytest.warns(UserWarning, match="changes a tensor of it in place: work on a copy"):
         make_trainer(callback, accumulate_grad_batches=accumulation).fit(module, batches([16] * 12))
     make_trainer(accumulate_grad_batches=accumulation).fit(plain, batches([16] * 12))
-    assert callback.history.num_measurements == 0
+    # Norms of windows need no second pass.
+    assert (callback.history.num_measurements > 0) == (accumulation > 1)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
 
 

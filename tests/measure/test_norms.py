@@ -1,4 +1,4 @@
-"""Norms that pass by: what they say of the noise, for any sizes and factors, and that they change no gradient."""
+"""Norms that pass by: what they say of the noise, for any sizes and factors; gradients stay as they are."""
 
 import math
 from collections.abc import Sequence

@@ -31,7 +31,7 @@ from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.distributed import ALONE, RankError
 from lightning_surge.measure.measurement import MIN_SLICES, MoreSecants, Whole
 from lightning_surge.measure.norms import WindowNorms
-from lightning_surge.measure.probing import Prober
+from lightning_surge.measure.probing import REPEATS, Prober
 from lightning_surge.measure.records import Measurement
 from lightning_surge.measure.replay import Chunk, Piece, TraceError
 from lightning_surge.optimizers.moments import AdamMoments
@@ -247,10 +247,10 @@ class Measurer:
     @property
     def _windows_tell(self) -> bool:
         """Whether norms of windows tell the noise: they have several chunks, with factors that are known."""
+        if self._pace is not None or self._settings.law.startswith("theorem") or self._settings.follows_edge:
+            return False
         chunks = self._trainer.accumulate_grad_batches
-        if not self._ranks.sharded:
-            chunks *= self._ranks.count
-        return chunks > 1 and self._pace is None
+        return chunks * (1 if self._ranks.sharded else self._ranks.count) > 1
 
     def _next_probe(
         self, kind: Kind, batch_idx: int, size: float, typical: float, window: float, base: float | None
@@ -268,9 +268,17 @@ class Measurer:
             # gradients are sparse.
             smallest = max(base or whole, smallest)
         secants = self._instruments.secants if self._settings.follows_edge else 0
-        ahead = self._size_ahead or (lambda examples: whole)
+        # If random numbers hide what the comparison is about.
+        check = (2 + REPEATS) * (min(size, COMPARED_EXAMPLES) if at_hand else size) * self._ranks.count
         return self._plan.next_probe(
-            whole, base or whole, smallest, at_hand=at_hand, kind=kind, secants=secants, size_ahead=ahead
+            whole,
+            base or whole,
+            smallest,
+            at_hand=at_hand,
+            kind=kind,
+            secants=secants,
+            check=0.0 if self._cutting.checked or not self._cutting.allowed else check,
+            size_ahead=self._size_ahead or (lambda examples: whole),
         )
 
     def _next_kind(self, *, free: bool) -> Kind | None:

@@ -176,6 +176,7 @@ class MeasuringPlan:
         at_hand: bool,
         kind: Kind,
         secants: int,
+        check: float,
         size_ahead: Callable[[float], float],
     ) -> Probe | None:
         """The probe that starts with this window, if one is due.
@@ -187,13 +188,14 @@ class MeasuringPlan:
             at_hand: whether a part of the batch at hand can be measured against its rest.
             kind: of the probe.
             secants: that the sharpness takes.
+            check: examples to pass once besides, to see whether a batch may be cut.
             size_ahead: the batch size after so many more examples.
         """
-        question = size, base, smallest, at_hand, kind, secants, self._planned
+        question = size, base, smallest, at_hand, kind, secants, check, self._planned
         if question != self._asked:
             # The same at every step of a batch size that stays.
             self._asked, self._answer = question, self._options(size, base, smallest, at_hand, kind)
-            self._costs = [self._cost(probe, secants) for probe in self._answer]
+            self._costs = [probe_cost(check) + self._cost(probe, secants) for probe in self._answer]
             self._tell_of_a_short_run(min(self._costs), smallest)
         changed = self._is_new(size)
         probe, cost = self._answer[changed], self._costs[changed]
@@ -213,7 +215,11 @@ class MeasuringPlan:
         if not at_hand or self._settings.probe_examples:
             return [pooled, pooled]
         part = min(size / 2.0, POOLED)
-        while part >= 4.0 and self.budget.affordable(probe_cost(part), self._planned) < FEW_PROBES:
+        while (
+            part >= 4.0
+            and self._settings.probe_every is None
+            and self.budget.affordable(probe_cost(part), self._planned) < FEW_PROBES
+        ):
             part /= 2.0
         part = float(math.ceil(part))
         here = Probe(kind, part, at_hand=True)

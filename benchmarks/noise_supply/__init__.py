@@ -1,0 +1,1 @@
+"""How soon the callback knows the noise scale, and how well for one percent of the passes."""
