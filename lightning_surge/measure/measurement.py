@@ -177,7 +177,7 @@ class NormMeasurement(_Passes):
             add_scaled(total, gradient, chunk.size)
             squares.append(squared_norm(gradient))
             sizes.append(chunk.size)
-        del gradient
+            del gradient  # the next pass makes another one
         if whole is None:
             mean_sq = float(squared_norm(total).item()) / sum(sizes) ** 2
         else:

@@ -288,8 +288,24 @@ class Test16BitParameters:
             r".*law='sqrt', law='linear' or law='constant'"
         )
         with pytest.raises(MisconfigurationException, match=message):
-            make_trainer(SurgeLRCallback(4), precision=precision).fit(module, data(2))
+            make_trainer(SurgeLRCallback(4, log_peak=True), precision=precision).fit(module, data(2))
         assert module.calls == 0
+
+    @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+    @pytest.mark.parametrize("accumulation", [1, 4])
+    def test_are_measured_for_the_default(
+        self, make_trainer: MakeTrainer, precision: Any, accumulation: int
+    ) -> None:
+        found = []
+        for kind in (precision, "32-true"):
+            callback = SurgeLRCallback(4, probe_every=1, dry_run=True)
+            module = Net(lambda m: SGD(m.parameters(), lr=1e-3))
+            options = {"precision": kind, "accumulate_grad_batches": accumulation}
+            make_trainer(callback, **options).fit(module, data(16))
+            first = callback.history._records[0].statistics
+            found.append((first.batch_size, first.grad_sq, first.trace_cov))
+            assert callback.history.num_measurements >= 4
+        assert found[0] == pytest.approx(found[1], rel=0.05)
 
     @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
     def test_suit_rules(self, make_trainer: MakeTrainer, precision: Any) -> None:

@@ -316,7 +316,7 @@ class TestProperties:
         batches = noise([2, 3, 2, 1], seed)
         plain, scaled = (
             Quadratic(factor)
-            .measurement(4, direction=direction, delta=0.01 / factor)
+            .measurement(direction=direction, delta=0.01 / factor)
             .run([chunk(batch) for batch in batches])
             for factor in (1.0, scale)
         )

@@ -230,8 +230,14 @@ class Measurer:
         if self._pool.target:
             self._pool.open_window()
             return  # still pooling
+        if self._ranks.sharded and not free and self._first_window:
+            rank_zero_info(
+                "Nothing will be measured: sharded parameters are measured from the micro-batches of "
+                "accumulation windows, and a step has one. Use accumulate_grad_batches=2 or more."
+            )
         kind = self._next_kind(free=free)
         if kind is None:
+            self._first_window = False
             return
         if self._cutting.allowed and self._first_window and size >= 2:
             self._refresh_parameters()
