@@ -45,17 +45,6 @@ def split_leading_dimension(batch: Any, num_slices: int) -> list[Any]:
     Tensors, arrays and lists are data and must agree on their length; mappings, tuples and dataclasses
     are structure; anything else (a string, a number, None, a scalar tensor) is shared by all slices.
 
-    Args:
-        batch: what a DataLoader yields, nested at will.
-        num_slices: slices to cut, from 1 to the number of examples.
-
-    Returns:
-        The slices, in order; their sizes differ by at most one example.
-
-    Raises:
-        BatchError: if the leading dimensions disagree, or there is none.
-        TooFewExamplesError: if there are fewer examples than slices.
-
     Example:
         >>> import torch
         >>> [x.tolist() for x, name in split_leading_dimension((torch.arange(5), "train"), 2)]
@@ -95,9 +84,6 @@ def _parts(batch: Any) -> Iterable[Any] | None:
 
 def leaves(batch: Any) -> Iterator[Any]:
     """Tensors, arrays, lists of examples, and whatever else a batch holds, in order. Nothing is rebuilt.
-
-    Args:
-        batch: nested mappings, sequences and dataclasses.
 
     Example:
         >>> list(leaves({"x": (1, 2), "y": [3, 4]}))
@@ -144,13 +130,6 @@ def _map(batch: Any, function: Callable[[Any], Any]) -> Any:
 def shared_copy(batch: Any) -> Any:
     """The same data in new containers, so that taking something out of one leaves the other whole.
 
-    Args:
-        batch: nested mappings, sequences and dataclasses of tensors and anything else.
-
-    Returns:
-        A batch whose tensors and arrays are the very same objects; the batch itself if a container in it
-        cannot be copied.
-
     Example:
         >>> batch = {"x": [1, 2]}
         >>> copied = shared_copy(batch)
@@ -170,16 +149,6 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 def group_evenly(items: Sequence[Any], num_groups: int) -> list[list[Any]]:
     """Deal consecutive items into groups whose numbers differ by at most one.
-
-    Args:
-        items: what to deal.
-        num_groups: from 1 to the number of items.
-
-    Returns:
-        The groups, in order, none of them empty.
-
-    Raises:
-        ValueError: If `num_groups` is not from 1 to the number of items.
 
     Example:
         >>> group_evenly([1, 2, 3, 4, 5], 2)

@@ -27,11 +27,7 @@ WIDENING = 2.0
 
 
 def probe_cost(passes: float) -> float:
-    """What a measurement is planned with and charged for.
-
-    Args:
-        passes: examples passed forward and backward beyond training's own.
-    """
+    """What a measurement is planned with and charged for."""
     return SAFETY * passes
 
 
@@ -46,10 +42,6 @@ class ProbeBudget:
     The early measurements run ahead of the budget and are charged to the whole run: what is left is
     spread evenly over the examples that remain. Where the length of the run is not known, nothing is
     spent until the run has caught up.
-
-    Args:
-        max_overhead: largest share of extra passes, for example 0.01.
-        probe_every: measure every so many optimizer steps instead, whatever it costs.
 
     Example:
         One measurement costs 125. At 5 % the first one is due after 2 % of 10,000 examples, the next one
@@ -107,14 +99,7 @@ class ProbeBudget:
         return self.probe_every is not None and self._steps_since_last >= self.probe_every * self._spacing
 
     def due(self, cost: float, planned_examples: float = math.inf, *, urgent: bool = False) -> bool:
-        """Whether a probe of this cost may start.
-
-        Args:
-            cost: as it will be charged.
-            planned_examples: examples of the whole run; infinite if unknown.
-            urgent: whether it is wanted now, ahead of the even spacing, as before a change of the batch size
-                where nothing has been measured, and after one.
-        """
+        """Whether a probe of this cost may start."""
         if self.probe_every is not None:
             return self.step_is_due
         total = self.max_overhead * planned_examples
@@ -155,12 +140,7 @@ class ProbeBudget:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`; the settings stay as they are.
-
-        Raises:
-            ValueError: if a value is none that a budget can have; nothing is taken over then.
-            KeyError: if one is missing.
-        """
+        """Take over the state of `state_dict`; the settings stay as they are."""
         # Everything begins at its smallest value, and as what it is.
         smallest = ProbeBudget(self.max_overhead, self.probe_every).state_dict()
         values = {name: state[name] for name in smallest}

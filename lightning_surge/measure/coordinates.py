@@ -35,18 +35,6 @@ class CoordinateMeasurement:
     become `u` in place, the second moment is dropped, and each secant differences two gradients in
     one buffer by giving the losses opposite signs.
 
-    Args:
-        parameters: the parameters that the optimizer moves.
-        replay: recomputes a piece's gradient into `.grad`.
-        delta: distance of the secants, a learning rate.
-        scales: per parameter, its learning rate relative to the run's.
-        sizes: batch sizes at which Theorem 2 is evaluated, each smaller than half of the examples.
-        law: `"theorem2"` or `"theorem3"`: which secants to take.
-        seed: of the random signs.
-        variance_of: per-coordinate variance of one example's gradient from elsewhere, for example Adam's
-            averages; None measures it from the chunks.
-        ranks: the processes that measure together.
-
     References:
         Li et al. 2024, arXiv:2405.14578, Theorem 2 (Eq. 9, 10), Theorem 3 (Eq. 13-16).
     """
@@ -93,17 +81,7 @@ class CoordinateMeasurement:
         return examples * (1.0 + SECANTS[law])
 
     def run(self, chunks: Sequence[Chunk]) -> Measurement:
-        """Measure from chunks whose gradients have yet to be computed.
-
-        Args:
-            chunks: at least 8, and then as many as there are.
-
-        Returns:
-            A measurement whose alignments and curvatures are Theorem 2's, with the sums of Theorem 3.
-
-        Raises:
-            ValueError: with fewer than 8 chunks, or a size that they cannot imitate.
-        """
+        """Measure from chunks whose gradients have yet to be computed."""
         if len(chunks) < self.FEWEST_CHUNKS:
             raise ValueError(
                 f"Expected at least {self.FEWEST_CHUNKS} chunks, got {len(chunks)}: a deviation per "

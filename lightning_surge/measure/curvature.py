@@ -47,14 +47,6 @@ RESOLUTION_STEPS = 32.0
 def probe_distance(parameters: Sequence[Tensor], lr: float) -> float:
     """How far to move for a secant: the learning rate in use, floored by the dtype's resolution.
 
-    Args:
-        parameters: the parameters to be moved.
-        lr: the learning rate whose scale matters, in units of the parameters; 0 is allowed, as in
-            the first step of a warm-up.
-
-    Returns:
-        The distance `delta`, positive.
-
     Example:
         >>> probe_distance([torch.ones(4)], lr=0.25)
         0.25
@@ -73,16 +65,7 @@ def probe_distance(parameters: Sequence[Tensor], lr: float) -> float:
 
 @contextmanager
 def displaced(parameters: Sequence[Tensor], direction: Displacement, delta: float) -> Iterator[list[Tensor]]:
-    """Move parameters to `theta - delta V` and put them back bit for bit, whatever happens inside.
-
-    Args:
-        parameters: what to move, in place.
-        direction: walks `V`.
-        delta: distance, in units of the parameters per unit of `V`.
-
-    Yields:
-        The parameters' original values, as copies: one parameter-sized buffer.
-    """
+    """Move parameters to `theta - delta V` and put them back bit for bit, whatever happens inside."""
     # `.data`: the version counters must not move, or a graph that the user keeps would be refused.
     data = [local(parameter.data) for parameter in parameters]
     originals = [tensor.clone() for tensor in data]
@@ -107,15 +90,6 @@ def realised_slope(
     parameters: Sequence[Tensor], direction: Displacement, delta: float, gradient: Sequence[Tensor | None]
 ) -> Tensor:
     """`d . g` with the displacement `d = theta - theta_delta` that `displaced` is going to make.
-
-    Args:
-        parameters: the point `theta`, left as it is.
-        direction: walks `V`.
-        delta: distance, in units of the parameters per unit of `V`.
-        gradient: the gradient at `theta`; None counts as zero.
-
-    Returns:
-        A scalar float64 tensor, on the device of the parameters.
 
     Example:
         In float32, `1 - 1e-7` is really `1 - 2^-23`.

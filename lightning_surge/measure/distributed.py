@@ -25,12 +25,7 @@ MESSAGE_ELEMENTS = 1 << 22
 
 
 class RankError(RuntimeError):
-    """Another process failed, so that this one cannot go on either.
-
-    Args:
-        message: what happened.
-        final: whether that one will not try again.
-    """
+    """Another process failed, so that this one cannot go on either."""
 
     def __init__(self, message: str, *, final: bool = False) -> None:
         super().__init__(message)
@@ -39,13 +34,6 @@ class RankError(RuntimeError):
 
 class Ranks:
     """A group of processes, or a single one, for which everything here is free.
-
-    Args:
-        device: on which messages are made.
-        count: number of processes; 1 needs no group.
-        rank: of this process.
-        replicas: how many of the processes have examples of their own; None for all.
-        sharded: whether each process holds a piece of the parameters, and of gradients summed over all.
 
     Example:
         >>> alone = Ranks()
@@ -70,14 +58,7 @@ class Ranks:
         self.replica_share = 1.0 if replicas is None else replicas / count
 
     def total(self, *values: float) -> tuple[float, ...]:
-        """Sum numbers over the processes, in one message.
-
-        Args:
-            *values: of this process.
-
-        Returns:
-            The sums, equal everywhere.
-        """
+        """Sum numbers over the processes, in one message."""
         return self._reduced(values, torch.distributed.ReduceOp.SUM) if self.count > 1 else values
 
     def examples(self, *counts: float) -> tuple[float, ...]:
@@ -106,13 +87,6 @@ class Ranks:
 
         A process that fails between two meetings must come to the next one all the same, with `failed`, where
         the others expect it.
-
-        Args:
-            failed: whether this process comes to say that it failed.
-            final: whether it will not try again, so that no process may.
-
-        Raises:
-            RankError: if another one did.
         """
         if self.count == 1:
             return
@@ -124,14 +98,7 @@ class Ranks:
             )
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace every `.grad` by its sum over the processes.
-
-        Args:
-            parameters: None counts as zero where another process has a gradient; it becomes zeros.
-
-        Raises:
-            RankError: if another process failed on the way here.
-        """
+        """Replace every `.grad` by its sum over the processes."""
         if self.count == 1:
             return
         for parameter in parameters:
@@ -142,14 +109,7 @@ class Ranks:
         self.sum([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Sum tensors over the processes, in place.
-
-        Args:
-            tensors: of the same shapes everywhere.
-
-        Raises:
-            RankError: if another process failed on the way here.
-        """
+        """Sum tensors over the processes, in place."""
         if self.count == 1:
             return
         bunches = list(_bunches(tensors))
@@ -185,14 +145,7 @@ def _bunches(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The piece of a tensor that this process holds: all of it, unless it is sharded.
-
-    Args:
-        tensor: any.
-
-    Returns:
-        A plain tensor that shares its memory with the piece.
-    """
+    """The piece of a tensor that this process holds: all of it, unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

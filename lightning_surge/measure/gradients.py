@@ -48,12 +48,6 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Walk tensors of one shape together, in flat blocks of at most `BLOCK_ELEMENTS` elements.
 
     Of a sharded tensor, the piece of this process.
-
-    Args:
-        *tensors: tensors of equal shape; a non-contiguous one is copied whole.
-
-    Yields:
-        Tuples of matching one-dimensional blocks, in logical (row-major) order.
     """
     flat = [local(tensor).detach().reshape(-1) for tensor in tensors]
     for start in range(0, flat[0].numel(), BLOCK_ELEMENTS):
@@ -72,13 +66,8 @@ class ChunkStream:
     Both are unbiased because `E|g_k|^2 = |G|^2 + tr Sigma / n_k` for independent examples. The
     alignment `N(b)` is the direction of a chunk dotted with the chunk after it, averaged over such pairs, and
     for the largest size the direction of the whole prefix dotted with the whole reference; both are unbiased
-    because the examples are independent.
-
-    Args:
-        parameters: the parameters whose gradients will be added.
-        scales: per parameter, its learning rate relative to the run's; 1 if not given. A step
-            moves parameter `i` by `lr * scales[i] * V_i`.
-        direction: what the optimizer steps along.
+    because the examples are independent. `scales` are learning rates relative to the run's: a step moves
+    parameter `i` by `lr * scales[i] * V_i`.
 
     Example:
         Two one-example chunks with gradients (3, 0) and (1, 0): the mean is (2, 0), so
@@ -123,18 +112,7 @@ class ChunkStream:
         return len(self.sizes) % 2 == 1
 
     def add(self, gradient: Sequence[Tensor | None], size: float) -> bool:
-        """Fold in the next chunk; `gradient` is read, not kept.
-
-        Args:
-            gradient: mean gradient over the chunk, one tensor per parameter; None counts as zero.
-            size: examples in the chunk, any positive number.
-
-        Returns:
-            Whether this chunk completes a pair.
-
-        Raises:
-            ValueError: if `size` is not positive and finite.
-        """
+        """Fold in the next chunk; `gradient` is read, not kept."""
         require_size(size)
         complete = self.in_reference
         self._squares.append(squared_norm(gradient))
@@ -173,11 +151,7 @@ class ChunkStream:
         return result
 
     def statistics(self) -> ChunkStatistics:
-        """The debiased statistics of all chunks added.
-
-        Raises:
-            ValueError: if not even one pair came.
-        """
+        """The debiased statistics of all chunks added."""
         if not self._pairs:
             raise ValueError(
                 f"Expected at least 2 chunks, got {len(self.sizes)}: noise shows only as a difference "
@@ -206,11 +180,6 @@ class ChunkStream:
 def debiased_norms(sizes: Sequence[float], squares: Sequence[float], mean_sq: float) -> ChunkStatistics:
     """`|G|^2` and `tr Sigma`, as derived in `ChunkStream`, from norms alone.
 
-    Args:
-        sizes: examples in each chunk.
-        squares: squared norm of each chunk's mean gradient.
-        mean_sq: squared norm of the mean over all examples.
-
     Example:
         >>> debiased_norms([1.0, 1.0], [9.0, 1.0], mean_sq=4.0)
         ChunkStatistics(batch_size=2.0, grad_sq=3.0, trace_cov=2.0, alignments=())
@@ -227,11 +196,7 @@ def pairs_of(sizes: Sequence[float]) -> float:
 
 
 def require_size(size: float) -> None:
-    """Refuse what is no number of examples.
-
-    Raises:
-        ValueError: if it is not positive and finite.
-    """
+    """Refuse what is no number of examples."""
     if not (size > 0 and math.isfinite(size)):
         raise ValueError(
             f"Expected a positive, finite chunk size, got size={size}: "
@@ -267,12 +232,7 @@ def add_scaled(total: Sequence[Tensor], gradient: Sequence[Tensor | None], size:
 
 
 def squared_norm(gradients: Sequence[Tensor | None], shares: Sequence[float] | None = None) -> Tensor:
-    """`|g|^2` as a float64 scalar on the device, from gradients of any dtype.
-
-    Args:
-        gradients: one tensor per parameter; None counts as zero.
-        shares: factor on the square of each one; None for 1.
-    """
+    """`|g|^2` as a float64 scalar on the device, from gradients of any dtype."""
     found = [(dense(gradient.detach()), i) for i, gradient in enumerate(gradients) if gradient is not None]
     if not found:
         return torch.zeros((), dtype=torch.float64)

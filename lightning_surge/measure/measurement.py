@@ -82,14 +82,6 @@ def slices_for(batch_size: float, base_batch_size: float, fewest: int = MIN_SLIC
 
     A ratio of learning rates needs the law at both ends. Powers of two keep the halves equal.
 
-    Args:
-        batch_size: examples at hand.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        fewest: slices to make in any case.
-
-    Returns:
-        A power of two from `fewest` to 16.
-
     Example:
         >>> slices_for(128, base_batch_size=16), slices_for(16, base_batch_size=16)
         (8, 4)
@@ -99,17 +91,7 @@ def slices_for(batch_size: float, base_batch_size: float, fewest: int = MIN_SLIC
 
 
 def pass_chunk(chunk: Chunk, replay: Replay, weight: float) -> Chunk:
-    """Add a chunk's mean gradient to `.grad`, with the random numbers that it was made with before.
-
-    Args:
-        chunk: pieces without a random state go on with the streams as they are.
-        replay: adds a piece's gradient.
-        weight: factor on the gradient.
-
-    Returns:
-        The chunk, with the random states that this pass began with: a later pass repeats its masks.
-        Where several processes measure, each has its own share in `.grad` then.
-    """
+    """Add a chunk's mean gradient to `.grad`, with the random numbers that it was made with before."""
     pieces = []
     for piece in chunk.pieces:
         if piece.random_state is None:
@@ -122,13 +104,7 @@ def pass_chunk(chunk: Chunk, replay: Replay, weight: float) -> Chunk:
 
 
 class _Passes:
-    """Computes the gradients of chunks, and counts the examples passed.
-
-    Args:
-        parameters: the parameters that the optimizer moves.
-        replay: recomputes a piece's gradient into `.grad`.
-        ranks: the processes that measure together.
-    """
+    """Computes the gradients of chunks, and counts the examples passed."""
 
     def __init__(self, parameters: Sequence[Tensor], replay: Replay, ranks: Ranks) -> None:
         self._parameters = parameters
@@ -161,13 +137,6 @@ class NormMeasurement(_Passes):
 
         Where training has just computed the gradient of the batch that they are slices of, what they leave
         of it is one more chunk, `(n g - sum_k n_k g_k) / (n - sum_k n_k)`, without a pass.
-
-        Args:
-            chunks: at least 2, or 1 beside the whole.
-            whole: the batch that they are cut from, larger than they are together.
-
-        Raises:
-            ValueError: if a chunk has no size.
         """
         total = [zeros(parameter) for parameter in self._parameters]
         sizes: list[float] = []
@@ -200,16 +169,7 @@ class NormMeasurement(_Passes):
 
 
 class LawMeasurement(_Passes):
-    """Measures norms, alignments and curvatures of two sizes of direction.
-
-    Args:
-        parameters: the parameters that the optimizer moves.
-        replay: recomputes a piece's gradient into `.grad`.
-        delta: distance of the secant, a learning rate.
-        scales: per parameter, its learning rate relative to the run's.
-        direction: what the optimizer steps along.
-        ranks: the processes that measure together.
-    """
+    """Measures norms, alignments and curvatures of two sizes of direction."""
 
     def __init__(
         self,
@@ -228,15 +188,7 @@ class LawMeasurement(_Passes):
         self._pairs: list[tuple[float, float, float]] = []
 
     def run(self, chunks: Sequence[Chunk], sharpness: MoreSecants | None = None) -> Measurement:
-        """Measure from chunks whose gradients have yet to be computed.
-
-        Args:
-            chunks: at least 2; 4 for two sizes of direction.
-            sharpness: measures Adam's sharpness.
-
-        Raises:
-            ValueError: if there are too few chunks, or one has no size.
-        """
+        """Measure from chunks whose gradients have yet to be computed."""
         stream = self._stream
         passed: list[Chunk] = []
         for chunk, gradient in self._each(chunks):

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
-from typing import Any
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,18 @@ from lightning_surge.measure.distributed import Ranks
 from lightning_surge.measure.gradients import dense, squared_norm
 from lightning_surge.measure.records import ChunkStatistics, Measurement
 
-__all__ = ["NormSums", "WindowNorms", "gradient_norms"]
+__all__ = ["HookedNorms", "NormSums", "Row", "ShardedNorms", "StashedNorms", "WindowNorms", "gradient_norms"]
 
 # Windows whose norms are left on the device before they are read, which waits for it.
 UNREAD_WINDOWS = 64
+
+
+class Row(NamedTuple):
+    """A chunk of a window: `a_k^2 |g_k|^2`, `n_k` and `a_k`."""
+
+    square: float
+    size: float
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class NormSums:
     Example:
         Two one-example chunks with gradients (3, 0) and (1, 0), and their mean (2, 0):
 
-        >>> sums = NormSums.of_window(total=4.0, own=[9 / 4, 1 / 4], sizes=[1, 1], factors=[0.5, 0.5])
-        >>> sums.measurement().statistics
+        >>> rows = [Row(9 / 4, size=1, factor=0.5), Row(1 / 4, size=1, factor=0.5)]
+        >>> NormSums.of_window(4.0, rows).measurement().statistics
         ChunkStatistics(batch_size=2.0, grad_sq=3.0, trace_cov=2.0, alignments=())
     """
 
@@ -59,15 +67,13 @@ class NormSums:
     windows: float = 0.0
 
     @classmethod
-    def of_window(
-        cls, total: float, own: Sequence[float], sizes: Sequence[float], factors: Sequence[float]
-    ) -> NormSums:
-        """The sums of one window, from `|g|^2`, all `a_k^2 |g_k|^2`, `n_k` and `a_k`."""
-        return cls.of_message(_sums(total, list(zip(own, sizes, factors, strict=True))))
+    def of_window(cls, total: float, rows: Sequence[Row]) -> NormSums:
+        """The sums of one window, from `|g|^2` and its chunks."""
+        return cls.of_message(message_of(total, rows))
 
     @classmethod
     def of_message(cls, message: Sequence[float]) -> NormSums:
-        """The sums of one window; nothing from a single chunk, or from gradients that are not finite."""
+        """The same from `message_of`; nothing from a single chunk, or gradients that are not finite."""
         total, own, spread, factors, squares, examples, chunks = message
         if chunks < 2 or not (math.isfinite(total) and math.isfinite(spread)):
             return cls()
@@ -86,19 +92,43 @@ class NormSums:
         return Measurement(per_window, (), 0.0, chunks, pairs=self.pairs)
 
 
-def _sums(total: float, rows: Sequence[tuple[float, float, float]]) -> tuple[float, ...]:
-    """What `NormSums.of_message` takes, from `|g|^2` and rows of `a_k^2 |g_k|^2`, `n_k` and `a_k`."""
-    own, sizes, factors = (sum(row[i] for row in rows) for i in range(3))
-    spread = sum(n * r / a**2 for r, n, a in rows)
-    return total, own, spread, factors, sum(a**2 for _, _, a in rows), sizes, float(len(rows))
+def message_of(total: float, rows: Sequence[Row]) -> tuple[float, ...]:
+    """Numbers that say what `NormSums` needs of a window, and may be summed over processes before."""
+    rows = [row for row in rows if row.size > 0.0 and row.factor > 0.0]
+    own, sizes, factors = (math.fsum(row[i] for row in rows) for i in range(3))
+    spread = math.fsum(row.size * row.square / row.factor**2 for row in rows)
+    return total, own, spread, factors, math.fsum(row.factor**2 for row in rows), sizes, float(len(rows))
+
+
+class Window:
+    """An accumulation window: norms on the device, and what they mean."""
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+        self.own: list[tuple[Tensor, float, float]] = []
+        self.total: Tensor | None = None
+        self.scale = 1.0  # factor on the loss beyond that of each row
+
+    def read(self, share: float) -> tuple[float, list[Row]]:
+        """The numbers, of the loss itself; those of no window where they are not complete.
+
+        A share of a process is taken off the total, and off the factors.
+        """
+        # An optimizer that asks for the same gradients again has overwritten what was summed.
+        if self.total is None or len(self.own) > self.micro_batches:
+            return 0.0, []
+        device = self.total.device
+        values = torch.stack([self.total, *(square.to(device) for square, _, _ in self.own)]).tolist()
+        total, *own = (value / self.scale**2 for value in values)
+        rows = [
+            Row(square * share**2, size, factor * share)
+            for square, (_, size, factor) in zip(own, self.own, strict=True)
+        ]
+        return total * share, rows
 
 
 class GradientNorms(ABC):
-    """How a strategy hands out gradients: one subclass for each way.
-
-    Args:
-        ranks: the processes that measure together.
-    """
+    """How a strategy hands out gradients: one subclass for each way."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -122,7 +152,7 @@ class GradientNorms(ABC):
 
     def message(self, window: Window) -> tuple[float, ...]:
         """Numbers of a window of which the processes send each other the sum."""
-        return window.sums(1.0 / self.ranks.count)
+        return message_of(*window.read(1.0 / self.ranks.count))
 
     def sums(self, message: Sequence[float]) -> NormSums:
         """What a summed message says of the window."""
@@ -155,33 +185,26 @@ class StashedNorms(GradientNorms):
 
     def end(self) -> Tensor:
         """Read what has come, then add it as autograd would have added it."""
-        square = self._square()
+        square = self.total()
         self.release()
         return square
-
-    def _square(self) -> Tensor:
-        return squared_norm([parameter.grad for parameter in self._parameters])
 
     def release(self) -> None:
         """Put back what was set aside."""
         stashed, self._stashed = self._stashed, ()
-        if not stashed:
-            return
         totals, own = [], []
-        for parameter, before in zip(self._parameters, stashed, strict=True):
+        for parameter, before in zip(self._parameters if stashed else (), stashed, strict=True):
             if before is None:
                 continue
             if parameter.grad is not None:
                 totals.append(before)
                 own.append(parameter.grad)
             parameter.grad = before
-        if not totals:
-            return
         with torch.no_grad():
             if any(gradient.is_sparse for gradient in (*totals, *own)):
                 for total, gradient in zip(totals, own, strict=True):
                     total.add_(gradient)
-            else:
+            elif totals:
                 torch._foreach_add_(totals, own)
 
 
@@ -200,33 +223,24 @@ class ShardedNorms(StashedNorms):
         """Processes that hold the same piece."""
         if not isinstance(parameter, DTensor):
             return self.ranks.count
-        mesh = parameter.device_mesh
-        return math.prod(
-            mesh.size(dimension)
-            for dimension, placement in enumerate(parameter.placements)
-            if not isinstance(placement, Shard)
-        )
-
-    def _square(self) -> Tensor:
-        return squared_norm([parameter.grad for parameter in self._parameters], self._shares)
+        whole = enumerate(parameter.placements)
+        return math.prod(parameter.device_mesh.size(i) for i, p in whole if not isinstance(p, Shard))
 
     def total(self) -> Tensor:
         """`|g|^2` of the piece, as far as it is this process's share."""
-        return self._square()
+        return squared_norm([parameter.grad for parameter in self._parameters], self._shares)
 
     def message(self, window: Window) -> tuple[float, ...]:
         """Of every micro-batch its own numbers, since they enter nonlinearly."""
-        total, own, sizes, factors = window.read()
-        empty = [0.0] * (window.micro_batches - len(own))
-        factors = [factor / self.ranks.count for factor in factors]
-        return total, *own, *empty, *sizes, *empty, *factors, *empty
+        total, rows = window.read(1.0)
+        rows = [row._replace(factor=row.factor / self.ranks.count) for row in rows]
+        rows += [Row(0.0, 0.0, 0.0)] * (window.micro_batches - len(rows))
+        return total, *(value for row in rows for value in row)
 
     def sums(self, message: Sequence[float]) -> NormSums:
-        """Of micro-batches that hold examples."""
-        total, rows = message[0], len(message) // 3
-        parts = (message[1 + part * rows : 1 + (part + 1) * rows] for part in range(3))
-        chunks = [row for row in zip(*parts, strict=True) if row[1] > 0.0]
-        return NormSums.of_window(total, *map(list, zip(*chunks, strict=True))) if chunks else NormSums()
+        """Of the micro-batches of all processes."""
+        total, *values = message
+        return NormSums.of_window(total, [Row(*values[i : i + 3]) for i in range(0, len(values), 3)])
 
 
 class HookedNorms(GradientNorms):
@@ -248,7 +262,7 @@ class HookedNorms(GradientNorms):
     def __init__(self, ranks: Ranks) -> None:
         super().__init__(ranks)
         self._hooks: list[Any] = []
-        self._norms: dict[int, Tensor] = {}
+        self._squares: dict[int, Tensor] = {}
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """Hang a hook on every parameter."""
@@ -258,34 +272,27 @@ class HookedNorms(GradientNorms):
     def _hook(self, index: int) -> Any:
         def see(gradient: Tensor) -> None:
             own = dense(gradient.detach())
-            norm = torch.linalg.vector_norm(own, dtype=torch.promote_types(own.dtype, torch.float32))
+            norm = torch.linalg.vector_norm(own, dtype=torch.promote_types(own.dtype, torch.float32)).double()
             # Under reentrant checkpointing a tied weight's gradient comes in parts: their norms say nothing.
-            self._norms[index] = norm if index not in self._norms else norm * math.nan
+            self._squares[index] = norm.square() if index not in self._squares else norm * math.nan
 
         return see
 
     def end(self) -> Tensor:
         """What has passed by."""
-        norms = list(self._norms.values())
+        squares = list(self._squares.values()) or [torch.zeros((), dtype=torch.float64)]
         self.release()
-        if not norms:
-            return torch.zeros((), dtype=torch.float64)
-        return torch.stack([norm.to(norms[0].device) for norm in norms]).double().square_().sum()
+        return torch.stack([square.to(squares[0].device) for square in squares]).sum()
 
     def release(self) -> None:
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._norms = [], {}
+        self._hooks, self._squares = [], {}
 
 
 def gradient_norms(ranks: Ranks, parameters: Sequence[Tensor]) -> GradientNorms:
-    """The way that fits a strategy and the parameters.
-
-    Args:
-        ranks: the processes that measure together.
-        parameters: that the optimizer moves.
-    """
+    """The way that fits the strategy and the parameters."""
     if ranks.sharded:
         return ShardedNorms(ranks)
     # Who hooks into accumulation must find what has accumulated.
@@ -293,45 +300,8 @@ def gradient_norms(ranks: Ranks, parameters: Sequence[Tensor]) -> GradientNorms:
     return HookedNorms(ranks) if ranks.count > 1 or watched else StashedNorms(ranks)
 
 
-@dataclass
-class Window:
-    """The norms of an accumulation window, on the device, and what they mean.
-
-    Attributes:
-        micro_batches: that the window will have.
-        scale: square of the factor on the loss beyond the `factors`.
-    """
-
-    micro_batches: int
-    scale: float = 1.0
-    own: list[Tensor] = field(default_factory=list)
-    sizes: list[float] = field(default_factory=list)
-    factors: list[float] = field(default_factory=list)
-    total: Tensor | None = None
-
-    def read(self) -> tuple[float, list[float], list[float], list[float]]:
-        """The numbers, of the loss itself; those of no window where they are not complete."""
-        # An optimizer that asks for the same gradients again has overwritten what was summed.
-        if self.total is None or len(self.own) > self.micro_batches:
-            return 0.0, [], [], []
-        device = self.total.device
-        values = torch.stack([self.total, *(norm.to(device) for norm in self.own)]).tolist()
-        total, *own = (value / self.scale for value in values)
-        return total, own, self.sizes, self.factors
-
-    def sums(self, share: float) -> tuple[float, ...]:
-        """What `NormSums.of_message` takes, of one of several processes with a share in the total."""
-        total, own, sizes, factors = self.read()
-        rows = zip(own, sizes, factors, strict=True)
-        kept = [(r * share**2, n, a * share) for r, n, a in rows if n > 0.0 and a > 0.0]
-        return _sums(total * share, kept)
-
-
 class WindowNorms:
     """Follows accumulation windows, and keeps what their norms say until a measurement is made of it.
-
-    Args:
-        ranks: the processes that measure together.
 
     Attributes:
         windows: since the last measurement.
@@ -343,11 +313,11 @@ class WindowNorms:
         self._norms: GradientNorms = StashedNorms(ranks)
         self._parameters: Sequence[Tensor] = ()
         self._window: Window | None = None
-        self._unread: list[Window] = []
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
-        self._sums, self._unread = NormSums(), []
+        self._sums = NormSums()
+        self._unread: list[Window] = []
         self.windows, self.examples = 0, 0.0
 
     def follow(self, parameters: Sequence[Tensor], *, afresh: bool) -> None:
@@ -383,27 +353,23 @@ class WindowNorms:
         Args:
             size: examples in it, of this process; 0 for one that weighs nothing.
             factor: by which its mean gradient is multiplied in the step's, on this process.
-            scale: factor on the loss in this and every other micro-batch of the window.
+            scale: factor on the loss in every micro-batch of the window besides.
             last: whether no other one comes before the step.
         """
-        window, norms = self._window, self._norms
+        window = self._window
         assert window is not None
-        window.own.append(norms.end())
-        window.sizes.append(size)
-        window.factors.append(factor)
+        window.own.append((self._norms.end(), size, factor))
         if last:
-            window.scale, window.total = scale**2, norms.total()
+            window.scale, window.total = scale, self._norms.total()
 
     def message(self) -> tuple[float, ...]:
         """What several processes tell each other of the window that ends."""
         return () if self._window is None else self._norms.message(self._window)
 
     def end(self, message: Sequence[float], examples: float) -> None:
-        """Add the window that ends.
+        """Add the window that ends, with so many examples.
 
-        Args:
-            message: sum of all processes'; empty in a process alone.
-            examples: behind the step.
+        The message is the sum of all processes'; empty in a process alone.
         """
         assert self._window is not None
         if message:
@@ -417,7 +383,7 @@ class WindowNorms:
 
     def _read(self) -> None:
         for window in self._unread:
-            self._sums += NormSums.of_message(window.sums(1.0))
+            self._sums += NormSums.of_window(*window.read(1.0))
         self._unread = []
 
     def take(self) -> Measurement | None:
@@ -433,18 +399,11 @@ class WindowNorms:
         return {"sums": list(astuple(self._sums)), "windows": self.windows, "examples": self.examples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`.
-
-        Raises:
-            ValueError: if a value is none that it can have; this object is of no use then.
-            KeyError: if one is missing.
-        """
+        """Take over the state of `state_dict`, or raise an error and be of no use."""
         sums = [float(value) for value in state["sums"]]
         windows, examples = state["windows"], float(state["examples"])
-        fits = (
-            len(sums) == 6 and all(map(math.isfinite, (*sums, examples))) and min(*sums[1:], examples) >= 0.0
-        )
-        if not fits or type(windows) is not int or windows < 0:
+        fits = len(sums) == 6 and all(map(math.isfinite, (*sums, examples)))
+        if not fits or min(*sums[1:], examples) < 0.0 or type(windows) is not int or windows < 0:
             raise ValueError(
                 f"Expected finite sums over windows, got {state}: load what state_dict returned."
             )

@@ -48,19 +48,7 @@ class Agreement(NamedTuple):
 
 
 class Prober:
-    """Cuts and groups batches, and adds their gradients to `.grad`.
-
-    Args:
-        parameters: the parameters that the optimizer moves.
-        compute_loss: mean loss of a batch at the current parameters.
-        backward: function that calls `backward` on a loss; None to ask autograd for the gradients of the
-            parameters alone.
-        batch_size_fn: examples in a batch.
-        split_batch: cuts a batch; None if batches must stay whole.
-        ranks: the processes that measure together, each from batches of its own.
-        uses_batch_statistics: whether a layer normalizes by the other examples of a batch, asked when batches
-            are compared with their slices.
-    """
+    """Cuts and groups batches, and adds their gradients to `.grad`."""
 
     def __init__(
         self,
@@ -103,17 +91,6 @@ class Prober:
         """Arrange pieces into chunks: whole batches grouped, or each cut into slices.
 
         A chunk holds pieces of every process.
-
-        Args:
-            pieces: whole batches or micro-batches, at least one.
-            base_batch_size: examples at which the scheduled learning rate was tuned.
-            fewest: chunks to make if there are examples enough.
-
-        Returns:
-            The chunks, in the order of the examples.
-
-        Raises:
-            BatchError: if a batch cannot be cut.
         """
         (examples,) = self.ranks.total(sum(piece.size for piece in pieces))
         wanted = slices_for(examples, base_batch_size, fewest)
@@ -147,11 +124,6 @@ class Prober:
         is a sum over them. Dropout makes two passes differ too; how much is measured by repeating the
         whole batch with other random numbers, and only if the first comparison fails. They can be large
         enough to hide what BatchNorm does, so beside it no difference is forgiven.
-
-        Args:
-            piece: one batch.
-            num_slices: slices to cut it into, at least 2.
-
         """
         slices = self.cut(piece, num_slices)
         self.ranks.meet()

@@ -72,15 +72,7 @@ class Measurement(NamedTuple):
     pairs: float = 0.0
 
     def unscaled(self, scale: float, *, direction: Direction = SIGN) -> Measurement:
-        """What would have been measured, had the loss not been multiplied by `scale`.
-
-        Args:
-            scale: the factor.
-            direction: the one that was measured along.
-
-        Returns:
-            The same measurement in the loss's own unit.
-        """
+        """What would have been measured, had the loss not been multiplied by `scale`."""
         norms, sums = self.statistics, self.coordinate_sums
         power = direction.loss_power
         of_alignment, of_curvature = scale ** (1 + power), scale ** (1 + 2 * power)

@@ -121,17 +121,6 @@ def no_trace(
 
     Inside, every gradient is None. Objects that modules hold are covered as far as their attributes can be
     seen: schedulers, dataclasses, counters. An iterator that cannot be copied may not be drawn from.
-
-    Args:
-        modules: the modules that run, submodules included by the caller's `modules()`.
-        parameters: by name, every parameter that the block may touch, frozen ones too.
-        others: optimizers and schedulers whose settings the block may touch.
-        copies: whether frozen and small parameters are copied, so that a change can be undone besides being
-            told. Those of a small model always are.
-
-    Raises:
-        TraceError: on exit, if the block changed a parameter, an optimizer's state, or a tensor attribute too
-            large to copy.
     """
     undo: list[Callable[[], object]] = [RandomState.capture().restore]
 

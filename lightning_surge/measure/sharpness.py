@@ -88,24 +88,7 @@ class Sharpness:
         judge: Sample,
         delta: float,
     ) -> tuple[SizedValue, ...]:
-        """Turn the vector towards the sharpest direction, then take the sharpness along it.
-
-        Args:
-            parameters: the point `theta`; bit-identical on return.
-            sizes: batch sizes behind the preconditioners; the first one's is searched with.
-            inverse_root: walks `P^-1/2` of a batch size in the flat blocks of `gradients.blocks`, 0 for
-                coordinates to leave alone.
-            search: examples that turn the vector before its sharpness is taken.
-            judge: other examples, which tell it, and turn the vector for the next time.
-            delta: root mean square of the secants' displacement, in units of the parameters.
-
-        Returns:
-            `d' H d / d' P d` for each size: loss per squared learning rate, over gradient per learning rate.
-            Nothing from a vector that has just been started.
-
-        Raises:
-            SharpnessError: if a product is zero or not finite; the next measurement starts afresh.
-        """
+        """Turn the vector towards the sharpest direction, then take the sharpness along it."""
         root = partial(inverse_root, sizes[0])
         cold = [w.shape for w in self._vector] != [local(parameter).shape for parameter in parameters]
         if cold:
@@ -146,12 +129,7 @@ class Sharpness:
         return {"vector": self._vector}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy of the vector of `state_dict`; one of other shapes is started afresh when used.
-
-        Raises:
-            ValueError: if an entry is not a finite floating-point tensor; nothing is taken over then.
-            KeyError: if it is missing.
-        """
+        """Take over a copy of the vector of `state_dict`; one of other shapes is started afresh when used."""
         vector = list(state["vector"])
         for w in vector:
             if not (isinstance(w, Tensor) and w.is_floating_point() and bool(w.isfinite().all())):

@@ -108,7 +108,7 @@ def numbers(measurement: Measurement) -> list[float]:
 
 
 class Measure:
-    """Runs a training and returns its measurements, live from accumulation or from probes."""
+    """Runs a training and returns its measurements, live from windows' norms or from probes."""
 
     def __init__(self, make_trainer: MakeTrainer, measurements: list[Measurement]) -> None:
         self.make_trainer, self.measurements = make_trainer, measurements
@@ -117,7 +117,7 @@ class Measure:
         self, module: Net, *, live: bool, batches: int = 4, dry_run: bool = True, **options: Any
     ) -> list[list[float]]:
         self.measurements.clear()
-        self.callback = surge(dry_run=dry_run)
+        self.callback = surge(dry_run=dry_run, log_peak=not live)
         loader = data(4 * batches, 4) if live else data(batches)
         self.trainer = self.make_trainer(self.callback, accumulate_grad_batches=4 if live else 1, **options)
         self.trainer.fit(module, loader)
@@ -190,9 +190,8 @@ class TestAgainst32Bits:
         got = measure(module, live=live, batches=2, **scaled_or(precision))
         assert len(got) == len(reference) == 1
         norms, alignments, curvatures = tolerances
-        for value, expected, tolerance in zip(
-            got[0], reference[0], [norms] * 2 + [alignments] * 3 + [curvatures] * 2, strict=True
-        ):
+        wanted = [norms] * 2 + ([] if live else [alignments] * 3 + [curvatures] * 2)
+        for value, expected, tolerance in zip(got[0], reference[0], wanted, strict=True):
             assert value == pytest.approx(expected, rel=tolerance)
 
     @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
@@ -330,7 +329,7 @@ class TestScaler:
         )
         grown = measure(Net(make_optimizer), live=live, plugins=scaling(256.0, growth_interval=1))
         assert self._scale(measure) == 256.0 * 2**4
-        assert len(low) == len(high) == len(grown) == 3
+        assert len(low) == len(high) == len(grown) == (4 if live else 3)
         for others in (high, grown):
             for row, other in zip(low, others, strict=True):
                 assert other == pytest.approx(row, rel=1e-3)
@@ -407,12 +406,11 @@ class TestScaler:
         # Secants of this learning rate are too short for the curvatures in 16 bits.
         assert low[:5] == pytest.approx(reference[:5], rel=0.02)
 
-    def test_a_measurement_of_a_skipped_window_is_dropped_but_paid(self, measure: Measure) -> None:
-        # The third micro-batch of the second window overflows: the first pair's secant was taken before.
-        measure(Net(overflows=(6,)), live=True, batches=2, plugins=scaling())
-        assert measure.measurements == []
-        assert measure.callback._measurer.budget.spent > 0.0
-        assert measure.callback._measurer.budget.measurements == 0
+    def test_norms_of_a_skipped_window_are_dropped(self, measure: Measure) -> None:
+        # The third micro-batch of the second window of three overflows.
+        taken = measure(Net(overflows=(6,)), live=True, batches=3, plugins=scaling())
+        assert len(taken) == 2
+        assert all(map(math.isfinite, taken[1]))
 
     def test_slices_do_not_overflow_where_the_batch_does_not(self, measure: Measure) -> None:
         """Scalers settle at the edge of overflow, and a slice's gradients are means over fewer examples."""

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_surge.measure.distributed import ALONE, Ranks
-from lightning_surge.measure.norms import HookedNorms, NormSums, StashedNorms, WindowNorms, gradient_norms
+from lightning_surge.measure.norms import (
+    HookedNorms,
+    NormSums,
+    Row,
+    StashedNorms,
+    WindowNorms,
+    gradient_norms,
+)
 from tests.drawn import within
 from tests.processes import on_ranks
 
@@ -75,17 +82,15 @@ class TestSums:
         for _ in range(3000):
             grads = [mean + root @ rng.normal(size=3) / math.sqrt(size) for size in SIZES]
             total = sum(a * g for a, g in zip(factors, grads, strict=True))
-            own = [a**2 * float(g @ g) for a, g in zip(factors, grads, strict=True)]
-            found.append(
-                NormSums.of_window(float(total @ total), own, SIZES, factors).measurement().statistics
-            )
+            rows = [Row(a**2 * float(g @ g), n, a) for a, g, n in zip(factors, grads, SIZES, strict=True)]
+            found.append(NormSums.of_window(float(total @ total), rows).measurement().statistics)
         within([statistics.grad_sq for statistics in found], float(mean @ mean))
         within([statistics.trace_cov for statistics in found], float(np.trace(root @ root.T)))
         assert {statistics.batch_size for statistics in found} == {14.0}
 
     def test_of_several_windows_count_by_pairs_of_examples(self) -> None:
-        small = NormSums.of_window(2.0, [0.5, 0.5], [1.0, 1.0], [0.5, 0.5])
-        large = NormSums.of_window(1.5, [0.25, 0.25], [4.0, 4.0], [0.5, 0.5])
+        small = NormSums.of_window(2.0, [Row(0.5, 1.0, 0.5)] * 2)
+        large = NormSums.of_window(1.5, [Row(0.25, 4.0, 0.5)] * 2)
         measured = (small + large).measurement()
         # |G|^2 is 2 from 2 pairs and 2 from 32.
         assert measured.statistics[:3] == pytest.approx((5.0, 2.0, (2 * 2.0 + 8 * 1.0 - 2.0 * 10) / 4))
@@ -93,8 +98,8 @@ class TestSums:
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_leave_out_what_is_not_finite_or_shows_no_noise(self, bad: float) -> None:
-        assert NormSums.of_window(bad, [0.5, 0.5], [1.0, 1.0], [0.5, 0.5]) == NormSums()
-        assert NormSums.of_window(2.0, [2.0], [1.0], [1.0]) == NormSums()
+        assert NormSums.of_window(bad, [Row(0.5, 1.0, 0.5)] * 2) == NormSums()
+        assert NormSums.of_window(2.0, [Row(2.0, 1.0, 1.0)]) == NormSums()
 
 
 class TestWindows:
@@ -211,7 +216,7 @@ def test_processes_say_what_one_says_of_all_their_chunks(sharded: bool) -> None:
         ]
         own = [float((0.25 * sum(pair)).square().sum()) for pair in grads]
         total = float((0.25 * sum(sum(pair) for pair in grads)).square().sum())
-        wanted = NormSums.of_window(total, own, [4.0, 10.0], [0.5, 0.5])
+        wanted = NormSums.of_window(total, [Row(own[0], 4.0, 0.5), Row(own[1], 10.0, 0.5)])
     else:
         wanted = exact(weight, rows, [0.25] * 4)
     assert first == pytest.approx(numbers(wanted))

@@ -43,9 +43,6 @@ SHARPNESS_DELTA = 0.03
 class Instruments:
     """Makes the measurements of what an optimizer moves, as far as it moves it.
 
-    Args:
-        settings: the callback's.
-
     Attributes:
         optimal_lr: distance that the curvature is wanted over, as far as it is known.
         parameters: those that the optimizer moves.
@@ -67,13 +64,7 @@ class Instruments:
         self.end()
 
     def begin(self, optimizer: Optimizer, direction: Direction, prober: Prober) -> None:
-        """Take hold of a run that starts.
-
-        Args:
-            optimizer: that moves the parameters.
-            direction: of its steps.
-            prober: computes gradients, on all processes.
-        """
+        """Take hold of a run that starts."""
         self._optimizer, self._direction, self._prober = optimizer, direction, prober
         self._ranks = prober.ranks
 
@@ -133,14 +124,7 @@ class Instruments:
     def coordinates(
         self, chunks: Sequence[Chunk], base: float, moments: AdamMoments | None, seed: int
     ) -> CoordinateMeasurement:
-        """For the theorems.
-
-        Args:
-            chunks: that it will be run with.
-            base: base batch size.
-            moments: of the optimizer; None if they are not readable now.
-            seed: of the random signs.
-        """
+        """For the theorems."""
         return CoordinateMeasurement(
             self.parameters,
             replay=self._prober.replay,
@@ -164,13 +148,7 @@ class Instruments:
         return self._sharpness.secants
 
     def sharpness(self, moments: AdamMoments | None, base: float, batch_size: float) -> MoreSecants | None:
-        """For Adam's edge, if it is asked for and can be told; runs within the measurement of the law.
-
-        Args:
-            moments: of the optimizer; None if they are not readable now.
-            base: base batch size.
-            batch_size: examples behind the step about to be taken.
-        """
+        """For Adam's edge, if it is asked for and can be told; runs within the measurement of the law."""
         if moments is None or not self._settings.follows_edge:
             return None
         far = max(batch_size / base, base / batch_size) >= FAR_ENOUGH
@@ -207,12 +185,7 @@ class Instruments:
         return {"largest_lr": self.largest_lr, "sharpness": self._sharpness.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`.
-
-        Raises:
-            ValueError: if a value is none that it can have; this object is of no use then.
-            KeyError: if one is missing.
-        """
+        """Take over the state of `state_dict`."""
         remedy = "load what state_dict returned"
         self.largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
         if self._settings.follows_edge and "sharpness" in state:

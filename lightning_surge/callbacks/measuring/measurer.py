@@ -54,12 +54,6 @@ class Measurer:
 
     Data-parallel processes measure the gradient over all their examples, and do everything here at the same
     time: what is decided depends on numbers that are equal on all of them, and if one fails they all give up.
-
-    Args:
-        settings: the callback's.
-        batch_size_fn: counts the examples in a batch.
-        split_batch: cuts a batch; None for the default, False never to cut.
-        loss_fn: mean loss of a batch; None repeats `training_step`.
     """
 
     # Of the run in hand; absent between runs.
@@ -108,17 +102,7 @@ class Measurer:
         *,
         curvature: bool = False,
     ) -> None:
-        """Take hold of a run that starts.
-
-        Args:
-            trainer: of the run.
-            pl_module: the module that trains.
-            optimizer: that moves the parameters.
-            direction: of its steps.
-            pace: of the optimizer where the user calls its steps.
-            size_ahead: the batch size after so many more examples, where a schedule says it.
-            curvature: whether somebody beside the settings asks for curvature.
-        """
+        """Take hold of a run that starts."""
         self.detach()
         self._run = trainer, pl_module, optimizer, direction
         self._trainer, self._pace = trainer, pace
@@ -178,11 +162,7 @@ class Measurer:
         return self._instruments.one_lr
 
     def parameters_changed(self, *, look: bool = False) -> bool:
-        """Whether other parameters are trained than at the last call, as far as it is known.
-
-        Args:
-            look: whether to look at every parameter now, as measurements do.
-        """
+        """Whether other parameters are trained than at the last call, as far as it is known."""
         if look:
             self._refresh_parameters()
         changed, self._instruments.parameters_changed = self._instruments.parameters_changed, False
@@ -206,17 +186,7 @@ class Measurer:
     # ------------------------------------------------------------------ the window's hooks
 
     def open_window(self, batch: Any, batch_idx: int, size: float, *, base: float | None) -> None:
-        """Decide at a window's first micro-batch whether and how the window is measured.
-
-        Args:
-            batch: the first micro-batch.
-            batch_idx: its index in the epoch.
-            size: examples in it, of this process.
-            base: base batch size; None if this window will fix it.
-
-        Raises:
-            MisconfigurationException: if batches cannot be cut, before the first step is taken.
-        """
+        """Decide at a window's first micro-batch whether and how the window is measured."""
         plan, free = self._plan, self._windows_tell
         if self.off and not free:
             return
@@ -320,14 +290,7 @@ class Measurer:
         return self._norms.is_open or self._pool.target > 0.0 or self._at_hand is not None
 
     def before_forward(self, batch: Any) -> Any:
-        """Remember what the coming pass of a batch that may be replayed begins with.
-
-        Args:
-            batch: the micro-batch.
-
-        Returns:
-            The batch to replay, in containers of its own: a `training_step` may take things out of them.
-        """
+        """Remember what the coming pass of a batch that may be replayed begins with."""
         self._begun += 1
         if not self._pool.target and self._at_hand is None:
             return batch
@@ -341,14 +304,7 @@ class Measurer:
             self._norms.before_backward()
 
     def after_backward(self, batch: Any, batch_idx: int, size: float, weight: float = 1.0) -> None:
-        """Look at, or keep, a micro-batch whose gradients have just been computed.
-
-        Args:
-            batch: the micro-batch.
-            batch_idx: its index in the epoch.
-            size: examples in it; 0 if it was counted before in this window.
-            weight: factor that somebody put on its loss.
-        """
+        """Look at, or keep, a micro-batch whose gradients have just been computed."""
         if self._norms.is_open:
             factor = weight / self._trainer.accumulate_grad_batches
             last = self._begun >= self._micro_batches
@@ -362,15 +318,7 @@ class Measurer:
             self._pool.add(piece, self._versions)
 
     def end_window(self, examples: float, batches: int) -> float:
-        """Learn what the other processes had in the window that ends: the one message of an ordinary step.
-
-        Args:
-            examples: behind the step, of this process.
-            batches: micro-batches that hold them.
-
-        Returns:
-            The examples behind the step.
-        """
+        """Learn what the other processes had in the window that ends: the one message of an ordinary step."""
         pool, norms, total, failures = self._pool, self._norms, examples, float(self._pool.broken is not None)
         kept = pool.examples if pool.target else 0.0
         message: tuple[float, ...] = ()
@@ -405,17 +353,7 @@ class Measurer:
     def collect(
         self, base: float, batch_size: float, moments: AdamMoments | None, law: Law | None
     ) -> list[Measurement]:
-        """Finish the measurements at the end of a window, as far as they are complete.
-
-        Args:
-            base: base batch size.
-            batch_size: examples behind the step about to be taken.
-            moments: of the optimizer; None if they are not readable now.
-            law: the latest one, which says how far curvature is wanted.
-
-        Returns:
-            The measurements. `failure` says if one failed.
-        """
+        """Finish the measurements at the end of a window, as far as they are complete."""
         found, self._measured = self._measured, None
         measurements = [] if found is None else [found]
         if self._windows_done:
@@ -535,12 +473,7 @@ class Measurer:
         return {**state, "off": self.off, "windows": self._norms.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`.
-
-        Raises:
-            ValueError: if a value is none that it can have; this object is of no use then.
-            KeyError: if one is missing.
-        """
+        """Take over the state of `state_dict`."""
         for part in (self._plan, self._cutting, self._instruments):
             part.load_state_dict(state)
         self.off = bool(state["off"])

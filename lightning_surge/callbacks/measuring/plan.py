@@ -67,9 +67,6 @@ class Probe(NamedTuple):
 class MeasuringPlan:
     """Counts the examples of all processes, and spends the budget on them.
 
-    Args:
-        settings: the callback's.
-
     Attributes:
         budget: what may be spent, and what was.
         curvature: whether somebody asks for curvature, so that norms are not enough.
@@ -93,12 +90,7 @@ class MeasuringPlan:
     # ------------------------------------------------------------------ examples
 
     def see(self, examples: float, batches: int) -> None:
-        """Count a window of all processes.
-
-        Args:
-            examples: behind the step.
-            batches: micro-batches that hold them.
-        """
+        """Count a window of all processes."""
         self._seen_batches += batches
         self._seen_examples += examples
 
@@ -112,17 +104,7 @@ class MeasuringPlan:
         return self._seen_examples / self._seen_batches
 
     def look_ahead(self, trainer: pl.Trainer, pace: Pace | None, batch_idx: int, typical: float) -> float:
-        """Learn how long the run is as far as the Trainer knows; infinite if it does not.
-
-        Args:
-            trainer: at the first micro-batch of a window.
-            pace: of the optimizer, where the user calls its steps.
-            batch_idx: index of the micro-batch in the epoch.
-            typical: examples in it.
-
-        Returns:
-            The micro-batches of this window.
-        """
+        """Learn how long the run is as far as the Trainer knows; infinite if it does not."""
         # The last window of an epoch ends with the epoch. After resuming on a shorter loader, Lightning
         # counts past its end.
         batches = trainer.num_training_batches
@@ -146,12 +128,7 @@ class MeasuringPlan:
     # ------------------------------------------------------------------ windows
 
     def windows_are_due(self, norms: WindowNorms, size: float) -> bool:
-        """Whether the norms of the windows so far make a measurement.
-
-        Args:
-            norms: of those windows.
-            size: batch size of the last of them.
-        """
+        """Whether the norms of the windows so far make a measurement."""
         if self._settings.probe_every is not None:
             due = norms.windows >= self._settings.probe_every
         else:
@@ -179,18 +156,7 @@ class MeasuringPlan:
         check: float,
         size_ahead: Callable[[float], float],
     ) -> Probe | None:
-        """The probe that starts with this window, if one is due.
-
-        Args:
-            size: examples in the window.
-            base: base batch size.
-            smallest: examples in the smallest chunk that can be made.
-            at_hand: whether a part of the batch at hand can be measured against its rest.
-            kind: of the probe.
-            secants: that the sharpness takes.
-            check: examples to pass once besides, to see whether a batch may be cut.
-            size_ahead: the batch size after so many more examples.
-        """
+        """The probe that starts with this window, if one is due."""
         question = size, base, smallest, at_hand, kind, secants, check, self._planned
         if question != self._asked:
             # The same at every step of a batch size that stays.
@@ -288,12 +254,7 @@ class MeasuringPlan:
         return {"budget": self.budget.state_dict(), "seen": seen, "size": self._size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`.
-
-        Raises:
-            ValueError: if a value is none that it can have; this object is of no use then.
-            KeyError: if one is missing.
-        """
+        """Take over the state of `state_dict`."""
         remedy = "load what state_dict returned"
         self.budget.load_state_dict(state["budget"])
         self._size = require_number("size", state.get("size", 0.0), remedy, zero=True)
@@ -345,39 +306,22 @@ class Pace:
         self._steps_before: int | None = None
 
     def begin_batch(self, global_step: int) -> None:
-        """A batch begins.
-
-        Args:
-            global_step: steps of all optimizers before it.
-        """
+        """A batch begins."""
         if self._steps_before is None:
             self._steps_before = global_step
         self._batches += 1
 
     def step(self, batches: int) -> None:
-        """The optimizer has stepped.
-
-        Args:
-            batches: whose gradients were behind the step.
-        """
+        """The optimizer has stepped."""
         self.steps += 1
         self.batches_per_step = max(batches, 1)
 
     def examples_per_batch(self, trained: float) -> float | None:
-        """Examples behind this optimizer's steps per batch so far; None before the first step.
-
-        Args:
-            trained: examples behind its steps so far.
-        """
+        """Examples behind this optimizer's steps per batch so far; None before the first step."""
         return trained / self._batches if self.steps and self._batches else None
 
     def examples_per_step(self, trained: float, global_step: int) -> float | None:
-        """Examples behind this optimizer's steps per step of any optimizer; None before the first step.
-
-        Args:
-            trained: examples behind its steps so far.
-            global_step: steps of all optimizers so far.
-        """
+        """Examples behind this optimizer's steps per step of any optimizer; None before the first step."""
         taken = global_step - (self._steps_before or 0)
         return trained / taken if self.steps and taken > 0 else None
 
@@ -386,11 +330,7 @@ class Pace:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`.
-
-        Raises:
-            ValueError: if a value is none that a count can have; nothing is taken over then.
-        """
+        """Take over the state of `state_dict`."""
         counts = {name: state.get(name, value) for name, value in vars(Pace()).items()}
         before = counts["_steps_before"]
         known = [counts[name] for name in counts if name != "_steps_before" or before is not None]

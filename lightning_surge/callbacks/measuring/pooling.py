@@ -25,9 +25,6 @@ COMPARED = 4
 class Versions:
     """Tells whether a pass has changed its batch, which then cannot be passed again.
 
-    Args:
-        batch: before the pass.
-
     Example:
         >>> import torch
         >>> batch = torch.ones(2)
@@ -46,11 +43,7 @@ class Versions:
         self._versions = [tensor._version for tensor in tensors_in(batch)]
 
     def check(self, batch: Any) -> bool:
-        """True, after the pass.
-
-        Raises:
-            ChangedBatchError: if it has changed a tensor.
-        """
+        """True, after the pass."""
         if self._versions != [tensor._version for tensor in tensors_in(batch)]:
             raise ChangedBatchError(
                 "Expected a training_step that leaves its batch alone, but it changes a tensor of it in "
@@ -118,12 +111,7 @@ class Pool:
         del self.pieces[self._before :]
 
     def add(self, piece: Piece, versions: Versions) -> None:
-        """Keep a batch, if any is wanted.
-
-        Args:
-            piece: the batch, which has been passed.
-            versions: of its tensors before that.
-        """
+        """Keep a batch, if any is wanted."""
         # Several steps on one batch see the same examples, which are no news of the noise.
         seen = bool(self.pieces) and self.pieces[-1].batch is piece.batch
         if not self.target or piece.size <= 0.0 or seen:
@@ -155,9 +143,6 @@ class Pool:
 class Cutting:
     """Knows how batches are cut, and finds out once whether their slices agree with them.
 
-    Args:
-        split_batch: cuts a batch; None for the default, False never to cut.
-
     Attributes:
         allowed: whether batches may be cut, as far as it is known.
         checked: whether slices have been compared with a batch.
@@ -175,15 +160,7 @@ class Cutting:
         return self._split_batch if self.allowed else None
 
     def check(self, batch: Any, prober: Prober) -> None:
-        """Try it before the first step is taken.
-
-        Args:
-            batch: of at least 2 examples.
-            prober: cuts it.
-
-        Raises:
-            MisconfigurationException: if the batch cannot be cut.
-        """
+        """Try it before the first step is taken."""
         try:
             prober.cut(Piece(batch, 0, 2.0), 2)
         except Exception as error:
@@ -194,13 +171,7 @@ class Cutting:
             ) from error
 
     def agrees(self, pieces: Sequence[Piece], prober: Prober, budget: ProbeBudget) -> bool:
-        """Whether slices can be measured in place of the batches, which is made sure of once.
-
-        Args:
-            pieces: whole batches, or parts of one.
-            prober: passes one of them and its slices, on all processes.
-            budget: pays for the passes.
-        """
+        """Whether slices can be measured in place of the batches, which is made sure of once."""
         if self.checked:
             return self.allowed
         # The cheapest that can be cut: a size may count tokens, and a batch be a single row.
@@ -227,10 +198,6 @@ class Cutting:
         return {"slices_checked": self.checked, "slices_exact": self.exact, "may_split": self.allowed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`.
-
-        Raises:
-            KeyError: if a value is missing.
-        """
+        """Take over the state of `state_dict`."""
         self.checked, self.exact = bool(state["slices_checked"]), bool(state.get("slices_exact", False))
         self.allowed = bool(state["may_split"])

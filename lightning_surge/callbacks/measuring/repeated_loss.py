@@ -25,14 +25,7 @@ LossFn = Callable[[pl.LightningModule, Any], Tensor]
 
 
 class RepeatedLoss:
-    """Computes the loss of a batch as Lightning does, in the middle of a training.
-
-    Args:
-        trainer: of a run that has started.
-        pl_module: whose loss it is.
-        loss_fn: mean loss of a batch; None repeats `training_step`.
-        ranks: the processes that measure together.
-    """
+    """Computes the loss of a batch as Lightning does, in the middle of a training."""
 
     def __init__(
         self,
@@ -49,15 +42,7 @@ class RepeatedLoss:
         self._clean = False
 
     def __call__(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss, as a fresh graph.
-
-        Args:
-            batch: the user's code gets a copy, whose tensors are the same.
-            batch_idx: its index in the epoch.
-
-        Raises:
-            TypeError: if what computes the loss returns no tensor.
-        """
+        """The loss, as a fresh graph."""
         batch = shared_copy(batch)
         if self._loss_fn is not None:
             with self._trainer.precision_plugin.train_step_context():
@@ -87,11 +72,7 @@ class RepeatedLoss:
 
     @contextmanager
     def isolated(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """No trace in the module, its gradients, the random streams, or the logs.
-
-        Args:
-            parameters: that the optimizer moves, if they are not the module's.
-        """
+        """No trace in the module, its gradients, the random streams, or the logs."""
         trainer, loggers = self._trainer, self._trainer.loggers
         named: dict[str, Tensor] = dict(self._module.named_parameters())
         known = set(map(id, named.values()))
@@ -121,10 +102,6 @@ class RepeatedLoss:
 
         A scaler goes to where gradients of whole windows nearly overflow. Those of a slice are means over
         fewer examples. A power of two leaves every digit as it is.
-
-        Args:
-            chunks: slices, or whole batches.
-            mean_batch: examples in a batch of training.
         """
         scale = self.scale
         if scale == 1.0:
@@ -146,11 +123,6 @@ T = TypeVar("T")
 class Attempts:
     """Runs parts of a measurement, and survives their failure.
 
-    Args:
-        ranks: the processes that measure together.
-        isolated: makes a context that leaves no trace, given the parameters that are measured.
-        give_up: told of every failure, on each process.
-
     Example:
         >>> from contextlib import nullcontext
         >>> attempts = Attempts(Ranks(), lambda parameters: nullcontext(), lambda error: print(repr(error)))
@@ -171,14 +143,7 @@ class Attempts:
         self._give_up = give_up
 
     def together(self, work: Callable[[], T]) -> T | None:
-        """Run what may fail, and go on only if it failed on no process.
-
-        Args:
-            work: whose collectives begin with a meeting, so that a process that fails is met at the next one.
-
-        Returns:
-            What it returned; None if it failed.
-        """
+        """Run what may fail, and go on only if it failed on no process."""
         try:
             result = work()
             self._ranks.meet()
@@ -192,12 +157,7 @@ class Attempts:
         return None
 
     def without_trace(self, work: Callable[[], T], parameters: Sequence[Tensor]) -> T | None:
-        """The same for what must leave no trace in training.
-
-        Args:
-            work: as in `together`.
-            parameters: that are measured.
-        """
+        """The same for what must leave no trace in training."""
 
         def isolated() -> T:
             with self._isolated(parameters):
