@@ -2,7 +2,7 @@
 
 python -m benchmarks.export_grids            # rewrite examples/tables
 
-The grids are those of a finished study, whose code still runs at commit c7eda09 (docs/findings.md).
+The grids are those of a finished study, whose code still runs at commit c7eda09 (docs/results.md).
 """
 
 from __future__ import annotations
