@@ -80,7 +80,7 @@ fidelity: $(STAMP)  ## predicted learning rates against sweeps: goes on for BUDG
 	$(BIN)/python -m benchmarks.fidelity --budget $(or $(BUDGET),60)
 	$(BIN)/python -m benchmarks.publish
 
-fidelity-quick: $(STAMP)  ## one cell of each kind, under two minutes; writes nothing
+fidelity-quick: $(STAMP)  ## one cell of each kind, under a minute; writes nothing
 	$(BIN)/python -m benchmarks.fidelity --quick
 
 $(FIELD)/.installed: benchmarks/field/requirements.txt constraints.txt pyproject.toml
