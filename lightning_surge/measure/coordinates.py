@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_surge.measure.curvature import Displacement, secant_curvature
 from lightning_surge.measure.distributed import ALONE, Ranks
 from lightning_surge.measure.gradients import blocks, dense, zeros
-from lightning_surge.measure.measurement import Replay, pass_chunk
+from lightning_surge.measure.measurement import Passes, Replay
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk
 
@@ -28,7 +28,7 @@ __all__ = ["CoordinateMeasurement"]
 SECANTS = {"theorem2": 4, "theorem3": 3}
 
 
-class CoordinateMeasurement:
+class CoordinateMeasurement(Passes):
     """Measures what Theorems 2 and 3 are made of, in four gradient-sized buffers.
 
     Two halves' means and the per-coordinate second moment are summed in one pass; then the means
@@ -52,16 +52,13 @@ class CoordinateMeasurement:
         variance_of: Callable[[Tensor], Tensor | None] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._ranks = ranks
-        self._parameters = parameters
-        self._replay = replay
+        super().__init__(parameters, replay, ranks)
         self._delta = delta
         self._scales = scales
         self._sizes = tuple(sizes)
         self._law = law
         self._seed = seed
         self._variance_of = variance_of
-        self._passes = 0.0
         self._halves: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._evaluation: list[Chunk] = []
 
@@ -127,7 +124,7 @@ class CoordinateMeasurement:
         self._evaluation = []
         for index, chunks in enumerate((first, second)):
             for chunk in chunks:
-                passed = self._add_gradient(chunk, 1.0)
+                passed = self._pass(chunk)
                 self._ranks.sum_gradients(self._parameters)
                 if index == 0:
                     self._evaluation.append(passed)
@@ -209,14 +206,13 @@ class CoordinateMeasurement:
 
     def _secant(self, direction: Displacement, against: Displacement | None = None) -> float:
         size = sum(chunk.size for chunk in self._evaluation)
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._drop_gradients()
         for chunk in self._evaluation:
-            self._add_gradient(chunk, -chunk.size / size)
+            self._pass(chunk, -chunk.size / size)
 
         def difference() -> list[Tensor | None]:
             for chunk in self._evaluation:
-                self._add_gradient(chunk, chunk.size / size)
+                self._pass(chunk, chunk.size / size)
             self._ranks.sum_gradients(self._parameters)
             return [parameter.grad for parameter in self._parameters]
 
@@ -228,13 +224,8 @@ class CoordinateMeasurement:
             delta=self._delta,
             against=against,
         )
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._drop_gradients()
         return curvature
-
-    def _add_gradient(self, chunk: Chunk, weight: float) -> Chunk:
-        self._passes += chunk.size
-        return pass_chunk(chunk, self._replay, weight)
 
 
 def _same(u: Tensor) -> Tensor:

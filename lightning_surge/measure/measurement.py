@@ -46,6 +46,7 @@ __all__ = [
     "LawMeasurement",
     "MoreSecants",
     "NormMeasurement",
+    "Passes",
     "Replay",
     "Whole",
     "pass_chunk",
@@ -103,7 +104,7 @@ def pass_chunk(chunk: Chunk, replay: Replay, weight: float) -> Chunk:
     return chunk._replace(pieces=tuple(pieces))
 
 
-class _Passes:
+class Passes:
     """Computes the gradients of chunks, and counts the examples passed."""
 
     def __init__(self, parameters: Sequence[Tensor], replay: Replay, ranks: Ranks) -> None:
@@ -129,7 +130,7 @@ class _Passes:
             parameter.grad = None
 
 
-class NormMeasurement(_Passes):
+class NormMeasurement(Passes):
     """Measures `|G|^2` and `tr Sigma` from norms: no parameter moves, so they may have 16 bits."""
 
     def run(self, chunks: Sequence[Chunk], whole: Whole | None = None) -> Measurement:
@@ -168,7 +169,7 @@ class NormMeasurement(_Passes):
         return square
 
 
-class LawMeasurement(_Passes):
+class LawMeasurement(Passes):
     """Measures norms, alignments and curvatures of two sizes of direction."""
 
     def __init__(

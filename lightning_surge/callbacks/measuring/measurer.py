@@ -308,7 +308,7 @@ class Measurer:
         if self._norms.is_open:
             factor = weight / self._trainer.accumulate_grad_batches
             last = self._begun >= self._micro_batches
-            self._norms.after_backward(size, factor, self._loss.scale, last=last)
+            self._norms.after_backward(size, factor, self._loss.scale if last else 1.0, last=last)
         piece = Piece(batch, batch_idx, size)
         if self._at_hand is not None:
             begin = time.perf_counter()
@@ -323,16 +323,12 @@ class Measurer:
         kept = pool.examples if pool.target else 0.0
         message: tuple[float, ...] = ()
         if self._ranks.count > 1:
-            total, pool.gathered, failures, *rest = self._ranks.total(
-                examples, kept, failures, *norms.message()
-            )
-            total, pool.gathered = (
-                self._ranks.replica_share * total,
-                self._ranks.replica_share * pool.gathered,
+            share = self._ranks.replica_share
+            total, kept, failures, *rest = self._ranks.total(
+                share * examples, share * kept, failures, *norms.message()
             )
             message = tuple(rest)
-        else:
-            pool.gathered = kept
+        pool.gathered = kept
         self._plan.see(total, batches)
         if norms.is_open and total > 0.0:
             norms.end(message, total)
@@ -420,7 +416,10 @@ class Measurer:
         length = max(probe.examples / MAX_PARTS, SMALLEST_SLICE)
         parts, examples = prober.cut(piece, int(piece.size // length)), 0.0
         chunks: list[Chunk] = []
-        while examples < probe.examples and len(chunks) < len(parts) - cutting.exact:
+        fewest = 1 if cutting.exact else 2
+        while (examples < probe.examples or len(chunks) < fewest) and len(chunks) < len(
+            parts
+        ) - cutting.exact:
             chunks.append(Chunk((parts[len(chunks)],)))
             examples += chunks[-1].size
         prober.loss_scale = self._loss.scale_for(chunks, piece.size)
