@@ -10,6 +10,7 @@ average of a teacher, is found out.
 from __future__ import annotations
 
 import copy
+import math
 import random
 import warnings
 from collections import deque
@@ -184,18 +185,27 @@ def _remember_parameters(parameters: Mapping[str, Tensor], *, copies: bool) -> C
     return check
 
 
-def _sums_of_bits(tensors: Iterable[Tensor]) -> list[int]:
-    """A sum over each tensor's bits, read as whole numbers: any change shows, and nothing is copied."""
+def _sums_of_bits(tensors: Iterable[Tensor]) -> list[tuple[int, ...]]:
+    """Sums over each tensor's bits, read as whole numbers, and over their places, so that order counts too.
+
+    Any change shows, and nothing is copied.
+    """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums: dict[torch.device, list[Tensor]] = {}
     order = []
     for tensor in tensors:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        bits = real.view(kinds[real.element_size()]).reshape(-1)
+        width = max(math.isqrt(bits.numel()), 1)
         found = sums.setdefault(tensor.device, [])
         order.append((tensor.device, len(found)))
-        found.append(real.view(kinds[real.element_size()]).sum(dtype=torch.int64))
+        for part in (bits[: bits.numel() // width * width].view(-1, width), bits.view(1, -1)[:, -width:]):
+            rows, columns = (part.sum(dim, dtype=torch.int64) for dim in (1, 0))
+            found += [
+                (line * torch.arange(1, len(line) + 1, device=line.device)).sum() for line in (rows, columns)
+            ]
     read = {device: torch.stack(found).tolist() for device, found in sums.items()}
-    return [read[device][index] for device, index in order]
+    return [tuple(read[device][index : index + 4]) for device, index in order]
 
 
 # nn.Module's own registries: torch manages them, and a training step does not touch them.

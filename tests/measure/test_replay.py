@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection, SumMetric
 
 from lightning_surge.measure import replay
-from lightning_surge.measure.replay import Chunk, Piece, RandomState, TraceError, no_trace
+from lightning_surge.measure.replay import RandomState, TraceError, no_trace
 
 
 def traceless(module: nn.Module) -> Any:
@@ -333,6 +333,26 @@ class TestLargeAttributes:
         assert module.cache is cache
 
 
+class TestParameters:
+    @pytest.mark.parametrize("size", [replay.COPIED_ELEMENTS + 7, 5, 0])
+    @pytest.mark.parametrize(
+        "change", [lambda p: p[-1:].add_(1.0), lambda p: p.copy_(p.flip(0)), lambda p: p.neg_()]
+    )
+    def test_that_a_step_changes_are_named(self, size: int, change: Callable[[Tensor], object]) -> None:
+        module = nn.Module()
+        module.register_parameter("weight", nn.Parameter(torch.linspace(-1.0, 1.0, size)))
+
+        def step() -> None:
+            with traceless(module), torch.no_grad():
+                change(module.weight)
+
+        if size == 0:
+            step()
+        else:
+            with pytest.raises(TraceError, match="changes weight: pass loss_fn="):
+                step()
+
+
 class TestGradients:
     def test_parameters_outside_the_module_and_without_gradients(self) -> None:
         inside, outside = nn.Linear(1, 1), nn.Parameter(torch.ones(2))
@@ -343,8 +363,3 @@ class TestGradients:
         assert outside.grad is kept
         assert torch.equal(kept, torch.ones(2))
         assert all(p.grad is None for p in inside.parameters())
-
-
-class TestChunks:
-    def test_size_sums_pieces(self) -> None:
-        assert Chunk((Piece(None, 0, 3.0), Piece(None, 0, 1.5))).size == 4.5
