@@ -62,11 +62,12 @@ class ProbeBudget:
         self.max_overhead = max_overhead
         self.probe_every = probe_every
         self.trained = 0.0
-        self.spent = self.arithmetic = 0.0
+        self.spent = self.arithmetic = self.urgent = 0.0
         self.measurements = 0
         self._trained_at_last = 0.0
         self._steps_since_last = 0
         self._spacing = 1.0
+        self._is_urgent = False
 
     def train(self, examples: float) -> None:
         """Count one optimizer step of so many examples."""
@@ -76,6 +77,7 @@ class ProbeBudget:
     def charge(self, cost: float, *, measured: bool = True) -> None:
         """Pay for a probe, of which a measurement came or not."""
         self.spent += cost
+        self.urgent += cost * self._is_urgent
         self.measurements += measured
         self._trained_at_last = self.trained
         if measured:
@@ -85,9 +87,9 @@ class ProbeBudget:
         """Pay for arithmetic beside training's own passes, which is no pass and delays no probe."""
         self.arithmetic += cost
 
-    def start(self) -> None:
+    def start(self, *, urgent: bool = False) -> None:
         """A probe starts to gather its batches: `probe_every` counts from here."""
-        self._steps_since_last = 0
+        self._steps_since_last, self._is_urgent = 0, urgent
 
     def widen(self) -> None:
         """Double the spacing after a probe failed; every one that succeeds halves it again."""
@@ -108,10 +110,14 @@ class ProbeBudget:
         if known and (left <= 0.0 or not self.has_room(cost, planned_examples)):
             return False
         ahead = self.spent + cost <= EARLY_SHARE * total
-        if known and self.measurements == 0 and self.trained >= FIRST_BY * planned_examples:
-            urgent = ahead = True
-        if urgent and self._spacing == 1.0 and (ahead if known else self._catches_up(EARLY_RATE, cost)):
+        never = known and self.measurements == 0 and self._spacing == 1.0
+        if never and self.trained >= FIRST_BY * planned_examples:
             return True
+        if self._spacing == 1.0 and urgent:
+            # Sizes that come and go must not use up what is meant for the rest of the run.
+            few = self.urgent + cost <= EARLY_SHARE * total
+            if few if known else self._catches_up(EARLY_RATE, cost):
+                return True
         if self.measurements < EARLY_MEASUREMENTS and (ahead or not known):
             rate = EARLY_RATE * self.max_overhead
         elif known:

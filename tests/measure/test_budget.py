@@ -129,6 +129,7 @@ class TestSpending:
     def test_urgent_ones_come_at_once_within_their_share(self, planned: float, room: float) -> None:
         budget = ProbeBudget(0.01)
         budget.train(10_000.0)
+        budget.start(urgent=True)
         budget.charge(100.0)
         assert not budget.due(100.0, planned)
         assert budget.due(room - 100.0, planned, urgent=True)

@@ -172,7 +172,7 @@ class MeasuringPlan:
         if not self.budget.due(cost, self._planned, urgent=urgent):
             return None
         self._cost_under_way, self._size = cost, size
-        self.budget.start()
+        self.budget.start(urgent=urgent)
         return probe
 
     def _options(self, size: float, base: float, smallest: float, at_hand: bool, kind: Kind) -> list[Probe]:
