@@ -480,7 +480,7 @@ class TestBatchSize:
 
     def test_of_a_short_last_batch_is_measured_like_any_other(self, make_trainer: MakeTrainer) -> None:
         # Batches are pooled and cut, and every seventh holds a single example.
-        callback = SurgeLRCallback(1, probe_every=1)
+        callback = SurgeLRCallback(1, probe_every=1, probe_examples=9)
         make_trainer(callback, max_epochs=4).fit(seeded(Regression), data(25, 4))
         assert callback.history.num_measurements >= 5
         sizes = {record["norms"][0] for record in callback.history.state_dict()["records"]}
