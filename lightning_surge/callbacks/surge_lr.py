@@ -91,7 +91,8 @@ class SurgeLRCallback(Callback):
         * The factor keeps the loss level of the run that was tuned at `base_batch_size`. It does not
           repair a learning rate that was wrong there.
         * Batches that are pooled for a measurement are held where they are, up to 16 base batches.
-        * Measurements are noisy: until their standard error shrinks the factor stays near `sqrt(B / base)`.
+        * Measurements are noisy: until their standard error shrinks the factor moves, by at most 5 %
+          a step, towards `sqrt(B / base)`.
         * A checkpoint discards batches that were being pooled for the next measurement, in the running
           training too, so that a resumed run repeats it bit for bit.
         * A checkpoint holds this callback's state, not the random streams or the places of loaders, which
@@ -104,14 +105,14 @@ class SurgeLRCallback(Callback):
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
         objective: `"progress"` keeps the expected progress per example. A larger batch raises the factor at
-            once as far as `"alignment"` does; the rest is approached by `max_drift_per_step`, which gives
-            curvature time to adapt. `"alignment"` follows what a step gains and takes its cost as the same at
-            every batch size: sqrt scaling that saturates where the noise does. `"edge"` is progress capped by
-            Adam's edge of stability, which falls with the batch size: near the edge the factor falls too, and
-            as the schedule decays it becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam in
-            float32 with decoupled weight decay, without clipping; it holds one more buffer of the size of the
-            parameters. `"step"` is the paper's: it makes every step as good as it can be, and can fall with
-            the batch size. None takes `"progress"`, `"alignment"` with SGD, whose steps
+            once as far as a measured `"alignment"` does; the rest is approached by `max_drift_per_step`,
+            which gives curvature time to adapt. `"alignment"` follows what a step gains and takes its cost as
+            the same at every batch size: sqrt scaling that saturates where the noise does. `"edge"` is
+            progress capped by Adam's edge of stability, which falls with the batch size: near the edge the
+            factor falls too, and as the schedule decays it becomes that of `"progress"`. For Adam, AdamW,
+            NAdam and RAdam in float32 with decoupled weight decay, without clipping; it holds one more buffer
+            of the size of the parameters. `"step"` is the paper's: it makes every step as good as it can be,
+            and can fall with the batch size. None takes `"progress"`, `"alignment"` with SGD, whose steps
             progress would scale linearly, and `"step"` with a law that is not measured.
         dry_run: Measure and log, never touch the learning rate.
         max_overhead: Largest share of extra passes, in examples through probes per example trained.
@@ -120,8 +121,9 @@ class SurgeLRCallback(Callback):
         probe_examples: Examples per measurement, pooled from consecutive batches; None decides by the
             budget.
         lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`.
-        max_drift_per_step: Largest relative rise of the factor per step, beyond what a larger batch allows at
-            once.
+        max_drift_per_step: Largest relative rise of the factor per step, beyond what measurements allow at
+            once. None takes 0.05 with laws that are measured, and follows a rule to the letter; with a number
+            a rule is approached, too.
         half_life: Measurements after which an old one counts half.
         scale_weight_decay: Whether decoupled weight decay, which torch multiplies with the learning rate,
             scales with the factor too. False divides `weight_decay` by the factor for the step, so that
@@ -146,8 +148,8 @@ class SurgeLRCallback(Callback):
 
     Example:
         >>> callback = SurgeLRCallback(base_batch_size=16)
-        >>> callback.lr_scale(64)  # nothing measured yet
-        2.0
+        >>> callback.lr_scale(64)  # nothing measured yet: 5 % a step, towards sqrt(64 / 16)
+        1.05
 
     Attributes:
         decision: The latest decision: the ratio predicted and used, and the reason. A new reason also goes to
@@ -170,7 +172,7 @@ class SurgeLRCallback(Callback):
         probe_every: int | None = None,
         probe_examples: int | None = None,
         lr_scale_bounds: tuple[float, float] | None = None,
-        max_drift_per_step: float = 0.05,
+        max_drift_per_step: float | None = None,
         half_life: float = 8.0,
         scale_weight_decay: bool = True,
         batch_size_fn: Callable[[Any], float] | None = None,
@@ -271,7 +273,7 @@ class SurgeLRCallback(Callback):
         return None if policy is None else policy.law or policy.fixed_law
 
     def lr_scale(self, batch_size: float, lr: float | None = None) -> float:
-        """The factor on the scheduled learning rate that would be applied at a batch size now.
+        """The factor on the scheduled learning rate that the next step would get at a batch size.
 
         Args:
             batch_size: examples per optimizer step, positive and finite.
@@ -628,7 +630,7 @@ class SurgeLRCallback(Callback):
         if self.base_batch_size != saved:
             rank_zero_warn(
                 f"base_batch_size={self.base_batch_size} replaces the checkpoint's {saved}: the factor on "
-                "the learning rate will jump."
+                "the learning rate changes."
             )
 
     def _start_over(self) -> None:

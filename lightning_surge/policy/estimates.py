@@ -24,7 +24,7 @@ from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw, require_nu
 from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
-from lightning_surge.policy.history import Bin, Contrast, NoiseHistory, NoiseStats
+from lightning_surge.policy.history import Bin, Contrast, NoiseHistory, NoiseStats, jackknife_error
 
 __all__ = [
     "EstimatedLaw",
@@ -47,8 +47,6 @@ LARGEST_SCALE = 1e4
 # predicted ratio, per factor of two beyond them: a choice, more cautious than line searches up to 16 times
 # beyond have shown.
 EXTRAPOLATION_ERROR = 0.1
-# Beyond this nothing is known, and its square still is a number.
-LARGEST_ERROR = 1e100
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ class EstimatedLaw(Law):
     Example:
         >>> laws = [SGDLaw(max_lr=lr, noise_scale=1.0) for lr in (2.0, 1.0, 3.0)]
         >>> law = EstimatedLaw(laws[0], ((laws[1], 0.5), (laws[2], 0.5)), num_measurements=2)
-        >>> law.lr(1.0), law.standard_error(lambda law: law.lr(1.0))
-        (1.0, 0.5)
+        >>> law.lr(1.0), round(law.standard_error(lambda law: law.lr(1.0)), 3)
+        (1.0, 0.918)
     """
 
     law: Law
@@ -104,12 +102,7 @@ class EstimatedLaw(Law):
         return self.law.gain(batch_size)
 
     def standard_error(self, quantity: Callable[[Law], float]) -> float:
-        r"""Standard error of anything a law can be asked, by a delete-a-group jackknife.
-
-        A group with a share `w_g` of the weight has the pseudo-value
-        `q / w_g - (1 / w_g - 1) q_(g)`, with `q_(g)` the answer without the group. These scatter around
-        their weighted mean, and the variance of that mean is
-        `sum_g w_g^2 / (1 - w_g) (pseudo_g - mean)^2`: the usual formula where all shares are equal.
+        """Standard error of anything a law can be asked, see `history.jackknife_error`.
 
         Args:
             quantity: function of a law, for example `lambda law: law.lr(64)`.
@@ -117,24 +110,10 @@ class EstimatedLaw(Law):
         Returns:
             The standard error in the quantity's unit; infinite with fewer than two measurements, or if the
             quantity is infinite or undefined without some group.
-
-        References:
-            Busing, Meijer and van der Leeden 1999, *Statistics and Computing* 9, for pseudo-values of
-            unequal groups. Their variance is for groups of unequal size; here it is the weights that differ.
         """
-        if len(self.replicates) < 2:
-            return math.inf
         # A replicate decides by its law alone; a failed fit is as unsure as can be.
         values = [math.nan if law is None else _evaluate(quantity, law) for law, _ in self.replicates]
-        whole = _evaluate(quantity, self.law)
-        if not all(map(math.isfinite, (whole, *values))):
-            return math.inf
-        shares = np.array([share for _, share in self.replicates])
-        with np.errstate(all="ignore"):
-            pseudo = whole / shares - (1.0 / shares - 1.0) * np.array(values)
-            centre = np.sum(shares * pseudo)
-            error = float(np.sqrt(np.sum(shares**2 / (1.0 - shares) * (pseudo - centre) ** 2)))
-        return error if error < LARGEST_ERROR else math.inf
+        return jackknife_error(_evaluate(quantity, self.law), values, [share for _, share in self.replicates])
 
     def extrapolation_error(self, batch_size: float) -> float:
         """Standard deviation to add to the log of a ratio for asking outside the sizes measured.

@@ -278,12 +278,8 @@ def _lr_at_once(state: RunState, size: float) -> float:
     """What `Policy` would write in the next step at a larger batch; infinite for others."""
     if size <= state.batch_size:
         return math.inf
-    level = state.lr_scale / _objective(state, state.batch_size)
-    here, there = (
-        level * at_once_ratio(state.law, one, state.base_batch_size) for one in (state.batch_size, size)
-    )
-    used = state.lr_used / state.lr_scheduled if state.lr_scheduled > 0.0 else 0.0
-    return state.lr_scheduled * there * max(used / here, 1.0)
+    here, there = (at_once_ratio(state.law, one, state.base_batch_size) for one in (state.batch_size, size))
+    return state.lr_used * there / here
 
 
 def _objective(state: RunState, size: float) -> float:

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -237,42 +238,60 @@ def test_units(fit: Fit, powers: tuple[int, int, int], lr_power: int, seed: int,
         assert after.lr(b) == pytest.approx(before.lr(b) * factor**lr_power, rel=1e-6)
 
 
-def jackknife_and_scatter(
-    count: int, half_life: float, spread: float, quantity: str, repetitions: int
-) -> tuple[float, float]:
-    """Root mean square of the reported errors, and the scatter of the reported values."""
-    rng = np.random.default_rng(7)
-    values, errors = [], []
+def log_ratio(law: Law) -> float:
+    """Of R(128) from a base of 16."""
+    return math.log(law.lr(128.0) / law.lr(16.0))
 
-    def ask(law: Law) -> float:
-        if quantity == "mean":
-            return law.peak.lr
-        return math.log(law.lr(128.0) / law.lr(16.0))
 
-    def fit(stats: object) -> Law | None:
-        if quantity == "mean":
-            return SGDLaw(max_lr=stats.trace_cov, noise_scale=1.0)
-        return fit_sign_law(stats)
-
-    for _ in range(repetitions):
-        law = estimate(history_of([noisy(rng, spread=spread) for _ in range(count)], half_life), fit)
-        values.append(ask(law))
-        errors.append(law.standard_error(ask))
-    return math.sqrt(float(np.mean(np.square(errors)))), float(np.std(values, ddof=1))
+def norms_of_chunks(rng: np.random.Generator, scale: float, count: int) -> list[Measurement]:
+    """Debiased norms of 8 chunks of 32 examples, in 64 coordinates of unequal noise."""
+    variances = np.linspace(2.0, 0.2, 64) ** 2
+    spread = np.sqrt(variances / variances.sum() * scale / 32)
+    chunks = 1.0 / 8.0 + spread * rng.standard_normal((count, 8, 64))
+    small, big = (chunks**2).sum(axis=2).mean(axis=1), (chunks.mean(axis=1) ** 2).sum(axis=1)
+    rows = zip((8 * big - small) / 7, (small - big) * 8 * 32 / 7, strict=True)
+    return [
+        Measurement(ChunkStatistics(256.0, float(signal), float(noise), ()), (), passes=256.0, num_chunks=8)
+        for signal, noise in rows
+    ]
 
 
 class TestStandardErrors:
-    # 300 repetitions know a standard deviation to 4 %.
-    @pytest.mark.parametrize(("count", "half_life"), [(4, 1e6), (16, 1e6), (24, 8.0)])
-    def test_of_a_mean_agree_with_the_scatter_within_15_percent(self, count: int, half_life: float) -> None:
-        reported, scatter = jackknife_and_scatter(count, half_life, 0.2, "mean", 300)
-        assert reported / scatter == pytest.approx(1.0, abs=0.15)
+    # Two standard deviations of the share in 400 streams are 0.05.
+    @pytest.mark.parametrize("scale", [62.0, 400.0])
+    @pytest.mark.parametrize("count", [2, 3, 5, 10, 24])
+    def test_one_holds_for_the_noise_scales_of_68_percent_of_the_streams(
+        self, count: int, scale: float
+    ) -> None:
+        rng, held = np.random.default_rng(count), []
+        for _ in range(400):
+            history = history_of(norms_of_chunks(rng, scale, count), half_life=8.0)
+            error = history.standard_error(lambda stats: stats.noise_scale)
+            held.append(abs(history.stats().noise_scale - scale) <= error)
+        assert 0.60 < np.mean(held) < 0.76
 
-    @pytest.mark.parametrize("half_life", [1e6, 8.0])
-    def test_of_a_ratio_agree_with_the_scatter_within_a_third(self, half_life: float) -> None:
-        """The sign law's R(128) from a base of 16, with the non-linear fit in between."""
-        reported, scatter = jackknife_and_scatter(24, half_life, 0.15, "ratio", 100)
-        assert 0.75 < reported / scatter < 1.34
+    @pytest.mark.parametrize("count", [2, 3, 5, 10, 24])
+    def test_one_holds_for_the_ratios_of_68_percent_of_the_streams(self, count: int) -> None:
+        """With the non-linear fit of the sign law in between."""
+        rng, held = np.random.default_rng(count), []
+        for _ in range(250):
+            rows = [noisy(rng, spread=0.1) for _ in range(count)]
+            law = estimate(history_of(rows, half_life=8.0), fit_sign_law)
+            assert law is not None
+            held.append(abs(log_ratio(law) - log_ratio(TRUE)) <= law.standard_error(log_ratio))
+        assert 0.60 < np.mean(held) < 0.76
+
+    def test_of_a_mean_is_the_textbooks(self) -> None:
+        """Equal weights: s / sqrt(n), times the 84 % point of Student's t with n - 1 degrees of freedom."""
+        values = [3.0, 5.0, 1.0, 7.0]
+        rows = [measured(TRUE) for _ in values]
+        rows = [
+            row._replace(statistics=row.statistics._replace(trace_cov=value))
+            for row, value in zip(rows, values, strict=True)
+        ]
+        error = history_of(rows, half_life=1e12).standard_error(lambda stats: stats.trace_cov)
+        student = scipy.stats.t.ppf(scipy.stats.norm.cdf(1.0), df=3)
+        assert error == pytest.approx(student * np.std(values, ddof=1) / 2.0)
 
     def test_the_fit_is_unbiased_within_4_errors(self) -> None:
         """D_0, c and the ratio from histories of 40 measurements at 5 % noise."""
