@@ -371,7 +371,7 @@ def test_help_and_a_fit_are_there_without_torch_or_lightning(tmp_path: Path) -> 
         "sys.argv = ['lightning-surge', 'fit', '--help']\n"
         "try:\n    runpy.run_module('lightning_surge', run_name='__main__')\n"
         "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
-        "heavy = {'torch', 'lightning', 'matplotlib', 'plotly', 'pandas', 'pyarrow'} & set(sys.modules)\n"
+        "heavy = {'torch', 'lightning', 'matplotlib', 'pandas', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         f"status = main(['fit', {str(path)!r}, '--law', 'adam', '--bootstrap', '0'])\n"
         "assert not {'torch', 'lightning'} & set(sys.modules)\nsys.exit(status)\n"

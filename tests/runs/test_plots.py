@@ -1,4 +1,4 @@
-"""Charts as matplotlib and plotly draw them."""
+"""Charts as matplotlib draws them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 
-from lightning_surge.runs.charts import GREEN, ORANGE, VERMILION, Band, run_charts
-from lightning_surge.runs.pages import _outline, run_page
+from lightning_surge.runs.charts import GREEN, ORANGE, VERMILION, run_charts
 from lightning_surge.runs.plots import plot_run
-from tests.logged_runs import as_log, rows, several_optimizers
+from tests.logged_runs import as_log, rows
 
 
 def ramp():
@@ -114,26 +113,7 @@ def test_infinite_peaks_are_a_strip(figure):
     ]
 
 
-@pytest.mark.parametrize("group", ["opt0", "opt1"])
-def test_a_page_holds_the_numbers(group):
-    page = run_page(as_log(several_optimizers()), group=group)
-    for words in ("batch size in force", "factor used in these steps", '"tickformat":",.8~g"'):
-        assert words in page
-
-
-def test_bands_of_a_page_have_the_gaps_of_their_lines():
-    nan = np.nan
-    band = Band(np.arange(5.0), np.array([1, 1, nan, 1, 1]), np.array([2, 3, nan, 4, 5]), "#000000")
-    outline = _outline(band)
-    np.testing.assert_array_equal(outline["x"], [0, 1, 1, 0, nan, 3, 4, 4, 3, nan])
-    np.testing.assert_array_equal(outline["y"], [2, 3, 1, 1, nan, 4, 5, 1, 1, nan])
-
-
-@pytest.mark.parametrize(
-    ("draw", "module", "extra"),
-    [(plot_run, "matplotlib.figure", "plot"), (run_page, "plotly.subplots", "html")],
-)
-def test_without_the_library_the_extra_is_named(monkeypatch, draw, module, extra):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'lightning-surge\[{extra}\]'"):
-        draw(as_log(rows()))
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[plot\]'"):
+        plot_run(as_log(rows()))
