@@ -104,8 +104,9 @@ class SurgeLRCallback(Callback):
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
         objective: `"progress"` keeps the expected progress per example. A larger batch raises the factor at
-            once as far as a measured `"alignment"` does; the rest is approached by `max_drift_per_step`, which
-            gives curvature time to adapt. `"alignment"` is sqrt scaling that saturates where the noise does.
+            once as far as a measured `"alignment"` does; the rest is approached by `max_drift_per_step`,
+            which gives curvature time to adapt. `"alignment"` is sqrt scaling that saturates where the noise
+            does.
             `"edge"` is progress capped by Adam's edge of stability, which falls with the batch size: for
             Adam, AdamW, NAdam and RAdam in float32 with decoupled weight decay, without clipping, and holds
             one more buffer of the size of the parameters. `"step"` is the paper's: the best next step, which
