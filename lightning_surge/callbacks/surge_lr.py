@@ -61,6 +61,7 @@ from lightning_surge.measure.batches import SplitBatch
 from lightning_surge.measure.direction import SIGN, Direction
 from lightning_surge.optimizers.families import decay_follows_lr, direction_of, largest_lr
 from lightning_surge.optimizers.lr_writer import FactorInUpdate, learning_rates
+from lightning_surge.optimizers.stopwatch import Stopwatch, timed
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
 from lightning_surge.policy.reasons import Reason
@@ -204,6 +205,7 @@ class SurgeLRCallback(Callback):
         self._state_key = self._key_of(law)
         self._behind_step = StepExamples()
         self._begin_afresh()
+        self._watch = Stopwatch()
         self._started = 0.0
         self._ended = 0.0
         self._forget_run()
@@ -300,9 +302,9 @@ class SurgeLRCallback(Callback):
 
     @property
     def overhead_time(self) -> float:
-        """Share of wall time since training started that went into measuring."""
+        """Share of the wall time since training started that passed in this callback's hooks."""
         elapsed = (self._ended or time.perf_counter()) - self._started
-        return self._measurer.seconds / elapsed if self._started else 0.0
+        return self._watch.seconds / elapsed if self._started else 0.0
 
     # ------------------------------------------------------------------ set-up
 
@@ -372,11 +374,13 @@ class SurgeLRCallback(Callback):
             after=self._after_step,
             keeps_decay=None if self.settings.scale_weight_decay else partial(decay_follows_lr, optimizer),
             tell=partial(self._tell_of_early_reader, type(optimizer).__name__),
+            watch=self._watch,
         )
         self._may_be_capped = math.isfinite(largest_lr(optimizer))
         self._learner.moments.begin(optimizer)
         pace = behind.pace if behind.manual else None
         self._measurer.attach(trainer, pl_module, optimizer, self._direction, pace)
+        self._watch.seconds = 0.0
         self._started, self._ended = time.perf_counter(), 0.0
         drawn = [one for one in callbacks_of(trainer, SurgeLRCallback) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them
@@ -390,6 +394,7 @@ class SurgeLRCallback(Callback):
 
     # ------------------------------------------------------------------ one optimizer step
 
+    @timed
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -410,11 +415,13 @@ class SurgeLRCallback(Callback):
         if behind.manual:
             behind.pace.begin_batch(trainer.global_step)
 
+    @timed
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let a micro-batch's gradients stand alone if they are measured."""
         self._behind_step.before_backward()
         self._measurer.before_backward()
 
+    @timed
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the micro-batch, and show it to the measurer."""
         behind = self._behind_step
@@ -423,6 +430,7 @@ class SurgeLRCallback(Callback):
             weight = 1.0 if self._scheduler is None else self._scheduler.loss_weight
             self._measurer.after_backward(behind.batch, behind.batch_idx, size, weight)
 
+    @timed
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -465,7 +473,7 @@ class SurgeLRCallback(Callback):
 
     def _measure(self, trainer: pl.Trainer, step: StepToCome) -> None:
         """Finish the window's measurement, and fit the law again."""
-        begin, learner, measurer = time.perf_counter(), self._learner, self._measurer
+        learner, measurer = self._learner, self._measurer
         clipped = self._behind_step.clipped or clips_gradients(trainer, trainer.lightning_module)
         readable = not clipped and learner.moments.readable(step.optimizer)
         moments = learner.moments if readable else None
@@ -481,7 +489,6 @@ class SurgeLRCallback(Callback):
         if measurement is not None:
             tell = None if self._scheduler is None else self._scheduler.learn
             learner.learn(step, measurement, one_lr=measurer.one_lr, moments=moments, tell=tell)
-        measurer.seconds += time.perf_counter() - begin
 
     def _factor_for_update(self, *, early: bool) -> float | None:
         """The factor for the update about to be made; by now everybody else has written the learning rate."""
@@ -554,6 +561,7 @@ class SurgeLRCallback(Callback):
                 "learning rate."
             )
 
+    @timed
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Log the latest step where Lightning keeps what is logged."""
         if self._factor is not None:

@@ -137,6 +137,8 @@ class Policy:
         # In words and as one of a few; None while the law is followed.
         self._held: tuple[str, Reason] | None = None
         self._answers: dict[tuple[float, float], _Target] = {}
+        # The latest question and decision, once asking again would decide the same.
+        self._settled: tuple[tuple[float, float], Decision] | None = None
 
     def update(self, law: EstimatedLaw | None, batch_size: float, lr: float = math.nan) -> None:
         """Take over a new law, or hold the last one if there is none.
@@ -154,7 +156,7 @@ class Policy:
         asked = None if self._at is None else self._target(self._at, lr).used
         self._held = None
         self.law = law
-        self._answers.clear()
+        self._ask_again()
         if self._at is not None and asked is not None:
             # Where less is asked for now, what was kept above it comes down with it.
             above = max(self._used_to / asked, 1.0)
@@ -168,7 +170,11 @@ class Policy:
             because: the same as one of a few, for logs.
         """
         self._held = f"held: {reason.removeprefix('held: ')}", because
+        self._ask_again()
+
+    def _ask_again(self) -> None:
         self._answers.clear()
+        self._settled = None
 
     def decide(self, batch_size: float, lr: float = math.nan) -> Decision:
         """The ratio for the next step; one step of the limit on drift passes.
@@ -180,13 +186,17 @@ class Policy:
         Returns:
             The decision.
         """
+        question = (batch_size, lr if self._follows_lr else 0.0)
+        if self._settled is not None and self._settled[0] == question:
+            return self._settled[1]
         target = self._target(batch_size, lr)
-        self._used_to, self._latest = self._approach(target, lr)
-        self._at, used, because = batch_size, self._latest, target.because
-        if used < target.used:
-            because = Reason.RISING
+        self._used_to, used = self._approach(target, lr)
+        self._at, self._latest = batch_size, used
+        because = Reason.RISING if used < target.used else target.because
         reason = self._held[0] if self._held is not None and because.held else because.text
-        return Decision(target.predicted, target.standard_error, used, reason, because)
+        decision = Decision(target.predicted, target.standard_error, used, reason, because)
+        self._settled = (question, decision) if self._used_to == target.used == used else None
+        return decision
 
     def _approach(self, target: _Target, lr: float) -> tuple[float, float]:
         """What training is used to once a step has passed at the size of a target, and that step's factor."""
@@ -334,4 +344,4 @@ class Policy:
         self.law = law
         self._held = None if held is None else (held, because)
         self._used_to, self._latest, self._at = used_to, latest, at
-        self._answers.clear()
+        self._ask_again()
