@@ -91,10 +91,10 @@ class Clock(pl.Callback):
         self.surge = surge
         self.begin = self.inside = 0.0
         if surge is not None:
-            surge._watch.clock = time.process_time
+            surge._stopwatch.clock = time.process_time
 
     def _read(self) -> tuple[float, float]:
-        return time.process_time(), 0.0 if self.surge is None else self.surge._watch.seconds
+        return time.process_time(), 0.0 if self.surge is None else self.surge._stopwatch.seconds
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -205,7 +205,7 @@ class SurgeLRCallback(Callback):
         self._state_key = self._key_of(law)
         self._behind_step = StepExamples()
         self._begin_afresh()
-        self._watch = Stopwatch()
+        self._stopwatch = Stopwatch()
         self._started = 0.0
         self._ended = 0.0
         self._forget_run()
@@ -304,7 +304,7 @@ class SurgeLRCallback(Callback):
     def overhead_time(self) -> float:
         """Share of the wall time since training started that passed in this callback's hooks."""
         elapsed = (self._ended or time.perf_counter()) - self._started
-        return self._watch.seconds / elapsed if self._started else 0.0
+        return self._stopwatch.seconds / elapsed if self._started else 0.0
 
     # ------------------------------------------------------------------ set-up
 
@@ -374,13 +374,13 @@ class SurgeLRCallback(Callback):
             after=self._after_step,
             keeps_decay=None if self.settings.scale_weight_decay else partial(decay_follows_lr, optimizer),
             tell=partial(self._tell_of_early_reader, type(optimizer).__name__),
-            watch=self._watch,
+            watch=self._stopwatch,
         )
         self._may_be_capped = math.isfinite(largest_lr(optimizer))
         self._learner.moments.begin(optimizer)
         pace = behind.pace if behind.manual else None
         self._measurer.attach(trainer, pl_module, optimizer, self._direction, pace)
-        self._watch.seconds = 0.0
+        self._stopwatch.seconds = 0.0
         self._started, self._ended = time.perf_counter(), 0.0
         drawn = [one for one in callbacks_of(trainer, SurgeLRCallback) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them

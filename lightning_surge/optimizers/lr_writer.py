@@ -93,7 +93,7 @@ class FactorInUpdate:
         self._after = after
         self._keeps_decay = keeps_decay
         self._tell = tell
-        self._watch = watch or Stopwatch()
+        self._stopwatch = watch or Stopwatch()
         self._undo: list[Callable[[], object]] = []
         self._groups: list[dict[str, Any]] | None = None
         # Whether the optimizer reads its groups before the closure; None until its first step has shown it.

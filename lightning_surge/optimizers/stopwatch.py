@@ -33,22 +33,22 @@ class Stopwatch:
 def timed(
     method: Callable[Concatenate[Any, Arguments], Result],
 ) -> Callable[Concatenate[Any, Arguments], Result]:
-    """Let a method run on the `_watch` of its object.
+    """Let a method run on the `_stopwatch` of its object.
 
     Example:
         >>> class Hooks:
-        ...     _watch = Stopwatch(iter([1.0, 4.0, 10.0, 15.0]).__next__)
+        ...     _stopwatch = Stopwatch(iter([1.0, 4.0, 10.0, 15.0]).__next__)
         ...     @timed
         ...     def outer(self): return self.inner()
         ...     @timed
         ...     def inner(self): return "done"
-        >>> Hooks().outer(), Hooks._watch.seconds, Hooks().inner(), Hooks._watch.seconds
+        >>> Hooks().outer(), Hooks._stopwatch.seconds, Hooks().inner(), Hooks._stopwatch.seconds
         ('done', 3.0, 'done', 8.0)
     """
 
     @wraps(method)
-    def run(self: Any, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        watch: Stopwatch = self._watch
+    def run(self: Any, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        watch: Stopwatch = self._stopwatch
         if watch.running:
             return method(self, *args, **kwargs)
         watch.running, begin = True, watch.clock()

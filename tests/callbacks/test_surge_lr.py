@@ -852,8 +852,8 @@ class TestLogging:
         # At N = 1 half of D's spread of 0.2, the two replicates weigh the same, and Student's factor for two.
         assert metrics["surge/curvature_standard_error"] == pytest.approx(0.1 * 1.8373, rel=1e-4)
         # Half of the spread of 4, whatever the law, as with SGD.
-        for metrics in (metrics, law_metrics(history, None, 16.0)):
-            assert metrics["surge/noise_scale_standard_error"] == pytest.approx(2 * 1.8373, rel=1e-4)
+        for each in (metrics, law_metrics(history, None, 16.0)):
+            assert each["surge/noise_scale_standard_error"] == pytest.approx(2 * 1.8373, rel=1e-4)
 
     def test_follows_log_every_n_steps(self, make_trainer: MakeTrainer) -> None:
         memory = Memory()
