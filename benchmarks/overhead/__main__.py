@@ -222,7 +222,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     before = RESULTS / "summary.json"
-    known = json.loads(before.read_text()) if options.only and before.exists() else {}
+    known = json.loads(before.read_text()) if options.only and not options.quick and before.exists() else {}
     memory, times = known.get("memory", []), known.get("time", [])
     if options.only in (None, "memory"):
         memory = measure_memory()

@@ -116,14 +116,7 @@ class EstimatedLaw(Law):
         return jackknife_error(_evaluate(quantity, self.law), values, [share for _, share in self.replicates])
 
     def extrapolation_error(self, batch_size: float) -> float:
-        """Standard deviation to add to the log of a ratio for asking outside the sizes measured.
-
-        Args:
-            batch_size: examples.
-
-        Returns:
-            0 inside the reach, then 0.1 per factor of two.
-        """
+        """Standard deviation to add to the log of a ratio for asking outside the sizes measured."""
         low, high = self.reach
         beyond = max(low / batch_size, batch_size / high, 1.0)
         return EXTRAPOLATION_ERROR * math.log2(beyond)
@@ -142,12 +135,7 @@ class EstimatedLaw(Law):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> EstimatedLaw:
-        """The law that `state_dict` described.
-
-        Raises:
-            ValueError: if a value is out of range.
-            KeyError: if one is missing, or the kind of law is not known.
-        """
+        """The law that `state_dict` described; an error if a value is missing or out of range."""
         replicates = tuple(
             (None if law is None else _law_from_state(law), share) for law, share in state["replicates"]
         )
@@ -184,15 +172,7 @@ def _evaluate(quantity: Callable[[Law], float], law: Law) -> float:
 
 
 def estimate(history: NoiseHistory, fit: Fit) -> EstimatedLaw | None:
-    """Fit a law to a history and to the history without each group.
-
-    Args:
-        history: the measurements.
-        fit: which law, for example `fit_sign_law`.
-
-    Returns:
-        The law, or None if the measurements do not determine one.
-    """
+    """Fit a law to a history and to the history without each group; None if they do not determine one."""
     stats = history.stats()
     law = _attempt(fit, stats)
     if law is None:

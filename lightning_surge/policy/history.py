@@ -56,13 +56,11 @@ class Contrast(NamedTuple):
         sizes: examples; of directions, the smaller one first.
         values: the curvatures.
         weight: of the measurement.
-        alignments: along directions of the same sizes.
     """
 
     sizes: tuple[float, float]
     values: tuple[float, float]
     weight: float
-    alignments: tuple[float, float] = (math.nan, math.nan)
 
 
 class NoiseStats(NamedTuple):
@@ -144,11 +142,7 @@ class NoiseHistory:
         return self._records[-1] if self._records else None
 
     def add(self, measurement: Measurement) -> None:
-        """Append a measurement.
-
-        Raises:
-            ValueError: if one of its numbers is not finite; nothing is added then.
-        """
+        """Append a measurement, or refuse one with a number that is not finite."""
         statistics = measurement.statistics
         sized = (*statistics.alignments, *measurement.curvatures, *measurement.sharpness)
         values = [value for pair in sized for value in pair]
@@ -164,14 +158,7 @@ class NoiseHistory:
         return self._average(range(len(self._records)))
 
     def replicates(self, max_groups: int = 16) -> list[tuple[NoiseStats, float]]:
-        """Averages that leave out one group of consecutive records each, for a jackknife.
-
-        Args:
-            max_groups: groups to form; consecutive records share one, since they resemble each other.
-
-        Returns:
-            Pairs of the average without a group and the share of all weight that the group has.
-        """
+        """Averages without one group of consecutive records each, and the group's share of all weight."""
         count = len(self._records)
         groups = min(count, max_groups)
         if groups < 2:
@@ -211,7 +198,7 @@ class NoiseHistory:
             alignments=_bins((record.statistics.alignments, weight) for record, weight in records),
             curvatures=_bins((record.curvatures, weight) for record, weight in records),
             contrasts=tuple(_contrast(record, weight) for record, weight in records if record.curvatures),
-            coordinate_sums=_mean_sums(records, total),
+            coordinate_sums=_mean_sums(records),
             sharpness=tuple(
                 _pair(record.sharpness, weight) for record, weight in records if record.sharpness
             ),
@@ -236,12 +223,7 @@ class NoiseHistory:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the records of `state_dict`.
-
-        Raises:
-            ValueError: if a value is out of range; nothing is taken over then.
-            KeyError: if one is missing.
-        """
+        """Take over the records of `state_dict`, or nothing if a value is missing or out of range."""
         loaded = NoiseHistory(self.half_life)
         for record in state["records"]:
             loaded.add(_measurement(record))
@@ -324,28 +306,14 @@ def _pair(sized: Sequence[SizedValue], weight: float) -> Contrast:
 
 
 def _contrast(record: Measurement, weight: float) -> Contrast:
-    small = min(record.curvatures)
-    large = max(record.curvatures)
-    sizes = (small.batch_size, large.batch_size)
-    alignments = (_alignment_at(record, sizes[0]), _alignment_at(record, sizes[1]))
-    return Contrast(sizes, (small.value, large.value), weight, alignments)
+    return _pair((min(record.curvatures), max(record.curvatures)), weight)
 
 
-def _alignment_at(record: Measurement, size: float) -> float:
-    values = [sized.value for sized in record.statistics.alignments if sized.batch_size == size]
-    return sum(values) / len(values) if values else math.nan
-
-
-def _mean_sums(records: Sequence[tuple[Measurement, float]], total: float) -> CoordinateSums | None:
-    rows = [(record.coordinate_sums, weight) for record, weight in records]
-    if any(sums is None for sums, _ in rows):
+def _mean_sums(records: Sequence[tuple[Measurement, float]]) -> CoordinateSums | None:
+    sums = [record.coordinate_sums for record, _ in records if record.coordinate_sums is not None]
+    if len(sums) < len(records):
         return None
-    return CoordinateSums(
-        *(
-            sum(weight * sums[i] for sums, weight in rows if sums) / total
-            for i in range(len(CoordinateSums._fields))
-        )
-    )
+    return CoordinateSums(*np.average(sums, axis=0, weights=[weight for _, weight in records]).tolist())
 
 
 def _sized(pairs: Iterable[Sequence[float]]) -> tuple[SizedValue, ...]:

@@ -141,13 +141,7 @@ class Policy:
         self._settled: tuple[tuple[float, float], Decision] | None = None
 
     def update(self, law: EstimatedLaw | None, batch_size: float, lr: float = math.nan) -> None:
-        """Take over a new law, or hold the last one if there is none.
-
-        Args:
-            law: the law as estimated now; None if the measurements do not determine one.
-            batch_size: the batch size in force, at which the ratio must not jump up.
-            lr: the scheduled learning rate, for objectives that follow it.
-        """
+        """Take over the law estimated at a batch size and a scheduled lr; without one hold the last."""
         if law is None or not self._usable(law, batch_size, lr):
             no_edge = law is not None and self._follows_lr and math.isnan(law.edge_lr(batch_size))
             because = Reason.NO_EDGE if no_edge else Reason.NO_LAW
@@ -163,12 +157,7 @@ class Policy:
             self._used_to = min(self._used_to, above * self._target(self._at, lr).used)
 
     def hold(self, reason: str, because: Reason = Reason.MEASURING_FAILED) -> None:
-        """Keep the last law because a new one cannot be had.
-
-        Args:
-            reason: in words.
-            because: the same as one of a few, for logs.
-        """
+        """Keep the last law because a new one cannot be had: in words, and as one of a few for logs."""
         self._held = f"held: {reason.removeprefix('held: ')}", because
         self._ask_again()
 
@@ -177,15 +166,7 @@ class Policy:
         self._settled = None
 
     def decide(self, batch_size: float, lr: float = math.nan) -> Decision:
-        """The ratio for the next step; one step of the limit on drift passes.
-
-        Args:
-            batch_size: examples behind the step.
-            lr: the scheduled learning rate, for objectives that follow it.
-
-        Returns:
-            The decision.
-        """
+        """The ratio for a step of so many examples at a scheduled lr. One step of the limit passes."""
         question = (batch_size, lr if self._follows_lr else 0.0)
         if self._settled is not None and self._settled[0] == question:
             return self._settled[1]
@@ -214,28 +195,12 @@ class Policy:
         return max(used_to, used), used
 
     def predicted(self, batch_size: float, lr: float = math.nan) -> tuple[float, float]:
-        """What the objective asks for at any batch size, before shrinkage, bounds and the limit on drift.
-
-        Args:
-            batch_size: examples per optimizer step.
-            lr: the scheduled learning rate, for objectives that follow it.
-
-        Returns:
-            The ratio to the scheduled learning rate, and its standard error in the same unit.
-        """
+        """What the objective asks for, and its standard error: before shrinkage, bounds and limit."""
         target = self._target(batch_size, lr)
         return target.predicted, target.standard_error
 
     def lr_scale(self, batch_size: float, lr: float = math.nan) -> float:
-        """The ratio that the next step would get at a batch size, with no step passing.
-
-        Args:
-            batch_size: examples per optimizer step.
-            lr: the scheduled learning rate, for objectives that follow it.
-
-        Returns:
-            The ratio to the scheduled learning rate.
-        """
+        """The ratio that the next step would get at a batch size."""
         return self._approach(self._target(batch_size, lr), lr)[1]
 
     def _wanted(self, law: Law, batch_size: float, lr: float) -> float:
@@ -321,12 +286,7 @@ class Policy:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`.
-
-        Raises:
-            ValueError: if a value is out of range; nothing is taken over then.
-            KeyError: if one is missing.
-        """
+        """Take over the state of `state_dict`, or nothing if a value is missing or out of range."""
         law = None if state["law"] is None else EstimatedLaw.from_state_dict(state["law"])
         remedy = "load what state_dict returned"
         at = None if state["at"] is None else require_number("at", state["at"], remedy)
