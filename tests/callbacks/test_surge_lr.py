@@ -855,6 +855,14 @@ class TestLogging:
         for each in (metrics, law_metrics(history, None, 16.0)):
             assert each["surge/noise_scale_standard_error"] == pytest.approx(2 * 1.8373, rel=1e-4)
 
+    def test_overhead_time_counts_every_hook(self, make_trainer: MakeTrainer) -> None:
+        """Five of the callback's and three around the update, on a clock that ticks whenever it is read."""
+        callback, ticks = SurgeLRCallback(2, "sqrt"), itertools.count()
+        callback._stopwatch.clock = lambda: float(next(ticks))
+        make_trainer(callback).fit(Slope(), ones(12, 4))
+        assert callback._stopwatch.seconds == 3 * 8
+        assert callback.overhead_time > 0.0
+
     def test_follows_log_every_n_steps(self, make_trainer: MakeTrainer) -> None:
         memory = Memory()
         make_trainer(SurgeLRCallback(4, "sqrt"), logger=memory, log_every_n_steps=3).fit(Slope(), ones(14, 2))

@@ -82,10 +82,8 @@ class TestAverages:
         (entry,) = stats.curvatures
         assert entry.variance == pytest.approx(np.var(values, ddof=1) / 4, rel=1e-6)
         assert stats.grad_sq_error == pytest.approx(math.sqrt(np.var(values, ddof=1) / 4), rel=1e-6)
-
-    def test_one_value_has_no_scatter(self) -> None:
-        (entry,) = history_of([measured(curvatures=((8.0, 3.0),))]).stats().curvatures
-        assert entry.variance == 0.0
+        (alone,) = history_of([measured(curvatures=((8.0, 3.0),))]).stats().curvatures
+        assert alone.variance == 0.0
 
     def test_coordinate_sums_are_averaged_if_every_record_has_them(self) -> None:
         first, second = CoordinateSums(1.0, 2.0, 3.0, 4.0), CoordinateSums(3.0, 6.0, 9.0, 12.0)
@@ -130,20 +128,19 @@ class TestReplicates:
         assert left_out == pytest.approx([0 + 1, 2 + 3, 4 + 5], abs=1e-6)
 
 
-class TestNoiseScale:
-    def test_is_the_ratio_of_the_averages(self) -> None:
-        stats = history_of([measured(1.0, 100.0), measured(3.0, 100.0)], half_life=1e9).stats()
-        assert stats.noise_scale == pytest.approx(50.0)
+@pytest.mark.parametrize(
+    ("grad_sq", "scale", "resolved"),
+    # Noise hides the signal, or it is no larger than its own standard error of 0.5, or resolved.
+    [(0.0, math.inf, 20.0), (-1.0, math.inf, 20.0), (0.4, 25.0, 20.0), (1.0, 10.0, 10.0)],
+)
+def test_noise_scales(grad_sq: float, scale: float, resolved: float) -> None:
+    stats = NoiseStats(3, grad_sq, 10.0, (), (), grad_sq_error=0.5)
+    assert (stats.noise_scale, stats.resolved_noise_scale) == (pytest.approx(scale), resolved)
 
-    @pytest.mark.parametrize("grad_sq", [0.0, -1.0])
-    def test_is_infinite_where_noise_hides_the_signal(self, grad_sq: float) -> None:
-        stats = NoiseStats(3, grad_sq, 10.0, (), (), grad_sq_error=0.5)
-        assert stats.noise_scale == math.inf
-        assert stats.resolved_noise_scale == 20.0
 
-    @pytest.mark.parametrize(("grad_sq", "resolved"), [(0.4, 20.0), (0.5, 20.0), (1.0, 10.0)])
-    def test_resolved_signal_is_no_smaller_than_its_error(self, grad_sq: float, resolved: float) -> None:
-        assert NoiseStats(3, grad_sq, 10.0, (), (), grad_sq_error=0.5).resolved_noise_scale == resolved
+def test_the_noise_scale_is_the_ratio_of_the_averages() -> None:
+    stats = history_of([measured(1.0, 100.0), measured(3.0, 100.0)], half_life=1e9).stats()
+    assert stats.noise_scale == pytest.approx(50.0)
 
 
 class TestErrors:

@@ -251,12 +251,6 @@ class TestAfterAMeasurement:
             policy.update(halves(law), 64.0)
             assert used(policy, 64.0, 2) == pytest.approx(factors)
 
-    def test_a_smaller_batch_meanwhile_gets_what_is_asked_for(self) -> None:
-        policy = following(halves(measured_law(1.0, 100.0, 1.0, 1.0)), objective="alignment")
-        used(policy, 256.0, 1)
-        policy.update(halves(measured_law(1.0, 400.0, 1.0, 1.0)), 256.0)
-        assert used(policy, BASE, 1) == [1.0]
-
     @many
     @given(history=st.lists(estimated(), min_size=1, max_size=5), size=sizes, drift=st.floats(0.01, 0.5))
     def test_no_step_at_one_size_rises_by_more(
@@ -299,6 +293,7 @@ class TestAfterALargerBatch:
         factors = used(policy, 256.0, 7)
         assert np.round([*factors[:2], factors[-1]], 2).tolist() == [2.40, 2.52, 3.19]
         assert factors[-2] < factors[-1]
+        assert used(policy, BASE, 1) == [1.0]
 
     @pytest.mark.parametrize("drift", [0.01, 0.05, 0.5])
     def test_acts_at_once_as_far_as_the_cost_of_a_step_allows(self, drift: float) -> None:
@@ -326,11 +321,6 @@ class TestAfterALargerBatch:
         for size in (256.0, 4.0, 64.0):
             decision = policy.decide(size)
             assert (decision.used, decision.because) == (pytest.approx(decision.predicted), Reason.MEASURED)
-
-    def test_downwards_acts_at_once(self) -> None:
-        policy = self.policy(40)
-        assert policy.decide(4.0).used == pytest.approx(progress_ratio(self.LAW, 4.0, BASE))
-        assert policy.decide(BASE).used == 1.0
 
     # Forgotten at a tenth of the rate, down to what progress asks for at 8 over what costs no more.
     @pytest.mark.parametrize(("short", "factor"), [(1, PROGRESS), (400, AT_ONCE * 108 / 116 * 1.05)])
