@@ -79,7 +79,7 @@ class EstimatedLaw(Law):
 
     @property
     def peak(self) -> Peak:
-        """The law's peak."""
+        """Of the law."""
         return self.law.peak
 
     @property
@@ -213,11 +213,7 @@ def law_of(direction: Direction) -> Fit:
 def fit_sign_law(stats: NoiseStats) -> MeasuredLaw | None:
     """Lemma 1 with measured terms, for updates along the sign of the gradient.
 
-    Args:
-        stats: averaged statistics with alignments and curvatures.
-
-    Returns:
-        The law; None if the curvature is not positive at any size, or nothing was measured.
+    None if the curvature is not positive at any size, or nothing was measured.
 
     Example:
         Alignments `2 h(b)` and curvatures `1 + 3 h(b)^2` with a noise scale of 48 examples, seen at
@@ -259,14 +255,8 @@ def fit_edge_law(stats: NoiseStats, stability: float) -> MeasuredLaw | None:
 
     The level is the mean sharpness `s` at the base batch size. Averages of pairs measured at one point
     give `(s(base) / s(B))^2 = share + (1 - share) base / B`, a line whose one number, the signal's share of
-    `v` at the base, is fitted by least squares and kept between 0 and 1.
-
-    Args:
-        stats: averaged statistics with `sharpness`.
-        stability: the optimizer's constant `C`; the edge is `C / s`.
-
-    Returns:
-        The law; without an edge while the mean sharpness is not positive, or none was measured.
+    `v` at the base, is fitted by least squares and kept between 0 and 1. The edge is `stability / s`; the law
+    has none while the mean sharpness is not positive, or none was measured.
 
     Example:
         Sharpness 380 at 16 examples and twice that at 64: noise alone, with `C = 38` an edge of 0.1 at 16.
@@ -320,13 +310,8 @@ def _signal_share(pairs: Sequence[Contrast]) -> float:
 def fit_sgd_law(stats: NoiseStats) -> SGDLaw | None:
     """The law of plain gradient steps, `lr = |G|^2 / (G'HG + tr(H Sigma) / B)`.
 
-    Along `V = g_b` the alignment is `|G|^2` at every size and the curvature `G'HG + tr(H Sigma) / b`.
-
-    Args:
-        stats: averaged statistics with directions `V = g`.
-
-    Returns:
-        The law; None if `G'HG` is not positive, where no finite learning rate is best.
+    Along `V = g_b` the alignment is `|G|^2` at every size and the curvature `G'HG + tr(H Sigma) / b`. None if
+    `G'HG` is not positive, where no finite learning rate is best.
 
     References:
         McCandlish et al. 2018, arXiv:1812.06162, Eq. 2.6 to 2.8; Eq. 1 of Li et al. 2024.
@@ -343,13 +328,7 @@ def fit_sgd_law(stats: NoiseStats) -> SGDLaw | None:
 
 
 def fit_theorem3_law(stats: NoiseStats) -> Theorem3Law | None:
-    """Theorem 3 from averaged coordinate sums.
-
-    Args:
-        stats: averaged statistics with `coordinate_sums`.
-
-    Returns:
-        The law; None if the trace of the Hessian is not positive or the alignment not resolved.
+    """Theorem 3 from averaged coordinate sums; None if the Hessian's trace or the alignment is not positive.
 
     References:
         Li et al. 2024, arXiv:2405.14578, Eq. 13-16.

@@ -38,9 +38,9 @@ class Bin(NamedTuple):
 
     Attributes:
         batch_size: geometric mean of the sizes, examples.
-        value: weighted mean of the values.
+        value: weighted mean.
         weight: sum of the weights.
-        variance: of `value`, from the scatter of the values; 0 with a single one.
+        variance: of `value`, from the scatter; 0 with a single one.
     """
 
     batch_size: float
