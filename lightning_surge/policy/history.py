@@ -132,6 +132,8 @@ class NoiseHistory:
         # Beyond six half-lives a record weighs less than 2 %.
         self._records: deque[Measurement] = deque(maxlen=max(2, math.ceil(6 * half_life)))
         self.num_measurements = 0
+        # Of the records as they are, by the number of groups.
+        self._replicates: dict[int, list[tuple[NoiseStats, float]]] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -152,6 +154,7 @@ class NoiseHistory:
             )
         self._records.append(measurement)
         self.num_measurements += 1
+        self._replicates.clear()
 
     def stats(self) -> NoiseStats:
         """Average all records."""
@@ -163,14 +166,17 @@ class NoiseHistory:
         groups = min(count, max_groups)
         if groups < 2:
             return []
-        weights = self._weights()
-        total = sum(weights)
-        edges = [round(index * count / groups) for index in range(groups + 1)]
-        result = []
-        for start, stop in pairwise(edges):
-            kept = [index for index in range(count) if not start <= index < stop]
-            result.append((self._average(kept), sum(weights[start:stop]) / total))
-        return result
+        if groups not in self._replicates:
+            weights = self._weights()
+            edges = [round(index * count / groups) for index in range(groups + 1)]
+            self._replicates[groups] = [
+                (
+                    self._average(index for index in range(count) if not start <= index < stop),
+                    sum(weights[start:stop]) / sum(weights),
+                )
+                for start, stop in pairwise(edges)
+            ]
+        return self._replicates[groups]
 
     def standard_error(self, quantity: Callable[[NoiseStats], float]) -> float:
         """Standard error of anything the averages can be asked; infinite where it is not known."""
@@ -230,6 +236,7 @@ class NoiseHistory:
         # At least the records that are kept.
         number = _saved("num_measurements", state["num_measurements"], len(loaded))
         self._records, self.num_measurements = loaded._records, int(number)
+        self._replicates.clear()
 
 
 def jackknife_error(whole: float, without: Sequence[float], shares: Sequence[float]) -> float:
