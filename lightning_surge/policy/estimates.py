@@ -68,7 +68,7 @@ class EstimatedLaw(Law):
         >>> laws = [SGDLaw(max_lr=lr, noise_scale=1.0) for lr in (2.0, 1.0, 3.0)]
         >>> law = EstimatedLaw(laws[0], ((laws[1], 0.5), (laws[2], 0.5)), num_measurements=2)
         >>> law.lr(1.0), round(law.standard_error(lambda law: law.lr(1.0)), 3)
-        (1.0, 0.918)
+        (1.0, 0.919)
     """
 
     law: Law

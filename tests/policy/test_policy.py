@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -183,9 +184,10 @@ class TestShrinkage:
     def test_weights_are_by_precision(self, error: float, because: Reason) -> None:
         """`error` is in units of what is believed beforehand, log(sqrt(64 / 16)) = log 2."""
 
-        # lr ~ B^x: the ratio's log in two equal groups differs by log(4) x, and half of that is its error.
+        # lr ~ B^x: the ratio's log in two equal groups differs by log(4) x. Its error is half of that, times
+        # Student's factor for two.
         class Power(ConstantLaw):
-            _lr_exponent = error
+            _lr_exponent = error / scipy.stats.t.ppf(scipy.stats.norm.cdf(1.0), df=1)
 
         power = Power(base_lr=1.0, base_batch_size=BASE)
         decision = unlimited(halves(CONSTANT, CONSTANT, power), bounds=(1e-9, 1e9)).decide(64.0)
