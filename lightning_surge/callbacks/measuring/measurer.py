@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -87,7 +86,6 @@ class Measurer:
         # For good: a repeated step leaves traces in training. Norms of windows are still taken.
         self.off = False
         self.budget = self._plan.budget
-        self.seconds = 0.0
         self.failure: str | None = None
         self.detach()
 
@@ -125,14 +123,12 @@ class Measurer:
             uses_batch_statistics=self._loss.uses_batch_statistics,
         )
         self._instruments.begin(optimizer, direction, self._prober)
-        self.seconds = 0.0
 
     def take_over(self, other: Measurer, pace: Pace) -> None:
         """Take hold of the run that another one has in hand, if it has one; `pace` takes the place of its."""
         if "_run" in vars(other):
             own_pace = None if other._pace is None else pace
             self.attach(*other._run, own_pace, other._size_ahead, curvature=other._curvature_asked)
-            self.seconds = other.seconds
 
     def detach(self) -> None:
         """Let go of the run, and of every batch."""
@@ -311,9 +307,7 @@ class Measurer:
             self._norms.after_backward(size, factor, self._loss.scale if last else 1.0, last=last)
         piece = Piece(batch, batch_idx, size)
         if self._at_hand is not None:
-            begin = time.perf_counter()
             self._measure_at_hand(piece, self._at_hand, weight)
-            self.seconds += time.perf_counter() - begin
         elif self._pool.target:
             self._pool.add(piece, self._versions)
 
