@@ -236,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         law=options.law,
         objective=options.objective,
         max_overhead=options.max_overhead,
+        log_peak=True,
     )
     loggers = run_loggers(options.output)
     trainer = pl.Trainer(
