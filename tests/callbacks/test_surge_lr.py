@@ -856,7 +856,7 @@ class TestLogging:
     def _fit(
         self, make_trainer: MakeTrainer, logger: Any, make_optimizer: MakeOptimizer = adamw, **options: Any
     ) -> tuple[SurgeLRCallback, Regression, pl.Trainer]:
-        callback = SurgeLRCallback(4, probe_every=1, probe_examples=16, **options)
+        callback = SurgeLRCallback(4, probe_every=1, probe_examples=16, log_peak=True, **options)
         module = seeded(lambda: Regression(make_optimizer))
         trainer = make_trainer(callback, logger=logger)
         trainer.fit(module, data(16 * 16, 16))
