@@ -823,8 +823,8 @@ class TestFailures:
 
     def test_really_happen_at_displaced_parameters(self, make_trainer: MakeTrainer) -> None:
         module = Failing(RuntimeError("boom"), 10)
+        callback = SurgeLRCallback(16, log_peak=True, probe_every=1, probe_examples=16)
         with pytest.warns(UserWarning, match="boom"):
-            callback = SurgeLRCallback(16, log_peak=True, probe_every=1, probe_examples=16)
             make_trainer(callback).fit(module, data(64, 16))
         assert module.outside.moved
 
