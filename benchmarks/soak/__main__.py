@@ -197,7 +197,7 @@ class Watch(pl.Callback):
                 examples=examples,
                 passes=self.surge._measurer.budget.spent,
                 seconds=now - self.began - self.looking,
-                measuring=self.surge._measurer.seconds,
+                measuring=self.surge._stopwatch.seconds,
                 measurements=self.surge.history.num_measurements,
                 scale=math.nan if decision is None else decision.used,
                 reason="" if decision is None else decision.reason,

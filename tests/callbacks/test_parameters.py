@@ -265,13 +265,14 @@ def test_what_is_measured_is_what_a_plain_reference_says(
 ) -> None:
     module = case()
     rows = compare(module)
-    trainer = make_trainer(surge(), accumulate_grad_batches=4 if live else 1)
+    trainer = make_trainer(surge(log_peak=not live), accumulate_grad_batches=4 if live else 1)
     target = torch.compile(module, backend="eager") if case is Compiled else module
     trainer.fit(target, data(12, 4) if live else data(3, 16))
     torch._dynamo.reset()
-    assert len(rows) == 2
+    # Norms alone from windows, and in the second probe.
+    assert [len(got) for got, _ in rows] == ([2, 2, 2] if live else [7, 2])
     for got, wanted in rows:
-        assert got == pytest.approx(wanted, rel=2e-3)
+        assert got == pytest.approx(wanted[: len(got)], rel=2e-3)
 
 
 @pytest.mark.parametrize("live", [True, False])
@@ -319,9 +320,9 @@ class TestUnfrozenLater:
         trainer.fit(module, data(24, 4) if live else data(6, 16))
         assert len(trainer.optimizers[0].param_groups) == 2
         for got, wanted in rows:
-            assert got == pytest.approx(wanted, rel=2e-3)
+            assert got == pytest.approx(wanted[: len(got)], rel=2e-3)
         # What was measured of the head alone is no part of the law of the whole.
-        assert counts == [5, 6]
+        assert counts == [6 if live else 5, 6]
 
     def test_holds_the_last_law_meanwhile(self, make_trainer: MakeTrainer) -> None:
         module, callback = Head(), surge(probe_every=3)

@@ -118,7 +118,6 @@ def test_gradient_directions_go_as_far_under_a_loss_scale(scale: float) -> None:
         noise = [torch.randn(3, generator=generator, dtype=torch.float64) for _ in range(4)]
         measurement = LawMeasurement(
             [theta],
-            num_chunks=4,
             replay=replay,
             delta=0.3 / factor,
             scales=[1.0],
@@ -130,15 +129,6 @@ def test_gradient_directions_go_as_far_under_a_loss_scale(scale: float) -> None:
     plain, scaled = measure(1.0), measure(scale)
     for mine, theirs in zip(scaled.curvatures, plain.curvatures, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-6)
-
-
-def test_live_directions_are_of_a_base_batch(make_trainer: MakeTrainer) -> None:
-    callback = SurgeLRCallback(8, probe_every=1)
-    make_trainer(callback, accumulate_grad_batches=16).fit(Linear(), batches([2] * 64))
-    record = callback.history.state_dict()["records"][0]
-    # 16 micro-batches of 2: half of them make directions of 8 and 16 examples.
-    assert [size for size, _ in record["curvatures"]] == [8.0, 16.0]
-    assert min(size for size, _ in record["alignments"]) == 8.0
 
 
 def test_the_progress_bar_can_show_the_learning_rate_used(make_trainer: MakeTrainer) -> None:
