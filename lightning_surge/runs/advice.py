@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_surge.laws.base import Law, SGDLaw, require_number
+from lightning_surge.checking.arguments import number, optional, whole
+from lightning_surge.laws.base import Law, SGDLaw
 from lightning_surge.laws.objectives import OBJECTIVES, at_once_ratio
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import steps_needed
@@ -164,6 +165,7 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
     Raises:
         RunLogError: if the step is outside the run, or no law was known by then.
     """
+    step = optional(whole, "step", step, "count optimizer steps", least=0)
     run = run.of_group(group)
     logged = run.require("batch_size").steps
     index = int(np.searchsorted(logged, logged[-1] if step is None else step, side="right")) - 1
@@ -247,7 +249,7 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
     suggested = max(1.0, float(round(allowed)))
     sizes = {size, 2.0 * size, suggested}
     for one in batch_sizes:
-        sizes.add(require_number("batch_size", one, "count the examples behind one optimizer step"))
+        sizes.add(float(number("batch_size", one, "count the examples behind one optimizer step")))
     options = tuple(_option(state, one, critical) for one in sorted(sizes))
     caveats = _caveats(state, critical, options, suggested, wanted != allowed)
     peak = _interval(law.peak.batch_size, state.peak_error)

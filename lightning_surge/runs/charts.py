@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_surge.checking import arguments
 from lightning_surge.laws.base import Law
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import RunLog, RunLogError, Series, wanted_factor
+from lightning_surge.runs.run_log import RunLog, Series, wanted_factor
 
 __all__ = ["Band", "Panel", "RunCharts", "Spans", "Trace", "XAxis", "number", "reason_colour", "run_charts"]
 
@@ -150,7 +151,8 @@ def run_charts(
         The charts.
 
     Raises:
-        RunLogError: if a key is missing, or the base batch size is not positive and finite.
+        RunLogError: if a key is missing.
+        ValueError: if the base batch size is not positive and finite.
 
     Example:
         >>> steps = np.array([1, 2, 3])
@@ -160,13 +162,11 @@ def run_charts(
         >>> charts.sizes.traces[0].y.tolist(), charts.no_peak, charts.rates.y_range
         ([8.0, 8.0, nan], ((2.5, 3.5),), (0.0, 8.96))
     """
+    arguments.choice("x", x, get_args(XAxis))
     run = run.of_group(group)
-    base = run.base_batch_size if base_batch_size is None else float(base_batch_size)
-    if not 0.0 < base < math.inf:
-        raise RunLogError(
-            f"Expected a positive, finite base_batch_size, got base_batch_size={base:g}: pass the batch size "
-            "at which the learning rate was tuned."
-        )
+    base = run.base_batch_size if base_batch_size is None else base_batch_size
+    remedy = "pass the batch size at which the learning rate was tuned"
+    base = float(arguments.number("base_batch_size", base, remedy))
     rates = {name: run.require(f"lr_{name}", group) for name in ("predicted", "used", "scheduled")}
     batch = run.require("batch_size")
 
