@@ -25,13 +25,6 @@ Rule = Callable[[Any], float]
 class BatchCounter:
     """Counts with the user's function, or by the rule that fits the first batch of a loader.
 
-    Args:
-        batch_size_fn: function of a batch that returns its examples, or tokens; None to look at the batch.
-        owner: name of the callback, for messages.
-
-    Raises:
-        ValueError: if `batch_size_fn` is not a function.
-
     Example:
         >>> import torch
         >>> count = BatchCounter(None, "Callback")
@@ -50,15 +43,7 @@ class BatchCounter:
         self._loader: object = None
 
     def __call__(self, batch: Any) -> float:
-        """Examples in a batch, or in a slice of one. Zero is a batch that weighs nothing.
-
-        Args:
-            batch: what a DataLoader yields.
-
-        Raises:
-            MisconfigurationException: if it is not certain how many the batch holds.
-            ValueError: if `batch_size_fn` returns a negative or infinite number, or none at all.
-        """
+        """Examples in a batch, or in a slice of one. Zero is a batch that weighs nothing."""
         size = (self._rule or self._choose(batch, None))(batch)
         if not isinstance(size, Real):
             size = _as_number(size)
@@ -70,16 +55,7 @@ class BatchCounter:
         return float(size)
 
     def first(self, batch: Any, loader: object) -> float:
-        """Examples in a batch of a loader, of which the first decides how batches are counted.
-
-        Args:
-            batch: what the loader yields.
-            loader: the training DataLoader, or whatever the Trainer has in its place.
-
-        Raises:
-            MisconfigurationException: if it is not certain how many the batch holds.
-            ValueError: as above.
-        """
+        """Examples in a batch of a loader, of which the first decides how batches are counted."""
         if self._function is None and loader is not self._loader:
             self._rule, self._loader = self._choose(batch, loader), loader
         return self(batch)

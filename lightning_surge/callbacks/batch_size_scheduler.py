@@ -1,11 +1,11 @@
 """Changes the number of examples per optimizer step while a model trains.
 
-Two mechanisms. *Accumulation* works with every loader: Lightning decides with two different counts when to
-zero the gradients (``batch_idx % accumulation`` before a backward) and when to step
-(``(batch_idx + 1) % accumulation`` after it). They agree only if a window of ``a`` micro-batches begins at a
-multiple of ``a``: going from 2 to 3 at micro-batch 2 steps right away, on gradients that were never zeroed.
-So the accumulation is written in one place, ``on_train_batch_start``, where the old window has ended and the
-new one is aligned. A *batch sampler* gives steps of any size, if the loader has a `ScheduledBatchSampler`.
+*Accumulation* works with every loader. Lightning decides with two different counts when to zero the gradients
+(``batch_idx % accumulation`` before a backward) and when to step (``(batch_idx + 1) % accumulation`` after
+it). They agree only if a window of ``a`` micro-batches begins at a multiple of ``a``: going from 2 to 3 at
+micro-batch 2 steps right away, on gradients that were never zeroed. So the accumulation is written only in
+``on_train_batch_start``, where the old window has ended and the new one is aligned. A *batch sampler* gives
+steps of any size, if the loader has a `ScheduledBatchSampler`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from torch.optim import Optimizer
 
 from lightning_surge.callbacks.batch_counter import BatchCounter
 from lightning_surge.callbacks.checks import check_accumulated_sizes, check_host, ranks_of
-from lightning_surge.callbacks.lightning_host import Callback, refresh_epoch_length, replicas_of
+from lightning_surge.callbacks.lightning_host import (
+    Callback,
+    callbacks_of,
+    check_versions,
+    refresh_epoch_length,
+    replicas_of,
+)
 from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.training_loader import (
     MicroBatches,
@@ -77,32 +83,29 @@ class SchedulerState:
 class BatchSizeScheduler(Callback):
     """Sets the number of examples per optimizer step, at any step, by a schedule or by the measured law.
 
-    How it does that is chosen when training starts, and reported once:
+    The mechanism is chosen when training starts, and reported once:
 
-    * By accumulation, for every kind of loader: a step gets the micro-batch, times the data-parallel
-      replicas, times the largest power of two that does not exceed the request. A larger window
-      begins at the first micro-batch that it divides, at most one window later when the size doubles.
-    * By the batch sampler, if the training DataLoader was given a `ScheduledBatchSampler` and the sizes are
-      known beforehand (a `Schedule`): steps have exactly the sizes requested, in as few micro-batches as the
-      sampler's `batch_size` and `max_micro_batch_size` allow; only what does not fit is accumulated.
+    * Accumulation, for every kind of loader: a step gets the micro-batch size, times the data-parallel
+      replicas, times the largest power of two that does not exceed the request. A larger window begins at the
+      first micro-batch that it divides, at most one window later when the size doubles.
+    * The batch sampler, if the training DataLoader has a `ScheduledBatchSampler` and the sizes are known
+      beforehand (a `Schedule`): steps have exactly the sizes requested, in as few micro-batches as the
+      sampler's `batch_size` and `max_micro_batch_size` allow.
 
     Micro-batches of unequal size, and the shorter window at an epoch's end, are weighted so that the gradient
-    of a step is the mean over its examples.
-
-    The loader is read again at every epoch, and checked as at the start where it has changed.
+    of a step is the mean over its examples. The loader is read and checked again at every epoch.
 
     Logs ``surge/batch_size_requested`` and ``surge/batch_size_scheduled`` at the steps that Lightning logs,
-    and moves every learning-rate schedule that counts examples (`by_examples`). Where another one that counts
-    steps will not reach its end, a warning at the start says where it stops.
+    and moves every learning-rate schedule that counts examples (`by_examples`). A warning at the start says
+    where a schedule that counts steps will stop short of its end.
 
     Caveats:
         * ``trainer.estimated_stepping_batches`` assumes that the accumulation never changes, so a
           learning-rate schedule sized by it has the wrong length. Use `by_examples`, or `total_steps`.
         * An accumulation longer than the epoch is capped, with a warning.
-        * A checkpoint taken between two optimizer steps has no gradients in it: after resuming,
-          Lightning finishes that window with the micro-batches that are left. Save with
-          ``every_n_train_steps`` or at the end of an epoch, and add `ExactResume` to repeat a run
-          bit for bit.
+        * A checkpoint saved in the middle of a window has no gradients in it: after resuming, Lightning
+          finishes that window with the micro-batches that are left. Save with ``every_n_train_steps`` or at
+          the end of an epoch, and add `ExactResume` to repeat a run bit for bit.
         * The loss of a micro-batch must be the mean over its examples for the weights to be right.
 
     Args:
@@ -162,7 +165,7 @@ class BatchSizeScheduler(Callback):
         self._forget_run()
 
     def _begin_afresh(self) -> None:
-        """Know nothing of any training."""
+        """Drop what a training has counted."""
         self._requested = self._scheduled = self._followed = self.schedule.first_size
         self._accumulation = 1  # what this callback last wrote
         self._examples = 0.0
@@ -227,11 +230,11 @@ class BatchSizeScheduler(Callback):
         """Refuse whatever cannot be combined with an accumulation that changes."""
         if stage != "fit":
             return
+        check_versions(trainer, type(self).__name__)
         check_host(trainer, pl_module, type(self).__name__)
         # Before a batch-size finder, whose trials step the learning-rate schedules without callbacks. A new
         # list: Lightning iterates over the old one now.
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [callback for callback in callbacks if callback is not self]
+        others = [callback for callback in callbacks_of(trainer, object) if callback is not self]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._trainer = trainer
         if trainer.global_step == 0:
@@ -279,7 +282,7 @@ class BatchSizeScheduler(Callback):
             self._scheduled = round(self._reference * self._micro.replicas * self._accumulation)
 
     def _read_loader(self, trainer: pl.Trainer) -> None:
-        """Choose the mechanism for the training loader at hand, which is checked where it is another one."""
+        """Choose the mechanism for the training loader in use; one that has changed is checked again."""
         loader = TrainingLoader.read(trainer, self._micro, samples=self._itinerary is not None)
         loader.admit(trainer, self.schedule, self._micro, self._loader)
         self._loader = loader
@@ -291,7 +294,7 @@ class BatchSizeScheduler(Callback):
             self._examples_before = [0, *accumulate(map(sum, self._windows))]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read the loader, which may be another one, and let Lightning know how long this epoch is."""
+        """Read the loader, which may be another one, and tell Lightning the length of this epoch."""
         # Already there, unless Lightning has left out the end of an epoch on resuming.
         self._move_to(Progress(trainer.global_step, self._examples, float(trainer.current_epoch)))
         self._read_loader(trainer)
@@ -325,19 +328,16 @@ class BatchSizeScheduler(Callback):
         self._consumed += self._batch_examples
         if self._window_begins:
             self._window_begins = False
-            self._unit = self._weighted_as_one()
+            self._unit = self._reference
+            # One replica is free to choose its unit: weights stay near 1 where batches are counted in tokens,
+            # which the loader does not know, and steps of equal micro-batches are left as they are.
+            if self._micro.replicas == 1 and self._batch_examples:
+                self._unit *= self._batch_examples / self._first
 
     def _drop_gradients(self) -> None:
-        """Lightning zeroes them here: also those of a window without an end, as in an epoch cut short."""
+        """Lightning zeroes them here, even those of a window without an end, as in an epoch cut short."""
         self._trained = 0.0
         self._window_begins = True
-
-    def _weighted_as_one(self) -> float:
-        # One replica is free to choose: where batches are counted in tokens, say, which the loader does not
-        # know, weights stay near 1, and steps of one micro-batch or of equal ones are left as they are.
-        if self._micro.replicas > 1 or not self._batch_examples:
-            return self._reference
-        return self._reference * self._batch_examples / self._first
 
     def _begin_sampled_window(
         self, trainer: pl.Trainer, sampler: ScheduledBatchSampler, batch_idx: int
@@ -425,29 +425,24 @@ class BatchSizeScheduler(Callback):
 
     # ------------------------------------------------------------------ the end, and state
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Give the Trainer its own accumulation back."""
-        self._restore(trainer)
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Give the Trainer its own accumulation back."""
-        self._restore(trainer)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the Trainer its own accumulation back, whatever other callbacks wrote at the end."""
-        self._restore(trainer)
-        self._forget_run()
-        self._law_comes = False
-        self._trainer = None
-
-    def _restore(self, trainer: pl.Trainer) -> None:
         # self._accumulation stays: a checkpoint may still be written in on_train_end or on_exception.
         if self._original_accumulation is not None:
             trainer.accumulate_grad_batches = self._original_accumulation
         if self._itinerary is not None:
             unfollow(self._itinerary)
+
+    def on_exception(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Give the Trainer its own accumulation back."""
+        self.on_train_end(trainer)
+
+    def teardown(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Give the Trainer its own accumulation back, whatever other callbacks wrote at the end."""
+        self.on_train_end(trainer)
+        self._forget_run()
+        self._law_comes = False
+        self._trainer = None
 
     @property
     def state_key(self) -> str:
@@ -462,7 +457,7 @@ class BatchSizeScheduler(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Learn where a run stands that was saved without this callback; ``load_state_dict`` knows better."""
+        """Find the place of a run that was saved without this callback; ``load_state_dict`` comes later."""
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         self._move_to(Progress(checkpoint["global_step"], 0.0, epochs))
 
@@ -472,7 +467,7 @@ class BatchSizeScheduler(Callback):
             self._itinerary.begin = begin
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken; state that cannot be used is left out, with a warning."""
+        """Go on where ``state_dict`` was taken; state that cannot be used is dropped, with a warning."""
         try:
             version = state_dict.get("version")
             if version not in (1, STATE_VERSION):
@@ -490,10 +485,8 @@ class BatchSizeScheduler(Callback):
         self._move_to(state.epoch_begin)
         if isinstance(self.schedule, FollowPeak):
             self._followed = min(max(state.followed, self.schedule.smallest), self.schedule.maximum)
-        trainer: Any = self._trainer  # None outside a training, where nothing goes on
-        if not state_dict.get("resumption") or trainer is None:
-            return
-        if not any(isinstance(callback, ExactResume) for callback in trainer.callbacks):
+        trainer = self._trainer  # None outside a training, where nothing goes on
+        if state_dict.get("resumption") and trainer is not None and not callbacks_of(trainer, ExactResume):
             rank_zero_warn(
                 f"Expected ExactResume beside {type(self).__name__} for a checkpoint with random streams and"
                 " the places of loaders in it, got none: training goes on with other random numbers. Add"

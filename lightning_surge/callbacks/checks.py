@@ -1,4 +1,4 @@
-"""What cannot be combined with the callback: refused with a remedy, before any time is spent on training."""
+"""What cannot be combined with the callbacks: refused with a remedy, before any time is spent on training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.rnn import RNNBase
 from torch.optim import Optimizer
 
-from lightning_surge.callbacks.lightning_host import is_accumulation_scheduler, overrides, replicas_of
+from lightning_surge.callbacks.lightning_host import (
+    callbacks_of,
+    is_accumulation_scheduler,
+    overrides,
+    replicas_of,
+)
 from lightning_surge.callbacks.settings import REFERENCE_RULES
 from lightning_surge.measure.direction import SIGN
 from lightning_surge.measure.distributed import Ranks
@@ -54,18 +59,7 @@ FULL_PRECISION = ("32-true", "64-true")
 def check_trainer(
     trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, *, measures: bool, repeats_step: bool
 ) -> None:
-    """Refuse a Trainer or module that the callback cannot serve.
-
-    Args:
-        trainer: at `setup`.
-        pl_module: the module to train.
-        name: of the callback, for messages.
-        measures: whether gradients will be measured.
-        repeats_step: whether probes will call `training_step`.
-
-    Raises:
-        MisconfigurationException: with the rule, what was found, and the remedy.
-    """
+    """Refuse a Trainer or module that the callback cannot serve."""
     check_processes(trainer, name, measures=measures)
     if not pl_module.automatic_optimization and repeats_step:
         raise MisconfigurationException(
@@ -83,20 +77,7 @@ def check_trainer(
 def served_optimizer(
     trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, index: int | None
 ) -> Optimizer:
-    """The optimizer whose learning rate the callback sets.
-
-    Args:
-        trainer: at `on_fit_start`, with its optimizers.
-        pl_module: the module to train.
-        name: of the callback, for messages.
-        index: its place in what `configure_optimizers` returns; None for the only one.
-
-    Returns:
-        The raw torch optimizer.
-
-    Raises:
-        MisconfigurationException: if there is none, or no saying which.
-    """
+    """The optimizer whose learning rate the callback sets."""
     trained = trained_optimizers(trainer.optimizers)
     found = f"{len(trained)} from configure_optimizers of {type(pl_module).__name__}"
     if index is None and len(trained) > 1:
@@ -120,21 +101,9 @@ def served_optimizer(
 
 
 def check_optimizer(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, law: str, index: int | None = None
+    trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, name: str, law: str
 ) -> None:
-    """Refuse optimizers that the law is not about, and name one that is not known.
-
-    Args:
-        trainer: at `on_fit_start`, with its optimizers.
-        pl_module: the module to train.
-        name: of the callback, for messages.
-        law: the callback's.
-        index: of the optimizer; None for the only one.
-
-    Raises:
-        MisconfigurationException: with the rule, what was found, and the remedy.
-    """
-    optimizer = served_optimizer(trainer, pl_module, name, index)
+    """Refuse optimizers that the law does not describe, and name one that is not known."""
     family = optimizer_family(optimizer)
     direction, why = family.direction, family.why
     _check_lr(optimizer, name)
@@ -183,15 +152,7 @@ def _check_lr(optimizer: Optimizer, name: str) -> None:
 
 
 def check_weight_decay(optimizer: Optimizer, name: str) -> None:
-    """Refuse `scale_weight_decay=False` where `lr * weight_decay` is not what decays per step.
-
-    Args:
-        optimizer: the one that is trained with.
-        name: of the callback, for messages.
-
-    Raises:
-        MisconfigurationException: with the rule, what was found, and the remedy.
-    """
+    """Refuse `scale_weight_decay=False` where `lr * weight_decay` is not what decays per step."""
     for index, group in enumerate(optimizer.param_groups):
         decay = group.get("weight_decay", 0.0)
         if decay == 0.0 or decay_follows_lr(optimizer, group):
@@ -205,18 +166,8 @@ def check_weight_decay(optimizer: Optimizer, name: str) -> None:
         )
 
 
-def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule, index: int | None = None) -> None:
-    """Refuse what keeps Adam's edge of stability at other batch sizes from being told.
-
-    Args:
-        trainer: at `on_fit_start`, with its optimizers.
-        pl_module: the module to train.
-        index: of the optimizer; None for the only one.
-
-    Raises:
-        MisconfigurationException: with the rule, what was found, and the remedy.
-    """
-    optimizer = served_optimizer(trainer, pl_module, "objective='edge'", index)
+def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    """Refuse what hides Adam's edge of stability at other batch sizes."""
     try:
         stability_constant(optimizer)
     except ValueError as error:
@@ -308,21 +259,12 @@ def _check_parameters(optimizer: Optimizer, name: str) -> None:
 
 
 def trained_optimizers(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
-    """The real ones: Lightning stands in an optimizer without parameters where there is none."""
+    """Those with parameters: Lightning adds one without any to a module that has no optimizer."""
     return [optimizer for optimizer in optimizers if any(group["params"] for group in optimizer.param_groups)]
 
 
 def check_host(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
-    """Refuse a Trainer, a strategy, another callback or a module that a changing accumulation cannot go with.
-
-    Args:
-        trainer: that is set up.
-        pl_module: that it will train.
-        name: of the callback that asks.
-
-    Raises:
-        MisconfigurationException: with what was found, and the remedy.
-    """
+    """Refuse what a changing accumulation cannot be combined with."""
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
             f"{name} needs automatic optimization, got automatic_optimization=False in"
@@ -341,8 +283,7 @@ def check_host(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) ->
             f" accumulate_grad_batches={trainer.accumulate_grad_batches}: remove it from the Trainer;"
             " the schedule sets the first size."
         )
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for other in callbacks:
+    for other in callbacks_of(trainer, object):
         if is_accumulation_scheduler(other):
             raise MisconfigurationException(
                 f"Expected one callback that changes the accumulation, got {name} and"
@@ -359,16 +300,7 @@ def check_host(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) ->
 
 
 def check_accumulated_sizes(schedule: BatchSizeRule, micro_batch_size: int, replicas: int) -> None:
-    """Refuse sizes that are no power of two of micro-batches.
-
-    Args:
-        schedule: of which the named sizes are looked at.
-        micro_batch_size: examples, on one replica.
-        replicas: data-parallel ones.
-
-    Raises:
-        MisconfigurationException: with the nearest sizes that are.
-    """
+    """Refuse sizes that are not a power of two of micro-batches."""
     unit = micro_batch_size * replicas
     for name, size in schedule.named_sizes.items():
         below = unit * accumulation_for(size, unit)
@@ -385,17 +317,7 @@ def check_accumulated_sizes(schedule: BatchSizeRule, micro_batch_size: int, repl
 def check_sampled_sizes(
     schedule: Schedule, sampler: ScheduledBatchSampler, replicas: int, *, counts_tokens: bool
 ) -> None:
-    """Refuse sizes that the batch sampler cannot give.
-
-    Args:
-        schedule: of which the named sizes are looked at.
-        sampler: of the training loader.
-        replicas: data-parallel ones.
-        counts_tokens: whether batches are counted by a function of the user's.
-
-    Raises:
-        MisconfigurationException: with what was found, and the remedy.
-    """
+    """Refuse sizes that the batch sampler cannot make."""
     if counts_tokens and schedule.unit == "examples":
         raise MisconfigurationException(
             "Expected a schedule in steps or epochs with a ScheduledBatchSampler and batch_size_fn=, got"
@@ -418,16 +340,7 @@ def check_sampled_sizes(
 
 
 def check_processes(trainer: pl.Trainer, name: str, *, measures: bool) -> None:
-    """Refuse strategies whose gradients cannot be told process by process.
-
-    Args:
-        trainer: at `setup`.
-        name: of the callback, for messages.
-        measures: whether gradients will be measured; a rule only needs to count examples.
-
-    Raises:
-        MisconfigurationException: with the rule, what was found, and the remedy.
-    """
+    """Refuse strategies whose gradients cannot be read process by process."""
     strategy = trainer.strategy
     if strategy.handles_gradient_accumulation:
         raise MisconfigurationException(
@@ -449,11 +362,8 @@ def check_processes(trainer: pl.Trainer, name: str, *, measures: bool) -> None:
             f"{replicas} replicas of the data: use ModelParallelStrategy(data_parallel_size="
             f"{trainer.world_size}, tensor_parallel_size=1)."
         )
-    if isinstance(strategy, DDPStrategy):
-        _check_ddp(strategy, name)
-
-
-def _check_ddp(strategy: DDPStrategy, name: str) -> None:
+    if not isinstance(strategy, DDPStrategy):
+        return
     if strategy._model_averaging_period is not None:
         raise MisconfigurationException(
             f"{name} needs equal parameters on all processes, got DDPStrategy with model_averaging_period="
@@ -467,11 +377,7 @@ def _check_ddp(strategy: DDPStrategy, name: str) -> None:
 
 
 def ranks_of(trainer: pl.Trainer) -> Ranks:
-    """The processes that measure together.
-
-    Args:
-        trainer: with its processes started.
-    """
+    """The processes that measure together."""
     if trainer.world_size == 1:
         return Ranks()
     return Ranks(

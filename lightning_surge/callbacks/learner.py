@@ -1,4 +1,4 @@
-"""What is known of the law, and how steps and measurements add to it."""
+"""The measurements, the law fitted to them, and the policy that decides with it."""
 
 from __future__ import annotations
 
@@ -49,13 +49,7 @@ LAW_HISTORY = 256
 
 
 class LawRecord(NamedTuple):
-    """The law at one moment of training, and what it was fitted to.
-
-    Attributes:
-        step: optimizer steps taken before.
-        law: as estimated then.
-        stats: the averaged measurements behind it.
-    """
+    """The law as estimated after `step` optimizer steps, and the averaged measurements behind it."""
 
     step: int
     law: EstimatedLaw
@@ -63,14 +57,7 @@ class LawRecord(NamedTuple):
 
 
 class StepToCome(NamedTuple):
-    """An optimizer step about to be taken.
-
-    Attributes:
-        optimizer: that takes it, with complete gradients.
-        direction: of the step.
-        number: steps it has taken before.
-        batch_size: examples behind the gradients.
-    """
+    """The next step of an optimizer that has taken `number` steps, with complete gradients of a batch."""
 
     optimizer: Optimizer
     direction: Direction
@@ -79,17 +66,14 @@ class StepToCome(NamedTuple):
 
 
 class Learner:
-    """Knows nothing at first but the settings; a new training begins with a new one.
-
-    Args:
-        settings: the callback's.
+    """Knows only the settings at first; every training begins with a new one.
 
     Attributes:
         history: the measurements.
-        law_history: the laws they led to, with the steps.
-        policy: at the base batch size; None before the first step fixes that.
-        moments: what Adam's averages tell, followed from step to step.
-        scheduled_lr: the learning rate that the schedule set last, of the group where it is largest.
+        law_history: the laws fitted to them, with the optimizer steps.
+        policy: decides at the base batch size; None before the first step fixes that.
+        moments: what Adam's averages hold, followed from step to step.
+        scheduled_lr: latest scheduled learning rate of the group where it is largest.
     """
 
     def __init__(self, settings: SurgeSettings) -> None:
@@ -104,7 +88,7 @@ class Learner:
             self.fix_base(settings.base_batch_size)
 
     def follow(self, settings: SurgeSettings) -> None:
-        """Take over settings that differ in their objective."""
+        """Go on with settings that differ in their objective."""
         if settings.objective != self._settings.objective:
             self._settings = settings
             if self.policy is not None:
@@ -112,14 +96,7 @@ class Learner:
                 self.fix_base(self.policy.base_batch_size).load_state_dict(state)
 
     def fix_base(self, base_batch_size: float) -> Policy:
-        """Decide from now on at a base batch size, with a policy that knows no law yet.
-
-        Args:
-            base_batch_size: examples at which the scheduled learning rate was tuned.
-
-        Returns:
-            The policy.
-        """
+        """Decide from now on at this base batch size, with a policy that knows no law yet."""
         rule = REFERENCE_RULES.get(self._settings.law)
         self.policy = Policy(
             base_batch_size=base_batch_size,
@@ -143,7 +120,7 @@ class Learner:
     # ------------------------------------------------------------------ what steps and measurements tell
 
     def forget(self) -> None:
-        """Start measuring afresh: what was measured is no part of the law of the parameters trained now."""
+        """Start measuring afresh: the law of other parameters was measured so far."""
         if not self.history.num_measurements:
             return
         log.info("the trained parameters have changed: measuring afresh, the last law is held")
@@ -151,12 +128,7 @@ class Learner:
         self.hold(Reason.PARAMETERS_CHANGED)
 
     def hold(self, because: Reason, reason: str | None = None) -> None:
-        """Go on with the last law, because a new one cannot be had.
-
-        Args:
-            because: one of a few reasons, for logs.
-            reason: the same in words, if they say more.
-        """
+        """Go on with the last law, because a new one cannot be had."""
         if self.policy is not None:
             self.policy.hold(reason or because.text, because)
 
@@ -169,15 +141,7 @@ class Learner:
         moments: AdamMoments | None,
         tell: Callable[[EstimatedLaw], None] | None,
     ) -> None:
-        """Fit the law again with a measurement just taken; what goes wrong does not end the training.
-
-        Args:
-            step: about to be taken.
-            measurement: at the parameters as they are before it.
-            one_lr: whether all parameters move at the same learning rate.
-            moments: Adam's averages; None where they cannot be read.
-            tell: called with a law just fitted.
-        """
+        """Fit the law again with a new measurement, and `tell` it; failures do not end the training."""
         if not any(measurement.statistics[1:3]):
             self.hold(Reason.GRADIENTS_ZERO)
             return
@@ -191,9 +155,9 @@ class Learner:
             rank_zero_warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
 
     def _deviation_l1(self, optimizer: Optimizer, one_lr: bool, moments: AdamMoments | None) -> float:
-        """`sum_i sigma_i` from the measurements or Adam's averages; NaN if `|mu|_1` is not plain."""
+        """`sum_i sigma_i` from the measurements or Adam's averages; NaN if learning rates weight `|mu|_1`."""
         if not one_lr:
-            return math.nan  # the alignment is then weighted by the groups' learning rates
+            return math.nan
         sums = self.history.stats().coordinate_sums
         if sums is not None:
             return sums.deviation_l1
@@ -219,26 +183,13 @@ class Learner:
         return fit_theorem3_law if self._settings.law == "theorem3" else law_of(step.direction)
 
     def step(self, optimizer: Optimizer, batch_size: float) -> None:
-        """Count a step just taken, for what Adam's averages hold.
-
-        Args:
-            optimizer: that took it.
-            batch_size: examples behind it.
-        """
+        """Count a step just taken, for what Adam's averages hold."""
         betas = optimizer.param_groups[0].get("betas", ())
         if len(betas) >= 2:
             self.moments.step(batch_size, (float(betas[0]), float(betas[1])))
 
     def metrics(self, batch_size: float, examples: float) -> dict[str, float]:
-        """What is logged of the law and of where the run is.
-
-        Args:
-            batch_size: examples of the step.
-            examples: trained so far, with those of the step.
-
-        Returns:
-            Log keys and values.
-        """
+        """What is logged of the law and of where the run is."""
         assert self.policy is not None
         return self._law_metrics | run_metrics(
             batch_size=batch_size,
@@ -260,15 +211,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> float | None:
-        """Take over the state of `state_dict`, but for its base batch size if the settings have one.
-
-        Returns:
-            The base batch size in it.
-
-        Raises:
-            ValueError: if a value is none that it can have; this object is of no use then.
-            KeyError: if one is missing.
-        """
+        """Take over the state of `state_dict`, but for its base batch size if the settings have one."""
         saved = saved_base(state)
         base = self._settings.base_batch_size or saved
         self.history.load_state_dict(state["history"])
@@ -293,14 +236,7 @@ class VersionError(ValueError):
 
 
 def require_version(state: Any) -> None:
-    """Refuse what this release has not written.
-
-    Args:
-        state: of the callback, as a checkpoint has it.
-
-    Raises:
-        VersionError: with what was expected and found.
-    """
+    """Refuse what this release has not written."""
     version = state.get("version") if isinstance(state, dict) else None
     if type(version) is not int or version != STATE_VERSION:
         raise VersionError(f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}")
@@ -308,16 +244,6 @@ def require_version(state: Any) -> None:
 
 def saved_base(state: dict[str, Any]) -> float | None:
     """The base batch size in a checkpoint.
-
-    Args:
-        state: of the callback.
-
-    Returns:
-        Examples; None if no step had fixed it.
-
-    Raises:
-        ValueError: if it is none that anybody counts.
-        KeyError: if it is missing.
 
     Example:
         >>> saved_base({"base_batch_size": 16.0})
@@ -331,9 +257,6 @@ def saved_base(state: dict[str, Any]) -> float | None:
 
 def what_is_wrong(error: Exception) -> str:
     """Why state could not be loaded, as the first words of a message.
-
-    Args:
-        error: that loading it raised.
 
     Example:
         >>> what_is_wrong(KeyError("history"))

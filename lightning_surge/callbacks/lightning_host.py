@@ -9,9 +9,12 @@ both. Only `pytorch_lightning`'s LightningCLI asks for a class of callbacks: imp
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import version
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.overrides import is_overridden
 from torch.optim import Optimizer
@@ -21,6 +24,8 @@ from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 __all__ = [
     "Callback",
     "batches_per_epoch",
+    "callbacks_of",
+    "check_versions",
     "is_accumulation_scheduler",
     "is_sampler_wrapper",
     "loader_batch_size",
@@ -32,6 +37,8 @@ __all__ = [
     "skips_step",
 ]
 
+C = TypeVar("C")
+
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
     Callback = pl.Callback
 else:
@@ -41,6 +48,52 @@ else:
 
     class Callback(pl.Callback, _OtherCallback):
         """A callback to both packages."""
+
+
+# Neither Lightning nor torch documents these; each has a test in tests/project/test_lightning_contract.py.
+OF_LIGHTNING = (
+    "_logger_connector.should_update_logs",
+    "strategy.training_step",
+    "fit_loop._combined_loader",
+    "fit_loop._data_fetcher",
+    "fit_loop.max_batches",
+    "val_check_batch",
+    "distributed_sampler_kwargs",
+)
+OF_TORCH = (
+    "amp.GradScaler._found_inf_per_device",
+    "amp.GradScaler._check_inf_per_device",
+    "optim.Optimizer.register_step_pre_hook",
+    "optim.Optimizer.register_step_post_hook",
+)
+
+
+def check_versions(trainer: pl.Trainer, name: str) -> None:
+    """Refuse a Lightning or torch in which something that the callbacks touch is no longer there.
+
+    Args:
+        trainer: at `setup`.
+        name: name of the callback, for the message.
+
+    Raises:
+        MisconfigurationException: if one of the undocumented parts is missing; it names part and version.
+    """
+    for package, owner, paths in (("lightning", trainer, OF_LIGHTNING), ("torch", torch, OF_TORCH)):
+        for path in paths:
+            try:
+                attrgetter(path)(owner)
+            except AttributeError:
+                raise MisconfigurationException(
+                    f"{name} needs {path}, which {package} does not document, got {package} "
+                    f"{version(package)} without it: install an older release of it, or a newer one of "
+                    "lightning-surge."
+                ) from None
+
+
+def callbacks_of(trainer: pl.Trainer, kind: type[C]) -> list[C]:
+    """The Trainer's callbacks of a class, in their order; `object` for all, of either package."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, kind)]
 
 
 def is_accumulation_scheduler(callback: object) -> bool:
@@ -54,12 +107,7 @@ def is_sampler_wrapper(sampler: object) -> bool:
 
 
 def overrides(pl_module: pl.LightningModule, name: str) -> bool:
-    """Whether a module brings a method of its own in place of LightningModule's.
-
-    Args:
-        pl_module: of either package.
-        name: of the method.
-    """
+    """Whether a module brings a method of its own in place of LightningModule's."""
     parents = _classes("pytorch", "LightningModule")
     return is_overridden(name, pl_module, next(kind for kind in parents if isinstance(pl_module, kind)))
 
@@ -87,15 +135,7 @@ def replicas_of(trainer: pl.Trainer) -> int:
 
 
 def loader_batch_size(loader: Any, owner: str) -> int:
-    """Examples per micro-batch that a loader was made with.
-
-    Args:
-        loader: The training loader.
-        owner: Name of the callback that asks, for the message.
-
-    Raises:
-        MisconfigurationException: if it does not say.
-    """
+    """Examples per micro-batch that a loader was made with."""
     # A DataLoader with a batch sampler has batch_size=None; any other has one made for it, whose size may be
     # written while training.
     size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
@@ -110,15 +150,7 @@ def loader_batch_size(loader: Any, owner: str) -> int:
 
 
 def scheduled_sampler(loader: Any, owner: str) -> ScheduledBatchSampler | None:
-    """The batch sampler of a loader, if it is one that follows schedules.
-
-    Args:
-        loader: The training loader.
-        owner: Name of the callback that asks, for the message.
-
-    Raises:
-        MisconfigurationException: if it sits in one of several loaders.
-    """
+    """The batch sampler of a loader, if it is one that follows schedules."""
     if isinstance(loader, (list, tuple, dict)):
         if _has_scheduled_sampler(loader):
             raise MisconfigurationException(
@@ -139,11 +171,7 @@ def _has_scheduled_sampler(loaders: Any) -> bool:
 
 
 def refuse_scheduled_validation(trainer: pl.Trainer) -> None:
-    """Refuse a sampler that would cut validation into the micro-batches of training, and leave out the rest.
-
-    Raises:
-        MisconfigurationException: if a validation loader has a `ScheduledBatchSampler`.
-    """
+    """Refuse a sampler that would cut validation into the micro-batches of training."""
     if _has_scheduled_sampler(trainer.val_dataloaders):
         raise MisconfigurationException(
             "Expected a ScheduledBatchSampler in the training DataLoader only, got one for validation, whose"
@@ -156,9 +184,6 @@ def refresh_epoch_length(trainer: pl.Trainer) -> None:
 
     It reads it once per `fit`. With a stale one it would skip validation and the last step of an epoch that
     got shorter, and leave out examples of one that got longer.
-
-    Args:
-        trainer: in `on_train_epoch_start`, with one training DataLoader that has a length.
     """
     length, limit = len(trainer.train_dataloader), trainer.limit_train_batches  # type: ignore[arg-type]
     # At least one, where the first epoch had one: without a batch Lightning ends the training.
@@ -182,16 +207,6 @@ def skips_step(trainer: pl.Trainer, optimizer: Optimizer, *, has_loss: bool) -> 
     Lightning has unscaled the gradients by then and looked for infinities, except those of a fused optimizer
     (`_step_supports_amp_scaling`), which does both within its step. For that one the scaler is made to look
     now: one more pass over the gradients, which waits for the device.
-
-    Args:
-        trainer: at `on_before_optimizer_step`.
-        optimizer: the raw torch optimizer, whose gradients are complete.
-        has_loss: whether the last `training_step` returned one; Lightning leaves out the scaler's step where
-            it returned None.
-
-    Returns:
-        Whether gradients are not finite, so that the optimizer will leave the parameters alone; False where
-        there is no scaler.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not scaler.is_enabled():

@@ -26,10 +26,8 @@ __all__ = [
     "StepRecord",
     "add_layout",
     "add_tensorboard_layout",
-    "group_suffixes",
     "law_metrics",
     "logs_now",
-    "lr_metrics",
     "optimizer_suffix",
     "run_metrics",
     "tensorboard_layout",
@@ -37,59 +35,17 @@ __all__ = [
 
 
 PREFIX = "surge/"
-# The tag of TensorBoard's layouts, what only ours says, and within how many bytes after the tag.
-LAYOUT_TAG = b"custom_scalars__config__"
+# The tag of TensorBoard's layouts with the bytes behind it, among which ours has this pattern.
+LAYOUT = rb"custom_scalars__config__[\s\S]{0,512}"
 OWN_LAYOUT = f"{PREFIX}lr_(scheduled|predicted|used)".encode()
-LAYOUT_BYTES = 512
 
 
-def group_suffixes(optimizer: Optimizer, suffix: str) -> list[str]:
-    """What the keys of the learning rates of each parameter group end with.
-
-    Args:
-        optimizer: its groups.
-        suffix: of the optimizer.
-
-    Returns:
-        The suffix, and behind it the group's name or number where there are several.
-    """
+def _group_suffixes(optimizer: Optimizer, suffix: str) -> list[str]:
+    """The endings of the learning-rate keys of each parameter group."""
     groups = optimizer.param_groups
     if len(groups) == 1:
         return [suffix]
     return [f"{suffix}/{group.get('name', index)}" for index, group in enumerate(groups)]
-
-
-def lr_metrics(
-    groups: Sequence[str],
-    suffix: str = "",
-    *,
-    scheduled: Sequence[float],
-    used: Sequence[float],
-    decision: Decision,
-) -> dict[str, float]:
-    """The three learning rates of every group, and the factor between them.
-
-    Args:
-        groups: suffix of each group, as of `group_suffixes`.
-        suffix: of the optimizer.
-        scheduled: learning rates from the schedule.
-        used: learning rates written.
-        decision: of the policy.
-
-    Returns:
-        Log keys and values.
-    """
-    metrics = {}
-    for group, lr_scheduled, lr_used in zip(groups, scheduled, used, strict=True):
-        metrics[f"{PREFIX}lr_scheduled{group}"] = lr_scheduled
-        metrics[f"{PREFIX}lr_predicted{group}"] = lr_scheduled * decision.predicted
-        metrics[f"{PREFIX}lr_used{group}"] = lr_used
-    metrics[f"{PREFIX}lr_scale{suffix}"] = decision.used
-    metrics[f"{PREFIX}lr_scale_predicted{suffix}"] = decision.predicted
-    if math.isfinite(decision.standard_error):
-        metrics[f"{PREFIX}lr_scale_standard_error{suffix}"] = decision.standard_error
-    metrics[f"{PREFIX}held_because{suffix}"] = float(decision.because)
-    return metrics
 
 
 def run_metrics(
@@ -100,18 +56,7 @@ def run_metrics(
     objective: str,
     doubled: tuple[float, float],
 ) -> dict[str, float]:
-    """Where the run is, and what it follows: what a reader of the logs needs besides the law.
-
-    Args:
-        batch_size: examples of the step.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        examples: trained so far, with those of the step.
-        objective: key of `OBJECTIVES`.
-        doubled: the factor that the objective asks for at twice the batch size, and its standard error.
-
-    Returns:
-        Log keys and values.
-    """
+    """Where the run is and what it follows; `doubled` is the predicted factor at twice the batch size."""
     ratio, error = doubled
     metrics = {
         f"{PREFIX}batch_size": batch_size,
@@ -132,15 +77,6 @@ def law_metrics(
 
     An infinite noise scale, and whatever is 0 or infinite in a law at the edge of what can be fitted, was not
     measured, and is left out. An infinite peak of another law is an answer: it never falls.
-
-    Args:
-        history: the measurements.
-        law: the law estimated from them.
-        batch_size: examples per optimizer step, at which alignment and curvature are reported.
-        deviation_l1: `sum_i sigma_i`, if known from elsewhere than the measurements.
-
-    Returns:
-        Log keys and values.
     """
     stats = history.stats()
     metrics = {
@@ -170,7 +106,7 @@ def law_metrics(
         error = law.standard_error(quantity)
         if math.isfinite(error):
             metrics[f"{PREFIX}{name}_standard_error"] = error
-    # By their names a reader knows the law, and makes it again.
+    # By their names a reader of the logs knows which law it is, and makes it again.
     numbers: dict[str, float | None] = asdict(law.law)  # type: ignore[call-overload]
     metrics |= {f"{PREFIX}law/{name}": value for name, value in numbers.items() if value is not None}
     metrics[f"{PREFIX}law/smallest_measured"], metrics[f"{PREFIX}law/largest_measured"] = law.reach
@@ -185,13 +121,10 @@ def law_metrics(
 
 
 def tensorboard_layout(groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[Any]]]:
-    """Which scalars TensorBoard draws into one chart; each chart has one unit.
+    """The scalars of each TensorBoard chart, one unit to a chart, as `add_custom_scalars` takes them.
 
     Args:
         groups: suffixes of the parameter groups, by the suffix of the optimizer; both empty if there is one.
-
-    Returns:
-        Category, chart title, kind of chart and patterns, as `SummaryWriter.add_custom_scalars` takes them.
     """
     charts = {
         f"learning rates{group}": [rf"{PREFIX}lr_(scheduled|predicted|used){re.escape(group)}$"]
@@ -214,10 +147,6 @@ def add_tensorboard_layout(loggers: Iterable[Logger], groups: Mapping[str, Seque
 
     TensorBoard shows the last layout of a run only, so that writing one takes away any other: all optimizers
     must be in it, and a run that has one keeps it, and a message says so.
-
-    Args:
-        loggers: those whose experiment has no custom scalars are passed over, as are all on other ranks.
-        groups: suffixes of the parameter groups, by the suffix of the optimizer.
     """
     for logger in loggers:
         # By what it can do, not by its class: several packages bring a TensorBoard writer. The type is asked,
@@ -236,7 +165,7 @@ def add_tensorboard_layout(loggers: Iterable[Logger], groups: Mapping[str, Seque
 
 
 def _layouts_in(experiment: Any) -> bytes:
-    """The records of an experiment's files that hold a layout, or nothing; a resumed run has older files."""
+    """The records of an experiment's files that hold a layout; a resumed run has older files."""
     directory = getattr(experiment, "log_dir", None)
     if not directory or not hasattr(type(experiment), "flush"):
         return b""
@@ -245,11 +174,7 @@ def _layouts_in(experiment: Any) -> bytes:
     try:
         for path in Path(directory).glob("*tfevents*"):
             # Searched as bytes, since this comes before every training and the files may be long.
-            content = path.read_bytes()
-            at = content.find(LAYOUT_TAG)
-            while at >= 0:
-                found += content[at : at + LAYOUT_BYTES]
-                at = content.find(LAYOUT_TAG, at + 1)
+            found += b"".join(re.findall(LAYOUT, path.read_bytes()))
     except (OSError, TypeError):
         return b""
     return found
@@ -274,11 +199,6 @@ class StepRecord(NamedTuple):
 class StepLog:
     """Keeps the latest step until it can be logged.
 
-    Args:
-        optimizer: the one that is served.
-        suffix: of the optimizer, with which keys end.
-        prog_bar: whether to show the learning rate used in the progress bar.
-
     Attributes:
         optimizer: the one that is served.
         suffix: of the optimizer, with which keys end.
@@ -292,23 +212,24 @@ class StepLog:
         self.unlogged: StepRecord | None = None
 
     def write(self, pl_module: pl.LightningModule, metrics: dict[str, float]) -> None:
-        """Log the step that was kept.
-
-        Args:
-            pl_module: the module that trains.
-            metrics: what is to be logged besides its learning rates, by names without the suffix.
-        """
+        """Log the step that was kept."""
         record, self.unlogged = self.unlogged, None
         assert record is not None
-        used = [float(lr) for lr in record.used]
+        decision = record.decision
+        metrics |= {
+            f"{PREFIX}lr_scale": decision.used,
+            f"{PREFIX}lr_scale_predicted": decision.predicted,
+            f"{PREFIX}held_because": float(decision.because),
+        }
+        if math.isfinite(decision.standard_error):
+            metrics[f"{PREFIX}lr_scale_standard_error"] = decision.standard_error
         logged = {name + self.suffix: value for name, value in metrics.items()}
-        logged |= lr_metrics(
-            group_suffixes(self.optimizer, self.suffix)[: len(used)],  # one may have been added since
-            self.suffix,
-            scheduled=[float(lr) for lr in record.scheduled],
-            used=used,
-            decision=record.decision,
-        )
+        scheduled, used = ([float(lr) for lr in lrs] for lrs in (record.scheduled, record.used))
+        groups = _group_suffixes(self.optimizer, self.suffix)  # one may have been added since
+        for group, before, lr in zip(groups, scheduled, used, strict=False):
+            logged[f"{PREFIX}lr_scheduled{group}"] = before
+            logged[f"{PREFIX}lr_predicted{group}"] = before * decision.predicted
+            logged[f"{PREFIX}lr_used{group}"] = lr
         pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=1)
         if self._prog_bar:
             name = f"lr_used{self.suffix}"
@@ -316,33 +237,21 @@ class StepLog:
 
 
 def logs_now(trainer: pl.Trainer) -> bool:
-    """Whether Lightning keeps what is logged in this batch; what is logged in others is dropped."""
+    """Whether Lightning keeps what is logged in this batch."""
     return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def optimizer_suffix(trainer: pl.Trainer, index: int | None) -> str:
-    """What keys end with where there are several optimizers; else nothing.
-
-    Args:
-        trainer: in training.
-        index: of the optimizer.
-    """
+    """The ending of an optimizer's keys; empty where there is only one."""
     return f"/opt{index}" if len(trained_optimizers(trainer.optimizers)) > 1 else ""
 
 
 def add_layout(
     trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, indices: Sequence[int | None]
 ) -> None:
-    """Give TensorBoard its charts of every optimizer that is served.
-
-    Args:
-        trainer: in training.
-        pl_module: the module that trains.
-        name: of the callback, for messages.
-        indices: of the optimizers; a single None for the only one.
-    """
+    """Give TensorBoard its charts of every optimizer that is served."""
     groups = {}
     for index in indices:
         suffix = optimizer_suffix(trainer, index)
-        groups[suffix] = group_suffixes(served_optimizer(trainer, pl_module, name, index), suffix)
+        groups[suffix] = _group_suffixes(served_optimizer(trainer, pl_module, name, index), suffix)
     add_tensorboard_layout(trainer.loggers, groups)

@@ -1,4 +1,4 @@
-"""What lies behind the step about to be taken: which batches, and how many examples."""
+"""The batches and examples behind the optimizer step about to be taken."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch.optim import Optimizer
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.measure.gradients import dense
 
-__all__ = ["Deposits", "StepExamples"]
+__all__ = ["MicroBatchTracker", "StepExamples"]
 
 
 class StepExamples:
-    """Counts the batches whose gradients an optimizer's next step will be taken with, each once and whole.
+    """Counts the batches whose gradients the optimizer's next step will use, each once and whole.
 
-    Where Lightning calls the steps, every backward pass is behind the next one. Where the user calls them,
-    only those are that left something in the optimizer's parameters since these were zeroed.
+    In automatic optimization every backward pass is behind the next step. In manual optimization only those
+    are that left something in the optimizer's parameters since these were zeroed.
 
     Attributes:
-        examples: behind the step, so far.
-        batches: that hold them.
+        examples: examples behind the step so far.
+        batches: micro-batches that hold them.
         passes: micro-batches whose backward pass is behind the step, empty ones too.
         manual: whether the user calls the optimizer's steps.
-        batch: the micro-batch in hand; None between batches.
+        batch: the current micro-batch; None between batches.
         batch_idx: its index in the epoch.
         size: examples in it.
-        open: whether a window has begun.
-        clipped: whether gradients were changed after a backward pass, where the user calls the steps.
-        pace: of the optimizer's steps; used only where the user calls them.
+        open: whether an accumulation window has begun.
+        clipped: in manual optimization, whether gradients were changed after a backward pass.
+        pace: pace of the optimizer's steps in manual optimization.
 
     Example:
         The first of two micro-batches behind a step, and a second backward pass of it.
@@ -51,8 +51,8 @@ class StepExamples:
         self.detach()
 
     def detach(self) -> None:
-        """Let go of the run, and of every batch; the pace is kept."""
-        self._deposits: Deposits | None = None
+        """Forget the run and every batch, but not the pace."""
+        self._tracker: MicroBatchTracker | None = None
         self.manual = False
         self.batch: Any = None
         self.batch_idx = 0
@@ -61,8 +61,8 @@ class StepExamples:
         self.close()
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Look from now on at what backward passes leave in an optimizer that the user steps."""
-        self._deposits, self.manual = Deposits(optimizer), True
+        """Watch what backward passes leave in an optimizer that the user steps."""
+        self._tracker, self.manual = MicroBatchTracker(optimizer), True
 
     def close(self) -> None:
         """The optimizer has stepped, or skipped."""
@@ -75,46 +75,32 @@ class StepExamples:
         self._counted_batch: int | None = None
 
     def steps(self, global_step: int) -> int:
-        """Steps of this optimizer.
-
-        Args:
-            global_step: steps of all optimizers.
-        """
+        """Steps of this optimizer; `global_step` counts those of all optimizers."""
         return self.pace.steps if self.manual else global_step
 
     # ------------------------------------------------------------------ a batch
 
     def begin_batch(self, batch: Any, batch_idx: int, *, size: float) -> None:
-        """Take a batch in hand.
-
-        Args:
-            batch: the micro-batch.
-            batch_idx: its index in the epoch.
-            size: examples in it.
-        """
+        """Begin a micro-batch of `size` examples."""
         self.batch, self.batch_idx, self.size = batch, batch_idx, size
 
     @property
     def foreseen(self) -> float:
-        """Examples behind the step if it is taken with the batch in hand, as well as those before."""
+        """Examples behind the step if it is taken with the current batch, as well as those before."""
         return self.examples if self.counts_batch or self.batch is None else self.examples + self.size
 
     def end_batch(self) -> None:
-        """Let go of it."""
+        """Forget the current batch."""
         self.batch = None
 
     def before_backward(self) -> None:
         """Forget the batches whose gradients have been zeroed."""
-        if self._deposits is not None and self._deposits.are_zeroed():
+        if self._tracker is not None and self._tracker.are_zeroed():
             self._count_afresh()
 
     def after_backward(self) -> float | None:
-        """Count the batch in hand if its pass is behind the step.
-
-        Returns:
-            Examples that have come; 0 if they were counted before, None if the pass is not behind the step.
-        """
-        if self.batch is None or (self._deposits is not None and not self._deposits.have_come()):
+        """Count the current batch: its examples, 0 if counted before, None if not behind the step."""
+        if self.batch is None or (self._tracker is not None and not self._tracker.have_come()):
             return None
         # Some optimizers ask for the same gradient several times in a step; the examples are the same.
         size = 0.0 if self.counts_batch else self.size
@@ -126,35 +112,24 @@ class StepExamples:
 
     @property
     def counts_batch(self) -> bool:
-        """Whether the batch in hand, or the last one, has been counted."""
+        """Whether the current batch, or the last one, has been counted."""
         return self._counted_batch == self.batch_idx
 
     # ------------------------------------------------------------------ the step
 
     def look_at_gradients(self, optimizer: Optimizer, name: str, *, scaled: bool) -> bool:
-        """See what the user's `training_step` has done to the gradients of the step to come.
-
-        Args:
-            optimizer: about to take it.
-            name: of the callback, for messages.
-            scaled: whether a scaler works on gradients too.
-
-        Returns:
-            Whether they turn out to be clipped, or changed otherwise, for the first time.
-        """
-        if self._deposits is None:
+        """Whether `training_step` turns out, for the first time, to change gradients, as by clipping."""
+        if self._tracker is None:
             return False
-        changed = self._deposits.have_come()
-        if self.passes == 0:
-            if not self._told_of_backward and self._deposits.exist():
-                self._told_of_backward = True
-                rank_zero_warn(
-                    f"{name} saw no manual_backward behind a step of {type(optimizer).__name__}, and leaves "
-                    "the learning rate of such steps as it is: call self.manual_backward(loss) instead of "
-                    "loss.backward()."
-                )
-            return False
-        if not changed or self.clipped or scaled:
+        changed = self._tracker.have_come()
+        if self.passes == 0 and not self._told_of_backward and self._tracker.exist():
+            self._told_of_backward = True
+            rank_zero_warn(
+                f"{name} saw no manual_backward behind a step of {type(optimizer).__name__}, and leaves the "
+                "learning rate of such steps as it is: call self.manual_backward(loss) instead of "
+                "loss.backward()."
+            )
+        if self.passes == 0 or not changed or self.clipped or scaled:
             return False
         self.clipped = True
         return True
@@ -164,29 +139,22 @@ class StepExamples:
         self.pace.step(self.batches)
 
     def interrupt(self) -> bool:
-        """Make ready for a checkpoint.
-
-        Returns:
-            Whether a window is still open.
-        """
+        """Prepare for a checkpoint; whether an accumulation window is still open."""
         if self.manual and self.batch is None:
             # A window of one of several optimizers may last over batches that are not behind its step.
             self.open = False
         return self.open
 
 
-class Deposits:
-    """Watches the gradients of one optimizer's parameters.
-
-    Args:
-        optimizer: the raw torch optimizer; its groups are read afresh at every look.
+class MicroBatchTracker:
+    """Watches what micro-batches leave in the gradients of one optimizer's parameters.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> deposits = Deposits(torch.optim.SGD([weight], lr=0.1))
-        >>> deposits.are_zeroed()
+        >>> tracker = MicroBatchTracker(torch.optim.SGD([weight], lr=0.1))
+        >>> tracker.are_zeroed()
         True
-        >>> weight.sum().backward(); deposits.have_come(), deposits.are_zeroed()
+        >>> weight.sum().backward(); tracker.have_come(), tracker.are_zeroed()
         (True, False)
     """
 
@@ -201,20 +169,17 @@ class Deposits:
             for parameter in group["params"]
         ]
 
-    def _look_again(self) -> bool:
-        before, self._seen = self._seen, self._look()
-        return self._seen != before
-
     def have_come(self) -> bool:
         """Whether any gradient has changed since the last look."""
-        return self._look_again()
+        before, self._seen = self._seen, self._look()
+        return self._seen != before
 
     def are_zeroed(self) -> bool:
         """Whether nothing is left of earlier passes: all gradients are None, or were set to zero.
 
         Gradients of zero that nobody has touched since the last look count as left by a pass.
         """
-        changed = self._look_again()
+        changed = self.have_come()
         if not any(self._seen):
             return True
         return changed and not self.exist()

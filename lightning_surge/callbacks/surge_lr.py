@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -40,6 +40,8 @@ from lightning_surge.callbacks.learner import (
 )
 from lightning_surge.callbacks.lightning_host import (
     Callback,
+    callbacks_of,
+    check_versions,
     is_accumulation_scheduler,
     skips_step,
 )
@@ -63,7 +65,7 @@ from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
 from lightning_surge.policy.reasons import Reason
 
-__all__ = ["LawRecord", "SurgeLRCallback", "batch_size_scheduler", "check_indices", "take_place"]
+__all__ = ["LawRecord", "SurgeLRCallback"]
 
 
 log = logging.getLogger(__name__)
@@ -72,30 +74,27 @@ log = logging.getLogger(__name__)
 class SurgeLRCallback(Callback):
     r"""Sets the learning rate that is optimal for the batch size in force, from measured gradient noise.
 
-    While a model trains, a small share of extra passes measures the gradient's noise and the curvature
-    along the optimizer's direction. From them follow the alignment `N(B)` and the curvature `D(B)` of a
-    step with `B` examples, the optimal learning rate `N / D`, and the factor
+    A small share of extra passes measures the gradient's noise, and the curvature along the optimizer's
+    direction. They give the alignment `N(B)` and the curvature `D(B)` of a step with `B` examples, the
+    optimal learning rate `lr(B) = N / D`, and the factor
 
         R(B) = lr(B) / lr(base_batch_size)
 
-    by which the scheduled learning rate is multiplied for every optimizer step. Schedulers never see the
-    factor: it is taken off again before they move.
+    on the scheduled learning rate. It is there during the optimizer's update only: schedulers, monitors and
+    your own code see the scheduled learning rate.
 
     Caveats:
         * Data-parallel processes (`strategy="ddp"`, and FSDP2 through `ModelParallelStrategy`) measure
           together; other strategies raise an error.
         * Which precisions, parameters, optimizers and callbacks are served: docs/support.md.
         * In manual optimization a step's examples are those of the batches whose `manual_backward` left
-          gradients in the optimizer's parameters since these were last zeroed, each batch counted once and
-          whole. A `training_step` that steps on parts of its batch needs `batch_size_fn=`.
-        * The factor keeps the loss level of the run that was tuned at `base_batch_size`. It does not
-          repair a learning rate that was wrong there.
-        * Batches that are pooled for a measurement are held where they are, up to 16 base batches.
+          gradients in the optimizer's parameters since these were last zeroed. A batch counts once and whole:
+          a `training_step` that steps on parts of its batch needs `batch_size_fn=`.
+        * A learning rate that was wrong at `base_batch_size` is not repaired.
+        * Batches pooled for a measurement stay on their device, up to 16 base batches.
         * Measurements are noisy: until their standard error shrinks the factor stays near `sqrt(B / base)`.
-        * A checkpoint discards batches that were being pooled for the next measurement, in the running
-          training too, so that a resumed run repeats it bit for bit.
-        * A checkpoint holds this callback's state, not the random streams or the places of loaders, which
-          Lightning does not restore either. `ExactResume` beside it keeps those.
+        * Saving a checkpoint discards the batches being pooled, so that a resumed run repeats the running one
+          bit for bit. Add `ExactResume` for random streams and the places of loaders.
 
     Args:
         base_batch_size: Examples per optimizer step, over all processes, at which the scheduled learning rate
@@ -105,18 +104,15 @@ class SurgeLRCallback(Callback):
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
         objective: `"progress"` keeps the expected progress per example. A larger batch raises the factor at
             once as far as `"alignment"` does; the rest is approached by `max_drift_per_step`, which gives
-            curvature time to adapt. `"alignment"` follows what a step gains and takes its cost as the same at
-            every batch size: sqrt scaling that saturates where the noise does. `"edge"` is progress capped by
-            Adam's edge of stability, which falls with the batch size: near the edge the factor falls too, and
-            as the schedule decays it becomes that of `"progress"`. For Adam, AdamW, NAdam and RAdam in
-            float32 with decoupled weight decay, without clipping; it holds one more buffer of the size of the
-            parameters. `"step"` is the paper's: it makes every step as good as it can be, and can fall with
-            the batch size. None takes `"progress"`, `"alignment"` with SGD, whose steps
+            curvature time to adapt. `"alignment"` is sqrt scaling that saturates where the noise does.
+            `"edge"` is progress capped by Adam's edge of stability, which falls with the batch size: for
+            Adam, AdamW, NAdam and RAdam in float32 with decoupled weight decay, without clipping, and holds
+            one more buffer of the size of the parameters. `"step"` is the paper's: the best next step, which
+            can fall with the batch size. None takes `"progress"`, `"alignment"` with SGD, whose steps
             progress would scale linearly, and `"step"` with a law that is not measured.
-        dry_run: Measure and log, never touch the learning rate.
+        dry_run: Whether to measure and log, and leave the learning rate alone.
         max_overhead: Largest share of extra passes, in examples through probes per example trained.
-        probe_every: Start a measurement every so many optimizer steps instead, whatever it costs; where
-            batches must be pooled it ends some steps later.
+        probe_every: Optimizer steps between measurements, whatever they cost; None keeps to `max_overhead`.
         probe_examples: Examples per measurement, pooled from consecutive batches; None decides by the
             budget.
         lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`.
@@ -124,19 +120,18 @@ class SurgeLRCallback(Callback):
             once.
         half_life: Measurements after which an old one counts half.
         scale_weight_decay: Whether decoupled weight decay, which torch multiplies with the learning rate,
-            scales with the factor too. False divides `weight_decay` by the factor for the step, so that
-            `lr * weight_decay` stays what the schedule says; refused for decay that is part of the gradient.
+            scales with the factor too. False keeps `lr * weight_decay` as scheduled, and is refused for decay
+            that is part of the gradient.
         batch_size_fn: Counts the examples, or tokens, in a batch; None takes the leading dimension of its
             first tensor.
         split_batch: Function of `(batch, num_slices)` that cuts a batch; None cuts every tensor along its
             leading dimension; False never cuts, and pools whole batches instead.
         loss_fn: Function of `(module, batch)` that returns the mean loss over the batch's examples and
             changes nothing; None repeats `training_step`, whose traces are removed. Manual optimization
-            needs it: the loss that the optimizer served minimises.
-        optimizer: Which optimizer to serve, by its place in what `configure_optimizers` returns, from 0;
-            None for the only one. Where there are several, each of those that are to be served has a callback
-            of its own, and what it logs ends with `/opt<i>`.
-        custom_scalars: Whether to give TensorBoard charts that belong together: learning rates, batch size
+            needs the loss that the served optimizer minimises.
+        optimizer: Index of the optimizer to serve in what `configure_optimizers` returns, from 0; None for
+            the only one. Each of several optimizers needs a callback of its own, which logs with `/opt<i>`.
+        custom_scalars: Whether to group the scalars into TensorBoard charts: learning rates, batch size
             against the peak, noise, overhead. A layout that the run already has is left alone.
         prog_bar: Whether to show the learning rate used in the progress bar.
 
@@ -206,7 +201,6 @@ class SurgeLRCallback(Callback):
         self._loss_fn = loss_fn
         self._split_batch = split_batch
         self._state_key = self._key_of(law)
-        self._measures, self._follows_edge = self.settings.measures, self.settings.follows_edge
         self._behind_step = StepExamples()
         self._begin_afresh()
         self._started = 0.0
@@ -214,7 +208,7 @@ class SurgeLRCallback(Callback):
         self._forget_run()
 
     def _begin_afresh(self) -> None:
-        """Know nothing: at first, and when a new training starts with the same callback."""
+        """Drop what was learned, as a new training with the same callback does."""
         self._learner = Learner(self.settings)
         self._measurer = Measurer(
             self.settings,
@@ -236,7 +230,7 @@ class SurgeLRCallback(Callback):
         self._forget_step()
 
     def _forget_step(self) -> None:
-        # Of the optimizer step that the window in hand leads to, once its gradients are complete.
+        # The step at the end of the current accumulation window, once its gradients are complete.
         self._step: StepToCome | None = None
         self._step_decision: Decision | None = None
         self._skipped = False
@@ -277,8 +271,8 @@ class SurgeLRCallback(Callback):
 
         Args:
             batch_size: examples per optimizer step, positive and finite.
-            lr: the scheduled learning rate, which only `objective="edge"` follows; None for the latest one,
-                of the group where it is largest.
+            lr: scheduled learning rate, which only `objective="edge"` depends on; None for the latest one of
+                the group where it is largest.
 
         Returns:
             The factor; 1 while the base batch size is not known.
@@ -309,7 +303,7 @@ class SurgeLRCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Laws are fitted to different measurements; objectives can change on resuming."""
+        """One per law, which needs measurements of its own; the objective may change on resuming."""
         return self._state_key
 
     def _key_of(self, law: str) -> str:
@@ -323,28 +317,35 @@ class SurgeLRCallback(Callback):
             return
         name, measures = type(self).__name__, self.settings.measures
         repeats_step = measures and self._loss_fn is None
+        check_versions(trainer, name)
         check_trainer(trainer, pl_module, name, measures=measures, repeats_step=repeats_step)
-        served = self._served(trainer)
-        check_indices([callback.settings.optimizer for callback in served], name)
-        take_place(trainer, served, measures=measures)
-
-    @staticmethod
-    def _served(trainer: pl.Trainer) -> list[SurgeLRCallback]:
-        """The callbacks of this kind, with this one."""
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in callbacks if isinstance(callback, SurgeLRCallback)]
+        ours = callbacks_of(trainer, SurgeLRCallback)
+        indices = [callback.settings.optimizer for callback in ours]
+        if len(indices) > 1 and (None in indices or len(set(indices)) < len(indices)):
+            raise MisconfigurationException(
+                f"Expected one {name}, or several with a different optimizer= each, got {len(indices)} with "
+                f"optimizer={indices}: two would multiply the same learning rate."
+            )
+        # Schedules of the batch size must have spoken before; monitors come after. A new list: Lightning
+        # iterates over the old one now.
+        callbacks = callbacks_of(trainer, object)
+        first = [c for c in callbacks if isinstance(c, BatchSizeScheduler) or is_accumulation_scheduler(c)]
+        rest = [callback for callback in callbacks if callback not in first and callback not in ours]
+        trainer.callbacks = [*first, *ours, *rest]  # type: ignore[attr-defined]
+        for scheduler in callbacks_of(trainer, BatchSizeScheduler) if measures else ():
+            scheduler.expect_law()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizer, before any time is spent on training."""
         name, index = type(self).__name__, self.settings.optimizer
-        check_optimizer(trainer, pl_module, name, self.settings.law, index)
+        optimizer = served_optimizer(trainer, pl_module, name, index)
+        check_optimizer(trainer, pl_module, optimizer, name, self.settings.law)
         if not self.settings.scale_weight_decay:
-            check_weight_decay(served_optimizer(trainer, pl_module, name, index), name)
+            check_weight_decay(optimizer, name)
         if self.settings.follows_edge:
-            check_edge(trainer, pl_module, index)
+            check_edge(trainer, pl_module, optimizer)
         if self._may_choose_objective:
-            objective = direction_of(served_optimizer(trainer, pl_module, name, index)).objective
-            self.settings = replace(self.settings, objective=objective)
+            self.settings = replace(self.settings, objective=direction_of(optimizer).objective)
             self._learner.follow(self.settings)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -356,7 +357,7 @@ class SurgeLRCallback(Callback):
         optimizer = served_optimizer(trainer, pl_module, name, index)
         self._trainer = trainer
         self._direction = direction_of(optimizer)
-        self._scheduler = batch_size_scheduler(trainer)
+        self._scheduler = next(iter(callbacks_of(trainer, BatchSizeScheduler)), None)
         self._step_log = StepLog(optimizer, optimizer_suffix(trainer, index), prog_bar=self.settings.prog_bar)
         if not pl_module.automatic_optimization:
             behind.follow(optimizer)
@@ -372,7 +373,7 @@ class SurgeLRCallback(Callback):
         pace = behind.pace if behind.manual else None
         self._measurer.attach(trainer, pl_module, optimizer, self._direction, pace)
         self._started, self._ended = time.perf_counter(), 0.0
-        drawn = [one for one in self._served(trainer) if one.settings.custom_scalars]
+        drawn = [one for one in callbacks_of(trainer, SurgeLRCallback) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them
             add_layout(trainer, pl_module, name, [one.settings.optimizer for one in drawn])
 
@@ -387,18 +388,18 @@ class SurgeLRCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count the examples, and decide whether this window is measured."""
+        """Count the examples, and decide whether this accumulation window is measured."""
         size = self._examples_in.first(batch, trainer.train_dataloader)
         behind, measurer = self._behind_step, self._measurer
         if behind.open and not behind.manual and batch_idx % trainer.accumulate_grad_batches == 0:
-            # Lightning zeroes gradients here, also of a window that a batch of None left without a step.
+            # Lightning zeroes gradients here, even where a batch of None has left a window without a step.
             self._close_window()
         if not behind.open:
             behind.open = True
-            if self._measures and batch_idx == 0 and measurer.parameters_changed(look=True):
-                self._learner.forget()  # as where a callback unfreezes some at the start of an epoch
-            if self._measures:
+            if self.settings.measures:
                 learner = self._learner
+                if batch_idx == 0 and measurer.parameters_changed(look=True):
+                    learner.forget()  # a callback has unfrozen some at the start of the epoch
                 measurer.open_window(batch, batch_idx, size, base=learner.base_batch_size, law=learner.law)
         behind.begin_batch(measurer.before_forward(batch), batch_idx, size=size)
         if behind.manual:
@@ -427,24 +428,22 @@ class SurgeLRCallback(Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if scaled:
             factor.come_last()
-        if behind.manual and behind.look_at_gradients(optimizer, type(self).__name__, scaled=scaled):
-            self._warn_of_clipping()
+        name = type(self).__name__
+        changed = behind.manual and behind.look_at_gradients(optimizer, name, scaled=scaled)
+        if changed and self.settings.follows_edge:
+            rank_zero_warn(
+                "Expected no gradient clipping for objective='edge', but gradients are changed between "
+                "manual_backward and the step, as by clipping: no edge of stability can be told. Use "
+                "objective='progress'."
+            )
         if scaled and skips_step(trainer, optimizer, has_loss=behind.manual or behind.counts_batch):
             self._measurer.drop_window()
             self._skipped = True
         elif self._step is None:
             self._end_window(trainer, optimizer)
 
-    def _warn_of_clipping(self) -> None:
-        if self.settings.follows_edge:
-            rank_zero_warn(
-                "Expected no gradient clipping for objective='edge', but gradients are changed between "
-                "manual_backward and the step, as by clipping: no edge of stability can be told. Use "
-                "objective='progress'."
-            )
-
     def _end_window(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        """Count what is behind the step to come, and learn what the window tells."""
+        """Count the examples behind the step to come, and measure if the window is one to measure."""
         behind, learner, measurer = self._behind_step, self._learner, self._measurer
         examples = measurer.end_window(behind.examples, behind.batches)
         if examples <= 0.0:
@@ -455,7 +454,7 @@ class SurgeLRCallback(Callback):
         step = self._step = StepToCome(
             optimizer, self._direction, behind.steps(trainer.global_step), examples
         )
-        if self._measures and (measurer.ready or measurer.failure is not None):
+        if self.settings.measures and (measurer.ready or measurer.failure is not None):
             self._measure(trainer, step)
         measurer.budget.train(examples)
 
@@ -480,14 +479,15 @@ class SurgeLRCallback(Callback):
         measurer.seconds += time.perf_counter() - begin
 
     def _factor_for_update(self, *, early: bool) -> float | None:
-        """The factor for the update about to be made, when whoever may write a learning rate has done so."""
+        """The factor for the update about to be made; by now everybody else has written the learning rate."""
         trainer, factor, learner = self._trainer, self._factor, self._learner
         if trainer is None or factor is None:
             return None
         if early:
             policy, examples = learner.policy, self._measurer.foreseen(self._behind_step.foreseen)
-            known = policy is not None and examples > 0.0 and not self.settings.dry_run
-            return policy.lr_scale(examples, self._read_schedule()) if known and policy is not None else None
+            if policy is None or examples <= 0.0 or self.settings.dry_run:
+                return None
+            return policy.lr_scale(examples, self._read_schedule())
         if self._step is None and not self._skipped:
             self._end_window(trainer, factor.optimizer)  # a step that Lightning's hook was not called for
         if self._step is None:
@@ -497,25 +497,25 @@ class SurgeLRCallback(Callback):
         return None if self.settings.dry_run else self._step_decision.used
 
     def _read_schedule(self) -> float:
-        """The largest scheduled learning rate. Not at every step where it waits for the device."""
+        """The largest scheduled learning rate, or the last known where reading would wait for the device."""
         factor, learner = self._factor, self._learner
         assert factor is not None
         groups = factor.optimizer.param_groups
         on_device = any(isinstance(group["lr"], Tensor) and not group["lr"].is_cpu for group in groups)
-        if self._follows_edge or not on_device:
+        if self.settings.follows_edge or not on_device:
             learner.scheduled_lr = max(learning_rates(factor.optimizer))
             self._measurer.see_lr(learner.scheduled_lr)
         return learner.scheduled_lr
 
     def _decide(self, trainer: pl.Trainer, step: StepToCome) -> Decision:
-        """What the policy says of a step."""
+        """Ask the policy for the factor of a step."""
         policy, behind = self._learner.policy, self._behind_step
         assert policy is not None
         size = step.batch_size
         accumulation = trainer.accumulate_grad_batches
         if not behind.manual and self._scheduler is None and 0 < behind.passes < accumulation:
-            # Lightning divides the last, shorter window of an epoch by the accumulation that is set. Its step
-            # is shortened by that, so the factor is the one of a whole window.
+            # Lightning divides the gradient of an epoch's last, shorter window by the whole accumulation,
+            # which shortens the step already: the factor is the one of a whole window.
             size *= accumulation / behind.passes
         decision = policy.decide(size, self._read_schedule())
         if self.decision is None or decision.reason != self.decision.reason:
@@ -539,7 +539,7 @@ class SurgeLRCallback(Callback):
         self._close_window()
 
     def _warn_of_a_cap(self, optimizer: Optimizer, used: float) -> None:
-        """Say once if the optimizer cuts off the learning rates that it is given."""
+        """Warn once if the optimizer caps the learning rate."""
         cap = largest_lr(optimizer)
         if used > cap:
             self._may_be_capped = False
@@ -550,7 +550,7 @@ class SurgeLRCallback(Callback):
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Log the latest step, where Lightning keeps what is logged."""
+        """Log the latest step where Lightning keeps what is logged."""
         if self._factor is not None:
             self._factor.restore()
         self._behind_step.end_batch()
@@ -562,31 +562,23 @@ class SurgeLRCallback(Callback):
 
     # ------------------------------------------------------------------ the end, and state
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, *args: Any) -> None:
         """Leave the optimizer as it was found."""
-        self._release()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Leave the optimizer as it was found."""
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the optimizer as it was found."""
-        self._release()
-
-    def _release(self) -> None:
         if self._factor is not None:
             self._ended = time.perf_counter()
             self._factor.remove()
         self._forget_run()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on with the same learning rates.
+    def on_exception(self, *args: Any) -> None:
+        """Leave the optimizer as it was found."""
+        self.on_train_end()
 
-        Plain numbers, and with `objective="edge"` one tensor per parameter.
-        """
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the optimizer as it was found."""
+        self.on_train_end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, and with `objective="edge"` one tensor per parameter."""
         # Within a window a checkpoint has lost gradients anyway, and `ModelCheckpoint` saves one right after
         # resuming: dropping the pool there would make the resumed run another one.
         if not self._behind_step.interrupt():
@@ -601,7 +593,7 @@ class SurgeLRCallback(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Begin afresh if a run goes on from a checkpoint without state for this law; else that is loaded."""
+        """Start measuring afresh if the checkpoint to resume from has no state for this law."""
         states: dict[Any, Any] = checkpoint.get("callbacks") or {}
         if trainer.state.fn != TrainerFn.FITTING or states.get(self.state_key):
             return
@@ -613,7 +605,7 @@ class SurgeLRCallback(Callback):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; unusable state is left out as a whole, with a warning."""
+        """Go on where `state_dict` was taken; unusable state is dropped as a whole, with a warning."""
         self._start_over()
         try:
             require_version(state_dict)
@@ -630,13 +622,13 @@ class SurgeLRCallback(Callback):
             )
 
     def _start_over(self) -> None:
-        """Begin afresh in the middle of a run, too, where a learning-rate finder may restore a checkpoint."""
+        """Begin afresh, even in mid-run, where a learning-rate finder may restore a checkpoint."""
         measurer = self._measurer
         self._begin_afresh()
         self._measurer.take_over(measurer, self._behind_step.pace)
 
     def _lose_state(self, what: str, state: Any) -> None:
-        """Start measuring afresh and say why; only the base batch size is taken from what was found."""
+        """Start measuring afresh and say why; only the base batch size is kept of what was found."""
         self._start_over()
         if self.base_batch_size is None and isinstance(state, dict):
             with suppress(KeyError, ValueError):
@@ -650,52 +642,3 @@ class SurgeLRCallback(Callback):
         rank_zero_warn(
             f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}."
         )
-
-
-def batch_size_scheduler(trainer: pl.Trainer) -> BatchSizeScheduler | None:
-    """The callback of a Trainer that sets its batch size, if there is one."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((one for one in callbacks if isinstance(one, BatchSizeScheduler)), None)
-
-
-def check_indices(indices: Sequence[int | None], name: str) -> None:
-    """Refuse several callbacks that serve the same optimizer.
-
-    Args:
-        indices: of the optimizers that the callbacks of this kind serve.
-        name: of the callback, for messages.
-
-    Raises:
-        MisconfigurationException: with the rule, and what was found.
-    """
-    if len(indices) > 1 and (None in indices or len(set(indices)) < len(indices)):
-        raise MisconfigurationException(
-            f"Expected one {name}, or several with a different optimizer= each, got {len(indices)} with "
-            f"optimizer={indices}: two would multiply the same learning rate."
-        )
-
-
-def take_place(trainer: pl.Trainer, served: Sequence[pl.Callback], *, measures: bool) -> None:
-    """Put callbacks that set learning rates between schedules of the batch size and everything else.
-
-    Monitors must see the learning rate of the step, so they come after; schedules of the batch size must have
-    spoken, so they come before.
-
-    Args:
-        trainer: at `setup`.
-        served: the callbacks that set learning rates.
-        measures: whether laws will be measured, which schedules may follow.
-    """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    first = [
-        callback
-        for callback in callbacks
-        if isinstance(callback, BatchSizeScheduler) or is_accumulation_scheduler(callback)
-    ]
-    rest = [callback for callback in callbacks if callback not in first and callback not in served]
-    # A new list: Lightning iterates over the old one now.
-    trainer.callbacks = [*first, *served, *rest]  # type: ignore[attr-defined]
-    if measures:
-        for callback in first:
-            if isinstance(callback, BatchSizeScheduler):
-                callback.expect_law()

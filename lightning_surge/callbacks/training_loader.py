@@ -75,16 +75,7 @@ class TrainingLoader:
 
     @classmethod
     def read(cls, trainer: pl.Trainer, micro: MicroBatches, *, samples: bool) -> TrainingLoader:
-        """Read the loader that the Trainer has now.
-
-        Args:
-            trainer: The one that trains, with its loaders.
-            micro: What the user said.
-            samples: Whether a `ScheduledBatchSampler` may set the sizes.
-
-        Raises:
-            MisconfigurationException: If the micro-batches cannot be told, or are too large.
-        """
+        """Read the loader that the Trainer has now."""
         loader, batches = trainer.train_dataloader, batches_per_epoch(trainer)
         sampler = scheduled_sampler(loader, micro.owner) if samples else None
         if sampler is not None:
@@ -106,18 +97,7 @@ class TrainingLoader:
     def admit(
         self, trainer: pl.Trainer, rule: BatchSizeRule, micro: MicroBatches, known: TrainingLoader | None
     ) -> None:
-        """Refuse sizes that steps cannot have with this loader, and report the mechanism.
-
-        Args:
-            trainer: The one that trains.
-            rule: What decides the sizes.
-            micro: What the user said.
-            known: The loader before this one, if it was admitted in the same training: a loader that is no
-                different is not checked again.
-
-        Raises:
-            MisconfigurationException: With what was found, and the remedy.
-        """
+        """Refuse sizes that steps cannot have with this loader, and report the mechanism."""
         if known is not None and self._key(rule, micro) == known._key(rule, micro):
             return
         if self.sampler is not None:
@@ -167,12 +147,7 @@ class TrainingLoader:
         )
 
     def replay(self, rule: BatchSizeRule, replicas: int) -> AccumulatedSchedule | SampledSchedule | None:
-        """The sizes that steps will have; None if an epoch cannot be counted beforehand.
-
-        Args:
-            rule: What decides the sizes; a law that is still to be measured is taken to ask for its maximum.
-            replicas: Number of data-parallel replicas.
-        """
+        """The sizes that steps will have; None if an epoch cannot be counted beforehand."""
         if not self.batches:
             return None
         if self.sampler is None:
@@ -196,12 +171,6 @@ def warn_of_schedules_cut_short(
 
     ``trainer.estimated_stepping_batches`` takes every micro-batch for a step, and a schedule sized by it, or
     by hand in the same way, is left far from its end as the batch size grows.
-
-    Args:
-        trainer: At ``on_train_start`` of a run that begins, with the accumulation that it was made with.
-        pl_module: The module to train.
-        sizes: The sizes that steps will have.
-        owner: Name of the callback, for the message.
     """
     if trainer.fast_dev_run or not trainer.max_epochs or trainer.max_epochs < 0:  # type: ignore[attr-defined]
         return

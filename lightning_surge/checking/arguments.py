@@ -79,7 +79,7 @@ def whole(name: str, value: Any, remedy: str, *, least: int = 1) -> int:
     found = _plain(value)
     if isinstance(found, int) and least <= found <= LARGEST:
         return found
-    too_large = isinstance(value, Integral) and not isinstance(value, bool) and value > LARGEST
+    too_large = isinstance(value, Integral) and not isinstance(value, bool) and int(value) > LARGEST
     rule = f"{name} < 2**63" if too_large else f"{name} >= {least}"
     raise ValueError(f"Expected a whole number {rule}, got {name}={shown(value)}: {remedy}.")
 

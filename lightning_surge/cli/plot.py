@@ -1,4 +1,4 @@
-"""`lightning-surge plot`: one run as a picture, or as a page to zoom in."""
+"""`lightning-surge plot`: one run as a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PLOT", "RUN_HELP", "choose_group", "read"]
 
-FORMATS = (".png", ".svg", ".html")
+FORMATS = (".png", ".svg")
 RUN_HELP = "directory of a run, an event file, a metrics.csv, a .wandb file, or a database of MLflow"
 
 
@@ -56,35 +56,28 @@ def choose_group(run: RunLog, group: str | None) -> str | None:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", metavar="RUN", help=RUN_HELP)
-    add(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="a .png, .svg or .html file; default: surge.png beside the logs",
-    )
+    add("--output", type=Path, metavar="FILE", help="a .png or .svg; default: surge.png beside the logs")
     add("--group", metavar="G", help="optimizer or parameter group whose learning rates are shown")
     add("--x", choices=("steps", "examples"), default="steps", help="what the x axis counts")
     add("--title", help="a line above the charts; default: the path of the run, and the group")
 
 
 def _run(options: argparse.Namespace) -> None:
-    from lightning_surge.runs.pages import run_page
     from lightning_surge.runs.plots import plot_run
 
     output: Path | None = options.output
     if output is not None and output.suffix.lower() not in FORMATS:
-        ends = ", ".join(FORMATS)
-        raise CommandError(f"Expected --output to end in {ends}, got --output {output}: it says the format.")
+        raise CommandError(
+            f"Expected --output to end in {' or '.join(FORMATS)}, got --output {output}: rename it, or use "
+            "TensorBoard for charts to zoom into."
+        )
     run = read(options.path)
     group = choose_group(run, options.group)
     source = Path(run.source)
     output = output or (source if source.is_dir() else source.parent) / "surge.png"
     title: str = options.title or (run.source if group is None else f"{run.source}, {group}")
     try:
-        if output.suffix.lower() == ".html":
-            output.write_text(run_page(run, group=group, title=title, x=options.x), encoding="utf-8")
-        else:
-            plot_run(run, group=group, title=title, x=options.x).savefig(output)
+        plot_run(run, group=group, title=title, x=options.x).savefig(output)
     except (ValueError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from error
     except OSError as error:
@@ -98,12 +91,9 @@ def _run(options: argparse.Namespace) -> None:
 PLOT = Command(
     name="plot",
     summary="Draw a run: learning rates, batch size against the peak, what decided, the factor and the law.",
-    examples=(
-        "examples:\n"
-        "  lightning-surge plot lightning_logs/version_3\n"
-        "  lightning-surge plot lightning_logs --output run.html --x examples\n"
-        "  lightning-surge plot logs/metrics.csv --output run.svg"
-    ),
+    examples="""examples:
+  lightning-surge plot lightning_logs/version_3
+  lightning-surge plot lightning_logs --output run.svg --x examples""",
     add_arguments=_add_arguments,
     run=_run,
 )

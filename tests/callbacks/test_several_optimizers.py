@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.callbacks.measuring.plan import Pace
-from lightning_surge.callbacks.step_examples import Deposits
+from lightning_surge.callbacks.step_examples import MicroBatchTracker
 from tests.trainings import at_update
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -327,31 +327,31 @@ class TestBatchSize:
         assert module.used == [[0.01] * 3, [0.02] * 3]
 
 
-class TestDeposits:
+class TestMicroBatchTracker:
     def test_see_what_each_pass_leaves(self) -> None:
         one, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
         optimizer = SGD([one, other], lr=0.1)
-        deposits = Deposits(optimizer)
-        assert deposits.are_zeroed()
+        tracker = MicroBatchTracker(optimizer)
+        assert tracker.are_zeroed()
         (one * torch.tensor([1.0, 2.0])).sum().backward()
-        assert deposits.have_come()
-        assert not deposits.have_come()
+        assert tracker.have_come()
+        assert not tracker.have_come()
         elsewhere = nn.Parameter(torch.ones(2))
         elsewhere.sum().backward()
-        assert not deposits.have_come()
+        assert not tracker.have_come()
         one.sum().backward()  # accumulates in place
-        assert deposits.have_come()
+        assert tracker.have_come()
         optimizer.zero_grad(set_to_none=False)
-        assert deposits.are_zeroed()
-        assert not deposits.are_zeroed()  # seen before: a gradient of zero may be a gradient
+        assert tracker.are_zeroed()
+        assert not tracker.are_zeroed()  # seen before: a gradient of zero may be a gradient
         one.sum().backward()
-        assert deposits.have_come()
+        assert tracker.have_come()
         one.grad.mul_(0.5)  # type: ignore[union-attr]
-        assert not deposits.are_zeroed()  # scaled, as by clipping
+        assert not tracker.are_zeroed()  # scaled, as by clipping
         optimizer.zero_grad()
-        assert deposits.are_zeroed()
+        assert tracker.are_zeroed()
         optimizer.add_param_group({"params": [elsewhere]})
-        assert not deposits.are_zeroed()
+        assert not tracker.are_zeroed()
 
 
 class Scheduled(Turns):

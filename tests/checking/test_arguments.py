@@ -89,7 +89,7 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
        for law in (SGD, laws.MeasuredLaw(**MEASURED), laws.Theorem2Law(**MOMENTS))
        for name in ("lr", "gain", "alignment", "isotropic_lr")},
     runs.run_state: {"run": as_log(rows()), "step": 30},
-    runs.run_charts: {"run": as_log(rows()), "base_batch_size": 16},
+    runs.plot_run: {"run": as_log(rows()), "base_batch_size": 16},
     tables.fit_grid: {"table": grid(), "bootstrap": 0},
     tables.valleys: {"table": grid()},
     tables.read_tables: {"source": ROOT / "examples/tables/perceptron_adam.csv"},
@@ -110,9 +110,9 @@ NO_NUMBERS = {
 # Records that are returned, and functions that hand all their arguments on to one of the above.
 ELSEWHERE = {
     "Advice", "Caveat", "Columns", "Estimate", "FittedLaw", "GridFit", "HeldOut", "Interval", "LawFit",
-    "Optimum", "Option", "Peak", "Progress", "RunCharts", "RunState", "RunTable", "Series", "TradeoffFit",
+    "Optimum", "Option", "Peak", "Progress", "RunState", "RunTable", "Series", "TradeoffFit",
     "Unfitted", "Valley", "alignment_ratio", "at_once_ratio", "edge_ratio", "progress_ratio", "step_ratio",
-    "plot_run", "read_table", "run_page",
+    "read_table",
 }  # fmt: skip
 
 

@@ -132,13 +132,6 @@ class Obstacle(NamedTuple):
 def why_not_resumable(loader: Any, *, mid_epoch: bool = True) -> Obstacle | None:
     """What keeps a training loader from going on exactly where it was.
 
-    Args:
-        loader: one loader, as the Trainer uses it.
-        mid_epoch: whether the run is to be resumed within an epoch, or at the end of one.
-
-    Returns:
-        None if it will give the batches that were left, in their order.
-
     Example:
         >>> why_not_resumable(DataLoader(range(4))).certain
         True

@@ -16,9 +16,6 @@ __all__ = ["ResumableDataset", "from_portable", "random_states", "restore_random
 def random_states() -> dict[str, Any]:
     """The global random streams of this process, in a form that every checkpoint can hold.
 
-    Returns:
-        Tensors, numbers and strings only: what ``torch.load(weights_only=True)`` reads.
-
     Example:
         >>> states = random_states()
         >>> before = torch.rand(3)
@@ -30,12 +27,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Set the global random streams of this process back.
-
-    Args:
-        states: what `random_states` returned, perhaps in another process. CUDA devices that this one does not
-            have are left out.
-    """
+    """Set the global random streams of this process back."""
     from_portable(states).restore()
 
 
