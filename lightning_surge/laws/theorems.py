@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import erf, logsumexp
 
-from lightning_surge.checking.arguments import choice, number, store
+from lightning_surge.checking.arguments import choice, number
 from lightning_surge.laws.base import Law, Peak, checked, store_numbers
 
 __all__ = ["Theorem2Law", "Theorem3Law", "large_batch_limit"]
@@ -62,13 +62,15 @@ class Theorem3Law(Law):
     sqrt_coefficient: float | None = None
 
     def __post_init__(self) -> None:
+        remedies = dict.fromkeys(
+            ("noise_scale", "peak_lr"), "use inf for both, and sqrt_coefficient, if there is no peak"
+        )
+        store_numbers(self, remedies, most=math.inf)
         if self.noise_scale == self.peak_lr == math.inf:
-            store(self, noise_scale=math.inf, peak_lr=math.inf)
             remedy = "with noise_scale=inf pass the learning rate per sqrt(example)"
             store_numbers(self, {"sqrt_coefficient": remedy})
             return
-        remedy = "use inf for both, and sqrt_coefficient, if there is no peak"
-        store_numbers(self, {"noise_scale": remedy, "peak_lr": remedy})
+        store_numbers(self, remedies)
         if self.sqrt_coefficient is not None:
             raise ValueError(
                 f"Expected sqrt_coefficient=None with a finite noise_scale, got sqrt_coefficient="

@@ -119,7 +119,7 @@ ELSEWHERE = {
 def kinds(call: Callable[..., Any]) -> Iterator[tuple[str, str, bool]]:
     """Arguments by their annotations: the name, which check is its, and whether it may be None."""
     owner = call.__init__ if inspect.isclass(call) else call  # type: ignore[misc]
-    hints = get_type_hints(owner)
+    hints = get_type_hints(owner, localns={"Figure": Any})  # imported for type checkers only
     for name in inspect.signature(call).parameters:
         hint = hints.get(name)
         union = get_origin(hint) in (Union, UnionType)

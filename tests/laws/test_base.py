@@ -557,7 +557,7 @@ REFUSED: dict[Callable[..., Any], tuple[dict[str, Any], list[tuple[dict[str, Any
             ({"form": "tanh"}, "got form='tanh': use erf"),
     ]),
     Theorem3Law: (THEOREM_3, [
-        ({"noise_scale": 0}, "0 < noise_scale < inf, got noise_scale=0: use inf for both"),
+        ({"noise_scale": 0}, "0 < noise_scale <= inf, got noise_scale=0: use inf for both"),
         ({"peak_lr": math.inf}, "got peak_lr=inf: use inf for both"),
         ({"sqrt_coefficient": 2}, "got sqrt_coefficient=2, noise_scale=1.0: peak_lr already"),
         ({"noise_scale": math.inf, "sqrt_coefficient": 2}, "got noise_scale=inf: use inf for both"),
