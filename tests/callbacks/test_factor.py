@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,16 +12,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import SurgeLRCallback
+from tests.trainings import MakeTrainer, columns, scaling
 
 LR = 1e-3
-MakeTrainer = Callable[..., pl.Trainer]
 
 
 class Spied(AdamW):
@@ -90,41 +87,28 @@ class Writing(pl.LightningModule):
         if hook in self.writes:
             self.writes[hook](self)
 
-    def on_train_batch_start(self, *args: Any) -> None:
-        self._write("on_train_batch_start")
-
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.step = batch_idx
         self._write("training_step")
         return torch.stack([(batch[0] @ weight).square().mean() for weight in self.weights]).sum()
 
-    def on_before_zero_grad(self, *args: Any) -> None:
-        self._write("on_before_zero_grad")
-
-    def on_before_backward(self, *args: Any) -> None:
-        self._write("on_before_backward")
-
-    def on_after_backward(self) -> None:
-        self._write("on_after_backward")
-
-    def on_before_optimizer_step(self, *args: Any) -> None:
-        self._write("on_before_optimizer_step")
-
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        self._write("configure_gradient_clipping")
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self._write("optimizer_step")
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self._write("on_train_batch_end")
 
     def configure_optimizers(self) -> Any:
         if not self.schedule:
             return self.spied
         scheduler = ExponentialLR(self.spied, 0.9)
         return {"optimizer": self.spied, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def writing(hook: str) -> Callable[..., None]:
+    return lambda self, *args, **kwargs: self._write(hook)
+
+
+for hook in set(Writing.HOOKS) - {"training_step", "optimizer_step"}:
+    setattr(Writing, hook, writing(hook))
 
 
 def data(batches: int = 5, size: int = 8) -> DataLoader[Any]:
@@ -135,10 +119,6 @@ def data(batches: int = 5, size: int = 8) -> DataLoader[Any]:
 def sqrt(base: float = 2, **options: Any) -> SurgeLRCallback:
     """The factor is 2 at batches of 8."""
     return SurgeLRCallback(base, "sqrt", **options)
-
-
-def scaling() -> MixedPrecision:
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
 
 
 def lrs(module: Writing) -> list[float]:
@@ -242,7 +222,7 @@ class TestWhoeverWrites:
                 super().on_train_batch_start(*args)
 
         module = Late()
-        make_trainer(sqrt(), plugins=scaling()).fit(module, data(3))
+        make_trainer(sqrt(), plugins=scaling(8.0)).fit(module, data(3))
         assert lrs(module) == pytest.approx([0.0018, 0.00162, 0.001458])
 
 
@@ -271,7 +251,7 @@ class TestStepsLeftOut:
 
         alone, together = Overflowing(schedule=True), Overflowing(schedule=True)
         for module, callbacks in ((alone, []), (together, [sqrt()])):
-            make_trainer(*callbacks, plugins=scaling()).fit(module, data(4))
+            make_trainer(*callbacks, plugins=scaling(8.0)).fit(module, data(4))
         assert lrs(together) == [2 * lr for lr in lrs(alone)]
         assert together.groups[0]["lr"] == alone.groups[0]["lr"]
 
@@ -375,38 +355,18 @@ class TestOptimizers:
         assert set(module.seen) == {LR}
 
 
-def column(logger: CSVLogger, name: str) -> list[float]:
-    with (Path(logger.log_dir) / "metrics.csv").open() as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
-
-
 class TestLogs:
     def test_what_the_update_read(self, make_trainer: MakeTrainer, tmp_path: Any) -> None:
         module = Writing({"configure_gradient_clipping": count_up, "on_train_batch_end": decay})
         logger = CSVLogger(tmp_path)
         make_trainer(LearningRateMonitor("step"), sqrt(), logger=logger).fit(module, data(4))
-        assert column(logger, "surge/lr_used") == pytest.approx(lrs(module))
-        assert column(logger, "surge/lr_scheduled") == pytest.approx([lr / 2 for lr in lrs(module)])
+        assert columns(logger)["surge/lr_used"] == pytest.approx(lrs(module))
+        assert columns(logger)["surge/lr_scheduled"] == pytest.approx([lr / 2 for lr in lrs(module)])
 
     def test_the_schedule_in_the_monitor(self, make_trainer: MakeTrainer, tmp_path: Any) -> None:
         module, logger = Writing(schedule=True), CSVLogger(tmp_path)
         make_trainer(LearningRateMonitor("step"), sqrt(), logger=logger).fit(module, data(4))
-        assert column(logger, "lr-Spied") == pytest.approx([LR * 0.9**step for step in range(4)])
-
-    def test_in_a_dry_run_the_factor_is_only_told(self, make_trainer: MakeTrainer) -> None:
-        module = Writing()
-        trainer = make_trainer(sqrt(dry_run=True))
-        trainer.fit(module, data(2))
-        assert lrs(module) == [LR, LR]
-        assert trainer.callback_metrics["surge/lr_used"] == pytest.approx(LR)
-        assert trainer.callback_metrics["surge/lr_predicted"] == pytest.approx(2 * LR)
-
-
-def test_a_shorter_last_window_is_not_shortened_twice(make_trainer: MakeTrainer) -> None:
-    # Lightning divides its loss by the accumulation that is set, so its gradient is half of the mean.
-    module = Writing()
-    make_trainer(SurgeLRCallback(16, "sqrt"), accumulate_grad_batches=2).fit(module, data(5))
-    assert lrs(module) == [LR, LR, LR]
+        assert columns(logger)["lr-Spied"] == pytest.approx([LR * 0.9**step for step in range(4)])
 
 
 def test_manual_optimization_takes_the_same_path(make_trainer: MakeTrainer) -> None:

@@ -26,14 +26,9 @@ from lightning_surge.callbacks.measuring.repeated_loss import RepeatedLoss
 from lightning_surge.measure.budget import ProbeBudget
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.measurement import LawMeasurement
+from tests.trainings import MakeTrainer
 
-MakeTrainer = Callable[..., pl.Trainer]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:Measuring failed and is tried again later"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Measuring failed and is tried again later")
 
 MICRO = 8
 

@@ -1,8 +1,8 @@
 """BatchSizeScheduler beside SurgeLRCallback: the same sizes for both, and sizes that follow the law."""
 
-import csv
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.sizes import GeometricRamp, LinearRamp, Milestones, Schedule
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import MakeTrainer, Ragged, columns, make_quiet_trainer
 
 FEATURES = 8
 BASE_LR = 0.01
@@ -32,13 +31,8 @@ def examples(size: int) -> Tensor:
     return torch.randn(size, FEATURES, generator=torch.Generator().manual_seed(3))
 
 
-class Ragged(list[Any]):
-    """A loader of batches of any size, which says that they have four examples."""
-
-    batch_size = 4
-
-    def __init__(self, times: int = 1) -> None:
-        super().__init__(examples(times * sum(RAGGED)).split(times * RAGGED))
+def ragged(times: int = 1) -> Ragged:
+    return Ragged(times * RAGGED, FEATURES)
 
 
 def sampled(size: int = 100) -> DataLoader[Any]:
@@ -92,7 +86,7 @@ class Still(SGD):
 MECHANISMS = {
     "sampler": (sampled, LinearRamp(2, 60, 8)),
     "accumulation": (plain, GeometricRamp(4, 32, 8)),
-    "ragged": (Ragged, Milestones({0: 4, 3: 16, 6: 32})),
+    "ragged": (ragged, Milestones({0: 4, 3: 16, 6: 32})),
 }
 every_mechanism = pytest.mark.parametrize(
     ("loader", "schedule"), MECHANISMS.values(), ids=list(MECHANISMS.keys())
@@ -118,11 +112,10 @@ class TestBeside:
         )
         trainer.fit(model, loader())
         assert len(set(model.sizes)) >= 4
-        with (Path(logger.log_dir) / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert [float(row["surge/batch_size"]) for row in rows] == model.sizes
-        used = [float(row["surge/lr_used"]) for row in rows]
-        assert used == pytest.approx([BASE_LR * (size / 4) ** 0.5 for size in model.sizes])
+        assert columns(logger)["surge/batch_size"] == model.sizes
+        assert columns(logger)["surge/lr_used"] == pytest.approx(
+            [BASE_LR * (size / 4) ** 0.5 for size in model.sizes]
+        )
 
     @every_mechanism
     def test_a_dry_run_is_no_callback(
@@ -143,7 +136,7 @@ class TestBeside:
             surge = SurgeLRCallback(8, probe_every=3)
             scheduler = BatchSizeScheduler(Milestones({0: 64}), weight_micro_batches=weighted)
             model = Valley(lambda parameters: Still(parameters, lr=0.1))
-            make_trainer(surge, scheduler, max_epochs=3).fit(model, Ragged(6))
+            make_trainer(surge, scheduler, max_epochs=3).fit(model, ragged(6))
             assert model.sizes[0] == sum(RAGGED)  # sixteen micro-batches
             assert surge.history.num_measurements == 5
             stats.append(surge.history.stats())
@@ -166,16 +159,11 @@ class TestBeside:
             micro_batch_size=4 * FEATURES,
             batch_size_fn=torch.numel,
         )
-        make_trainer(surge, scheduler, logger=logger).fit(model, Ragged())
-        with (Path(logger.log_dir) / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert [float(row["surge/batch_size"]) for row in rows] == [FEATURES * size for size in model.sizes]
+        make_trainer(surge, scheduler, logger=logger).fit(model, ragged())
+        assert columns(logger)["surge/batch_size"] == [FEATURES * size for size in model.sizes]
 
 
-def adam(parameters: Any) -> Optimizer:
-    return Adam(parameters, lr=0.1)
-
-
+adam = partial(Adam, lr=0.1)
 RULE = FollowPeak(start=4, maximum=16)
 Run = tuple[Valley, BatchSizeScheduler, SurgeLRCallback]
 
@@ -192,17 +180,7 @@ def follow(make_trainer: MakeTrainer, rule: FollowPeak, batches: int = 100, **op
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a training whose batch size has grown to 16."""
 
-    def make_trainer(*callbacks: pl.Callback) -> pl.Trainer:
-        options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-        return pl.Trainer(
-            callbacks=list(callbacks),
-            max_epochs=1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **options,
-        )
-
-    model, *_ = follow(make_trainer, RULE)
+    model, *_ = follow(make_quiet_trainer, RULE)
     path = tmp_path_factory.mktemp("followed") / "followed.ckpt"
     model.trainer.save_checkpoint(path)
     return path

@@ -11,8 +11,7 @@ from lightning_surge.callbacks.lightning_host import (
     refresh_epoch_length,
     replicas_of,
 )
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import MakeTrainer
 
 DATA: Any = torch.eye(12)
 

@@ -4,10 +4,7 @@ import pytest
 
 from benchmarks.overhead.__main__ import BUFFERS, measure_memory
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The total number of parameters detected may be inaccurate"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:The total number of parameters detected may be inaccurate")
 
 
 def test_one_buffer_between_probes_and_four_or_five_during_one_on_20_million_parameters() -> None:

@@ -38,14 +38,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
-from tests.trainings import at_update
+from tests.trainings import MakeTrainer, at_update
 
-MakeTrainer = Callable[..., pl.Trainer]
 Arrange = Callable[[Callback, Callback], list[Callback]]
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     # Said by one of Lightning's callbacks of another, whether or not ours are there.
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*was called without a model"),

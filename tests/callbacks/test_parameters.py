@@ -17,14 +17,7 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.history import NoiseHistory
-from tests.trainings import at_update
-
-MakeTrainer = Callable[..., pl.Trainer]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
+from tests.trainings import MakeTrainer, at_update
 
 # So short that secants tell the curvature at the point itself, in float64.
 LR = 1e-6

@@ -1,7 +1,6 @@
 """Measurements in 16 and 64 bits, under a gradient scaler, and with clipped gradients, against 32 bits."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +8,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,26 +17,11 @@ from lightning_surge.callbacks.checks import rounds_products
 from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.history import NoiseHistory
+from tests.trainings import MakeOptimizer, MakeTrainer, flat, scaling, with_lr
 
-MakeTrainer = Callable[..., pl.Trainer]
-MakeOptimizer = Callable[[Any], Optimizer]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
-
-
-def adamw(module: nn.Module) -> Optimizer:
-    return AdamW(module.parameters(), lr=0.01, weight_decay=0.0)
-
-
-def fused(module: nn.Module) -> Optimizer:
-    return AdamW(module.parameters(), lr=0.01, weight_decay=0.0, fused=True)
-
-
-def sgd(module: nn.Module) -> Optimizer:
-    return SGD(module.parameters(), lr=0.05)
+adamw = with_lr(AdamW, 0.01, weight_decay=0.0)
+fused = with_lr(AdamW, 0.01, weight_decay=0.0, fused=True)
+sgd = with_lr(SGD, 0.05)
 
 
 class Net(pl.LightningModule):
@@ -67,7 +50,7 @@ class Net(pl.LightningModule):
 
     @property
     def weights(self) -> Tensor:
-        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters()])
+        return flat(self.parameters())
 
 
 def data(batches: int, batch_size: int = 16, dtype: torch.dtype = torch.float32) -> DataLoader[Any]:
@@ -75,12 +58,6 @@ def data(batches: int, batch_size: int = 16, dtype: torch.dtype = torch.float32)
     x = torch.randn(batches * batch_size, 16, generator=generator)
     y = x[:, :4].sum(dim=1, keepdim=True) + torch.randn(len(x), 1, generator=generator)
     return DataLoader(TensorDataset(x.to(dtype), y.to(dtype)), batch_size=batch_size)
-
-
-def scaling(init_scale: float = 256.0, **options: Any) -> MixedPrecision:
-    return MixedPrecision(
-        "16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=init_scale, **options)
-    )
 
 
 @pytest.fixture
@@ -127,10 +104,6 @@ class Measure:
 @pytest.fixture
 def measure(make_trainer: MakeTrainer, measurements: list[Measurement]) -> Measure:
     return Measure(make_trainer, measurements)
-
-
-def with_lr(kind: Callable[..., Optimizer], lr: float) -> MakeOptimizer:
-    return lambda module: kind(module.parameters(), lr=lr)
 
 
 def scaled_or(precision: str) -> dict[str, Any]:
@@ -213,19 +186,6 @@ class TestAgainst32Bits:
         assert ((ratio.mean(dim=0) - 1.0).abs() < 4.0 * error).all()
         assert (error < 0.06).all()
 
-    def test_64_bits_follow_the_edge(self, make_trainer: MakeTrainer) -> None:
-        callback = SurgeLRCallback(4, objective="edge", probe_every=1, probe_examples=16)
-        make_trainer(callback, precision="64-true").fit(Net(), data(12, dtype=torch.float64))
-        assert callback.law is not None
-        assert callback.law.edge_lr(16.0) > 0.0
-
-    @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-    def test_mixed_precision_follows_the_default(self, make_trainer: MakeTrainer, precision: str) -> None:
-        callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
-        make_trainer(callback, **scaled_or(precision)).fit(Net(), data(6))
-        assert callback.settings.objective == "progress"
-        assert callback.history.num_measurements >= 4
-
     def test_other_precisions_have_no_edge_either(
         self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -294,7 +254,7 @@ class Test16BitParameters:
     @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
     def test_suit_rules(self, make_trainer: MakeTrainer, precision: Any) -> None:
         def run(lr: float, *callbacks: Callback) -> Tensor:
-            module = Net(lambda m: SGD(m.parameters(), lr=lr))
+            module = Net(with_lr(SGD, lr))
             make_trainer(*callbacks, precision=precision).fit(module, data(4))
             assert module.weights.element_size() == 2
             return module.weights
@@ -342,12 +302,10 @@ class TestScaler:
         # The probe that met the overflowing batch was not taken either.
         assert callback.history.num_measurements <= 5
 
-    @pytest.mark.parametrize("make_optimizer", [adamw, fused])
-    def test_a_fused_step_is_scaled_like_any_other(
-        self, make_trainer: MakeTrainer, make_optimizer: MakeOptimizer
-    ) -> None:
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_fused_step_is_scaled_like_any_other(self, make_trainer: MakeTrainer, fused: bool) -> None:
         def run(lr: float, *callbacks: Callback) -> Tensor:
-            module = Net(lambda m: _with_lr(make_optimizer(m), lr), overflows=(1, 3))
+            module = Net(with_lr(AdamW, lr, weight_decay=0.0, fused=fused), overflows=(1, 3))
             make_trainer(*callbacks, plugins=scaling()).fit(module, data(6))
             return module.weights
 
@@ -413,30 +371,18 @@ class TestScaler:
         assert taken[0] == pytest.approx(measure(Net(still=1), live=False, batches=2)[0], rel=0.03)
 
 
-def _with_lr(optimizer: Optimizer, lr: float) -> Optimizer:
-    optimizer.param_groups[0]["lr"] = lr
-    return optimizer
-
-
 class TestClipping:
-    OPTIONS = (
-        {"gradient_clip_val": 1e6, "gradient_clip_algorithm": "norm"},
-        {"gradient_clip_val": 1e6, "gradient_clip_algorithm": "value"},
-    )
-
     @pytest.mark.parametrize("live", [True, False])
-    @pytest.mark.parametrize("options", OPTIONS)
+    @pytest.mark.parametrize("algorithm", ["norm", "value"])
     @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
     def test_that_never_bites_changes_nothing(
-        self, measure: Measure, options: dict[str, Any], precision: str, live: bool
+        self, measure: Measure, algorithm: str, precision: str, live: bool
     ) -> None:
-        def plugins() -> dict[str, Any]:
-            return {"plugins": scaling()} if precision == "16-mixed" else {}
-
         plain, clipped = Net(), Net()
-        expected = measure(plain, live=live, dry_run=False, **plugins())
+        options = {"gradient_clip_val": 1e6, "gradient_clip_algorithm": algorithm}
+        expected = measure(plain, live=live, dry_run=False, **scaled_or(precision))
         law = measure.callback.law
-        got = measure(clipped, live=live, dry_run=False, **plugins(), **options)
+        got = measure(clipped, live=live, dry_run=False, **scaled_or(precision), **options)
         assert got == expected
         assert measure.callback.law == law
         assert torch.equal(plain.weights, clipped.weights)

@@ -15,8 +15,7 @@ from lightning_surge.measure.direction import GRADIENT
 from lightning_surge.measure.measurement import LawMeasurement
 from lightning_surge.measure.replay import Chunk, Piece
 from lightning_surge.policy.reasons import Reason
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import MakeTrainer
 
 
 class Linear(pl.LightningModule):

@@ -19,13 +19,7 @@ from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.objectives import edge_ratio
 from lightning_surge.measure.sharpness import FIRST_SECANTS, SECANTS
 from lightning_surge.policy.estimates import EstimatedLaw
-
-MakeTrainer = Callable[..., pl.Trainer]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
+from tests.trainings import MakeTrainer
 
 
 def adamw(module: nn.Module) -> Optimizer:

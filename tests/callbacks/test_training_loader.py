@@ -25,8 +25,7 @@ from lightning_surge.schedules import (
     LinearRamp,
     total_steps,
 )
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import MakeTrainer
 
 SIZE = 64
 

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Schedule
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import MakeTrainer, Ragged, flat
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
@@ -30,13 +29,8 @@ def examples(size: int) -> Tensor:
     return torch.randn(size, FEATURES, generator=torch.Generator().manual_seed(3))
 
 
-class Ragged(list[Any]):
-    """A loader of batches of any size, which says that they have four examples."""
-
-    batch_size = 4
-
-    def __init__(self, sizes: list[int] = RAGGED) -> None:
-        super().__init__(examples(sum(sizes)).split(sizes))
+def ragged() -> Ragged:
+    return Ragged(RAGGED, FEATURES)
 
 
 class Net(pl.LightningModule):
@@ -86,10 +80,6 @@ class Net(pl.LightningModule):
             assert (found - expected).norm() <= rtol * expected.norm()
 
 
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([torch.zeros(0) if tensor is None else tensor.flatten() for tensor in tensors])
-
-
 class TestOneBigBatch:
     @pytest.mark.parametrize(
         "schedule",
@@ -97,7 +87,7 @@ class TestOneBigBatch:
     )
     def test_ragged_batches(self, make_trainer: MakeTrainer, schedule: Schedule) -> None:
         model, scheduler = Net(), BatchSizeScheduler(schedule)
-        make_trainer(scheduler, max_epochs=2).fit(model, Ragged())
+        make_trainer(scheduler, max_epochs=2).fit(model, ragged())
         model.assert_means()
         assert scheduler.examples == 2 * sum(RAGGED)
 
@@ -116,7 +106,7 @@ class TestOneBigBatch:
         scheduler = BatchSizeScheduler(
             Milestones({0: 20, 3: 80}), micro_batch_size=20, batch_size_fn=torch.numel
         )
-        make_trainer(scheduler, max_epochs=2).fit(model, Ragged())
+        make_trainer(scheduler, max_epochs=2).fit(model, ragged())
         model.assert_means()
         assert scheduler.examples == 2 * FEATURES * sum(RAGGED)
         assert scheduler.scheduled_batch_size == 80
@@ -152,7 +142,7 @@ class TestOneBigBatch:
 
         model, scheduler = Skips(), BatchSizeScheduler(Milestones({0: 4, 3: 16}))
         trainer = make_trainer(scheduler, max_epochs=2)
-        trainer.fit(model, Ragged())
+        trainer.fit(model, ragged())
         model.assert_means()
         assert len(model.gradients) == trainer.global_step - 1  # one step had no gradient at all
         assert scheduler.examples == 2 * sum(RAGGED)  # consumed all the same
@@ -160,7 +150,7 @@ class TestOneBigBatch:
     def test_micro_batches_that_count_for_nothing(self, make_trainer: MakeTrainer) -> None:
         model = Net()
         model.loss = lambda batch: 0.0 * batch.sum() + Net.loss(model, batch)  # type: ignore[method-assign]
-        empty = Ragged()
+        empty = ragged()
         for index in (0, 4, 5):  # the first of a window, the last, and one of its own
             empty[index] = torch.zeros_like(empty[index])
         scheduler = BatchSizeScheduler(
@@ -173,7 +163,7 @@ class TestOneBigBatch:
     @pytest.mark.parametrize("missing", [3, 7, 10])
     def test_a_batch_that_is_none(self, make_trainer: MakeTrainer, missing: int) -> None:
         # Lightning leaves out the step at a window's end; the next window zeroes what was accumulated.
-        loader = Ragged()
+        loader = ragged()
         loader[missing] = None
         model = Net()
         make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=2).fit(model, loader)
@@ -185,7 +175,7 @@ class TestOneBigBatch:
                 return -1 if self.trainer.current_epoch == 1 and batch_idx == 6 else None
 
         model = Stops()
-        make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=3).fit(model, Ragged())
+        make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=3).fit(model, ragged())
         model.assert_means()
 
     def test_parameters_that_are_frozen_or_not_used(self, make_trainer: MakeTrainer) -> None:
@@ -199,7 +189,7 @@ class TestOneBigBatch:
             self.whole.append(flat(torch.autograd.grad(self.loss(torch.cat(self.window)), used)))
 
         model.on_before_optimizer_step = means.__get__(model)  # type: ignore[method-assign]
-        make_trainer(BatchSizeScheduler(ConstantSize(16)), max_epochs=2).fit(model, Ragged())
+        make_trainer(BatchSizeScheduler(ConstantSize(16)), max_epochs=2).fit(model, ragged())
         model.assert_means()
         assert model.unused.weight.grad is None
 
@@ -247,13 +237,13 @@ class TestBitForBit:
 
     def test_steps_of_one_micro_batch_need_no_weights(self, make_trainer: MakeTrainer) -> None:
         plain, scheduled = self.pair(
-            make_trainer, BatchSizeScheduler(ConstantSize(4)), Ragged, accumulation=1
+            make_trainer, BatchSizeScheduler(ConstantSize(4)), ragged, accumulation=1
         )
         assert same(plain.gradients, scheduled.gradients)
 
     def test_without_weights(self, make_trainer: MakeTrainer) -> None:
         scheduler = BatchSizeScheduler(ConstantSize(16), weight_micro_batches=False)
-        plain, scheduled = self.pair(make_trainer, scheduler, Ragged)
+        plain, scheduled = self.pair(make_trainer, scheduler, ragged)
         assert same(plain.gradients, scheduled.gradients)
         assert same(plain.parameters(), scheduled.parameters())
         with pytest.raises(AssertionError):
@@ -273,7 +263,7 @@ class TestBitForBit:
 
         model = Net()
         trainer = make_trainer(Look(), BatchSizeScheduler(ConstantSize(16)))
-        trainer.fit(model, Ragged())
+        trainer.fit(model, ragged())
         for handed_out, loss in seen:
             torch.testing.assert_close(handed_out, loss, rtol=1e-6, atol=0)
         mean = sum(size * loss for size, loss in zip(RAGGED, model.losses, strict=True)) / sum(RAGGED)
@@ -288,7 +278,7 @@ class TestOtherParts:
     def test_gradients_are_clipped_after_the_correction(self, make_trainer: MakeTrainer) -> None:
         model = Net()
         # The last window has 6 + 2 of 16 examples: uncorrected, its gradient would be half as large.
-        make_trainer(BatchSizeScheduler(ConstantSize(16)), gradient_clip_val=0.5).fit(model, Ragged())
+        make_trainer(BatchSizeScheduler(ConstantSize(16)), gradient_clip_val=0.5).fit(model, ragged())
         model.assert_means()
         for clipped, gradient in zip(model.clipped, model.gradients, strict=True):
             assert gradient.norm() > 0.5
@@ -305,12 +295,12 @@ class TestOtherParts:
 
         for cls in (Rooted, Dict):
             model, alone = cls(), cls()
-            make_trainer(BatchSizeScheduler(ConstantSize(16))).fit(model, Ragged())
+            make_trainer(BatchSizeScheduler(ConstantSize(16))).fit(model, ragged())
             # Not the root of the mean: that of each micro-batch, weighted by its examples.
             parameters = list(alone.parameters())
             expected = sum(
                 len(batch) / 14 * flat(torch.autograd.grad(alone.loss(batch), parameters))
-                for batch in Ragged()[:4]
+                for batch in ragged()[:4]
             )
             torch.testing.assert_close(model.gradients[0], expected, rtol=1e-5, atol=1e-7)
 
@@ -332,7 +322,7 @@ class TestOtherParts:
         model = Scaled(lambda parameters: Adam(parameters, lr=0.01, fused=fused))
         scheduler = BatchSizeScheduler(Milestones({0: 4, 3: 16}))
         trainer = make_trainer(scheduler, plugins=MixedPrecision("16-mixed", "cpu", scaler), max_epochs=6)
-        trainer.fit(model, Ragged())
+        trainer.fit(model, ragged())
         model.assert_means(rtol=2e-3)  # half precision
         assert model.skipped > 10
         assert len(model.gradients) + model.skipped == trainer.global_step == 21
@@ -344,10 +334,10 @@ class TestOtherParts:
             return LBFGS(parameters, lr=0.1, max_iter=4, line_search_fn=line_search)
 
         plain = Net(make_optimizer)
-        make_trainer(max_epochs=2).fit(plain, Ragged())
+        make_trainer(max_epochs=2).fit(plain, ragged())
         model, scheduler = Net(make_optimizer), BatchSizeScheduler(ConstantSize(4))
         trainer = make_trainer(scheduler, max_epochs=2)
-        trainer.fit(model, Ragged())
+        trainer.fit(model, ragged())
         assert len(model.gradients) > 2 * trainer.global_step
         assert same(plain.parameters(), model.parameters())
         assert scheduler.examples == 2 * sum(RAGGED)
@@ -357,7 +347,7 @@ class TestOtherParts:
             def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
                 return super().training_step(batch["inputs"][0], batch_idx)
 
-        loader = Ragged()
+        loader = ragged()
         loader[:] = [{"name": "batch", "inputs": (batch,)} for batch in loader]
         model = Wrapped()
         make_trainer(BatchSizeScheduler(ConstantSize(16))).fit(model, loader)

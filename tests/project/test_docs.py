@@ -72,10 +72,7 @@ def shape(output: str) -> list[str]:
 # ---------------------------------------------------------------------- code
 
 
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", [page for page in DOCS if blocks(page)])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: str, names_after: Any) -> None:
     names = names_after(page)
@@ -158,8 +155,6 @@ class Regression(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 def test_the_code_of_the_readme_runs_from_top_to_bottom(make_trainer: Any) -> None:
     # The first block needs a model and a Trainer that writes nothing, the second a callback that measured.
     names: dict[str, Any] = {"model": Regression()}

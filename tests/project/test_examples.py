@@ -22,11 +22,6 @@ from lightning_surge.runs.run_log import read_run
 ROOT = Path(__file__).parents[2]
 
 # Lightning is slow to import: one process runs all examples.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    # Lightning 2.6 with a newer torch.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-]
 
 
 @pytest.fixture(autouse=True)
