@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.trainings import MakeTrainer, make_quiet_trainer
+from tests import trainings
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,6 @@ def _interrupts_are_heard() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_trainer() -> MakeTrainer:
+def make_trainer() -> trainings.MakeTrainer:
     """A Trainer on one CPU thread that writes nothing unless asked to."""
-    return make_quiet_trainer
+    return trainings.make_trainer

@@ -31,7 +31,7 @@ __all__ = [
     "at_update",
     "columns",
     "flat",
-    "make_quiet_trainer",
+    "make_trainer",
     "ones",
     "regression_data",
     "scaling",
@@ -44,7 +44,7 @@ MakeTrainer = Callable[..., pl.Trainer]
 MakeOptimizer = Callable[[Any], Any]
 
 
-def make_quiet_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """A Trainer on one CPU thread that writes nothing unless asked to."""
     torch.set_num_threads(1)
     defaults: dict[str, Any] = {

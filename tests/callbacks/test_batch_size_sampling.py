@@ -37,7 +37,7 @@ from lightning_surge.schedules.sizes import (
     Schedule,
 )
 from lightning_surge.schedules.windows import AccumulatedSchedule, SampledSchedule
-from tests.trainings import MakeTrainer, OneHot, columns
+from tests.trainings import OneHot, columns, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -118,9 +118,7 @@ class TestEpochs:
 
     @every_schedule
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_sizes_are_exact_and_every_example_comes_once(
-        self, make_trainer: MakeTrainer, schedule: Schedule, workers: int
-    ) -> None:
+    def test_sizes_are_exact_and_every_example_comes_once(self, schedule: Schedule, workers: int) -> None:
         model = Validated(make_scheduler=lambda optimizer: StepLR(optimizer, 1))  # by epochs
         scheduler = BatchSizeScheduler(schedule)
         trainer = make_trainer(scheduler, max_epochs=4)
@@ -165,7 +163,7 @@ class TestEpochs:
         assert [model.seen(epoch) for epoch in range(epochs)] == [list(range(size))] * epochs
         assert max(examples for _, examples in model.micro_batches) <= largest
 
-    def test_drop_last_leaves_out_what_fills_no_step(self, make_trainer: MakeTrainer) -> None:
+    def test_drop_last_leaves_out_what_fills_no_step(self) -> None:
         schedule = SCHEDULES["up and down"]
         model = Noting()
         scheduler = BatchSizeScheduler(schedule)
@@ -174,7 +172,7 @@ class TestEpochs:
         assert model.sizes == replayed(schedule, 14, drop_last=True)
         assert scheduler.examples == sum(model.sizes)
 
-    def test_an_epoch_cut_short_by_the_module(self, make_trainer: MakeTrainer) -> None:
+    def test_an_epoch_cut_short_by_the_module(self) -> None:
         class Skips(Noting):
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
                 return -1 if self.trainer.current_epoch == 1 and batch_idx == 5 else None
@@ -187,7 +185,7 @@ class TestEpochs:
             assert model.sizes == [*[4] * 12, 2, 16, 16, 16, 16, 16, 2]
             assert model.epochs == [0] * 13 + [1] * 2 + [2] * 4
 
-    def test_a_callback_serves_a_second_training(self, make_trainer: MakeTrainer) -> None:
+    def test_a_callback_serves_a_second_training(self) -> None:
         scheduler = BatchSizeScheduler(SCHEDULES["shorter"])
         sizes = []
         for _ in range(2):
@@ -196,7 +194,7 @@ class TestEpochs:
             sizes.append(model.sizes)
         assert sizes[0] == sizes[1]
 
-    def test_a_constant_size_is_plain_training_bit_for_bit(self, make_trainer: MakeTrainer) -> None:
+    def test_a_constant_size_is_plain_training_bit_for_bit(self) -> None:
         class Order(Noting):
             def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
                 return super().training_step(batch, batch_idx).sin()
@@ -212,7 +210,7 @@ class TestEpochs:
             weights.append(model.weight)
         assert torch.equal(*weights)
 
-    def test_outside_a_training_the_sampler_is_an_ordinary_one(self, make_trainer: MakeTrainer) -> None:
+    def test_outside_a_training_the_sampler_is_an_ordinary_one(self) -> None:
         loader = sampled(shuffle=False)
         model = Noting()
         trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]))
@@ -222,7 +220,7 @@ class TestEpochs:
         assert trainer.num_val_batches == [7]
 
     @pytest.mark.parametrize("where", ["setup", "on_train_epoch_end"])
-    def test_also_after_an_exception(self, make_trainer: MakeTrainer, where: str) -> None:
+    def test_also_after_an_exception(self, where: str) -> None:
         class Fails(pl.Callback):
             pass
 
@@ -241,9 +239,7 @@ class TestEpochs:
 class TestTrainerOptions:
     @every_schedule
     @pytest.mark.parametrize("limit", [5, 0.5])
-    def test_limit_train_batches(
-        self, make_trainer: MakeTrainer, schedule: Schedule, limit: int | float
-    ) -> None:
+    def test_limit_train_batches(self, schedule: Schedule, limit: int | float) -> None:
         model = Validated()
         scheduler = BatchSizeScheduler(schedule)
         trainer = make_trainer(scheduler, max_epochs=4, limit_train_batches=limit)
@@ -258,9 +254,7 @@ class TestTrainerOptions:
 
     @every_schedule
     @pytest.mark.parametrize("interval", [2, 7, 0.25])
-    def test_val_check_interval(
-        self, make_trainer: MakeTrainer, schedule: Schedule, interval: int | float
-    ) -> None:
+    def test_val_check_interval(self, schedule: Schedule, interval: int | float) -> None:
         model = Validated()
         trainer = make_trainer(
             BatchSizeScheduler(schedule), max_epochs=4, val_check_interval=interval, num_sanity_val_steps=0
@@ -273,7 +267,7 @@ class TestTrainerOptions:
         ]
         assert [sum(e == epoch for e, _ in model.validated) for epoch in range(4)] == validations
 
-    def test_the_progress_bar_knows_the_length_of_the_epoch(self, make_trainer: MakeTrainer) -> None:
+    def test_the_progress_bar_knows_the_length_of_the_epoch(self) -> None:
         totals = []
 
         class Bar(TQDMProgressBar):
@@ -287,9 +281,7 @@ class TestTrainerOptions:
         ).fit(model, sampled())
         assert totals == model.epoch_lengths
 
-    def test_requested_and_scheduled_sizes_are_logged(
-        self, make_trainer: MakeTrainer, tmp_path: Path
-    ) -> None:
+    def test_requested_and_scheduled_sizes_are_logged(self, tmp_path: Path) -> None:
         schedule = SCHEDULES["up and down"]
         logger = CSVLogger(tmp_path)
         model = Noting()
@@ -301,7 +293,7 @@ class TestTrainerOptions:
 
 
 class TestLoaders:
-    def test_reloaded_every_epoch_with_another_length(self, make_trainer: MakeTrainer) -> None:
+    def test_reloaded_every_epoch_with_another_length(self) -> None:
         class Grows(Validated):
             def train_dataloader(self) -> DataLoader[Any]:
                 data: Any = torch.eye(SIZE)[: 20 + 15 * self.trainer.current_epoch]
@@ -315,7 +307,7 @@ class TestLoaders:
         assert scheduler.examples == 105
         assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2]
 
-    def test_a_sampler_that_gives_fewer_or_more_than_its_length(self, make_trainer: MakeTrainer) -> None:
+    def test_a_sampler_that_gives_fewer_or_more_than_its_length(self) -> None:
         class Vague(Sampler[int]):
             def __init__(self, indices: int) -> None:
                 self.indices = indices
@@ -335,7 +327,7 @@ class TestLoaders:
             make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3).fit(model, loader)
             assert [len(model.seen(epoch)) for epoch in range(3)] == [min(indices, 48)] * 3
 
-    def test_validation_with_the_same_kind_of_sampler_is_refused(self, make_trainer: MakeTrainer) -> None:
+    def test_validation_with_the_same_kind_of_sampler_is_refused(self) -> None:
         # It would be cut like an epoch of training, and Lightning would read its length only once.
         trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]))
         with pytest.raises(
@@ -343,7 +335,7 @@ class TestLoaders:
         ):
             trainer.fit(Noting(), sampled(), sampled(shuffle=False))
 
-    def test_several_loaders(self, make_trainer: MakeTrainer) -> None:
+    def test_several_loaders(self) -> None:
         for loaders in ([plain(2), sampled()], {"a": sampled(), "b": plain(2)}):
             with pytest.raises(
                 MisconfigurationException, match=r"one training DataLoader with a Sch.* got 2 loaders.*Use D"
@@ -352,7 +344,7 @@ class TestLoaders:
 
 
 class TestFinders:
-    def test_a_learning_rate_finder_before(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_a_learning_rate_finder_before(self, tmp_path: Path) -> None:
         finder = LearningRateFinder(num_training_steps=12, max_lr=1e-2, early_stop_threshold=None)
         model, scheduler = Noting(), BatchSizeScheduler(SCHEDULES["shorter"])
         trainer = make_trainer(finder, scheduler, max_epochs=3, default_root_dir=tmp_path)
@@ -364,7 +356,7 @@ class TestFinders:
         assert [model.seen(epoch) for epoch in range(3)] == [list(range(SIZE))] * 3
         assert scheduler.examples == 3 * SIZE
 
-    def test_a_batch_size_finder_before(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_a_batch_size_finder_before(self, tmp_path: Path) -> None:
         class Sized(Validated):
             batch_size = 4
 
@@ -380,7 +372,7 @@ class TestFinders:
         assert model.sizes[-steps:] == list(islice(replay, steps))
         assert scheduler.examples == 2 * SIZE
 
-    def test_weight_averaging(self, make_trainer: MakeTrainer) -> None:
+    def test_weight_averaging(self) -> None:
         class Normalized(Noting):
             def __init__(self) -> None:
                 super().__init__()
@@ -405,7 +397,7 @@ class TestFinders:
 class TestMaxMicroBatchSize:
     @pytest.mark.parametrize(("largest", "options"), [(64, {}), (1000, {"max_micro_batch_size": 64})])
     def test_a_ramp_to_4096_in_as_few_micro_batches_as_fit(
-        self, make_trainer: MakeTrainer, largest: int, options: dict[str, int]
+        self, largest: int, options: dict[str, int]
     ) -> None:
         class Sum(Noting):
             def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -434,9 +426,7 @@ class TestMaxMicroBatchSize:
 
 
 class TestReports:
-    def test_sizes_that_replicas_cannot_share(
-        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_sizes_that_replicas_cannot_share(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # One process stands in for three: the check is what is tested here.
         monkeypatch.setattr(pl.Trainer, "distributed_sampler_kwargs", {"num_replicas": 3, "rank": 0})
         for schedule, message in (
@@ -449,7 +439,7 @@ class TestReports:
                 make_trainer(BatchSizeScheduler(schedule)).fit(model, sampled())
             assert model.gradients == []
 
-    def test_a_sampler_cannot_count_tokens(self, make_trainer: MakeTrainer) -> None:
+    def test_a_sampler_cannot_count_tokens(self) -> None:
         schedule = LinearRamp(4, 16, 1000, unit="examples")
         trainer = make_trainer(BatchSizeScheduler(schedule, batch_size_fn=torch.numel))
         with pytest.raises(
@@ -470,7 +460,7 @@ def clock(total: int) -> Callable[[torch.optim.Optimizer], dict[str, Any]]:
 
 class TestClocks:
     @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
-    def test_a_cosine_ends_at_zero_with_the_data(self, make_trainer: MakeTrainer, mechanism: str) -> None:
+    def test_a_cosine_ends_at_zero_with_the_data(self, mechanism: str) -> None:
         model = Validated(make_scheduler=clock(4 * SIZE))
         scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 8))
         trainer = make_trainer(scheduler, max_epochs=4)
@@ -485,7 +475,7 @@ class TestClocks:
         assert model.lrs[-1] == cosine.get_last_lr()[0] > 0
 
     @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-    def test_examples_without_a_loss_count_too(self, make_trainer: MakeTrainer) -> None:
+    def test_examples_without_a_loss_count_too(self) -> None:
         class Skips(Noting):
             def training_step(self, batch: Tensor, batch_idx: int) -> Any:
                 loss = super().training_step(batch, batch_idx)
@@ -506,9 +496,7 @@ class TestOtherRuns:
 
     @pytest.mark.parametrize("first", ["sampler", "accumulation"])
     @pytest.mark.parametrize("second", ["sampler", "accumulation"])
-    def test_with_another_schedule_and_mechanism(
-        self, make_trainer: MakeTrainer, tmp_path: Path, first: str, second: str
-    ) -> None:
+    def test_with_another_schedule_and_mechanism(self, tmp_path: Path, first: str, second: str) -> None:
         loaders: dict[str, Any] = {"sampler": sampled(), "accumulation": plain(2)}
         trainer = make_trainer(BatchSizeScheduler(GeometricRamp(4, 16, 9)), max_epochs=2)
         trainer.fit(Noting(), loaders[first])
@@ -528,7 +516,7 @@ class TestOtherRuns:
         "schedule", [Milestones({0: 16, 13: 4, 26: 8}), Milestones({0: 16, 1: 4, 2: 8}, unit="epochs")]
     )
     def test_of_a_training_without_the_callback(
-        self, make_trainer: MakeTrainer, tmp_path: Path, mechanism: str, schedule: Schedule
+        self, tmp_path: Path, mechanism: str, schedule: Schedule
     ) -> None:
         trainer = make_trainer(max_epochs=2)
         trainer.fit(Noting(), plain(4))
@@ -540,7 +528,7 @@ class TestOtherRuns:
         assert model.sizes == [8, 8, 8, 8, 8, 8, 2] * 2
 
     @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
-    def test_of_an_older_release(self, make_trainer: MakeTrainer, tmp_path: Path, mechanism: str) -> None:
+    def test_of_an_older_release(self, tmp_path: Path, mechanism: str) -> None:
         loader = sampled() if mechanism == "sampler" else plain(4)
         trainer = make_trainer(BatchSizeScheduler(ConstantSize(4)), max_epochs=2)
         trainer.fit(Noting(), loader)
@@ -584,12 +572,7 @@ class TestTwoProcesses:
 
     @staticmethod
     def fit(
-        make_trainer: MakeTrainer,
-        model: Reports,
-        path: Path,
-        *data: Any,
-        scheduler: BatchSizeScheduler | None = None,
-        **options: Any,
+        model: Reports, path: Path, *data: Any, scheduler: BatchSizeScheduler | None = None, **options: Any
     ) -> dict[str, Any]:
         model.path = path
         trainer = make_trainer(
@@ -607,36 +590,34 @@ class TestTwoProcesses:
         return first
 
     @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_loader_passed_to_fit(self, make_trainer: MakeTrainer, tmp_path: Path, workers: int) -> None:
-        report = self.fit(make_trainer, Reports(), tmp_path, sampled(num_workers=workers))
+    def test_a_loader_passed_to_fit(self, tmp_path: Path, workers: int) -> None:
+        report = self.fit(Reports(), tmp_path, sampled(num_workers=workers))
         assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2)
         assert report["seen"] == [list(range(SIZE))] * 3
         assert report["counted"] == 3 * SIZE
         assert report["validated"] == [0, 0, 1, 2]
         assert max(size for _, size in report["micro_batches"]) <= LARGEST
 
-    def test_a_loader_from_a_hook_that_is_reloaded(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_a_loader_from_a_hook_that_is_reloaded(self, tmp_path: Path) -> None:
         class Own(Reports):
             def train_dataloader(self) -> DataLoader[Any]:
                 return sampled(drop_last=True)
 
-        report = self.fit(make_trainer, Own(), tmp_path, reload_dataloaders_every_n_epochs=1)
+        report = self.fit(Own(), tmp_path, reload_dataloaders_every_n_epochs=1)
         assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2, drop_last=True)
 
-    def test_an_own_distributed_sampler(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_an_own_distributed_sampler(self, tmp_path: Path) -> None:
         class Own(Reports):
             def train_dataloader(self) -> DataLoader[Any]:
                 data: Any = torch.eye(SIZE)
                 own = DistributedSampler(data, num_replicas=2, rank=self.trainer.global_rank)
                 return DataLoader(data, batch_sampler=ScheduledBatchSampler(own, LARGEST))
 
-        report = self.fit(make_trainer, Own(), tmp_path, use_distributed_sampler=False)
+        report = self.fit(Own(), tmp_path, use_distributed_sampler=False)
         assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2)
         assert report["seen"] == [list(range(SIZE))] * 3
 
-    def test_micro_batches_that_differ_between_processes(
-        self, make_trainer: MakeTrainer, tmp_path: Path
-    ) -> None:
+    def test_micro_batches_that_differ_between_processes(self, tmp_path: Path) -> None:
         class Ragged(Reports):
             def train_dataloader(self) -> DataLoader[Any]:
                 rank = self.trainer.global_rank
@@ -645,25 +626,21 @@ class TestTwoProcesses:
                 return DataLoader(batches, batch_size=None)
 
         scheduler = BatchSizeScheduler(Milestones({0: 8, 3: 16}), micro_batch_size=4)
-        report = self.fit(
-            make_trainer, Ragged(), tmp_path, scheduler=scheduler, use_distributed_sampler=False
-        )
+        report = self.fit(Ragged(), tmp_path, scheduler=scheduler, use_distributed_sampler=False)
         # That gradients are means over the examples of both is checked with their sizes.
         assert report["sizes"] == [6, 5, 7, 8, 11, 13, *[11, 15, 11, 13] * 2]
         assert report["counted"] == 3 * SIZE
 
     @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
-    def test_a_clock(self, make_trainer: MakeTrainer, tmp_path: Path, mechanism: str) -> None:
+    def test_a_clock(self, tmp_path: Path, mechanism: str) -> None:
         loader = sampled() if mechanism == "sampler" else plain(2)
         model = Reports(make_scheduler=clock(3 * SIZE))
-        report = self.fit(make_trainer, model, tmp_path, loader, scheduler=BatchSizeWarmup(4, 16, 8))
+        report = self.fit(model, tmp_path, loader, scheduler=BatchSizeWarmup(4, 16, 8))
         assert report["lr"] == 0.0
         assert report["counted"] == 3 * SIZE
 
-    def test_sizes_that_cannot_be_shared_are_refused_before_training(
-        self, make_trainer: MakeTrainer, tmp_path: Path
-    ) -> None:
+    def test_sizes_that_cannot_be_shared_are_refused_before_training(self, tmp_path: Path) -> None:
         scheduler = BatchSizeScheduler(LinearRamp(3, 40, 10))
         with pytest.raises(Exception, match=r"multiple of the 2 data-parallel replicas, got start=3: use s"):
-            self.fit(make_trainer, Reports(), tmp_path, sampled(), scheduler=scheduler)
+            self.fit(Reports(), tmp_path, sampled(), scheduler=scheduler)
         assert list(tmp_path.iterdir()) == []

@@ -17,8 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeWarmup
 from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
-from tests.trainings import OneHot, columns
-from tests.trainings import make_quiet_trainer as trainer_with
+from tests.trainings import OneHot, columns, make_trainer
 
 # 13 micro-batches of 2. Requests 2 2 4 5 8 8 ..., windows begin at micro-batches 0 1 2 4 6 8 12 of
 # the first epoch; the window of 4 requested at 6 waits for 8, and the one at 12 gets a single one.
@@ -64,7 +63,7 @@ def loader(size: int, batch_size: int = 2, **options: Any) -> DataLoader[Tensor]
 
 def fit(warmup: BatchSizeWarmup, size: int, batch_size: int = 2, **options: Any) -> Noting:
     model = Noting(size)
-    trainer_with(warmup, **options).fit(model, loader(size, batch_size))
+    make_trainer(warmup, **options).fit(model, loader(size, batch_size))
     return model
 
 
@@ -108,7 +107,7 @@ class TestWindows:
 
     def test_a_loader_without_a_length(self) -> None:
         model = Noting(4)
-        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), max_epochs=-1, max_steps=9)
+        trainer = make_trainer(BatchSizeWarmup(2, 8, 4), max_epochs=-1, max_steps=9)
         trainer.fit(model, DataLoader(Endless(), batch_size=2))
         assert [scheduled for _, scheduled in model.told] == [2, 2, 4, 4, 4, 8, 8, 8, 8]
 
@@ -134,7 +133,7 @@ class TestMicroBatchSize:
         data: Any = torch.eye(26)
         sampled = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, drop_last=False))
         model = Noting(26)
-        trainer_with(BatchSizeWarmup(2, 8, 4), max_epochs=2).fit(model, sampled)
+        make_trainer(BatchSizeWarmup(2, 8, 4), max_epochs=2).fit(model, sampled)
         assert [scheduled for _, scheduled in model.told] == HAND["scheduled"]
 
     def test_argument_overrides_the_loader(self) -> None:
@@ -145,14 +144,14 @@ class TestMicroBatchSize:
 
     def test_error_when_it_cannot_be_told(self) -> None:
         data = [torch.eye(4)[:2], torch.eye(4)[2:]]
-        trainer = trainer_with(BatchSizeWarmup(2, 4, 1))
+        trainer = make_trainer(BatchSizeWarmup(2, 4, 1))
         with pytest.raises(
             MisconfigurationException, match=r"got batch_size=None from DataLoader: pass micro_b"
         ):
             trainer.fit(Noting(4), DataLoader(data, batch_size=None))  # type: ignore[arg-type]
         assert trainer.accumulate_grad_batches == 1
         with pytest.raises(MisconfigurationException, match=r"from list: pass micro_batch_size="):
-            trainer_with(BatchSizeWarmup(2, 4, 1)).fit(Noting(4), data)
+            make_trainer(BatchSizeWarmup(2, 4, 1)).fit(Noting(4), data)
 
     @pytest.mark.parametrize(
         ("start", "end", "message"),
@@ -167,7 +166,7 @@ class TestMicroBatchSize:
         with pytest.raises(MisconfigurationException, match=message):
             fit(BatchSizeWarmup(start, end, 4), size=26)
         warmup = BatchSizeWarmup(start, end, 4, micro_batch_size=2)
-        trainer = trainer_with(warmup)
+        trainer = make_trainer(warmup)
         with pytest.raises(MisconfigurationException, match=message):
             warmup.setup(trainer, Noting(26), "fit")
 
@@ -190,30 +189,30 @@ class TestErrors:
         with pytest.raises(
             MisconfigurationException, match=r"automatic_optimization=False in Noting.* Remove"
         ):
-            trainer_with(BatchSizeWarmup(2, 4, 1)).fit(model, loader(4))
+            make_trainer(BatchSizeWarmup(2, 4, 1)).fit(model, loader(4))
 
     def test_trainer_that_accumulates(self) -> None:
-        trainer = trainer_with(BatchSizeWarmup(2, 4, 1), accumulate_grad_batches=4)
+        trainer = make_trainer(BatchSizeWarmup(2, 4, 1), accumulate_grad_batches=4)
         with pytest.raises(MisconfigurationException, match="got accumulate_grad_batches=4: remove it"):
             trainer.fit(Noting(4), loader(4))
         assert trainer.accumulate_grad_batches == 4
 
     def test_two_callbacks_for_one_job(self) -> None:
         with pytest.raises(MisconfigurationException, match="and GradientAccumulationScheduler: remove one"):
-            trainer_with(BatchSizeWarmup(2, 4, 1), GradientAccumulationScheduler({0: 2})).fit(
+            make_trainer(BatchSizeWarmup(2, 4, 1), GradientAccumulationScheduler({0: 2})).fit(
                 Noting(4), loader(4)
             )
 
     def test_two_schedules(self) -> None:
         # Lightning's own words, since the two would have one place in a checkpoint.
         with pytest.raises(RuntimeError, match="more than one stateful callback of type `BatchSizeWarmup`"):
-            trainer_with(BatchSizeWarmup(2, 4, 1), BatchSizeWarmup(2, 8, 4)).fit(Noting(4), loader(4))
+            make_trainer(BatchSizeWarmup(2, 4, 1), BatchSizeWarmup(2, 8, 4)).fit(Noting(4), loader(4))
 
     def test_strategy_that_accumulates_by_itself(self) -> None:
         class LikeDeepSpeed(SingleDeviceStrategy):
             handles_gradient_accumulation = True  # as DeepSpeedStrategy says
 
-        trainer = trainer_with(BatchSizeWarmup(2, 4, 1), accelerator="auto", strategy=LikeDeepSpeed("cpu"))
+        trainer = make_trainer(BatchSizeWarmup(2, 4, 1), accelerator="auto", strategy=LikeDeepSpeed("cpu"))
         with pytest.raises(
             MisconfigurationException, match=r"got strategy=LikeDeepSpeed, .*: use strategy='ddp'"
         ):
@@ -228,14 +227,14 @@ class TestErrors:
         with pytest.raises(
             MisconfigurationException, match=r"got training_step\(dataloader_iter\) in Iterates"
         ):
-            trainer_with(BatchSizeWarmup(2, 4, 1)).fit(Iterates(4), loader(4))
+            make_trainer(BatchSizeWarmup(2, 4, 1)).fit(Iterates(4), loader(4))
 
     def test_other_stages_are_left_alone(self) -> None:
         class Tested(Noting):
             def test_step(self, batch: Tensor, batch_idx: int) -> None:
                 self.log("loss", batch.sum())
 
-        trainer = trainer_with(BatchSizeWarmup(2, 4, 1), accumulate_grad_batches=4)
+        trainer = make_trainer(BatchSizeWarmup(2, 4, 1), accumulate_grad_batches=4)
         trainer.test(Tested(4), loader(4), verbose=False)
         assert trainer.accumulate_grad_batches == 4
 
@@ -244,7 +243,7 @@ class TestManners:
     @pytest.mark.filterwarnings("ignore:Expected a training loader with state_dict")
     def test_trainer_gets_its_accumulation_back_after_an_exception(self) -> None:
         warmup = BatchSizeWarmup(2, 8, 4)
-        trainer = trainer_with(warmup)
+        trainer = make_trainer(warmup)
         with pytest.raises(RuntimeError, match="switched off"):
             trainer.fit(Noting(26, fail_at=10), loader(26))
         assert trainer.accumulate_grad_batches == 1
@@ -263,7 +262,7 @@ class TestManners:
                     trainer.accumulate_grad_batches = self.before
 
         model = Noting(26)
-        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), OneWindow(), max_epochs=3)
+        trainer = make_trainer(BatchSizeWarmup(2, 8, 4), OneWindow(), max_epochs=3)
         with pytest.warns(UserWarning, match="expected accumulate_grad_batches=4, got 13: another") as caught:
             trainer.fit(model, loader(26))
         assert len([warning for warning in caught if "another" in str(warning.message)]) == 1
@@ -273,7 +272,7 @@ class TestManners:
 
     def test_logs_both_sizes_at_every_step(self, tmp_path: Path) -> None:
         logger = CSVLogger(tmp_path)
-        trainer = trainer_with(BatchSizeWarmup(2, 8, 4), logger=logger, max_epochs=2)
+        trainer = make_trainer(BatchSizeWarmup(2, 8, 4), logger=logger, max_epochs=2)
         trainer.fit(Noting(26), loader(26))
         logged = columns(logger)
         assert logged["step"] == list(range(11))
@@ -292,8 +291,8 @@ class TestResume:
                     trainer.save_checkpoint(tmp_path / "within.ckpt")
 
         model, data = Noting(26), torch.eye(26)
-        trainer_with(BatchSizeWarmup(2, 8, 4), SaveWithin()).fit(Noting(26), StatefulDataLoader(data, 2))  # type: ignore[arg-type]
-        trainer_with(BatchSizeWarmup(2, 8, 4)).fit(
+        make_trainer(BatchSizeWarmup(2, 8, 4), SaveWithin()).fit(Noting(26), StatefulDataLoader(data, 2))  # type: ignore[arg-type]
+        make_trainer(BatchSizeWarmup(2, 8, 4)).fit(
             model,
             StatefulDataLoader(data, 2),  # type: ignore[arg-type]
             ckpt_path=tmp_path / "within.ckpt",

@@ -22,7 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
-from tests.trainings import Regression, assert_same, make_quiet_trainer, regression_data, with_lr
+from tests.trainings import Regression, assert_same, make_trainer, regression_data, with_lr
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
@@ -106,7 +106,7 @@ def train(
     callbacks = [surge, ModelCheckpoint(path, "{step}", every_n_train_steps=every, save_top_k=-1)]
     if scheduled:
         callbacks += [BatchSizeScheduler(ConstantSize(8)), ExactResume()]
-    trainer = make_quiet_trainer(*callbacks, max_epochs=EPOCHS, accumulate_grad_batches=accumulation)
+    trainer = make_trainer(*callbacks, max_epochs=EPOCHS, accumulate_grad_batches=accumulation)
     # A resumed process has other random streams than the one that was killed.
     pl.seed_everything(1 if resume is None else 77, verbose=False)
     trainer.fit(net, loader(micro), ckpt_path=None if resume is None else str(resume), weights_only=True)

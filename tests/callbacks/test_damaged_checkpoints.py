@@ -26,7 +26,7 @@ from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Policy
 from lightning_surge.schedules.sizes import LinearRamp
-from tests.trainings import MakeTrainer, Regression, make_quiet_trainer, regression_data
+from tests.trainings import Regression, make_trainer, regression_data
 
 State = dict[str, Any]
 
@@ -66,7 +66,7 @@ def whole() -> States:
     states = States()
     for name, options in OPTIONS.items():
         callback = surge(**options)
-        make_quiet_trainer(callback).fit(net(), batches())
+        make_trainer(callback).fit(net(), batches())
         states[name] = callback.state_dict()
         assert callback.law is not None
     assert len(states["edge"]["measurer"]["sharpness"]["vector"]) == 4
@@ -292,7 +292,7 @@ class TestGoingOn:
     """With a Trainer, from a checkpoint on disk."""
 
     @pytest.fixture
-    def checkpoint(self, make_trainer: MakeTrainer, tmp_path: Path) -> Path:
+    def checkpoint(self, tmp_path: Path) -> Path:
         callback = surge(objective="edge")
         trainer = make_trainer(callback)
         trainer.fit(net(), batches())
@@ -307,59 +307,55 @@ class TestGoingOn:
         torch.save(content, path)
         return path
 
-    def _resumed(self, make_trainer: MakeTrainer, path: Path, callback: SurgeLRCallback) -> Regression:
+    def _resumed(self, path: Path, callback: SurgeLRCallback) -> Regression:
         module = net()
         make_trainer(callback, max_epochs=2).fit(module, batches(), ckpt_path=path, weights_only=True)
         assert len(module.lrs) == STEPS
         assert all(0.01 / 4 <= lr <= 0.04 for lr in module.lrs)
         return module
 
-    def test_from_one_that_knows_nothing_of_the_callback(
-        self, make_trainer: MakeTrainer, checkpoint: Path
-    ) -> None:
+    def test_from_one_that_knows_nothing_of_the_callback(self, checkpoint: Path) -> None:
         path = self._with(checkpoint, lambda callbacks: callbacks.clear())
         callback = surge(base_batch_size=None)
         with pytest.warns(
             UserWarning, match="law='measured' in the checkpoint, got none: .*that of the first"
         ):
-            module = self._resumed(make_trainer, path, callback)
+            module = self._resumed(path, callback)
         assert callback.base_batch_size == BATCH
         assert module.lrs[0] == 0.01
         assert callback.history.num_measurements > 4
 
     # Lightning says, too, that a callback of the checkpoint is missing.
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
-    def test_with_another_law(self, make_trainer: MakeTrainer, checkpoint: Path) -> None:
+    def test_with_another_law(self, checkpoint: Path) -> None:
         callback = surge(base_batch_size=None, law="theorem3")
         with pytest.warns(
             UserWarning, match="law='theorem3' .* got that of .*'measured'.* base_batch_size is 4"
         ):
-            module = self._resumed(make_trainer, checkpoint, callback)
+            module = self._resumed(checkpoint, callback)
         assert callback.base_batch_size == 4
         assert module.lrs[0] == 0.02  # sqrt(16 / 4) until something is measured
         assert callback.history.num_measurements > 4
 
     @pytest.mark.parametrize("objective", ["alignment", "progress", "step"])
     def test_with_another_objective_goes_on_with_the_measurements(
-        self, make_trainer: MakeTrainer, checkpoint: Path, objective: str
+        self, checkpoint: Path, objective: str
     ) -> None:
         callback = surge(objective=objective)
-        self._resumed(make_trainer, checkpoint, callback)
+        self._resumed(checkpoint, callback)
         assert callback.history.num_measurements > STEPS
 
-    def test_with_the_edge_where_none_was_measured(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_with_the_edge_where_none_was_measured(self, tmp_path: Path) -> None:
         trainer = make_trainer(surge(objective="alignment"))
         trainer.fit(net(), batches())
         trainer.save_checkpoint(tmp_path / "alignment.ckpt")
         callback = surge(objective="edge")
-        module = self._resumed(make_trainer, tmp_path / "alignment.ckpt", callback)
+        module = self._resumed(tmp_path / "alignment.ckpt", callback)
         assert module.lrs[0] == 0.02  # no edge is known yet
         assert callback.law is not None
         assert math.isfinite(callback.law.edge_lr(BATCH))
 
-    def test_with_other_parameters_behind_the_sharpness(
-        self, make_trainer: MakeTrainer, checkpoint: Path
-    ) -> None:
+    def test_with_other_parameters_behind_the_sharpness(self, checkpoint: Path) -> None:
         for vector in ([torch.ones(3), torch.ones(2, 2)], None):  # None: of the same shapes, in other numbers
 
             def change(callbacks: State, vector: Any = vector) -> None:
@@ -368,13 +364,13 @@ class TestGoingOn:
                 sharpness["vector"] = vector or [w.double() for w in sharpness["vector"]]
 
             callback = surge(objective="edge")
-            self._resumed(make_trainer, self._with(checkpoint, change), callback)
+            self._resumed(self._with(checkpoint, change), callback)
             found = callback.state_dict()["measurer"]["sharpness"]["vector"]
             assert [tuple(w.shape) for w in found] == [(6, 4), (6,), (1, 6), (1,)]
             assert {w.dtype for w in found} == {torch.float32}
 
     @pytest.mark.parametrize("whole_state", [True, False])
-    def test_in_the_middle_of_a_run(self, make_trainer: MakeTrainer, whole_state: bool) -> None:
+    def test_in_the_middle_of_a_run(self, whole_state: bool) -> None:
         # As a learning-rate finder does that is asked within training.
         class Restoring(Callback):
             def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -396,7 +392,7 @@ class TestGoingOn:
             assert callback.history.num_measurements == STEPS - 7 - 1
 
     def test_a_validation_of_a_checkpoint_without_state_keeps_what_was_measured(
-        self, make_trainer: MakeTrainer, checkpoint: Path
+        self, checkpoint: Path
     ) -> None:
         class Validated(Regression):
             def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -479,7 +475,7 @@ class TestBatchSizeScheduler:
         ],
     )
     def test_damaged_random_states_are_left_alone_altogether(
-        self, make_trainer: MakeTrainer, tmp_path: Path, path: tuple[Any, ...], value: Any
+        self, tmp_path: Path, path: tuple[Any, ...], value: Any
     ) -> None:
         saving = ModelCheckpoint(tmp_path, filename="whole", every_n_train_steps=STEPS)
         make_trainer(ExactResume(), saving).fit(net(), batches())

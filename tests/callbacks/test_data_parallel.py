@@ -22,7 +22,7 @@ from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback
 from lightning_surge.callbacks.checks import check_processes
 from lightning_surge.schedules.sizes import GeometricRamp
 from tests.processes import environment, on_ranks
-from tests.trainings import assert_same, at_update, make_quiet_trainer
+from tests.trainings import assert_same, at_update, make_trainer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
 
@@ -138,7 +138,7 @@ def train(
 ) -> list[Run]:
     path.mkdir(parents=True, exist_ok=True)
     options |= {"devices": devices, "strategy": strategy if devices > 1 else "auto"}
-    trainer = make_quiet_trainer(*callbacks, use_distributed_sampler=False, **options)
+    trainer = make_trainer(*callbacks, use_distributed_sampler=False, **options)
     net = make(path, **({"alone": devices == 1} | (module or {})))
     trainer.fit(net, ckpt_path=None if resume is None else str(resume), weights_only=True)
     if os.environ.get("LOCAL_RANK"):

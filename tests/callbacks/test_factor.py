@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Adafactor, Adagrad, AdamW, NAdam, Optimizer, RMSprop
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import SurgeLRCallback
-from tests.trainings import MakeTrainer, columns, scaling
+from tests.trainings import columns, make_trainer, scaling
 
 LR = 1e-3
 
@@ -153,7 +153,7 @@ class TestWhoeverWrites:
     """What the update reads is the factor times what it would have read alone; nothing else changes."""
 
     @staticmethod
-    def compare(make_trainer: MakeTrainer, make: Callable[[], Writing], **options: Any) -> Writing:
+    def compare(make: Callable[[], Writing], **options: Any) -> Writing:
         alone, together = make(), make()
         make_trainer(**options).fit(alone, data())
         make_trainer(sqrt(), **options).fit(together, data())
@@ -166,12 +166,12 @@ class TestWhoeverWrites:
     @pytest.mark.parametrize("schedule", [False, True])
     @pytest.mark.parametrize("write", [decay, count_up, once, grow])
     @pytest.mark.parametrize("hook", Writing.HOOKS)
-    def test_in_any_hook(self, make_trainer: MakeTrainer, hook: str, write: Any, schedule: bool) -> None:
+    def test_in_any_hook(self, hook: str, write: Any, schedule: bool) -> None:
         if write is grow and schedule:
             pytest.skip("torch's schedulers do not follow groups that are added")
-        self.compare(make_trainer, lambda: Writing({hook: write}, schedule=schedule))
+        self.compare(lambda: Writing({hook: write}, schedule=schedule))
 
-    def test_the_values_of_those_cases(self, make_trainer: MakeTrainer) -> None:
+    def test_the_values_of_those_cases(self) -> None:
         early = Writing({"on_train_batch_start": decay})
         make_trainer(sqrt()).fit(early, data(3))
         assert lrs(early) == pytest.approx([0.0018, 0.00162, 0.001458])
@@ -183,14 +183,14 @@ class TestWhoeverWrites:
         assert lrs(jump) == pytest.approx([0.002, 0.002, 0.004, 0.004])
         assert jump.groups[0]["lr"] == 0.002
 
-    def test_weight_decay_that_is_kept(self, make_trainer: MakeTrainer) -> None:
+    def test_weight_decay_that_is_kept(self) -> None:
         module = Writing({"on_before_optimizer_step": change_decay}, weight_decay=0.01)
         make_trainer(sqrt(scale_weight_decay=False)).fit(module, data(3))
         assert module.spied.read == [[(2 * LR, 0.02)]] * 3
         assert module.groups[0]["weight_decay"] == 0.04
 
     @pytest.mark.parametrize("seed", range(20))
-    def test_at_random(self, make_trainer: MakeTrainer, seed: int) -> None:
+    def test_at_random(self, seed: int) -> None:
         draw = random.Random(seed)
         accumulation = draw.choice([1, 1, 2, 3])
         writes = {
@@ -205,16 +205,16 @@ class TestWhoeverWrites:
         assert together.spied.read == [[(2 * lr, wd) for lr, wd in groups] for groups in alone.spied.read]
         assert together.seen == alone.seen
 
-    def test_from_hooks_of_the_optimizer(self, make_trainer: MakeTrainer) -> None:
+    def test_from_hooks_of_the_optimizer(self) -> None:
         class Hooked(Writing):
             def configure_optimizers(self) -> Any:
                 self.spied.register_step_pre_hook(lambda *args: decay(self))
                 self.spied.register_step_post_hook(lambda *args: decay(self))
                 return self.spied
 
-        self.compare(make_trainer, Hooked)
+        self.compare(Hooked)
 
-    def test_from_a_hook_that_is_there_later_under_a_scaler(self, make_trainer: MakeTrainer) -> None:
+    def test_from_a_hook_that_is_there_later_under_a_scaler(self) -> None:
         class Late(Writing):
             def on_train_batch_start(self, *args: Any) -> None:
                 if not self.seen:
@@ -227,7 +227,7 @@ class TestWhoeverWrites:
 
 
 class TestStepsLeftOut:
-    def test_by_the_module(self, make_trainer: MakeTrainer) -> None:
+    def test_by_the_module(self) -> None:
         class Skipping(Writing):
             def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
                 closure = kwargs.get("optimizer_closure") or args[3]
@@ -244,7 +244,7 @@ class TestStepsLeftOut:
         assert together.seen == alone.seen
 
     @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-    def test_by_a_scaler(self, make_trainer: MakeTrainer) -> None:
+    def test_by_a_scaler(self) -> None:
         class Overflowing(Writing):
             def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
                 return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 1 else 1.0)
@@ -256,7 +256,7 @@ class TestStepsLeftOut:
         assert together.groups[0]["lr"] == alone.groups[0]["lr"]
 
     @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-    def test_by_a_batch_without_a_loss(self, make_trainer: MakeTrainer) -> None:
+    def test_by_a_batch_without_a_loss(self) -> None:
         class Empty(Writing):
             def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
                 loss = super().training_step(batch, batch_idx)
@@ -267,7 +267,7 @@ class TestStepsLeftOut:
         assert lrs(module) == [2 * LR, LR, 2 * LR, 2 * LR]
         assert module.groups[0]["lr"] == LR
 
-    def test_by_an_error_in_the_update(self, make_trainer: MakeTrainer) -> None:
+    def test_by_an_error_in_the_update(self) -> None:
         class Failing(Writing):
             def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
                 with contextlib.suppress(ArithmeticError):
@@ -289,51 +289,7 @@ class TestStepsLeftOut:
 
 
 class TestOptimizers:
-    OPTIMIZERS: tuple[Callable[..., Optimizer], ...] = (
-        SGD,
-        AdamW,
-        lambda params, lr: AdamW(params, lr=lr, fused=True),
-        lambda params, lr: AdamW(params, lr=lr, foreach=True),
-        lambda params, lr: AdamW(params, lr=torch.tensor(lr), foreach=False),
-        NAdam,
-        RMSprop,
-        Adagrad,
-        Adafactor,
-        lambda params, lr: LBFGS(params, lr=lr),
-    )
-
-    @pytest.mark.parametrize("make_optimizer", OPTIMIZERS)
-    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-    def test_step_as_with_twice_the_learning_rate(
-        self, make_trainer: MakeTrainer, make_optimizer: Any, precision: str
-    ) -> None:
-        class Plain(pl.LightningModule):
-            def __init__(self, lr: float) -> None:
-                super().__init__()
-                self.layer = torch.nn.Linear(2, 2)
-                torch.nn.init.constant_(self.layer.weight, 0.5)
-                torch.nn.init.constant_(self.layer.bias, 0.5)
-                self.lr = lr
-                self.seen: set[float] = set()
-
-            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-                self.seen.add(round(float(self.trainer.optimizers[0].param_groups[0]["lr"]), 9))
-                return self.layer(batch[0]).square().mean()
-
-            def configure_optimizers(self) -> Any:
-                optimizer = make_optimizer(self.parameters(), lr=self.lr)
-                return {"optimizer": optimizer, "lr_scheduler": ExponentialLR(optimizer, 0.5)}
-
-        alone, together = Plain(2**-6), Plain(2**-7)
-        make_trainer(precision=precision, max_epochs=2).fit(alone, data())
-        make_trainer(sqrt(), precision=precision, max_epochs=2).fit(together, data())
-        for one, other in zip(alone.parameters(), together.parameters(), strict=True):
-            assert torch.equal(one, other)
-        assert together.seen == {2**-7, 2**-8}
-
-    def test_that_read_before_the_closure_are_named(
-        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_that_read_before_the_closure_are_named(self, caplog: pytest.LogCaptureFixture) -> None:
         class Early(Spied):
             def step(self, closure: Any = None) -> Any:
                 ahead = [group["lr"] for group in self.param_groups]
@@ -356,20 +312,20 @@ class TestOptimizers:
 
 
 class TestLogs:
-    def test_what_the_update_read(self, make_trainer: MakeTrainer, tmp_path: Any) -> None:
+    def test_what_the_update_read(self, tmp_path: Any) -> None:
         module = Writing({"configure_gradient_clipping": count_up, "on_train_batch_end": decay})
         logger = CSVLogger(tmp_path)
         make_trainer(LearningRateMonitor("step"), sqrt(), logger=logger).fit(module, data(4))
         assert columns(logger)["surge/lr_used"] == pytest.approx(lrs(module))
         assert columns(logger)["surge/lr_scheduled"] == pytest.approx([lr / 2 for lr in lrs(module)])
 
-    def test_the_schedule_in_the_monitor(self, make_trainer: MakeTrainer, tmp_path: Any) -> None:
+    def test_the_schedule_in_the_monitor(self, tmp_path: Any) -> None:
         module, logger = Writing(schedule=True), CSVLogger(tmp_path)
         make_trainer(LearningRateMonitor("step"), sqrt(), logger=logger).fit(module, data(4))
         assert columns(logger)["lr-Spied"] == pytest.approx([LR * 0.9**step for step in range(4)])
 
 
-def test_manual_optimization_takes_the_same_path(make_trainer: MakeTrainer) -> None:
+def test_manual_optimization_takes_the_same_path() -> None:
     class Manual(Writing):
         def __init__(self) -> None:
             super().__init__(schedule=True)

@@ -20,7 +20,7 @@ from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.sizes import GeometricRamp, LinearRamp, Milestones, Schedule
-from tests.trainings import MakeTrainer, Ragged, columns, make_quiet_trainer
+from tests.trainings import Ragged, columns, make_trainer
 
 FEATURES = 8
 BASE_LR = 0.01
@@ -97,12 +97,7 @@ class TestBeside:
     @every_mechanism
     @pytest.mark.parametrize("first", ["scheduler", "surge"])
     def test_the_learning_rate_is_that_of_the_size_each_step_has(
-        self,
-        make_trainer: MakeTrainer,
-        tmp_path: Path,
-        loader: Callable[[], Any],
-        schedule: Schedule,
-        first: str,
+        self, tmp_path: Path, loader: Callable[[], Any], schedule: Schedule, first: str
     ) -> None:
         model = Valley()
         callbacks = [BatchSizeScheduler(schedule), SurgeLRCallback(4, law="sqrt", max_drift_per_step=1e9)]
@@ -118,9 +113,7 @@ class TestBeside:
         )
 
     @every_mechanism
-    def test_a_dry_run_is_no_callback(
-        self, make_trainer: MakeTrainer, loader: Callable[[], Any], schedule: Schedule
-    ) -> None:
+    def test_a_dry_run_is_no_callback(self, loader: Callable[[], Any], schedule: Schedule) -> None:
         alone, beside = Valley(), Valley()
         make_trainer(BatchSizeScheduler(schedule), max_epochs=3).fit(alone, loader())
         surge = SurgeLRCallback(4, probe_every=2, dry_run=True)
@@ -129,7 +122,7 @@ class TestBeside:
         assert all(torch.equal(*pair) for pair in zip(alone.gradients, beside.gradients, strict=True))
         assert torch.equal(alone.weight, beside.weight)
 
-    def test_weights_are_taken_off_before_micro_batches_are_measured(self, make_trainer: MakeTrainer) -> None:
+    def test_weights_are_taken_off_before_micro_batches_are_measured(self) -> None:
         """Measured live, from windows of sixteen: the same with and without weights."""
         stats = []
         for weighted in (True, False):
@@ -150,7 +143,7 @@ class TestBeside:
         # In a valley they are known, per coordinate: 4 var of the gradient's, curvature 2.
         assert weighted.trace_cov == pytest.approx(4 * FEATURES, rel=0.2)
 
-    def test_of_tokens_both_must_be_told(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_of_tokens_both_must_be_told(self, tmp_path: Path) -> None:
         logger = CSVLogger(tmp_path)
         model = Valley()
         surge = SurgeLRCallback(4 * FEATURES, law="sqrt", batch_size_fn=torch.numel)
@@ -168,7 +161,7 @@ RULE = FollowPeak(start=4, maximum=16)
 Run = tuple[Valley, BatchSizeScheduler, SurgeLRCallback]
 
 
-def follow(make_trainer: MakeTrainer, rule: FollowPeak, batches: int = 100, **options: Any) -> Run:
+def follow(rule: FollowPeak, batches: int = 100, **options: Any) -> Run:
     """Towards the bottom of the valley the gradient falls and its noise does not: larger batches pay."""
     surge = SurgeLRCallback(rule.start, probe_every=8, dry_run=options.pop("dry_run", False))
     scheduler, model = BatchSizeScheduler(rule), Valley(adam, **options)
@@ -180,7 +173,7 @@ def follow(make_trainer: MakeTrainer, rule: FollowPeak, batches: int = 100, **op
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a training whose batch size has grown to 16."""
 
-    model, *_ = follow(make_quiet_trainer, RULE)
+    model, *_ = follow(RULE)
     path = tmp_path_factory.mktemp("followed") / "followed.ckpt"
     model.trainer.save_checkpoint(path)
     return path
@@ -196,10 +189,8 @@ class TestFollowPeak:
             (FollowPeak(start=8, maximum=8), False),
         ],
     )
-    def test_it_grows_when_the_law_says_so(
-        self, make_trainer: MakeTrainer, rule: FollowPeak, dry_run: bool
-    ) -> None:
-        model, scheduler, surge = follow(make_trainer, rule, dry_run=dry_run)
+    def test_it_grows_when_the_law_says_so(self, rule: FollowPeak, dry_run: bool) -> None:
+        model, scheduler, surge = follow(rule, dry_run=dry_run)
         size, expected = rule.start, [rule.start] * len(model.sizes)
         for record in surge.law_history:
             size = rule.next_size(size, record.law)
@@ -213,15 +204,15 @@ class TestFollowPeak:
         if dry_run:
             assert model.trainer.optimizers[0].param_groups[0]["lr"] == 0.1
 
-    def test_it_shrinks_if_it_may(self, make_trainer: MakeTrainer) -> None:
+    def test_it_shrinks_if_it_may(self) -> None:
         # Far from the bottom nearly all of a batch is wasted.
         rule = FollowPeak(start=16, maximum=16, minimum=4, growth_only=False)
-        model, *_ = follow(make_trainer, rule, begin=20.0)
+        model, *_ = follow(rule, begin=20.0)
         sizes = [requested for requested, _ in model.requested]
         assert sorted(set(sizes)) == [4, 8, 16]
         assert sizes == sorted(sizes, reverse=True)
 
-    def test_it_needs_somebody_who_measures(self, make_trainer: MakeTrainer) -> None:
+    def test_it_needs_somebody_who_measures(self) -> None:
         for callbacks in ([], [SurgeLRCallback(4, law="sqrt")]):
             trainer = make_trainer(BatchSizeScheduler(RULE), *callbacks)
             with pytest.raises(
@@ -231,15 +222,13 @@ class TestFollowPeak:
                 trainer.fit(Valley(), plain())
             assert trainer.global_step == 0
 
-    def test_and_not_only_in_an_earlier_training(self, make_trainer: MakeTrainer) -> None:
+    def test_and_not_only_in_an_earlier_training(self) -> None:
         scheduler = BatchSizeScheduler(RULE)
         make_trainer(scheduler, SurgeLRCallback(4)).fit(Valley(), plain())
         with pytest.raises(MisconfigurationException, match="that measures beside FollowPeak, got none"):
             make_trainer(scheduler).fit(Valley(), plain())
 
-    def test_a_scheduled_sampler_is_accumulated_as_it_is(
-        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_scheduled_sampler_is_accumulated_as_it_is(self, caplog: pytest.LogCaptureFixture) -> None:
         # It cannot know sizes that are decided later.
         model = Valley(adam)
         trainer = make_trainer(SurgeLRCallback(8), BatchSizeScheduler(FollowPeak(start=8, maximum=32)))
@@ -256,16 +245,12 @@ class TestFollowPeak:
             (FollowPeak(start=8, maximum=16, minimum=2), "got minimum=2: use minimum=4"),
         ],
     )
-    def test_sizes_that_accumulation_cannot_make(
-        self, make_trainer: MakeTrainer, rule: FollowPeak, message: str
-    ) -> None:
+    def test_sizes_that_accumulation_cannot_make(self, rule: FollowPeak, message: str) -> None:
         with pytest.raises(MisconfigurationException, match=message):
             make_trainer(SurgeLRCallback(4), BatchSizeScheduler(rule)).fit(Valley(), plain())
 
     @pytest.mark.parametrize("maximum", [16, 8])
-    def test_the_size_is_in_the_checkpoint(
-        self, make_trainer: MakeTrainer, checkpoint: Path, maximum: int
-    ) -> None:
+    def test_the_size_is_in_the_checkpoint(self, checkpoint: Path, maximum: int) -> None:
         state = torch.load(checkpoint, weights_only=True)["callbacks"]["BatchSizeScheduler"]
         assert state["followed"] == 16
         # A smaller maximum holds from the first step on.

@@ -32,7 +32,7 @@ from lightning_surge.schedules.sizes import (
     Progress,
     Schedule,
 )
-from tests.trainings import make_quiet_trainer as make_trainer
+from tests.trainings import make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The last 3 checkpoints each came while batches were being pooled"),
@@ -162,27 +162,6 @@ def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
         later = [file.name for file in again if file.name != checkpoint.name]
         assert later == [file.name for file in saved[index * every + 1 :]]
         assert_same(weights(again[-1]), last)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
-@pytest.mark.parametrize(("loader", "rule"), [(accumulated, "doublings"), (sampled, "any size")])
-def test_two_processes(tmp_path: Path, loader: Callable[[], Any], rule: str) -> None:
-    def train(path: Path, resume: Path | None = None) -> list[Path]:
-        pl.seed_everything(1 if resume is None else 77, verbose=False)
-        ramp = LinearRamp(4, 16, duration=1.5 * EXAMPLES, unit="examples")
-        saving = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)
-        trainer = make_trainer(
-            BatchSizeScheduler(ramp), ExactResume(), saving, strategy="ddp_fork", devices=2, max_epochs=EPOCHS
-        )
-        trainer.fit(Net(loader), ckpt_path=None if resume is None else str(resume), weights_only=True)
-        return steps(path)
-
-    saved = train(tmp_path / "whole")
-    for index in (2, len(saved) // 2, len(saved) - 3):
-        again = train(tmp_path / f"from {index}", saved[index])
-        later = [file.name for file in again if file.name != saved[index].name]
-        assert later == [file.name for file in saved[index + 1 :]]
-        assert_same(weights(again[-1]), weights(saved[-1]))
 
 
 def plain() -> Any:

@@ -9,10 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    Callback,
-    ModelCheckpoint,
-)
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -23,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.step_examples import MicroBatchTracker
-from tests.trainings import MakeTrainer, at_update, columns, flat, scaling
+from tests.trainings import at_update, columns, flat, make_trainer, scaling
 
 LATENT = 2
 
@@ -124,7 +121,7 @@ class Sizes(Callback):
 
 class TestGan:
     @pytest.mark.parametrize("toggled", [False, True])
-    def test_dry_runs_are_bit_identical_to_none(self, make_trainer: MakeTrainer, toggled: bool) -> None:
+    def test_dry_runs_are_bit_identical_to_none(self, toggled: bool) -> None:
         plain = Gan(toggled=toggled)
         make_trainer().fit(plain, data(192, 16))
         watched = Gan(toggled=toggled)
@@ -134,22 +131,20 @@ class TestGan:
         assert torch.equal(watched.weights, plain.weights)
         assert watched.used == plain.used
 
-    def test_every_step_of_each_gets_the_factor_of_its_own_decision(self, make_trainer: MakeTrainer) -> None:
+    def test_every_step_of_each_gets_the_factor_of_its_own_decision(self) -> None:
         module, callbacks = Gan(), pair(4, "linear")
         make_trainer(*callbacks).fit(module, data(20, 8))
         assert module.used == [[0.02, 0.02, 0.01], [0.04, 0.04, 0.02]]
         # And it is off again before anything else of the user's code runs.
         assert module.scheduled == [[0.01] * 3, [0.02] * 3]
 
-    def test_one_may_be_served_and_the_other_not(self, make_trainer: MakeTrainer) -> None:
+    def test_one_may_be_served_and_the_other_not(self) -> None:
         module = Gan()
         make_trainer(pair(4, "linear")[1]).fit(module, data(16, 8))
         assert module.used == [[0.01] * 2, [0.04] * 2]
 
     @pytest.mark.parametrize("still", [0, 1])
-    def test_statistics_are_those_of_the_network_trained_alone(
-        self, make_trainer: MakeTrainer, still: int
-    ) -> None:
+    def test_statistics_are_those_of_the_network_trained_alone(self, still: int) -> None:
         """With its opponent at rest a network of a GAN is trained as in automatic optimization."""
         moving = 1 - still
 
@@ -186,7 +181,7 @@ class TestGan:
         assert module.used[moving] == alone.used[moving]
         assert torch.equal(module.weights, alone.weights)
 
-    def test_the_opponents_parameters_and_gradients_are_untouched(self, make_trainer: MakeTrainer) -> None:
+    def test_the_opponents_parameters_and_gradients_are_untouched(self) -> None:
         """A careless loss_fn, whose gradient flows into the opponent: nothing of it is left."""
 
         def careless(module: Any, batch: Any) -> Tensor:
@@ -257,7 +252,7 @@ class TestBatchSize:
         ids=["together", "more critic", "alternating", "several on one batch", "generator first"],
     )
     def test_is_that_of_the_batches_behind_the_step(
-        self, make_trainer: MakeTrainer, turns: Any, expected: list[list[float]], toggled: bool
+        self, turns: Any, expected: list[list[float]], toggled: bool
     ) -> None:
         callbacks = pair(8, "sqrt")
         sizes = Sizes(callbacks)
@@ -268,16 +263,14 @@ class TestBatchSize:
         ("to_none", "zero_after", "toggled"),
         [(True, False, False), (False, False, True), (True, True, True), (False, True, True)],
     )
-    def test_accumulated_by_hand_is_the_sum(
-        self, make_trainer: MakeTrainer, to_none: bool, zero_after: bool, toggled: bool
-    ) -> None:
+    def test_accumulated_by_hand_is_the_sum(self, to_none: bool, zero_after: bool, toggled: bool) -> None:
         callbacks = pair(8, "sqrt")
         sizes = Sizes(callbacks)
         module = Accumulating(to_none=to_none, zero_after=zero_after, toggled=toggled)
         make_trainer(*callbacks, sizes).fit(module, data(44, 8))
         assert sizes.sizes == [[16, 16, 12], [24, 20]]
 
-    def test_gradients_that_nobody_zeroes_count_with_what_they_hold(self, make_trainer: MakeTrainer) -> None:
+    def test_gradients_that_nobody_zeroes_count_with_what_they_hold(self) -> None:
         """Half of a window is thrown away: only the other half is behind the step."""
 
         class Forgetful(Gan):
@@ -294,9 +287,7 @@ class TestBatchSize:
         make_trainer(*callbacks, sizes).fit(Forgetful(), data(24, 8))
         assert sizes.sizes == [[16], []]
 
-    def test_without_manual_backward_is_told_once_and_the_schedule_kept(
-        self, make_trainer: MakeTrainer
-    ) -> None:
+    def test_without_manual_backward_is_told_once_and_the_schedule_kept(self) -> None:
         class Plain(Gan):
             def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -351,7 +342,7 @@ class Scheduled(Turns):
 
 class TestSchedules:
     @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-    def test_that_the_user_steps_keep_their_trajectory(self, make_trainer: MakeTrainer) -> None:
+    def test_that_the_user_steps_keep_their_trajectory(self) -> None:
         module = Scheduled(lambda i: (0, 1) if i % 2 else (0,))
         make_trainer(*pair(4, "linear")).fit(module, data(32, 8))
         assert module.used == [
@@ -359,7 +350,7 @@ class TestSchedules:
             [pytest.approx(0.04 * 0.25), pytest.approx(0.04 * 0.0625)],
         ]
 
-    def test_an_optimizer_that_reads_its_learning_rate_early(self, make_trainer: MakeTrainer) -> None:
+    def test_an_optimizer_that_reads_its_learning_rate_early(self) -> None:
         class Early(pl.LightningModule):
             def __init__(self) -> None:
                 super().__init__()
@@ -387,9 +378,7 @@ class TestSchedules:
 
 class TestScaler:
     @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-    def test_steps_that_it_skips_are_skipped_for_their_optimizer_only(
-        self, make_trainer: MakeTrainer
-    ) -> None:
+    def test_steps_that_it_skips_are_skipped_for_their_optimizer_only(self) -> None:
         class Overflowing(Scheduled):
             def critic_loss(self, batch: Any) -> Tensor:
                 self.seen += 1
@@ -408,7 +397,7 @@ class TestScaler:
 
 
 class TestObjective:
-    def test_clipping_by_hand_is_told_where_the_edge_was_asked_for(self, make_trainer: MakeTrainer) -> None:
+    def test_clipping_by_hand_is_told_where_the_edge_was_asked_for(self) -> None:
         class Clipping(Gan):
             def turn(self, index: int, batch: Any) -> None:
                 optimizer: Any = self.optimizers()[index]  # type: ignore[index]
@@ -422,7 +411,7 @@ class TestObjective:
             make_trainer(callback).fit(Clipping(), data(48, 16))
         assert sum("Expected no gradient clipping" in str(warning.message) for warning in told) == 1
 
-    def test_each_follows_the_default_of_its_optimizer(self, make_trainer: MakeTrainer) -> None:
+    def test_each_follows_the_default_of_its_optimizer(self) -> None:
         class Mixed(Gan):
             def configure_optimizers(self) -> Any:
                 along = SGD(self.critic.parameters(), lr=0.01)
@@ -434,7 +423,7 @@ class TestObjective:
 
 
 class TestBudget:
-    def test_is_kept_of_the_examples_of_each(self, make_trainer: MakeTrainer) -> None:
+    def test_is_kept_of_the_examples_of_each(self) -> None:
         """Five steps of the critic to one of the generator, and the Trainer counts all six."""
         callbacks = pair(max_overhead=2.0, objective="alignment")
         module = Turns(lambda i: (0, 1) if i % 5 == 4 else (0,))
@@ -446,7 +435,7 @@ class TestBudget:
         assert [callback._behind_step.pace.steps for callback in callbacks] == [150, 30]
         assert callbacks[1].law_history[-1].step < 30
 
-    def test_a_batch_is_pooled_once(self, make_trainer: MakeTrainer) -> None:
+    def test_a_batch_is_pooled_once(self) -> None:
         """Copies of an example would be taken for examples that agree."""
         callback = SurgeLRCallback(8, optimizer=0, loss_fn=critic_loss, probe_every=1, probe_examples=32)
         seen: list[list[float]] = []
@@ -465,9 +454,7 @@ class TestBudget:
 class TestResume:
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
     @pytest.mark.parametrize("crash", [3, 4])
-    def test_gives_the_same_learning_rates_and_weights(
-        self, make_trainer: MakeTrainer, tmp_path: Path, crash: int
-    ) -> None:
+    def test_gives_the_same_learning_rates_and_weights(self, tmp_path: Path, crash: int) -> None:
         def turns(batch_idx: int) -> Sequence[int]:
             return (0, 1) if batch_idx % 3 == 2 else (0,)
 
@@ -490,7 +477,7 @@ class TestResume:
 
 
 class TestLogging:
-    def test_names_the_optimizer(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_names_the_optimizer(self, tmp_path: Path) -> None:
         class Groups(Gan):
             def configure_optimizers(self) -> Any:
                 critic, _ = super().configure_optimizers()
@@ -512,9 +499,7 @@ class TestLogging:
             assert {f"surge/{name}/opt0", f"surge/{name}/opt1"} <= set(keys)
         assert logged["surge/batch_size/opt1"] == [16.0] * 4
 
-    def test_of_an_optimizer_that_rests_where_lightning_logs(
-        self, make_trainer: MakeTrainer, tmp_path: Path
-    ) -> None:
+    def test_of_an_optimizer_that_rests_where_lightning_logs(self, tmp_path: Path) -> None:
         """The critic steps in even batches, and Lightning logs in odd ones."""
         logger = CSVLogger(tmp_path)
         trainer = make_trainer(*pair(4, "linear"), logger=logger, log_every_n_steps=2)
@@ -522,9 +507,7 @@ class TestLogging:
         assert columns(logger)["surge/lr_used/opt0"] == pytest.approx([0.02] * 2)
         assert columns(logger)["surge/lr_used/opt1"] == pytest.approx([0.04] * 2)
 
-    def test_to_tensorboard_is_one_layout_with_all_optimizers(
-        self, make_trainer: MakeTrainer, tmp_path: Path
-    ) -> None:
+    def test_to_tensorboard_is_one_layout_with_all_optimizers(self, tmp_path: Path) -> None:
         layouts: list[dict[str, Any]] = []
         logger = TensorBoardLogger(tmp_path)
         logger.experiment.add_custom_scalars = layouts.append  # type: ignore[method-assign]
@@ -542,7 +525,7 @@ class TestLogging:
             )
         }
 
-    def test_to_the_progress_bar(self, make_trainer: MakeTrainer) -> None:
+    def test_to_the_progress_bar(self) -> None:
         trainer = make_trainer(*pair(4, "linear", prog_bar=True))
         trainer.fit(Gan(), data(16, 8))
         shown = trainer.progress_bar_metrics
@@ -578,9 +561,7 @@ class TestErrors:
             ),
         ],
     )
-    def test_before_the_first_step(
-        self, make_trainer: MakeTrainer, callbacks: Callable[[], list[Callback]], message: str
-    ) -> None:
+    def test_before_the_first_step(self, callbacks: Callable[[], list[Callback]], message: str) -> None:
         module = Gan()
         before = module.weights.clone()
         with pytest.raises(MisconfigurationException, match=message):
@@ -592,14 +573,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="whole number optimizer >= 0, got optimizer="):
             SurgeLRCallback(4, optimizer=value)
 
-    def test_two_of_one_kind_for_one_optimizer_are_refused_by_lightning(
-        self, make_trainer: MakeTrainer
-    ) -> None:
+    def test_two_of_one_kind_for_one_optimizer_are_refused_by_lightning(self) -> None:
         with pytest.raises(RuntimeError, match="must be unique among all callbacks"):
             make_trainer(pair(4)[0], pair(4)[0])
 
 
-def test_callbacks_keep_their_order_and_their_states_apart(make_trainer: MakeTrainer) -> None:
+def test_callbacks_keep_their_order_and_their_states_apart() -> None:
     second, first = pair(4, "linear")
     assert len({first.state_key, second.state_key, SurgeLRCallback(4, "linear").state_key}) == 3
     look = Callback()

@@ -22,13 +22,13 @@ from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.policy import Decision
 from tests.trainings import (
     MakeOptimizer,
-    MakeTrainer,
     Memory,
     Regression,
     Slope,
     adamw,
     assert_same,
     columns,
+    make_trainer,
     ones,
     regression_data,
     sgd,
@@ -104,7 +104,6 @@ class TestDryRun:
     )
     def test_is_bit_identical_to_no_callback(
         self,
-        make_trainer: MakeTrainer,
         source: str,
         batch_size: int,
         accumulation: int,
@@ -152,7 +151,7 @@ class TestDryRun:
         assert memory.of("surge/noise_scale")
         assert_same(after, expected)
 
-    def test_logs_the_scheduled_learning_rate_as_used(self, make_trainer: MakeTrainer) -> None:
+    def test_logs_the_scheduled_learning_rate_as_used(self) -> None:
         memory = Memory()
         callback = SurgeLRCallback(4, "linear", dry_run=True)
         make_trainer(callback, logger=memory).fit(Slope(0.5), ones(32, 8))
@@ -160,9 +159,7 @@ class TestDryRun:
         assert memory.of("surge/lr_predicted") == [1.0] * 4
 
     @pytest.mark.parametrize("accumulation", [1, 4])
-    def test_live_measuring_at_the_base_batch_size_changes_nothing_either(
-        self, make_trainer: MakeTrainer, accumulation: int
-    ) -> None:
+    def test_live_measuring_at_the_base_batch_size_changes_nothing_either(self, accumulation: int) -> None:
         # R(base) = 1, so the live writer and the live measurements must leave the weights alone.
         def run(*callbacks: Callback) -> Tensor:
             module = Everything(adamw, batch_norm=False)
@@ -177,12 +174,12 @@ class TestDryRun:
 
 
 class TestLearningRate:
-    def test_follows_a_short_last_batch(self, make_trainer: MakeTrainer) -> None:
+    def test_follows_a_short_last_batch(self) -> None:
         module = Slope()
         make_trainer(SurgeLRCallback(4, "linear")).fit(module, ones(9, 4))
         assert [*module.steps, module.weight.item()] == [0.0, -1.0, -2.0, -2.25]
 
-    def test_follows_accumulation_and_its_partial_last_window(self, make_trainer: MakeTrainer) -> None:
+    def test_follows_accumulation_and_its_partial_last_window(self) -> None:
         module = Slope()
         callback = SurgeLRCallback(2, "linear")
         make_trainer(callback, accumulate_grad_batches=3, max_epochs=2).fit(module, ones(10, 2))
@@ -205,7 +202,6 @@ class TestLearningRate:
     )
     def test_is_scheduled_times_the_decision_for_the_examples_behind_the_step(
         self,
-        make_trainer: MakeTrainer,
         decisions: list[tuple[float, Decision]],
         batch_size: int,
         accumulation: int,
@@ -227,7 +223,7 @@ class TestLearningRate:
         assert decisions[-2][1].used != decisions[0][1].used
         assert [group["lr"] for group in trainer.optimizers[0].param_groups] == base
 
-    def test_is_written_into_tensors(self, make_trainer: MakeTrainer) -> None:
+    def test_is_written_into_tensors(self) -> None:
         shared = torch.tensor(0.125)
 
         def optimizer(module: nn.Module) -> Optimizer:
@@ -248,7 +244,7 @@ class TestLearningRate:
         assert [group["lr"].item() for group in groups] == [0.125, 0.125, 0.25]
         assert all(isinstance(group["lr"], Tensor) for group in groups)
 
-    def test_is_written_before_an_optimizer_that_reads_it_early(self, make_trainer: MakeTrainer) -> None:
+    def test_is_written_before_an_optimizer_that_reads_it_early(self) -> None:
         # LBFGS reads the learning rate before it computes the loss, and asks for the loss several times.
         module = Regression(with_lr(LBFGS, 0.01, max_iter=4))
         memory = Memory()
@@ -257,9 +253,7 @@ class TestLearningRate:
         assert memory.of("surge/batch_size") == [8.0] * 4
         assert memory.of("surge/lr_used") == pytest.approx([0.04] * 4)
 
-    def test_is_one_for_the_base_batch_size_taken_from_the_first_step(
-        self, make_trainer: MakeTrainer
-    ) -> None:
+    def test_is_one_for_the_base_batch_size_taken_from_the_first_step(self) -> None:
         module = Slope()
         callback = SurgeLRCallback(law="linear")
         assert callback.base_batch_size is None
@@ -270,7 +264,7 @@ class TestLearningRate:
         assert module.weight.item() == -1.0 - 0.75
 
     def test_of_manual_optimization_is_measured_with_loss_fn(
-        self, make_trainer: MakeTrainer, decisions: list[tuple[float, Decision]]
+        self, decisions: list[tuple[float, Decision]]
     ) -> None:
         class Manual(Regression):
             def __init__(self) -> None:
@@ -292,16 +286,14 @@ class TestLearningRate:
         assert module.group_lrs == [[0.01 * decision.used] for _, decision in decisions]
         assert isinstance(callback.law, EstimatedLaw)
 
-    def test_of_a_group_without_parameters_is_no_obstacle(self, make_trainer: MakeTrainer) -> None:
+    def test_of_a_group_without_parameters_is_no_obstacle(self) -> None:
         module = Regression(lambda m: SGD([{"params": []}, {"params": list(m.parameters())}], lr=0.5))
         make_trainer(SurgeLRCallback(4, "linear")).fit(module, regression_data(16, 8))
         assert module.group_lrs == [[1.0, 1.0]] * 2
 
 
 class TestBatchSize:
-    def test_is_what_batch_size_fn_counts(
-        self, make_trainer: MakeTrainer, decisions: list[tuple[float, Decision]]
-    ) -> None:
+    def test_is_what_batch_size_fn_counts(self, decisions: list[tuple[float, Decision]]) -> None:
         # Tokens: every example of the batch is four of them.
         callback = SurgeLRCallback(
             32, "linear", batch_size_fn=lambda batch: batch[0].numel(), lr_scale_bounds=(1e-3, 1e3)
@@ -312,14 +304,14 @@ class TestBatchSize:
         assert [size for size, _ in decisions] == [64.0, 64.0, 24.0]
         assert module.group_lrs == [[0.05 * 2.0], [0.05 * 2.0], [0.05 * 0.75]]
 
-    def test_counted_in_tokens_survives_a_last_batch_of_one_example(self, make_trainer: MakeTrainer) -> None:
+    def test_counted_in_tokens_survives_a_last_batch_of_one_example(self) -> None:
         # Two or more tokens, yet a batch that cannot be cut.
         callback = SurgeLRCallback(probe_every=1, batch_size_fn=lambda batch: batch[0].numel())
         module = Regression()
         make_trainer(callback, max_epochs=3).fit(module, regression_data(17, 4))
         assert len(module.group_lrs) == 15
 
-    def test_of_a_short_last_batch_is_measured_like_any_other(self, make_trainer: MakeTrainer) -> None:
+    def test_of_a_short_last_batch_is_measured_like_any_other(self) -> None:
         # Batches are pooled and cut, and every seventh holds a single example.
         callback = SurgeLRCallback(1, probe_every=1)
         make_trainer(callback, max_epochs=4).fit(Regression(), regression_data(25, 4))
@@ -330,26 +322,24 @@ class TestBatchSize:
 
 class TestMeasuring:
     @pytest.mark.parametrize("dropout", [0.0, 0.8])  # which would hide what BatchNorm does
-    def test_of_coupled_losses_falls_back_to_whole_batches(
-        self, make_trainer: MakeTrainer, dropout: float
-    ) -> None:
+    def test_of_coupled_losses_falls_back_to_whole_batches(self, dropout: float) -> None:
         class Normed(Regression):
             def __init__(self) -> None:
                 super().__init__()
                 layers = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 1)
                 self.net = nn.Sequential(*layers)
 
-        self._falls_back(make_trainer, Normed)
+        self._falls_back(Normed)
 
-    def test_of_summed_losses_falls_back_to_whole_batches(self, make_trainer: MakeTrainer) -> None:
+    def test_of_summed_losses_falls_back_to_whole_batches(self) -> None:
         class Summed(Regression):
             def loss(self, batch: Any) -> Tensor:
                 return super().loss(batch) * len(batch[0])
 
-        self._falls_back(make_trainer, Summed)
+        self._falls_back(Summed)
 
     @staticmethod
-    def _falls_back(make_trainer: MakeTrainer, kind: type[Regression]) -> None:
+    def _falls_back(kind: type[Regression]) -> None:
         sizes: list[int] = []
 
         class Noting(kind):  # type: ignore[misc, valid-type]
@@ -369,7 +359,7 @@ class TestMeasuring:
         assert isinstance(callback.law, EstimatedLaw)
 
     @pytest.mark.parametrize("rate", [0.1, 0.5])
-    def test_of_dropout_is_sliced_without_a_warning(self, make_trainer: MakeTrainer, rate: float) -> None:
+    def test_of_dropout_is_sliced_without_a_warning(self, rate: float) -> None:
         class Dropping(Regression):
             def __init__(self) -> None:
                 super().__init__()
@@ -383,7 +373,7 @@ class TestMeasuring:
             assert record is not None
             assert record.num_chunks == 4
 
-    def test_uses_loss_fn_instead_of_training_step(self, make_trainer: MakeTrainer) -> None:
+    def test_uses_loss_fn_instead_of_training_step(self) -> None:
         oracle = Oracle()
         replayed: list[int] = []
 
@@ -405,7 +395,7 @@ class TestMeasuring:
         assert replayed == [16, *[4] * 4, *[4] * 4 * 8]
         assert callback.history.num_measurements == 4
 
-    def test_uses_split_batch(self, make_trainer: MakeTrainer) -> None:
+    def test_uses_split_batch(self) -> None:
         class Keyed(Regression):
             def training_step(self, batch: Any, batch_idx: int) -> Tensor:
                 sizes.append(len(batch["x"]))
@@ -448,7 +438,7 @@ class TestMeasuring:
         assert latest is not None
         assert [size for size, _ in latest.curvatures] == [1.0, 2.0]
 
-    def test_without_cutting_pools_whole_batches(self, make_trainer: MakeTrainer) -> None:
+    def test_without_cutting_pools_whole_batches(self) -> None:
         class Noting(Regression):
             def loss(self, batch: Any) -> Tensor:
                 sizes.add(len(batch[0]))
@@ -460,7 +450,7 @@ class TestMeasuring:
         assert sizes == {16}
         assert callback.history.num_measurements >= 2
 
-    def test_from_accumulation_costs_no_pass_but_the_secants(self, make_trainer: MakeTrainer) -> None:
+    def test_from_accumulation_costs_no_pass_but_the_secants(self) -> None:
         module = Everything(adamw, batch_norm=False)
         callback = SurgeLRCallback(4, objective="alignment", probe_every=1)
         make_trainer(callback, accumulate_grad_batches=4).fit(module, regression_data(96, 4))
@@ -469,7 +459,7 @@ class TestMeasuring:
         assert module.oracle.calls == 24 + 5 * 4
         assert callback.overhead == pytest.approx(5 * 1.25 * (16 + 4) / 96)
 
-    def test_law_answers_with_standard_errors(self, make_trainer: MakeTrainer) -> None:
+    def test_law_answers_with_standard_errors(self) -> None:
         callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
         make_trainer(callback).fit(Regression(), regression_data(256, 16))
         law = callback.law
@@ -488,7 +478,7 @@ class TestMeasuring:
         assert callback.law_history[-1].step == 15
         assert callback.law_history[-1].law == law
 
-    def test_rules_measure_nothing(self, make_trainer: MakeTrainer) -> None:
+    def test_rules_measure_nothing(self) -> None:
         module = Everything(adamw, batch_norm=True)
         callback = SurgeLRCallback(4, "linear", probe_every=1)
         make_trainer(callback).fit(module, regression_data(128, 16))
@@ -505,64 +495,58 @@ class TestMeasuring:
 
 class TestArguments:
     @staticmethod
-    def _run(make_trainer: MakeTrainer, *args: Any, **options: Any) -> tuple[SurgeLRCallback, Regression]:
+    def _run(*args: Any, **options: Any) -> tuple[SurgeLRCallback, Regression]:
         callback = SurgeLRCallback(*args, **({"probe_examples": 16} | options))
         module = Regression()
         make_trainer(callback).fit(module, regression_data(16 * 16, 16))
         return callback, module
 
     @pytest.mark.parametrize(("every", "measurements"), [(1, 15), (3, 5), (15, 1), (16, 0)])
-    def test_probe_every(self, make_trainer: MakeTrainer, every: int, measurements: int) -> None:
-        callback, _ = self._run(make_trainer, 4, probe_every=every)
+    def test_probe_every(self, every: int, measurements: int) -> None:
+        callback, _ = self._run(4, probe_every=every)
         assert callback.history.num_measurements == measurements
 
     @pytest.mark.parametrize(("examples", "measured"), [(16, 16.0), (17, 32.0), (64, 64.0)])
-    def test_probe_examples(self, make_trainer: MakeTrainer, examples: int, measured: float) -> None:
-        callback, _ = self._run(make_trainer, 4, probe_every=1, probe_examples=examples)
+    def test_probe_examples(self, examples: int, measured: float) -> None:
+        callback, _ = self._run(4, probe_every=1, probe_examples=examples)
         latest = callback.history.latest
         assert latest is not None
         assert latest.statistics.batch_size == measured
 
-    def test_max_overhead(self, make_trainer: MakeTrainer) -> None:
+    def test_max_overhead(self) -> None:
         shares = []
         for overhead in (0.02, 0.5, 2.0):
-            callback, _ = self._run(make_trainer, 4, max_overhead=overhead)
+            callback, _ = self._run(4, max_overhead=overhead)
             assert callback.overhead <= overhead
             shares.append(callback.history.num_measurements)
         assert shares == sorted(set(shares))
         assert shares[0] == 0
 
-    def test_lr_scale_bounds(
-        self, make_trainer: MakeTrainer, decisions: list[tuple[float, Decision]]
-    ) -> None:
-        _, module = self._run(make_trainer, 4, probe_every=1, lr_scale_bounds=(1.0, 1.0))
+    def test_lr_scale_bounds(self, decisions: list[tuple[float, Decision]]) -> None:
+        _, module = self._run(4, probe_every=1, lr_scale_bounds=(1.0, 1.0))
         assert module.group_lrs == [[0.01]] * 16
         assert decisions[0][1].predicted == 2.0
         assert decisions[0][1].reason == "bounded above by lr_scale_bounds"
 
-    def test_max_drift_per_step(
-        self, make_trainer: MakeTrainer, decisions: list[tuple[float, Decision]]
-    ) -> None:
+    def test_max_drift_per_step(self, decisions: list[tuple[float, Decision]]) -> None:
         def steepest(drift: float) -> float:
             decisions.clear()
-            self._run(
-                make_trainer, 4, objective="progress", probe_every=1, max_drift_per_step=drift, half_life=1.0
-            )
+            self._run(4, objective="progress", probe_every=1, max_drift_per_step=drift, half_life=1.0)
             used = [decision.used for _, decision in decisions]
             return max(after / before for before, after in itertools.pairwise(used)) - 1.0
 
         assert steepest(0.001) == pytest.approx(0.001)
         assert steepest(0.01) == pytest.approx(0.01)
 
-    def test_half_life(self, make_trainer: MakeTrainer) -> None:
-        short, _ = self._run(make_trainer, 16, probe_every=1, half_life=0.1)
-        long, _ = self._run(make_trainer, 16, probe_every=1, half_life=100.0)
+    def test_half_life(self) -> None:
+        short, _ = self._run(16, probe_every=1, half_life=0.1)
+        long, _ = self._run(16, probe_every=1, half_life=100.0)
         latest = short.history.latest
         assert latest is not None
         assert short.history.stats().trace_cov == pytest.approx(latest.statistics.trace_cov, rel=0.01)
         assert long.history.stats().trace_cov != pytest.approx(latest.statistics.trace_cov, rel=0.01)
 
-    def test_custom_scalars_can_be_left_out(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_custom_scalars_can_be_left_out(self, tmp_path: Path) -> None:
         for wanted in (True, False):
             logger = TensorBoardLogger(tmp_path, name=str(wanted))
             callback = SurgeLRCallback(4, "sqrt", custom_scalars=wanted)
@@ -587,7 +571,7 @@ def layouts_in(logger: TensorBoardLogger) -> list[Any]:
 
 class TestLogging:
     def _fit(
-        self, make_trainer: MakeTrainer, logger: Any, make_optimizer: MakeOptimizer = adamw, **options: Any
+        self, logger: Any, make_optimizer: MakeOptimizer = adamw, **options: Any
     ) -> tuple[SurgeLRCallback, Regression, pl.Trainer]:
         callback = SurgeLRCallback(4, probe_every=1, probe_examples=16, **options)
         module = Regression(make_optimizer)
@@ -596,10 +580,10 @@ class TestLogging:
         return callback, module, trainer
 
     def test_to_csv_has_every_quantity_and_its_standard_error(
-        self, make_trainer: MakeTrainer, tmp_path: Path, decisions: list[tuple[float, Decision]]
+        self, tmp_path: Path, decisions: list[tuple[float, Decision]]
     ) -> None:
         logger = CSVLogger(tmp_path)
-        callback, module, _ = self._fit(make_trainer, logger)
+        callback, module, _ = self._fit(logger)
         logged = columns(logger)
         assert logged["surge/lr_used"] == pytest.approx([lr for (lr,) in module.group_lrs], rel=1e-6)
         assert logged["surge/lr_scheduled"] == pytest.approx([0.01] * 16)
@@ -654,15 +638,15 @@ class TestLogging:
         # At N = 1 half of D's spread of 0.2, and the two replicates weigh the same.
         assert metrics["surge/curvature_standard_error"] == pytest.approx(0.1)
 
-    def test_follows_log_every_n_steps(self, make_trainer: MakeTrainer) -> None:
+    def test_follows_log_every_n_steps(self) -> None:
         memory = Memory()
         make_trainer(SurgeLRCallback(4, "sqrt"), logger=memory, log_every_n_steps=3).fit(Slope(), ones(14, 2))
         assert [row["at"] for row in memory.rows if "surge/lr_used" in row] == [2, 5]
 
-    def test_to_several_loggers_is_the_same(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_to_several_loggers_is_the_same(self, tmp_path: Path) -> None:
         memories = [Memory(), Memory()]
         csv_logger = CSVLogger(tmp_path / "csv")
-        _, module, trainer = self._fit(make_trainer, [*memories, csv_logger])
+        _, module, trainer = self._fit([*memories, csv_logger])
         used = pytest.approx([lr for (lr,) in module.group_lrs], rel=1e-6)
         assert memories[0].of("surge/lr_used") == used
         assert memories[1].of("surge/lr_used") == used
@@ -672,14 +656,14 @@ class TestLogging:
 
     @pytest.mark.parametrize("make_optimizer", [adamw, two_groups])
     def test_to_tensorboard_puts_what_belongs_together_in_one_chart(
-        self, make_trainer: MakeTrainer, tmp_path: Path, make_optimizer: MakeOptimizer
+        self, tmp_path: Path, make_optimizer: MakeOptimizer
     ) -> None:
         import re
 
         from lightning_surge.runs.run_log import read_run
 
         logger = TensorBoardLogger(tmp_path)
-        self._fit(make_trainer, logger, make_optimizer)
+        self._fit(logger, make_optimizer)
         (layout,) = layouts_in(logger)
         keys = read_run(logger.log_dir).series
         assert [category.title for category in layout.category] == ["surge"]
@@ -696,7 +680,7 @@ class TestLogging:
         expected["overhead"] = {"overhead", "overhead_time"}
         assert charts == {title: {f"surge/{name}" for name in names} for title, names in expected.items()}
 
-    def test_a_layout_is_written_once_per_run(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_a_layout_is_written_once_per_run(self, tmp_path: Path) -> None:
         for _ in range(2):
             # A resumed run writes to the same directory, from another process.
             logger = TensorBoardLogger(tmp_path, version="the-same")
@@ -704,9 +688,7 @@ class TestLogging:
         assert len(list(Path(logger.log_dir).glob("*tfevents*"))) > 1
         assert len(layouts_in(logger)) == 1
 
-    def test_a_users_own_layout_stays(
-        self, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_users_own_layout_stays(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         logger = TensorBoardLogger(tmp_path)
         logger.experiment.add_custom_scalars({"mine": {"loss": ["Multiline", ["loss"]]}})
         with caplog.at_level("INFO"):
@@ -714,18 +696,3 @@ class TestLogging:
         (layout,) = layouts_in(logger)
         assert [category.title for category in layout.category] == ["mine"]
         assert "this run has one already" in caplog.text
-
-    def test_ranks_other_than_the_first_write_no_layout(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from lightning.pytorch.utilities import rank_zero_only
-
-        from lightning_surge.callbacks.logging import add_tensorboard_layout
-
-        logger = TensorBoardLogger(tmp_path)
-        monkeypatch.setattr(rank_zero_only, "rank", 1)
-        add_tensorboard_layout([logger], {"": [""]})
-        monkeypatch.setattr(rank_zero_only, "rank", 0)
-        assert layouts_in(logger) == []
-        add_tensorboard_layout([logger], {"": [""]})
-        assert len(layouts_in(logger)) == 1

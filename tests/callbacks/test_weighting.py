@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Schedule
-from tests.trainings import MakeTrainer, Ragged, flat
+from tests.trainings import Ragged, flat, make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
@@ -82,16 +82,15 @@ class Net(pl.LightningModule):
 
 class TestOneBigBatch:
     @pytest.mark.parametrize(
-        "schedule",
-        [ConstantSize(4), ConstantSize(16), Milestones({0: 4, 3: 16}), Milestones({0: 32, 2: 4})],
+        "schedule", [ConstantSize(4), ConstantSize(16), Milestones({0: 4, 3: 16}), Milestones({0: 32, 2: 4})]
     )
-    def test_ragged_batches(self, make_trainer: MakeTrainer, schedule: Schedule) -> None:
+    def test_ragged_batches(self, schedule: Schedule) -> None:
         model, scheduler = Net(), BatchSizeScheduler(schedule)
         make_trainer(scheduler, max_epochs=2).fit(model, ragged())
         model.assert_means()
         assert scheduler.examples == 2 * sum(RAGGED)
 
-    def test_a_loader_whose_last_batch_is_smaller(self, make_trainer: MakeTrainer) -> None:
+    def test_a_loader_whose_last_batch_is_smaller(self) -> None:
         # 12 batches of 4 and one of 2: windows of 4 4 4 4, and one of 2 in the end, or of 4 and 2.
         for size in (50, 54):
             model = Net()
@@ -100,7 +99,7 @@ class TestOneBigBatch:
             )
             model.assert_means()
 
-    def test_tokens(self, make_trainer: MakeTrainer) -> None:
+    def test_tokens(self) -> None:
         # A batch of n examples has n x 5 numbers in it.
         model = Net()
         scheduler = BatchSizeScheduler(
@@ -111,7 +110,7 @@ class TestOneBigBatch:
         assert scheduler.examples == 2 * FEATURES * sum(RAGGED)
         assert scheduler.scheduled_batch_size == 80
 
-    def test_tokens_of_a_sampler(self, make_trainer: MakeTrainer) -> None:
+    def test_tokens_of_a_sampler(self) -> None:
         class Padded(Net):
             """Counts only what is no padding."""
 
@@ -131,7 +130,7 @@ class TestOneBigBatch:
         model.assert_means()
         assert scheduler.examples == 3 * (data[:, 0] > 0).sum()
 
-    def test_micro_batches_without_a_loss(self, make_trainer: MakeTrainer) -> None:
+    def test_micro_batches_without_a_loss(self) -> None:
         class Skips(Net):
             def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
                 loss = super().training_step(batch, batch_idx)
@@ -147,7 +146,7 @@ class TestOneBigBatch:
         assert len(model.gradients) == trainer.global_step - 1  # one step had no gradient at all
         assert scheduler.examples == 2 * sum(RAGGED)  # consumed all the same
 
-    def test_micro_batches_that_count_for_nothing(self, make_trainer: MakeTrainer) -> None:
+    def test_micro_batches_that_count_for_nothing(self) -> None:
         model = Net()
         model.loss = lambda batch: 0.0 * batch.sum() + Net.loss(model, batch)  # type: ignore[method-assign]
         empty = ragged()
@@ -161,7 +160,7 @@ class TestOneBigBatch:
         assert scheduler.examples == sum(RAGGED) - RAGGED[0] - RAGGED[4] - RAGGED[5]
 
     @pytest.mark.parametrize("missing", [3, 7, 10])
-    def test_a_batch_that_is_none(self, make_trainer: MakeTrainer, missing: int) -> None:
+    def test_a_batch_that_is_none(self, missing: int) -> None:
         # Lightning leaves out the step at a window's end; the next window zeroes what was accumulated.
         loader = ragged()
         loader[missing] = None
@@ -169,7 +168,7 @@ class TestOneBigBatch:
         make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=2).fit(model, loader)
         model.assert_means()
 
-    def test_an_epoch_cut_short(self, make_trainer: MakeTrainer) -> None:
+    def test_an_epoch_cut_short(self) -> None:
         class Stops(Net):
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
                 return -1 if self.trainer.current_epoch == 1 and batch_idx == 6 else None
@@ -178,7 +177,7 @@ class TestOneBigBatch:
         make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=3).fit(model, ragged())
         model.assert_means()
 
-    def test_parameters_that_are_frozen_or_not_used(self, make_trainer: MakeTrainer) -> None:
+    def test_parameters_that_are_frozen_or_not_used(self) -> None:
         model = Net()
         model.net[0].weight.requires_grad_(False)
         model.unused = nn.Linear(2, 2)
@@ -198,9 +197,7 @@ class TestBitForBit:
     """Against Trainer(accumulate_grad_batches=4)."""
 
     @staticmethod
-    def pair(
-        make_trainer: MakeTrainer, scheduler: BatchSizeScheduler, loader: Callable[[], Any], **options: Any
-    ) -> tuple[Net, Net]:
+    def pair(scheduler: BatchSizeScheduler, loader: Callable[[], Any], **options: Any) -> tuple[Net, Net]:
         make_optimizer = options.pop("make_optimizer", None)
         accumulation = options.pop("accumulation", 4)
         plain, scheduled = Net(make_optimizer), Net(make_optimizer)
@@ -209,9 +206,8 @@ class TestBitForBit:
         return plain, scheduled
 
     @pytest.mark.parametrize("clip", [None, 0.1])
-    def test_equal_micro_batches(self, make_trainer: MakeTrainer, clip: float | None) -> None:
+    def test_equal_micro_batches(self, clip: float | None) -> None:
         plain, scheduled = self.pair(
-            make_trainer,
             BatchSizeScheduler(ConstantSize(16)),
             lambda: DataLoader(examples(48), batch_size=4),
             gradient_clip_val=clip,
@@ -222,35 +218,32 @@ class TestBitForBit:
         assert same(plain.losses, scheduled.losses)
         assert same(plain.parameters(), scheduled.parameters())
 
-    def test_equal_micro_batches_whatever_they_are_counted_in(self, make_trainer: MakeTrainer) -> None:
+    def test_equal_micro_batches_whatever_they_are_counted_in(self) -> None:
         # micro_batch_size in one unit, batches counted in another.
         for options in (
             {"micro_batch_size": 7},
             {"micro_batch_size": 7, "batch_size_fn": lambda batch: 3 * len(batch)},
         ):
             plain, scheduled = self.pair(
-                make_trainer,
                 BatchSizeScheduler(ConstantSize(28), **options),
                 lambda: DataLoader(examples(48), batch_size=4),
             )
             assert same(plain.gradients, scheduled.gradients)
 
-    def test_steps_of_one_micro_batch_need_no_weights(self, make_trainer: MakeTrainer) -> None:
-        plain, scheduled = self.pair(
-            make_trainer, BatchSizeScheduler(ConstantSize(4)), ragged, accumulation=1
-        )
+    def test_steps_of_one_micro_batch_need_no_weights(self) -> None:
+        plain, scheduled = self.pair(BatchSizeScheduler(ConstantSize(4)), ragged, accumulation=1)
         assert same(plain.gradients, scheduled.gradients)
 
-    def test_without_weights(self, make_trainer: MakeTrainer) -> None:
+    def test_without_weights(self) -> None:
         scheduler = BatchSizeScheduler(ConstantSize(16), weight_micro_batches=False)
-        plain, scheduled = self.pair(make_trainer, scheduler, ragged)
+        plain, scheduled = self.pair(scheduler, ragged)
         assert same(plain.gradients, scheduled.gradients)
         assert same(plain.parameters(), scheduled.parameters())
         with pytest.raises(AssertionError):
             scheduled.assert_means(rtol=0.01)
         assert scheduler.examples == 3 * sum(RAGGED)
 
-    def test_the_logged_loss_is_not_touched(self, make_trainer: MakeTrainer) -> None:
+    def test_the_logged_loss_is_not_touched(self) -> None:
         seen: list[tuple[Tensor, Tensor]] = []
 
         class Look(pl.Callback):
@@ -275,7 +268,7 @@ def same(found: Any, expected: Any) -> bool:
 
 
 class TestOtherParts:
-    def test_gradients_are_clipped_after_the_correction(self, make_trainer: MakeTrainer) -> None:
+    def test_gradients_are_clipped_after_the_correction(self) -> None:
         model = Net()
         # The last window has 6 + 2 of 16 examples: uncorrected, its gradient would be half as large.
         make_trainer(BatchSizeScheduler(ConstantSize(16)), gradient_clip_val=0.5).fit(model, ragged())
@@ -284,7 +277,7 @@ class TestOtherParts:
             assert gradient.norm() > 0.5
             torch.testing.assert_close(clipped, gradient * 0.5 / gradient.norm(), rtol=1e-5, atol=1e-7)
 
-    def test_losses_whose_value_autograd_needs(self, make_trainer: MakeTrainer) -> None:
+    def test_losses_whose_value_autograd_needs(self) -> None:
         class Rooted(Net):
             def loss(self, batch: Tensor) -> Tensor:
                 return super().loss(batch).sqrt()
@@ -305,7 +298,7 @@ class TestOtherParts:
             torch.testing.assert_close(model.gradients[0], expected, rtol=1e-5, atol=1e-7)
 
     @pytest.mark.parametrize("fused", [False, True])
-    def test_a_gradient_scaler_that_skips_steps(self, make_trainer: MakeTrainer, fused: bool) -> None:
+    def test_a_gradient_scaler_that_skips_steps(self, fused: bool) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3)
 
         class Scaled(Net):
@@ -329,7 +322,7 @@ class TestOtherParts:
         assert scheduler.examples == 6 * sum(RAGGED)
 
     @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-    def test_lbfgs_asks_several_times(self, make_trainer: MakeTrainer, line_search: str | None) -> None:
+    def test_lbfgs_asks_several_times(self, line_search: str | None) -> None:
         def make_optimizer(parameters: Any) -> Optimizer:
             return LBFGS(parameters, lr=0.1, max_iter=4, line_search_fn=line_search)
 
@@ -342,7 +335,7 @@ class TestOtherParts:
         assert same(plain.parameters(), model.parameters())
         assert scheduler.examples == 2 * sum(RAGGED)
 
-    def test_batches_in_containers(self, make_trainer: MakeTrainer) -> None:
+    def test_batches_in_containers(self) -> None:
         class Wrapped(Net):
             def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
                 return super().training_step(batch["inputs"][0], batch_idx)

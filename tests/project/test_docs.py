@@ -21,6 +21,7 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.cli import COMMANDS
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.schedules.by_examples import ExamplesClock
+from tests.trainings import make_trainer
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -155,7 +156,7 @@ class Regression(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def test_the_code_of_the_readme_runs_from_top_to_bottom(make_trainer: Any) -> None:
+def test_the_code_of_the_readme_runs_from_top_to_bottom() -> None:
     # The first block needs a model and a Trainer that writes nothing, the second a callback that measured.
     names: dict[str, Any] = {"model": Regression()}
     quiet = "Trainer(max_steps=4, accelerator='cpu', logger=False, enable_progress_bar=False, "
@@ -219,10 +220,7 @@ def test_a_section_is_what_is_under_its_heading() -> None:
 def test_the_misses_are_those_of_the_committed_results() -> None:
     text = (ROOT / "docs" / "limits.md").read_text().partition("## Known misses")[2]
     told = set(re.findall(r"\b\d+\.\d{3,}\b", text))
-    results = (
-        "fidelity/results/report.md",
-        "batch_warmup/results/report.md",
-    )
+    results = ("fidelity/results/report.md", "batch_warmup/results/report.md")
     committed = " ".join((ROOT / "benchmarks" / path).read_text() for path in results)
     assert len(told) >= 8
     assert {number for number in told if not re.search(rf"(?<![\d.]){number}(?!\d)", committed)} == set()

@@ -21,7 +21,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
-from tests.trainings import MakeTrainer
+from tests.trainings import make_trainer
 
 
 class Slope(pl.LightningModule):
@@ -59,9 +59,7 @@ class AtEachStep(Callback):
         self.seen.append(self.look(trainer, pl_module, optimizer))
 
 
-def test_should_update_logs_says_whether_this_very_step_is_logged(
-    make_trainer: MakeTrainer, tmp_path: Any
-) -> None:
+def test_should_update_logs_says_whether_this_very_step_is_logged(tmp_path: Any) -> None:
     callback = AtEachStep(
         lambda trainer, module, _: (
             trainer._logger_connector.should_update_logs,  # type: ignore[attr-defined]
@@ -75,7 +73,7 @@ def test_should_update_logs_says_whether_this_very_step_is_logged(
         assert [row["taken"] for row in csv.DictReader(file)] == ["1.0", "3.0"]
 
 
-def test_callbacks_assigned_in_setup_are_the_ones_called_in_that_order(make_trainer: MakeTrainer) -> None:
+def test_callbacks_assigned_in_setup_are_the_ones_called_in_that_order() -> None:
     called: list[str] = []
 
     class Named(Callback):
@@ -95,9 +93,7 @@ def test_callbacks_assigned_in_setup_are_the_ones_called_in_that_order(make_trai
     assert called == ["setup first", "setup last", "last", "first"]
 
 
-def test_loggers_can_be_swapped_during_a_step_and_swapped_back(
-    make_trainer: MakeTrainer, tmp_path: Any
-) -> None:
+def test_loggers_can_be_swapped_during_a_step_and_swapped_back(tmp_path: Any) -> None:
     logger = CSVLogger(tmp_path)
 
     def swap(trainer: pl.Trainer, module: Slope, _: Optimizer) -> list[bool]:
@@ -121,7 +117,7 @@ def test_instance_attributes_hide_the_modules_log_methods() -> None:
     assert module.log.__func__ is pl.LightningModule.log  # type: ignore[attr-defined]
 
 
-def test_found_inf_is_readable_before_the_scaler_skips_the_step(make_trainer: MakeTrainer) -> None:
+def test_found_inf_is_readable_before_the_scaler_skips_the_step() -> None:
     def found(trainer: pl.Trainer, _: Slope, optimizer: Optimizer) -> bool:
         scaler = trainer.precision_plugin.scaler  # type: ignore[attr-defined]
         return any(bool(value) for value in scaler._found_inf_per_device(optimizer).values())
@@ -137,7 +133,7 @@ def test_found_inf_is_readable_before_the_scaler_skips_the_step(make_trainer: Ma
     assert trainer.global_step == 3
 
 
-def test_the_scaler_can_be_made_to_look_before_a_fused_step(make_trainer: MakeTrainer) -> None:
+def test_the_scaler_can_be_made_to_look_before_a_fused_step() -> None:
     class Fused(Slope):
         def configure_optimizers(self) -> Any:
             return SGD(self.parameters(), lr=0.5, fused=True)
@@ -159,7 +155,7 @@ def test_the_scaler_can_be_made_to_look_before_a_fused_step(make_trainer: MakeTr
     assert module.weight.item() == -1.0
 
 
-def test_final_gradients_are_there_before_the_update(make_trainer: MakeTrainer) -> None:
+def test_final_gradients_are_there_before_the_update() -> None:
     def look(_: pl.Trainer, module: Slope, __: Optimizer) -> tuple[float, float]:
         assert module.weight.grad is not None
         return module.weight.grad.item(), module.weight.item()
@@ -170,14 +166,14 @@ def test_final_gradients_are_there_before_the_update(make_trainer: MakeTrainer) 
     assert callback.seen == [(1.0, 0.0), (1.0, -0.5), (0.5, -0.75)]
 
 
-def test_a_learning_rate_written_before_the_step_is_the_one_used(make_trainer: MakeTrainer) -> None:
+def test_a_learning_rate_written_before_the_step_is_the_one_used() -> None:
     module = Slope()
     callback = AtEachStep(lambda _, __, optimizer: optimizer.param_groups[0].update(lr=4.0))
     make_trainer(callback).fit(module, batches(1))
     assert module.weight.item() == -4.0
 
 
-def test_post_hooks_fire_after_the_update_and_before_schedulers(make_trainer: MakeTrainer) -> None:
+def test_post_hooks_fire_after_the_update_and_before_schedulers() -> None:
     seen: list[tuple[float, float]] = []
 
     class Hooked(Callback):
@@ -194,7 +190,7 @@ def test_post_hooks_fire_after_the_update_and_before_schedulers(make_trainer: Ma
     assert seen == [(-0.5, 0.5), (0.0, 0.25), (-0.75, 0.25), (0.0, 0.125)]
 
 
-def test_post_hooks_do_not_fire_in_a_step_that_the_scaler_skips(make_trainer: MakeTrainer) -> None:
+def test_post_hooks_do_not_fire_in_a_step_that_the_scaler_skips() -> None:
     fired: list[int] = []
 
     class Hooked(Callback):
@@ -206,7 +202,7 @@ def test_post_hooks_do_not_fire_in_a_step_that_the_scaler_skips(make_trainer: Ma
     assert len(fired) == 2
 
 
-def test_a_module_without_optimizer_gets_one_without_parameters(make_trainer: MakeTrainer) -> None:
+def test_a_module_without_optimizer_gets_one_without_parameters() -> None:
     class Frozen(Slope):
         def configure_optimizers(self) -> None:
             return None
@@ -223,7 +219,7 @@ def test_a_module_without_optimizer_gets_one_without_parameters(make_trainer: Ma
     assert not any(group["params"] for group in seen[0].param_groups)
 
 
-def test_optimizers_exist_in_on_fit_start(make_trainer: MakeTrainer) -> None:
+def test_optimizers_exist_in_on_fit_start() -> None:
     seen: list[list[type]] = []
 
     class Look(Callback):
@@ -234,9 +230,7 @@ def test_optimizers_exist_in_on_fit_start(make_trainer: MakeTrainer) -> None:
     assert seen == [[SGD]]
 
 
-def test_the_strategy_repeats_the_training_step_in_the_precision_of_training(
-    make_trainer: MakeTrainer,
-) -> None:
+def test_the_strategy_repeats_the_training_step_in_the_precision_of_training() -> None:
     dtypes: list[tuple[torch.dtype, int]] = []
 
     class Typed(Slope):
@@ -255,7 +249,7 @@ def test_the_strategy_repeats_the_training_step_in_the_precision_of_training(
     assert callback.seen == [(0.0, True)]
 
 
-def test_gradients_are_zeroed_before_on_before_backward(make_trainer: MakeTrainer) -> None:
+def test_gradients_are_zeroed_before_on_before_backward() -> None:
     seen: list[float | None] = []
 
     class Look(Callback):
@@ -268,9 +262,7 @@ def test_gradients_are_zeroed_before_on_before_backward(make_trainer: MakeTraine
     assert seen == [None, 0.5, None, 0.5, None]
 
 
-def test_a_batch_hook_may_skip_the_epoch_after_callbacks_have_started_the_batch(
-    make_trainer: MakeTrainer,
-) -> None:
+def test_a_batch_hook_may_skip_the_epoch_after_callbacks_have_started_the_batch() -> None:
     # The scheduler then moves without a step, and without on_train_batch_end.
     events: list[str] = []
 
@@ -294,7 +286,7 @@ def test_a_batch_hook_may_skip_the_epoch_after_callbacks_have_started_the_batch(
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-def test_the_loss_before_backward_may_be_changed_in_place(make_trainer: MakeTrainer, precision: str) -> None:
+def test_the_loss_before_backward_may_be_changed_in_place(precision: str) -> None:
     class Threefold(Callback):
         def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
             loss.mul_(3.0)
@@ -318,9 +310,7 @@ def test_the_loss_before_backward_may_be_changed_in_place(make_trainer: MakeTrai
 
 
 @pytest.mark.parametrize("lengths", [(2, 5, 3), (5, 2, 4)])
-def test_an_epoch_may_be_given_another_length_when_it_starts(
-    make_trainer: MakeTrainer, lengths: tuple[int, int, int]
-) -> None:
+def test_an_epoch_may_be_given_another_length_when_it_starts(lengths: tuple[int, int, int]) -> None:
     seen: list[str] = []
 
     class Uneven:
