@@ -16,6 +16,27 @@ def _lightning_speaks() -> Iterator[None]:
     logger.setLevel(level)
 
 
+class Unraised(logging.Handler):
+    """Keeps the warnings that the package logs because they are errors in tests."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def unraised() -> Iterator[list[str]]:
+    """Warnings of the package that nobody expects: a test that does takes them from this list."""
+    handler, logger = Unraised(), logging.getLogger("lightning_surge")
+    logger.addHandler(handler)
+    yield handler.messages
+    logger.removeHandler(handler)
+    assert handler.messages == []
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _interrupts_are_heard() -> Iterator[None]:
     """Whoever runs tests in the background may have them ignored: tests of Ctrl-C would wait for ever."""

@@ -18,7 +18,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,6 +29,7 @@ from lightning_surge.callbacks.lightning_host import (
     callbacks_of,
     refresh_epoch_length,
     replicas_of,
+    warn,
 )
 from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.training_loader import (
@@ -476,7 +476,7 @@ class BatchSizeScheduler(Callback):
                 )
             state = SchedulerState(**{name: state_dict[name] for name in SchedulerState.__annotations__})
         except Exception as error:
-            rank_zero_warn(
+            warn(
                 f"Expected whole state in the checkpoint, got what cannot be read: {type(error).__name__}:"
                 f" {error} {type(self).__name__} counts examples from 0."
             )
@@ -488,7 +488,7 @@ class BatchSizeScheduler(Callback):
             self._followed = min(max(state.followed, self.schedule.smallest), self.schedule.maximum)
         trainer = self._trainer  # None outside a training, where nothing goes on
         if state_dict.get("resumption") and trainer is not None and not callbacks_of(trainer, ExactResume):
-            rank_zero_warn(
+            warn(
                 f"Expected ExactResume beside {type(self).__name__} for a checkpoint with random streams and"
                 " the places of loaders in it, got none: training goes on with other random numbers. Add"
                 " lightning_surge.ExactResume() to the callbacks for the same ones."
@@ -497,7 +497,7 @@ class BatchSizeScheduler(Callback):
     def _warn_of_other_writer(self, found: int) -> None:
         if not self._warned_of_other_writer:
             self._warned_of_other_writer = True
-            rank_zero_warn(
+            warn(
                 f"{type(self).__name__} expected accumulate_grad_batches={self._accumulation}, got {found}:"
                 " another callback or the LightningModule changed it. The schedule rests until it is set"
                 " back."

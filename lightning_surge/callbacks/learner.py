@@ -9,9 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_surge.callbacks.lightning_host import warn
 from lightning_surge.callbacks.logging import law_metrics, run_metrics
 from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
 from lightning_surge.laws.base import require_number
@@ -153,7 +153,7 @@ class Learner:
                 self.hold(Reason.AVERAGES_UNREADABLE)
         except Exception as error:
             self.hold(Reason.FITTING_FAILED, f"fitting failed with {type(error).__name__}")
-            rank_zero_warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
+            warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
 
     def _deviation_l1(self, optimizer: Optimizer, one_lr: bool, moments: AdamMoments | None) -> float:
         """`sum_i sigma_i` from the measurements or Adam's averages; NaN if learning rates weight `|mu|_1`."""

@@ -8,10 +8,12 @@ both. Only `pytorch_lightning`'s LightningCLI asks for a class of callbacks: imp
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.overrides import is_overridden
 from torch.optim import Optimizer
@@ -31,7 +33,10 @@ __all__ = [
     "replicas_of",
     "scheduled_sampler",
     "skips_step",
+    "warn",
 ]
+
+log = logging.getLogger(__name__)
 
 C = TypeVar("C")
 
@@ -44,6 +49,14 @@ else:
 
     class Callback(pl.Callback, _OtherCallback):
         """A callback to both packages."""
+
+
+def warn(message: str) -> None:
+    """Warn, on rank zero. Where warnings are errors (`python -W error`) log instead: training goes on."""
+    try:
+        rank_zero_warn(message, stacklevel=6)
+    except Warning:
+        log.warning(message)
 
 
 def callbacks_of(trainer: pl.Trainer, kind: type[C]) -> list[C]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_surge.callbacks.lightning_host import warn
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.measure.gradients import dense
 
@@ -124,7 +124,7 @@ class StepExamples:
         changed = self._tracker.have_come()
         if self.passes == 0 and not self._told_of_backward and self._tracker.exist():
             self._told_of_backward = True
-            rank_zero_warn(
+            warn(
                 f"{name} saw no manual_backward behind a step of {type(optimizer).__name__}, and leaves the "
                 "learning rate of such steps as it is: call self.manual_backward(loss) instead of "
                 "loss.backward()."

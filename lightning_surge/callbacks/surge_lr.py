@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal, Never
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -43,6 +43,7 @@ from lightning_surge.callbacks.lightning_host import (
     callbacks_of,
     is_accumulation_scheduler,
     skips_step,
+    warn,
 )
 from lightning_surge.callbacks.logging import StepLog, StepRecord, add_layout, logs_now, optimizer_suffix
 from lightning_surge.callbacks.measuring.measurer import LossFn, Measurer
@@ -431,7 +432,7 @@ class SurgeLRCallback(Callback):
         name = type(self).__name__
         changed = behind.manual and behind.look_at_gradients(optimizer, name, scaled=scaled)
         if changed and self.settings.follows_edge:
-            rank_zero_warn(
+            warn(
                 "Expected no gradient clipping for objective='edge', but gradients are changed between "
                 "manual_backward and the step, as by clipping: no edge of stability can be told. Use "
                 "objective='progress'."
@@ -543,7 +544,7 @@ class SurgeLRCallback(Callback):
         cap = largest_lr(optimizer)
         if used > cap:
             self._may_be_capped = False
-            rank_zero_warn(
+            warn(
                 f"{type(optimizer).__name__} uses min(lr, 1 / sqrt(step)): the learning rate used, "
                 f"{used:g}, is above {cap:g} and has no effect beyond it, nor has the factor. Use a smaller "
                 "learning rate."
@@ -616,7 +617,7 @@ class SurgeLRCallback(Callback):
             self._lose_state(what_is_wrong(error), state_dict)
             return
         if self.base_batch_size != saved:
-            rank_zero_warn(
+            warn(
                 f"base_batch_size={self.base_batch_size} replaces the checkpoint's {saved}: the factor on "
                 "the learning rate will jump."
             )
@@ -639,6 +640,4 @@ class SurgeLRCallback(Callback):
             if self.base_batch_size is None
             else f"{self.base_batch_size:g}"
         )
-        rank_zero_warn(
-            f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}."
-        )
+        warn(f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}.")

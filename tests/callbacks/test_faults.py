@@ -2,6 +2,7 @@
 
 import gc
 import random
+import re
 import signal
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,12 +19,13 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_surge import SurgeLRCallback
+from lightning_surge import BatchSizeScheduler, SurgeLRCallback
 from lightning_surge.callbacks.measuring.measurer import Measurer
 from lightning_surge.callbacks.measuring.repeated_loss import RepeatedLoss
 from lightning_surge.measure.budget import ProbeBudget
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.measurement import LawMeasurement
+from lightning_surge.schedules.sizes import ConstantSize
 from tests.trainings import Memory, make_trainer, regression_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Measuring failed and is tried again later")
@@ -436,3 +438,54 @@ class TestElsewhere:
         finally:
             gc.enable()
         assert watching.leaked == 0
+
+
+class TestWarningsAsErrors:
+    """As under `python -W error`, which the tests have for a rule: what would be warned of is logged."""
+
+    @staticmethod
+    def broken(module: Any, batch: Any) -> Tensor:
+        raise ValueError("not today")
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize(
+        ("callbacks", "message"),
+        [
+            (lambda: [surge(1, loss_fn=TestWarningsAsErrors.broken)], "Measuring failed .* not today"),
+            (
+                lambda: [surge(1, loss_fn=lambda module, batch: module.last.bias.sum() * math.nan)],
+                "No law was",
+            ),
+            (
+                lambda: [surge(1, loss_fn=lambda module, batch: module.last(batch[0]).sum())],
+                "couples examples",
+            ),
+            (lambda: [BatchSizeScheduler(ConstantSize(512))], "size=512 needs 64 micro-batches"),
+            (
+                lambda: [BatchSizeScheduler(ConstantSize(16)), Stretching()],
+                "another callback or the Lightning",
+            ),
+        ],
+    )
+    def test_end_no_training(self, unraised: list[str], callbacks: Any, message: str) -> None:
+        trainer = make_trainer(*callbacks())
+        trainer.fit(Drawing(), data(12))
+        assert trainer.state.finished
+        assert any(re.search(message, said) for said in unraised)
+        unraised.clear()
+
+    @pytest.mark.filterwarnings("error")
+    def test_leave_state_to_be_loaded(self, unraised: list[str]) -> None:
+        callback, scheduler = surge(1), BatchSizeScheduler(ConstantSize(8))
+        callback.load_state_dict({"version": 0})
+        scheduler.load_state_dict({"version": 0})
+        assert ["afresh" in unraised[0], "counts examples from 0" in unraised[1]] == [True, True]
+        unraised.clear()
+
+
+class Stretching(Callback):
+    """Writes the accumulation in mid-run."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.accumulate_grad_batches = 4

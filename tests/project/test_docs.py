@@ -280,7 +280,7 @@ def test_identifiers_name_what_exists(page: str) -> None:
 
 SPEAKERS = {
     "MisconfigurationException",
-    "rank_zero_warn",
+    "warn",
     "rank_zero_info",
     "warnings.warn",
     "Obstacle",

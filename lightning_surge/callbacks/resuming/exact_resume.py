@@ -20,11 +20,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_surge.callbacks.lightning_host import Callback
+from lightning_surge.callbacks.lightning_host import Callback, warn
 from lightning_surge.callbacks.resuming.loaders import (
     epoch_samplers,
     generators_of,
@@ -144,7 +143,7 @@ class ExactResume(Callback):
     def _warn(self, text: str) -> None:
         if not self._warned:
             self._warned = True
-            rank_zero_warn(text)
+            warn(text)
 
     # ------------------------------------------------------------------ when it is resumed
 
