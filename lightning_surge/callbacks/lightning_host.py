@@ -54,7 +54,7 @@ else:
 def warn(message: str) -> None:
     """Warn, on rank zero. Where warnings are errors (`python -W error`) log instead: training goes on."""
     try:
-        rank_zero_warn(message, stacklevel=6)
+        rank_zero_warn(message, stacklevel=5)
     except Warning:
         log.warning(message)
 

@@ -178,16 +178,14 @@ def test_a_batch_of_nothing_weighs_nothing() -> None:
     assert callback._measurer.budget.trained == 56.0
 
 
-def test_a_constant_size_at_the_base_leaves_full_batches_alone() -> None:
+@pytest.mark.parametrize(("bounds", "last"), [(None, 0.5), ((1.0, 1.0), 1.0)])
+def test_a_constant_size_at_the_base_leaves_full_batches_alone(bounds: Any, last: float) -> None:
     used = []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             used.append(float(trainer.callback_metrics["surge/lr_scale"]))
 
-    callback = SurgeLRCallback(8, "sqrt")
     data = DataLoader(torch.randn(18, 3), 8)  # type: ignore[arg-type]
-    trainer = make_trainer(callback)
-    trainer.callbacks.append(Watch())  # type: ignore[attr-defined]
-    trainer.fit(Rows(), data)
-    assert used == [1.0, 1.0, 0.5]  # the last batch holds two
+    make_trainer(SurgeLRCallback(8, "sqrt", lr_scale_bounds=bounds), Watch()).fit(Rows(), data)
+    assert used == [1.0, 1.0, last]  # the last batch holds two
