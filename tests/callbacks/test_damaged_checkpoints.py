@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeScheduler, ExactResume, FollowPeak, SurgeLRCallback, by_examples
-from lightning_surge.callbacks.resuming.random_streams import random_states
+from lightning_surge.callbacks.resuming.random_streams import to_portable
 from lightning_surge.laws.base import SGDLaw
 from lightning_surge.measure.budget import ProbeBudget
+from lightning_surge.measure.replay import RandomState
 from lightning_surge.measure.sharpness import Sharpness
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.estimates import EstimatedLaw
@@ -485,12 +486,12 @@ class TestBatchSizeScheduler:
 
         class Look(Callback):
             def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-                self.streams = random_states()
+                self.streams = to_portable(RandomState.capture())
 
         look, module = Look(), net()
         trainer = make_trainer(ExactResume(), look, max_epochs=2)
         pl.seed_everything(5, verbose=False)
-        expected = random_states()
+        expected = to_portable(RandomState.capture())
         with pytest.warns(UserWarning, match="Expected whole random states in the checkpoint, got "):
             trainer.fit(module, batches(), ckpt_path=tmp_path / "changed.ckpt", weights_only=True)
         assert len(module.lrs) == STEPS

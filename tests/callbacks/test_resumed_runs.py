@@ -22,7 +22,8 @@ from lightning_surge import (
     SurgeLRCallback,
     by_examples,
 )
-from lightning_surge.callbacks.resuming.random_streams import ResumableDataset, random_states
+from lightning_surge.callbacks.resuming.random_streams import ResumableDataset, to_portable
+from lightning_surge.measure.replay import RandomState
 from lightning_surge.schedules.sizes import (
     BatchSizeRule,
     ConstantSize,
@@ -228,7 +229,7 @@ def test_only_exact_resuming_touches_random_streams(tmp_path: Path, others: list
             self.states: list[Any] = []
 
         def on_train_batch_start(self, *args: Any) -> None:
-            now = random_states()
+            now = to_portable(RandomState.capture())
             parts = (now["python"]["words"], now["numpy"]["words"], now["torch"])
             self.states.append([part.tolist() for part in parts])
 

@@ -36,9 +36,10 @@ from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.resuming.loaders import Obstacle, why_not_resumable
 from lightning_surge.callbacks.resuming.random_streams import (
     ResumableDataset,
-    random_states,
-    restore_random_states,
+    from_portable,
+    to_portable,
 )
+from lightning_surge.measure.replay import RandomState
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from tests.trainings import make_trainer
 
@@ -203,20 +204,22 @@ def assert_exact(net: type[Net], loader: MakeLoader, folder: Path, every: int = 
 class TestStreams:
     def test_any_checkpoint_can_hold_them(self, tmp_path: Path) -> None:
         random.gauss(0, 1), np.random.normal()  # a half-used pair  # noqa: NPY002
-        torch.save(random_states(), tmp_path / "states")
+        torch.save(to_portable(RandomState.capture()), tmp_path / "states")
         states = torch.load(tmp_path / "states", weights_only=True)
         first = random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist()  # noqa: NPY002
-        restore_random_states(states)
+        from_portable(states).restore()
         assert first == (random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist())  # noqa: NPY002
 
     def test_of_devices_that_are_not_here(self) -> None:
-        restore_random_states(random_states() | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99})
+        from_portable(
+            to_portable(RandomState.capture()) | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99}
+        ).restore()
 
     def test_without_numpys_own_generator(self) -> None:
-        states = random_states()
+        states = to_portable(RandomState.capture())
         del states["numpy"]
         before = np.random.get_state()  # noqa: NPY002
-        restore_random_states(states)
+        from_portable(states).restore()
         assert before[2] == np.random.get_state()[2]  # noqa: NPY002
 
 
@@ -399,7 +402,7 @@ class TestWorkers:
         dataset = ResumableDataset(Noisy())
         assert dataset.state_dict() == {}
         before = torch.get_rng_state()
-        dataset.load_state_dict(random_states() | {"torch": torch.zeros_like(before)})
+        dataset.load_state_dict(to_portable(RandomState.capture()) | {"torch": torch.zeros_like(before)})
         assert torch.equal(before, torch.get_rng_state())
 
 
