@@ -3,9 +3,7 @@
 An upgrade that changes one of them fails here, with its name, instead of somewhere inside a run.
 """
 
-import csv
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,13 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
-from tests.trainings import make_trainer
+from tests.trainings import Memory, make_trainer, scaling
 
 
 class Slope(pl.LightningModule):
@@ -66,11 +63,10 @@ def test_should_update_logs_says_whether_this_very_step_is_logged(tmp_path: Any)
             module.log("taken", float(trainer.global_step)),
         )
     )
-    logger = CSVLogger(tmp_path)
-    make_trainer(callback, logger=logger, log_every_n_steps=2).fit(Slope(), batches(4))
+    memory = Memory()
+    make_trainer(callback, logger=memory, log_every_n_steps=2).fit(Slope(), batches(4))
     assert [answer for answer, _ in callback.seen] == [False, True, False, True]
-    with (Path(logger.log_dir) / "metrics.csv").open() as file:
-        assert [row["taken"] for row in csv.DictReader(file)] == ["1.0", "3.0"]
+    assert memory.of("taken") == [1.0, 3.0]
 
 
 def test_callbacks_assigned_in_setup_are_the_ones_called_in_that_order() -> None:
@@ -124,7 +120,7 @@ def test_found_inf_is_readable_before_the_scaler_skips_the_step() -> None:
 
     callback = AtEachStep(found)
     module = Slope(overflow_at=1)
-    trainer = make_trainer(callback, plugins=MixedPrecision("16-mixed", "cpu"))
+    trainer = make_trainer(callback, plugins=scaling())
     # The skipped step makes torch believe that the scheduler moved before the optimizer.
     trainer.fit(module, batches(3))
     assert callback.seen == [False, True, False]
@@ -147,8 +143,7 @@ def test_the_scaler_can_be_made_to_look_before_a_fused_step() -> None:
 
     callback = AtEachStep(look)
     module = Fused(overflow_at=1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    trainer = make_trainer(callback, plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler))
+    trainer = make_trainer(callback, plugins=scaling(64.0))
     trainer.fit(module, batches(3))
     # Gradients still carry the scale, and the step works as if nobody had looked.
     assert callback.seen == [(False, 64.0, 64.0), (True, float("inf"), 64.0), (False, 32.0, 32.0)]
@@ -164,13 +159,6 @@ def test_final_gradients_are_there_before_the_update() -> None:
     make_trainer(callback, accumulate_grad_batches=2).fit(Slope(), batches(5))
     # The last window has one micro-batch, and is still divided by two.
     assert callback.seen == [(1.0, 0.0), (1.0, -0.5), (0.5, -0.75)]
-
-
-def test_a_learning_rate_written_before_the_step_is_the_one_used() -> None:
-    module = Slope()
-    callback = AtEachStep(lambda _, __, optimizer: optimizer.param_groups[0].update(lr=4.0))
-    make_trainer(callback).fit(module, batches(1))
-    assert module.weight.item() == -4.0
 
 
 def test_post_hooks_fire_after_the_update_and_before_schedulers() -> None:
@@ -190,18 +178,6 @@ def test_post_hooks_fire_after_the_update_and_before_schedulers() -> None:
     assert seen == [(-0.5, 0.5), (0.0, 0.25), (-0.75, 0.25), (0.0, 0.125)]
 
 
-def test_post_hooks_do_not_fire_in_a_step_that_the_scaler_skips() -> None:
-    fired: list[int] = []
-
-    class Hooked(Callback):
-        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            trainer.optimizers[0].register_step_post_hook(lambda *_: fired.append(trainer.global_step))
-
-    trainer = make_trainer(Hooked(), plugins=MixedPrecision("16-mixed", "cpu"))
-    trainer.fit(Slope(overflow_at=1), batches(3))
-    assert len(fired) == 2
-
-
 def test_a_module_without_optimizer_gets_one_without_parameters() -> None:
     class Frozen(Slope):
         def configure_optimizers(self) -> None:
@@ -217,17 +193,6 @@ def test_a_module_without_optimizer_gets_one_without_parameters() -> None:
         make_trainer(Look()).fit(Frozen(), batches(1))
     assert [type(optimizer) for optimizer in seen] == [_MockOptimizer]
     assert not any(group["params"] for group in seen[0].param_groups)
-
-
-def test_optimizers_exist_in_on_fit_start() -> None:
-    seen: list[list[type]] = []
-
-    class Look(Callback):
-        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            seen.append([type(optimizer) for optimizer in trainer.optimizers])
-
-    make_trainer(Look()).fit(Slope(), batches(1))
-    assert seen == [[SGD]]
 
 
 def test_the_strategy_repeats_the_training_step_in_the_precision_of_training() -> None:
@@ -300,8 +265,7 @@ def test_the_loss_before_backward_may_be_changed_in_place(precision: str) -> Non
 
     module = Biased()
     gradients = AtEachStep(lambda _, module, __: module.weight.grad.item())
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # type: ignore[attr-defined]
-    plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if precision == "16-mixed" else []
+    plugins = [scaling(4.0)] if precision == "16-mixed" else []
     trainer = make_trainer(Threefold(), gradients, plugins=plugins)
     trainer.fit(module, batches(1))
     assert gradients.seen == [3.0]
