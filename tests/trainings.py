@@ -17,29 +17,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-__all__ = [
-    "CrashAt",
-    "MakeOptimizer",
-    "MakeTrainer",
-    "Memory",
-    "OneHot",
-    "Ragged",
-    "Regression",
-    "Slope",
-    "adamw",
-    "assert_same",
-    "at_update",
-    "columns",
-    "flat",
-    "make_trainer",
-    "ones",
-    "regression_data",
-    "scaling",
-    "sgd",
-    "two_groups",
-    "with_lr",
-]
-
 MakeTrainer = Callable[..., pl.Trainer]
 MakeOptimizer = Callable[[Any], Any]
 
@@ -133,17 +110,14 @@ class Regression(pl.LightningModule):
         self.calls = 0
 
     def loss(self, batch: Any) -> Tensor:
-        """Mean squared error over the examples."""
         x, y = batch
         return nn.functional.mse_loss(self.net(x), y)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """The loss; what a probe repeats is not counted for long."""
         self.calls += 1
         return self.loss(batch)
 
     def configure_optimizers(self) -> Any:
-        """What `make_optimizer` and `make_schedule` make."""
         optimizer = self.make_optimizer(self)
         if isinstance(optimizer, Optimizer):
             at_update(optimizer, lambda o: self.group_lrs.append([float(g["lr"]) for g in o.param_groups]))
@@ -154,12 +128,10 @@ class Regression(pl.LightningModule):
 
     @property
     def lrs(self) -> list[float]:
-        """Learning rate of the first group at every step."""
         return [lrs[0] for lrs in self.group_lrs]
 
     @property
     def weights(self) -> Tensor:
-        """All parameters as one vector."""
         return flat(self.parameters())
 
 
@@ -183,12 +155,10 @@ class Slope(pl.LightningModule):
         self.steps: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The weight times the mean of the batch."""
         self.steps.append(self.weight.item())
         return (batch * self.weight).mean()
 
     def configure_optimizers(self) -> Optimizer:
-        """Plain SGD."""
         return SGD(self.parameters(), lr=self.lr)
 
 
@@ -211,22 +181,18 @@ class OneHot(pl.LightningModule):
         self.gradients: list[Tensor] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Mean of the chosen weights."""
         return (batch @ self.weight).mean()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Keep the gradient."""
         assert self.weight.grad is not None
         self.gradients.append(self.weight.grad.clone())
 
     def configure_optimizers(self) -> Any:
-        """Plain SGD of the one weight."""
         optimizer = SGD([self.weight], lr=self.lr)
         return optimizer if self.make_scheduler is None else ([optimizer], [self.make_scheduler(optimizer)])
 
     @property
     def examples(self) -> list[list[int]]:
-        """The examples behind each step."""
         return [gradient.nonzero().flatten().tolist() for gradient in self.gradients]
 
     @property
@@ -255,7 +221,6 @@ class CrashAt(pl.Callback):
         self.step = step
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Pull the plug."""
         if trainer.global_step == self.step:
             raise RuntimeError("the machine was switched off")
 
@@ -273,15 +238,12 @@ class Memory(Logger):
         super().__init__()
         self.rows: list[dict[str, float]] = []
 
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nobody asks for them."""
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Keep a row, with its step as `at`."""
         self.rows.append(dict(metrics) | {"at": float(step or 0)})
 
     def of(self, key: str) -> list[float]:
-        """One column."""
         return [row[key] for row in self.rows if key in row]
 
 

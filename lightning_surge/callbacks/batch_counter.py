@@ -16,8 +16,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_surge.measure.batches import DATA, leaves
 
-__all__ = ["BatchCounter"]
-
 Rule = Callable[[Any], float]
 
 

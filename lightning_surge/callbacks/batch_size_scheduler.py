@@ -46,9 +46,6 @@ from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, Progress, Schedule, whole_number
 from lightning_surge.schedules.windows import Window, accumulation_for, aligned_accumulation
 
-__all__ = ["BatchSizeScheduler", "BatchSizeWarmup"]
-
-
 STATE_VERSION = 2
 # Weights that differ from 1 by rounding alone are not worth a pass over the gradients.
 ROUNDING = 1e-9

@@ -35,23 +35,6 @@ from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.sizes import BatchSizeRule, Schedule
 from lightning_surge.schedules.windows import accumulation_for
 
-__all__ = [
-    "check_accumulated_sizes",
-    "check_edge",
-    "check_host",
-    "check_optimizer",
-    "check_processes",
-    "check_sampled_sizes",
-    "check_trainer",
-    "check_weight_decay",
-    "clips_gradients",
-    "ranks_of",
-    "rounds_products",
-    "served_optimizer",
-    "trained_optimizers",
-]
-
-
 # The others compute with copies of the weights in 8 or 16 bits.
 FULL_PRECISION = ("32-true", "64-true")
 

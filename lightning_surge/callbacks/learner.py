@@ -31,18 +31,6 @@ from lightning_surge.policy.history import NoiseHistory, NoiseStats
 from lightning_surge.policy.policy import Policy
 from lightning_surge.policy.reasons import Reason
 
-__all__ = [
-    "STATE_VERSION",
-    "LawRecord",
-    "Learner",
-    "StepToCome",
-    "VersionError",
-    "require_version",
-    "saved_base",
-    "what_is_wrong",
-]
-
-
 log = logging.getLogger(__name__)
 
 # Laws kept to look at after a run, at 35 KiB each; the oldest go first.

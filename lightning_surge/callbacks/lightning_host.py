@@ -20,22 +20,6 @@ from torch.optim import Optimizer
 
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 
-__all__ = [
-    "Callback",
-    "batches_per_epoch",
-    "callbacks_of",
-    "is_accumulation_scheduler",
-    "is_sampler_wrapper",
-    "loader_batch_size",
-    "overrides",
-    "refresh_epoch_length",
-    "refuse_scheduled_validation",
-    "replicas_of",
-    "scheduled_sampler",
-    "skips_step",
-    "warn",
-]
-
 log = logging.getLogger(__name__)
 
 C = TypeVar("C")

@@ -21,19 +21,6 @@ from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
 
-__all__ = [
-    "StepLog",
-    "StepRecord",
-    "add_layout",
-    "add_tensorboard_layout",
-    "law_metrics",
-    "logs_now",
-    "optimizer_suffix",
-    "run_metrics",
-    "tensorboard_layout",
-]
-
-
 PREFIX = "surge/"
 # The tag of TensorBoard's layouts with the bytes behind it, among which ours has this pattern.
 LAYOUT = rb"custom_scalars__config__[\s\S]{0,512}"

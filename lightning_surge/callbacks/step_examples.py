@@ -12,8 +12,6 @@ from lightning_surge.callbacks.lightning_host import warn
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.measure.gradients import dense
 
-__all__ = ["MicroBatchTracker", "StepExamples"]
-
 
 class StepExamples:
     """Counts the batches whose gradients the optimizer's next step will use, each once and whole.

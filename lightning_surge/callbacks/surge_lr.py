@@ -65,9 +65,6 @@ from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
 from lightning_surge.policy.reasons import Reason
 
-__all__ = ["LawRecord", "SurgeLRCallback"]
-
-
 log = logging.getLogger(__name__)
 
 

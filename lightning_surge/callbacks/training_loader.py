@@ -34,8 +34,6 @@ from lightning_surge.schedules.windows import (
     total_steps,
 )
 
-__all__ = ["MicroBatches", "TrainingLoader", "warn_of_schedules_cut_short"]
-
 
 @dataclass(frozen=True)
 class MicroBatches:

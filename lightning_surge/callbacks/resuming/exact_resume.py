@@ -36,8 +36,6 @@ from lightning_surge.callbacks.resuming.loaders import (
 from lightning_surge.callbacks.resuming.random_streams import from_portable, to_portable
 from lightning_surge.measure.replay import RandomState
 
-__all__ = ["ExactResume"]
-
 STATE_VERSION = 1
 
 

@@ -22,19 +22,6 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_surge.callbacks.lightning_host import is_sampler_wrapper
 
-__all__ = [
-    "Obstacle",
-    "epoch_samplers",
-    "generators_of",
-    "in_order",
-    "is_stateful",
-    "leave_epoch",
-    "load_loaders",
-    "order_of",
-    "share_samplers",
-    "why_not_resumable",
-]
-
 
 def is_stateful(thing: Any) -> bool:
     """Whether something says where it stands, and can be put there."""

@@ -10,8 +10,6 @@ from torch.utils.data import Dataset, get_worker_info
 
 from lightning_surge.measure.replay import RandomState
 
-__all__ = ["ResumableDataset", "from_portable", "to_portable"]
-
 
 def to_portable(state: RandomState) -> dict[str, Any]:
     """Captured streams as tensors, numbers and strings, which `torch.load(weights_only=True)` reads.
