@@ -15,7 +15,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
-    StochasticWeightAveraging,
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -372,27 +371,6 @@ class TestFinders:
         assert model.sizes[-steps:] == list(islice(replay, steps))
         assert scheduler.examples == 2 * SIZE
 
-    def test_weight_averaging(self) -> None:
-        class Normalized(Noting):
-            def __init__(self) -> None:
-                super().__init__()
-                self.norm = torch.nn.BatchNorm1d(SIZE)
-
-            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-                self.norm(batch)
-                return super().training_step(batch, batch_idx)
-
-        model = Normalized()
-        averaging = StochasticWeightAveraging(0.1, swa_epoch_start=2)
-        trainer = make_trainer(averaging, BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3)
-        with pytest.warns(UserWarning, match="expected accumulate_grad_batches=2, got 1.: another callback"):
-            trainer.fit(model, sampled())
-        # The fourth pass recomputes the statistics of BatchNorm.
-        assert sum(size for epoch, size in model.micro_batches if epoch == 3) == SIZE
-        assert model.epochs[-1] == 3
-        del model.gradients[-1], model.epochs[-1]
-        assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
-
 
 class TestMaxMicroBatchSize:
     @pytest.mark.parametrize(("largest", "options"), [(64, {}), (1000, {"max_micro_batch_size": 64})])
@@ -474,22 +452,6 @@ class TestClocks:
             cosine.step()
         assert model.lrs[-1] == cosine.get_last_lr()[0] > 0
 
-    @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-    def test_examples_without_a_loss_count_too(self) -> None:
-        class Skips(Noting):
-            def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-                loss = super().training_step(batch, batch_idx)
-                return loss if batch_idx % 3 else None
-
-            def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-                pass
-
-        scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 8))
-        trainer = make_trainer(scheduler, max_epochs=4)
-        trainer.fit(Skips(make_scheduler=clock(4 * SIZE)), sampled())
-        assert scheduler.examples == 4 * SIZE
-        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
-
 
 class TestOtherRuns:
     """Checkpoints of epochs' ends, taken up with something else."""
@@ -526,22 +488,6 @@ class TestOtherRuns:
         loader = sampled() if mechanism == "sampler" else plain(4)
         trainer.fit(model, loader, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
         assert model.sizes == [8, 8, 8, 8, 8, 8, 2] * 2
-
-    @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
-    def test_of_an_older_release(self, tmp_path: Path, mechanism: str) -> None:
-        loader = sampled() if mechanism == "sampler" else plain(4)
-        trainer = make_trainer(BatchSizeScheduler(ConstantSize(4)), max_epochs=2)
-        trainer.fit(Noting(), loader)
-        trainer.save_checkpoint(tmp_path / "new.ckpt")
-        checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
-        checkpoint["callbacks"]["BatchSizeScheduler"] = {"accumulation": 1}
-        torch.save(checkpoint, tmp_path / "old.ckpt")
-        model, scheduler = Noting(), BatchSizeScheduler(Milestones({0: 16, 13: 4, 26: 8}))
-        trainer = make_trainer(scheduler, max_epochs=3)
-        with pytest.warns(UserWarning, match="Expected state of version 2 in the checkpoint, got None"):
-            trainer.fit(model, loader, ckpt_path=tmp_path / "old.ckpt", weights_only=True)
-        assert model.sizes == [8, 8, 8, 8, 8, 8, 2]
-        assert scheduler.examples == SIZE
 
 
 class Reports(Validated):
@@ -638,9 +584,3 @@ class TestTwoProcesses:
         report = self.fit(model, tmp_path, loader, scheduler=BatchSizeWarmup(4, 16, 8))
         assert report["lr"] == 0.0
         assert report["counted"] == 3 * SIZE
-
-    def test_sizes_that_cannot_be_shared_are_refused_before_training(self, tmp_path: Path) -> None:
-        scheduler = BatchSizeScheduler(LinearRamp(3, 40, 10))
-        with pytest.raises(Exception, match=r"multiple of the 2 data-parallel replicas, got start=3: use s"):
-            self.fit(Reports(), tmp_path, sampled(), scheduler=scheduler)
-        assert list(tmp_path.iterdir()) == []

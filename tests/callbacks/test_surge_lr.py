@@ -263,29 +263,6 @@ class TestLearningRate:
         # The last window has 6 examples.
         assert module.weight.item() == -1.0 - 0.75
 
-    def test_of_manual_optimization_is_measured_with_loss_fn(
-        self, decisions: list[tuple[float, Decision]]
-    ) -> None:
-        class Manual(Regression):
-            def __init__(self) -> None:
-                super().__init__()
-                self.automatic_optimization = False
-
-            def training_step(self, batch: Any, batch_idx: int) -> None:
-                optimizer = self.optimizers()
-                optimizer.zero_grad()  # type: ignore[union-attr]
-                self.manual_backward(self.loss(batch))
-                optimizer.step()  # type: ignore[union-attr]
-
-        callback = SurgeLRCallback(
-            4, probe_every=1, probe_examples=16, loss_fn=lambda module, batch: module.loss(batch)
-        )
-        module = Manual()
-        make_trainer(callback).fit(module, regression_data(256, 16))
-        assert callback.history.num_measurements == 15
-        assert module.group_lrs == [[0.01 * decision.used] for _, decision in decisions]
-        assert isinstance(callback.law, EstimatedLaw)
-
     def test_of_a_group_without_parameters_is_no_obstacle(self) -> None:
         module = Regression(lambda m: SGD([{"params": []}, {"params": list(m.parameters())}], lr=0.5))
         make_trainer(SurgeLRCallback(4, "linear")).fit(module, regression_data(16, 8))
@@ -642,17 +619,6 @@ class TestLogging:
         memory = Memory()
         make_trainer(SurgeLRCallback(4, "sqrt"), logger=memory, log_every_n_steps=3).fit(Slope(), ones(14, 2))
         assert [row["at"] for row in memory.rows if "surge/lr_used" in row] == [2, 5]
-
-    def test_to_several_loggers_is_the_same(self, tmp_path: Path) -> None:
-        memories = [Memory(), Memory()]
-        csv_logger = CSVLogger(tmp_path / "csv")
-        _, module, trainer = self._fit([*memories, csv_logger])
-        used = pytest.approx([lr for (lr,) in module.group_lrs], rel=1e-6)
-        assert memories[0].of("surge/lr_used") == used
-        assert memories[1].of("surge/lr_used") == used
-        assert columns(csv_logger)["surge/lr_used"] == used
-        # The probes swap loggers and give them back.
-        assert trainer.loggers == [*memories, csv_logger]
 
     @pytest.mark.parametrize("make_optimizer", [adamw, two_groups])
     def test_to_tensorboard_puts_what_belongs_together_in_one_chart(

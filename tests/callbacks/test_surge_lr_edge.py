@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -208,50 +207,8 @@ class TestDefault:
         assert callback.decision is not None
         assert callback.decision.predicted == pytest.approx(4.0)
 
-    def test_what_was_asked_for_is_refused_where_it_cannot_be(self) -> None:
-        callback = SurgeLRCallback(4, objective="edge")
-        with pytest.raises(MisconfigurationException, match="Expected no gradient clipping"):
-            make_trainer(callback, gradient_clip_val=1.0).fit(Regression(), data(16, 16))
-
-    def test_a_resumed_run_keeps_its_law(self, tmp_path: Path) -> None:
-        def sgd() -> Regression:
-            return Regression(with_options(torch.optim.SGD))
-
-        first = SurgeLRCallback(4, probe_every=2, probe_examples=16)
-        trainer = make_trainer(first)
-        trainer.fit(sgd(), data(16 * 30, 16))
-        trainer.save_checkpoint(tmp_path / "run.ckpt")
-        again = SurgeLRCallback(4, probe_every=2, probe_examples=16)
-        # The run is over, so that nothing is measured any more.
-        make_trainer(again).fit(
-            sgd(), data(16 * 30, 16), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True
-        )
-        assert again.settings.objective == "alignment"
-        assert again.law is not None
-        assert first.law is not None
-        assert again.law.lr(64.0) == first.law.lr(64.0)
-        assert again.lr_scale(64) == first.lr_scale(64)
-
-
-class Failing(Regression):
-    """Raises in replays once the sharpness is searched for."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        if self.trainer.global_step >= 6 and "log" in vars(self):  # which mutes logging in replays
-            raise RuntimeError("boom")
-        return loss
-
 
 class TestFailures:
-    def test_cost_nothing_but_the_measurements(self) -> None:
-        plain, module = Regression(), Failing()
-        make_trainer().fit(plain, data(4 * 40, 4))
-        callback = surge(probe_every=1, probe_examples=16)
-        with pytest.warns(UserWarning, match="RuntimeError: boom"):
-            make_trainer(callback).fit(module, data(4 * 40, 4))
-        assert torch.equal(module.linear.weight, plain.linear.weight)
-
     def test_averages_that_stop_telling_are_held_with_a_reason(self) -> None:
         class Clip(Callback):
             def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -337,15 +294,6 @@ class TestRefusals:
         with pytest.raises(MisconfigurationException, match="cycle_momentum=False"):
             make_trainer(surge()).fit(module, data(32, 8))
         assert module.calls == 0
-
-    def test_a_callback_loaded_from_its_state_answers_as_before(self) -> None:
-        callback, loaded = surge(), surge()
-        make_trainer(callback).fit(Regression(), data(16 * 20, 16))
-        loaded.load_state_dict(callback.state_dict())
-        assert loaded.lr_scale(64) == callback.lr_scale(64)
-        for lr in (-1.0, math.inf):
-            with pytest.raises(ValueError, match="0 <= lr < inf"):
-                loaded.lr_scale(64, lr=lr)
 
     def test_of_clipping(self) -> None:
         module = Regression()

@@ -1,8 +1,6 @@
 """Loaders that change in mid-run, and learning-rate schedules that stop short of their end."""
 
-import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, SequentialSampler
 
-import lightning_surge
+from benchmarks.step_trace import trace
 from lightning_surge import BatchSizeScheduler, BatchSizeWarmup, ScheduledBatchSampler, by_examples
 from lightning_surge.callbacks.lightning_host import loader_batch_size, refresh_epoch_length, replicas_of
 from lightning_surge.schedules import (
@@ -333,28 +331,9 @@ class TestSchedulesCutShort:
 
 
 @pytest.mark.parametrize(
-    ("loader", "schedule"),
-    [
-        (lambda: plain(2), ConstantSize(4)),
-        (lambda: plain(2), GeometricRamp(2, 16, 1000)),
-        (sampled, LinearRamp(2, 16, 1000)),
-    ],
+    ("callbacks", "calls", "files"), [([], 120, 14), ([BatchSizeScheduler(ConstantSize(16))], 260, 18)]
 )
-def test_an_ordinary_step_enters_the_package_a_few_times_only(
-    loader: Callable[[], Any], schedule: Any
-) -> None:
-    folder = str(Path(lightning_surge.__file__).parent)
-    entered: Counter[str] = Counter()
-
-    def note(frame: Any, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(folder):
-            entered[frame.f_code.co_qualname] += 1
-
-    class Watch(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            # From the end of one step to that of the next.
-            sys.setprofile(note if trainer.global_step == 5 else None)
-
-    make_trainer(BatchSizeScheduler(schedule), Watch()).fit(Mean(schedule=by_the_clock), loader())
-    assert entered["BatchSizeScheduler.on_before_optimizer_step"] == 1
-    assert sum(entered.values()) <= 80
+def test_a_step_enters_as_little_of_the_package_as_promised(callbacks: Any, calls: int, files: int) -> None:
+    entered = trace(*callbacks)
+    assert 50 < sum(entered.values()) <= calls
+    assert len({file for file, _ in entered}) <= files
