@@ -510,6 +510,7 @@ class Reports(Validated):
         (self.path / f"{self.trainer.global_rank}.json").write_text(json.dumps(report))
 
 
+@pytest.mark.slow
 @forks
 class TestTwoProcesses:
     """Two gloo processes, three epochs. Gradients are reduced, so both see the examples of both."""

@@ -25,6 +25,7 @@ from lightning_surge.schedules.sizes import ConstantSize
 from tests.trainings import Regression, assert_same, make_trainer, regression_data, with_lr
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Expected a learning-rate schedule that reaches its end"),
 ]

@@ -24,7 +24,10 @@ from lightning_surge.schedules.sizes import GeometricRamp
 from tests.processes import environment, on_ranks
 from tests.trainings import assert_same, at_update, make_trainer
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork"),
+]
 
 GLOBAL, SLICES, STEPS = 16, 4, 6
 

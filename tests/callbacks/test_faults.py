@@ -242,6 +242,7 @@ def surge(accumulation: int, **options: Any) -> SurgeLRCallback:
     return SurgeLRCallback(**({"base_batch_size": size, "probe_every": 1, "probe_examples": size} | options))
 
 
+@pytest.mark.slow
 class TestAnywhere:
     """A failure at every single place of a measurement, one after the other, in one training."""
 
@@ -329,6 +330,7 @@ def _interrupts_stay_possible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_interrupts_stay_possible")
 class TestInterrupts:
     # In a probe: slices, a secant, the reference, the sharpness. In a window: secants after the second and

@@ -36,6 +36,7 @@ from lightning_surge.schedules.sizes import (
 from tests.trainings import make_trainer
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The last 3 checkpoints each came while batches were being pooled"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),

@@ -224,6 +224,7 @@ class TestStreams:
         assert before[2] == np.random.get_state()[2]  # noqa: NPY002
 
 
+@pytest.mark.slow
 class TestOneProcess:
     @pytest.mark.parametrize(
         ("net", "options"),
@@ -365,6 +366,7 @@ class TestWhatLightningDoesAlone:
         assert not run(Net, shuffled, resume=save.saved[3][0]).same_batches_as(whole.after(3))
 
 
+@pytest.mark.slow
 class TestWorkers:
     def test_augmentation_in_workers(self, tmp_path: Path) -> None:
         def loader() -> StatefulDataLoader[Any]:
@@ -441,6 +443,7 @@ def sharded() -> StatefulDataLoader[Any]:
     return shuffled(sampler=sampler, shuffle=None, batch_size=2)
 
 
+@pytest.mark.slow
 @no_fork
 class TestTwoProcesses:
     @pytest.mark.parametrize(

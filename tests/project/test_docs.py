@@ -69,6 +69,7 @@ def shape(output: str) -> list[str]:
 # ---------------------------------------------------------------------- code
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("page", [page for page in DOCS if blocks(page)])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: str, names_after: Any) -> None:

@@ -20,6 +20,7 @@ from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.runs.run_log import read_run
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 # Lightning is slow to import: one process runs all examples.
 
