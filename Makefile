@@ -7,7 +7,7 @@ FIELD := .field
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo digits test test-fast test-matrix docs docs-output lint format bench \
+.PHONY: help demo digits test test-fast test-matrix wheel-check docs docs-output docs-pictures lint format bench \
 	bench-demo bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick field clean
 
 help:  ## show this list
@@ -31,8 +31,22 @@ test: $(STAMP)  ## run the tests, doctests included
 test-fast: $(STAMP)  ## the same without processes, kills and line searches
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-matrix: $(STAMP)  ## tests that lean on Lightning, oldest and newest versions: ten minutes after downloads
+test-matrix: $(STAMP)  ## tests that lean on Lightning: oldest and newest versions, every Python: half an hour
 	$(BIN)/python -m benchmarks.matrix
+
+docs-pictures: $(STAMP)  ## draw the pictures of the pages on `plot` and `fit` again: a minute
+	$(BIN)/python -m examples.digits --output runs/pictures
+	$(BIN)/lightning-surge plot runs/pictures/csv --output docs/reading-a-run.png --title "Convolutional network on scikit-learn's digits"
+	$(BIN)/lightning-surge fit examples/tables/mlperf_retinanet.csv --tuned --figure examples/tables/mlperf_retinanet.png
+
+wheel-check:  ## build the wheel, install it into an empty environment, and run the README's first block there
+	rm -rf .wheel
+	$(PYTHON) -m venv .wheel/tools
+	.wheel/tools/bin/pip install --disable-pip-version-check -q build
+	.wheel/tools/bin/python -m build --outdir .wheel/dist .
+	$(PYTHON) -m venv .wheel/env
+	.wheel/env/bin/pip install --disable-pip-version-check -q -c constraints.txt .wheel/dist/*.whl
+	cd .wheel && env/bin/python ../.ci/smoke.py
 
 docs: $(STAMP)  ## build the documentation in site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
@@ -72,7 +86,7 @@ fidelity: $(STAMP)  ## predicted learning rates against sweeps: goes on for BUDG
 	$(BIN)/python -m benchmarks.fidelity --budget $(or $(BUDGET),60)
 	$(BIN)/python -m benchmarks.publish
 
-fidelity-quick: $(STAMP)  ## one cell of each kind, under two minutes; writes nothing
+fidelity-quick: $(STAMP)  ## one cell of each kind, under a minute; writes nothing
 	$(BIN)/python -m benchmarks.fidelity --quick
 
 $(FIELD)/.installed: benchmarks/field/requirements.txt constraints.txt pyproject.toml
@@ -88,4 +102,4 @@ field: $(FIELD)/.installed  ## inside libraries that others wrote, in an environ
 	$(FIELD)/bin/python -m benchmarks.publish
 
 clean:  ## remove the environments and what the examples wrote
-	rm -rf $(VENV) $(FIELD) .matrix runs site
+	rm -rf $(VENV) $(FIELD) .matrix .wheel runs site

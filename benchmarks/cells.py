@@ -1,7 +1,7 @@
-"""A grid of experiments as cells: each one is run once, and its result is one line of a file.
+"""A grid of experiments as cells: each one is run once, and its result is one line of `cells.jsonl`.
 
-The full grid is hours of work. Finished cells are kept in `results/<kind>.jsonl`, so that a later run goes on
-where an earlier one stopped, whether it ran out of its budget or was killed.
+The full grid is hours of work. Finished cells are kept, so that a later run goes on where an earlier one
+stopped, whether it ran out of its budget or was killed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ class Cell:
     """One experiment.
 
     Attributes:
-        kind: which experiment, the name of its file.
-        key: what tells it from others of its kind; plain values.
-        measure: does it; returns plain numbers, strings, lists and dicts.
-        priority: smaller is done first.
+        kind: Name of the experiment.
+        key: Plain values that tell it from others of its kind, the arguments of `measure`.
+        measure: Runs it and returns plain numbers, strings, lists and dicts.
+        priority: Smaller is done first.
     """
 
     kind: str
@@ -35,62 +35,41 @@ class Cell:
     measure: Callable[..., dict[str, Any]]
     priority: int = 0
 
-    @property
-    def name(self) -> str:
-        """For progress lines."""
-        return f"{self.kind} " + " ".join(f"{name}={value}" for name, value in self.key.items())
-
 
 class Store:
-    """The lines of finished cells.
-
-    Args:
-        directory: of the files.
-    """
+    """The finished cells of a directory."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.path = directory / "cells.jsonl"
 
-    def path(self, kind: str) -> Path:
-        """The file of one kind."""
-        return self._directory / f"{kind}.jsonl"
+    def records(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Finished cells of one kind, or of all. A last line that was cut off by a kill is passed over."""
+        found = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return [record for record in found if kind in (None, record["kind"])]
 
-    def records(self, kind: str) -> list[dict[str, Any]]:
-        """All finished cells of a kind. A last line that was cut off by a kill is passed over."""
-        path = self.path(kind)
-        return list(_lines(path)) if path.exists() else []
-
-    def add(self, cell: Cell, values: dict[str, Any], seconds: float) -> None:
+    def add(self, kind: str, values: dict[str, Any]) -> None:
         """Append a finished cell."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        line = {**cell.key, **finite(values), "seconds": round(seconds, 2), "commit": commit()}
-        path = self.path(cell.kind)
-        torn = path.exists() and not path.read_text().endswith("\n") and path.stat().st_size > 0
-        with path.open("a") as file:
-            file.write(("\n" if torn else "") + json.dumps(line) + "\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.exists() and not self.path.read_text().endswith("\n") and self.path.stat().st_size
+        with self.path.open("a") as file:
+            file.write(("\n" if torn else "") + json.dumps({"kind": kind} | finite(values)) + "\n")
 
     def unfinished(self, cells: Iterable[Cell]) -> list[Cell]:
-        """Those of some cells that are not finished, in their order; every file is read once."""
-        records: dict[str, list[dict[str, Any]]] = {}
-        left = []
-        for cell in cells:
-            if cell.kind not in records:
-                records[cell.kind] = self.records(cell.kind)
-            if not any(cell.key.items() <= record.items() for record in records[cell.kind]):
-                left.append(cell)
-        return left
+        """Those of some cells that are not finished, in their order."""
+        records = self.records()
+        keys = [(cell, cell.key | {"kind": cell.kind}) for cell in cells]
+        return [cell for cell, key in keys if not any(key.items() <= record.items() for record in records)]
 
 
 def chosen(
     cells: Iterable[Cell], kinds: Collection[str] | None, **axes: Collection[Any] | None
 ) -> list[Cell]:
-    """Cells of some kinds with some values in their keys.
-
-    Args:
-        cells: any.
-        kinds: to keep; none at all for every kind.
-        **axes: for a name in the key, the values to keep; none at all for every cell.
-    """
+    """Cells of some kinds with some values in their keys; None or nothing keeps all."""
     return [
         cell
         for cell in cells
@@ -99,27 +78,19 @@ def chosen(
     ]
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
-
-
 def run_cells(
     cells: Iterable[Cell], store: Store | None, budget_seconds: float, *, strict: bool = False
 ) -> int:
     """Run what is not finished, by priority, until the budget is used up.
 
     Args:
-        cells: the grid.
-        store: where results go; None prints them only.
-        budget_seconds: no cell starts after so long.
-        strict: whether a failing cell ends it all, instead of being left for the next time.
+        cells: The grid.
+        store: Where results go; None only prints them.
+        budget_seconds: Seconds after which no cell is started.
+        strict: Whether a failing cell ends the run, instead of being left for the next one.
 
     Returns:
-        Cells still to do, those that failed among them.
+        The number of cells still to do, including those that failed.
     """
     begin = time.monotonic()
     failed = 0
@@ -130,10 +101,8 @@ def run_cells(
             return failed + len(todo) - index
         if store is not None and not store.unfinished([cell]):
             continue  # another process was faster
-        print(
-            f"[{spent / 60:6.1f} of {budget_seconds / 60:.0f} min, {index}/{len(todo)}] {cell.name}",
-            flush=True,
-        )
+        name = " ".join([cell.kind, *(f"{key}={value}" for key, value in cell.key.items())])
+        print(f"[{spent / 60:6.1f} of {budget_seconds / 60:.0f} min, {index}/{len(todo)}] {name}", flush=True)
         start = time.monotonic()
         try:
             values = cell.measure(**cell.key)
@@ -146,5 +115,6 @@ def run_cells(
         if store is None:
             print(json.dumps(finite(values))[:200], flush=True)
         else:
-            store.add(cell, values, time.monotonic() - start)
+            seconds = round(time.monotonic() - start, 2)
+            store.add(cell.kind, {**cell.key, **values, "seconds": seconds, "commit": commit()})
     return failed

@@ -1,7 +1,7 @@
 """Fidelity of the predicted learning rate: run what is not finished yet, then write tables and figures.
 
 python -m benchmarks.fidelity --budget 60        # minutes; goes on where the last run stopped
-python -m benchmarks.fidelity --quick            # under two minutes, nothing is written
+python -m benchmarks.fidelity --quick            # under a minute, nothing is written
 python -m benchmarks.fidelity --report           # tables and figures from what is there
 """
 
@@ -17,23 +17,22 @@ from typing import Any
 import torch
 
 from benchmarks.cells import Cell, Store, chosen, run_cells
-from benchmarks.fidelity import longer, report
-from benchmarks.fidelity.approach import approach
-from benchmarks.fidelity.best_base import live_at_best_base
-from benchmarks.fidelity.live import live
+from benchmarks.fidelity import report
+from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
+from benchmarks.fidelity.live import live, live_at_best_base
 from benchmarks.fidelity.one_step import laws, truths
-from benchmarks.fidelity.ramp import FIXED_RULES, RULES, ramp
 from benchmarks.fidelity.regrets import DEFAULT
 from benchmarks.fidelity.switch import BATCH_SIZES, SEEDS, sweep
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES
-from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
+from benchmarks.fidelity.workloads import WORKLOADS
+from lightning_surge.laws.objectives import OBJECTIVES
 
 RESULTS = Path(__file__).parent / "results"
 BETAS = (0.95, 0.999)
-PHASES = ("late", "early", "cooled")
+PHASES = ("late", "cooled", "early")
 EXAMPLES = {"examples": CONTINUED_EXAMPLES}
-OVERHEADS = (0.05, 0.01, 0.25)
-OBJECTIVES = ("step", "alignment", "progress", "edge")
+SWEPT = ("perceptron", "convnet", "autoencoder", "transformer")
+"""Workloads with sweeps; the larger transformer is for rules that are compared directly."""
 
 
 def product(**axes: Any) -> list[dict[str, Any]]:
@@ -44,41 +43,39 @@ def product(**axes: Any) -> list[dict[str, Any]]:
 def grid() -> list[Cell]:
     """Every cell of the study, the most telling first."""
     store, cells = Store(RESULTS), []
-    names = list(WORKLOADS)
-    for key in product(seed=SEEDS, phase=("late", "early", "start", "cooled"), beta_2=BETAS, workload=names):
+    for key in product(seed=SEEDS, phase=("start", *PHASES), beta_2=BETAS, workload=SWEPT):
         later = key["seed"] + (key["beta_2"] != BETAS[0])
-        cells.append(Cell("truths", key, truths, priority=1 + later))
-        cells.append(Cell("laws", key, laws, priority=1 + later))
-    after = {"phase": PHASES, "beta_2": BETAS}
-    for key in product(**after, batch_size=BATCH_SIZES, workload=names):
-        cells.append(Cell("sweep", key | EXAMPLES, sweep, priority=2 * unusual(key)))
-        if key["batch_size"] > BASE_BATCH_SIZE:
-            cells.append(Cell("approach", key, partial(approach, store), priority=3 + unusual(key)))
-    for key in product(max_overhead=OVERHEADS, **after, seed=SEEDS, objective=OBJECTIVES, workload=names):
-        later = unusual(key) + (key["max_overhead"] != OVERHEADS[0]) + (key["seed"] == SEEDS[-1])
-        cells.append(Cell("live", key | EXAMPLES, live, priority=1 + later + later // 2))
-        if key.items() >= DEFAULT.items():
-            at_best_base = partial(live_at_best_base, store)
-            cells.append(Cell("best_base", key | EXAMPLES, at_best_base, priority=2 + later))
-    for key in product(seed=SEEDS, budget=("short", "long"), rule=RULES, workload=names, beta_2=BETAS[:1]):
-        overhead = 0.0 if key["rule"] in ("fixed batch", *FIXED_RULES) else OVERHEADS[0]
-        cells.append(Cell("ramp", key | {"max_overhead": overhead}, ramp, priority=3))
-    return cells + longer.cells(store, names, BETAS[0])
+        cells += [Cell("truths", key, truths, 3 + later), Cell("laws", key, laws, 3 + later)]
+    for key in product(phase=PHASES, beta_2=BETAS, batch_size=BATCH_SIZES, workload=SWEPT):
+        cells.append(Cell("sweep", key | EXAMPLES, sweep, 3 + unusual(key)))
+    for key in product(phase=PHASES, beta_2=BETAS, seed=SEEDS, objective=OBJECTIVES, workload=SWEPT):
+        key |= {"max_overhead": DEFAULT["max_overhead"]} | EXAMPLES
+        cells.append(Cell("live", key, live, 3 + unusual(key)))
+        if key["objective"] == DEFAULT["objective"]:
+            cells.append(Cell("best_base", key, partial(live_at_best_base, store), 4 + unusual(key)))
+    shipped = partial(live, batch_sizes=LARGER)
+    for key in product(beta_2=BETAS, examples=DECAYS, phase=PHASES, workload=WORKLOADS):
+        later = unusual(key) + (key["workload"] == "transformer")
+        cells.append(Cell("free", key, free, later))
+        cells += [Cell("live", key | AS_SHIPPED | {"seed": seed}, shipped, later) for seed in SEEDS]
+    return cells
 
 
 def unusual(key: dict[str, Any]) -> int:
     """In how many ways a change of the batch size is another one than the first to be run."""
-    return (key["phase"] == "cooled") + (key["beta_2"] != BETAS[0])
+    return (key["phase"] == "early") + 2 * (key["beta_2"] != BETAS[0])
 
 
 def quick() -> list[Cell]:
-    """One cell of each kind, on the smallest workload."""
-    point: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "start"}
+    """One cell of each kind, as short as they can be."""
+    point: dict[str, Any] = {"workload": "autoencoder", "beta_2": 0.95, "phase": "start"}
+    short = point | {"examples": LARGER[-1]}
     return [
         Cell("truths", point | {"seed": 0}, truths),
         Cell("laws", point | {"seed": 0}, laws),
-        Cell("sweep", point | {"batch_size": 16 * BASE_BATCH_SIZE}, sweep),
-        Cell("live", point | {"seed": 0, "max_overhead": 0.05, "objective": DEFAULT["objective"]}, live),
+        Cell("sweep", short | {"batch_size": LARGER[-1]}, sweep),
+        Cell("free", short, free),
+        Cell("live", short | AS_SHIPPED | {"seed": 0}, partial(live, batch_sizes=LARGER)),
     ]
 
 

@@ -24,19 +24,12 @@ CHANGE = (*POINT, "batch_size")
 
 
 class Summary(NamedTuple):
-    """Absolute errors.
-
-    Attributes:
-        n: errors with a truth.
-        missing: of these, without a law; their error is infinite.
-        median: of all.
-        high: 90th percentile of all.
-    """
+    """Absolute errors where there is a truth; without a law an error is infinite."""
 
     n: int
-    missing: int
+    missing: int  # without a law
     median: float
-    high: float
+    high: float  # 90th percentile
 
 
 class Mean(NamedTuple):
@@ -109,8 +102,7 @@ def mean(values: Iterable[float]) -> Mean:
 def mean_over_seeds(rows: Sequence[Row], field: str) -> Mean:
     """The mean of everything, with the half-width of the mean over seeds of each seed's own mean.
 
-    What differs between experiments is what was chosen to be looked at, and no scatter; and one seed's
-    initial weights and batches are in many of them.
+    Differences between experiments are no scatter, and a seed's weights and batches are in many of them.
     """
     of_seeds = mean(mean(row[field] for row in part).value for part in groups(rows, "seed").values())
     return of_seeds._replace(n=len(rows))

@@ -10,13 +10,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from benchmarks.cells import Store
+from benchmarks.fidelity.analysis import POINT, pick
+from benchmarks.fidelity.regrets import sweeps_of
 from benchmarks.fidelity.switch import BATCH_SIZES, fixed_sample
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES, Study, continue_run, train_to
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
 from lightning_surge.policy.policy import Decision
 
-__all__ = ["live", "loss_of"]
+__all__ = ["best_multiplier", "live", "live_at_best_base", "loss_of"]
 
 CHANGED_SIZES = tuple(size for size in BATCH_SIZES if size != BASE_BATCH_SIZE)
 
@@ -29,7 +32,6 @@ class Decisions(pl.Callback):
         self.seen: list[Decision] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """One step."""
         if self._surge.decision is not None:
             self.seen.append(self._surge.decision)
 
@@ -54,11 +56,11 @@ def live(
 ) -> dict[str, Any]:
     """One training up to the change of the batch size, and one continuation for each size.
 
-    The multiplier is that of the base learning rate from the change on, after which come so many examples.
+    From the change on, learning rates get the multiplier and so many examples are trained.
 
     Returns:
         Measurements before the change; by batch size, the ratio predicted at the change with its standard
-        error, the one that was used in the first step, and the final loss and the mean ratio of the live run.
+        error, the one used in the first step, and the final loss and mean ratio of the live run.
     """
     what = WORKLOADS[workload]
     settings: dict[str, Any] = {"objective": objective, "max_overhead": max_overhead}
@@ -84,3 +86,25 @@ def live(
             "overhead": after.overhead,
         }
     return result
+
+
+def best_multiplier(store: Store, **point: Any) -> float:
+    """The best multiple of the base learning rate for the rest of a run that keeps its batch size.
+
+    Raises:
+        LookupError: If the sweep at the base batch size is not finished at the point.
+    """
+    sweeps = sweeps_of(pick(store.records("sweep"), batch_size=BASE_BATCH_SIZE, **point))
+    if not sweeps:
+        raise LookupError(f"A sweep at the base batch size has to come first, none is finished at {point}.")
+    return float(2.0 ** next(iter(sweeps.values())).best)
+
+
+def live_at_best_base(store: Store, **key: Any) -> dict[str, Any]:
+    """`live` at the base learning rate that is best from the change on.
+
+    A rule for ratios can only be as good as the learning rate that it carries over; this takes that error
+    away. For a ratio without a callback the sweep does it.
+    """
+    multiplier = best_multiplier(store, **{name: key[name] for name in (*POINT, "examples")})
+    return {"multiplier": multiplier} | live(**key, multiplier=multiplier)

@@ -24,16 +24,10 @@ ELSEWHERE = "swept elsewhere"
 
 
 class Sweep(NamedTuple):
-    """Final losses of one cell.
+    """Final losses of one cell."""
 
-    Attributes:
-        x: log2 of the multipliers, increasing, without those at which some seed has diverged.
-        losses: by seed and multiplier.
-        seeds: of the rows.
-    """
-
-    x: Array
-    losses: Array
+    x: Array  # log2 of the multipliers, increasing, without those at which some seed has diverged
+    losses: Array  # by seed and multiplier
     seeds: tuple[int, ...]
 
     @classmethod
@@ -57,11 +51,6 @@ class Sweep(NamedTuple):
     def bests(self) -> Array:
         """The same of each seed."""
         return np.array([vertex(self.x, row) for row in self.losses])
-
-    @property
-    def lowest(self) -> float:
-        """The mean loss at the multiplier that is best on average."""
-        return float(self.mean.min())
 
     @property
     def censored(self) -> bool:
@@ -111,22 +100,15 @@ def sweeps_of(records: Iterable[Record]) -> dict[tuple[Any, ...], Sweep]:
     return {key: sweep for key, sweep in found.items() if len(sweep.x) >= 3}
 
 
-def sweeps_after(
-    records: Mapping[str, Sequence[Record]], examples: int = CONTINUED_EXAMPLES
-) -> dict[tuple[Any, ...], Sweep]:
-    """Those with so many examples after the change."""
-    return sweeps_of(pick(records["sweep"], examples=examples))
-
-
-def all_rows(records: Mapping[str, Sequence[Record]], examples: int = CONTINUED_EXAMPLES) -> list[Row]:
-    """Of every rule at every change of the batch size with so many examples after it."""
-    lives, at_best_base = (pick(records[kind], examples=examples) for kind in ("live", "best_base"))
-    return switch_rows(sweeps_after(records, examples), lives, records["laws"], at_best_base)
+def all_rows(records: Mapping[str, Sequence[Record]]) -> list[Row]:
+    """Of every rule at every change of the batch size that was swept."""
+    lives, at_best_base = (pick(records[kind], examples=CONTINUED_EXAMPLES) for kind in ("live", "best_base"))
+    return switch_rows(sweeps_of(records["sweep"]), lives, records["laws"], at_best_base)
 
 
 def regret_unit(workload: str, found: Sweep) -> float:
     """What a difference of losses is multiplied with: nats stay, others become percent of the lowest loss."""
-    return 1.0 if WORKLOADS[workload].cross_entropy else 100.0 / found.lowest
+    return 1.0 if WORKLOADS[workload].cross_entropy else 100.0 / float(found.mean.min())
 
 
 def loss_of_run(loss: float | None) -> float:
@@ -218,7 +200,8 @@ def switch_rows(
                 (name, None, ratio, None) for name, ratio in fixed.items()
             ]
             for record in pick(records, seed=seed):
-                run = record["by_batch_size"][str(size)]
+                if (run := record["by_batch_size"].get(str(size))) is None:
+                    continue
                 objective, overhead = record["objective"], record["max_overhead"]
                 for name in ("predicted", "used"):
                     ratio = math.log2(run[name]) if run[name] else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.fidelity.ensemble import Ensemble, shared_batch
+from benchmarks.fidelity.ensemble import Ensemble, Snapshot, shared_batch
 from benchmarks.fidelity.training import (
     CONTINUED_EXAMPLES,
     PHASES,
@@ -77,15 +78,19 @@ def sweep(
 def beyond(factors: Sequence[float], losses: Array) -> list[float]:
     """The next multipliers at the end of a grid where the lowest mean over seeds is, none if it is inside.
 
-    Args:
-        factors: multipliers, increasing at equal ratios.
-        losses: by seed and multiplier; of runs that diverged not finite, which ends a grid as well.
+    Multipliers increase at equal ratios. A loss by seed and multiplier that is not finite ends the grid too.
     """
     means = np.where(np.isfinite(losses).all(axis=0), losses.mean(axis=0), np.inf)
     low, ratio = int(np.argmin(means)), factors[1] / factors[0]
     if low == len(factors) - 1:
         return [factors[-1] * ratio**index for index in range(1, MORE + 1)]
     return [factors[0] / ratio**index for index in range(MORE, 0, -1)] if low == 0 else []
+
+
+@lru_cache(maxsize=len(SEEDS))
+def snapshot(workload: str, beta_2: float, phase: str, seed: int) -> Snapshot:
+    """A training at the moment of the change; kept, because several sizes and rules start from it."""
+    return train_to(WORKLOADS[workload], beta_2=beta_2, phase=phase, seed=seed)[0].snapshot()
 
 
 def final_losses(
@@ -96,22 +101,20 @@ def final_losses(
     multipliers_at: Callable[[int], Tensor],
     examples: int = CONTINUED_EXAMPLES,
 ) -> list[list[float]]:
-    """Final losses of runs that go on after a change of the batch size.
+    """Final losses by seed and run, of runs that go on after a change of the batch size at a phase.
 
     Args:
-        workload: its name.
-        beta_2: Adam's.
-        phase: at which the batch size changes.
-        batch_size: after the change.
-        multipliers_at: of the base learning rate, one for each run of a seed, by step since the change.
-        examples: after the change.
-
-    Returns:
-        Losses by seed of `SEEDS` and run.
+        workload: Name of the workload.
+        beta_2: Adam's decay rate of squared gradients.
+        phase: When the batch size changes.
+        batch_size: Examples per step after the change.
+        multipliers_at: Gives the multipliers of the base learning rate, one for each run of a seed, by step
+            since the change.
+        examples: Number of examples to train after the change.
     """
     what = WORKLOADS[workload]
     runs = len(multipliers_at(0))
-    snapshots = [train_to(what, beta_2=beta_2, phase=phase, seed=seed)[0].snapshot() for seed in SEEDS]
+    snapshots = [snapshot(workload, beta_2, phase, seed) for seed in SEEDS]
     ensemble = Ensemble(what, [s for s in snapshots for _ in range(runs)], (0.9, beta_2))
     steps = examples // batch_size
     lr_of = schedule(phase, steps)

@@ -1,20 +1,21 @@
-"""Run the tests with the oldest and the newest versions that pyproject.toml claims; write down what passed.
+"""Run the tests with the versions that pyproject.toml claims; write down what passed.
 
-    python -m benchmarks.matrix            # both, and write results/summary.md
-    python -m benchmarks.matrix oldest     # one of them, and write nothing
+    python -m benchmarks.matrix                # all, and write results/summary.md
+    python -m benchmarks.matrix newest-3.13    # one of them, and write its row
 
 The oldest are pyproject.toml's own lower bounds, so that what it claims is what was run. The newest are those
-of constraints.txt. Each has an environment of its own under .matrix/, kept for the next time.
+of constraints.txt, on every Python of the classifiers of which an interpreter is at hand (on the PATH, or
+pyenv's). Each has an environment of its own under .matrix/, kept for the next time.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
-import venv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -64,17 +65,33 @@ def newest() -> dict[str, str]:
     return pinned() | {"pytorch-lightning": pinned()["lightning"]}
 
 
-CELLS = {"oldest": oldest, "newest": newest}
+def pythons() -> list[str]:
+    """The versions of Python in the classifiers, oldest first."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
 
 
-def python_with(name: str, versions: dict[str, str]) -> Path:
+CELLS = {f"oldest-{pythons()[0]}": oldest} | {f"newest-{version}": newest for version in pythons()}
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of that version; None if there is none."""
+    kept = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for python in (shutil.which(f"python{version}"), *map(str, kept)):
+        # pyenv puts a stand-in on the PATH for versions that are switched off.
+        if python and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            return python
+    return None
+
+
+def python_with(name: str, versions: dict[str, str], basis: str) -> Path:
     """An interpreter that has these versions; built once, and again when they change."""
     folder = ROOT / ".matrix" / name
     python, stamp = folder / "bin" / "python", folder / "constraints.txt"
     wanted = "".join(f"{package}=={version}\n" for package, version in versions.items())
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"building {folder}: minutes", flush=True)
-        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([basis, "-m", "venv", "--clear", folder], check=True)
         constraints = folder / "wanted.txt"
         constraints.write_text(wanted)
         command = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q", "-c", constraints]
@@ -85,7 +102,10 @@ def python_with(name: str, versions: dict[str, str]) -> Path:
 
 def run(name: str, tests: Sequence[str]) -> Outcome:
     """Run the tests with one set of versions."""
-    python = python_with(name, CELLS[name]())
+    basis = interpreter(name.partition("-")[2])
+    if basis is None:
+        return Outcome(name, {}, True, "not run: no interpreter at hand")
+    python = python_with(name, CELLS[name](), basis)
     listed = "; ".join(f"print('{package}', version('{package}'))" for package in SHOWN)
     code = f"from importlib.metadata import version; {listed}"
     lines = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -99,22 +119,28 @@ def run(name: str, tests: Sequence[str]) -> Outcome:
     return Outcome(name, versions, done.returncode == 0, last)
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """The results as a Markdown page."""
-    python = ".".join(map(str, sys.version_info[:2]))
-    rows = [
-        f"| {one.name} | {python} | " + " | ".join(one.versions[package] for package in SHOWN)
-        + f" | {'passed' if one.passed else 'failed'}: {one.last_line} |"
-        for one in outcomes
-    ]  # fmt: skip
-    head = f"| | Python | {' | '.join(SHOWN)} | outcome |"
+def row(one: Outcome) -> str:
+    """One line of the table."""
+    name, _, python = one.name.partition("-")
+    versions = " | ".join(one.versions.get(package, "-") for package in SHOWN)
+    return (
+        f"| {name} | {python} | {versions} | {one.last_line if one.passed else 'failed: ' + one.last_line} |"
+    )
+
+
+def page(outcomes: Sequence[Outcome], before: str) -> str:
+    """The results as Markdown; what was not run now keeps its row."""
+    rows = {
+        tuple(line.split(" | ")[:2]): line for line in before.splitlines() if line.startswith(("| o", "| n"))
+    }
+    rows |= {tuple(line.split(" | ")[:2]): line for line in map(row, outcomes)}
     lines = [
         "Versions that were run (`make test-matrix`): the oldest that `pyproject.toml` claims, and those of "
-        "`constraints.txt`.",
+        "`constraints.txt` on every Python.",
         "",
-        head,
+        f"| | Python | {' | '.join(SHOWN)} | outcome |",
         "|---" * (len(SHOWN) + 3) + "|",
-        *rows,
+        *(rows[key] for key in sorted(rows, key=lambda key: (key[0] != "| oldest", key))),
         "",
         f"Tests: {', '.join(f'`{Path(test).stem}`' for test in TESTS)}; warnings are not errors here.",
     ]
@@ -130,10 +156,9 @@ def main() -> int:
     if unknown := set(options.names) - set(CELLS):
         parser.error(f"Expected names of {', '.join(CELLS)}, got {', '.join(sorted(unknown))}.")
     outcomes = [run(name, options.tests) for name in options.names or CELLS]
-    if not options.names and tuple(options.tests) == TESTS:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "summary.md").write_text(table(outcomes))
-        print(table(outcomes))
+    if tuple(options.tests) == TESTS:
+        summary = RESULTS / "summary.md"
+        summary.write_text(page(outcomes, summary.read_text() if summary.exists() else ""))
     return 0 if all(one.passed for one in outcomes) else 1
 
 

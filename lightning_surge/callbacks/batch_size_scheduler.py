@@ -27,6 +27,7 @@ from lightning_surge.callbacks.checks import check_accumulated_sizes, check_host
 from lightning_surge.callbacks.lightning_host import (
     Callback,
     callbacks_of,
+    check_versions,
     refresh_epoch_length,
     replicas_of,
     warn,
@@ -228,6 +229,7 @@ class BatchSizeScheduler(Callback):
         """Refuse whatever cannot be combined with an accumulation that changes."""
         if stage != "fit":
             return
+        check_versions(trainer, type(self).__name__)
         check_host(trainer, pl_module, type(self).__name__)
         # Before a batch-size finder, whose trials step the learning-rate schedules without callbacks. A new
         # list: Lightning iterates over the old one now.

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib.metadata import version
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.overrides import is_overridden
@@ -41,6 +44,38 @@ def warn(message: str) -> None:
         rank_zero_warn(message, stacklevel=5)
     except Warning:
         log.warning(message)
+
+
+# Neither Lightning nor torch documents these; each has a test in tests/project/test_lightning_contract.py.
+OF_LIGHTNING = (
+    "_logger_connector.should_update_logs",
+    "strategy.training_step",
+    "fit_loop._combined_loader",
+    "fit_loop._data_fetcher",
+    "fit_loop.max_batches",
+    "val_check_batch",
+    "distributed_sampler_kwargs",
+)
+OF_TORCH = (
+    "amp.GradScaler._found_inf_per_device",
+    "amp.GradScaler._check_inf_per_device",
+    "optim.Optimizer.register_step_pre_hook",
+    "optim.Optimizer.register_step_post_hook",
+)
+
+
+def check_versions(trainer: pl.Trainer, name: str) -> None:
+    """Refuse a Lightning or torch that lacks an undocumented part which the callbacks touch."""
+    for package, owner, paths in (("lightning", trainer, OF_LIGHTNING), ("torch", torch, OF_TORCH)):
+        for path in paths:
+            try:
+                attrgetter(path)(owner)
+            except AttributeError:
+                raise MisconfigurationException(
+                    f"{name} needs {path}, which {package} does not document, got {package} "
+                    f"{version(package)} without it: install an older release of it, or a newer one of "
+                    "lightning-surge."
+                ) from None
 
 
 def callbacks_of(trainer: pl.Trainer, kind: type[C]) -> list[C]:

@@ -41,6 +41,7 @@ from lightning_surge.callbacks.learner import (
 from lightning_surge.callbacks.lightning_host import (
     Callback,
     callbacks_of,
+    check_versions,
     is_accumulation_scheduler,
     skips_step,
     warn,
@@ -316,6 +317,7 @@ class SurgeLRCallback(Callback):
             return
         name, measures = type(self).__name__, self.settings.measures
         repeats_step = measures and self._loss_fn is None
+        check_versions(trainer, name)
         check_trainer(trainer, pl_module, name, measures=measures, repeats_step=repeats_step)
         ours = callbacks_of(trainer, SurgeLRCallback)
         indices = [callback.settings.optimizer for callback in ours]

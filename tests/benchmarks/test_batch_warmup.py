@@ -291,7 +291,8 @@ def test_the_report_is_written_from_nothing_and_from_something(tmp_path: Path) -
         ("constant", [*SMALL, *LARGE]),
         ("ramp", [*diverged, *(r for r in every_rule() if (r["ramp"], r["rule"]) != ("fast", "linear"))]),
     ):
-        store.path(kind).write_text("".join(json.dumps(record) + "\n" for record in records))
+        for record in records:
+            store.add(kind, record)
     write_report(store, tmp_path, grid.sizes())
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "| fast ramp | linear | inf | 25.0 % |" in (tmp_path / "report.md").read_text()

@@ -12,14 +12,12 @@ from benchmarks.cells import Cell, Store, run_cells
 from benchmarks.fidelity import regrets
 from benchmarks.fidelity.analysis import (
     Mean,
-    joined,
     mean,
     mean_over_seeds,
     paired,
     pick,
     quantile,
     summary,
-    unique,
 )
 from benchmarks.fidelity.held import (
     calibration,
@@ -28,11 +26,10 @@ from benchmarks.fidelity.held import (
     exact_noise_scale,
     one_step_rows,
 )
-from benchmarks.fidelity.leave_out import chosen_elsewhere, leave_out, objective_costs
 from benchmarks.fidelity.markdown import average, number
 from benchmarks.fidelity.one_step import COUNTS, SIZES
-from benchmarks.fidelity.ramp import ramp_rows, ramp_table
 from benchmarks.fidelity.report import read, write_report
+from benchmarks.fidelity.rules import chosen_elsewhere, leave_out, objective_costs
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.results import target
 from lightning_surge.laws.base import MeasuredLaw
@@ -101,11 +98,6 @@ def live_record(seed: int = 0, **changes: Any) -> dict[str, Any]:
     return record | changes
 
 
-def ramp_record(rule: str, seed: int, loss: float | None) -> dict[str, Any]:
-    key = {"workload": "perceptron", "beta_2": 0.95, "budget": "short", "rule": rule, "seed": seed}
-    return key | {"max_overhead": 0.0, "loss": loss, "steps": 100, "seconds": 60.0}
-
-
 # ---------------------------------------------------------------------- numbers
 
 
@@ -160,17 +152,6 @@ def test_differences_are_paired_by_key_and_not_by_order() -> None:
     right = [{"seed": 1, "loss": 4.0}, {"seed": 0, "loss": 0.5}]
     found = paired(left, right, "loss", ("seed",))
     assert (found.value, found.n) == (0.75, 2)
-
-
-def test_the_last_of_two_records_of_one_cell_counts() -> None:
-    records = [{"seed": 0, "loss": 1}, {"seed": 1, "loss": 2}, {"seed": 0, "loss": 3}]
-    assert [record["loss"] for record in unique(records, ("seed",))] == [3, 2]
-
-
-def test_joined_records_are_those_of_keys_that_both_have() -> None:
-    left = [{"seed": 0, "a": 1}, {"seed": 1, "a": 2}]
-    right = [{"seed": 1, "b": 3}, {"seed": 2, "b": 4}]
-    assert joined(left, right, ("seed",)) == [{"seed": 1, "a": 2, "b": 3}]
 
 
 # ---------------------------------------------------------------------- held points
@@ -418,27 +399,6 @@ def test_only_cells_that_all_rules_share_are_compared() -> None:
     assert regrets.best_fixed([]) is None
 
 
-def test_ramps_are_compared_with_sqrt_scaling_seed_by_seed() -> None:
-    losses = {
-        "sqrt": [1.0, 2.0, 3.0],
-        "fixed batch": [1.2, 2.2, 3.2],
-        "constant": [0.1],
-        "step": [0.9, 1.9, 2.9],
-        "linear": [1.0, None, 1.0],
-    }
-    records = [ramp_record(rule, s, loss) for rule, entry in losses.items() for s, loss in enumerate(entry)]
-    rows = {row["rule"]: row for row in ramp_rows(records)}
-    assert rows["step"]["difference"].value == pytest.approx(-0.1)
-    assert rows["constant"]["difference"].n == 1
-    assert rows["linear"]["loss"] == math.inf
-    assert (rows["sqrt"]["loss"], rows["sqrt"]["spread"], rows["sqrt"]["count"]) == (2.0, 1.0, 3)
-    page = ramp_table({"ramp": records})
-    assert "16,384 examples, 100 steps on the ramp and 1024 at a fixed batch" in page
-    assert "| sqrt | 2.0000 ± 1.0000 |" in page
-    assert "| step | 1.9000 ± 1.0000; -0.1000 ± 0.0000 |" in page
-    assert "| constant | 0.1000 ± - (n 1); -0.9000 |" in page
-
-
 # ---------------------------------------------------------------------- report
 
 
@@ -452,23 +412,23 @@ def test_a_target_without_a_number_is_missed() -> None:
 
 def fill(directory: Path) -> Store:
     """Some cells of some kinds."""
-    directory.mkdir()
     records = {
         "truths": [one_step_record()],
         "laws": [one_step_record(), one_step_record(seed=1)],
         "sweep": [sweep_record(16, 0.5), sweep_record(64, 1.0)],
         "live": [live_record(seed) for seed in range(3)],
         "best_base": [live_record(seed, multiplier=1.4) for seed in range(3)],
-        "ramp": [ramp_record(rule, seed, 1.0) for rule in ("sqrt", "step") for seed in range(3)],
     }
+    store = Store(directory)
     for kind, lines in records.items():
-        (directory / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Store(directory)
+        for line in lines:
+            store.add(kind, line)
+    return store
 
 
 def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     store = fill(tmp_path / "results")
-    write_report(store, tmp_path / "report", {"truths": 4, "live": 3, "approach": 2})
+    write_report(store, tmp_path / "report", {"truths": 4, "live": 3, "free": 2})
     rows = json.loads((tmp_path / "report" / "summary.json").read_text())["targets"]
     by_name = {row["name"]: row for row in rows}
     # 0.02, less 0.05 * 0.1^2 in the two seeds whose own best is a tenth of an octave off the common one.
@@ -481,11 +441,10 @@ def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     page = (tmp_path / "report" / "report.md").read_text()
     assert "25 % (1 of 4)" in page
     assert "0 % (0 of 2)" in page
-    assert "## approach\n\nNo cell is finished.\n\n## ramp" in page
+    assert "## free\n\nNo cell is finished.\n\n## leave_out" in page
     for name in ("one_step", "regret"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert len(read(store)["rules"]) == 3 * 8
-    assert read(store)["longer"] == []
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
@@ -567,7 +526,7 @@ def test_finished_cells_are_not_run_again_and_the_order_is_that_of_priorities(tm
 def test_a_torn_last_line_is_run_again_and_does_not_spoil_the_next(tmp_path: Path) -> None:
     store, ran = Store(tmp_path), []
     run_cells([cell(0, ran), cell(1, ran)], store, 60.0)
-    path = store.path("kind")
+    path = store.path
     path.write_text(path.read_text()[:-20])
     assert [record["index"] for record in store.records("kind")] == [0]
     assert run_cells([cell(0, ran), cell(1, ran), cell(3, ran)], store, 60.0) == 0
@@ -578,7 +537,7 @@ def test_a_torn_last_line_is_run_again_and_does_not_spoil_the_next(tmp_path: Pat
 def test_a_line_torn_only_of_its_end_still_counts(tmp_path: Path) -> None:
     store, ran = Store(tmp_path), []
     run_cells([cell(0, ran)], store, 60.0)
-    path = store.path("kind")
+    path = store.path
     path.write_text(path.read_text()[:-1])
     run_cells([cell(0, ran), cell(1, ran)], store, 60.0)
     assert ran == [0, 1]

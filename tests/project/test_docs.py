@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,16 @@ def test_identifiers_name_what_exists(page: str) -> None:
         elif re.fullmatch(r"[\w.]+(\(\))?", quoted):
             missing += [word for word in re.findall(r"[A-Za-z_]\w*", quoted) if word not in known]
     assert missing == []
+
+
+def test_the_version_is_one_number() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\n" in citation
+    (date,) = re.findall(r"date-released: (\S+)", citation)
+    releases = re.findall(r"(?m)^## \[(.*?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text())
+    dated = [(number, day) for number, day in releases if number != "Unreleased"]
+    assert not dated or dated[0] == (version, date)
 
 
 # ---------------------------------------------------------------------- messages

@@ -9,15 +9,19 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
+from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback
+from lightning_surge.schedules.sizes import ConstantSize
 from tests.trainings import Memory, make_trainer, scaling
 
 
@@ -193,6 +197,34 @@ def test_a_module_without_optimizer_gets_one_without_parameters() -> None:
         make_trainer(Look()).fit(Frozen(), batches(1))
     assert [type(optimizer) for optimizer in seen] == [_MockOptimizer]
     assert not any(group["params"] for group in seen[0].param_groups)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [SurgeLRCallback(1, law="sqrt"), BatchSizeScheduler(ConstantSize(1)), ExactResume()],
+    ids=lambda one: type(one).__name__,
+)
+@pytest.mark.parametrize(
+    ("owner", "path", "found"),
+    [
+        (FitLoop, "max_batches", "fit_loop.max_batches, .* got lightning 2"),
+        (torch.amp.GradScaler, "_found_inf_per_device", "_found_inf_per_device, .* got torch 2"),
+    ],
+)
+def test_what_a_version_lacks_is_named_at_the_start(
+    monkeypatch: Any, callback: Any, owner: type, path: str, found: str
+) -> None:
+    def gone(self: Any, name: str) -> Any:
+        if name == path:
+            raise AttributeError(name)
+        return object.__getattribute__(self, name)
+
+    if path in vars(owner):
+        monkeypatch.delattr(owner, path)
+    else:
+        monkeypatch.setattr(owner, "__getattribute__", gone, raising=False)
+    with pytest.raises(MisconfigurationException, match=f"{type(callback).__name__} needs .*{found}"):
+        callback.setup(make_trainer(), Slope(), "fit")
 
 
 def test_the_strategy_repeats_the_training_step_in_the_precision_of_training() -> None:

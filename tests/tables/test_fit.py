@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.export_grids import TABLES, log_steps, tables
 from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, SGDLaw, SqrtLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.tables.bootstrap import estimate
@@ -19,6 +19,7 @@ from lightning_surge.tables.law_fits import Optima, fit_law, hold_out
 from lightning_surge.tables.optima import valleys
 from lightning_surge.tables.read import RunTable, read_table
 
+TABLES = Path(__file__).parents[2] / "examples" / "tables"
 SIZES = (4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
 MEASURED = MeasuredLaw(
     alignment_limit=1.0, alignment_scale=200.0, noise_curvature=100.0, signal_curvature=900.0
@@ -368,24 +369,6 @@ class TestTooLittle:
 
 
 class TestCommittedTables:
-    def test_steps_are_interpolated_in_the_log_from_the_lowest_loss_so_far(self) -> None:
-        record = {
-            "targets": [1.0],
-            "steps": [10, 20, 40, 80],
-            "losses": [[[3.0, 2.0, 2.5, 0.0], [3.0, 2.0, 2.0, 1.5]]],
-        }
-        steps = log_steps(record, 0)
-        # Between 2, held over the third mark, and 0, the loss of 1 is half way from 40 to 80 in the log.
-        assert math.exp(steps[0, 0]) == pytest.approx(math.sqrt(40 * 80))
-        assert steps[0, 1] == math.inf
-
-    def test_tables_are_those_of_the_committed_results(self) -> None:
-        found = dict(tables())
-        published = {path.name for path in TABLES.glob("mlperf_*.csv")}
-        assert published | set(found) == {path.name for path in TABLES.glob("*.csv")}
-        for name, text in found.items():
-            assert (TABLES / name).read_text() == text, "run: python -m benchmarks.export_grids"
-
     def test_signs_on_the_perceptron_surge(self) -> None:
         """The optimum rises from B = 4 to 64 and falls to 1024, and Adam's form has its peak between."""
         _, table = split_targets(read_table(TABLES / "perceptron_sign.csv"))[0]

@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_surge.callbacks.lightning_host import Callback, warn
+from lightning_surge.callbacks.lightning_host import Callback, check_versions, warn
 from lightning_surge.callbacks.resuming.loaders import (
     epoch_samplers,
     generators_of,
@@ -78,6 +78,7 @@ class ExactResume(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget any run before."""
         if stage == "fit":
+            check_versions(trainer, type(self).__name__)
             # Kept after the run: a checkpoint may be saved when it is over, to go on from.
             self._trainer = trainer
             self._begin_afresh()
