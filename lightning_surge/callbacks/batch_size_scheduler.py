@@ -160,10 +160,10 @@ class BatchSizeScheduler(Callback):
         )
         self._law_comes = False
         self._trainer: pl.Trainer | None = None
-        self._begin_afresh()
+        self._reset()
         self._forget_run()
 
-    def _begin_afresh(self) -> None:
+    def _reset(self) -> None:
         """Drop what a training has counted."""
         self._requested = self._scheduled = self._followed = self.schedule.first_size
         self._accumulation = 1  # what this callback last wrote
@@ -237,7 +237,7 @@ class BatchSizeScheduler(Callback):
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._trainer = trainer
         if trainer.global_step == 0:
-            self._begin_afresh()
+            self._reset()
         self._micro = replace(self._micro, replicas=replicas_of(trainer))
         if self._micro.size is not None:
             check_accumulated_sizes(self.schedule, self._micro.size, self._micro.replicas)

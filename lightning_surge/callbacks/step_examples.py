@@ -65,9 +65,9 @@ class StepExamples:
     def close(self) -> None:
         """The optimizer has stepped, or skipped."""
         self.open = False
-        self._count_afresh()
+        self._reset_count()
 
-    def _count_afresh(self) -> None:
+    def _reset_count(self) -> None:
         self.examples = 0.0
         self.batches = self.passes = 0
         self._counted_batch: int | None = None
@@ -94,7 +94,7 @@ class StepExamples:
     def before_backward(self) -> None:
         """Forget the batches whose gradients have been zeroed."""
         if self._tracker is not None and self._tracker.are_zeroed():
-            self._count_afresh()
+            self._reset_count()
 
     def after_backward(self) -> float | None:
         """Count the current batch: its examples, 0 if counted before, None if not behind the step."""

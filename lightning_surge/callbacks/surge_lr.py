@@ -198,12 +198,12 @@ class SurgeLRCallback(Callback):
         self._split_batch = split_batch
         self._state_key = self._key_of(law)
         self._behind_step = StepExamples()
-        self._begin_afresh()
+        self._reset()
         self._started = 0.0
         self._ended = 0.0
         self._forget_run()
 
-    def _begin_afresh(self) -> None:
+    def _reset(self) -> None:
         """Drop what was learned, as a new training with the same callback does."""
         self._learner = Learner(self.settings)
         self._measurer = Measurer(
@@ -351,7 +351,7 @@ class SurgeLRCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the hooks that put the factor on for the update alone."""
         if trainer.global_step == 0 and self._measurer.budget.trained > 0.0:
-            self._begin_afresh()
+            self._reset()
         self._forget_run()
         name, index, behind = type(self).__name__, self.settings.optimizer, self._behind_step
         optimizer = served_optimizer(trainer, pl_module, name, index)
@@ -624,7 +624,7 @@ class SurgeLRCallback(Callback):
     def _start_over(self) -> None:
         """Begin afresh, even in mid-run, where a learning-rate finder may restore a checkpoint."""
         measurer = self._measurer
-        self._begin_afresh()
+        self._reset()
         self._measurer.take_over(measurer, self._behind_step.pace)
 
     def _lose_state(self, what: str, state: Any) -> None:

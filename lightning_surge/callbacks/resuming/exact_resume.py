@@ -66,9 +66,9 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._trainer: pl.Trainer | None = None
-        self._begin_afresh()
+        self._reset()
 
-    def _begin_afresh(self) -> None:
+    def _reset(self) -> None:
         self._training_streams: RandomState | None = None  # while a validation may draw from them
         self._resumes = False
         self._loaded: dict[str, Any] = {}
@@ -81,7 +81,7 @@ class ExactResume(Callback):
             check_versions(trainer, type(self).__name__)
             # Kept after the run: a checkpoint may be saved when it is over, to go on from.
             self._trainer = trainer
-            self._begin_afresh()
+            self._reset()
 
     # ------------------------------------------------------------------ saving
 
