@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -38,16 +38,18 @@ from lightning_surge.callbacks.training_loader import (
     TrainingLoader,
     warn_of_schedules_cut_short,
 )
-from lightning_surge.laws.base import require_number
+from lightning_surge.checking.arguments import number, optional, shown, switch, whole
+from lightning_surge.checking.state import REMEDY, restore, save
 from lightning_surge.measure.distributed import Ranks
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules.by_examples import ExamplesClock
 from lightning_surge.schedules.follow_peak import FollowPeak
-from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, Progress, Schedule, whole_number
+from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, Progress, Schedule
 from lightning_surge.schedules.windows import Window, accumulation_for, aligned_accumulation
 
 STATE_VERSION = 2
+_MICRO = "count the examples of a micro-batch on one replica"
 # Weights that differ from 1 by rounding alone are not worth a pass over the gradients.
 ROUNDING = 1e-9
 
@@ -65,18 +67,14 @@ class SchedulerState:
 
     accumulation: int
     examples: float
-    epoch_begin: list[float]
+    epoch_begin: Progress
     followed: int
 
     def __post_init__(self) -> None:
-        remedy = "load what state_dict returned"
         for name in ("accumulation", "followed"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
-        object.__setattr__(self, "examples", require_number("examples", self.examples, remedy, zero=True))
-        step, examples, epoch = (
-            require_number("epoch_begin", number, remedy, zero=True) for number in self.epoch_begin
-        )
-        object.__setattr__(self, "epoch_begin", [int(step), examples, epoch])
+            whole(name, getattr(self, name), REMEDY)
+        for one in (self.examples, *self.epoch_begin):
+            number("examples and epoch_begin", one, REMEDY, least=0)
 
 
 class BatchSizeScheduler(Callback):
@@ -142,19 +140,19 @@ class BatchSizeScheduler(Callback):
     ) -> None:
         if not isinstance(schedule, BatchSizeRule):
             raise ValueError(
-                f"Expected schedule to be a Schedule or FollowPeak, got {schedule!r}: use"
+                f"Expected schedule to be a Schedule or FollowPeak, got schedule={shown(schedule)}: use"
                 " ConstantSize(16) for a constant size."
             )
         self.schedule = schedule
         self._micro = MicroBatches(
             type(self).__name__,
-            _optional("micro_batch_size", micro_batch_size),
-            _optional("max_micro_batch_size", max_micro_batch_size),
+            optional(whole, "micro_batch_size", micro_batch_size, _MICRO),
+            optional(whole, "max_micro_batch_size", max_micro_batch_size, _MICRO),
             replicas=1,
             in_tokens=batch_size_fn is not None,
         )
         self._count = BatchCounter(batch_size_fn, type(self).__name__)
-        self._weights = weight_micro_batches
+        self._weights = switch("weight_micro_batches", weight_micro_batches)
         self._itinerary = (
             Itinerary(schedule, largest=self._micro.largest) if isinstance(schedule, Schedule) else None
         )
@@ -450,8 +448,8 @@ class BatchSizeScheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training stands, as plain numbers."""
-        state = SchedulerState(self._accumulation, self._examples, list(self._begin), self._followed)
-        return {"version": STATE_VERSION, **asdict(state)}
+        state = SchedulerState(self._accumulation, self._examples, self._begin, self._followed)
+        return {"version": STATE_VERSION, **save(state)}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -473,7 +471,7 @@ class BatchSizeScheduler(Callback):
                 raise ValueError(
                     f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}."
                 )
-            state = SchedulerState(**{name: state_dict[name] for name in SchedulerState.__annotations__})
+            state = restore(SchedulerState, state_dict)
         except Exception as error:
             warn(
                 f"Expected whole state in the checkpoint, got what cannot be read: {type(error).__name__}:"
@@ -481,8 +479,7 @@ class BatchSizeScheduler(Callback):
             )
             return
         self._accumulation, self._examples = state.accumulation, state.examples
-        step, examples, epoch = state.epoch_begin
-        self._move_to(Progress(int(step), examples, epoch))
+        self._move_to(state.epoch_begin)
         if isinstance(self.schedule, FollowPeak):
             self._followed = min(max(state.followed, self.schedule.smallest), self.schedule.maximum)
         trainer = self._trainer  # None outside a training, where nothing goes on
@@ -501,10 +498,6 @@ class BatchSizeScheduler(Callback):
                 " another callback or the LightningModule changed it. The schedule rests until it is set"
                 " back."
             )
-
-
-def _optional(name: str, size: int | None) -> int | None:
-    return None if size is None else whole_number(name, size, minimum=1)
 
 
 class BatchSizeWarmup(BatchSizeScheduler):
@@ -545,7 +538,7 @@ class BatchSizeWarmup(BatchSizeScheduler):
         micro_batch_size: int | None = None,
         batch_size_fn: Callable[[Any], float] | None = None,
     ) -> None:
-        num_steps = whole_number("num_steps", num_steps, minimum=1)
+        num_steps = whole("num_steps", num_steps, "count optimizer steps")
         super().__init__(
             GeometricRamp(start, end, num_steps),
             micro_batch_size=micro_batch_size,

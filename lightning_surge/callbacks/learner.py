@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_surge.callbacks.lightning_host import warn
 from lightning_surge.callbacks.logging import law_metrics, run_metrics
-from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
-from lightning_surge.laws.base import require_number
+from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings, check_base
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.families import stability_constant
@@ -218,8 +217,6 @@ class Learner:
 
 
 STATE_VERSION = 2
-# What nobody counts in a batch: a base batch size beyond this, or below its inverse, is damage.
-LARGEST_BASE = 1e12
 
 
 class VersionError(ValueError):
@@ -243,10 +240,7 @@ def saved_base(state: dict[str, Any]) -> float | None:
     base: float | None = state["base_batch_size"]
     if base is None:
         return None
-    require_number("base_batch_size", base, "load what state_dict returned")
-    if not 1.0 / LARGEST_BASE < base < LARGEST_BASE:
-        raise ValueError(f"Expected base_batch_size < {LARGEST_BASE:g}, got base_batch_size={base}.")
-    return base
+    return check_base("base_batch_size", base)
 
 
 def what_is_wrong(error: Exception) -> str:

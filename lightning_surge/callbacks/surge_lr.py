@@ -52,11 +52,11 @@ from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import (
     LAWS,
     SurgeSettings,
-    check_functions,
     default_objective,
     refuse_retired,
 )
 from lightning_surge.callbacks.step_examples import StepExamples
+from lightning_surge.checking.arguments import function, number, optional
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch
 from lightning_surge.measure.direction import SIGN, Direction
@@ -192,7 +192,9 @@ class SurgeLRCallback(Callback):
             optimizer=optimizer,
         )
         self._may_choose_objective = objective is None and law == "measured"
-        check_functions(loss_fn, split_batch)
+        optional(function, "loss_fn", loss_fn, of="(module, batch)")
+        if split_batch is not False:
+            optional(function, "split_batch", split_batch, "or None or False", of="(batch, num_slices)")
         self._examples_in = BatchCounter(batch_size_fn, type(self).__name__)
         self._loss_fn = loss_fn
         self._split_batch = split_batch
@@ -277,12 +279,8 @@ class SurgeLRCallback(Callback):
             ValueError: if the batch size is not positive and finite, or the learning rate is negative or not
                 finite.
         """
-        if lr is not None and not 0.0 <= lr < math.inf:
-            raise ValueError(f"Expected 0 <= lr < inf, got lr={lr}: pass the scheduled learning rate.")
-        if not (batch_size > 0 and math.isfinite(batch_size)):
-            raise ValueError(
-                f"Expected 0 < batch_size < inf, got batch_size={batch_size}: count the examples of a step."
-            )
+        lr = optional(number, "lr", lr, "pass the scheduled learning rate", least=0)
+        batch_size = number("batch_size", batch_size, "count the examples of a step")
         policy = self._learner.policy
         if policy is None:
             return 1.0

@@ -27,7 +27,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from lightning_surge.laws.base import Law, require_number
+from lightning_surge.checking.arguments import number
+from lightning_surge.laws.base import Law
 from lightning_surge.laws.objectives import FOLLOW_LR, OBJECTIVES, at_once_ratio, step_ratio
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.reasons import Reason
@@ -330,9 +331,9 @@ class Policy:
         """
         law = None if state["law"] is None else EstimatedLaw.from_state_dict(state["law"])
         remedy = "load what state_dict returned"
-        lag_at = None if state["lag_at"] is None else require_number("lag_at", state["lag_at"], remedy)
-        heat = require_number("heat", state["heat"], remedy)
-        lag = require_number("lag", state["lag"], remedy)
+        lag_at = None if state["lag_at"] is None else number("lag_at", state["lag_at"], remedy)
+        heat = number("heat", state["heat"], remedy)
+        lag = number("lag", state["lag"], remedy)
         held = state["held"]
         far = lag_at is not None and not 1 / FARTHEST < lag_at / self.base_batch_size < FARTHEST
         if lag > 1.0 or far or not 1.0 <= heat < FARTHEST or not (held is None or isinstance(held, str)):

@@ -194,7 +194,7 @@ class TestDamage:
         (("policy", "law", "kind"), "GoodLaw", "KeyError"),
         (("policy", "law", "law", "kind"), "GoodLaw", "KeyError: 'GoodLaw'"),
         (("policy", "law", "law", "alignment_scale"), math.nan, "Expected 0 <= alignment_scale < inf, got"),
-        (("policy", "law", "law", "alignment_scale"), "48", "got alignment_scale=48"),
+        (("policy", "law", "law", "alignment_scale"), "48", "got alignment_scale='48'"),
         (("policy", "law", "replicates", 0, 1), 1.5, "Expected shares between 0 and 1"),
         (("policy", "law", "reach"), [8.0, 4.0], "a reach from low to high, got .*(8.0, 4.0)"),
         (("policy", "lag"), 2.0, "lag <= 1 at a batch size"),
@@ -215,9 +215,9 @@ class TestDamage:
             torch.tensor([1.0, math.nan]),
             r"got torch.float32 of shape \(2,\)",
         ),
-        (("moments", "_betas"), [0.9, 1.0], r"Expected betas .* got betas=\(0.9, 1.0\)"),
-        (("moments", "_steps"), 2.5, "whole steps"),
-        (("moments", "_second"), math.nan, "second=nan: load what"),
+        (("moments", "_betas"), [0.9, 1.0], "Expected 0 <= betas < 1, got betas=1.0: load what"),
+        (("moments", "_steps"), 2.5, "MomentsState.steps to be of type int, got 2.5: load what"),
+        (("moments", "_second"), math.nan, "MomentsState.second=nan: load what"),
         (("scheduled_lr",), -0.1, "Expected 0 <= scheduled_lr < inf, got scheduled_lr=-0.1"),
         (("law_metrics",), {"surge/a": None}, "TypeError"),
         (("version",), 0, "state of version 2 in the checkpoint, got 0: "),
@@ -448,11 +448,11 @@ class TestBatchSizeScheduler:
     @pytest.mark.parametrize(
         ("path", "value", "message"),
         [
-            (("accumulation",), 0, "accumulation to be a whole number of at least 1, got accumulation=0"),
-            (("accumulation",), 2.0, "got accumulation=2.0"),
-            (("examples",), math.nan, "Expected 0 <= examples < inf, got examples=nan"),
-            (("epoch_begin",), [1.0], "not enough values to unpack"),
-            (("followed",), "16", "got followed='16'"),
+            (("accumulation",), 0, "whole number accumulation >= 1, got accumulation=0"),
+            (("accumulation",), 2.0, "accumulation to be of type int, got 2.0"),
+            (("examples",), math.nan, "SchedulerState.examples < inf, got SchedulerState.examples=nan"),
+            (("epoch_begin",), [1.0, 2.0, -3.0], "0 <= examples and epoch_begin < inf, got .*=-3.0"),
+            (("followed",), "16", "followed to be of type int, got '16'"),
             (("version",), 0, "version 2 in the checkpoint, got 0"),
         ],
     )
@@ -514,6 +514,6 @@ class TestClock:
         saved.step()
         fresh = clock()
         before = fresh.state_dict()
-        with pytest.raises(ValueError, match=f"finite counts .* {name}={value!r}.* resume from another one"):
+        with pytest.raises(ValueError, match=f"{name}.*{value!r}: "):
             fresh.load_state_dict(saved.state_dict() | {name: value})
         assert fresh.state_dict() == before

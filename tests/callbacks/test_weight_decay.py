@@ -245,5 +245,5 @@ class TestRefusals:
         assert module.used == [[(0.01 * (4 / 3), 0.0)]] * 2
 
     def test_of_anything_but_true_and_false(self) -> None:
-        with pytest.raises(ValueError, match="scale_weight_decay=True or False, got 'no'"):
+        with pytest.raises(ValueError, match="scale_weight_decay=True or False, got scale_weight_decay='no'"):
             SurgeLRCallback(3, scale_weight_decay="no")  # type: ignore[arg-type]

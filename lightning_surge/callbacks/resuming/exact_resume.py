@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -34,9 +35,25 @@ from lightning_surge.callbacks.resuming.loaders import (
     why_not_resumable,
 )
 from lightning_surge.callbacks.resuming.random_streams import from_portable, to_portable
+from lightning_surge.checking.state import restore, save
 from lightning_surge.measure.replay import RandomState
 
 STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What one rank saved.
+
+    Attributes:
+        streams: the global random streams, as of `to_portable`.
+        generators: states of the generators that loaders draw their order from.
+        seeds: of the samplers that are told the epoch; None where they have none.
+    """
+
+    streams: dict[str, Any]
+    generators: list[Tensor]
+    seeds: list[int | None]
 
 
 class ExactResume(Callback):
@@ -106,12 +123,12 @@ class ExactResume(Callback):
         if self._training_streams is None or not _validates_while_training(trainer):
             self._training_streams = RandomState.capture()
         loaders = _training_loaders(trainer)
-        own = {
-            "streams": to_portable(self._training_streams),
-            "generators": [generator.get_state() for generator in generators_of(loaders)],
-            "seeds": [getattr(sampler, "seed", None) for sampler in epoch_samplers(loaders)],
-        }
-        state = {"version": STATE_VERSION, "ranks": _gather(trainer, own)}
+        own = RankState(
+            streams=to_portable(self._training_streams),
+            generators=[generator.get_state() for generator in generators_of(loaders)],
+            seeds=[getattr(sampler, "seed", None) for sampler in epoch_samplers(loaders)],
+        )
+        state = {"version": STATE_VERSION, "ranks": _gather(trainer, save(own))}
         if trainer.world_size > 1:
             # Lightning keeps the states of rank zero's loaders only; as a rule all ranks have the same.
             states = [loader.state_dict() for loader in loaders if is_stateful(loader)]
@@ -189,7 +206,7 @@ class ExactResume(Callback):
         fetcher = loop._data_fetcher
         assert fetcher is not None
         samplers = epoch_samplers(loaders)
-        for sampler, seed in zip(samplers, own["seeds"] if own else [], strict=False):
+        for sampler, seed in zip(samplers, own.seeds if own else [], strict=False):
             if seed is not None:  # Lightning's are from seed_everything, which another script may have called
                 sampler.seed = seed
         within_epoch = loop.restarting and not trainer.is_last_batch
@@ -214,16 +231,16 @@ class ExactResume(Callback):
                 # Lightning would take the iterator that it made before it knew the epoch.
                 loop._resuming_from_checkpoint = False
         if own is not None:
-            for generator, saved in zip(generators_of(loaders), own["generators"], strict=False):
+            for generator, saved in zip(generators_of(loaders), own.generators, strict=False):
                 generator.set_state(saved)
-            streams = self._training_streams = from_portable(own["streams"])
+            streams = self._training_streams = from_portable(own.streams)
             streams.restore()
             if within_epoch:
                 # Lightning may yet prepare a validation that it then skips, which draws random numbers.
                 fetcher.iterator = _RestoringFirst(fetcher, streams)
         self._warn_about(trainer, mid_epoch=within_epoch)
 
-    def _own(self, trainer: pl.Trainer, state: dict[str, Any]) -> dict[str, Any] | None:
+    def _own(self, trainer: pl.Trainer, state: dict[str, Any]) -> RankState | None:
         """What this rank saved; None for a run without this callback, and where it cannot be used."""
         try:
             return self._own_of(trainer, state) if state else None
@@ -234,7 +251,7 @@ class ExactResume(Callback):
             )
             return None
 
-    def _own_of(self, trainer: pl.Trainer, state: dict[str, Any]) -> dict[str, Any] | None:
+    def _own_of(self, trainer: pl.Trainer, state: dict[str, Any]) -> RankState | None:
         if state["version"] != STATE_VERSION:
             raise ValueError(f"Expected version {STATE_VERSION}, got {state['version']!r}.")
         ranks: list[Any] = state["ranks"]
@@ -250,7 +267,8 @@ class ExactResume(Callback):
                 f"Expected the random states of {len(ranks)} processes in the checkpoint, got those of one: "
                 "it was saved after an exception. Resume from one saved in training for the same numbers."
             )
-        own: dict[str, Any] | None = ranks[trainer.global_rank]
+        saved = ranks[trainer.global_rank]
+        own = None if saved is None else restore(RankState, saved)
         if own is not None:
             _check_states(own, generators_of(_training_loaders(trainer)))
         if len(state.get("loaders", ranks)) != len(ranks):
@@ -284,18 +302,16 @@ def _training_loaders(trainer: pl.Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
-def _check_states(own: dict[str, Any], generators: list[torch.Generator]) -> None:
+def _check_states(own: RankState, generators: list[torch.Generator]) -> None:
     """Try what one rank saved on streams nobody uses, so that none is set to half of it."""
-    streams = from_portable(own["streams"])
+    streams = from_portable(own.streams)
     random.Random().setstate(streams.python)
     np.random.RandomState().set_state(streams.numpy)
     torch.Generator().set_state(streams.torch)
-    for generator, saved in zip(generators, own["generators"], strict=False):
+    for generator, saved in zip(generators, own.generators, strict=False):
         generator.clone_state().set_state(saved)
     if not all(isinstance(state, Tensor) and state.dtype == torch.uint8 for state in streams.cuda):
         raise ValueError("Expected bytes as the states of CUDA devices.")
-    if not all(seed is None or isinstance(seed, int) for seed in own["seeds"]):
-        raise ValueError(f"Expected whole numbers as seeds, got {own['seeds']}.")
 
 
 def _gather(trainer: pl.Trainer, own: Any) -> list[Any]:
