@@ -29,15 +29,7 @@ from lightning_surge.callbacks.checks import (
     clips_gradients,
     served_optimizer,
 )
-from lightning_surge.callbacks.learner import (
-    STATE_VERSION,
-    LawRecord,
-    Learner,
-    StepToCome,
-    require_version,
-    saved_base,
-    what_is_wrong,
-)
+from lightning_surge.callbacks.learner import STATE_VERSION, LawRecord, Learner, StepToCome, SurgeState
 from lightning_surge.callbacks.lightning_host import (
     Callback,
     callbacks_of,
@@ -52,6 +44,7 @@ from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import (
     LAWS,
     SurgeSettings,
+    check_base,
     default_objective,
     refuse_retired,
 )
@@ -606,13 +599,16 @@ class SurgeLRCallback(Callback):
         """Go on where `state_dict` was taken; unusable state is dropped as a whole, with a warning."""
         self._start_over()
         try:
-            require_version(state_dict)
-            self._measurer.load_state_dict(state_dict["measurer"])
-            saved = self._learner.load_state_dict(state_dict)
-            self._behind_step.pace.load_state_dict(state_dict.get("pace", {}))
+            state = SurgeState.of(state_dict)
+            self._measurer.load_state_dict(state.measurer)
+            self._learner.load(state)
+            self._behind_step.pace.load_state_dict(state.pace)
         except Exception as error:
-            self._lose_state(what_is_wrong(error), state_dict)
+            found = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
+            what = f"Expected whole state in the checkpoint, got what cannot be read: {found}"
+            self._lose_state(what, state_dict)
             return
+        saved = state.base_batch_size
         if self.base_batch_size != saved:
             warn(
                 f"base_batch_size={self.base_batch_size} replaces the checkpoint's {saved}: the factor on "
@@ -630,8 +626,7 @@ class SurgeLRCallback(Callback):
         self._start_over()
         if self.base_batch_size is None and isinstance(state, dict):
             with suppress(KeyError, ValueError):
-                if (base := saved_base(state)) is not None:
-                    self._learner.fix_base(base)
+                self._learner.fix_base(check_base("base_batch_size", state["base_batch_size"]))
         consequence = (
             "that of the first step: pass base_batch_size= if the learning rate was tuned at another"
             if self.base_batch_size is None

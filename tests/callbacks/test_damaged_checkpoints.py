@@ -219,7 +219,7 @@ class TestDamage:
         (("moments", "_steps"), 2.5, "MomentsState.steps to be of type int, got 2.5: load what"),
         (("moments", "_second"), math.nan, "MomentsState.second=nan: load what"),
         (("scheduled_lr",), -0.1, "Expected 0 <= scheduled_lr < inf, got scheduled_lr=-0.1"),
-        (("law_metrics",), {"surge/a": None}, "TypeError"),
+        (("law_metrics",), {"surge/a": None}, "law_metrics.*got .*None"),
         (("version",), 0, "state of version 2 in the checkpoint, got 0: "),
         (("version",), DELETED, "state of version 2 in the checkpoint, got None: "),
     )
@@ -388,7 +388,7 @@ class TestGoingOn:
             assert again.lrs == plain.lrs
             assert repr(callback.state_dict()) == repr(without.state_dict())
         else:
-            with pytest.warns(UserWarning, match="KeyError: 'measurer'.*afresh"):
+            with pytest.warns(UserWarning, match="Expected SurgeState with 'base_batch_size'.*afresh"):
                 make_trainer(callback, Restoring()).fit(again, batches())
             assert callback.history.num_measurements == STEPS - 7 - 1
 
