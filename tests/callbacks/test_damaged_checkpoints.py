@@ -145,7 +145,7 @@ def is_fresh(callback: SurgeLRCallback) -> bool:
 class TestAnyDamage:
     @pytest.mark.parametrize("kind", ["edge", "first size", "theorem3"])
     @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(chosen=st.batches())
+    @given(chosen=st.data())
     def test_of_one_entry_is_left_out_as_a_whole_or_does_no_harm(
         self, whole: States, kind: str, chosen: st.DataObject
     ) -> None:
@@ -426,7 +426,7 @@ class TestBatchSizeScheduler:
 
     @pytest.mark.parametrize("rule", RULES)
     @settings(max_examples=100, deadline=None)
-    @given(chosen=st.batches())
+    @given(chosen=st.data())
     def test_any_damage_of_one_entry_is_left_out_as_a_whole(self, rule: str, chosen: st.DataObject) -> None:
         state = self._state()
         path = chosen.draw(st.sampled_from(list(leaves(state))))
