@@ -292,20 +292,6 @@ class TestTrainerOptions:
 
 
 class TestLoaders:
-    def test_reloaded_every_epoch_with_another_length(self) -> None:
-        class Grows(Validated):
-            def train_dataloader(self) -> DataLoader[Any]:
-                data: Any = torch.eye(SIZE)[: 20 + 15 * self.trainer.current_epoch]
-                return DataLoader(data, batch_sampler=ScheduledBatchSampler(RandomSampler(data), LARGEST))
-
-        model = Grows()
-        scheduler = BatchSizeScheduler(Milestones({0: 3, 7: 12, 12: 16}))
-        make_trainer(scheduler, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(model)
-        assert [model.seen(epoch) for epoch in range(3)] == [list(range(size)) for size in (20, 35, 50)]
-        assert model.sizes == [*[3] * 6, 2, 12, 12, 11, 12, 12, 16, 10]
-        assert scheduler.examples == 105
-        assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2]
-
     def test_a_sampler_that_gives_fewer_or_more_than_its_length(self) -> None:
         class Vague(Sampler[int]):
             def __init__(self, indices: int) -> None:

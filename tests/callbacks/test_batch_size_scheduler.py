@@ -203,11 +203,6 @@ class TestErrors:
                 Noting(4), loader(4)
             )
 
-    def test_two_schedules(self) -> None:
-        # Lightning's own words, since the two would have one place in a checkpoint.
-        with pytest.raises(RuntimeError, match="more than one stateful callback of type `BatchSizeWarmup`"):
-            make_trainer(BatchSizeWarmup(2, 4, 1), BatchSizeWarmup(2, 8, 4)).fit(Noting(4), loader(4))
-
     def test_strategy_that_accumulates_by_itself(self) -> None:
         class LikeDeepSpeed(SingleDeviceStrategy):
             handles_gradient_accumulation = True  # as DeepSpeedStrategy says

@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer, SparseAdam
@@ -17,7 +17,7 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.history import NoiseHistory
-from tests.trainings import at_update, make_trainer
+from tests.trainings import make_trainer
 
 # So short that secants tell the curvature at the point itself, in float64.
 LR = 1e-6
@@ -326,32 +326,6 @@ class TestUnfrozenLater:
         assert seen[first][1] == "held: the trained parameters have changed"
         assert seen[first][2] == seen[first - 1][2]
         assert seen[-1][1] != seen[first][1]
-
-    def test_backbone_finetuning_follows_its_own_learning_rates(self) -> None:
-        class Backbone(Head):
-            def build(self) -> None:
-                self.backbone = self.first
-                self.used: list[list[float]] = []
-
-            def configure_optimizers(self) -> Optimizer:
-                optimizer = super().configure_optimizers()
-                at_update(
-                    optimizer, lambda o: self.used.append([float(group["lr"]) for group in o.param_groups])
-                )
-                return optimizer
-
-        def run(*callbacks: pl.Callback) -> list[list[float]]:
-            module = Backbone()
-            tuning = BackboneFinetuning(
-                unfreeze_backbone_at_epoch=1, lambda_func=lambda epoch: 2.0, backbone_initial_ratio_lr=0.5
-            )
-            make_trainer(*callbacks, tuning, max_epochs=4).fit(module, data(2, 16))
-            return module.used
-
-        plain = run()
-        assert [len(lrs) for lrs in plain] == [1, 1, 2, 2, 2, 2, 2, 2]
-        assert plain[-1] != plain[2]
-        assert run(SurgeLRCallback(4, "sqrt")) == [[2.0 * lr for lr in lrs] for lrs in plain]
 
 
 class TestAverages:

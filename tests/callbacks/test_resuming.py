@@ -257,18 +257,6 @@ class TestOneProcess:
     def test_with_every_loader(self, loader: MakeLoader, tmp_path: Path) -> None:
         assert_exact(Net, loader, tmp_path)
 
-    def test_a_run_that_was_resumed_before(self, tmp_path: Path) -> None:
-        for options in ({}, {"max_steps": 6, "max_epochs": -1}):
-            save = SaveEverywhere(tmp_path)
-            whole = run(Net, shuffled, ExactResume(), save, **options)
-            for path, taken in save.saved[1:4]:  # in mid-epoch, after its last batch, at its end
-                (tmp_path / "again").mkdir(exist_ok=True)
-                again = SaveEverywhere(tmp_path / "again")
-                run(Net, shuffled, ExactResume(), again, resume=path, **options)
-                for later, more in again.saved:
-                    resumed = run(Net, shuffled, ExactResume(), resume=later, **options)
-                    assert resumed.same_as(whole.after(taken + more)), (path.name, later.name)
-
     @pytest.mark.parametrize("epochs", [1, 2])
     @pytest.mark.parametrize("by_steps", [False, True])
     def test_a_run_that_goes_on_after_its_end(self, epochs: int, by_steps: bool, tmp_path: Path) -> None:
@@ -344,28 +332,6 @@ class TestOneProcess:
 UNBATCHED: dict[str, Any] = {"batch_size": 1, "shuffle": False}
 
 
-class TestWhatLightningDoesAlone:
-    """If one of these fails, Lightning has been mended, and `ExactResume` can do less."""
-
-    def test_it_leaves_out_an_epoch(self, tmp_path: Path) -> None:
-        save = SaveEverywhere(tmp_path)
-        run(Net, shuffled, save, max_epochs=3)
-        assert len(run(Net, shuffled, resume=save.saved[2][0], max_epochs=3).taken) == 3  # not 6
-
-    def test_it_counts_an_epoch_twice(self, tmp_path: Path) -> None:
-        save = SaveEverywhere(tmp_path)
-        run(Net, shuffled, save, max_steps=6, max_epochs=-1)
-        model = Net(shuffled)
-        trainer = trainer_with(max_steps=6, max_epochs=-1)
-        trainer.fit(model, ckpt_path=save.saved[3][0])
-        assert trainer.fit_loop.epoch_progress.current.processed == 3  # not 2
-
-    def test_it_begins_with_other_examples(self, tmp_path: Path) -> None:
-        save = SaveEverywhere(tmp_path)
-        whole = run(Net, shuffled, save)
-        assert not run(Net, shuffled, resume=save.saved[3][0]).same_batches_as(whole.after(3))
-
-
 @pytest.mark.slow
 class TestWorkers:
     def test_augmentation_in_workers(self, tmp_path: Path) -> None:
@@ -391,15 +357,6 @@ class TestWorkers:
             resumed = run(Net, loader, ExactResume(), resume=save.saved[0][0])
         assert resumed.same_batches_as(whole.after(1))
         assert not resumed.same_as(whole.after(1))
-
-    def test_the_wrapper_is_its_dataset(self) -> None:
-        class AtOnce(Noisy):
-            def __getitems__(self, indices: list[int]) -> list[int]:
-                return [-index for index in indices]
-
-        assert len(ResumableDataset(Noisy())) == EXAMPLES
-        assert [index for index, _ in ResumableDataset(Noisy()).__getitems__([2, 1])] == [2, 1]
-        assert ResumableDataset(AtOnce()).__getitems__([2, 1]) == [-2, -1]
 
     def test_the_wrapper_has_no_state_in_the_main_process(self) -> None:
         dataset = ResumableDataset(Noisy())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
@@ -507,24 +507,6 @@ class TestLogging:
         assert columns(logger)["surge/lr_used/opt0"] == pytest.approx([0.02] * 2)
         assert columns(logger)["surge/lr_used/opt1"] == pytest.approx([0.04] * 2)
 
-    def test_to_tensorboard_is_one_layout_with_all_optimizers(self, tmp_path: Path) -> None:
-        layouts: list[dict[str, Any]] = []
-        logger = TensorBoardLogger(tmp_path)
-        logger.experiment.add_custom_scalars = layouts.append  # type: ignore[method-assign]
-        first, second = pair(4, "linear")
-        make_trainer(first, second, logger=logger).fit(Gan(), data(16, 8))
-        (layout,) = layouts
-        assert layout["surge"] == {
-            f"{chart}/opt{i}": ["Multiline", [rf"surge/{tags}/opt{i}$"]]
-            for i in (0, 1)
-            for chart, tags in (
-                ("learning rates", "lr_(scheduled|predicted|used)"),
-                ("batch size against peak", "(batch_size|peak_batch_size|critical_batch_size)"),
-                ("noise", "(noise_scale|noise_scale_l1)"),
-                ("overhead", "(overhead|overhead_time)"),
-            )
-        }
-
     def test_to_the_progress_bar(self) -> None:
         trainer = make_trainer(*pair(4, "linear", prog_bar=True))
         trainer.fit(Gan(), data(16, 8))
@@ -572,20 +554,6 @@ class TestErrors:
     def test_of_the_argument(self, value: Any) -> None:
         with pytest.raises(ValueError, match="whole number optimizer >= 0, got optimizer="):
             SurgeLRCallback(4, optimizer=value)
-
-    def test_two_of_one_kind_for_one_optimizer_are_refused_by_lightning(self) -> None:
-        with pytest.raises(RuntimeError, match="must be unique among all callbacks"):
-            make_trainer(pair(4)[0], pair(4)[0])
-
-
-def test_callbacks_keep_their_order_and_their_states_apart() -> None:
-    second, first = pair(4, "linear")
-    assert len({first.state_key, second.state_key, SurgeLRCallback(4, "linear").state_key}) == 3
-    look = Callback()
-    trainer = make_trainer(look, second, first)
-    trainer.fit(Gan(), data(16, 8))
-    kept = [one for one in trainer.callbacks if one in (look, first, second)]  # type: ignore[attr-defined]
-    assert kept == [second, first, look]
 
 
 @pytest.mark.filterwarnings("ignore:.*starts measuring afresh")

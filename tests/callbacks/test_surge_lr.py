@@ -281,13 +281,6 @@ class TestBatchSize:
         assert [size for size, _ in decisions] == [64.0, 64.0, 24.0]
         assert module.group_lrs == [[0.05 * 2.0], [0.05 * 2.0], [0.05 * 0.75]]
 
-    def test_counted_in_tokens_survives_a_last_batch_of_one_example(self) -> None:
-        # Two or more tokens, yet a batch that cannot be cut.
-        callback = SurgeLRCallback(probe_every=1, batch_size_fn=lambda batch: batch[0].numel())
-        module = Regression()
-        make_trainer(callback, max_epochs=3).fit(module, regression_data(17, 4))
-        assert len(module.group_lrs) == 15
-
     def test_of_a_short_last_batch_is_measured_like_any_other(self) -> None:
         # Batches are pooled and cut, and every seventh holds a single example.
         callback = SurgeLRCallback(1, probe_every=1)

@@ -90,15 +90,6 @@ class TestOneBigBatch:
         model.assert_means()
         assert scheduler.examples == 2 * sum(RAGGED)
 
-    def test_a_loader_whose_last_batch_is_smaller(self) -> None:
-        # 12 batches of 4 and one of 2: windows of 4 4 4 4, and one of 2 in the end, or of 4 and 2.
-        for size in (50, 54):
-            model = Net()
-            make_trainer(BatchSizeScheduler(ConstantSize(16)), max_epochs=2).fit(
-                model, DataLoader(examples(size), batch_size=4, shuffle=True)
-            )
-            model.assert_means()
-
     def test_tokens(self) -> None:
         # A batch of n examples has n x 5 numbers in it.
         model = Net()

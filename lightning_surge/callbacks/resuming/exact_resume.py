@@ -1,6 +1,6 @@
 """Makes a run that was killed go on as if it had not been.
 
-Three things that Lightning does on resuming are set right on the way; each has a test of its own:
+Three things that Lightning does on resuming are set right on the way:
 
 * From a checkpoint saved after the last batch of an epoch, but before the epoch's end, it leaves out the next
   epoch; from one saved at an epoch's end it counts that epoch twice if ``max_steps`` is set.
