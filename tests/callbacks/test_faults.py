@@ -449,6 +449,7 @@ class TestWarningsAsErrors:
     def broken(module: Any, batch: Any) -> Tensor:
         raise ValueError("not today")
 
+    @pytest.mark.filterwarnings("error:Measuring failed")
     @pytest.mark.parametrize(
         ("callbacks", "message"),
         [
