@@ -18,7 +18,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -31,6 +30,7 @@ from lightning_surge.callbacks.lightning_host import (
     check_versions,
     refresh_epoch_length,
     replicas_of,
+    warn,
 )
 from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.training_loader import (
@@ -47,9 +47,6 @@ from lightning_surge.schedules.by_examples import ExamplesClock
 from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, Progress, Schedule
 from lightning_surge.schedules.windows import Window, accumulation_for, aligned_accumulation
-
-__all__ = ["BatchSizeScheduler", "BatchSizeWarmup"]
-
 
 STATE_VERSION = 2
 _MICRO = "count the examples of a micro-batch on one replica"
@@ -161,10 +158,10 @@ class BatchSizeScheduler(Callback):
         )
         self._law_comes = False
         self._trainer: pl.Trainer | None = None
-        self._begin_afresh()
+        self._reset()
         self._forget_run()
 
-    def _begin_afresh(self) -> None:
+    def _reset(self) -> None:
         """Drop what a training has counted."""
         self._requested = self._scheduled = self._followed = self.schedule.first_size
         self._accumulation = 1  # what this callback last wrote
@@ -238,7 +235,7 @@ class BatchSizeScheduler(Callback):
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._trainer = trainer
         if trainer.global_step == 0:
-            self._begin_afresh()
+            self._reset()
         self._micro = replace(self._micro, replicas=replicas_of(trainer))
         if self._micro.size is not None:
             check_accumulated_sizes(self.schedule, self._micro.size, self._micro.replicas)
@@ -476,7 +473,7 @@ class BatchSizeScheduler(Callback):
                 )
             state = restore(SchedulerState, state_dict)
         except Exception as error:
-            rank_zero_warn(
+            warn(
                 f"Expected whole state in the checkpoint, got what cannot be read: {type(error).__name__}:"
                 f" {error} {type(self).__name__} counts examples from 0."
             )
@@ -487,7 +484,7 @@ class BatchSizeScheduler(Callback):
             self._followed = min(max(state.followed, self.schedule.smallest), self.schedule.maximum)
         trainer = self._trainer  # None outside a training, where nothing goes on
         if state_dict.get("resumption") and trainer is not None and not callbacks_of(trainer, ExactResume):
-            rank_zero_warn(
+            warn(
                 f"Expected ExactResume beside {type(self).__name__} for a checkpoint with random streams and"
                 " the places of loaders in it, got none: training goes on with other random numbers. Add"
                 " lightning_surge.ExactResume() to the callbacks for the same ones."
@@ -496,7 +493,7 @@ class BatchSizeScheduler(Callback):
     def _warn_of_other_writer(self, found: int) -> None:
         if not self._warned_of_other_writer:
             self._warned_of_other_writer = True
-            rank_zero_warn(
+            warn(
                 f"{type(self).__name__} expected accumulate_grad_batches={self._accumulation}, got {found}:"
                 " another callback or the LightningModule changed it. The schedule rests until it is set"
                 " back."

@@ -75,23 +75,22 @@ def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: flo
 
 
 def at_once_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
-    """How far a larger batch may raise the learning rate at once: as far as a step's cost stays what it is.
+    """Ratio at which a step costs what it costs at the base: how far a larger batch may raise it at once.
 
-    `alignment_ratio`, but 1 below the base, since training is used to the base's learning rate, and
-    square-root scaling where the law has no alignment. The arguments are those of `step_ratio`.
+    `alignment_ratio`; that of square-root scaling where the law has no alignment. The arguments are those of
+    `step_ratio`.
 
     Example:
         >>> from lightning_surge.laws.theorems import Theorem3Law
         >>> law = Theorem3Law(noise_scale=100.0, peak_lr=0.1)
-        >>> round(at_once_ratio(law, 64.0, 16.0), 6), at_once_ratio(law, 4.0, 16.0)
-        (2.0, 1.0)
+        >>> round(at_once_ratio(law, 64.0, 16.0), 6), round(at_once_ratio(law, 4.0, 16.0), 6)
+        (2.0, 0.5)
     """
-    size = max(batch_size, base_batch_size)
     try:
-        ratio = alignment_ratio(law, size, base_batch_size)
+        ratio = alignment_ratio(law, batch_size, base_batch_size)
     except (ArithmeticError, ValueError):
         ratio = math.nan
-    return ratio if 0.0 < ratio < math.inf else math.sqrt(size / base_batch_size)
+    return ratio if 0.0 < ratio < math.inf else math.sqrt(batch_size / base_batch_size)
 
 
 def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:

@@ -11,6 +11,7 @@ step and says so before it (``advance``); Lightning calls ``step`` after it, as 
 import math
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,13 +109,15 @@ class ExamplesClock(LRScheduler):
         examples = float(number("examples", examples, "pass what this step consumes", least=0))
         if examples > 0 and self._due() > self.ticks and self._is_over() and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"Expected a schedule as long as the training, got total_steps={self.total_steps} in"
-                f" {type(self.scheduler).__name__}, which ended after {self.total_steps} x"
-                f" {self.examples_per_step:g} examples: the learning rate stays at its minimum. Use"
-                f" total_steps=math.ceil(examples of the whole training / {self.examples_per_step:g}).",
-                stacklevel=2,
-            )
+            # In mid-run, where a warning must not end the training, also under `python -W error`.
+            with suppress(Warning):
+                warnings.warn(
+                    f"Expected a schedule as long as the training, got total_steps={self.total_steps} in"
+                    f" {type(self.scheduler).__name__}, which ended after {self.total_steps} x"
+                    f" {self.examples_per_step:g} examples: the learning rate stays at its minimum. Use"
+                    f" total_steps=math.ceil(examples of the whole training / {self.examples_per_step:g}).",
+                    stacklevel=2,
+                )
         self._fed = True
         parts = (self.examples, self._rounding, examples)
         self.examples = math.fsum(parts)
