@@ -23,7 +23,6 @@ __all__ = ["main_table", "summary_table", "write_report"]
 def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> None:
     """Write tables, figure and summary of the finished cells, with their number out of those expected."""
     constants, ramps = (runs(store.records(kind), kind) for kind in ("constant", "ramp"))
-    results.mkdir(parents=True, exist_ok=True)
     tables = [main_table(workload, constants, ramps) for workload in WORKLOADS.values()]
     found = targets(constants, ramps)
     write_page(results, {"rules": "\n\n".join(tables), "targets": summary_table(found)})
@@ -43,8 +42,8 @@ def main_table(workload: Workload, constants: Sequence[Record], ramps: Sequence[
     title = workload.title[0].upper() + workload.title[1:]
     head = (
         f"**{title}**: {budgets}. Validation loss at the end, nats, mean ± standard deviation over "
-        f"{len(SEEDS)} seeds; optimizer steps, and processor time of training on one thread, relative to the "
-        "constant small batch."
+        f"{len(SEEDS)} seeds (the worst seed); optimizer steps, and processor time of training on one "
+        "thread, relative to the constant small batch."
     )
     if not any(by_budget.values()):
         return f"{head}\n\nNo row is finished."
@@ -80,9 +79,10 @@ def _cells(line: Line | None) -> list[str]:
     if line is None:
         return ["-"] * 3
     spread = f" ± {line.spread:.4f}" if math.isfinite(line.spread) else ""
-    missing = "" if len(line.runs) == len(SEEDS) else f" ({len(line.runs)} of {len(SEEDS)} seeds)"
+    whole = len(line.runs) == len(SEEDS)
+    seeds = number(line.worst, 4) if whole else f"{len(line.runs)} of {len(SEEDS)} seeds"
     return [
-        number(line.loss, 4) + spread + missing,
+        f"{number(line.loss, 4)}{spread} ({seeds})",
         f"{100 * line.step_share:.1f} %",
         f"{100 * line.time_share:.0f} %",
     ]

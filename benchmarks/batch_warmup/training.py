@@ -9,7 +9,15 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from benchmarks.batch_warmup.rules import BASE_BATCH_SIZE, FIXED_RULES, FOLLOW, LARGE_BATCH_SIZE, RAMPS
+from benchmarks.batch_warmup.rules import (
+    APPROACHED,
+    BASE_BATCH_SIZE,
+    DRIFT,
+    FIXED_RULES,
+    FOLLOW,
+    LARGE_BATCH_SIZE,
+    RAMPS,
+)
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.trainer import quiet_trainer
 from lightning_surge import SurgeLRCallback
@@ -33,11 +41,9 @@ class StepSizes(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """One micro-batch."""
         self._window += len(batch[0] if isinstance(batch, (list, tuple)) else batch)
 
     def on_before_optimizer_step(self, *args: Any) -> None:
-        """The end of a window."""
         self.sizes.append(self._window)
         self._window = 0
 
@@ -62,10 +68,7 @@ def constant(workload: str, budget: str, batch_size: int, multiplier: float, see
 def ramp(
     workload: str, budget: str, ramp: str, rule: str, max_overhead: float, multiplier: float, seed: int
 ) -> dict[str, Any]:
-    """Train with a growing batch size: loss, steps and times, what was measured, and the factor at the end.
-
-    The arguments are those of a `Rule`, beside the workload, its budget and the multiple of its lr.
-    """
+    """Train with a growing batch size: loss, steps, times, what was measured, and the factor at the end."""
     what = WORKLOADS[workload]
     sampler = what.sampler(budget, seed)
     if ramp == FOLLOW:
@@ -79,7 +82,8 @@ def ramp(
         scheduler = BatchSizeScheduler(schedule)
     settings: dict[str, Any] = {"objective": rule, "max_overhead": max_overhead}
     if rule in FIXED_RULES:
-        settings = {"law": rule}
+        settings = {"law": rule.removesuffix(APPROACHED)}
+        settings |= {"max_drift_per_step": DRIFT} if rule.endswith(APPROACHED) else {}
     # The rule that leaves the learning rate alone is what there is without the callback.
     surge = None if rule == "constant" else SurgeLRCallback(BASE_BATCH_SIZE, **settings)
     return _run(workload, budget, multiplier, seed, loader, scheduler, surge)

@@ -87,8 +87,8 @@ def one_step_rows(records: Iterable[Record]) -> list[Row]:
 def calibration_rows(records: Iterable[Record]) -> list[Row]:
     """Whether the truth is inside the 68 % interval, to which its own error is added in quadrature.
 
-    For `lr` and `ratio`; None where the law, the truth or its error is unknown. The interval is the
-    callback's, with what it allows for extrapolation; `lr_alone` and `ratio_alone` are without that.
+    None where the law, the truth or its error is unknown. `lr` and `ratio` are with what the callback allows
+    for extrapolation, `lr_alone` and `ratio_alone` without.
     """
     rows = []
     for record in records:
