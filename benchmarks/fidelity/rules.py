@@ -10,10 +10,8 @@ from benchmarks.fidelity.markdown import average, number, table
 from benchmarks.fidelity.regrets import CELL, DEFAULT, FIXED, best_fixed, shared
 from benchmarks.fidelity.workloads import WORKLOADS
 
-__all__ = ["NATS", "at_default", "chosen_elsewhere", "leave_out", "objective_costs", "of_unit", "rules"]
+__all__ = ["at_default", "chosen_elsewhere", "leave_out", "objective_costs", "of_unit", "rules"]
 
-NATS = tuple(name for name, workload in WORKLOADS.items() if workload.cross_entropy)
-PERCENT = tuple(name for name in WORKLOADS if name not in NATS)
 HEADERS = (
     "mean absolute log2(R / R_true)",
     *(f"regret {base}, {unit}" for base in ("at the best base lr", "as run") for unit in ("nats", "%")),
@@ -29,7 +27,7 @@ def at_default(rows: Sequence[Row]) -> list[Row]:
 
 def of_unit(rows: Sequence[Row], *, nats: bool) -> list[Row]:
     """Those whose regret is in nats, or those in percent."""
-    return pick(rows, workload=NATS if nats else PERCENT)
+    return [row for row in rows if WORKLOADS[row["workload"]].cross_entropy == nats]
 
 
 def rules(records: Mapping[str, Sequence[Record]]) -> str:

@@ -12,7 +12,7 @@ import torch
 from benchmarks.batch_warmup import __main__ as command
 from benchmarks.batch_warmup import grid, training
 from benchmarks.batch_warmup.analysis import KEYS, lines, runs, tuned
-from benchmarks.batch_warmup.report import main_table, summary_table, write_report
+from benchmarks.batch_warmup.report import main_table, write_report
 from benchmarks.batch_warmup.rules import (
     BASE_BATCH_SIZE,
     BUDGETS,
@@ -35,6 +35,7 @@ from benchmarks.batch_warmup.training import StepSizes
 from benchmarks.batch_warmup.workloads import WORKLOADS, lr_factor
 from benchmarks.cells import Store, run_cells
 from benchmarks.fidelity.analysis import pick
+from benchmarks.fidelity.markdown import targets_table
 
 SEED_NOISE = (-0.01, 0.0, 0.01)
 T_975_OF_2 = 4.302653  # Student's t with two degrees of freedom
@@ -242,7 +243,7 @@ def test_an_unfinished_row_says_so() -> None:
 def test_the_summary_shows_half_widths_and_misses() -> None:
     common = {"bound": 0.005, "better": "lower", "command": "make"}
     missed = common | {"name": "a", "value": 0.01, "met": False, "half_width": 0.02, "seeds": 3}
-    text = summary_table([missed, common | {"name": "b", "value": 0.0, "met": True}])
+    text = targets_table([missed, common | {"name": "b", "value": 0.0, "met": True}], ".4f", ".4f")
     assert "| a | 0.0100 ± 0.0200 (3 pairs of seeds) | at most 0.005 | missed |" in text
     assert "| b | 0.0000 | at most 0.005 | met |" in text
 
