@@ -7,7 +7,7 @@ FIELD := .field
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo digits test test-fast test-matrix wheel-check docs docs-output lint format bench \
+.PHONY: help demo digits test test-fast test-matrix wheel-check docs docs-output docs-pictures lint format bench \
 	bench-demo bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick field clean
 
 help:  ## show this list
@@ -33,6 +33,11 @@ test-fast: $(STAMP)  ## the same without processes, kills and line searches
 
 test-matrix: $(STAMP)  ## tests that lean on Lightning: oldest and newest versions, every Python: half an hour
 	$(BIN)/python -m benchmarks.matrix
+
+docs-pictures: $(STAMP)  ## draw the pictures of the pages on `plot` and `fit` again: a minute
+	$(BIN)/python -m examples.digits --output runs/pictures
+	$(BIN)/lightning-surge plot runs/pictures/csv --output docs/reading-a-run.png --title "Convolutional network on scikit-learn's digits"
+	$(BIN)/lightning-surge fit examples/tables/mlperf_retinanet.csv --tuned --figure examples/tables/mlperf_retinanet.png
 
 wheel-check:  ## build the wheel, install it into an empty environment, and run the README's first block there
 	rm -rf .wheel

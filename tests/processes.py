@@ -4,10 +4,12 @@ import multiprocessing
 import os
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,25 @@ def on_ranks(
     failures = [result for result in results.values() if isinstance(result, _Failure)]
     assert not failures, "\n".join(failure.text for failure in failures)
     return [results[rank] for rank in range(count)]
+
+
+def wait(condition: Callable[[], Any], seconds: float = 200.0) -> Any:
+    """What a condition says as soon as it says anything."""
+    begin = time.monotonic()
+    while not (result := condition()):
+        assert time.monotonic() - begin < seconds
+        time.sleep(0.02)
+    return result
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process; where nobody collects orphans one that has ended stays as a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 class _Failure:

@@ -29,7 +29,7 @@ class Workload:
     network: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Batch], Tensor]  # mean over a batch
     data: Callable[[], Batch]  # training tensors with the examples along their first dimension
-    lr: float  # near the best constant-then-linear one at the base batch size, see docs/findings.md
+    lr: float  # near the best constant-then-linear one at the base batch size, see docs/results.md
     sample: int  # examples of the fixed sample on which losses are compared
     cross_entropy: bool = True  # in nats; regrets of other losses are shares of them
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lightning_surge.cli.command import Command, CommandError
+from lightning_surge.cli.command import Command, CommandError, plain
 from lightning_surge.cli.plot import RUN_HELP, choose_group, read
 from lightning_surge.runs.series import RunLogError
 
@@ -21,28 +20,27 @@ __all__ = ["ADVISE"]
 def _caveat_text(caveat: Caveat, advice: Advice) -> str:
     from lightning_surge.runs.advice import Caveat
 
-    state = advice.state
-    reach = " to ".join(map(_number, state.measured))
-    chosen = next(option for option in advice.options if option.batch_size == advice.suggested)
+    state, chosen = advice.state, _option(advice, advice.suggested)
     share = state.lr_scheduled / state.lr_scheduled_max if state.lr_scheduled_max > 0 else 0.0
     return {
         Caveat.HELD: f"the last law is {state.reason.text}; it may no longer fit",
         Caveat.FEW_MEASUREMENTS: f"it rests on {state.num_measurements} measurements only",
         Caveat.UNCERTAIN: "the critical batch size is known to within a factor of two at best",
         Caveat.STALE: f"the last measurement is from step {state.measured_step:,}; the law moves on",
-        Caveat.EXTRAPOLATING: f"only sizes from {reach} examples were measured",
-        Caveat.DECAYED: (
-            f"the schedule is at {share:.1%} of its largest learning rate: for the next run ask at an "
-            "earlier step (--step)"
-        ),
+        Caveat.EXTRAPOLATING: f"only sizes from {' to '.join(map(_number, state.measured))} examples were "
+        "measured",
+        Caveat.DECAYED: f"the schedule is at {share:.1%} of its largest learning rate: for the next run ask "
+        "at an earlier step (--step)",
         Caveat.LIMITED_MOVE: "the critical size is further away than one should go at once: ask again there",
         Caveat.GRADIENT_STEPS: "the law of plain gradient steps (SGD) has no peak and knows no momentum",
-        Caveat.APPROACH: (
-            f"write a learning rate of {chosen.lr_at_once:.3g} at once, and approach {chosen.lr.value:.3g} "
-            "by a few percent a step, as the callback does: curvature has to adapt"
-        ),
+        Caveat.APPROACH: f"write a learning rate of {chosen.lr_at_once:.3g} at once, and approach "
+        f"{chosen.lr.value:.3g} by a few percent a step, as the callback does: curvature has to adapt",
         Caveat.INDEPENDENT_NOISE: "Theorem 3 takes noise as independent across coordinates; it seldom is",
     }[caveat]
+
+
+def _option(advice: Advice, size: float) -> Option:
+    return next(option for option in advice.options if option.batch_size == size)
 
 
 def _number(value: float) -> str:
@@ -59,24 +57,25 @@ def _with_interval(interval: Interval) -> str:
     return f"{_number(value)} ({ends})"
 
 
-def _row(option: Option, now: float, suggested: float) -> list[str]:
-    marks = [mark for mark, size in (("now", now), ("suggested", suggested)) if size == option.batch_size]
-    intervals = map(_with_interval, (option.lr, option.steps, option.examples))
-    return [_number(option.batch_size), *intervals, ", ".join(marks)]
+def _change(ratio: Interval) -> str:
+    """A ratio as a share more or less."""
+    value, *ends = (abs(one - 1.0) for one in ratio)
+    low, high = sorted(ends)
+    return f"{value:.0%}" if low == high else f"{value:.0%} ({low:.0%} to {high:.0%})"
 
 
 def _words(advice: Advice) -> str:
-    state = advice.state
-    header = ["batch size", "learning rate", "steps", "examples", ""]
-    rows = [_row(option, state.batch_size, advice.suggested) for option in advice.options]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    table = [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in [header, *rows]
-    ]
-    critical, peak = advice.critical_batch_size, advice.peak_batch_size
-    chosen = next(option for option in advice.options if option.batch_size == advice.suggested)
-    doubled = next(option for option in advice.options if option.batch_size == 2.0 * state.batch_size)
+    state, peak = advice.state, advice.peak_batch_size
+    rows = [["batch size", "learning rate", "steps", "examples", ""]]
+    for one in advice.options:
+        marks = {"now": state.batch_size, "suggested": advice.suggested}
+        marked = ", ".join(mark for mark, size in marks.items() if size == one.batch_size)
+        rows.append(
+            [_number(one.batch_size), *map(_with_interval, (one.lr, one.steps, one.examples)), marked]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["".join(f"  {cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    chosen, doubled = (_option(advice, size) for size in (advice.suggested, 2.0 * state.batch_size))
     surge = f"{_with_interval(peak)} examples; beyond it the best learning rate of a step falls"
     if math.isinf(peak.value):
         surge = "none: the learning rate never falls with the batch size"
@@ -86,13 +85,13 @@ def _words(advice: Advice) -> str:
         "",
         f"Go on with     {_number(advice.suggested)} examples per step, learning rate "
         f"{_with_interval(chosen.lr)}: {_with_interval(chosen.lr_scale)} times the scheduled one",
-        f"Critical size  {_with_interval(critical)} examples, for the next step: it then gains half of what "
-        "an unlimited batch would",
+        f"Critical size  {_with_interval(advice.critical_batch_size)} examples, for the next step: it then "
+        "gains half of what an unlimited batch would",
         f"Peak size      {surge}",
         f"Doubling       costs {_change(doubled.examples)} more examples and saves "
         f"{_change(doubled.steps)} of the steps to the same loss",
         "",
-        *table,
+        *map(str.rstrip, table),
         "  Steps and examples to the same loss, over those at the present size, if the critical size stayed.",
         "  In brackets one standard error to both sides.",
     ]
@@ -100,26 +99,8 @@ def _words(advice: Advice) -> str:
     return "\n".join([*lines, *(f"  - {_caveat_text(caveat, advice)}" for caveat in advice.caveats)])
 
 
-def _change(ratio: Interval) -> str:
-    """A ratio as a share more or less."""
-    value, *ends = (abs(one - 1.0) for one in ratio)
-    low, high = sorted(ends)
-    return f"{value:.0%}" if low == high else f"{value:.0%} ({low:.0%} to {high:.0%})"
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: null for numbers that are not finite, intervals by name."""
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _as_json(advice: Advice) -> str:
-    answer = _plain(asdict(advice))
+    answer = plain(advice)
     answer["caveats"] = {one.name.lower(): _caveat_text(one, advice) for one in advice.caveats}
     answer["state"]["reason"] = advice.state.reason.text
     answer["state"]["law"]["kind"] = type(advice.state.law).__name__
@@ -129,14 +110,7 @@ def _as_json(advice: Advice) -> str:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", metavar="RUN", help=RUN_HELP)
-    add(
-        "--batch-size",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="B",
-        help="further sizes to judge, in examples",
-    )
+    add("--batch-size", type=float, nargs="+", default=[], metavar="B", help="further sizes, in examples")
     add("--step", type=int, help="optimizer step to ask at, within the run; default: the last")
     add("--group", metavar="G", help="optimizer or parameter group whose learning rate is shown")
     add("--json", action="store_true", help="the same as JSON, null where a number is not finite")
@@ -157,12 +131,10 @@ def _run(options: argparse.Namespace) -> None:
 ADVISE = Command(
     name="advise",
     summary="Say which batch size and learning rate to go on with, what doubling costs, how sure that is.",
-    examples=(
-        "examples:\n"
-        "  lightning-surge advise lightning_logs/version_3\n"
-        "  lightning-surge advise lightning_logs --batch-size 128 512 --step 2000\n"
-        "  lightning-surge advise logs/metrics.csv --json"
-    ),
+    examples="""examples:
+  lightning-surge advise lightning_logs/version_3
+  lightning-surge advise lightning_logs --batch-size 128 512 --step 2000
+  lightning-surge advise logs/metrics.csv --json""",
     add_arguments=_add_arguments,
     run=_run,
 )

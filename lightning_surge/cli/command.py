@@ -1,13 +1,15 @@
-"""What a command is made of, and how its words are read."""
+"""What a command is made of, how its words are read, and what it says as JSON."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from functools import partialmethod
 from typing import Any, NamedTuple, NoReturn
 
-__all__ = ["Command", "CommandError", "Parser"]
+__all__ = ["Command", "CommandError", "Parser", "plain"]
 
 
 class CommandError(Exception):
@@ -35,18 +37,28 @@ class Parser(argparse.ArgumentParser):
 
 
 class Command(NamedTuple):
-    """One word after `lightning-surge`.
-
-    Attributes:
-        name: the word.
-        summary: one line.
-        examples: lines to try, shown under `--help`.
-        add_arguments: declares its arguments.
-        run: answers; prints results to standard output; returns the exit status, None for 0.
-    """
+    """One word after `lightning-surge`."""
 
     name: str
     summary: str
-    examples: str
+    examples: str  # lines to try, shown under --help
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int | None]
+    run: Callable[[argparse.Namespace], int | None]  # prints results; returns the exit status, None for 0
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: records by the names of their fields, null for numbers that are not finite.
+
+    Example:
+        >>> plain({"peak": (math.inf, 2.0)})
+        {'peak': [None, 2.0]}
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +22,7 @@ FIGURES = (".png", ".svg", ".pdf")
 MAX_FITS = 64
 """Fits, and panels of a figure, that are made without being asked for one by one."""
 PATIENCE = 3.0
-"""Seconds between lines of progress."""
+"""Seconds until a bar on a terminal shows how far the repetitions are."""
 
 EXAMPLES = """\
 examples:
@@ -44,114 +41,38 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "table", help="CSV, JSON, JSON lines or Parquet, one run per row; - is standard input"
-    )
-    columns = parser.add_argument_group("columns, if not found by their usual names")
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("columns, if not found by their usual names").add_argument
     for role in Columns._fields:
-        columns.add_argument(f"--{role.replace('_', '-')}-column", metavar="NAME")
-    rows = parser.add_argument_group("rows")
-    rows.add_argument(
-        "--where", action="append", default=[], type=_condition, metavar="COLUMN=VALUE",
-        help="only runs with this value; may be repeated, and values of one column are alternatives",
-    )  # fmt: skip
-    rows.add_argument(
-        "--by", action="append", default=[], metavar="COLUMN",
-        help="a fit for each value of this column; may be repeated",
-    )  # fmt: skip
-    rows.add_argument("--target", type=float, action="append", help="only runs to this loss; may be repeated")
-    parser.add_argument("--maximize", action="store_true", help="larger is better, as of an accuracy")
-    parser.add_argument(
-        "--measure", choices=("loss", "steps"), help="what counts; default: the loss if there is one"
-    )
-    parser.add_argument(
-        "--law", action="append", choices=tuple(LAWS), metavar="NAME",
-        help=f"fit only this law; may be repeated; one of {', '.join(LAWS)}",
-    )  # fmt: skip
-    parser.add_argument(
+        add(f"--{role.replace('_', '-')}-column", metavar="NAME")
+    add = parser.add_argument_group("rows, by options that may be repeated").add_argument
+    add("--where", action="append", default=[], type=_condition, metavar="COLUMN=VALUE",
+        help="only runs with this value; values of one column are alternatives")  # fmt: skip
+    add("--by", action="append", default=[], metavar="COLUMN", help="a fit for each value of this column")
+    add("--target", type=float, action="append", help="only runs to this loss")
+    add = parser.add_argument
+    add("table", help="CSV, JSON, JSON lines or Parquet, one run per row; - is standard input")
+    add("--maximize", action="store_true", help="larger is better, as of an accuracy")
+    add("--measure", choices=("loss", "steps"), help="what counts; default: the loss if there is one")
+    add("--law", action="append", choices=tuple(LAWS), metavar="NAME",
+        help=f"fit only this law; may be repeated; one of {', '.join(LAWS)}")  # fmt: skip
+    add(
         "--tuned",
         action="store_true",
-        help="the only learning rate of a batch size is its best one, tuned before",
+        help="the only learning rate of a batch size is its best, tuned before",
     )
-    parser.add_argument(
-        "--at", action="append", default=[], type=_batch_size, metavar="BATCH_SIZE",
-        help="say the learning rate at this batch size; may be repeated",
-    )  # fmt: skip
-    parser.add_argument(
+    add("--at", action="append", default=[], type=_batch_size, metavar="BATCH_SIZE",
+        help="say the learning rate at this batch size; may be repeated")  # fmt: skip
+    add(
         "--bootstrap",
         type=_count,
         default=200,
         metavar="N",
         help="repetitions for the intervals; default: 200",
     )
-    parser.add_argument("--seed", type=_count, default=0, help="seed of the repetitions; default: 0")
-    parser.add_argument("--json", action="store_true", help="print JSON (docs/fitting.md lists the keys)")
-    parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help=f"draw it; {', '.join(f'*{each}' for each in FIGURES)}"
-    )
-
-
-def run(options: argparse.Namespace) -> None:
-    """Read, fit, print, draw."""
-    from lightning_surge.cli.fit_report import as_json, as_text
-    from lightning_surge.tables.fit import Unfitted, fit_grid
-
-    _check_figure(options.figure)
-    named = Columns(**{role: getattr(options, f"{role}_column") for role in Columns._fields})
-    selected = {name: getattr(options, name) for name in ("measure", "where", "by", "maximize")}
-    try:
-        tables = read_tables(options.table, named, **selected)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise CommandError(str(error)) from error
-    parts = [part for table in tables for part in _chosen(table, options.target)]
-    if len(parts) > MAX_FITS:
-        raise CommandError(
-            f"Expected at most {MAX_FITS} fits, got {len(parts)}: choose with --target or --where."
-        )
-    found: list[GridFit | Unfitted] = []
-    progress = _progress(len(parts))
-    for index, (target, part) in enumerate(parts):
-        try:
-            found.append(
-                fit_grid(
-                    part,
-                    laws=options.law or tuple(LAWS),
-                    tuned=options.tuned,
-                    bootstrap=options.bootstrap,
-                    seed=options.seed,
-                    at=options.at,
-                    progress=progress(index),
-                )
-            )
-        except ValueError as error:
-            mixed = [
-                f"Expected runs of one setup, but {note}" for note in part.notes if note.startswith(MIXED)
-            ]
-            found.append(Unfitted(target, part.group, ". ".join([*mixed, str(error)])))
-    fits = [each for each in found if not isinstance(each, Unfitted)]
-    runs = sum(table.lrs.size for table in tables)
-    if not fits:
-        failures = [each for each in found if isinstance(each, Unfitted)]
-        labels = [", ".join(f"{name} {value}" for name, value in _labels(each).items()) for each in failures]
-        pairs = zip(labels, failures, strict=True)
-        raise CommandError(
-            "\n".join(f"{label}: {each.reason}" if label else each.reason for label, each in pairs)
-        )
-    name = "standard input" if options.table == "-" else options.table
-    if options.figure is not None:
-        _draw(fits, options.figure, f"{Path(name).name}: {runs:,} runs")
-    if options.json:
-        document = as_json(found, name, runs, options.bootstrap, options.seed)
-        print(json.dumps(document, indent=2, allow_nan=False))
-    else:
-        print(as_text(found, name, runs, options.bootstrap), end="")
-
-
-def _labels(part: GridFit | Unfitted) -> dict[str, str]:
-    """What tells one fit from the others."""
-    return dict(part.group) | ({} if part.target is None else {"target": f"{part.target:.5g}"})
+    add("--seed", type=_count, default=0, help="seed of the repetitions; default: 0")
+    add("--json", action="store_true", help="print JSON (docs/fitting.md lists the keys)")
+    add("--figure", type=Path, metavar="FILE", help=f"draw it; *{', *'.join(FIGURES)}")
 
 
 def _condition(text: str) -> tuple[str, str]:
@@ -174,6 +95,53 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _run(options: argparse.Namespace) -> None:
+    """Read, fit, print, draw."""
+    from tqdm import tqdm  # a dependency of Lightning
+
+    from lightning_surge.cli.fit_report import as_json, as_text
+    from lightning_surge.tables.fit import Unfitted, fit_grid
+
+    path: Path | None = options.figure
+    if path is not None and (path.suffix.lower() not in FIGURES or path.is_dir() or not path.parent.is_dir()):
+        raise CommandError(
+            f"Expected --figure to end in {', '.join(FIGURES)} and be in an existing directory, got "
+            f"{str(path)!r}: rename it, or make the directory."
+        )
+    named = Columns(**{role: getattr(options, f"{role}_column") for role in Columns._fields})
+    selected = {name: getattr(options, name) for name in ("measure", "where", "by", "maximize")}
+    try:
+        tables = read_tables(options.table, named, **selected)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise CommandError(str(error)) from error
+    parts = [part for table in tables for part in _chosen(table, options.target)]
+    if len(parts) > MAX_FITS:
+        raise CommandError(
+            f"Expected at most {MAX_FITS} fits, got {len(parts)}: choose with --target or --where."
+        )
+    found: list[GridFit | Unfitted] = []
+    with tqdm(total=len(parts) * options.bootstrap, leave=False, delay=PATIENCE, disable=None) as bar:
+        how = {name: getattr(options, name) for name in ("tuned", "bootstrap", "seed", "at")}
+        for target, part in parts:
+            try:
+                found.append(fit_grid(part, laws=options.law or tuple(LAWS), progress=bar.update, **how))
+            except ValueError as error:
+                mixed = [f"Expected runs of one setup, but {n}" for n in part.notes if n.startswith(MIXED)]
+                found.append(Unfitted(target, part.group, ". ".join([*mixed, str(error)])))
+    fits = [each for each in found if not isinstance(each, Unfitted)]
+    if not fits:
+        raise CommandError("\n".join(map(_reason, found)))
+    name = "standard input" if options.table == "-" else options.table
+    runs = sum(table.lrs.size for table in tables)
+    if path is not None:
+        _draw(fits, path, f"{Path(name).name}: {runs:,} runs")
+    if options.json:
+        document = as_json(found, name, runs, options.bootstrap, options.seed)
+        print(json.dumps(document, indent=2, allow_nan=False))
+    else:
+        print(as_text(found, name, runs, options.bootstrap), end="")
+
+
 def _chosen(table: RunTable, wanted: list[float] | None) -> list[tuple[float | None, RunTable]]:
     """The targets asked for; a value need not have all the digits of the table's."""
     from lightning_surge.tables.fit import split_targets
@@ -194,32 +162,11 @@ def _chosen(table: RunTable, wanted: list[float] | None) -> list[tuple[float | N
     return list({part[0]: part for each in near for part in each}.values())
 
 
-def _progress(parts: int) -> Callable[[int], Callable[[int, int], None]]:
-    """Lines on standard error, once it takes long."""
-    last = time.monotonic()
-
-    def of_part(index: int) -> Callable[[int, int], None]:
-        def tell(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > PATIENCE:
-                last = time.monotonic()
-                print(f"fitted {index * total + done:,} of {parts * total:,} repetitions", file=sys.stderr)
-
-        return tell
-
-    return of_part
-
-
-def _check_figure(path: Path | None) -> None:
-    """Refuse what cannot be drawn before time is spent on fits."""
-    if path is None:
-        return
-    if path.suffix.lower() not in FIGURES:
-        raise CommandError(
-            f"Expected --figure with one of the endings {', '.join(FIGURES)}, got {str(path)!r}: rename it."
-        )
-    if not path.parent.is_dir() or path.is_dir():
-        raise CommandError(f"Expected --figure FILE in an existing directory, got {str(path)!r}: create it.")
+def _reason(failure: GridFit | Unfitted) -> str:
+    group = [f"{name} {value}" for name, value in failure.group.items()]
+    label = ", ".join(group + ([] if failure.target is None else [f"target {failure.target:.5g}"]))
+    reason: str = failure.reason  # type: ignore[union-attr]
+    return f"{label}: {reason}" if label else reason
 
 
 def _draw(fits: list[GridFit], path: Path, title: str) -> None:
@@ -230,9 +177,9 @@ def _draw(fits: list[GridFit], path: Path, title: str) -> None:
     except ModuleNotFoundError as error:
         raise CommandError(str(error)) from error
     except OSError as error:
-        raise CommandError(
-            f"Expected --figure FILE that can be written, got {str(path)!r}: {error}."
-        ) from error
+        raise CommandError(f"Expected --figure to be a file that can be written, got {error}.") from error
 
 
-FIT = Command("fit", "fit laws of the optimal learning rate to a table of runs", EXAMPLES, add_arguments, run)
+FIT = Command(
+    "fit", "fit laws of the optimal learning rate to a table of runs", EXAMPLES, _add_arguments, _run
+)

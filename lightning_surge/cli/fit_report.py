@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_surge.cli.command import plain
 from lightning_surge.tables.bootstrap import CONFIDENCE, Estimate
 from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, remedy
 from lightning_surge.tables.law_fits import LAWS
@@ -37,30 +38,22 @@ def as_text(found: Found, path: str, runs: int, repetitions: int) -> str:
 def _answer(fit: GridFit) -> list[str]:
     """The best law, its rivals, its peak, learning rates asked for, and what to do next: a line each."""
     best = _best(fit)
+    label = f"{best.name} ({LAWS[best.name].label})" + ", at the end of the range searched" * best.limited
     if best.held_out is None:
-        lines = [
-            f"Closest law: {_label(best)}; to compare laws takes one batch size more than their parameters."
-        ]
+        lines = [f"Closest law: {label}; to compare laws takes one batch size more than their parameters."]
     else:
         factor = f"a factor of {2.0**best.held_out.error:.2f}"
-        lines = [f"Best law: {_label(best)}, within {factor} on average at batch sizes left out."]
-        rivals = (
-            f"Rivals within error: {', '.join(fit.ties)}."
-            if fit.ties
-            else "No other law comes within its error."
-        )
-        lines.append(rivals)
-    size, tried = best.peak_batch_size, [valley.batch_size for valley in fit.valleys]
-    if not 0 < size.value < math.inf:
-        peak = "No peak: its learning rate never falls as the batch grows"
-    else:
-        outside = "" if tried[0] <= size.value <= tried[-1] else ", outside the batch sizes tried"
+        rivals = f"Rivals within error: {', '.join(fit.ties)}." if fit.ties else ""
+        lines = [f"Best law: {label}, within {factor} on average at batch sizes left out."]
+        lines.append(rivals or "No other law comes within its error.")
+    size = best.peak_batch_size
+    peak = "No peak: its learning rate never falls as the batch grows"
+    if 0 < size.value < math.inf:
+        outside = "" if _tried(fit, size.value) else ", outside the batch sizes tried"
         peak = f"Peak: lr {_with_interval(best.peak_lr)} at B = {_with_interval(size)}{outside}"
     lines.append(f"{peak}; critical batch size {_with_interval(best.critical_batch_size)}.")
     if best.at:
-        lines.append(
-            "Learning rate " + "; ".join(_at(fit, best, index) for index in range(len(best.at))) + "."
-        )
+        lines.append(f"Learning rate {'; '.join(_at(fit, best, index) for index in range(len(best.at)))}.")
     return [*lines, f"Next: {_next(fit, best)}."]
 
 
@@ -68,31 +61,27 @@ def _best(fit: GridFit) -> FittedLaw:
     return next((law for law in fit.laws if law.name == fit.best), fit.laws[0])
 
 
-def _label(law: FittedLaw) -> str:
-    return f"{law.name} ({LAWS[law.name].label})" + (
-        ", at the end of the range searched" if law.limited else ""
-    )
+def _tried(fit: GridFit, size: float) -> bool:
+    return fit.valleys[0].batch_size <= size <= fit.valleys[-1].batch_size
 
 
 def _at(fit: GridFit, best: FittedLaw, index: int) -> str:
     lr = best.at[index]
-    size, tried = float(lr.name), [valley.batch_size for valley in fit.valleys]
+    size, ends = float(lr.name), [fit.valleys[end].batch_size for end in (0, -1)]
     text = f"at B = {size:,g}: {_with_interval(lr)}"
     rivals = [law.at[index].value for law in fit.laws if law.name in fit.ties]
     if rivals and max(*rivals, lr.value) > 1.01 * min(*rivals, lr.value):
         text += f", by rivals {_number(min(rivals))} to {_number(max(rivals))}"
-    inside = tried[0] <= size <= tried[-1]
-    return text + ("" if inside else f", outside the {tried[0]:,g} to {tried[-1]:,g} tried")
+    return text + ("" if _tried(fit, size) else f", outside the {ends[0]:,g} to {ends[1]:,g} tried")
 
 
 def _next(fit: GridFit, best: FittedLaw) -> str:
     """The first of what would help most."""
     if fit.notes and fit.notes[0].startswith(MIXED):
         return "tell apart the runs that the first note names"
-    missing = [valley for valley in fit.valleys if remedy(valley)]
+    missing = [f"at B = {valley.batch_size:,g} {remedy(valley)}" for valley in fit.valleys if remedy(valley)]
     if missing:
-        texts = [f"at B = {valley.batch_size:,g} {remedy(valley)}" for valley in missing[:2]]
-        return "; ".join(texts) + (f"; and {len(missing) - 2} more" if len(missing) > 2 else "")
+        return "; ".join(missing[:2]) + (f"; and {len(missing) - 2} more" if len(missing) > 2 else "")
     if best.held_out is None:
         return "add a batch size, with learning rates on both sides of the best one"
     if best.held_out.error > 0.5:
@@ -115,34 +104,23 @@ def _notes(fits: Iterable[GridFit]) -> list[str]:
 
 
 def _table_of_answers(found: Found) -> list[str]:
-    columns = list(found[0].group)
-    targets = [] if found[0].target is None else ["target"]
+    columns, targets = list(found[0].group), [] if found[0].target is None else ["target"]
     fits = [each for each in found if isinstance(each, GridFit)]
     at = [f"lr at {float(lr.name):,g}" for lr in _best(fits[0]).at]
-    rows = [
-        [
-            *columns,
-            *targets,
-            "runs",
-            "optima",
-            "best law",
-            "held-out error",
-            *at,
-            "its parameters, and what is missing",
-        ]
-    ]
+    last = "its parameters, and what is missing"
+    rows = [[*columns, *targets, "runs", "optima", "best law", "held-out error", *at, last]]
     for each in found:
         row = [*each.group.values(), *([] if each.target is None else [f"{each.target:.5g}"])]
         if isinstance(each, Unfitted):
             rows.append([*row, "-", "-", "none", "-", *("-" for _ in at), each.reason.partition(": ")[0]])
             continue
         best, used = _best(each), sum(valley.optimum.found for valley in each.valleys)
-        error = "-" if best.held_out is None else f"{best.held_out.error:.3f}"
-        row += [f"{each.runs:,}", f"{used} of {len(each.valleys)}", best.name + "~" * bool(each.ties), error]
-        rows.append([*row, *(_number(lr.value) for lr in best.at), _parameters(best)])
-    tied = any(each.ties for each in fits)
+        row += [f"{each.runs:,}", f"{used} of {len(each.valleys)}", best.name + "~" * bool(each.ties)]
+        row += [_error(best), *(_number(lr.value) for lr in best.at)]
+        rows.append([*row, _parameters(best)])
     lines = [*_aligned(rows, left=len(rows[0]) - 1), ""]
-    lines += ["~ other laws are not told from it by these batch sizes"] * tied
+    if any(each.ties for each in fits):
+        lines.append("~ other laws are not told from it by these batch sizes")
     options = [f"--where {column}=VALUE" for column in columns] + ["--target LOSS" for _ in targets]
     return [*lines, f"Next: {' '.join(options)} says more of one of them.", *_notes(fits)]
 
@@ -157,16 +135,12 @@ def _tables(fit: GridFit, repetitions: int) -> list[str]:
         rows.append([f"{valley.batch_size:,g}", *numbers, status])
     title = "Best learning rates" + ("" if fit.target is None else f" to the loss {fit.target:.5g}")
     lines = [title, *_aligned(rows, left=4), ""]
-    rows = [["law", "held-out error", "parameters"]]
-    for law in fit.laws:
-        mark = "* " if law.name == fit.best else "~ " if law.name in fit.ties else "  "
-        rows.append(
-            [mark + law.name, "-" if law.held_out is None else f"{law.held_out.error:.3f}", _parameters(law)]
-        )
     lines += [
         "Laws, by the mean |log2(predicted / found)| at batch sizes left out (* best, ~ within its error)"
     ]
-    lines += [*_aligned(rows, left=0, last_left=2), ""]
+    marks = {fit.best: "* "} | dict.fromkeys(fit.ties, "~ ")
+    rows = [[marks.get(law.name, "  ") + law.name, _error(law), _parameters(law)] for law in fit.laws]
+    lines += [*_aligned([["law", "held-out error", "parameters"], *rows], left=0, last_left=2), ""]
     if fit.tradeoff:
         scale, steps, examples = (_with_interval(each) for each in fit.tradeoff)
         lines.append(f"Eq. 22: critical batch size {scale}, fewest steps {steps}, fewest examples {examples}")
@@ -176,6 +150,10 @@ def _tables(fit: GridFit, repetitions: int) -> list[str]:
     return [*lines, f"Intervals ({CONFIDENCE:.0%}): {repetitions} repetitions with the scatter of {source}"]
 
 
+def _error(law: FittedLaw) -> str:
+    return "-" if law.held_out is None else f"{law.held_out.error:.3f}"
+
+
 def _parameters(law: FittedLaw) -> str:
     text = ", ".join(f"{each.name} {_with_interval(each)}" for each in law.parameters)
     return text + (" (at the end of the range searched)" if law.limited else "")
@@ -183,29 +161,24 @@ def _parameters(law: FittedLaw) -> str:
 
 def as_json(found: Found, path: str, runs: int, repetitions: int, seed: int) -> dict[str, Any]:
     """The document of `--json`; docs/fitting.md lists its keys."""
-    head = {
-        "version": VERSION,
-        "table": path,
-        "runs": runs,
-        "measure": "loss",
-        "bootstrap": repetitions,
-        "seed": seed,
-    }
+    measure = next((each.measure for each in found if isinstance(each, GridFit)), "loss")
+    head = {"version": VERSION, "table": path, "runs": runs, "measure": measure}
     fits = []
     for each in found:
-        part: dict[str, Any] = {"target": each.target, "group": dict(each.group), "error": None}
+        part = {"target": each.target, "group": dict(each.group), "error": None}
         fits.append(part | ({"error": each.reason} if isinstance(each, Unfitted) else _fit_json(each)))
-        head["measure"] = each.measure if isinstance(each, GridFit) else head["measure"]
-    return {**head, "confidence": CONFIDENCE, "fits": fits}
+    document = {"bootstrap": repetitions, "seed": seed, "confidence": CONFIDENCE, "fits": fits}
+    json: dict[str, Any] = plain(head | document)
+    return json
 
 
 def _fit_json(fit: GridFit) -> dict[str, Any]:
     optima = [
         {
             "batch_size": valley.batch_size,
-            "lr": _finite(valley.optimum.lr),
+            "lr": valley.optimum.lr,
             "interval": _ends(lr),
-            fit.measure: _finite(valley.optimum.outcome),
+            fit.measure: valley.optimum.outcome,
             "status": valley.optimum.status,
             "used": valley.optimum.found,
             "message": remedy(valley) or None,
@@ -219,22 +192,21 @@ def _fit_json(fit: GridFit) -> dict[str, Any]:
         "tradeoff": _estimates(fit.tradeoff) or None,
         "laws": [_law_json(law, [valley.batch_size for valley in fit.valleys]) for law in fit.laws],
         "best": fit.best,
-        "ties": list(fit.ties),
+        "ties": fit.ties,
         "next": _next(fit, _best(fit)),
-        "notes": list(fit.notes),
+        "notes": fit.notes,
     }
 
 
 def _law_json(law: FittedLaw, sizes: Sequence[float]) -> dict[str, Any]:
-    held = law.held_out
-    pairs = [] if held is None else held.by_batch_size
+    pairs = () if law.held_out is None else law.held_out.by_batch_size
     return {
         "name": law.name,
         "parameters": _estimates(law.parameters),
         **_estimates([law.peak_batch_size, law.peak_lr, law.critical_batch_size]),
         "at_end_of_range": law.limited,
         "residual": law.residual,
-        "held_out_error": None if held is None else held.error,
+        "held_out_error": None if law.held_out is None else law.held_out.error,
         "held_out": [{"batch_size": size, "log2_ratio": error} for size, error in pairs],
         "lrs": [{"batch_size": size, "lr": law.law.lr(size)} for size in sizes],
         "at": [{"batch_size": float(lr.name), "lr": lr.value, "interval": _ends(lr)} for lr in law.at],
@@ -242,16 +214,11 @@ def _law_json(law: FittedLaw, sizes: Sequence[float]) -> dict[str, Any]:
 
 
 def _estimates(estimates: Iterable[Estimate]) -> dict[str, Any]:
-    return {each.name: {"value": _finite(each.value), "interval": _ends(each)} for each in estimates}
+    return {each.name: {"value": each.value, "interval": _ends(each)} for each in estimates}
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: null stands for it."""
-    return value if math.isfinite(value) else None
-
-
-def _ends(estimate: Estimate) -> list[float | None] | None:
-    return None if math.isnan(estimate.low) else [_finite(estimate.low), _finite(estimate.high)]
+def _ends(estimate: Estimate) -> list[float] | None:
+    return None if math.isnan(estimate.low) else [estimate.low, estimate.high]
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -274,11 +241,9 @@ def _with_interval(estimate: Estimate) -> str:
 
 def _aligned(rows: Sequence[Sequence[str]], *, left: int, last_left: int | None = None) -> list[str]:
     """Columns of equal width, to the right but for those named."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            text.ljust(width) if i in (left, last_left) else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(t.ljust(w) if i in (left, last_left) else t.rjust(w) for i, (t, w) in cells))
+    return [line.rstrip() for line in lines]

@@ -57,12 +57,7 @@ def choose_group(run: RunLog, group: str | None) -> str | None:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", metavar="RUN", help=RUN_HELP)
-    add(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="a .png or .svg file; default: surge.png beside the logs",
-    )
+    add("--output", type=Path, metavar="FILE", help="a .png or .svg; default: surge.png beside the logs")
     add("--group", metavar="G", help="optimizer or parameter group whose learning rates are shown")
     add("--x", choices=("steps", "examples"), default="steps", help="what the x axis counts")
     add("--title", help="a line above the charts; default: the path of the run, and the group")
@@ -97,11 +92,9 @@ def _run(options: argparse.Namespace) -> None:
 PLOT = Command(
     name="plot",
     summary="Draw a run: learning rates, batch size against the peak, what decided, the factor and the law.",
-    examples=(
-        "examples:\n"
-        "  lightning-surge plot lightning_logs/version_3\n"
-        "  lightning-surge plot lightning_logs --output run.svg --x examples"
-    ),
+    examples="""examples:
+  lightning-surge plot lightning_logs/version_3
+  lightning-surge plot lightning_logs --output run.svg --x examples""",
     add_arguments=_add_arguments,
     run=_run,
 )

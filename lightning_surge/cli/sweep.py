@@ -74,12 +74,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-class", metavar="PATH", help="where `data` has no class_path")
     add("--cli-class", metavar="PATH", help="an own LightningCLI")
     add = parser.add_argument_group("running").add_argument
-    add(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="cells at a time (1, or one per device); 0: in this process",
-    )
+    add("--processes", type=int, metavar="N", help="cells at a time (1, or one per device); 0: in this one")
     add("--devices", nargs="+", metavar="ID", help="CUDA devices to share out among the processes")
     add("--output", type=Path, default=Path("sweep.csv"), metavar="FILE", help="table, default %(default)s")
     add("--study", metavar="FILE|URL", help="of Optuna: journal (sweep.study.log) or database")
@@ -97,13 +92,8 @@ def _run(options: argparse.Namespace) -> int | None:
         from lightning_surge.sweep.study import SweepStudy
 
         exists = Path(options.study.removeprefix("sqlite:///")).exists()
-        if options.dry_run:
-            done: dict[Cell, Outcome] = {}
-            if exists:
-                study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
-                study.begin(settings, grid.cells(), extend=options.extend, dry=True)
-                done = study.records()
-            print_plan(options, settings, grid, training, done)
+        if options.dry_run and not exists:  # and it is not made
+            print_plan(options, settings, grid, training, done=())
             return None
         if output.exists() and not exists and "://" not in options.study:
             raise SweepError(
@@ -111,7 +101,10 @@ def _run(options: argparse.Namespace) -> int | None:
                 "--output."
             )
         study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
-        study.begin(settings, grid.cells(), extend=options.extend)
+        study.begin(settings, grid.cells(), extend=options.extend, dry=options.dry_run)
+        if options.dry_run:
+            print_plan(options, settings, grid, training, study.records())
+            return None
         records = _sweep(options, settings, grid, training, study)
     except ModuleNotFoundError as error:
         if error.name != "optuna":

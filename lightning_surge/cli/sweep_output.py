@@ -11,11 +11,12 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lightning_surge.cli.command import CommandError
 from lightning_surge.sweep.cells import Cell, Outcome, SweepSettings
-from lightning_surge.sweep.grid import Grid, accumulation_for, best_lr, seconds_left
+from lightning_surge.sweep.grid import Grid, accumulation_for, best_lr
 from lightning_surge.tables.study import COLUMNS, study_rows
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from lightning_surge.sweep.config import TrainingConfig
 
 __all__ = ["Progress", "print_plan", "print_result"]
+
+PLAN = ("batch_size", "micro_batch", "accumulated", "steps", "examples")
 
 
 def print_plan(
@@ -34,39 +37,30 @@ def print_plan(
     done: Collection[Cell],
 ) -> None:
     """Print what would run, as text or JSON; `done` are the cells that have ended."""
-    cells, sizes = grid.cells(), []
+    cells, rows = grid.cells(), []
     for size in grid.batch_sizes:
         parts = accumulation_for(size, largest=settings.max_micro_batch_size, replicas=settings.replicas)
         micro_batch = size // (parts * settings.replicas)
-        length = {"steps": settings.steps_of(size), "examples": settings.examples_of(size)}
-        sizes.append({"batch size": size, "micro-batch": micro_batch, "accumulated": parts, **length})
-    finished = len(set(cells).intersection(done))
+        rows.append((size, micro_batch, parts, settings.steps_of(size), settings.examples_of(size)))
+    keys = {"batch_size_key": settings.batch_size_key, "lr_key": settings.lr_key}
+    finished, table = len(set(cells).intersection(done)), str(options.output)
     if options.json:
-        plan = {
-            "batch_size_key": settings.batch_size_key,
-            "lr_key": settings.lr_key,
-            **grid._asdict(),
-            "without": training.left_out,
-            "plan": [
-                {name.replace(" ", "_").replace("-", "_"): value for name, value in row.items()}
-                for row in sizes
-            ],
-            "cells": len(cells),
-            "finished": finished,
-            "table": str(options.output),
-            "study": options.study,
-        }
-        print(json.dumps(plan, indent=1))
+        plan = [dict(zip(PLAN, row, strict=True)) for row in rows]
+        counts = {"cells": len(cells), "finished": finished, "table": table, "study": options.study}
+        print(
+            json.dumps(
+                keys | grid._asdict() | {"without": training.left_out, "plan": plan} | counts, indent=1
+            )
+        )
         return
-    print(f"batch size: {settings.batch_size_key}, learning rate: {settings.lr_key}")
+    print("batch size: {batch_size_key}, learning rate: {lr_key}".format(**keys))
     print(f"learning rates: {', '.join(f'{lr:g}' for lr in grid.lrs)}")
     print(f"seeds: {', '.join(map(str, grid.seeds))}")
     if training.left_out:
         print(f"without: {', '.join(training.left_out)}")
-    line = "{:>10}  {:>11}  {:>11}  {:>8}  {:>10}"
-    for text in (line.format(*sizes[0]), *(line.format(*row.values()) for row in sizes)):
-        print(text)
-    print(f"{len(cells)} cells, {finished} of them finished; table: {options.output}")
+    for row in (("batch size", "micro-batch", *PLAN[2:]), *rows):
+        print("{:>10}  {:>11}  {:>11}  {:>8}  {:>10}".format(*row))
+    print(f"{len(cells)} cells, {finished} of them finished; table: {table}")
 
 
 def print_result(
@@ -96,8 +90,8 @@ def print_result(
         print(json.dumps(answer | {"best": [each._asdict() for each in best], "fit": fit}, indent=1))
         return
     print(f"table: {table}")
-    for index, entry in enumerate(best):
-        if index == 0 or entry.target != best[index - 1].target:
+    for before, entry in zip([None, *best], best, strict=False):
+        if before is None or entry.target != before.target:
             title = "" if entry.target is None else f"   steps to {entry.target:g}"
             print(f"{'batch size':>10}  {'best lr':>10}  {'loss':>10}{title}")
         reached = "never" if entry.steps is None else f"{entry.steps:g}"
@@ -113,15 +107,12 @@ def print_result(
 class Progress:
     """A line for every cell that ends, with the time left; and the table, written anew each time.
 
-    Args:
-        table: path of the table.
-        ended: cells of former runs.
+    `ended` are the cells of former runs.
     """
 
     def __init__(self, table: Path, ended: Collection[Cell]) -> None:
         self._table = table
-        self._ended: set[Cell] | None = None
-        self._former = set(ended)
+        self._ended, self._written = set(ended), False
         self._said = ""
 
     def say(self, text: str) -> None:
@@ -132,20 +123,20 @@ class Progress:
 
     def look(self, records: Mapping[Cell, Outcome], trials: Mapping[Cell, FrozenTrial]) -> None:
         """Take note of what the cells have said, and of all their trials."""
-        new = records.keys() - (self._former if self._ended is None else self._ended)
-        if new or self._ended is None:
+        new = [cell for cell in records if cell not in self._ended]
+        if new or not self._written:
             self._write(trials)
-            self._ended = set(records)
-        left = [cell for cell, trial in trials.items() if not trial.state.is_finished()]
+        left = sum(not trial.state.is_finished() for trial in trials.values())
         running = sum(trial.state.name == "RUNNING" for trial in trials.values())
-        seconds = seconds_left(records, left, running)
-        about = "" if seconds is None else f", about {_duration(seconds)}"
-        for cell in (cell for cell in records if cell in new):
+        spent = [outcome.seconds for outcome in records.values() if outcome.status == "finished"]
+        about = f", about {_duration(fmean(spent) * left / max(1, running))}" if spent and left else ""
+        for cell in new:
             outcome = records[cell]
             said = outcome.status.replace("_", " ") if outcome.loss is None else f"loss {outcome.loss:.5g}"
             said += f" ({outcome.message})" if outcome.message else ""
-            done = f"{len(records)} done, {len(left) or 'none'} left{about}"
+            done = f"{len(records)} done, {left or 'none'} left{about}"
             self.say(f"{cell}: {said}, {_duration(outcome.seconds)}; {done}")
+        self._ended, self._written = set(records), True
 
     def _write(self, trials: Mapping[Cell, FrozenTrial]) -> None:
         rows = study_rows(trials.values())

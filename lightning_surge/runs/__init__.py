@@ -1,11 +1,10 @@
 """Logs of a run: reading them, charts of them, and advice on how to go on."""
 
 from lightning_surge.runs.advice import Advice, Caveat, Interval, Option, RunState, advise, run_state
-from lightning_surge.runs.charts import RunCharts, run_charts
 from lightning_surge.runs.plots import plot_run
 from lightning_surge.runs.run_log import RunLog, RunLogError, Series, read_run
 
 __all__ = [
-    "Advice", "Caveat", "Interval", "Option", "RunCharts", "RunLog", "RunLogError", "RunState", "Series",
-    "advise", "plot_run", "read_run", "run_charts", "run_state",
+    "Advice", "Caveat", "Interval", "Option", "RunLog", "RunLogError", "RunState", "Series", "advise",
+    "plot_run", "read_run", "run_state",
 ]  # fmt: skip

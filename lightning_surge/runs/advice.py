@@ -3,8 +3,7 @@
 The law in force at one step gives the critical batch size of the *next step*: where it gains half of what an
 unlimited batch would. A run whose steps all have that critical batch size takes `S(B) = S_min (1 + B_crit /
 B)` steps and `E(B) = E_min (1 + B / B_crit)` examples to a given loss; of a run in which it moves, these say
-what a change of the batch size costs and saves at this point. Only floats, no tensors: an answer can be
-checked by hand.
+what a change of the batch size costs and saves at this point.
 
 References:
     Li et al. 2024, arXiv:2405.14578, Theorem 5, Eq. 18-20; McCandlish et al. 2018, arXiv:1812.06162.
@@ -25,21 +24,15 @@ from lightning_surge.laws.objectives import OBJECTIVES, at_once_ratio
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import steps_needed
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import RunLog, RunLogError, Series, wanted_factor
+from lightning_surge.runs.run_log import RunLog, RunLogError, wanted_factor
 
 __all__ = ["Advice", "Caveat", "Interval", "Option", "RunState", "advise", "run_state"]
 
-# The suggestion moves by at most this factor: the law was measured on the way that training took, and moves
-# on.
+# Largest factor of a suggested move: the law was measured on the way that training took, and moves on.
 LARGEST_MOVE = 4.0
 # Thresholds of the caveats: measurements; relative standard error; factor beyond the measured sizes; share of
 # the largest scheduled learning rate; share of the run since the last measurement.
-FEW_MEASUREMENTS = 5
-LARGE_ERROR = 0.5
-FAR_BEYOND = 2.0
-DECAYED = 0.1
-STALE = 0.25
-LARGEST_EXPONENT = 700.0
+FEW_MEASUREMENTS, LARGE_ERROR, FAR_BEYOND, DECAYED, STALE = 5, 0.5, 2.0, 0.1, 0.25
 
 
 class Caveat(Enum):
@@ -67,23 +60,23 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class RunState:
-    """A run at one logged step.
+    """A run at one logged step; batch sizes in examples.
 
     Attributes:
         step: optimizer step.
-        batch_size: examples per step in force.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
+        batch_size: the batch size in force.
+        base_batch_size: the batch size at which the scheduled learning rate was tuned.
         lr_scheduled: learning rate of the schedule.
         lr_scheduled_max: its largest value up to here.
-        lr_used: learning rate written.
+        lr_used: learning rate that the update read.
         lr_scale: factor on the scheduled learning rate that the objective asks for.
         objective: key of `OBJECTIVES`.
         law: the law in force.
-        critical_error: standard error of its critical batch size, examples; infinite if unknown.
-        peak_error: standard error of its peak batch size, examples; infinite if unknown.
-        scale_errors: relative standard errors of the factor that were logged, each with its batch size.
-        measured: smallest and largest batch size measured, examples.
-        num_measurements: measurements behind the law.
+        critical_error: standard error of its critical batch size; infinite if unknown.
+        peak_error: standard error of its peak batch size; infinite if unknown.
+        scale_errors: batch sizes, each with the relative standard error of the factor there.
+        measured: smallest and largest batch size measured.
+        num_measurements: number of measurements behind the law.
         measured_step: step of the last measurement.
         reason: what decided the factor.
     """
@@ -114,10 +107,10 @@ class Option:
         batch_size: examples per step.
         lr_scale: factor on the scheduled learning rate.
         lr: learning rate at this point of the schedule.
-        lr_at_once: what of it may be written at once; the rest is approached (`policy.Policy`).
+        lr_at_once: the part of it that may be written at once; the rest is approached (`policy.Policy`).
         steps: steps to the same loss, over those at the batch size in force.
         examples: examples to the same loss, over those at the batch size in force.
-        beyond: factor by which it is outside the sizes measured; 1 inside.
+        beyond: factor by which the batch size is outside those measured; 1 inside.
     """
 
     batch_size: float
@@ -135,7 +128,7 @@ class Advice:
 
     Attributes:
         state: the run there.
-        critical_batch_size: of the next step, examples.
+        critical_batch_size: critical batch size of the next step, examples.
         peak_batch_size: where the law's learning rate is largest, examples; infinite if it never falls.
         suggested: the batch size to go on with.
         options: the one in force, the suggested one, twice the one in force, and those asked for; increasing.
@@ -158,29 +151,27 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
         step: optimizer step within the run; the last logged one up to it is taken. None takes the last.
         group: the parameter group whose learning rate counts, where there are several.
 
-    Returns:
-        The state.
-
     Raises:
         RunLogError: if the step is outside the run, or no law was known by then.
     """
     run = run.of_group(group)
     logged = run.require("batch_size").steps
-    index = int(np.searchsorted(logged, logged[-1] if step is None else step, side="right")) - 1
     if step is not None and not logged[0] <= step <= logged[-1]:
         raise RunLogError(
             f"Expected {logged[0]} <= step <= {logged[-1]}, got step={step}: the run's log begins and ends "
             "there. Pass one of these, or leave it out for the last."
         )
-    at = int(logged[index])
+    at = int(logged[-1] if step is None else logged[np.searchsorted(logged, step, side="right") - 1])
     law = run.law_at(at)
-    measured = run.at("num_measurements", at)
     if law is None:
-        nothing = math.isnan(measured)
-        got = "no measurement" if nothing else f"{measured:g} measurements, which do not determine it"
+        measured = run.at("num_measurements", at)
+        few = f"{measured:g} measurements, which do not determine it"
         later = run.law_steps[run.law_steps > at]
-        remedy = f"pass a step from {later[0]} on" if later.size else "train longer, or raise max_overhead"
-        raise RunLogError(f"Expected a law to be known by step {at}, got {got}: {remedy}.")
+        raise RunLogError(
+            f"Expected a law to be known by step {at}, got "
+            f"{'no measurement' if math.isnan(measured) else few}: "
+            f"{f'pass a step from {later[0]} on' if later.size else 'train longer, or raise max_overhead'}."
+        )
 
     def value(name: str, group: str | None = None) -> float:
         if math.isnan(number := run.at(name, at, group)):
@@ -198,7 +189,9 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
         return known[code]
 
     size, scale = value("batch_size"), value("lr_scale_predicted")
-    scheduled = run.require("lr_scheduled", group)
+    scheduled, counts = run.require("lr_scheduled", group), run.get("num_measurements")
+    past = counts.steps <= at
+    changed = np.concatenate([[True], np.diff(counts.values[past]) != 0])
     errors = {
         size: error("lr_scale") / scale,
         2.0 * size: error("lr_scale_doubled") / run.at("lr_scale_doubled", at),
@@ -218,7 +211,7 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
         scale_errors=tuple((size, one) for size, one in errors.items() if math.isfinite(one)),
         measured=(value("law/smallest_measured"), value("law/largest_measured")),
         num_measurements=int(value("num_measurements")),
-        measured_step=_last_change(run.get("num_measurements"), at),
+        measured_step=int(counts.steps[past][changed][-1]),
         reason=one_of("held_because", {int(reason): reason for reason in Reason}),
     )
 
@@ -234,59 +227,65 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
         state: the run at one step.
         batch_sizes: further sizes to judge, examples, positive.
 
-    Returns:
-        The advice.
-
     Raises:
         ValueError: if a batch size is not positive and finite.
     """
     size, law = state.batch_size, state.law
     critical = _interval(law.critical_batch_size, state.critical_error)
-    wanted = _nearest_power_of_two_multiple(size, critical.value)
+    wanted = critical.value
+    if 0.0 < wanted < math.inf:
+        wanted = size * 2.0 ** round(math.log2(wanted / size))
     allowed = min(max(wanted, size / LARGEST_MOVE), size * LARGEST_MOVE)
     suggested = max(1.0, float(round(allowed)))
-    sizes = {size, 2.0 * size, suggested}
-    for one in batch_sizes:
-        sizes.add(require_number("batch_size", one, "count the examples behind one optimizer step"))
-    options = tuple(_option(state, one, critical) for one in sorted(sizes))
-    caveats = _caveats(state, critical, options, suggested, wanted != allowed)
+    asked = [
+        require_number("batch_size", one, "count the examples behind one optimizer step")
+        for one in batch_sizes
+    ]
+    options = tuple(_option(state, one, critical) for one in sorted({size, 2.0 * size, suggested, *asked}))
+    found = {
+        Caveat.HELD: state.reason.held,
+        Caveat.FEW_MEASUREMENTS: state.num_measurements < FEW_MEASUREMENTS,
+        Caveat.UNCERTAIN: not critical.high - critical.value < LARGE_ERROR * critical.value,
+        Caveat.STALE: state.step - state.measured_step > STALE * state.step,
+        Caveat.EXTRAPOLATING: any(option.beyond > FAR_BEYOND for option in options),
+        Caveat.DECAYED: state.lr_scheduled < DECAYED * state.lr_scheduled_max,
+        Caveat.LIMITED_MOVE: wanted != allowed,
+        Caveat.GRADIENT_STEPS: isinstance(law, SGDLaw),
+        Caveat.INDEPENDENT_NOISE: isinstance(law, Theorem3Law),
+        Caveat.APPROACH: any(one.lr_at_once < one.lr.value for one in options if one.batch_size == suggested),
+    }
+    caveats = tuple(caveat for caveat, applies in found.items() if applies)
     peak = _interval(law.peak.batch_size, state.peak_error)
     return Advice(state, critical, peak, suggested, options, caveats)
 
 
 def _option(state: RunState, size: float, critical: Interval) -> Option:
     # Relative to what was logged.
-    value = state.lr_scale * _objective(state, size) / _objective(state, state.batch_size)
-    error = _relative_error(state, size)
-    spread = math.exp(error) if error < LARGEST_EXPONENT else math.inf
-    scale = Interval(value, value / spread, value * spread)
+    level = state.lr_scale / _factor(state, state.batch_size)
+    scale, error = level * _factor(state, size), _relative_error(state, size)
+    spread = math.exp(error) if error < 700.0 else math.inf
+    interval = Interval(scale, scale / spread, scale * spread)
     smallest, largest = state.measured
-    lr = Interval(*(state.lr_scheduled * one for one in scale))
+    at_once = math.inf
+    if size > state.batch_size:  # what `Policy` would write in the next step
+        here, there = (
+            level * at_once_ratio(state.law, one, state.base_batch_size) for one in (state.batch_size, size)
+        )
+        used = state.lr_used / state.lr_scheduled if state.lr_scheduled > 0.0 else 0.0
+        at_once = state.lr_scheduled * there * max(used / here, 1.0)
+    steps = [_steps_ratio(size, state.batch_size, one) for one in critical]
     return Option(
-        size,
-        scale,
-        lr,
-        min(lr.value, _lr_at_once(state, size)),
-        _ordered(_steps_ratio(size, state.batch_size, one) for one in critical),
-        # E = B S.
-        _ordered(_steps_ratio(size, state.batch_size, one) * size / state.batch_size for one in critical),
-        max(smallest / size, size / largest, 1.0),
+        batch_size=size,
+        lr_scale=interval,
+        lr=Interval(*(state.lr_scheduled * one for one in interval)),
+        lr_at_once=min(state.lr_scheduled * scale, at_once),
+        steps=_ordered(steps),
+        examples=_ordered(ratio * size / state.batch_size for ratio in steps),  # E = B S
+        beyond=max(smallest / size, size / largest, 1.0),
     )
 
 
-def _lr_at_once(state: RunState, size: float) -> float:
-    """What `Policy` would write in the next step at a larger batch; infinite for others."""
-    if size <= state.batch_size:
-        return math.inf
-    level = state.lr_scale / _objective(state, state.batch_size)
-    here, there = (
-        level * at_once_ratio(state.law, one, state.base_batch_size) for one in (state.batch_size, size)
-    )
-    used = state.lr_used / state.lr_scheduled if state.lr_scheduled > 0.0 else 0.0
-    return state.lr_scheduled * there * max(used / here, 1.0)
-
-
-def _objective(state: RunState, size: float) -> float:
+def _factor(state: RunState, size: float) -> float:
     return wanted_factor(state.objective, state.law, size, state.base_batch_size, state.lr_scheduled)
 
 
@@ -301,9 +300,9 @@ def _relative_error(state: RunState, size: float) -> float:
     def distance(one: float) -> float:
         return abs(math.log2(one / state.base_batch_size))
 
-    known = [(one, error) for one, error in state.scale_errors if distance(one) > 0.0]
     if distance(size) == 0.0:
         return dict(state.scale_errors).get(size, 0.0)
+    known = [(one, error) for one, error in state.scale_errors if distance(one) > 0.0]
     if not known:
         return math.inf
     nearest, error = min(known, key=lambda pair: abs(math.log2(pair[0] / size)))
@@ -312,36 +311,10 @@ def _relative_error(state: RunState, size: float) -> float:
 
 def _steps_ratio(size: float, now: float, critical: float) -> float:
     """Steps to the same loss at one batch size over those at another."""
-    if critical <= 0.0:
-        return 1.0
-    if math.isinf(critical):
-        return now / size
+    if critical <= 0.0 or math.isinf(critical):
+        return 1.0 if critical <= 0.0 else now / size
     needed = [steps_needed(one, critical_batch_size=critical, min_steps=1.0) for one in (size, now)]
     return needed[0] / needed[1]
-
-
-def _caveats(
-    state: RunState, critical: Interval, options: Sequence[Option], suggested: float, limited: bool
-) -> tuple[Caveat, ...]:
-    found = {
-        Caveat.HELD: state.reason.held,
-        Caveat.FEW_MEASUREMENTS: state.num_measurements < FEW_MEASUREMENTS,
-        Caveat.UNCERTAIN: not critical.high - critical.value < LARGE_ERROR * critical.value,
-        Caveat.STALE: state.step - state.measured_step > STALE * state.step,
-        Caveat.EXTRAPOLATING: any(option.beyond > FAR_BEYOND for option in options),
-        Caveat.DECAYED: state.lr_scheduled < DECAYED * state.lr_scheduled_max,
-        Caveat.LIMITED_MOVE: limited,
-        Caveat.GRADIENT_STEPS: isinstance(state.law, SGDLaw),
-        Caveat.INDEPENDENT_NOISE: isinstance(state.law, Theorem3Law),
-        Caveat.APPROACH: any(one.lr_at_once < one.lr.value for one in options if one.batch_size == suggested),
-    }
-    return tuple(caveat for caveat, applies in found.items() if applies)
-
-
-def _nearest_power_of_two_multiple(size: float, target: float) -> float:
-    if target <= 0.0 or math.isinf(target):
-        return target
-    return float(size * 2.0 ** round(math.log2(target / size)))
 
 
 def _interval(value: float, error: float) -> Interval:
@@ -354,10 +327,3 @@ def _ordered(values: Iterable[float]) -> Interval:
     """From a quantity at the value and at both ends of what it depends on."""
     value, *ends = values
     return Interval(value, min(ends), max(ends))
-
-
-def _last_change(series: Series, step: int) -> int:
-    """The last step up to one at which a series took a new value."""
-    past = series.steps <= step
-    changed = np.concatenate([[True], np.diff(series.values[past]) != 0])
-    return int(series.steps[past][changed][-1])

@@ -15,13 +15,7 @@ from pathlib import Path
 
 from lightning_surge.runs.event_files import read_events
 from lightning_surge.runs.series import MOST_NAMED, PREFIX, Points, RunLogError, Series, joined, progress
-from lightning_surge.runs.trackers import (
-    MLFLOW_SUFFIXES,
-    WANDB_SUFFIX,
-    is_mlflow_run,
-    read_mlflow,
-    read_wandb,
-)
+from lightning_surge.runs.trackers import MLFLOW_SUFFIXES, WANDB_SUFFIX, read_mlflow, read_wandb
 
 __all__ = ["read_files"]
 
@@ -33,19 +27,7 @@ STEP_COLUMNS = ("step", "trainer/global_step")
 
 
 def read_files(path: Path, also: Collection[str] = ()) -> tuple[Path, dict[str, Series], list[str]]:
-    """Find one run and read it.
-
-    Args:
-        path: a file or directory of a run, or a directory above it.
-        also: keys to read besides those under `surge/`.
-
-    Returns:
-        The directory or file that was read; one series per key; notes on what was chosen and left out.
-
-    Raises:
-        ModuleNotFoundError: if the library is not installed that reads such files.
-        RunLogError: if there is no run, more than one, or nothing that `SurgeLRCallback` has logged.
-    """
+    """Find one run and read it, as `run_log.read_run` says; notes are on what was chosen and left out."""
     notes: list[str] = []
     others: set[str] = set()
     try:
@@ -58,7 +40,6 @@ def read_files(path: Path, also: Collection[str] = ()) -> tuple[Path, dict[str, 
                 parts.append(points.series())
                 others |= points.others | parts[-1].keys()
             series = joined(parts)
-            del parts
             if any(key.startswith(PREFIX) for key in series):
                 return found, series, notes
     except OSError as error:
@@ -93,7 +74,7 @@ def _sources(found: Path) -> list[list[Path]]:
         return [[found]]
     events = sorted(filter(_is_log, found.glob("*tfevents*")), key=_began)
     single = [found / "metrics.csv", *sorted(found.glob(f"*{WANDB_SUFFIX}")), found / "mlflow.db"]
-    stores = [[found]] if is_mlflow_run(found) else []
+    stores = [[found]] if (found / "meta.yaml").is_file() and (found / "metrics").is_dir() else []
     return [*([events] if events else []), *([one] for one in single if _is_log(one)), *stores]
 
 

@@ -1,41 +1,45 @@
 """Draw a run as a picture, with matplotlib: over time on the left, over the batch size on the right.
 
-matplotlib is imported when a figure is drawn. Figures are built without pyplot: no window, no global state,
-any backend.
+Built without pyplot: no window, no global state, any backend. Nothing is smoothed.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+import lightning_surge.runs.charts as charts
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.charts import (
-    VERMILION,
-    Panel,
-    RunCharts,
-    Spans,
-    XAxis,
-    number,
-    reason_colour,
-    run_charts,
-)
-from lightning_surge.runs.run_log import RunLog
+from lightning_surge.runs.charts import ROOM, FloatArray, XAxis, number, positive, thinned
+from lightning_surge.runs.run_log import RunLog, RunLogError, Series, wanted_factor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from lightning_surge.laws.base import Law
+
 __all__ = ["plot_run"]
 
-LINES: dict[str, Any] = {
-    "solid": {},
-    "steps": {"drawstyle": "steps-post"},
-    "dash": {"linestyle": (0, (4, 2))},
-    "dot": {"linestyle": (0, (1, 1.5))},
-    "star": {"marker": "*", "markersize": 14, "markeredgecolor": "white", "markeredgewidth": 0.8},
-    "circle": {"marker": "o", "linestyle": "", "markerfacecolor": "none", "markersize": 10},
-    "diamond": {"marker": "D", "linestyle": "", "markersize": 5},
+Place = Callable[[NDArray[Any]], FloatArray]
+"""From optimizer steps to the x axis."""
+X_LABELS: dict[XAxis, str] = {"steps": "optimizer step", "examples": "examples trained"}
+DASHES, DOTS = (0, (4, 2)), (0, (1, 1.5))
+RATES: dict[str, dict[str, Any]] = {
+    "predicted": {"label": "predicted by the law", "color": charts.ORANGE, "linewidth": 1.0},
+    "used": {"label": "used", "color": charts.BLUE, "linewidth": 1.8},
+    "scheduled": {"label": "scheduled", "color": charts.BLACK, "linewidth": 1.2, "linestyle": DASHES},
 }
+SIZES: dict[str, dict[str, Any]] = {
+    "peak": {"color": charts.VERMILION},
+    "critical": {"color": charts.GREEN, "linestyle": DASHES},
+}
+# Moments at which the law is drawn: more of them hide each other. Points of its curve.
+LAW_COLOURS, CURVE_POINTS = (charts.SKY, charts.VERMILION, charts.PURPLE), 121
 # The strip at the top of the batch-size panel, as fractions of the panel's height.
 STRIP_BOTTOM, STRIP_HEIGHT = 0.92, 0.08
 # Height of a reason's row, where the panels above are 3 high.
@@ -76,7 +80,7 @@ def plot_run(
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        RunLogError: If a key is missing.
+        RunLogError: If a key is missing, or the base batch size is not positive and finite.
 
     Example:
         >>> import numpy as np
@@ -94,94 +98,172 @@ def plot_run(
             "Drawing a run needs matplotlib: pip install 'lightning-surge[plot]'."
         ) from error
 
-    charts = run_charts(run, group=group, x=x, base_batch_size=base_batch_size)
+    run = run.of_group(group)
+    base = run.base_batch_size if base_batch_size is None else float(base_batch_size)
+    if not 0.0 < base < math.inf:
+        raise RunLogError(
+            f"Expected a positive, finite base_batch_size, got base_batch_size={base:g}: pass the batch size "
+            "at which the learning rate was tuned."
+        )
+
+    def place(steps: NDArray[Any]) -> FloatArray:
+        return run.examples_at(steps) if x == "examples" else np.asarray(steps, dtype=np.float64)
+
+    codes = charts.coarse(run.get("held_because"))
+    reasons = [reason for reason in Reason if (codes.values == reason).any()]
     figure = Figure(figsize=(11.6, 8.2), dpi=150, layout="constrained")
     # Two figures side by side, so that the legend under one makes no gap in the other.
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.2, 1.0]).flat
-    rows = max(1.0, ROW_OF_REASON * len(charts.reasons))
+    rows = max(1.0, ROW_OF_REASON * len(reasons))
     panels = left.subplot_mosaic([["lr"], ["batch"], ["why"]], height_ratios=[3.0, 3.0, rows])
     panels["law"] = right.subplots()
-    _draw_panel(panels["lr"], charts.rates, columns=3)
-    panels["lr"].set_title(charts.rates.title, loc="left", fontsize=11, fontweight="bold", pad=16)
-    _draw_batch_sizes(panels["batch"], charts)
-    _draw_reasons(panels["why"], charts.reasons)
-    _draw_law(panels["law"], charts)
+    _draw_rates(panels["lr"], run, group, place)
+    _draw_sizes(panels["batch"], run, place)
+    _draw_reasons(panels["why"], codes, reasons, place)
+    _draw_law(panels["law"], run, group, base)
+    batch = run.require("batch_size")
+    marks = charts.changes(batch, place(batch.steps))
     for name in ("lr", "batch"):
-        _mark_changes(panels[name], charts, labelled=name == "lr")
+        _mark_changes(panels[name], marks, labelled=name == "lr")
         panels[name].sharex(panels["why"])
         panels[name].tick_params(labelbottom=False)
-    panels["why"].set_xlabel(charts.x_label)
+    panels["why"].set_xlabel(X_LABELS[x])
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#e6e6e6", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.xaxis.set_major_formatter(lambda value, _: number(value))
         # Room for numbers of millions.
-        axes.xaxis.get_major_locator().set_params(
-            **{"numticks" if axes is panels["law"] else "nbins": MOST_TICKS}
-        )
+        count = "numticks" if axes is panels["law"] else "nbins"
+        axes.xaxis.get_major_locator().set_params(**{count: MOST_TICKS})
         axes.tick_params(axis="x", labelsize=8.5)
     if title is not None:
         figure.suptitle(title, fontsize=12)
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, *, columns: int, legend_at: float = -0.03) -> None:
-    """Lines, bands, and the legend below them, where it hides nothing."""
-    for band in panel.bands:
-        axes.fill_between(band.x, band.low, band.high, color=band.colour, alpha=0.14, linewidth=0)
-    for one in panel.traces:
-        look: dict[str, Any] = {"color": one.colour, "linewidth": one.width} | LINES[one.style]
-        axes.plot(one.x, one.y, label=one.label or "_unnamed", **look)
-    axes.set_ylim(*panel.y_range)
-    axes.set_ylabel(panel.y_label)
+def _finish(axes: Axes, title: str, y_label: str, *, columns: int, low: float = -0.03, pad: int = 6) -> None:
+    """Words of a panel, and its legend below, where it hides nothing."""
+    axes.set_ylabel(y_label)
     axes.yaxis.set_major_formatter(lambda value, _: number(value))
-    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=pad)
     axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, legend_at), ncols=columns, columnspacing=1.0, fontsize=8.5,
+        loc="upper center", bbox_to_anchor=(0.5, low), ncols=columns, columnspacing=1.0, fontsize=8.5,
         framealpha=0.9, edgecolor="none",
     )  # fmt: skip
 
 
-def _draw_batch_sizes(axes: Axes, charts: RunCharts) -> None:
+def _draw_rates(axes: Axes, run: RunLog, group: str | None, place: Place) -> None:
+    rates = {name: run.require(f"lr_{name}", group) for name in RATES}
+    for name, series in rates.items():
+        shown = thinned(series)
+        axes.plot(place(shown.steps), shown.values, **RATES[name])
+    axes.set_ylim(0.0, charts.rate_top(*(series.values for series in rates.values())))
+    _finish(axes, "Learning rate", "learning rate (per step)", columns=3, pad=16)
+
+
+def _draw_sizes(axes: Axes, run: RunLog, place: Place) -> None:
     """Batch size in force, peak and critical batch size with their bands; infinite peaks as a strip."""
-    low, high = charts.sizes.y_range
     axes.set_yscale("log", base=2)
-    if charts.no_peak:
+    batch, logged = run.require("batch_size"), {name: run.get(f"{name}_batch_size") for name in SIZES}
+    low, high = charts.size_range(batch.values, *(series.values for series in logged.values()))
+    peak = logged["peak"]
+    infinite = charts.coarse(Series(peak.steps, np.isposinf(peak.values).astype(np.float64)))
+    if strips := _bars(place(charts.spans(infinite.steps, infinite.values > 0.0))):
         axes.broken_barh(
-            _bars(charts.no_peak), (STRIP_BOTTOM, STRIP_HEIGHT), transform=axes.get_xaxis_transform(),
-            facecolor="#fbe3d3", edgecolor=VERMILION, hatch="////", linewidth=0,
+            strips, (STRIP_BOTTOM, STRIP_HEIGHT), transform=axes.get_xaxis_transform(),
+            facecolor="#fbe3d3", edgecolor=charts.VERMILION, hatch="////", linewidth=0,
             label="no peak in reach (infinite)",
         )  # fmt: skip
-    top = low * (high / low) ** (1.0 / (STRIP_BOTTOM - 0.03))
-    _draw_panel(axes, charts.sizes._replace(y_range=(low, top)), columns=2)
+    for name, look in SIZES.items():
+        shown = thinned(logged[name])
+        if shown.steps.size:
+            at, values = place(shown.steps), charts.finite_or_gap(shown.values)
+            error = charts.aligned(run.get(f"{name}_batch_size_standard_error"), shown.steps)
+            # An unknown error next to a known value is drawn as the widest band there is, not as certainty.
+            error = np.where(np.isnan(error), np.inf, error)
+            low_end, high_end = (np.clip(values + sign * error, low, high) for sign in (-1, 1))
+            axes.fill_between(at, low_end, high_end, color=look["color"], alpha=0.14, linewidth=0)
+            axes.plot(at, values, label=f"{name} batch size ± 1 standard error", **look)
+    shown = thinned(batch)
+    look = {"color": charts.BLACK, "linewidth": 1.8, "drawstyle": "steps-post"}
+    axes.plot(place(shown.steps), shown.values, label="batch size in force", **look)
+    axes.set_ylim(low, low * (high / low) ** (1.0 / (STRIP_BOTTOM - 0.03)))
+    _finish(axes, "Batch size against the peak", "batch size (examples)", columns=2)
 
 
-def _draw_reasons(axes: Axes, reasons: dict[Reason, Spans]) -> None:
+def _draw_reasons(axes: Axes, codes: Series, reasons: list[Reason], place: Place) -> None:
     """One row for each reason: where the law was followed, and where and why it was not."""
-    for row, (reason, spans) in enumerate(reasons.items()):
-        axes.broken_barh(_bars(spans), (row - 0.4, 0.8), facecolor=reason_colour(reason), linewidth=0)
-    names = [reason.label for reason in reasons]
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(max(len(names), 1) - 0.4, -0.6)
+    for row, reason in enumerate(reasons):
+        bars = _bars(place(charts.spans(codes.steps, codes.values == reason)))
+        axes.broken_barh(bars, (row - 0.4, 0.8), facecolor=charts.reason_colour(reason), linewidth=0)
+    axes.set_yticks(range(len(reasons)), [reason.label for reason in reasons], fontsize=8)
+    axes.set_ylim(max(len(reasons), 1) - 0.4, -0.6)
     axes.set_title("What decided the factor on the learning rate", loc="left", fontsize=11, fontweight="bold")
 
 
-def _draw_law(axes: Axes, charts: RunCharts) -> None:
+def _bars(spans: FloatArray) -> list[tuple[float, float]]:
+    return [(begin, end - begin) for begin, end in spans.tolist()]
+
+
+def _draw_law(axes: Axes, run: RunLog, group: str | None, base: float) -> None:
+    """The factor and the law of the next step, at moments evenly over those at which it changed."""
+    moments = run.law_steps if run.law_steps.size else run.require("batch_size").steps
+    count = min(len(LAW_COLOURS), moments.size)
+    steps = [int(one) for one in moments[np.linspace(0, moments.size - 1, count).round().astype(int)]]
+    laws = {step: law for step in steps if (law := run.law_at(step)) is not None}
+    names = ("batch_size", "law/smallest_measured", "law/largest_measured")
+    known = positive(np.concatenate([*(run.get(name).values for name in names), [base]]))
+    # Far enough to the right for the law's fall, where it has one.
+    ends = (known.min() / 4, known.max() * 8) if laws else (known.min() / ROOM, known.max() * ROOM)
+    sizes = np.union1d(np.geomspace(*ends, CURVE_POINTS), [base])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set_xlim(*charts.law_range)
-    _draw_panel(axes, charts.law, columns=1, legend_at=-0.085)
+    axes.plot(
+        sizes, np.sqrt(sizes / base), label="sqrt scaling", color=charts.GREY, linewidth=1.1, linestyle=DOTS
+    )
+    for colour, (step, law) in zip(LAW_COLOURS, laws.items(), strict=False):
+        _draw_moment(axes, run, group, step, law, sizes, base, colour)
+    label = f"base batch size, B = {number(base)}"
+    axes.plot([base], [1.0], "D", label=label, color=charts.BLACK, markersize=5)
+    used = np.array([(run.at("batch_size", step), run.at("lr_scale", step)) for step in steps]).T
+    if np.isfinite(used).all():
+        look: dict[str, Any] = {"color": charts.BLACK, "markerfacecolor": "none", "markersize": 10}
+        axes.plot(*used, "o", label="factor used in these steps", **look)
+    # Square roots go where they go; the panel is around what was asked for.
+    heights = positive(np.concatenate([np.asarray(line.get_ydata()) for line in axes.get_lines()[1:]]))
+    axes.set_xlim(sizes[0], sizes[-1])
+    axes.set_ylim(heights.min() / ROOM, heights.max() * ROOM)
     axes.set_xlabel("batch size B (examples)")
+    y_label = f"learning rate over the one at B = {number(base)} (factor R)"
+    _finish(axes, "The factor and the law", y_label, columns=1, low=-0.085)
 
 
-def _bars(spans: Spans) -> list[tuple[float, float]]:
-    return [(begin, end - begin) for begin, end in spans]
+def _draw_moment(
+    axes: Axes, run: RunLog, group: str | None, step: int, law: Law, sizes: FloatArray, base: float, hue: str
+) -> None:
+    """What the objective asks for at one moment, and what is best for the next step alone."""
+    objective, lr, peak = run.objective_at(step), run.at("lr_scheduled", step, group), law.peak
+    inside = sizes[0] < peak.batch_size < sizes[-1]
+    words = f"peak at B = {peak.batch_size:,.0f}" if inside else "no peak in this range"
+    # With the peak among the sizes, a curve's summit is the law's.
+    at = np.union1d(sizes, [peak.batch_size]) if inside else sizes
+    next_step = np.array([law.lr(float(size)) for size in at]) / law.lr(base)
+    if objective is not None:
+        factor = np.array([wanted_factor(objective, law, float(size), base, lr) for size in at])
+        label = f"step {step:,}: factor for objective={objective!r}" + f", {words}" * (objective == "step")
+        axes.plot(at, factor, label=label, color=hue, linewidth=2.0)
+    if objective != "step":
+        label = f"step {step:,}: law of the next step, {words}"
+        axes.plot(at, next_step, label=label, color=hue, linewidth=1.3, linestyle=DASHES)
+    if inside:
+        look: dict[str, Any] = {"markersize": 14, "markeredgecolor": "white", "markeredgewidth": 0.8}
+        axes.plot(peak.batch_size, next_step[at == peak.batch_size], "*", color=hue, label="_peak", **look)
 
 
-def _mark_changes(axes: Axes, charts: RunCharts, *, labelled: bool) -> None:
+def _mark_changes(axes: Axes, marks: list[tuple[float, str]], *, labelled: bool) -> None:
     """A thin line wherever the batch size in force changed."""
-    for place, words in charts.changes:
+    for place, words in marks:
         axes.axvline(place, color="#c8c8c8", linewidth=0.7, zorder=0.5)
         if labelled and words:
             axes.text(

@@ -50,13 +50,11 @@ class RunLog:
     notes: tuple[str, ...] = ()
 
     def of_group(self, group: str | None) -> RunLog:
-        """The run as one of several optimizers saw it, if that is what the group is of.
+        """The run as one of several optimizers saw it: without the keys of others, its own without its name.
 
         Args:
-            group: as `"opt0"`, or `"opt0/1"` for a parameter group of it; anything else changes nothing.
-
-        Returns:
-            The run without what the other optimizers logged, its own keys also without the optimizer's name.
+            group: name of an optimizer, as `"opt0"`, or of a parameter group of it, as `"opt0/1"`; anything
+                else changes nothing.
         """
         chosen = (group or "").partition("/")[0]
         if chosen not in self.optimizers:
@@ -71,11 +69,7 @@ class RunLog:
         return self.series.get(f"{PREFIX}{name}" if group is None else f"{PREFIX}{name}/{group}", NOTHING)
 
     def require(self, name: str, group: str | None = None) -> Series:
-        """The same, or an error that says which keys there are.
-
-        Raises:
-            RunLogError: if it was not logged.
-        """
+        """The same, or a `RunLogError` that says which keys there are."""
         found = self.get(name, group)
         if found.steps.size == 0:
             key = f"{PREFIX}{name}" if group is None else f"{PREFIX}{name}/{group}"
@@ -125,14 +119,7 @@ class RunLog:
         return np.unique(np.concatenate(changed)) if changed else NOTHING.steps
 
     def law_at(self, step: int) -> Law | None:
-        """The law that was in force at a logged step, made again from its numbers.
-
-        Args:
-            step: optimizer step.
-
-        Returns:
-            The law; None if none was known then.
-        """
+        """The law that was in force at a logged step, made again from its numbers; None if none was known."""
         names = [key.removeprefix(LAW_PREFIX) for key in self.series if key.startswith(LAW_PREFIX)]
         numbers = {name: self.at(f"law/{name}", step) for name in names}
         return law_from_numbers({name: value for name, value in numbers.items() if not math.isnan(value)})
@@ -142,31 +129,13 @@ class RunLog:
         return dict(enumerate(OBJECTIVES)).get(self.at("objective", step))  # type: ignore[call-overload, no-any-return]
 
     def examples_at(self, steps: ArrayLike) -> FloatArray:
-        """Examples trained by each step, in proportion between two that were logged.
-
-        Args:
-            steps: optimizer steps, any shape.
-
-        Raises:
-            RunLogError: if they were not logged.
-        """
+        """Examples trained by each step, in proportion between two that were logged."""
         examples = self.require("examples")
         return np.interp(np.asarray(steps, dtype=np.float64), examples.steps, examples.values)
 
 
 def wanted_factor(objective: str, law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:
-    """The factor on the scheduled learning rate that an objective asks for.
-
-    Args:
-        objective: key of `OBJECTIVES`.
-        law: the law in force.
-        batch_size: examples per optimizer step.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        lr: scheduled learning rate.
-
-    Returns:
-        The factor; NaN where the law cannot tell.
-    """
+    """What an objective asks for at the scheduled learning rate `lr`; NaN if the law cannot tell."""
     try:
         return OBJECTIVES[objective](law, batch_size, base_batch_size, lr)
     except (ArithmeticError, ValueError):
@@ -174,13 +143,7 @@ def wanted_factor(objective: str, law: Law, batch_size: float, base_batch_size: 
 
 
 def law_from_numbers(numbers: Mapping[str, float]) -> Law | None:
-    """The law whose parameters were logged; the names tell which one it is.
-
-    Args:
-        numbers: parameters by name; others are ignored.
-
-    Returns:
-        The law; None if no law has these parameters, or not with these values.
+    """The law that has these parameters, by name; others are ignored. None if no law has them.
 
     Example:
         >>> law_from_numbers({"max_lr": 0.1, "noise_scale": 300.0, "exponent": 1.0, "smallest_measured": 8.0})

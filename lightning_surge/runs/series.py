@@ -38,13 +38,9 @@ NOTHING = Series(np.array([], dtype=np.int64), np.array([], dtype=np.float64))
 
 
 class Points:
-    """The points of one file, of the keys that are wanted, in the order in which they were written.
+    """The points of one file, of keys under `surge/` and those in `also`, in the order of the file.
 
-    Args:
-        also: keys that are wanted besides those under `surge/`.
-
-    Attributes:
-        others: some of the keys that are in the file and were passed over.
+    `others` are some of the keys that were passed over.
     """
 
     def __init__(self, also: Collection[str] = ()) -> None:
@@ -70,20 +66,11 @@ class Points:
 
 
 def _concatenated(parts: Sequence[Series]) -> Series:
-    if len(parts) == 1:
-        return parts[0]
-    return Series(np.concatenate([one.steps for one in parts]), np.concatenate([one.values for one in parts]))
+    return parts[0] if len(parts) == 1 else Series(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def joined(files: Sequence[dict[str, Series]]) -> dict[str, Series]:
-    """One run from the files of its parts: each replaces what earlier ones did after its beginning.
-
-    Args:
-        files: the series of each file, oldest first; points may repeat steps.
-
-    Returns:
-        Series whose steps increase.
-    """
+    """One run from the series of its files, oldest first: each replaces what came after its beginning."""
     run: dict[str, Series] = {}
     for part in files:
         ours = [one.steps.min() for key, one in part.items() if key.startswith(PREFIX)]

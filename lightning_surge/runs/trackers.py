@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from lightning_surge.runs.series import PREFIX, Points, RunLogError, progress
 
-__all__ = ["MLFLOW_SUFFIXES", "WANDB_SUFFIX", "is_mlflow_run", "read_mlflow", "read_wandb"]
+__all__ = ["MLFLOW_SUFFIXES", "WANDB_SUFFIX", "read_mlflow", "read_wandb"]
 
 WANDB_SUFFIX = ".wandb"
 MLFLOW_SUFFIXES = (".db", ".sqlite", ".sqlite3")
@@ -40,19 +40,7 @@ def _missing(what: str, package: str) -> ModuleNotFoundError:
 
 
 def read_wandb(path: Path, points: Points) -> str | None:
-    """Read the history in a `.wandb` file, of an offline run or one that was synchronized.
-
-    Args:
-        path: the file, `run-<id>.wandb`.
-        points: takes what is found.
-
-    Returns:
-        What a reader should know of the file; None if it was read to its end.
-
-    Raises:
-        ModuleNotFoundError: if wandb is not installed.
-        OSError: if the file cannot be read.
-    """
+    """Read the history in a `.wandb` file, offline or synchronized; a note if it is damaged."""
     try:
         from wandb.proto.wandb_internal_pb2 import Record
     except ModuleNotFoundError as error:
@@ -92,25 +80,10 @@ def _wandb_records(file: BinaryIO) -> Iterator[bytes]:
         begin += len(block)
 
 
-def is_mlflow_run(directory: Path) -> bool:
-    """Whether a directory is that of one run in a file store of MLflow."""
-    return (directory / "meta.yaml").is_file() and (directory / "metrics").is_dir()
-
-
 def read_mlflow(path: Path, points: Points) -> str | None:
-    """Read one run of a store of MLflow.
+    """Read a run of MLflow: `mlruns/<experiment>/<run>`, `mlflow.db/<run>`, or `mlflow.db` for the newest.
 
-    Args:
-        path: a run in a store of files, `mlruns/<experiment>/<run>`, or in a database, `mlflow.db/<run>`; of
-            a database, `mlflow.db`, the newest run is read that has logged keys under `surge/`.
-        points: takes what is found.
-
-    Returns:
-        Which run of a database was chosen; None for one that was named.
-
-    Raises:
-        ModuleNotFoundError: if mlflow is not installed.
-        RunLogError: if MLflow cannot read it.
+    Returns a note on which run of a database was chosen.
     """
     try:
         from mlflow import MlflowClient

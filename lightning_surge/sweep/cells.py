@@ -37,14 +37,8 @@ class Reached(NamedTuple):
 class Outcome:
     """What a cell said.
 
-    Attributes:
-        status: how it ended. Diverged: its loss became infinite or NaN. Killed: by a signal from outside.
-        loss: value of the metric at its end; None unless finished.
-        steps: optimizer steps taken.
-        examples: examples behind them, as counted.
-        reached: one entry for each target.
-        message: what went wrong, in a line.
-        seconds: wall time, with the start of its process.
+    It `diverged` if its loss became infinite or NaN, and was `killed` by a signal from outside. `loss` is
+    None unless it finished; `seconds` is wall time, with the start of its process.
     """
 
     status: Literal["finished", "diverged", "out_of_memory", "killed", "failed"]
@@ -71,9 +65,8 @@ class Outcome:
 class SweepSettings:
     """What is the same in all cells; the options of `lightning-surge sweep`, whose `--help` explains them.
 
-    Attributes:
-        config_digest: digest of what the configuration says, with all defaults.
-        files_digest: digest of its files as they are, to notice an edit while the sweep runs.
+    `config_digest` is of what the configuration says, with all defaults; `files_digest` of its files as they
+    are, to notice an edit while the sweep runs.
     """
 
     configs: tuple[str, ...]

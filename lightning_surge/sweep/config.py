@@ -74,10 +74,7 @@ def cell_cli(
 ) -> LightningCLI:
     """Run the user's own LightningCLI, or Lightning's, without callbacks that a cell goes without.
 
-    Args:
-        settings: the settings of the sweep, with the classes that it is made of.
-        arguments: the command line, after the name of the program.
-        recorder: a callback that is added; None builds and runs nothing.
+    `arguments` follow the name of the program. A `recorder` is added; None builds and runs nothing.
     """
     if not RequirementCache("jsonargparse[signatures]>=4.39"):
         raise SweepError(

@@ -1,4 +1,4 @@
-"""Which cells a sweep wants, which learning rate was best, how long the rest will take: pure functions."""
+"""Which cells a sweep wants, and which learning rate was best: pure functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lightning_surge.sweep.cells import Cell, Outcome
 
-__all__ = ["Best", "Grid", "accumulation_for", "best_lr", "parse_numbers", "planned", "seconds_left"]
+__all__ = ["Best", "Grid", "accumulation_for", "best_lr", "parse_numbers", "planned"]
 
 # Between a learning rate and the next one where the grid has only one.
 RATIO = math.sqrt(10)
@@ -54,14 +54,10 @@ def _score(outcomes: Sequence[Outcome], target: float | None, sign: int) -> tupl
 def best_lr(
     records: Mapping[Cell, Outcome], batch_size: int, target: float | None = None, *, maximize: bool = False
 ) -> Best | None:
-    """The best learning rate of a batch size; None where none gave a loss.
+    """The best learning rate of a batch size by steps to `target`, or the loss at the end; None without any.
 
-    Args:
-        records: finished cells of any batch size. Cells that were killed, ran out of memory or failed
-            say nothing; a learning rate that diverged with one seed is worse than any that did not.
-        batch_size: examples per optimizer step.
-        target: loss to which the steps are compared; None compares the loss at the end.
-        maximize: whether larger losses are better.
+    Cells that were killed, ran out of memory or failed say nothing; a learning rate that diverged with one
+    seed is worse than any that did not.
 
     Example:
         >>> losses = {0.001: 0.5, 0.01: 0.3}
@@ -94,16 +90,9 @@ def planned(
 ) -> list[Cell]:
     """All cells that a sweep wants, in the order to run them, those that are finished too.
 
-    With `refine` a batch size whose cells are all finished, and whose best learning rate has none beyond
-    it, gets one more, in the ratio of the last two. The answer depends on the grid and the records only, so
-    that every worker, and a sweep that was killed, plans the same.
-
-    Args:
-        grid: the cells asked for.
-        records: finished cells.
-        refine: largest number of learning rates to add to a batch size.
-        targets: losses, each of which has a best learning rate of its own; none for the loss at the end.
-        maximize: whether larger losses are better.
+    A batch size whose cells are all finished, and whose best learning rate (for the loss, or for one of the
+    targets) has none beyond it, gets one more in the ratio of the last two, and up to `refine` of them. All
+    depends on the grid and the records only: every worker, and a sweep that was killed, plans the same.
 
     Example:
         >>> records = {Cell(8, 0.1, 0): Outcome("finished", 0.5), Cell(8, 0.2, 0): Outcome("finished", 0.3)}
@@ -118,11 +107,8 @@ def planned(
             if not tried <= records.keys():
                 break
             known = {cell: records[cell] for cell in tried}
-            found = [
-                _beyond(known, sorted(lrs), best_lr(known, size, target, maximize=maximize))
-                for target in targets or (None,)
-            ]
-            lr = next((lr for lr in found if lr is not None), None)
+            bests = (best_lr(known, size, target, maximize=maximize) for target in targets or (None,))
+            lr = next((lr for best in bests if (lr := _beyond(known, sorted(lrs), best)) is not None), None)
             if lr is None:
                 break
             lrs.append(lr)
@@ -139,26 +125,6 @@ def _beyond(records: Mapping[Cell, Outcome], lrs: Sequence[float], best: Best | 
     all_diverged = best is None and any(outcome.is_answer for outcome in records.values())
     at_the_bottom = best is not None and best.lr == lrs[0]
     return float(f"{lrs[0] / below:.6g}") if all_diverged or at_the_bottom else None
-
-
-def seconds_left(records: Mapping[Cell, Outcome], left: Collection[Cell], at_a_time: int) -> float | None:
-    """How long the rest will take, from the mean time of finished cells of the same batch size, or of all.
-
-    Example:
-        >>> records = {Cell(8, 0.1, 0): Outcome("finished", 1.0, seconds=4.0)}
-        >>> seconds_left(records, [Cell(8, 0.2, 0), Cell(8, 0.3, 0)], at_a_time=1)
-        8.0
-    """
-    spent = defaultdict(list)
-    for cell, outcome in records.items():
-        if outcome.status == "finished":
-            spent[cell.batch_size].append(outcome.seconds)
-    if not spent or not left:
-        return None
-    everything = [seconds for each in spent.values() for seconds in each]
-    needed = [fmean(spent.get(cell.batch_size, everything)) for cell in left]
-    # However many run side by side, the longest cell has to be waited for.
-    return max(sum(needed) / max(1, at_a_time), *needed)
 
 
 def accumulation_for(batch_size: int, *, largest: int | None, replicas: int = 1) -> int:
@@ -182,18 +148,12 @@ def accumulation_for(batch_size: int, *, largest: int | None, replicas: int = 1)
 
 
 def parse_numbers(words: Sequence[str], name: str, *, whole: bool = False) -> tuple[float, ...]:
-    """Numbers, and ranges `first:last:count` in equal ratios, separated by spaces or commas.
+    """Numbers, and ranges `first:last:count` in equal ratios, separated by spaces or commas; increasing.
 
-    Args:
-        words: the words typed.
-        name: name of the argument, for messages.
-        whole: whether only whole numbers will do; those of ranges are rounded.
-
-    Returns:
-        Increasing, each once. Ranges are rounded to six digits, so that two sweeps mean the same number.
+    Those of ranges are rounded to six digits, or `whole` numbers, so that two sweeps mean the same number.
 
     Raises:
-        ValueError: if a word is neither, or a number is not positive and finite.
+        ValueError: if a word is neither, or a number is not positive and finite, naming the argument `name`.
 
     Example:
         >>> parse_numbers(["1e-3:1e-1:5,1"], "lrs")
@@ -214,7 +174,7 @@ def parse_numbers(words: Sequence[str], name: str, *, whole: bool = False) -> tu
 
 
 def _numbers_in(word: str, whole: bool) -> list[float]:
-    ends, count = word.split(":"), 1
+    ends = word.split(":")
     if len(ends) == 1:
         if whole and word.startswith("0"):
             raise ValueError(word)  # 1,024 is one number with a separator, not two

@@ -40,16 +40,12 @@ class LossRecorder(pl.Callback):
     A loss from validation is taken as it is. One from training is averaged exponentially over examples, so
     that every batch size averages over equally much data.
 
-    Args:
-        settings: the settings of the sweep.
-        cell: the cell that is trained.
-
     Attributes:
         looks: optimizer steps, examples over all replicas, and the loss, whenever there was one.
         steps: optimizer steps so far.
         examples: examples behind them, over all replicas.
         trains: whether the loss is one of training; None until that can be told.
-        validated_at: step of the latest validation that had it.
+        validated_at: step of the latest validation that had the loss.
     """
 
     def __init__(self, settings: SweepSettings, cell: Cell) -> None:
@@ -57,16 +53,14 @@ class LossRecorder(pl.Callback):
         self._batch_size = cell.batch_size
         function = settings.batch_size_fn and imported(settings.batch_size_fn, "--batch-size-fn")
         self._count = BatchCounter(function or None, "A sweep")
-        self._smoothing = settings.smoothing or max(
-            1.0, SMOOTHED_SHARE * settings.examples_of(cell.batch_size)
-        )
+        share = SMOOTHED_SHARE * settings.examples_of(cell.batch_size)
+        self._smoothing = settings.smoothing or max(1.0, share)
         self._sum = self._weight = 0.0
         self.trains: bool | None = settings.metric == TRAINING_LOSS or None
         self.looks: list[tuple[int, int, float]] = []
         self.steps = self.examples = 0
         self.validated_at = -1
         self._replicas = 1
-        self._micro_batch = 0.0
         self._open_window()
 
     def _open_window(self) -> None:
@@ -127,14 +121,13 @@ class LossRecorder(pl.Callback):
             )
         self.steps = trainer.global_step
         self.examples += round(examples)
-        total = sum(count for _, count in self._losses)
-        loss = None
+        loss, name = None, self._settings.metric
         if self._losses:
+            total = sum(count for _, count in self._losses)
             mean = torch.stack([loss * (count / total) for loss, count in self._losses]).sum()
             loss = self._over_replicas(trainer, mean)
             if not math.isfinite(loss):
                 raise DivergedError(f"the training loss became {loss} at step {self.steps}")
-        name = self._settings.metric
         if self.trains is None:
             # What is logged now comes from training: nothing was validated so far.
             self.trains = name in trainer.callback_metrics

@@ -33,7 +33,7 @@ class CellProcess:
     when its standard input does: a sweep that is killed leaves no process behind.
 
     Args:
-        order: what `worker.main` takes, of plain values.
+        order: what `worker.main` takes, plain values.
         log: file for what the cell prints; it stays if the cell has no loss.
         environment: variables beside those of this process.
     """
@@ -44,12 +44,9 @@ class CellProcess:
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", PROGRAM, json.dumps(order)],
-                stdin=subprocess.PIPE,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, **environment},
-            )
+            )  # fmt: skip
 
     @property
     def ended(self) -> bool:
@@ -100,7 +97,7 @@ def run_cells(
         study: the study, which other workers may share.
         plan: all cells that are wanted, in order; asked again whenever one has ended.
         start: starts the cell of a trial in a slot; returns None if it has ended already.
-        slots: cells that run here at a time.
+        slots: number of cells that run here at a time.
         again: cells that run again although they have ended.
         look: told now and then what the cells have said, and of all their trials.
         say: told what is waited for.
@@ -112,16 +109,15 @@ def run_cells(
     def turn() -> None:
         nonlocal looked, beat, done, again
         looked = time.monotonic()
-        if time.monotonic() - beat > BEAT:
+        if looked - beat > BEAT:
             study.keep([trial._trial_id for trial, _ in running.values()])
-            beat = time.monotonic()
+            beat = looked
         study.enqueue(plan(study.records()), again=again)
         again = ()
         done = not running and all(trial.state.is_finished() for trial in study.trials().values())
-        for slot in range(slots):
-            if slot not in running and (trial := study.claim()) is not None:
-                process = start(trial, slot)
-                if process is not None:
+        for slot in set(range(slots)) - running.keys():
+            if (trial := study.claim()) is not None:
+                if (process := start(trial, slot)) is not None:
                     running[slot] = (trial, process)
                 else:
                     looked = -float("inf")

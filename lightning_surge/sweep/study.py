@@ -119,34 +119,23 @@ class SweepStudy:
     """One trial per cell; workers on any machine claim them, and take over from those that are gone.
 
     Two workers may enqueue a cell at once. The first trial of a cell counts, and whichever first retries
-    the one that counts; nobody runs the others.
-
-    Args:
-        where: path of a journal, or URL of a database.
-        name: name of the study.
-        maximize: whether larger losses are better.
+    the one that counts; nobody runs the others. `where` is the path of a journal, or the URL of a database.
     """
 
     def __init__(self, where: str, name: str, *, maximize: bool = False) -> None:
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats are, since 2021
         self.storage = _storage(where)
         self.study = optuna.create_study(
-            storage=self.storage,
-            study_name=name,
+            storage=self.storage, study_name=name, load_if_exists=True,
             direction="maximize" if maximize else "minimize",
-            load_if_exists=True,
-        )
+        )  # fmt: skip
 
     def begin(
         self, settings: SweepSettings, cells: Collection[Cell], *, extend: bool = False, dry: bool = False
     ) -> None:
-        """Say what the study is about, or check that it is about the same, and enqueue the cells.
+        """Say what the study is about, or check that it is the same, and enqueue the cells unless `dry`.
 
-        Args:
-            settings: the settings of the sweep that is asked for.
-            cells: the cells of its grid.
-            extend: whether the study may get further cells.
-            dry: whether to check only.
+        With `extend` an older study may get further cells.
         """
         said, now, trials = self.study.user_attrs, settings.identity, self.trials()
         before = said.get("settings", now)
@@ -229,12 +218,9 @@ class SweepStudy:
         fail_stale_trials(self.study)
 
     def tell(self, trial_id: int, outcome: Outcome | None, refusal: str = "") -> None:
-        """End a trial; if somebody has given it up, nothing happens.
+        """End a trial with what its cell said, None if it has to run again; unless somebody has given it up.
 
-        Args:
-            trial_id: the trial.
-            outcome: what its cell said; None if the cell has to run again.
-            refusal: why no cell of the sweep can run.
+        A `refusal` says why no cell of the sweep can run.
         """
         state, values = TrialState.FAIL, None
         with suppress(UpdateFinishedTrialError):

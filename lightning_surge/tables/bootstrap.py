@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -31,13 +30,9 @@ FEWEST = 20
 
 
 class Estimate(NamedTuple):
-    """A number with its interval.
+    """A number from the fit to all runs, with its interval at `CONFIDENCE`.
 
-    Attributes:
-        name: what it is.
-        value: the fit to all runs.
-        low: lower end of the interval at `CONFIDENCE`; NaN if there is none.
-        high: upper end; infinite where that many repetitions found no finite value.
+    `low` is NaN if there is none, `high` infinite where that many repetitions found no finite value.
     """
 
     name: str
@@ -46,35 +41,13 @@ class Estimate(NamedTuple):
     high: float = math.nan
 
 
-@dataclass(frozen=True)
-class Repetitions:
-    """What the repetitions found.
-
-    Attributes:
-        laws: by name, the fitted laws.
-        logs: log of the best learning rate, by repetition and batch size; none without scatter of seeds.
-        lines: Eq. 22 of those repetitions that have it.
-        from_seeds: whether the scatter of the seeds is behind the laws, or that of the optima around each.
-    """
+class Repetitions(NamedTuple):
+    """What the repetitions found."""
 
     laws: Mapping[str, Sequence[Law]]
-    logs: FloatArray
-    lines: Sequence[TradeoffFit]
-    from_seeds: bool
-
-    def of_law(self, name: str, what: str, value: float, quantity: Callable[[Law], float]) -> Estimate:
-        """Interval of a number that belongs to a law."""
-        return estimate(what, value, [quantity(law) for law in self.laws[name]])
-
-    def of_line(self, line: TradeoffFit | None) -> tuple[Estimate, ...]:
-        """Intervals of what Eq. 22 says."""
-        if line is None:
-            return ()
-        columns = zip(*self.lines, strict=True) if self.lines else [()] * len(line)
-        return tuple(
-            estimate(name, value, list(drawn))
-            for name, value, drawn in zip(line._fields, line, columns, strict=True)
-        )
+    logs: FloatArray  # of the best learning rate, by repetition and batch size; none without scatter of seeds
+    lines: Sequence[TradeoffFit]  # Eq. 22 of those repetitions that have it
+    from_seeds: bool  # whether the scatter of the seeds is behind the laws, or that of the optima around each
 
 
 def estimate(name: str, value: float, drawn: Sequence[float]) -> Estimate:
@@ -99,20 +72,11 @@ def repeat(
     *,
     repetitions: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> Repetitions:
-    """Fit laws again and again.
+    """Fit the laws of `fits` again and again, to optima drawn from the valleys that have one.
 
-    Args:
-        used: valleys with an optimum.
-        optima: theirs.
-        fits: by name, the laws fitted to them.
-        repetitions: how often, at least 0.
-        seed: of the random numbers.
-        progress: told how many repetitions are done, of how many.
-
-    Returns:
-        What was found; a repetition whose law cannot be fitted is left out.
+    A repetition whose law cannot be fitted is left out; `progress` is called after each one.
     """
     generator = np.random.default_rng(seed)
     known = [(valley.noise, valley.freedom) for valley in used if valley.freedom > 0]
@@ -122,7 +86,7 @@ def repeat(
     freedom = sum(each for _, each in known)
     pooled = math.sqrt(sum(noise**2 * each for noise, each in known) / freedom) if known else math.nan
     from_seeds = bool(known) and all(valley.optimum.status != "tuned" for valley in used)
-    for index in range(repetitions):
+    for _ in range(repetitions):
         drawn = optima
         if known:
             bottoms = [
@@ -145,7 +109,7 @@ def repeat(
             if each is not None:
                 laws[name].append(each.law)
         if progress is not None:
-            progress(index + 1, repetitions)
+            progress()
     return Repetitions(laws, np.array(rows).reshape(len(rows), len(used)), lines, from_seeds)
 
 

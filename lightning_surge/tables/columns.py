@@ -21,27 +21,16 @@ __all__ = ["Columns", "as_text", "find_column", "find_columns", "settings_within
 
 
 class Columns(NamedTuple):
-    """Names of a table's columns; a column that is None is found by the usual names of its role.
+    """Names of a table's columns; a column that is None is found by the usual names of its role."""
 
-    Attributes:
-        batch_size: examples behind one optimizer step.
-        lr: learning rate.
-        loss: final loss.
-        steps: optimizer steps to the target.
-        examples: examples to the target.
-        seed: label that runs with the same seed share.
-        target: loss to reach.
-        status: how the run ended, in a word.
-    """
-
-    batch_size: str | None = None
+    batch_size: str | None = None  # examples behind one optimizer step
     lr: str | None = None
-    loss: str | None = None
-    steps: str | None = None
-    examples: str | None = None
-    seed: str | None = None
-    target: str | None = None
-    status: str | None = None
+    loss: str | None = None  # at the end
+    steps: str | None = None  # optimizer steps to the target
+    examples: str | None = None  # examples to the target
+    seed: str | None = None  # label that runs with the same seed share
+    target: str | None = None  # loss to reach
+    status: str | None = None  # how the run ended, in a word
 
 
 OUTCOMES = ("loss", "steps", "examples")
@@ -84,15 +73,9 @@ def as_text(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
 
 
 def find_column(frame: pd.DataFrame, name: str, option: str) -> str:
-    """The column that a user means.
+    """The column that a user means by what was written for an option; a ValueError if none, or several.
 
-    Args:
-        frame: the table.
-        name: what the user wrote; case, separators and prefixes may differ from the column's name.
-        option: where it was written, for the message.
-
-    Raises:
-        ValueError: if it fits no column, or several.
+    Case, separators and prefixes may differ from the column's name.
     """
     columns = [str(column) for column in frame.columns]
     fits = ([c for c in columns if c == name], [c for c in columns if _plain(name) in _forms(c)])
@@ -120,20 +103,9 @@ def _close(columns: Sequence[str], wanted: Sequence[str], most: int = 4) -> list
 def find_columns(
     frame: pd.DataFrame, named: Columns, source: str, *, measure: str | None = None, maximize: bool = False
 ) -> tuple[dict[str, str], list[str]]:
-    """Give every role its column.
+    """Columns by role, and notes on those that go by another name than the documented one.
 
-    Args:
-        frame: the table.
-        named: columns that the user has named.
-        source: name of the table, for messages.
-        measure: what counts, `loss` or `steps`; None takes what there is.
-        maximize: whether larger is better, as of an accuracy.
-
-    Returns:
-        Columns by role, and notes on those that go by another name than the documented one.
-
-    Raises:
-        ValueError: if a role that is needed has no column, or a role has several.
+    A ValueError if a role that is needed, given the measure, has no column, or a role has several.
 
     Example:
         >>> import pandas as pd
@@ -210,15 +182,9 @@ def _candidates(text: pd.DataFrame, role: str, maximize: bool) -> list[str]:
 def settings_within(
     frame: pd.DataFrame, cell: Sequence[str], roles: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Find the settings in which runs differ that are averaged as if they were seeds.
+    """Settings in which runs differ that are averaged as if they were seeds, and a few that tell them apart.
 
-    Args:
-        frame: the table.
-        cell: columns whose values such runs have in common, the batch size first.
-        roles: columns that are no settings, since they have a role.
-
-    Returns:
-        Columns that differ within a cell, and a few of them that tell such runs apart.
+    Such runs have the columns of a `cell` in common, the batch size first. What has a role is no setting.
 
     Example:
         >>> import pandas as pd

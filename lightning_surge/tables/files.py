@@ -30,19 +30,10 @@ SOURCES: list[tuple[Callable[[str], bool], Callable[[str], pd.DataFrame]]] = [(i
 
 
 def read_frame(source: str | Path) -> pd.DataFrame:
-    r"""Open a table.
+    r"""Open a table, a file, a pipe or `-`, as it stands: the text of CSV is not yet taken for numbers.
 
-    Args:
-        source: path of a file or a pipe; `-` is standard input.
-
-    Returns:
-        The table as it stands: the text of CSV is not yet taken for numbers.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        IsADirectoryError: if it is a directory.
-        ModuleNotFoundError: if pandas, or pyarrow for Parquet, is not installed.
-        ValueError: if the file is empty, damaged or of another kind.
+    Raises an OSError if there is no such file, ModuleNotFoundError without pandas, or pyarrow for Parquet,
+    and ValueError if the file is empty, damaged or of another kind.
 
     Example:
         >>> import tempfile

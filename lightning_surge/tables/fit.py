@@ -31,63 +31,34 @@ MAX_SIZES = 200
 
 
 class FittedLaw(NamedTuple):
-    """One law.
+    """One law; batch sizes in examples."""
 
-    Attributes:
-        name: a key of `law_fits.LAWS`.
-        law: with its parameters.
-        parameters: those, with intervals.
-        peak_batch_size: where its learning rate is largest, in examples; infinite if it never falls.
-        peak_lr: the learning rate there, or its limit; infinite if it grows without bound.
-        critical_batch_size: where a step gains half of the most it can, in examples.
-        at: its learning rates at the batch sizes asked for.
-        limited: whether a parameter of its shape stopped at the end of the range searched, far from the batch
-            sizes tried: the grid only says that it is at least, or at most, so much.
-        residual: root mean square of log2 of fitted over found.
-        held_out: None with too few batch sizes.
-    """
-
-    name: str
+    name: str  # a key of `law_fits.LAWS`
     law: Law
     parameters: tuple[Estimate, ...]
-    peak_batch_size: Estimate
-    peak_lr: Estimate
-    critical_batch_size: Estimate
-    at: tuple[Estimate, ...]
-    limited: bool
-    residual: float
-    held_out: HeldOut | None
+    peak_batch_size: Estimate  # where its learning rate is largest; infinite if it never falls
+    peak_lr: Estimate  # the learning rate there, or its limit; infinite if it grows without bound
+    critical_batch_size: Estimate  # where a step gains half of the most it can
+    at: tuple[Estimate, ...]  # its learning rates at the batch sizes asked for
+    limited: bool  # whether the grid only bounds a parameter, which stopped at the end of the range searched
+    residual: float  # root mean square of log2 of fitted over found
+    held_out: HeldOut | None  # None with too few batch sizes
 
 
 class GridFit(NamedTuple):
-    """All that a grid says.
+    """All that a grid says."""
 
-    Attributes:
-        measure: what was made smallest, or largest if the table was read so.
-        target: the loss that was to be reached; None if the table does not say.
-        group: values that its runs share, by column.
-        runs: number of runs.
-        valleys: the grid, by batch size.
-        lrs: interval of each valley's best learning rate.
-        tradeoff: critical batch size, fewest steps and fewest examples by Eq. 22; empty without steps.
-        laws: by held-out error, best first.
-        best: the name of the law with the smallest held-out error; None where nothing was held out.
-        ties: names of laws whose held-out errors exceed the best one's by less than two standard errors.
-        from_seeds: whether intervals of laws come from the scatter of seeds, or of the optima around them.
-        notes: what a reader should know.
-    """
-
-    measure: Measure
-    target: float | None
-    group: Mapping[str, str]
+    measure: Measure  # what was made smallest, or largest if the table was read so
+    target: float | None  # the loss that was to be reached; None if the table does not say
+    group: Mapping[str, str]  # values that its runs share, by column
     runs: int
-    valleys: tuple[Valley, ...]
-    lrs: tuple[Estimate, ...]
-    tradeoff: tuple[Estimate, ...]
-    laws: tuple[FittedLaw, ...]
-    best: str | None
-    ties: tuple[str, ...]
-    from_seeds: bool
+    valleys: tuple[Valley, ...]  # the grid, by batch size
+    lrs: tuple[Estimate, ...]  # each valley's best learning rate
+    tradeoff: tuple[Estimate, ...]  # critical batch size, fewest steps and examples by Eq. 22; or empty
+    laws: tuple[FittedLaw, ...]  # by held-out error, best first
+    best: str | None  # name of the law with the smallest held-out error; None where nothing was held out
+    ties: tuple[str, ...]  # names of laws that exceed that error by less than two standard errors
+    from_seeds: bool  # whether intervals of laws come from the scatter of seeds, or of the optima around them
     notes: tuple[str, ...]
 
 
@@ -115,7 +86,7 @@ def fit_grid(
     bootstrap: int = 200,
     seed: int = 0,
     at: Sequence[float] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> GridFit:
     """Fit laws to one grid of runs.
 
@@ -124,13 +95,10 @@ def fit_grid(
         laws: names from `law_fits.LAWS`.
         tuned: whether a learning rate that is the only one of its batch size is the best one, as in tables of
             runs that others have tuned.
-        bootstrap: repetitions for the intervals, at least 0.
-        seed: of the repetitions.
+        bootstrap: number of repetitions for the intervals, at least 0.
+        seed: seed of the repetitions.
         at: batch sizes at which every law is asked for its learning rate, in examples.
-        progress: told how many repetitions are done, of how many.
-
-    Returns:
-        Optima, laws and their intervals.
+        progress: called after each repetition.
 
     Raises:
         ValueError: for fewer than three batch sizes with an optimum inside their grid, saying which are
@@ -184,7 +152,7 @@ def fit_grid(
         runs=table.lrs.size,
         valleys=tuple(grid),
         lrs=_learning_rates(grid, drawn),
-        tradeoff=drawn.of_line(optima.line()),
+        tradeoff=_tradeoff(optima, drawn),
         laws=tuple(fitted),
         best=best,
         ties=ties,
@@ -197,7 +165,7 @@ def _fitted(
     name: str, fit: LawFit, held_out: HeldOut | None, drawn: Repetitions, at: Sequence[float]
 ) -> FittedLaw:
     def interval(what: str, quantity: Callable[[Law], float]) -> Estimate:
-        return drawn.of_law(name, what, quantity(fit.law), quantity)
+        return estimate(what, quantity(fit.law), [quantity(law) for law in drawn.laws[name]])
 
     describe = LAWS[name].describe
     return FittedLaw(
@@ -219,6 +187,13 @@ def _learning_rates(grid: Sequence[Valley], drawn: Repetitions) -> tuple[Estimat
     return tuple(
         estimate("lr", valley.optimum.lr, next(columns) if valley.optimum.found else []) for valley in grid
     )
+
+
+def _tradeoff(optima: Optima, drawn: Repetitions) -> tuple[Estimate, ...]:
+    if (line := optima.line()) is None:
+        return ()
+    columns = zip(*drawn.lines, strict=True) if drawn.lines else [()] * len(line)
+    return tuple(map(estimate, line._fields, line, map(list, columns)))
 
 
 def _ranking(fitted: Sequence[FittedLaw]) -> tuple[str | None, tuple[str, ...]]:

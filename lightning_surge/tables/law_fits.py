@@ -45,15 +45,10 @@ AT_LIMIT = 1e-3
 
 
 class HeldOut(NamedTuple):
-    """Errors of predictions at batch sizes that took no part in the fit.
+    """Errors of predictions at batch sizes that took no part in the fit."""
 
-    Attributes:
-        error: mean of the absolute log2 of predicted over found; 1 is a factor of two.
-        by_batch_size: batch size, and log2 of predicted over found there.
-    """
-
-    error: float
-    by_batch_size: tuple[tuple[float, float], ...]
+    error: float  # mean of the absolute log2 of predicted over found; 1 is a factor of two
+    by_batch_size: tuple[tuple[float, float], ...]  # batch size, and log2 of predicted over found there
 
 
 class Optima(NamedTuple):
@@ -79,15 +74,10 @@ class LawFit(NamedTuple):
 
 
 def fit_law(name: str, optima: Optima, *, precise: bool = True) -> LawFit | None:
-    """Fit one law.
+    """Fit the law `LAWS[name]` to at least as many optima as it has parameters.
 
-    Args:
-        name: a key of `LAWS`.
-        optima: at least as many batch sizes as the law has parameters.
-        precise: False for a repetition of which only quantiles are wanted.
-
-    Returns:
-        The fit; None where the law needs a scale from Eq. 22 and there is none.
+    None where it needs a scale from Eq. 22 and there is none. A repetition of which only quantiles are wanted
+    need not be `precise`.
 
     Example:
         >>> optima = Optima(np.array([8.0, 32.0, 128.0]), np.log([0.001, 0.002, 0.004]), None)
@@ -159,12 +149,7 @@ def _line(steps: tuple[float, ...], examples: tuple[float, ...]) -> TradeoffFit 
 def hold_out(name: str, optima: Optima) -> HeldOut | None:
     """Predict the best learning rate of every batch size from the others.
 
-    Args:
-        name: a key of `LAWS`.
-        optima: batch sizes.
-
-    Returns:
-        The errors; None if the law has as many parameters as there are batch sizes, or no scale from Eq. 22.
+    None if the law has as many parameters as there are batch sizes, or no scale from Eq. 22.
 
     Example:
         Two sizes that a constant learning rate cannot join: each is missed by a factor of four.
@@ -186,23 +171,14 @@ def hold_out(name: str, optima: Optima) -> HeldOut | None:
 
 
 class Family(NamedTuple):
-    """A law with its shape left open.
+    """A law with its shape left open."""
 
-    Attributes:
-        label: for tables and figures.
-        scales: batch sizes among the shape's parameters, each looked for around those tried.
-        shares: ratios among them.
-        build: the law from an amplitude, the shape and a batch size to refer to.
-        describe: the law's parameters, by name.
-        given_scale: whether the batch size in the shape is that of Eq. 22 instead of a fitted one.
-    """
-
-    label: str
-    scales: int
-    shares: int
-    build: Callable[[float, Sequence[float], float], Law]
-    describe: Callable[[Law], dict[str, float]]
-    given_scale: bool = False
+    label: str  # for tables and figures
+    scales: int  # batch sizes among the shape's parameters, each looked for around those tried
+    shares: int  # ratios among them
+    build: Callable[[float, Sequence[float], float], Law]  # from an amplitude, the shape and a batch size
+    describe: Callable[[Law], dict[str, float]]  # the law's parameters, by name
+    given_scale: bool = False  # whether the batch size in the shape is that of Eq. 22 instead of a fitted one
 
     @property
     def size(self) -> int:

@@ -37,19 +37,14 @@ RESIDUALS = 3
 class Optimum(NamedTuple):
     """Bottom of a valley.
 
-    Attributes:
-        batch_size: examples behind one optimizer step.
-        lr: learning rate at the bottom; the best one tried where there is no parabola. NaN where all failed.
-        outcome: the loss, or the steps to the target, there, in the unit of the table.
-        status: `inside` a parabola; `bracketed` between two learning rates of which one failed, so that the
-            best one tried stands for the optimum; `tuned` by somebody who tells no others; at an edge of the
-            grid; `flat`, with a curvature that does not stand out of the noise; `few` learning rates; every
-            run `failed`.
+    Its status is `inside` a parabola; `bracketed` between two learning rates of which one failed, so that the
+    best one tried stands for the optimum; `tuned` by somebody who tells no others; at an edge of the grid;
+    `flat`, with a curvature that does not stand out of the noise; `few` learning rates; every run `failed`.
     """
 
     batch_size: float
-    lr: float
-    outcome: float
+    lr: float  # at the bottom; the best one tried where there is no parabola. NaN where all failed
+    outcome: float  # the loss, or the steps to the target, there, in the unit of the table
     status: Status
 
     @property
@@ -77,42 +72,27 @@ class _Bottom(NamedTuple):
 class Valley:
     """Runs of one batch size, averaged over their seeds.
 
-    Attributes:
-        batch_size: examples.
-        log_lrs: logs of the learning rates, increasing, shape `(n,)`.
-        means: mean loss, or mean log of the steps, shape `(n,)`; infinite where a run failed, since a
-            learning rate at which some seeds fail is no candidate.
-        counts: runs behind each mean, shape `(n,)`.
-        logarithmic: whether `means` are logs.
-        reach: of the parabola to both sides, in log lr.
-        noise: standard deviation of one run around its mean, near the bottom, without what all learning rates
-            of a seed share; NaN if unknown.
-        seed_noise: standard deviation of what they share.
-        freedom: degrees of freedom of `noise`.
-        optimum: the bottom.
+    `noise` is the standard deviation of one run around its mean, near the bottom, without what all learning
+    rates of a seed share; NaN if unknown. A mean is infinite where a run failed: a learning rate at which
+    some seeds fail is no candidate.
     """
 
     batch_size: float
-    log_lrs: FloatArray
-    means: FloatArray
-    counts: FloatArray
-    logarithmic: bool
-    reach: float
+    log_lrs: FloatArray  # increasing, shape (n,)
+    means: FloatArray  # of the losses, or of the logs of the steps, shape (n,)
+    counts: FloatArray  # runs behind each mean
+    logarithmic: bool  # whether means are logs
+    reach: float  # of the parabola to both sides, in log lr
     noise: float
-    seed_noise: float
-    freedom: int
+    seed_noise: float  # standard deviation of what the learning rates of a seed share
+    freedom: int  # degrees of freedom of the noise
     optimum: Optimum
 
     def draw(self, generator: np.random.Generator, noise: float, freedom: int) -> tuple[float, float]:
         """Log of the learning rate and outcome at the bottom if the runs were done again.
 
         Every mean is drawn around the one found, from Student's distribution: with two or three seeds the
-        noise itself is uncertain.
-
-        Args:
-            generator: of the random numbers.
-            noise: standard deviation of one run, the valley's own or borrowed.
-            freedom: its degrees of freedom.
+        noise of a run, the valley's own or borrowed, is itself uncertain.
         """
         factor = math.sqrt(freedom / generator.chisquare(freedom))
         shift = self.seed_noise * generator.standard_normal() / math.sqrt(self.counts.max())
@@ -131,11 +111,8 @@ class Valley:
 def valleys(table: RunTable, *, tuned: bool = False) -> list[Valley]:
     """Group runs by batch size, in increasing order.
 
-    Runs with the same batch size, learning rate and seed are averaged first, then the seeds.
-
-    Args:
-        table: runs to one target.
-        tuned: whether a learning rate that is the only one of its batch size is the best one.
+    Runs with the same batch size, learning rate and seed are averaged first, then the seeds. If `tuned`, a
+    learning rate that is the only one of its batch size is the best one.
 
     Example:
         Steps fall from 400 to 200 and rise again: by symmetry the bottom is in the middle.

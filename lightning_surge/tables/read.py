@@ -50,29 +50,17 @@ REMEDIES = {
 
 
 class RunTable(NamedTuple):
-    """Runs as arrays of one length.
+    """Runs as arrays of one length; in outcomes smaller is better, and infinite is a run that failed."""
 
-    Attributes:
-        measure: what `outcomes` are: final losses, or steps to the target.
-        batch_sizes: examples behind one optimizer step, positive.
-        lrs: learning rates, positive.
-        outcomes: smaller is better; infinite for a run that failed.
-        seeds: which runs share a seed, as codes from 0; None if the table does not say.
-        targets: the loss to reach, for steps; None if the table has no such column.
-        notes: what a reader should know about the reading.
-        maximize: whether larger was better in the table, so that `outcomes` are its values times -1.
-        group: the values that these runs share, by the columns that the table was divided by.
-    """
-
-    measure: Measure
-    batch_sizes: FloatArray
-    lrs: FloatArray
+    measure: Measure  # what outcomes are: final losses, or steps to the target
+    batch_sizes: FloatArray  # examples behind one optimizer step, positive
+    lrs: FloatArray  # positive
     outcomes: FloatArray
-    seeds: npt.NDArray[np.int64] | None = None
-    targets: FloatArray | None = None
-    notes: tuple[str, ...] = ()
-    maximize: bool = False
-    group: Mapping[str, str] = {}
+    seeds: npt.NDArray[np.int64] | None = None  # equal for runs that share a seed, as codes from 0
+    targets: FloatArray | None = None  # the loss to reach, for steps
+    notes: tuple[str, ...] = ()  # what a reader should know about the reading
+    maximize: bool = False  # whether larger was better in the table: outcomes are its values times -1
+    group: Mapping[str, str] = {}  # values that these runs share, by the columns that divided the table
 
     def at(self, rows: npt.NDArray[np.bool_]) -> RunTable:
         """The runs in some rows."""
@@ -91,9 +79,6 @@ def read_table(
         source: a file of CSV, JSON, JSON lines or Parquet; `-` is standard input.
         columns: names of its columns; those left out are found by their usual names.
         measure: what counts, where a table has both; by default the loss if there is one.
-
-    Returns:
-        The runs, in the order of the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -124,9 +109,9 @@ def read_tables(
     """Read a table, select runs and divide them.
 
     Args:
-        source: as for `read_table`, which also says what is raised.
-        columns: as for `read_table`.
-        measure: as for `read_table`.
+        source: a table, as for `read_table`, which also says what is raised.
+        columns: names of its columns, as for `read_table`.
+        measure: what counts, as for `read_table`.
         where: columns and values that a run must have; several values of one column are alternatives.
         by: columns by whose values the runs are divided, such as the size of the model.
         maximize: whether larger outcomes are better, as of an accuracy.

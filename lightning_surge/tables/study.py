@@ -33,17 +33,9 @@ def is_study(where: str) -> bool:
 
 
 def read_study(where: str) -> pd.DataFrame:
-    """Read the trials of a study; if there are several, a column `study` has their names.
+    """Read the trials of a study, one a row; if there are several studies, a column has their names.
 
-    Args:
-        where: path of a journal, or URL of a database.
-
-    Returns:
-        One run per row; `attrs["maximize"]` says whether larger losses are better.
-
-    Raises:
-        ModuleNotFoundError: if Optuna or pandas is not installed.
-        ValueError: if there is no study, or it cannot be read.
+    `attrs["maximize"]` says whether larger losses are better. A ValueError if there is no study.
     """
     try:
         import optuna
@@ -87,9 +79,6 @@ def study_rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
     Trials of a sweep have the columns of its table, sorted, with one row for each target loss, whose steps
     and examples are those until it was reached, and empty where it never was. Others have a column for each
     parameter and for the value, `loss`; of those, trials that were pruned say nothing comparable.
-
-    Args:
-        trials: the trials of one study, in the order of their numbers.
 
     Example:
         >>> import optuna

@@ -51,14 +51,9 @@ def has_decimal_commas(column: pd.Series[Any]) -> bool:
 def numbers(
     column: pd.Series[Any], *, commas: bool = False
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Read a column.
+    """The numbers of a column, NaN for blanks and the words of a failed run; and where there is neither.
 
-    Args:
-        column: any column of a DataFrame.
-        commas: whether a comma that may stand for thousands or in front of a fraction does the latter.
-
-    Returns:
-        Its numbers, NaN for blanks and the words of a failed run; and where there is neither of these.
+    With `commas`, one that may stand for thousands or in front of a fraction does the latter.
 
     Example:
         >>> import pandas as pd

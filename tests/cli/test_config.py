@@ -26,12 +26,8 @@ from lightning_surge.schedules.sizes import (
     Schedule,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    # What LightningCLI asks of jsonargparse in the way of older versions.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+# What LightningCLI asks of jsonargparse in the way of older versions.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Linear(pl.LightningModule):
@@ -92,30 +88,14 @@ def run(tmp_path: Path, schedule: str, subcommand: str = "fit") -> LightningCLI:
     return LightningCLI(Linear, args=arguments, save_config_callback=None)
 
 
-def schedule_of(cli: LightningCLI) -> Any:
-    callbacks: list[pl.Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    (scheduler,) = [callback for callback in callbacks if isinstance(callback, BatchSizeScheduler)]
-    assert any(isinstance(callback, SurgeLRCallback) for callback in callbacks)
-    return scheduler.schedule
-
-
-def test_phases(tmp_path: Path) -> None:
-    cli = run(tmp_path, PHASES)
-    expected = Phases([Phase(0, 3, ConstantSize(4)), Phase(3, None, GeometricRamp(4, 16, 4))])
-    assert schedule_of(cli) == expected
+def test_phases_train(tmp_path: Path) -> None:
+    trainer = run(tmp_path, PHASES).trainer
+    (scheduler,) = [one for one in trainer.callbacks if isinstance(one, BatchSizeScheduler)]  # type: ignore[attr-defined]
+    assert scheduler.schedule == Phases(
+        [Phase(0, 3, ConstantSize(4)), Phase(3, None, GeometricRamp(4, 16, 4))]
+    )
     # 3 steps of 4, then requests of 4, 5, 8, 11, 16, 16: windows begin at micro-batches 3, 4, 5, 6, 8, 12.
-    assert cli.trainer.global_step == 9
-
-
-def test_milestones(tmp_path: Path) -> None:
-    cli = run(tmp_path, "          {class_path: Milestones, init_args: {sizes: {0: 4, 8: 8}}}\n")
-    assert schedule_of(cli) == Milestones({0: 4, 8: 8})
-    assert cli.trainer.global_step == 12
-
-
-def test_follow_peak(tmp_path: Path) -> None:
-    schedule = "          {class_path: FollowPeak, init_args: {start: 4, maximum: 64, target: peak}}\n"
-    assert schedule_of(run(tmp_path, schedule)) == FollowPeak(4, 64, target="peak")
+    assert trainer.global_step == 9
 
 
 @pytest.mark.parametrize(
@@ -134,16 +114,6 @@ def test_mistakes_are_named_before_training(
     with pytest.raises((SystemExit, ValueError)) as caught:
         run(tmp_path, wrong)
     assert message in " ".join((str(caught.value) + capsys.readouterr().err).split())
-
-
-def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(HEAD + PHASES)
-    with pytest.raises(SystemExit):
-        LightningCLI(Linear, args=["fit", "--config", str(config), "--print_config"])
-    printed = capsys.readouterr().out
-    assert "class_path: lightning_surge.schedules.sizes.GeometricRamp" in printed
-    assert "multiple_of: 1" in printed
 
 
 class _Parsed(Exception):
@@ -317,18 +287,14 @@ def test_all_schedules_are_tried_here() -> None:
     assert {type(meant) for _, meant in SCHEDULES} == kinds - {Schedule} | {FollowPeak}
 
 
-def test_the_warm_up_by_both_names(tmp_path: Path) -> None:
-    for name in ("BatchSizeWarmup", "lightning_surge.BatchSizeWarmup"):
-        (warmup,), printed = parse(
-            tmp_path, f"    - {{class_path: {name}, init_args: {{start: 8, end: 32, num_steps: 9}}}}\n"
-        )
-        assert warmup.schedule == GeometricRamp(8, 32, 9)
-        assert "num_steps: 9" in printed
-
-
-@pytest.mark.parametrize("name", ["ExactResume", "lightning_surge.ExactResume"])
-def test_exact_resuming_by_both_names(tmp_path: Path, name: str) -> None:
-    (resume,), _ = parse(tmp_path, f"    - class_path: {name}\n")
+@pytest.mark.parametrize("prefix", ["", "lightning_surge."])
+def test_other_callbacks_by_both_names(tmp_path: Path, prefix: str) -> None:
+    written = (
+        f"    - class_path: {prefix}BatchSizeWarmup\n      init_args: {{start: 8, end: 32, num_steps: 9}}\n"
+    )
+    (warmup, resume), printed = parse(tmp_path, f"{written}    - class_path: {prefix}ExactResume\n")
+    assert warmup.schedule == GeometricRamp(8, 32, 9)
+    assert "num_steps: 9" in printed
     assert type(resume) is ExactResume
 
 
@@ -338,19 +304,12 @@ def test_the_example_trains_and_round_trips(
     from examples.cli.main import main
 
     example = Path(__file__).parents[2] / "examples" / "cli" / "config.yaml"
-    fast = [
-        *(
-            "--trainer.max_steps=20",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
-        ),
-        *("--trainer.limit_val_batches=1", "--trainer.logger.init_args.save_dir=runs"),
-        "--trainer.log_every_n_steps=4",
-    ]
+    fast = ["max_steps=20", "enable_progress_bar=false", "enable_model_summary=false", "limit_val_batches=1"]
+    fast += ["logger.init_args.save_dir=runs", "log_every_n_steps=4"]
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     with torch.random.fork_rng():
-        cli = main(["fit", "--config", str(example), *fast])
+        cli = main(["fit", "--config", str(example), *(f"--trainer.{option}" for option in fast)])
     torch.set_num_threads(threads)
     assert cli.trainer.global_step == 20
     (saved,) = tmp_path.glob("runs/lightning_logs/version_0/config.yaml")

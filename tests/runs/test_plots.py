@@ -1,21 +1,251 @@
-"""Charts as matplotlib draws them."""
+"""The picture of a run shows what was logged, and can be read."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 
-from lightning_surge.runs.charts import GREEN, ORANGE, VERMILION, run_charts
+from lightning_surge.laws.objectives import OBJECTIVES, progress_ratio
+from lightning_surge.policy.reasons import Reason
+from lightning_surge.runs.charts import (
+    GREEN,
+    MOST_MARKS,
+    MOST_POINTS,
+    ORANGE,
+    VERMILION,
+    changes,
+    number,
+    size_range,
+    thinned,
+)
 from lightning_surge.runs.plots import plot_run
-from tests.logged_runs import as_log, rows
+from lightning_surge.runs.run_log import RunLog, RunLogError, Series
+from tests.logged_runs import LAW, as_log, lawless, rows, several_optimizers
+
+STEPS = np.array([10, 20, 30, 40, 50])
 
 
-def ramp():
+def logged(changes: dict[str, list[float]]) -> RunLog:
+    """`rows` with other values of some keys."""
+    run = as_log(rows())
+    changed = {f"surge/{name}": Series(STEPS, np.array(values)) for name, values in changes.items()}
+    return replace(run, series={**run.series, **changed})
+
+
+def panel(run, place, **options):
+    return plot_run(run, **options).axes[("rates", "sizes", "reasons", "law").index(place)]
+
+
+def lines(axes):
+    """Points by label; those without a label are in no legend."""
+    found = {line.get_label(): np.array(line.get_data()) for line in axes.get_lines()}
+    return {label: points for label, points in found.items() if not label.startswith("_")}
+
+
+def bars(axes):
+    """From where to where each row of bars goes."""
+    ends = [[(path.vertices[:, 0].min(), path.vertices[:, 0].max()) for path in one.get_paths()]
+            for one in axes.collections if "PolyCollection" in type(one).__name__]  # fmt: skip
+    return dict(zip([text.get_text() for text in axes.get_yticklabels()], ends, strict=True))
+
+
+class TestThinning:
+    @settings(max_examples=30, deadline=None)
+    @given(seed=st.integers(0, 1000), count=st.integers(1, 9000))
+    def test_extremes_and_ends_stay(self, seed, count):
+        values = np.random.default_rng(seed).normal(size=count)
+        thin = thinned(Series(np.arange(count), values))
+        assert thin.steps.size <= MOST_POINTS + 4
+        assert thin.steps.size == count or count > MOST_POINTS
+        assert (np.diff(thin.steps) > 0).all()
+        np.testing.assert_array_equal(values[thin.steps], thin.values)
+        assert {0, count - 1, int(values.argmin()), int(values.argmax())} <= set(thin.steps.tolist())
+
+    def test_a_short_gap_stays_a_gap(self):
+        values = np.ones(50_000)
+        values[31_415] = math.nan
+        assert np.isnan(thinned(Series(np.arange(50_000), values)).values).sum() == 1
+
+    def test_one_failure_in_a_hundred_thousand_steps_is_shown(self):
+        run, steps = as_log(rows()), np.arange(100_000)
+        long = {key: Series(steps, np.full(steps.size, one.values[0])) for key, one in run.series.items()}
+        long["surge/held_because"].values[50_000] = 12.0
+        figure = plot_run(replace(run, series=long))
+        assert list(bars(figure.axes[2])) == [Reason.MEASURED.label, Reason.MEASURING_FAILED.label]
+        assert lines(figure.axes[0])["used"].shape[1] <= MOST_POINTS
+
+
+class TestRates:
+    def test_are_what_was_logged(self):
+        names = {"lr_scheduled": "scheduled", "lr_predicted": "predicted by the law", "lr_used": "used"}
+        values = {name: (1.0 + index + np.arange(5.0)).tolist() for index, name in enumerate(names)}
+        found = lines(panel(logged(values), "rates"))
+        for name, label in names.items():
+            np.testing.assert_array_equal(found[label], [STEPS, values[name]])
+
+    def test_one_wild_prediction_does_not_flatten_the_rest(self):
+        ones = [1.0] * 5
+        wild = {"lr_scheduled": ones, "lr_used": ones, "lr_predicted": [1.0, 1.0, 1e6, math.inf, 1.0]}
+        assert panel(logged(wild), "rates").get_ylim() == (0.0, pytest.approx(1.68))
+
+    def test_examples_on_the_x_axis(self):
+        found = lines(panel(as_log(rows()), "rates", x="examples"))["used"]
+        np.testing.assert_array_equal(found[0], 60.0 * STEPS)
+        with pytest.raises(RunLogError, match="'surge/examples'"):
+            plot_run(as_log(rows(examples=None)), x="examples")
+
+    @pytest.mark.parametrize("name", ["lr_scheduled", "lr_predicted", "lr_used", "batch_size"])
+    def test_a_missing_key_is_named_with_those_found(self, name):
+        with pytest.raises(RunLogError, match=f"'surge/{name}', got these surge keys: .*SurgeLRCallback"):
+            plot_run(as_log(rows(**{name: None})))
+
+    @pytest.mark.parametrize("base", [0, -8, math.nan, math.inf])
+    def test_a_base_that_is_no_size_is_refused(self, base):
+        with pytest.raises(ValueError, match=f"finite base_batch_size, got base_batch_size={base}: pass"):
+            plot_run(as_log(rows()), base_batch_size=base)
+
+
+class TestChanges:
+    @pytest.mark.parametrize(("x", "place"), [("steps", 30.0), ("examples", 1800.0)])
+    def test_are_marked_in_steps_and_examples(self, x, place):
+        (words,) = panel(logged({"batch_size": [60.0, 60.0, 1200.0, 1200.0, 1200.0]}), "rates", x=x).texts
+        assert (words.get_position()[0], words.get_text()) == (place, "1,200")
+
+    def test_words_that_would_run_into_each_other_are_left_out(self):
+        steps = np.array([0, 10, 12, 14, 100])
+        found = changes(Series(steps, np.array([60.0, 64.0, 96.0, 128.0, 256.0])), steps.astype(float))
+        assert found == [(10, "64"), (12, ""), (14, ""), (100, "256")]
+
+    def test_changes_at_every_step_are_not_marked(self):
+        steps = np.arange(MOST_MARKS + 2)
+        assert changes(Series(steps, steps.astype(float)), steps.astype(float)) == []
+
+
+class TestSizes:
+    @pytest.mark.parametrize(("index", "name"), [(0, "peak"), (1, "critical")])
+    def test_bands_are_one_standard_error_wide(self, index, name):
+        error = np.array([5.0, 6.0, 7.0, 8.0, 9.0])
+        values = {f"{name}_batch_size": [50.0] * 5, f"{name}_batch_size_standard_error": error.tolist()}
+        axes = panel(logged(values), "sizes")
+        (path,) = axes.collections[index].get_paths()
+        corners = {(at, 50 + sign * one) for at, one in zip(STEPS, error, strict=True) for sign in (-1, 1)}
+        assert set(map(tuple, path.vertices.tolist())) == corners
+        assert set(lines(axes)[f"{name} batch size ± 1 standard error"][1]) == {50.0}
+
+    @pytest.mark.parametrize("unknown", [math.inf, math.nan, None])
+    def test_an_unknown_standard_error_is_the_widest_band(self, unknown):
+        run = as_log(rows(peak_batch_size=50.0, peak_batch_size_standard_error=unknown))
+        (path,) = panel(run, "sizes").collections[0].get_paths()
+        expected = size_range(*[np.array([one]) for one in (60.0, 50.0, 60.0)])
+        assert set(path.vertices[:, 1]) == set(expected)
+
+    def test_infinite_and_unknown_peaks_are_gaps_and_a_strip(self):
+        axes = panel(logged({"peak_batch_size": [math.inf, 40.0, math.inf, math.nan, 60.0]}), "sizes")
+        (strip,) = [one for one in axes.collections if one.get_label() == "no peak in reach (infinite)"]
+        ends = [(path.vertices[:, 0].min(), path.vertices[:, 0].max()) for path in strip.get_paths()]
+        assert ends == [(9.5, 15.0), (25.0, 35.0)]
+        shown = lines(axes)["peak batch size ± 1 standard error"][1]
+        np.testing.assert_array_equal(shown, [math.nan, 40.0, math.nan, math.nan, 60.0])
+        assert not [one for one in panel(as_log(rows()), "sizes").collections if one.get_hatch()]
+
+    def test_every_batch_size_in_force_is_inside(self):
+        low, high = panel(logged({"peak_batch_size": [1e9] * 5}), "sizes").get_ylim()
+        assert low < 60 < high < 1e5
+
+    @given(st.floats(1.0, 1e6))
+    def test_there_is_a_power_of_two_on_the_axis(self, size):
+        low, high = size_range(*[np.array([size])] * 3)
+        assert math.floor(math.log2(high)) > math.log2(low)
+
+
+def test_reasons_reach_half_way_to_the_neighbours():
+    axes = panel(logged({"held_because": [2.0, 0.0, 12.0, 12.0, 99.0]}), "reasons")
+    assert bars(axes) == {
+        Reason.MEASURED.label: [(15.0, 25.0)],
+        Reason.NOTHING_MEASURED.label: [(9.5, 15.0)],
+        Reason.MEASURING_FAILED.label: [(25.0, 45.0)],
+    }
+
+
+class TestLaw:
+    @pytest.mark.parametrize("objective", ["alignment", "progress"])
+    def test_the_factor_in_use_is_told_from_the_law_of_the_next_step(self, objective):
+        run = as_log(rows(objective=float(list(OBJECTIVES).index(objective)), lr_scale=1.25))
+        axes = panel(run, "law")
+        found = lines(axes)
+        sizes, factor = found[f"step 10: factor for objective={objective!r}"]
+        np.testing.assert_allclose(factor, [OBJECTIVES[objective](LAW, size, 60.0, 1e-3) for size in sizes])
+        sizes, law = found["step 10: law of the next step, peak at B = 100"]
+        np.testing.assert_allclose(law, [LAW.lr(size) / LAW.lr(60.0) for size in sizes])
+        assert found["factor used in these steps"].tolist() == [[60.0], [1.25]]
+        (star,) = [line for line in axes.get_lines() if line.get_marker() == "*"]
+        assert np.array(star.get_data()).tolist() == [[100.0], [LAW.peak.lr / LAW.lr(60.0)]]
+        # sqrt scaling, the factor and the law are told apart in the legend as well.
+        dashes = [str(line._dash_pattern) for line in axes.get_legend().get_lines()[:3]]
+        assert len(set(dashes)) == 3
+
+    def test_of_the_objective_step_they_are_one(self):
+        assert list(lines(panel(as_log(rows()), "law"))) == [
+            "sqrt scaling", "step 10: factor for objective='step', peak at B = 100",
+            "base batch size, B = 60", "factor used in these steps",
+        ]  # fmt: skip
+
+    def test_moments_are_spread_over_the_run_with_the_last(self):
+        table = rows(tuple(range(1, 101)), batch_size=2048.0, base_batch_size=1024.0)
+        for step, row in table.items():
+            row["surge/law/noise_curvature"] = 1.0 + step
+        labels = list(lines(panel(as_log(table), "law")))
+        assert [label.partition(":")[0] for label in labels[1:-2]] == ["step 1", "step 51", "step 100"]
+        assert "base batch size, B = 1,024" in labels
+
+    def test_an_objective_of_a_later_version_leaves_the_law(self):
+        labels = list(lines(panel(as_log(rows(objective=99.0)), "law")))
+        assert labels[1] == "step 10: law of the next step, peak at B = 100"
+
+    @pytest.mark.parametrize("changes", [{}, {"lr_scale": None}])
+    def test_a_rule_that_measures_nothing_has_no_law(self, changes):
+        used = [] if changes else ["factor used in these steps"]
+        expected = ["sqrt scaling", "base batch size, B = 60", *used]
+        assert list(lines(panel(as_log(lawless(**changes)), "law"))) == expected
+
+    def test_the_axes_hold_the_factor(self):
+        axes = panel(as_log(rows(objective=2.0)), "law")
+        low, high = axes.get_xlim()
+        assert axes.get_ylim()[1] == pytest.approx(1.5 * progress_ratio(LAW, high, 60.0))
+        assert low < 30 / 3 < 120 * 3 < high
+
+
+class TestSeveralOptimizers:
+    @pytest.mark.parametrize(("group", "size", "lr"), [("opt0", 60, 1e-3), ("opt1", 120, 2e-3)])
+    def test_each_has_its_charts(self, group, size, lr):
+        rates, sizes, *_ = plot_run(as_log(several_optimizers()), group=group).axes
+        assert set(lines(sizes)["batch size in force"][1]) == {size}
+        assert set(lines(rates)["used"][1]) == {lr}
+
+    def test_without_a_name_the_base_is_not_known(self):
+        with pytest.raises(RunLogError, match="base_batch_size=nan"):
+            plot_run(as_log(several_optimizers()))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(1024.0, "1,024"), (16384.0, "16,384"), (1e6, "1,000,000"), (0.25, "0.25"), (0.0, "0")],
+)
+def test_thousands_have_separators(value, words):
+    assert number(value) == words
+
+
+@pytest.fixture(scope="module")
+def figure():
     """A long run at large batch sizes that change often, with all that a figure can show."""
     table = rows(tuple(range(1000, 100_001, 1000)), base_batch_size=4096.0, objective=2.0)
     for index, row in enumerate(table.values()):
@@ -24,35 +254,9 @@ def ramp():
         row["surge/peak_batch_size"] = np.inf if index > 80 else 5000.0
         row["surge/held_because"] = float((0, 2, 6, 12)[index % 4])
         row |= {f"surge/lr_{name}": 3e-5 for name in ("scheduled", "predicted", "used")}
-    return as_log(table)
-
-
-def panel(figure, title):
-    (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left") == title]
-    return axes
-
-
-@pytest.fixture(scope="module")
-def figure():
-    found = plot_run(ramp(), title="A run", x="examples")
+    found = plot_run(as_log(table), title="A run", x="examples")
     FigureCanvasAgg(found).draw()
     return found
-
-
-def test_every_line_of_the_charts_is_drawn(figure):
-    charts = run_charts(ramp(), x="examples")
-    for chart in (charts.rates, charts.sizes, charts.law):
-        axes = panel(figure, chart.title)
-        lines = {line.get_label(): line for line in axes.get_lines()}
-        named = [one for one in chart.traces if one.label]
-        assert [text.get_text() for text in axes.get_legend().get_texts()][-len(named) :] == [
-            one.label for one in named
-        ]
-        for one in named:
-            np.testing.assert_array_equal(lines[one.label].get_xydata(), np.column_stack([one.x, one.y]))
-    # The factor, the law of the next step and sqrt scaling are told apart, in the legend as well.
-    dashes = [str(line._dash_pattern) for line in panel(figure, charts.law.title).get_legend().get_lines()]
-    assert len(set(dashes[:3])) == 3
 
 
 def test_words_do_not_overprint(figure):
@@ -94,23 +298,11 @@ def test_numbers_have_separators_and_axes_units(figure):
 
 
 def test_each_reason_has_a_row_in_its_colour(figure):
-    axes = panel(figure, "What decided the factor on the learning rate")
+    axes = figure.axes[2]
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert names == ["measured", "nothing measured", "rising", "measuring failed"]
     colours = [tuple(bar.get_facecolor()[0]) for bar in axes.collections]
     assert colours == [to_rgba(one) for one in (GREEN, ORANGE, ORANGE, VERMILION)]
-
-
-def test_infinite_peaks_are_a_strip(figure):
-    axes = panel(figure, "Batch size against the peak")
-    (strip,) = [one for one in axes.collections if one.get_label() == "no peak in reach (infinite)"]
-    (path,) = strip.get_paths()
-    assert (path.vertices[:, 0].min(), path.vertices[:, 0].max()) == (60 * 81_500, 6_000_000)
-    assert not [
-        one
-        for one in panel(plot_run(as_log(rows())), axes.get_title(loc="left")).collections
-        if one.get_hatch()
-    ]
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_surge.sweep.cells import Cell, Outcome, Reached, SweepSettings
-from lightning_surge.sweep.grid import Grid, accumulation_for, best_lr, parse_numbers, planned, seconds_left
+from lightning_surge.sweep.grid import Grid, accumulation_for, best_lr, parse_numbers, planned
 from lightning_surge.sweep.recorder import first_reached
 
 SETTINGS = SweepSettings(("run.yaml",), config_digest="abc", examples=1024)
@@ -40,21 +40,8 @@ def test_grids_as_they_are_typed(words: list[str], whole: bool, expected: tuple[
 
 
 WRONG = [
-    "",
-    "a",
-    "0",
-    "-1",
-    "inf",
-    "nan",
-    "1:2",
-    "2:1:3",
-    "1:2:1",
-    "0:1:3",
-    "1:2:3:4",
-    "1:inf:3",
-    "2,,3",
-    ",",
-]
+    "", "a", "0", "-1", "inf", "nan", "1:2", "2:1:3", "1:2:1", "0:1:3", "1:2:3:4", "1:inf:3", "2,,3", ",",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -170,16 +157,3 @@ def test_refining_waits_for_all_cells_and_stops_where_cells_fail() -> None:
     # The edge was tried beyond, and ran out of memory.
     tried = done(8, 1.0, 0.5) | done(8, 2.0, 0.4) | done(8, 4.0, None, status="out_of_memory")
     assert len(planned(Grid((8,), (1.0, 2.0), (0,)), tried, refine=3)) == 3
-
-
-def test_time_left_is_that_of_the_batch_size() -> None:
-    records = (
-        done(8, 0.1, 1.0, seconds=10.0) | done(8, 0.4, 1.0, seconds=14.0) | done(16, 0.1, 1.0, seconds=5.0)
-        | done(8, 0.2, None, status="killed", seconds=99.0)
-    )  # fmt: skip
-    left = [Cell(8, 0.3, 0), Cell(16, 0.3, 0)]
-    assert seconds_left(records, left, 1) == pytest.approx(12 + 5)
-    assert seconds_left(records, left, 2) == pytest.approx(12)  # the longest is waited for
-    # No cell of that size so far: as all the others.
-    assert seconds_left(records, [Cell(32, 0.3, 0)], 1) == pytest.approx(29 / 3)
-    assert seconds_left({}, left, 1) is None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -19,6 +17,7 @@ from lightning_surge.sweep.cells import Cell, Outcome, SweepError, SweepSettings
 from lightning_surge.sweep.grid import Grid, planned
 from lightning_surge.sweep.run import CellProcess, run_cells
 from lightning_surge.sweep.study import SweepStudy
+from tests.processes import is_running, wait
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
@@ -172,14 +171,6 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Ce
     return lambda does: CellProcess({"does": does}, tmp_path / "logs" / "trial-0.log", {})
 
 
-def wait(condition: Callable[[], Any]) -> Any:
-    begin = time.monotonic()
-    while not (result := condition()):
-        assert time.monotonic() - begin < 20
-        time.sleep(0.01)
-    return result
-
-
 @pytest.mark.parametrize(
     ("does", "status", "message"),
     [
@@ -207,16 +198,7 @@ def test_stopping_ends_the_workers_too(start: Callable[[str], CellProcess], tmp_
     process = start("hang")
     worker = int(wait(lambda: (tmp_path / "worker").exists() and (tmp_path / "worker").read_text()))
     process.stop()
-
-    def gone() -> bool:
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            return True
-        # Where nobody collects orphans it stays as a zombie.
-        return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-
-    assert wait(gone)
+    wait(lambda: not is_running(worker))
     assert signal.Signals(-process._process.returncode) == signal.SIGKILL
 
 
@@ -238,7 +220,7 @@ def test_a_line_for_every_cell_that_ends(
     for _ in range(2):
         progress.say("waiting")
     assert stream.getvalue().splitlines() == [
-        "batch_size=8 lr=0.01 seed=0: loss 0.5, 90 s; 2 done, 3 left, about 4 min",
+        "batch_size=8 lr=0.01 seed=0: loss 0.5, 90 s; 2 done, 3 left, about 3 min",
         "batch_size=8 lr=0.1 seed=0: out of memory (too large), 2 min; 3 done, 2 left, about 2 min",
         "waiting",
     ]
