@@ -90,19 +90,11 @@ def leave_out(records: Mapping[str, Sequence[Record]]) -> str:
         [number(entry, 3) if isinstance(entry, float) else entry for entry in row]
         for row in chosen_elsewhere(objective_costs(rows), default)
     ]
-    headers = [
-        "left out",
-        "the others choose",
-        "which costs here",
-        "best here",
-        "costs",
-        f"callback: {default}",
-    ]
+    headers = ["left out", "the others choose", "which costs here", "best here", "costs"]
+    headers.append(f"callback: {default}")
     note = (
         "Each workload judges what the others would have chosen by their mean; beside it what was best "
         "on it, and what the callback does. Mean regret of live runs after a change of the batch size, "
         f"over that of the best fixed rule on the same workload. {len(cells)} cells."
     )
-    return "\n\n".join(
-        [note, table([*headers, f"callback: {default}"], lines) if lines else "Too few workloads."]
-    )
+    return f"{note}\n\n{table(headers, lines) if lines else 'Too few workloads.'}"
