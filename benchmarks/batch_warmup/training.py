@@ -28,8 +28,6 @@ from lightning_surge.schedules.sizes import ConstantSize, GeometricRamp
 
 __all__ = ["constant", "ramp"]
 
-MOST_SIZES = 24
-
 
 class StepSizes(pl.Callback):
     """The examples behind every optimizer step, counted apart from what the package counts."""
@@ -46,16 +44,6 @@ class StepSizes(pl.Callback):
     def on_before_optimizer_step(self, *args: Any) -> None:
         self.sizes.append(self._window)
         self._window = 0
-
-    def over_time(self) -> list[list[int]]:
-        """`[examples consumed, size]` wherever the size changes, thinned to a short list."""
-        changes: list[list[int]] = []
-        consumed = 0
-        for size in self.sizes:
-            if not changes or changes[-1][1] != size:
-                changes.append([consumed, size])
-            consumed += size
-        return changes[:: -(-len(changes) // MOST_SIZES)]
 
 
 def constant(workload: str, budget: str, batch_size: int, multiplier: float, seed: int) -> dict[str, Any]:
@@ -118,10 +106,8 @@ def _run(
     result = {
         "val_loss": metrics["val_loss"],
         "steps": trainer.global_step,
-        "mean_batch_size": examples / trainer.global_step,
         "fit_seconds": round(wall, 2),
         "processor_seconds": round(processor, 2),
-        "sizes": counted.over_time(),
     }
     if surge is not None and surge.decision is not None:
         result |= {"final_factor": surge.decision.used, "reason": surge.decision.reason}

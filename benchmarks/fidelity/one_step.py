@@ -89,10 +89,7 @@ def laws(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any]:
         history = NoiseHistory(HALF_LIFE)
         history.load_state_dict({"num_measurements": count, "records": records[:count]})
         measured[str(count)] = predictions(estimate(history, fit_sign_law))
-    result: dict[str, Any] = {
-        "measured": measured,
-        "noise_scale_measured": callback.history.stats().noise_scale,
-    }
+    result: dict[str, Any] = {"measured": measured}
     for law in ("theorem2", "theorem3"):
         found = measure(study, law=law, count=THEOREM_MEASUREMENTS, seed=seed).law
         entry = predictions(found)

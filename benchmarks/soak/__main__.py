@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.fidelity.markdown import table, targets_table
 from benchmarks.results import target, write
@@ -73,23 +73,13 @@ def phase_at(share: float) -> Phase | None:
     return next((phase for phase in PHASES if phase.begin <= share < phase.end), None)
 
 
-class Examples(Dataset[Any]):
-    """Noisy examples of a random function, a batch at a time."""
-
-    def __init__(self, size: int) -> None:
-        generator = torch.Generator().manual_seed(SEED)
-        self.inputs = torch.randn(size, FEATURES, generator=generator)
-        teacher = torch.randn(FEATURES, 1, generator=generator) / math.sqrt(FEATURES)
-        self.targets = torch.tanh(self.inputs @ teacher) + torch.randn(size, 1, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.targets[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.inputs[indices], self.targets[indices]
+def examples(size: int) -> TensorDataset:
+    """Noisy examples of a random function."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = torch.randn(size, FEATURES, generator=generator)
+    teacher = torch.randn(FEATURES, 1, generator=generator) / math.sqrt(FEATURES)
+    noise = torch.randn(size, 1, generator=generator)
+    return TensorDataset(inputs, torch.tanh(inputs @ teacher) + noise)
 
 
 class Regression(pl.LightningModule):
@@ -192,7 +182,7 @@ def run(steps: int, **options: Any) -> tuple[Regression, Watch]:
     watch = Watch(surge, sizes, steps)
     module = Regression(steps)
     trainer = quiet_trainer([sizes, surge, watch], max_steps=steps, max_epochs=-1)
-    loader = DataLoader(Examples(8192), batch_size=MICRO, shuffle=True, collate_fn=lambda batch: batch)
+    loader = DataLoader(examples(8192), batch_size=MICRO, shuffle=True)
     trainer.fit(module, loader)
     return module, watch
 

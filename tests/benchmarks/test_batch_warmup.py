@@ -31,7 +31,6 @@ from benchmarks.batch_warmup.rules import (
     Rule,
 )
 from benchmarks.batch_warmup.targets import contest, targets
-from benchmarks.batch_warmup.training import StepSizes
 from benchmarks.batch_warmup.workloads import WORKLOADS, lr_factor
 from benchmarks.cells import Store, run_cells
 from benchmarks.fidelity.analysis import pick
@@ -364,16 +363,6 @@ def test_every_budget_is_whole_epochs_and_whole_batches(name: str, budget: str) 
     assert what.examples["long"] == 4 * what.examples["short"]
     assert what.epochs(budget) * (what.examples[budget] // what.epochs(budget)) == what.examples[budget]
     assert (what.examples[budget] // what.epochs(budget)) % LARGE_BATCH_SIZE == 0
-
-
-def test_sizes_over_time_are_a_short_list_of_changes() -> None:
-    counted = StepSizes()
-    counted.sizes = [8, 8, 16, 16, 8]
-    assert counted.over_time() == [[0, 8], [16, 16], [48, 8]]
-    counted.sizes = list(range(1, 101))
-    short = counted.over_time()
-    assert len(short) <= 24
-    assert short[0] == [0, 1]
 
 
 def test_an_approached_rule_is_that_law_with_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
