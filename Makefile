@@ -52,7 +52,7 @@ docs: $(STAMP)  ## build the documentation in site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
 
 docs-output: $(STAMP)  ## run the code of the tutorial and write its output into the page
-	$(BIN)/python -m docs.code_blocks docs/tutorial.md
+	$(BIN)/python -m tests.code_blocks docs/tutorial.md
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

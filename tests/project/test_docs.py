@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_surge
 from benchmarks.publish import PAGES, filled, named
-from docs.code_blocks import blocks, run
 from lightning_surge import SurgeLRCallback
 from lightning_surge.cli import COMMANDS
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.schedules.by_examples import ExamplesClock
+from tests.code_blocks import blocks, run
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -244,7 +244,7 @@ def test_the_readme_is_short_and_names_the_versions_of_the_project() -> None:
 
 
 def test_the_documentation_stays_small() -> None:
-    assert sum(path.stat().st_size for path in (ROOT / "docs").rglob("*.*")) <= 200_000
+    assert sum(path.stat().st_size for path in (ROOT / "docs").rglob("*.*")) <= 170_000
 
 
 def configured(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
