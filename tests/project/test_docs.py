@@ -319,6 +319,17 @@ def test_identifiers_name_what_exists(page: str) -> None:
     assert missing == []
 
 
+def test_the_workflow_runs_targets_that_exist_on_every_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"make lint", "make test-fast", "make test", "make docs"} <= set(steps)
+    assert {step.removeprefix("make ") for step in steps} <= targets
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    assert workflow["jobs"]["test-fast"]["strategy"]["matrix"]["python"] == pythons
+
+
 def test_the_version_is_one_number() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     citation = (ROOT / "CITATION.cff").read_text()
