@@ -13,6 +13,7 @@ from numbers import Real
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_surge.measure.batches import DATA, leaves
 
@@ -90,6 +91,8 @@ class BatchCounter:
 
 
 def _leading(batch: Any) -> float:
+    if type(batch) in (list, tuple) and set(map(type, batch)) == {Tensor} and batch[0].ndim:
+        return int(batch[0].shape[0])  # the usual batch, at every step
     return next(_lengths(batch))[1]
 
 

@@ -86,6 +86,9 @@ def law_metrics(
     }
     if math.isfinite(stats.noise_scale):
         metrics[f"{PREFIX}noise_scale"] = stats.noise_scale
+        error = history.standard_error(lambda stats: stats.noise_scale)
+        if math.isfinite(error):
+            metrics[f"{PREFIX}noise_scale_standard_error"] = error
     if law is None:
         return metrics
     quantities: dict[str, Callable[[Law], float]] = {
@@ -110,13 +113,9 @@ def law_metrics(
     numbers: dict[str, float | None] = asdict(law.law)  # type: ignore[call-overload]
     metrics |= {f"{PREFIX}law/{name}": value for name, value in numbers.items() if value is not None}
     metrics[f"{PREFIX}law/smallest_measured"], metrics[f"{PREFIX}law/largest_measured"] = law.reach
-    if isinstance(law.law, MeasuredLaw):
-        if math.isfinite(deviation_l1):
-            # |sigma|_1^2 / |mu|_1^2; the alignment of an infinite batch is |mu|_1.
-            metrics[f"{PREFIX}noise_scale_l1"] = (deviation_l1 / law.law.alignment_limit) ** 2
-        error = law.standard_error(lambda law: law.alignment_scale)  # type: ignore[attr-defined]
-        if math.isfinite(error):
-            metrics[f"{PREFIX}noise_scale_standard_error"] = error
+    if isinstance(law.law, MeasuredLaw) and math.isfinite(deviation_l1):
+        # |sigma|_1^2 / |mu|_1^2; the alignment of an infinite batch is |mu|_1.
+        metrics[f"{PREFIX}noise_scale_l1"] = (deviation_l1 / law.law.alignment_limit) ** 2
     return metrics
 
 

@@ -58,7 +58,7 @@ class SurgeSettings:
     probe_every: int | None
     probe_examples: int | None
     lr_scale_bounds: tuple[float, float] | None
-    max_drift_per_step: float
+    max_drift_per_step: float | None
     half_life: float
     scale_weight_decay: bool
     custom_scalars: bool

@@ -61,6 +61,7 @@ from lightning_surge.measure.batches import SplitBatch
 from lightning_surge.measure.direction import SIGN, Direction
 from lightning_surge.optimizers.families import decay_follows_lr, direction_of, largest_lr
 from lightning_surge.optimizers.lr_writer import FactorInUpdate, learning_rates
+from lightning_surge.optimizers.stopwatch import Stopwatch, timed
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
 from lightning_surge.policy.reasons import Reason
@@ -92,7 +93,8 @@ class SurgeLRCallback(Callback):
           a `training_step` that steps on parts of its batch needs `batch_size_fn=`.
         * A learning rate that was wrong at `base_batch_size` is not repaired.
         * Batches pooled for a measurement stay on their device, up to 16 base batches.
-        * Measurements are noisy: until their standard error shrinks the factor stays near `sqrt(B / base)`.
+        * Measurements are noisy: until their standard error shrinks the factor moves, by at most 5 % a step,
+          towards `sqrt(B / base)`.
         * Saving a checkpoint discards the batches being pooled, so that a resumed run repeats the running one
           bit for bit. Add `ExactResume` for random streams and the places of loaders.
 
@@ -103,8 +105,9 @@ class SurgeLRCallback(Callback):
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
         objective: `"progress"` keeps the expected progress per example. A larger batch raises the factor at
-            once as far as `"alignment"` does; the rest is approached by `max_drift_per_step`, which gives
-            curvature time to adapt. `"alignment"` is sqrt scaling that saturates where the noise does.
+            once as far as a measured `"alignment"` does; the rest is approached by `max_drift_per_step`,
+            which gives curvature time to adapt. `"alignment"` is sqrt scaling that saturates where the noise
+            does.
             `"edge"` is progress capped by Adam's edge of stability, which falls with the batch size: for
             Adam, AdamW, NAdam and RAdam in float32 with decoupled weight decay, without clipping, and holds
             one more buffer of the size of the parameters. `"step"` is the paper's: the best next step, which
@@ -116,8 +119,9 @@ class SurgeLRCallback(Callback):
         probe_examples: Examples per measurement, pooled from consecutive batches; None decides by the
             budget.
         lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`.
-        max_drift_per_step: Largest relative rise of the factor per step, beyond what a larger batch allows at
-            once.
+        max_drift_per_step: Largest relative rise of the factor per step, beyond what measurements allow at
+            once. None takes 0.05 with laws that are measured, and follows a rule to the letter; with a number
+            a rule is approached, too.
         half_life: Measurements after which an old one counts half.
         scale_weight_decay: Whether decoupled weight decay, which torch multiplies with the learning rate,
             scales with the factor too. False keeps `lr * weight_decay` as scheduled, and is refused for decay
@@ -141,8 +145,8 @@ class SurgeLRCallback(Callback):
 
     Example:
         >>> callback = SurgeLRCallback(base_batch_size=16)
-        >>> callback.lr_scale(64)  # nothing measured yet
-        2.0
+        >>> callback.lr_scale(64)  # nothing measured yet: 5 % a step, towards sqrt(64 / 16)
+        1.05
 
     Attributes:
         decision: The latest decision: the ratio predicted and used, and the reason. A new reason also goes to
@@ -165,7 +169,7 @@ class SurgeLRCallback(Callback):
         probe_every: int | None = None,
         probe_examples: int | None = None,
         lr_scale_bounds: tuple[float, float] | None = None,
-        max_drift_per_step: float = 0.05,
+        max_drift_per_step: float | None = None,
         half_life: float = 8.0,
         scale_weight_decay: bool = True,
         batch_size_fn: Callable[[Any], float] | None = None,
@@ -201,6 +205,7 @@ class SurgeLRCallback(Callback):
         self._state_key = self._key_of(law)
         self._behind_step = StepExamples()
         self._begin_afresh()
+        self._stopwatch = Stopwatch()
         self._started = 0.0
         self._ended = 0.0
         self._forget_run()
@@ -265,7 +270,7 @@ class SurgeLRCallback(Callback):
         return None if policy is None else policy.law or policy.fixed_law
 
     def lr_scale(self, batch_size: float, lr: float | None = None) -> float:
-        """The factor on the scheduled learning rate that would be applied at a batch size now.
+        """The factor on the scheduled learning rate that the next step would get at a batch size.
 
         Args:
             batch_size: examples per optimizer step, positive and finite.
@@ -297,9 +302,9 @@ class SurgeLRCallback(Callback):
 
     @property
     def overhead_time(self) -> float:
-        """Share of wall time since training started that went into measuring."""
+        """Share of the wall time since training started that passed in this callback's hooks."""
         elapsed = (self._ended or time.perf_counter()) - self._started
-        return self._measurer.seconds / elapsed if self._started else 0.0
+        return self._stopwatch.seconds / elapsed if self._started else 0.0
 
     # ------------------------------------------------------------------ set-up
 
@@ -369,11 +374,13 @@ class SurgeLRCallback(Callback):
             after=self._after_step,
             keeps_decay=None if self.settings.scale_weight_decay else partial(decay_follows_lr, optimizer),
             tell=partial(self._tell_of_early_reader, type(optimizer).__name__),
+            watch=self._stopwatch,
         )
         self._may_be_capped = math.isfinite(largest_lr(optimizer))
         self._learner.moments.begin(optimizer)
         pace = behind.pace if behind.manual else None
         self._measurer.attach(trainer, pl_module, optimizer, self._direction, pace)
+        self._stopwatch.seconds = 0.0
         self._started, self._ended = time.perf_counter(), 0.0
         drawn = [one for one in callbacks_of(trainer, SurgeLRCallback) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them
@@ -387,6 +394,7 @@ class SurgeLRCallback(Callback):
 
     # ------------------------------------------------------------------ one optimizer step
 
+    @timed
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -407,11 +415,13 @@ class SurgeLRCallback(Callback):
         if behind.manual:
             behind.pace.begin_batch(trainer.global_step)
 
+    @timed
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let a micro-batch's gradients stand alone if they are measured."""
         self._behind_step.before_backward()
         self._measurer.before_backward()
 
+    @timed
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the micro-batch, and show it to the measurer."""
         behind = self._behind_step
@@ -420,6 +430,7 @@ class SurgeLRCallback(Callback):
             weight = 1.0 if self._scheduler is None else self._scheduler.loss_weight
             self._measurer.after_backward(behind.batch, behind.batch_idx, size, weight)
 
+    @timed
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -462,7 +473,7 @@ class SurgeLRCallback(Callback):
 
     def _measure(self, trainer: pl.Trainer, step: StepToCome) -> None:
         """Finish the window's measurement, and fit the law again."""
-        begin, learner, measurer = time.perf_counter(), self._learner, self._measurer
+        learner, measurer = self._learner, self._measurer
         clipped = self._behind_step.clipped or clips_gradients(trainer, trainer.lightning_module)
         readable = not clipped and learner.moments.readable(step.optimizer)
         moments = learner.moments if readable else None
@@ -478,7 +489,6 @@ class SurgeLRCallback(Callback):
         if measurement is not None:
             tell = None if self._scheduler is None else self._scheduler.learn
             learner.learn(step, measurement, one_lr=measurer.one_lr, moments=moments, tell=tell)
-        measurer.seconds += time.perf_counter() - begin
 
     def _factor_for_update(self, *, early: bool) -> float | None:
         """The factor for the update about to be made; by now everybody else has written the learning rate."""
@@ -551,6 +561,7 @@ class SurgeLRCallback(Callback):
                 "learning rate."
             )
 
+    @timed
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Log the latest step where Lightning keeps what is logged."""
         if self._factor is not None:
@@ -620,7 +631,7 @@ class SurgeLRCallback(Callback):
         if self.base_batch_size != saved:
             rank_zero_warn(
                 f"base_batch_size={self.base_batch_size} replaces the checkpoint's {saved}: the factor on "
-                "the learning rate will jump."
+                "the learning rate changes."
             )
 
     def _start_over(self) -> None:

@@ -101,10 +101,7 @@ def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: flo
 
 
 def at_once_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
-    """How far a larger batch may raise the learning rate at once: as far as a step's cost stays what it is.
-
-    Below the base it is 1, since training is used to the base's learning rate; where the law has no alignment
-    it is that of square-root scaling.
+    """Ratio at which a step costs what it costs at the base: how far a larger batch may raise it at once.
 
     Args:
         law: any law.
@@ -112,20 +109,19 @@ def at_once_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
         base_batch_size: examples at which the scheduled learning rate was tuned.
 
     Returns:
-        `alignment_ratio`, finite and at least that of the base.
+        `alignment_ratio`; that of square-root scaling where the law has no alignment.
 
     Example:
         >>> from lightning_surge.laws.theorems import Theorem3Law
         >>> law = Theorem3Law(noise_scale=100.0, peak_lr=0.1)
-        >>> round(at_once_ratio(law, 64.0, 16.0), 6), at_once_ratio(law, 4.0, 16.0)
-        (2.0, 1.0)
+        >>> round(at_once_ratio(law, 64.0, 16.0), 6), round(at_once_ratio(law, 4.0, 16.0), 6)
+        (2.0, 0.5)
     """
-    size = max(batch_size, base_batch_size)
     try:
-        ratio = alignment_ratio(law, size, base_batch_size)
+        ratio = alignment_ratio(law, batch_size, base_batch_size)
     except (ArithmeticError, ValueError):
         ratio = math.nan
-    return ratio if 0.0 < ratio < math.inf else math.sqrt(size / base_batch_size)
+    return ratio if 0.0 < ratio < math.inf else math.sqrt(batch_size / base_batch_size)
 
 
 def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:

@@ -111,8 +111,9 @@ def largest_lr(optimizer: Optimizer) -> float:
     """
     if not isinstance(optimizer, torch.optim.Adafactor):
         return math.inf
-    steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
-    return 1.0 / math.sqrt(max(steps, default=0.0) + 1.0)
+    # Of the parameter that has been trained longest.
+    steps = next((float(state["step"]) for state in optimizer.state.values() if "step" in state), 0.0)
+    return 1.0 / math.sqrt(steps + 1.0)
 
 
 def decay_follows_lr(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:

@@ -268,11 +268,9 @@ def _option(state: RunState, size: float, critical: Interval) -> Option:
     smallest, largest = state.measured
     at_once = math.inf
     if size > state.batch_size:  # what `Policy` would write in the next step
-        here, there = (
-            level * at_once_ratio(state.law, one, state.base_batch_size) for one in (state.batch_size, size)
-        )
-        used = state.lr_used / state.lr_scheduled if state.lr_scheduled > 0.0 else 0.0
-        at_once = state.lr_scheduled * there * max(used / here, 1.0)
+        sizes = (state.batch_size, size)
+        here, there = (at_once_ratio(state.law, one, state.base_batch_size) for one in sizes)
+        at_once = state.lr_used * there / here
     steps = [_steps_ratio(size, state.batch_size, one) for one in critical]
     return Option(
         batch_size=size,

@@ -190,7 +190,8 @@ def assert_sane(callback: SurgeLRCallback) -> None:
         for size in SIZES:
             scale = callback.lr_scale(size, lr)
             reach = 1.0 if base is None else max(size / base, base / size)
-            assert 1.0 / reach <= scale <= reach, (size, lr, scale)
+            # On its way up from a smaller batch it may be below the bounds that go by the size.
+            assert 1e-9 < scale <= reach, (size, lr, scale)
 
 
 def is_fresh(callback: SurgeLRCallback) -> bool:
@@ -202,7 +203,7 @@ def is_fresh(callback: SurgeLRCallback) -> bool:
         all(state[part] == fresh[part] for part in parts)
         and state["measurer"]["budget"] == fresh["measurer"]["budget"]
         and state["measurer"]["sharpness"]["vector"] == []
-        and (policy is None or (policy["law"] is None and policy["lag"] == 1.0))
+        and (policy is None or (policy["law"] is None and policy["at"] is None))
         and math.isnan(state["scheduled_lr"])
         and callback.law is None
     )
@@ -263,11 +264,10 @@ class TestDamage:
         (("policy", "law", "law", "alignment_scale"), "48", "got alignment_scale=48"),
         (("policy", "law", "replicates", 0, 1), 1.5, "Expected shares between 0 and 1"),
         (("policy", "law", "reach"), [8.0, 4.0], "a reach from low to high, got .*(8.0, 4.0)"),
-        (("policy", "lag"), 2.0, "lag <= 1 at a batch size"),
-        (("policy", "heat"), 0.5, "Expected heat >= 1"),
-        (("policy", "heat"), math.nan, "Expected 0 < heat < inf, got heat=nan"),
-        (("policy", "lag"), 0.0, "Expected 0 < lag < inf, got lag=0.0"),
-        (("policy", "lag_at"), 5e-324, "in reach of 4"),
+        (("policy", "used_to"), 1e300, "in reach of 4, and a reason or None, got used_to=1e.300"),
+        (("policy", "used_to"), math.nan, "Expected 0 < used_to < inf, got used_to=nan"),
+        (("policy", "latest"), 0.0, "Expected 0 < latest < inf, got latest=0.0"),
+        (("policy", "at"), 5e-324, "in reach of 4"),
         (("policy", "held"), 3, "held=3"),
         (("measurer", "budget", "_spacing"), 0.5, "Expected spacing of at least 1.0 .* got 0.5"),
         (("measurer", "budget", "trained"), math.inf, "Expected trained of at least 0.0 .* got inf"),
@@ -304,7 +304,7 @@ class TestDamage:
             callback.load_state_dict(damaged(state, path, value))
         assert is_fresh(callback)
         assert callback.base_batch_size == 4
-        assert callback.lr_scale(64) == 4.0
+        assert callback.lr_scale(64) == 1.05
 
     @pytest.mark.parametrize("state", [[1, 2], "state", 7])
     def test_of_all_of_it(self, state: Any) -> None:
@@ -325,7 +325,7 @@ class TestDamage:
         with pytest.warns(UserWarning, match=r"base_batch_size is (16\.|that of the first step: pass)"):
             callback.load_state_dict(state)
         assert callback.base_batch_size == kept
-        assert callback.lr_scale(64) == (1.0 if kept is None else 2.0)
+        assert callback.lr_scale(64) == (1.0 if kept is None else 1.05)
 
 
 class TestRooms:
@@ -337,7 +337,7 @@ class TestRooms:
             (lambda: ProbeBudget(0.01), ("spent",), math.nan),
             (AdamMoments, ("_first",), -1.0),
             (NoiseHistory, ("records",), [{}]),
-            (lambda: Policy(base_batch_size=4), ("lag",), math.nan),
+            (lambda: Policy(base_batch_size=4), ("used_to",), math.nan),
             (Sharpness, ("vector",), [torch.ones(2), None]),
         ],
     )
@@ -405,7 +405,7 @@ class TestGoingOn:
         ):
             net = self._resumed(make_trainer, checkpoint, callback)
         assert callback.base_batch_size == 4
-        assert net.lrs[0] == 0.02  # sqrt(16 / 4) until something is measured
+        assert net.lrs[0] == 0.0105  # on the way to sqrt(16 / 4) until something is measured
         assert callback.history.num_measurements > 4
 
     @pytest.mark.parametrize("objective", ["alignment", "progress", "step"])
@@ -417,12 +417,12 @@ class TestGoingOn:
         assert callback.history.num_measurements > STEPS
 
     def test_with_the_edge_where_none_was_measured(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
-        trainer = make_trainer(surge(objective="alignment"))
-        trainer.fit(Net(), data())
+        trainer, before = make_trainer(surge(objective="alignment")), Net()
+        trainer.fit(before, data())
         trainer.save_checkpoint(tmp_path / "alignment.ckpt")
         callback = surge(objective="edge")
         net = self._resumed(make_trainer, tmp_path / "alignment.ckpt", callback)
-        assert net.lrs[0] == 0.02  # no edge is known yet
+        assert net.lrs[0] == pytest.approx(1.05 * before.lrs[-1])  # no edge is known yet
         assert callback.law is not None
         assert math.isfinite(callback.law.edge_lr(BATCH))
 
@@ -459,7 +459,7 @@ class TestGoingOn:
         callback = surge(objective="edge")
         with pytest.warns(UserWarning, match="KeyError: 'curvatures': .*afresh"):
             net = self._resumed(make_trainer, self._with(checkpoint, change), callback)
-        assert net.lrs[0] == 0.02
+        assert net.lrs[0] == 0.0105
         assert callback.history.num_measurements > 4
 
     @pytest.mark.parametrize("whole_state", [True, False])

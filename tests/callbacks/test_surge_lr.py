@@ -354,7 +354,7 @@ class TestLearningRate:
         base = [0.04, 0.01] if make_optimizer is two_groups else [0.05 if make_optimizer is sgd else 0.01]
         assert module.lrs == [[lr * decision.used for lr in base] for _, decision in decisions]
         # A measurement has moved it away from where it began.
-        assert decisions[0][1].used == math.sqrt(16 / 2)
+        assert decisions[0][1].used == 1.05
         assert decisions[-2][1].used != decisions[0][1].used
         assert [group["lr"] for group in trainer.optimizers[0].param_groups] == base
 
@@ -829,8 +829,9 @@ class TestLogging:
         from lightning_surge.measure.records import ChunkStatistics, Measurement
         from lightning_surge.policy.history import NoiseHistory
 
-        history = NoiseHistory()
-        history.add(Measurement(ChunkStatistics(8.0, 1.0, 10.0, ()), (), 1.0))
+        history = NoiseHistory(half_life=1e12)
+        for noise in (8.0, 12.0):
+            history.add(Measurement(ChunkStatistics(8.0, 1.0, noise, ()), (), 1.0))
         laws = [
             MeasuredLaw(
                 alignment_limit=2.0, alignment_scale=48.0, noise_curvature=1.0, signal_curvature=signal
@@ -848,8 +849,19 @@ class TestLogging:
         assert metrics["surge/noise_scale"] == 10.0
         for name in ("peak_batch_size", "peak_lr", "critical_batch_size", "curvature"):
             assert metrics[f"surge/{name}_standard_error"] > 0.0, name
-        # At N = 1 half of D's spread of 0.2, and the two replicates weigh the same.
-        assert metrics["surge/curvature_standard_error"] == pytest.approx(0.1)
+        # At N = 1 half of D's spread of 0.2, the two replicates weigh the same, and Student's factor for two.
+        assert metrics["surge/curvature_standard_error"] == pytest.approx(0.1 * 1.8373, rel=1e-4)
+        # Half of the spread of 4, whatever the law, as with SGD.
+        for each in (metrics, law_metrics(history, None, 16.0)):
+            assert each["surge/noise_scale_standard_error"] == pytest.approx(2 * 1.8373, rel=1e-4)
+
+    def test_overhead_time_counts_every_hook(self, make_trainer: MakeTrainer) -> None:
+        """Five of the callback's and three around the update, on a clock that ticks whenever it is read."""
+        callback, ticks = SurgeLRCallback(2, "sqrt"), itertools.count()
+        callback._stopwatch.clock = lambda: float(next(ticks))
+        make_trainer(callback).fit(Slope(), ones(12, 4))
+        assert callback._stopwatch.seconds == 3 * 8
+        assert callback.overhead_time > 0.0
 
     def test_follows_log_every_n_steps(self, make_trainer: MakeTrainer) -> None:
         memory = Memory()

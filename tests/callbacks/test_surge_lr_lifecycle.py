@@ -477,19 +477,19 @@ class TestResume:
             callback.load_state_dict(callback.state_dict() | {"version": 0})
         assert callback.law is None
 
-    def test_with_another_base_batch_size_says_that_the_factor_jumps(self) -> None:
+    def test_with_another_base_batch_size_says_that_the_factor_changes(self) -> None:
         state = SurgeLRCallback(4).state_dict()
         callback = SurgeLRCallback(8)
-        with pytest.warns(UserWarning, match="base_batch_size=8 replaces the checkpoint's 4: .* jump"):
+        with pytest.warns(UserWarning, match="base_batch_size=8 replaces the checkpoint's 4: .* changes"):
             callback.load_state_dict(state)
         assert callback.base_batch_size == 8
-        assert callback.lr_scale(32) == 2.0
+        assert callback.lr_scale(2) == 0.5
 
     def test_without_a_base_batch_size_takes_the_checkpoints(self) -> None:
         callback = SurgeLRCallback()
         callback.load_state_dict(SurgeLRCallback(4).state_dict())
         assert callback.base_batch_size == 4
-        assert callback.lr_scale(16) == 2.0
+        assert callback.lr_scale(1) == 0.5
 
 
 class TestRuns:
@@ -731,7 +731,7 @@ class TestErrors:
         module = Regression(make_optimizer=lambda m: Ladder(m.parameters(), lr=0.01))
         with pytest.warns(UserWarning, match="does not know Ladder: it is treated as an Adam-style"):
             make_trainer(SurgeLRCallback(4, max_overhead=1e-9)).fit(module, data(48, 16))
-        assert module.lrs == [0.02] * 3
+        assert module.lrs == pytest.approx([0.01 * 1.05**k for k in (1, 2, 3)])
 
 
 class Failing(Regression):

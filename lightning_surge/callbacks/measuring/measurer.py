@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -77,7 +76,6 @@ class Measurer:
         # For good: a repeated step leaves traces in training.
         self.off = False
         self.budget = self._plan.budget
-        self.seconds = 0.0
         self.failure: str | None = None
         self.detach()
 
@@ -108,13 +106,11 @@ class Measurer:
             uses_batch_statistics=self._loss.uses_batch_statistics,
         )
         self._instruments.begin(optimizer, direction, self._prober)
-        self.seconds = 0.0
 
     def take_over(self, other: Measurer, pace: Pace) -> None:
         """Take hold of the run that another one has in hand, if it has one; `pace` takes the place of its."""
         if "_run" in vars(other):
             self.attach(*other._run, None if other._pace is None else pace)
-            self.seconds = other.seconds
 
     def detach(self) -> None:
         """Let go of the run, and of every batch."""
@@ -285,9 +281,7 @@ class Measurer:
         """
         piece = Piece(batch, batch_idx, size)
         if self._live.measurement is not None:
-            begin = time.perf_counter()
             self._live.add(piece, weight, self._attempts, partial(self._versions.check, batch))
-            self.seconds += time.perf_counter() - begin
         else:
             self._pool.add(piece, self._versions)
 
