@@ -20,8 +20,11 @@ References:
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
+
+from lightning_surge.checking.arguments import number, store
 
 __all__ = [
     "ConstantLaw",
@@ -31,8 +34,8 @@ __all__ = [
     "Peak",
     "SGDLaw",
     "SqrtLaw",
-    "checked_batch_size",
-    "require_number",
+    "checked",
+    "store_numbers",
 ]
 
 
@@ -49,25 +52,14 @@ class Peak(NamedTuple):
     lr: float
 
 
-def require_number(name: str, value: float, remedy: str, *, zero: bool = False) -> float:
-    """Return ``value`` as a float if it is finite and positive, or 0 where ``zero`` allows it.
+def checked(batch_size: float) -> float:
+    """A batch size as a float."""
+    return float(number("batch_size", batch_size, "count the examples behind one optimizer step"))
 
-    Raises:
-        ValueError: otherwise, with the rule, the value and the remedy.
 
-    Example:
-        >>> require_number("steps", 3, "count optimizer steps")
-        3.0
-        >>> require_number("steps", -1, "count optimizer steps")
-        Traceback (most recent call last):
-        ValueError: Expected 0 < steps < inf, got steps=-1: count optimizer steps.
-    """
-    try:
-        if math.isfinite(value) and (value > 0 or (zero and value == 0)):
-            return float(value)
-    except (TypeError, OverflowError):
-        pass  # no number, or one that no float holds: as from a damaged checkpoint
-    raise ValueError(f"Expected 0 {'<=' if zero else '<'} {name} < inf, got {name}={value}: {remedy}.")
+def store_numbers(law: object, remedies: Mapping[str, str], **bounds: float) -> None:
+    """Check fields of a law that is being made, and keep them as floats."""
+    store(law, **{n: float(number(n, getattr(law, n), why, **bounds)) for n, why in remedies.items()})
 
 
 class Law(ABC):
@@ -85,7 +77,7 @@ class Law(ABC):
         Raises:
             ValueError: unless ``0 < batch_size < inf``.
         """
-        return self._lr(checked_batch_size(batch_size))
+        return self._lr(checked(batch_size))
 
     def alignment(self, batch_size: float) -> float:
         """N(B) = 2 gain / lr, since gain = N^2 / (2 D) and lr = N / D; in the unit of gain over that of lr.
@@ -125,7 +117,7 @@ class Law(ABC):
         Raises:
             ValueError: unless ``0 < batch_size < inf``.
         """
-        return self._gain(checked_batch_size(batch_size))
+        return self._gain(checked(batch_size))
 
     @property
     @abstractmethod
@@ -145,11 +137,6 @@ class Law(ABC):
 
     @abstractmethod
     def _gain(self, batch_size: float) -> float: ...
-
-
-def checked_batch_size(batch_size: float) -> float:
-    """Return a batch size as a float, or raise the error that every law raises."""
-    return require_number("batch_size", batch_size, "count the examples behind one optimizer step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,11 +196,10 @@ class MeasuredLaw(Law):
     signal_curvature: float
 
     def __post_init__(self) -> None:
-        require_number("alignment_limit", self.alignment_limit, "a zero gradient has no best learning rate")
-        require_number("alignment_scale", self.alignment_scale, "use 0 for noiseless gradients", zero=True)
+        store_numbers(self, {"alignment_limit": "a zero gradient has no best learning rate"})
+        store_numbers(self, {"alignment_scale": "use 0 for noiseless gradients"}, least=0)
         remedy = "clamp a negative estimate to 0, and hold the learning rate if D itself is not positive"
-        require_number("noise_curvature", self.noise_curvature, remedy, zero=True)
-        require_number("signal_curvature", self.signal_curvature, remedy, zero=True)
+        store_numbers(self, {"noise_curvature": remedy, "signal_curvature": remedy}, least=0)
         if self.noise_curvature == 0 and self.signal_curvature == 0:
             raise ValueError(
                 "Expected noise_curvature > 0 or signal_curvature > 0, got noise_curvature=0 and "
@@ -222,7 +208,7 @@ class MeasuredLaw(Law):
 
     def alignment(self, batch_size: float) -> float:
         """N(B) = E[V . G]; ``batch_size`` in examples."""
-        batch_size = checked_batch_size(batch_size)
+        batch_size = checked(batch_size)
         return self.alignment_limit / math.sqrt(1 + self.alignment_scale / batch_size)
 
     def curvature(self, batch_size: float) -> float:
@@ -294,13 +280,10 @@ class SGDLaw(Law):
     exponent: float = 1.0
 
     def __post_init__(self) -> None:
-        require_number("max_lr", self.max_lr, "pass the learning rate of a very large batch")
-        require_number("noise_scale", self.noise_scale, "use 0 for noiseless gradients", zero=True)
-        if not 0 < self.exponent <= 1:
-            raise ValueError(
-                f"Expected 0 < exponent <= 1, got exponent={self.exponent}: "
-                "use 1 for SGD, 0.5 for the guess for Adam, ConstantLaw for 0."
-            )
+        store_numbers(self, {"max_lr": "pass the learning rate of a very large batch"})
+        store_numbers(self, {"noise_scale": "use 0 for noiseless gradients"}, least=0)
+        remedy = "use 1 for SGD, 0.5 for the guess for Adam, ConstantLaw for 0"
+        store_numbers(self, {"exponent": remedy}, most=1)
 
     @property
     def peak(self) -> Peak:
@@ -333,8 +316,8 @@ class _PowerLaw(Law):
     _gain_exponent: ClassVar[float]
 
     def __post_init__(self) -> None:
-        require_number("base_lr", self.base_lr, "pass the learning rate tuned at base_batch_size")
-        require_number("base_batch_size", self.base_batch_size, "pass the batch size base_lr was tuned at")
+        store_numbers(self, {"base_lr": "pass the learning rate tuned at base_batch_size"})
+        store_numbers(self, {"base_batch_size": "pass the batch size base_lr was tuned at"})
 
     @property
     def peak(self) -> Peak:

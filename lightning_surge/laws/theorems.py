@@ -18,7 +18,8 @@ import numpy.typing as npt
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import erf, logsumexp
 
-from lightning_surge.laws.base import Law, Peak, checked_batch_size, require_number
+from lightning_surge.checking.arguments import choice, number
+from lightning_surge.laws.base import Law, Peak, checked, store_numbers
 
 __all__ = ["Theorem2Law", "Theorem3Law", "large_batch_limit"]
 
@@ -62,10 +63,8 @@ class Theorem3Law(Law):
 
     def __post_init__(self) -> None:
         if self.noise_scale != math.inf:
-            require_number(
-                "noise_scale", self.noise_scale, "use inf and sqrt_coefficient if there is no peak"
-            )
-            require_number("peak_lr", self.peak_lr, "pass the learning rate at noise_scale")
+            store_numbers(self, {"noise_scale": "use inf and sqrt_coefficient if there is no peak"})
+            store_numbers(self, {"peak_lr": "pass the learning rate at noise_scale"})
             if self.sqrt_coefficient is not None:
                 raise ValueError(
                     f"Expected sqrt_coefficient=None with a finite noise_scale, got sqrt_coefficient="
@@ -77,9 +76,9 @@ class Theorem3Law(Law):
                     f"Expected peak_lr=inf with noise_scale=inf, got peak_lr={self.peak_lr}: "
                     "without a peak pass peak_lr=inf and sqrt_coefficient."
                 )
+            store_numbers(self, {"noise_scale": "", "peak_lr": ""}, most=math.inf)
             remedy = "with noise_scale=inf pass the learning rate per sqrt(example)"
-            slope = math.nan if self.sqrt_coefficient is None else self.sqrt_coefficient
-            require_number("sqrt_coefficient", slope, remedy)
+            store_numbers(self, {"sqrt_coefficient": remedy})
 
     @classmethod
     def from_moments(
@@ -120,7 +119,7 @@ class Theorem3Law(Law):
             )
         moving = sigma > 0
         mu, sigma, h = mu[moving], sigma[moving], h[np.ix_(moving, moving)]
-        trace = require_number("trace of hessian", np.trace(h), "damp the Hessian or use its positive part")
+        trace = number("trace of hessian", float(np.trace(h)), "damp the Hessian or use its positive part")
         ratio = mu / sigma
         coherent = float(ratio @ (h - np.diag(np.diag(h))) @ ratio)
         slope = math.sqrt(2 / math.pi) * float(mu @ ratio) / trace
@@ -203,10 +202,7 @@ class Theorem2Law(Law):
     form: Literal["erf", "sigmoid"] = "erf"
 
     def __post_init__(self) -> None:
-        if self.form not in ("erf", "sigmoid"):
-            raise ValueError(
-                f'Expected form "erf" or "sigmoid", got form={self.form!r}: use "erf" for exactness.'
-            )
+        choice("form", self.form, ("erf", "sigmoid"), "use erf for exactness")
         arrays = _statistics(self.mean, self.standard_deviation, self.hessian)
         for name, array in zip(("mean", "standard_deviation", "hessian"), arrays, strict=True):
             array.setflags(write=False)
@@ -220,11 +216,11 @@ class Theorem2Law(Law):
 
     def alignment(self, batch_size: float) -> float:
         """N(B) = E[V . G]; ``batch_size`` in examples."""
-        return float(self._alignment_and_curvature(np.array([checked_batch_size(batch_size)]))[0][0])
+        return float(self._alignment_and_curvature(np.array([checked(batch_size)]))[0][0])
 
     def curvature(self, batch_size: float) -> float:
         """D(B) = E[V' H V]; ``batch_size`` in examples."""
-        return float(self._alignment_and_curvature(np.array([checked_batch_size(batch_size)]))[1][0])
+        return float(self._alignment_and_curvature(np.array([checked(batch_size)]))[1][0])
 
     @cached_property
     def peak(self) -> Peak:
@@ -346,9 +342,7 @@ def large_batch_limit(*, mean: npt.ArrayLike, hessian: npt.ArrayLike) -> float:
     mu, _, h = _statistics(mean, np.zeros(np.shape(mean)), hessian)
     signs = np.sign(mu)
     remedy = "damp the Hessian or use its positive part"
-    return float(np.abs(mu).sum()) / require_number(
-        "hessian along sign(mean)", float(signs @ h @ signs), remedy
-    )
+    return float(np.abs(mu).sum()) / number("hessian along sign(mean)", float(signs @ h @ signs), remedy)
 
 
 def _statistics(

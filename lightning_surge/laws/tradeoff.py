@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import linregress
 
-from lightning_surge.laws.base import require_number
+from lightning_surge.checking.arguments import number
 
 __all__ = [
     "TradeoffFit",
@@ -67,8 +67,8 @@ def gain_fraction(batch_size: float, *, critical_batch_size: float) -> float:
         >>> gain_fraction(100, critical_batch_size=300)
         0.25
     """
-    batch_size = require_number("batch_size", batch_size, _BATCH)
-    critical_batch_size = require_number("critical_batch_size", critical_batch_size, _CRITICAL)
+    batch_size = number("batch_size", batch_size, _BATCH)
+    critical_batch_size = number("critical_batch_size", critical_batch_size, _CRITICAL)
     return 1 / (1 + critical_batch_size / batch_size)
 
 
@@ -88,7 +88,7 @@ def steps_needed(batch_size: float, *, critical_batch_size: float, min_steps: fl
         4000.0
     """
     fraction = gain_fraction(batch_size, critical_batch_size=critical_batch_size)
-    return require_number("min_steps", min_steps, _SCALE) / fraction
+    return number("min_steps", min_steps, _SCALE) / fraction
 
 
 def examples_needed(batch_size: float, *, critical_batch_size: float, min_examples: float) -> float:
@@ -106,9 +106,9 @@ def examples_needed(batch_size: float, *, critical_batch_size: float, min_exampl
         >>> examples_needed(600, critical_batch_size=300, min_examples=300_000)
         900000.0
     """
-    batch_size = require_number("batch_size", batch_size, _BATCH)
-    critical_batch_size = require_number("critical_batch_size", critical_batch_size, _CRITICAL)
-    return require_number("min_examples", min_examples, _SCALE) * (1 + batch_size / critical_batch_size)
+    batch_size = number("batch_size", batch_size, _BATCH)
+    critical_batch_size = number("critical_batch_size", critical_batch_size, _CRITICAL)
+    return number("min_examples", min_examples, _SCALE) * (1 + batch_size / critical_batch_size)
 
 
 def examples_at_steps(steps: float, *, min_steps: float, min_examples: float) -> float:
@@ -128,9 +128,9 @@ def examples_at_steps(steps: float, *, min_steps: float, min_examples: float) ->
         >>> examples_at_steps(4000, min_steps=1000, min_examples=300_000)
         400000.0
     """
-    steps = require_number("steps", steps, "count optimizer steps")
-    min_steps = require_number("min_steps", min_steps, _SCALE)
-    min_examples = require_number("min_examples", min_examples, _SCALE)
+    steps = number("steps", steps, "count optimizer steps")
+    min_steps = number("min_steps", min_steps, _SCALE)
+    min_examples = number("min_examples", min_examples, _SCALE)
     if steps <= min_steps:
         raise ValueError(
             f"Expected steps > min_steps, got steps={steps}, min_steps={min_steps}: "
@@ -190,4 +190,4 @@ def fit_tradeoff(steps: Counts, examples: Counts) -> TradeoffFit:
 
 def _inverses(name: str, values: Counts) -> npt.NDArray[np.float64]:
     remedy = "pass one count per run and leave out runs that never reached the loss"
-    return np.array([1 / require_number(f"{name}[{i}]", value, remedy) for i, value in enumerate(values)])
+    return np.array([1 / number(f"{name}[{i}]", value, remedy) for i, value in enumerate(values)])

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import REMEDY, restore
 from lightning_surge.measure.distributed import Shards, local
 from lightning_surge.measure.gradients import blocks
 from lightning_surge.optimizers.families import has_plain_averages
@@ -33,6 +36,23 @@ LARGEST_SHARE = 0.5
 LEAST_BETA_1 = (1.0 - LARGEST_SHARE) / (1.0 + LARGEST_SHARE)
 # Of the steps counted, a parameter must have taken part in this share.
 LEAST_STEPS = 0.9
+
+
+@dataclass(frozen=True)
+class MomentsState:
+    """What a checkpoint holds of `AdamMoments`: sums not yet corrected for their start."""
+
+    steps: int
+    seen_from_start: bool
+    first: float
+    second: float
+    betas: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "first", "second"):
+            number(name, getattr(self, name), REMEDY, least=0)
+        for beta in self.betas:
+            number("betas", beta, REMEDY, least=0, below=1)
 
 
 class AdamMoments:
@@ -234,25 +254,6 @@ class AdamMoments:
         return {**vars(self), "_betas": list(self._betas)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`.
-
-        Raises:
-            ValueError: if a value is out of range; nothing is taken over then.
-            KeyError: if one is missing.
-        """
-        beta_1, beta_2 = state["_betas"]
-        steps, first, second = state["_steps"], state["_first"], state["_second"]
-        numbers = (beta_1, beta_2, steps, first, second)
-        if not (
-            all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in numbers)
-            and max(beta_1, beta_2) < 1.0
-            and steps == int(steps) < 2**63
-        ):
-            raise ValueError(
-                f"Expected betas from 0 to below 1, whole steps and averages that are not negative, got "
-                f"betas={(beta_1, beta_2)}, steps={steps!r}, first={first!r}, second={second!r}: load what "
-                "state_dict returned."
-            )
-        self._betas, self._steps = (float(beta_1), float(beta_2)), int(steps)
-        self._first, self._second = float(first), float(second)
-        self._seen_from_start = bool(state["_seen_from_start"])
+        """Take over the state of `state_dict`, or none of it if it is damaged."""
+        saved = restore(MomentsState, state)
+        vars(self).update({f"_{name}": value for name, value in vars(saved).items()})

@@ -11,11 +11,15 @@ step and says so before it (``advance``); Lightning calls ``step`` after it, as 
 import math
 import sys
 import warnings
-from numbers import Real
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import restore, save
 
 __all__ = ["ExamplesClock", "by_examples"]
 
@@ -23,6 +27,20 @@ __all__ = ["ExamplesClock", "by_examples"]
 # tick that came out as 6.9999999999999991 from being a step late. Whole numbers below 1e15 need none,
 # and are too coarse to be moved by it.
 _SLACK = 1 + 4 * sys.float_info.epsilon
+
+
+@dataclass(frozen=True)
+class ClockState:
+    """Where a clock stands: the exact sum of examples is `examples + rounding`."""
+
+    examples_per_step: float
+    examples: float
+    rounding: float
+    ticks: int
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "ticks"):
+            number(name, getattr(self, name), "the checkpoint is damaged, resume from another one", least=0)
 
 
 class ExamplesClock(LRScheduler):
@@ -70,16 +88,10 @@ class ExamplesClock(LRScheduler):
                 f"Expected an instance of torch.optim.lr_scheduler.LRScheduler, got {found}: wrap a torch"
                 " scheduler, or put the formula into LambdaLR(optimizer, ...)."
             )
-        number: Any = examples_per_step  # mypy does not count float among the real numbers
-        if not isinstance(number, Real) or not 0 < float(number) < math.inf:
-            raise ValueError(
-                f"Expected examples_per_step to be a positive number, got {examples_per_step!r}: use the"
-                " batch size that the scheduler was written for."
-            )
+        remedy = "use the batch size that the scheduler was written for"
+        self._examples_per_step = float(number("examples_per_step", examples_per_step, remedy))
         self.optimizer = scheduler.optimizer
         self._scheduler = scheduler
-        # A plain float: NumPy's would keep a checkpoint from being loaded with weights_only=True.
-        self._examples_per_step = float(examples_per_step)
         # The exact sum is the sum of the two: a running float alone drifts, by 1e-6 over a million 0.1s.
         self._examples, self._rounding = 0.0, 0.0
         self._ticks = 0
@@ -119,21 +131,18 @@ class ExamplesClock(LRScheduler):
         Raises:
             ValueError: If the number is negative or not finite.
         """
-        examples = float(examples)
-        if not 0 <= examples < math.inf:
-            raise ValueError(
-                f"Expected the examples behind a step to be finite and not negative, got {examples}: pass"
-                " the number that this step consumes."
-            )
+        examples = float(number("examples", examples, "pass what this step consumes", least=0))
         if examples > 0 and self._due() > self._ticks and self._is_over() and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"Expected a schedule as long as the training, got total_steps={self.total_steps} in"
-                f" {type(self._scheduler).__name__}, which ended after {self.total_steps} x"
-                f" {self._examples_per_step:g} examples: the learning rate stays at its minimum. Use"
-                f" total_steps=math.ceil(examples of the whole training / {self._examples_per_step:g}).",
-                stacklevel=2,
-            )
+            # In mid-run, where a warning must not end the training, also under `python -W error`.
+            with suppress(Warning):
+                warnings.warn(
+                    f"Expected a schedule as long as the training, got total_steps={self.total_steps} in"
+                    f" {type(self._scheduler).__name__}, which ended after {self.total_steps} x"
+                    f" {self._examples_per_step:g} examples: the learning rate stays at its minimum. Use"
+                    f" total_steps=math.ceil(examples of the whole training / {self._examples_per_step:g}).",
+                    stacklevel=2,
+                )
         self._fed = True
         parts = (self._examples, self._rounding, examples)
         self._examples = math.fsum(parts)
@@ -168,13 +177,8 @@ class ExamplesClock(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """The counts and the state of the wrapped scheduler."""
-        return {
-            "examples_per_step": self._examples_per_step,
-            "examples": self._examples,
-            "rounding": self._rounding,
-            "ticks": self._ticks,
-            "scheduler": self._scheduler.state_dict(),
-        }
+        counts = ClockState(self._examples_per_step, self._examples, self._rounding, self._ticks)
+        return {**save(counts), "scheduler": self._scheduler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where ``state_dict`` was taken.
@@ -185,26 +189,20 @@ class ExamplesClock(LRScheduler):
         Raises:
             ValueError: If the state is another scheduler's, counts in other steps, or is damaged.
         """
-        if missing := self.state_dict().keys() - state_dict.keys():
+        if "scheduler" not in state_dict:
             raise ValueError(
-                f"Expected the state of an ExamplesClock, got one without {sorted(missing)}, like that of a"
-                " bare scheduler: resume with the scheduler that was saved."
+                f"Expected the state of an ExamplesClock, got that of a bare scheduler, {sorted(state_dict)}:"
+                " resume with the scheduler that was saved."
             )
-        if (saved := state_dict["examples_per_step"]) != self._examples_per_step:
+        saved = restore(ClockState, state_dict)
+        if saved.examples_per_step != self._examples_per_step:
             raise ValueError(
-                f"Expected a clock with the examples_per_step of the checkpoint, {saved:g}, got"
-                f" {self._examples_per_step:g}: use examples_per_step={saved:g}; the batch size is free."
-            )
-        examples, rounding, ticks = (state_dict[name] for name in ("examples", "rounding", "ticks"))
-        numbers = all(isinstance(value, (int, float)) for value in (examples, rounding, ticks))
-        if not (numbers and 0.0 <= examples < math.inf and math.isfinite(rounding) and ticks == int(ticks)):
-            raise ValueError(
-                "Expected finite counts in the state of an ExamplesClock, got"
-                f" examples={examples!r}, rounding={rounding!r}, ticks={ticks!r}: the checkpoint is damaged,"
-                " resume from another one."
+                "Expected a clock with the examples_per_step of the checkpoint,"
+                f" {saved.examples_per_step:g}, got {self._examples_per_step:g}: use"
+                f" examples_per_step={saved.examples_per_step:g}; the batch size is free."
             )
         self._scheduler.load_state_dict(state_dict["scheduler"])
-        self._examples, self._rounding, self._ticks = examples, rounding, int(ticks)
+        self._examples, self._rounding, self._ticks = saved.examples, saved.rounding, saved.ticks
 
     def __getattr__(self, name: str) -> Any:
         # Whoever looks for last_epoch, base_lrs or cycle_momentum means the wrapped scheduler's.

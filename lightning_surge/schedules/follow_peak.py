@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_surge.checking.arguments import choice, number, optional, store, switch, whole
 from lightning_surge.laws.base import Law
 from lightning_surge.policy.estimates import EstimatedLaw
-from lightning_surge.schedules.sizes import BatchSizeRule, whole_number
+from lightning_surge.schedules.sizes import BatchSizeRule
 
 __all__ = ["FollowPeak"]
 
@@ -74,34 +75,23 @@ class FollowPeak(BatchSizeRule):
     confidence: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.target not in get_args(Target):
-            raise ValueError(
-                f"Expected target to be one of {', '.join(get_args(Target))}, got target={self.target!r}."
-            )
-        for name in ("start", "maximum", "minimum"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
-        if self.minimum is None:
-            object.__setattr__(self, "minimum", self.start)
+        choice("target", self.target, get_args(Target))
+        remedy = "count examples per optimizer step"
+        store(self, start=whole("start", self.start, remedy), maximum=whole("maximum", self.maximum, remedy))
+        store(self, minimum=optional(whole, "minimum", self.minimum, remedy) or self.start)
         if not self.smallest <= self.start <= self.maximum:
             raise ValueError(
                 f"Expected minimum <= start <= maximum, got minimum={self.minimum}, start={self.start}, "
                 f"maximum={self.maximum}: the first size lies within the bounds."
             )
         for name, low, usual in (("factor", 0.0, 1), ("max_change", 1.0, 2), ("hysteresis", 1.0, 2)):
-            value = getattr(self, name)
-            if not low < value < math.inf:
-                raise ValueError(
-                    f"Expected {low:g} < {name} < inf, got {name}={value}: the default is {usual}."
-                )
+            store(self, **{name: number(name, getattr(self, name), f"the default is {usual}", above=low)})
+        store(self, confidence=number("confidence", self.confidence, "count standard errors", least=0))
+        switch("growth_only", self.growth_only)
         if math.floor(self.smallest * self.max_change) == self.smallest < self.maximum:
             raise ValueError(
                 f"Expected max_change to add an example to the smallest size, {self.smallest}, got"
                 f" max_change={self.max_change}: it could never grow; the default is 2."
-            )
-        if not 0.0 <= self.confidence < math.inf:
-            raise ValueError(
-                f"Expected 0 <= confidence < inf, got confidence={self.confidence}: count standard errors."
             )
 
     @property

@@ -7,13 +7,13 @@ is integers and floats: a learning-rate schedule can be sized before a Trainer o
 """
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
+
+from lightning_surge.checking.arguments import choice, number, optional, shown, store, whole
 
 __all__ = [
     "BatchSizeRule",
@@ -27,10 +27,12 @@ __all__ = [
     "Progress",
     "Schedule",
     "Unit",
-    "whole_number",
 ]
 
 Unit = Literal["steps", "examples", "epochs"]
+
+_SIZE = "count examples per optimizer step"
+_TOKENS = "tokens are examples that batch_size_fn= counts"
 
 
 class Progress(NamedTuple):
@@ -56,52 +58,6 @@ class Progress(NamedTuple):
         if unit == "steps":
             return float(self.step)
         return self.examples if unit == "examples" else self.epoch
-
-
-def whole_number(name: str, value: Any, *, minimum: int) -> int:
-    """Returns ``value`` as an int, or says which argument is wrong and what would be right.
-
-    Args:
-        name: The argument's name, for the error.
-        value: What was passed. Floats are refused even when integral, since a size that was
-            computed as a float has usually lost its rounding on the way.
-        minimum: The smallest value allowed.
-
-    Returns:
-        The value as a plain ``int`` (NumPy integers are converted).
-
-    Raises:
-        ValueError: If the value is not a whole number, or is below ``minimum``.
-
-    Example:
-        >>> whole_number("end", 32, minimum=1)
-        32
-    """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < minimum:
-        raise ValueError(
-            f"Expected {name} to be a whole number of at least {minimum}, got {name}={value!r}:"
-            f" use an int >= {minimum}."
-        )
-    return number
-
-
-def _plain(value: Any) -> float | None:
-    """A real number without its NumPy type; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    return int(value) if isinstance(value, Integral) else float(value)
-
-
-def _check_unit(unit: Any) -> None:
-    if unit not in get_args(Unit):
-        raise ValueError(
-            f"Expected unit to be one of {', '.join(get_args(Unit))}, got unit={unit!r}; tokens are"
-            " examples that batch_size_fn= counts."
-        )
 
 
 class BatchSizeRule(ABC):
@@ -150,14 +106,12 @@ class _Limits:
     maximum: int | None = None
 
     def __post_init__(self) -> None:
-        _check_unit(self.unit)
-        self._make_whole("multiple_of")
+        choice("unit", self.unit, get_args(Unit), _TOKENS)
+        store(self, multiple_of=whole("multiple_of", self.multiple_of, "1 allows every size"))
         for name in ("minimum", "maximum"):
-            size = getattr(self, name)
-            if size is None:
-                continue
-            self._make_whole(name)
-            if size % self.multiple_of:
+            size = optional(whole, name, getattr(self, name), "leave it out for no limit")
+            store(self, **{name: size})
+            if size is not None and size % self.multiple_of:
                 raise ValueError(
                     f"Expected {name} to be a multiple of multiple_of={self.multiple_of}, got {name}={size}:"
                     f" use {name}={max(size // self.multiple_of, 1) * self.multiple_of}."
@@ -166,11 +120,6 @@ class _Limits:
             raise ValueError(
                 f"Expected minimum <= maximum, got minimum={self.minimum}, maximum={self.maximum}: swap them."
             )
-
-    def _make_whole(self, *names: str) -> None:
-        for name in names:
-            # Frozen: converting in place is the only way to keep NumPy integers out of checkpoints.
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
 
     def _limited(self, size: float) -> int:
         # Down, as accumulation rounds too; the slack keeps a doubling that came out as 31.99999999999
@@ -200,7 +149,7 @@ class ConstantSize(_Limits, Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._make_whole("size")
+        store(self, size=whole("size", self.size, _SIZE))
 
     @property
     def named_sizes(self) -> dict[str, int]:
@@ -226,13 +175,8 @@ class _Ramp(_Limits, Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._make_whole("start", "end")
-        duration = _plain(self.duration)
-        if duration is None or not 0 < duration < math.inf:
-            raise ValueError(
-                f"Expected 0 < duration < inf, got duration={self.duration!r}: count {self.unit}."
-            )
-        object.__setattr__(self, "duration", duration)
+        store(self, start=whole("start", self.start, _SIZE), end=whole("end", self.end, _SIZE))
+        store(self, duration=number("duration", self.duration, f"count {self.unit}"))
         if self.end < self.start:
             raise ValueError(
                 f"Expected start <= end, got start={self.start}, end={self.end}: a ramp only grows; swap the"
@@ -363,17 +307,15 @@ class Milestones(_Limits, Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = dict(self.sizes) if isinstance(self.sizes, Mapping) else {}
-        points = {_plain(point): size for point, size in given.items()}
-        if 0 not in points or not all(point is not None and 0 <= point < math.inf for point in points):
+        if not isinstance(self.sizes, Mapping) or 0 not in self.sizes:
             raise ValueError(
-                f"Expected milestones that begin at 0, got sizes={self.sizes!r}: say the size of the first"
-                " step too, as in {0: 16, 1000: 64}."
+                f"Expected milestones that begin at 0, got sizes={shown(self.sizes)}: say the size of the"
+                " first step too, as in {0: 16, 1000: 64}."
             )
-        sizes = {
-            point: whole_number(self._name(point), size, minimum=1) for point, size in sorted(points.items())
-        }
-        object.__setattr__(self, "sizes", sizes)
+        remedy = "each size holds from one point of the clock on"
+        points = {number("points of sizes", point, remedy, least=0): n for point, n in self.sizes.items()}
+        sizes = {point: whole(self._name(point), n, _SIZE) for point, n in sorted(points.items())}
+        store(self, sizes=sizes)
 
     @staticmethod
     def _name(point: float | None) -> str:
@@ -413,17 +355,9 @@ class Phase:
     schedule: Schedule
 
     def __post_init__(self) -> None:
-        for name in ("begin", "end"):
-            value = getattr(self, name)
-            if name == "end" and value is None:
-                continue
-            number = _plain(value)
-            if number is None or not number >= 0:
-                raise ValueError(
-                    f"Expected {name} >= 0, got {name}={value!r}: count on the clock of Phases from the start"
-                    " of training."
-                )
-            object.__setattr__(self, name, number)
+        remedy = "count on the clock of Phases from the start of training"
+        store(self, begin=number("begin", self.begin, remedy, least=0))
+        store(self, end=optional(number, "end", self.end, f"{remedy}, or None for no end", least=0))
         if not isinstance(self.schedule, Schedule):
             raise ValueError(
                 f"Expected the schedule of a phase to be a Schedule, got {self.schedule!r}: use"
@@ -457,8 +391,10 @@ class Phases(Schedule):
     unit: Unit = "steps"
 
     def __post_init__(self) -> None:
-        _check_unit(self.unit)
-        object.__setattr__(self, "phases", tuple(self.phases))
+        choice("unit", self.unit, get_args(Unit), _TOKENS)
+        if not isinstance(self.phases, Sequence):
+            raise ValueError(f"Expected a list of phases, got phases={shown(self.phases)}: use [Phase(...)].")
+        store(self, phases=tuple(self.phases))
         if not self.phases:
             raise ValueError("Expected at least one phase, got none: use ConstantSize for a constant size.")
         for index, phase in enumerate(self.phases):

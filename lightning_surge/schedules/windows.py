@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Protocol
 
-from lightning_surge.schedules.sizes import Progress, Schedule, whole_number
+from lightning_surge.checking.arguments import optional, shown, store, switch, whole
+from lightning_surge.schedules.sizes import Progress, Schedule
 
 __all__ = [
     "AccumulatedSchedule",
@@ -34,6 +35,9 @@ Window = tuple[int, ...]
 
 Run = tuple[int, int]
 """Examples of an optimizer step, and how many steps of that size come in a row."""
+
+_COUNT = "count examples"
+_REPLICAS = "count data-parallel processes"
 
 # What `total_steps` and `total_examples` may look at, in evaluations of a schedule: half a second or so.
 MOST_EVALUATIONS = 80_000
@@ -63,10 +67,10 @@ def accumulation_for(requested: int, micro_batch_size: int, *, limit: int | None
         >>> accumulation_for(100, micro_batch_size=8, limit=5)
         4
     """
-    requested = whole_number("requested", requested, minimum=1)
-    most = max(1, requested // whole_number("micro_batch_size", micro_batch_size, minimum=1))
+    requested = whole("requested", requested, _COUNT)
+    most = max(1, requested // whole("micro_batch_size", micro_batch_size, _COUNT))
     if limit is not None:
-        most = min(most, whole_number("limit", limit, minimum=1))
+        most = min(most, whole("limit", limit, "count micro-batches of an epoch"))
     return 1 << (most.bit_length() - 1)
 
 
@@ -134,9 +138,10 @@ def plan_windows(
         >>> list(plan_windows(schedule, Progress(), examples=40, largest=4))
         [(3,), (4,), (4, 4), (4, 4, 4, 4), (2, 2, 2, 3)]
     """
-    examples = whole_number("examples", examples, minimum=0)
-    largest = whole_number("largest", largest, minimum=1)
-    replicas = whole_number("replicas", replicas, minimum=1)
+    examples = whole("examples", examples, _COUNT, least=0)
+    largest = whole("largest", largest, _COUNT)
+    replicas = whole("replicas", replicas, _REPLICAS)
+    drop_last = switch("drop_last", drop_last)
     for size, parts, count in _plan(schedule, begin, examples, largest, replicas, drop_last):
         window = tuple(size * (part + 1) // parts - size * part // parts for part in range(parts))
         yield from repeat(window, count)
@@ -261,9 +266,7 @@ class AccumulatedSchedule:
     examples_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        _make_whole(self, "micro_batch_size", "replicas")
-        if self.examples_per_epoch is not None:
-            _make_whole(self, "examples_per_epoch")
+        _check_counts(self, "micro_batch_size")
 
     def sizes(self) -> Iterator[int]:
         """Yields the actual number of examples of step 0, 1, 2, ... without end."""
@@ -332,7 +335,9 @@ class SampledSchedule:
     drop_last: bool = False
 
     def __post_init__(self) -> None:
-        _make_whole(self, "largest_micro_batch", "examples_per_epoch", "replicas")
+        _check_counts(self, "largest_micro_batch")
+        whole("examples_per_epoch", self.examples_per_epoch, _COUNT)
+        switch("drop_last", self.drop_last)
 
     def sizes(self) -> Iterator[int]:
         """Yields the actual number of examples of step 0, 1, 2, ... without end.
@@ -364,9 +369,19 @@ def _one_by_one(runs: Iterable[Run]) -> Iterator[int]:
     return chain.from_iterable(repeat(size, count) for size, count in runs)
 
 
-def _make_whole(replay: AccumulatedSchedule | SampledSchedule, *names: str) -> None:
-    for name in names:
-        object.__setattr__(replay, name, whole_number(name, getattr(replay, name), minimum=1))
+def _check_counts(replay: AccumulatedSchedule | SampledSchedule, micro_batch: str) -> None:
+    """What the two schedules are told alike."""
+    if not isinstance(replay.schedule, Schedule):
+        raise ValueError(
+            f"Expected schedule to be a Schedule, got schedule={shown(replay.schedule)}: only sizes known"
+            " beforehand can be counted."
+        )
+    store(
+        replay,
+        replicas=whole("replicas", replay.replicas, _REPLICAS),
+        examples_per_epoch=optional(whole, "examples_per_epoch", replay.examples_per_epoch, _COUNT),
+        **{micro_batch: whole(micro_batch, getattr(replay, micro_batch), _COUNT)},
+    )
 
 
 def _runs(schedule: Schedule | Replay) -> Iterator[Run]:
@@ -386,7 +401,7 @@ def _runs(schedule: Schedule | Replay) -> Iterator[Run]:
     step = evaluations = 0
     for size, count in runs:
         # A size of zero would make the counts below run for ever.
-        yield whole_number(f"schedule at step {step}", size, minimum=1), count
+        yield whole(f"schedule at step {step}", size, _COUNT), count
         step += count
         evaluations += 2 * count.bit_length() - 1
         if evaluations > MOST_EVALUATIONS:
@@ -442,7 +457,7 @@ def total_steps(schedule: Schedule | Replay, examples: int) -> int:
         >>> total_steps(ramp, examples=14), total_steps(ramp, examples=15)
         (3, 4)
     """
-    examples = whole_number("examples", examples, minimum=0)
+    examples = whole("examples", examples, _COUNT, least=0)
     if not examples:
         return 0
     steps = consumed = 0
@@ -472,7 +487,7 @@ def total_examples(schedule: Schedule | Replay, steps: int) -> int:
         >>> total_examples(GeometricRamp(start=2, end=8, duration=2), steps=4)
         22
     """
-    left, total = whole_number("steps", steps, minimum=0), 0
+    left, total = whole("steps", steps, "count optimizer steps", least=0), 0
     if not left:
         return 0
     for size, count in _runs(schedule):

@@ -18,7 +18,6 @@ from lightning_surge.laws.base import (
     Peak,
     SGDLaw,
     SqrtLaw,
-    require_number,
 )
 from lightning_surge.laws.theorems import Theorem2Law, Theorem3Law, large_batch_limit
 from tests.drawn import decades, many, measured_law
@@ -538,12 +537,6 @@ class TestReferenceRules:
             assert law.gain(64 * base) / law.gain(base) == pytest.approx(limit.gain(64 * base), rel=1e-5)
 
 
-def test_require_number_allows_0_only_on_request() -> None:
-    assert require_number("x", 0, "remedy", zero=True) == 0
-    with pytest.raises(ValueError, match=r"^Expected 0 < x < inf, got x=0: remedy\.$"):
-        require_number("x", 0, "remedy")
-
-
 MOMENTS = {"mean": MU, "standard_deviation": SIGMA, "hessian": HESSIAN}
 ONES = dict.fromkeys(["alignment_limit", "alignment_scale", "noise_curvature", "signal_curvature"], 1)
 THEOREM_3 = {"noise_scale": 1, "peak_lr": 1}
@@ -571,16 +564,16 @@ REFUSED: dict[Callable[..., Any], tuple[dict[str, Any], list[tuple[dict[str, Any
             ({"hessian": np.ones((3, 3))}, "hessian of shape (4, 4), got hessian of shape (3, 3): pass"),
             ({"hessian": np.full((4, 4), np.inf)}, "hessian to be finite, got hessian with inf: drop"),
             ({"hessian": -HESSIAN}, "D(B) > 0 at every batch size, got D=-"),
-            ({"form": "tanh"}, "got form='tanh': use \"erf\""),
+            ({"form": "tanh"}, "got form='tanh': use erf"),
     ]),
     Theorem3Law: (THEOREM_3, [
         ({"noise_scale": 0}, "0 < noise_scale < inf, got noise_scale=0: use inf and sqrt_coefficient"),
         ({"noise_scale": math.nan}, "got noise_scale=nan: use inf"),
         ({"peak_lr": 0}, "0 < peak_lr < inf, got peak_lr=0: pass the learning rate"),
         ({"peak_lr": math.inf}, "got peak_lr=inf: pass the learning rate"),
-        ({"sqrt_coefficient": 2}, "got sqrt_coefficient=2, noise_scale=1: peak_lr already"),
+        ({"sqrt_coefficient": 2}, "got sqrt_coefficient=2, noise_scale=1.0: peak_lr already"),
         ({"noise_scale": math.inf, "sqrt_coefficient": 2}, "peak_lr=inf with noise_scale=inf, got peak_lr=1"),
-        (INFINITE, "got sqrt_coefficient=nan: with noise_scale=inf pass"),
+        (INFINITE, "got sqrt_coefficient=None: with noise_scale=inf pass"),
         (INFINITE | {"sqrt_coefficient": -1}, "0 < sqrt_coefficient < inf, got sqrt_coefficient=-1: with"),
     ]),
     Theorem3Law.from_moments: (MOMENTS, [

@@ -124,13 +124,6 @@ class TestOrdinaryBatchSampler:
         with following(ConstantSize(4)):
             assert list(ScheduledBatchSampler(Short(), 2)) == [[0, 1], [2, 3], [4]]
 
-    @pytest.mark.parametrize("value", [0, -1, 2.0, True])
-    def test_refuses_what_torch_refuses(self, value: Any) -> None:
-        with pytest.raises(ValueError, match=f"batch_size={value}"):
-            ScheduledBatchSampler(range(9), value)
-        with pytest.raises(ValueError, match="drop_last=1"):
-            ScheduledBatchSampler(range(9), 4, drop_last=1)  # type: ignore[arg-type]
-
     def test_refuses_a_sampler_without_a_length(self) -> None:
         message = r"a sampler with a length, got list_iterator: .* let BatchSizeScheduler accumulate"
         with pytest.raises(ValueError, match=message):

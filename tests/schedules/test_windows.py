@@ -4,7 +4,6 @@ from dataclasses import FrozenInstanceError, dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,12 +119,6 @@ class TestAccumulation:
         assert limit is None or result <= limit
         assert 2 * result * micro > requested or (limit is not None and 2 * result > limit)
 
-    @pytest.mark.parametrize("name", ["requested", "micro_batch_size", "limit"])
-    def test_refuses_zero(self, name: str) -> None:
-        arguments = {"requested": 8, "micro_batch_size": 2, "limit": 4} | {name: 0}
-        with pytest.raises(ValueError, match=f"{name}=0"):
-            accumulation_for(**arguments)
-
     @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 1000))
     def test_aligned_windows_never_shrink_while_waiting(self, old: int, new: int, windows: int) -> None:
         batch_idx = windows * 2**old
@@ -211,14 +204,6 @@ class TestPlanWindows:
     def test_an_epoch_without_examples_has_no_windows(self) -> None:
         assert Epoch(ConstantSize(7), Progress(), 0, 2, 1).windows() == []
 
-    @pytest.mark.parametrize(
-        ("name", "value"), [("largest", 0), ("replicas", 0), ("examples", -1), ("largest", 2.0)]
-    )
-    def test_refuses_bad_numbers(self, name: str, value: Any) -> None:
-        arguments: dict[str, Any] = {"examples": 8, "largest": 2, "replicas": 1} | {name: value}
-        with pytest.raises(ValueError, match=f"{name}={value}: use an int"):
-            list(plan_windows(ConstantSize(7), Progress(), **arguments))
-
 
 def loop_of_lightning(actual: AccumulatedSchedule, steps: int) -> list[int]:
     """Slow reference: Lightning's two rules, one micro-batch at a time, for the first `steps` steps."""
@@ -291,15 +276,6 @@ class TestAccumulatedSchedule:
     ) -> None:
         assert list(islice(actual.sizes(), steps)) == loop_of_lightning(actual, steps)
 
-    @pytest.mark.parametrize("name", ["micro_batch_size", "replicas", "examples_per_epoch"])
-    @pytest.mark.parametrize("value", [0, 2.0, True])
-    def test_refuses_sizes_that_are_not_positive(self, name: str, value: Any) -> None:
-        arguments: dict[str, Any] = {"micro_batch_size": 1, "replicas": 1, "examples_per_epoch": 1} | {
-            name: value
-        }
-        with pytest.raises(ValueError, match=f"{name}={value}: use an int"):
-            AccumulatedSchedule(GeometricRamp(1, 2, 3), **arguments)
-
 
 def plans(actual: SampledSchedule, num_epochs: int) -> list[list[int]]:
     """Slow reference: the plans of so many epochs, each beginning where the one before ended."""
@@ -369,13 +345,6 @@ class TestSampledSchedule:
         ):
             list(islice(actual.sizes(), 3))
 
-    @pytest.mark.parametrize("name", ["largest_micro_batch", "replicas", "examples_per_epoch"])
-    @pytest.mark.parametrize("value", [0, 2.0, True, None])
-    def test_refuses_sizes_that_are_not_positive(self, name: str, value: Any) -> None:
-        arguments = {"largest_micro_batch": 1, "replicas": 1, "examples_per_epoch": 1} | {name: value}
-        with pytest.raises(ValueError, match=f"{name}={value}: use an int"):
-            SampledSchedule(ConstantSize(1), **arguments)
-
 
 REPLAYS: list[Replay] = [
     AccumulatedSchedule(LinearRamp(2, 8, 3, unit="epochs"), 2, examples_per_epoch=16),
@@ -390,16 +359,6 @@ class TestReplays:
         assert (other, hash(other)) == (replay, hash(replay))
         with pytest.raises(FrozenInstanceError):
             replay.replicas = 2
-
-    def test_numpy_integers_become_plain(self) -> None:
-        one, two, eight = np.int64(1), np.int32(2), np.uint8(8)
-        replays: list[Any] = [
-            AccumulatedSchedule(ConstantSize(4), two, one, eight),
-            SampledSchedule(ConstantSize(4), two, eight, one),
-        ]  # type: ignore[arg-type]
-        for replay in replays:
-            sizes = list(islice(replay.sizes(), 3))
-            assert {type(number) for number in (replay.replicas, replay.examples_per_epoch, *sizes)} == {int}
 
     @pytest.mark.parametrize("replay", REPLAYS)
     def test_can_be_replayed_again(self, replay: Replay) -> None:
@@ -493,13 +452,6 @@ class TestTotals:
         for step in range(steps):
             examples += schedule(Progress(step, examples))
         assert total_examples(schedule, steps) == examples
-
-    @pytest.mark.parametrize("value", [-1, 1.5, True])
-    def test_refuse_bad_counts(self, value: object) -> None:
-        with pytest.raises(ValueError, match=f"examples={value}"):
-            total_steps(GeometricRamp(1, 2, 3), value)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=f"steps={value}"):
-            total_examples(GeometricRamp(1, 2, 3), value)  # type: ignore[arg-type]
 
     def test_refuse_a_schedule_that_stands_still(self) -> None:
         with pytest.raises(ValueError, match=r"schedule at step 1=0"):
