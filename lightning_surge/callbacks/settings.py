@@ -91,12 +91,10 @@ class SurgeSettings:
             ("optimizer", 0, "count the optimizers of configure_optimizers from 0"),
         ):
             store(self, **{name: optional(whole, name, getattr(self, name), remedy, least=least)})
-        drift = "0.05 lets the factor rise 5 % per step"
+        drift, remedy = "max_drift_per_step", "0.05 lets the factor rise 5 % per step"
         store(
             self,
-            max_drift_per_step=optional(
-                number, "max_drift_per_step", self.max_drift_per_step, drift, most=LARGEST_NUMBER
-            ),
+            max_drift_per_step=optional(number, drift, self.max_drift_per_step, remedy, most=LARGEST_NUMBER),
             base_batch_size=optional(check_base, "base_batch_size", self.base_batch_size),
             lr_scale_bounds=optional(_bounds, "lr_scale_bounds", self.lr_scale_bounds),
         )
