@@ -82,7 +82,6 @@ class SurgeSettings:
             switch(name, getattr(self, name))
         for name, remedy in (
             ("max_overhead", "0.01 spends one percent of the passes on measuring"),
-            ("max_drift_per_step", "0.05 lets the factor rise 5 % per step"),
             ("half_life", "8 measurements is a good start"),
         ):
             store(self, **{name: number(name, getattr(self, name), remedy, most=LARGEST_NUMBER)})
@@ -92,8 +91,10 @@ class SurgeSettings:
             ("optimizer", 0, "count the optimizers of configure_optimizers from 0"),
         ):
             store(self, **{name: optional(whole, name, getattr(self, name), remedy, least=least)})
+        drift, remedy = "max_drift_per_step", "0.05 lets the factor rise 5 % per step"
         store(
             self,
+            max_drift_per_step=optional(number, drift, self.max_drift_per_step, remedy, most=LARGEST_NUMBER),
             base_batch_size=optional(check_base, "base_batch_size", self.base_batch_size),
             lr_scale_bounds=optional(_bounds, "lr_scale_bounds", self.lr_scale_bounds),
         )
