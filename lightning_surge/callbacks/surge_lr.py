@@ -191,7 +191,13 @@ class SurgeLRCallback(Callback):
         self._may_choose_objective = objective is None and law == "measured"
         optional(function, "loss_fn", loss_fn, of="(module, batch)")
         if split_batch is not False:
-            optional(function, "split_batch", split_batch, "or None or False", of="(batch, num_slices)")
+            optional(
+                function,
+                "split_batch",
+                split_batch,
+                "None cuts tensors, False never cuts",
+                of="(batch, num_slices)",
+            )
         self._examples_in = BatchCounter(batch_size_fn, type(self).__name__)
         self._loss_fn = loss_fn
         self._split_batch = split_batch
