@@ -27,16 +27,9 @@ from typing import ClassVar, NamedTuple
 from lightning_surge.checking.arguments import number, store
 
 __all__ = [
-    "ConstantLaw",
-    "Law",
-    "LinearLaw",
-    "MeasuredLaw",
-    "Peak",
-    "SGDLaw",
-    "SqrtLaw",
-    "checked",
+    "ConstantLaw", "Law", "LinearLaw", "MeasuredLaw", "Peak", "SGDLaw", "SqrtLaw", "checked",
     "store_numbers",
-]
+]  # fmt: skip
 
 
 class Peak(NamedTuple):
@@ -53,7 +46,9 @@ class Peak(NamedTuple):
 
 
 def checked(batch_size: float) -> float:
-    """A batch size as a float."""
+    """A batch size as a float; at once where it is one, since laws are asked at every step."""
+    if type(batch_size) is float and 0.0 < batch_size < math.inf:
+        return batch_size
     return float(number("batch_size", batch_size, "count the examples behind one optimizer step"))
 
 
@@ -66,43 +61,26 @@ class Law(ABC):
     """How the best learning rate depends on the batch size, in examples behind one optimizer step.
 
     A subclass supplies the formulas for a checked batch size, ``_lr`` and ``_gain``, and the two properties.
+    Every method raises a ``ValueError`` unless ``0 < batch_size < inf``.
     """
 
     def lr(self, batch_size: float) -> float:
-        """Learning rate that lowers the expected loss most.
-
-        Args:
-            batch_size: examples behind the step.
-
-        Raises:
-            ValueError: unless ``0 < batch_size < inf``.
-        """
+        """Learning rate that lowers the expected loss most, with ``batch_size`` examples behind the step."""
         return self._lr(checked(batch_size))
 
     def alignment(self, batch_size: float) -> float:
-        """N(B) = 2 gain / lr, since gain = N^2 / (2 D) and lr = N / D; in the unit of gain over that of lr.
-
-        Args:
-            batch_size: examples behind the step. Where only ratios of ``gain`` mean something, so here.
-        """
+        """N(B) = 2 gain / lr, since gain = N^2 / (2 D) and lr = N / D; a ratio where ``gain`` is one."""
         return 2.0 * self.gain(batch_size) / self.lr(batch_size)
 
     def isotropic_lr(self, batch_size: float) -> float:
         """Optimal learning rate, up to a factor, if the curvature per squared length of a step were constant.
 
         Steps along a sign all have the same length, which leaves the alignment.
-
-        Args:
-            batch_size: examples behind the step.
         """
         return self.alignment(batch_size)
 
     def edge_lr(self, batch_size: float) -> float:
-        """Learning rate above which steps become unstable; NaN for a law that does not know it.
-
-        Args:
-            batch_size: examples behind the step.
-        """
+        """Learning rate above which steps become unstable; NaN for a law that does not know it."""
         return math.nan
 
     def gain(self, batch_size: float) -> float:
@@ -110,12 +88,6 @@ class Law(ABC):
 
         In units of the loss for ``MeasuredLaw`` and ``Theorem2Law``, which know N and D themselves. The other
         laws know ratios only; each says how its gain is normalised.
-
-        Args:
-            batch_size: examples behind the step.
-
-        Raises:
-            ValueError: unless ``0 < batch_size < inf``.
         """
         return self._gain(checked(batch_size))
 
@@ -127,10 +99,7 @@ class Law(ABC):
     @property
     @abstractmethod
     def critical_batch_size(self) -> float:
-        """Examples at which ``gain`` is half of its largest value.
-
-        0 where every batch size gains more than half, ``inf`` where the gain grows without bound.
-        """
+        """Examples at which ``gain`` is half of its largest value; ``inf`` where that is infinite."""
 
     @abstractmethod
     def _lr(self, batch_size: float) -> float: ...
@@ -158,11 +127,9 @@ class MeasuredLaw(Law):
 
     For ``B << alignment_scale`` it is ``Theorem3Law`` with noise scale ``alignment_scale / r``, for
     ``signal_curvature = 0`` ``SGDLaw`` with exponent 1/2, and for ``B -> inf`` a constant above 0. It fails
-    where a step is too long for a second-order model of the loss.
-
-    Edge cases: with ``alignment_scale = 0`` (no noise) the learning rate is constant, without a peak. With
-    ``noise_curvature = 0`` and noise present it only falls, from ``Peak(0, inf)``. A measurement that says
-    so has not resolved what noise costs; no real batch size sits at that peak.
+    where a step is too long for a second-order model of the loss. With ``alignment_scale = 0`` (no noise) the
+    learning rate is constant. With ``noise_curvature = 0`` and noise present it only falls, from
+    ``Peak(0, inf)``: a measurement that says so has not resolved what noise costs.
 
     Args:
         alignment_limit: N as B -> inf, positive; unit loss per unit of learning rate.
@@ -359,11 +326,7 @@ class SqrtLaw(_PowerLaw):
     """Square-root scaling: lr(B) = base_lr sqrt(B / base_batch_size).
 
     The limit B << noise scale for sign-like updates (Adam). Each example then gains the same: ``gain`` is
-    B / base_batch_size, and the critical batch size infinite.
-
-    Args:
-        base_lr: learning rate tuned at ``base_batch_size``, positive.
-        base_batch_size: examples, positive.
+    B / base_batch_size, and the critical batch size infinite. The arguments are those of `ConstantLaw`.
 
     Example:
         >>> SqrtLaw(base_lr=0.001, base_batch_size=16).lr(64)
@@ -377,12 +340,7 @@ class SqrtLaw(_PowerLaw):
 class LinearLaw(_PowerLaw):
     """Linear scaling: lr(B) = base_lr B / base_batch_size.
 
-    The limit B << noise scale for SGD. Each example then gains the same: ``gain`` is B / base_batch_size,
-    and the critical batch size infinite.
-
-    Args:
-        base_lr: learning rate tuned at ``base_batch_size``, positive.
-        base_batch_size: examples, positive.
+    The limit B << noise scale for SGD, with the gain and the arguments of `SqrtLaw`.
 
     Example:
         >>> LinearLaw(base_lr=0.001, base_batch_size=16).lr(64)

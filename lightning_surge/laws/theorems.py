@@ -62,23 +62,20 @@ class Theorem3Law(Law):
     sqrt_coefficient: float | None = None
 
     def __post_init__(self) -> None:
-        if self.noise_scale != math.inf:
-            store_numbers(self, {"noise_scale": "use inf and sqrt_coefficient if there is no peak"})
-            store_numbers(self, {"peak_lr": "pass the learning rate at noise_scale"})
-            if self.sqrt_coefficient is not None:
-                raise ValueError(
-                    f"Expected sqrt_coefficient=None with a finite noise_scale, got sqrt_coefficient="
-                    f"{self.sqrt_coefficient}, noise_scale={self.noise_scale}: peak_lr already fixes it."
-                )
-        else:
-            if self.peak_lr != math.inf:
-                raise ValueError(
-                    f"Expected peak_lr=inf with noise_scale=inf, got peak_lr={self.peak_lr}: "
-                    "without a peak pass peak_lr=inf and sqrt_coefficient."
-                )
-            store_numbers(self, {"noise_scale": "", "peak_lr": ""}, most=math.inf)
+        remedies = dict.fromkeys(
+            ("noise_scale", "peak_lr"), "use inf for both, and sqrt_coefficient, if there is no peak"
+        )
+        store_numbers(self, remedies, most=math.inf)
+        if self.noise_scale == self.peak_lr == math.inf:
             remedy = "with noise_scale=inf pass the learning rate per sqrt(example)"
             store_numbers(self, {"sqrt_coefficient": remedy})
+            return
+        store_numbers(self, remedies)
+        if self.sqrt_coefficient is not None:
+            raise ValueError(
+                f"Expected sqrt_coefficient=None with a finite noise_scale, got sqrt_coefficient="
+                f"{self.sqrt_coefficient}, noise_scale={self.noise_scale}: peak_lr already fixes it."
+            )
 
     @classmethod
     def from_moments(
@@ -96,9 +93,6 @@ class Theorem3Law(Law):
             mean: mu, shape (n,), one example's expected gradient.
             standard_deviation: sigma, shape (n,), positive wherever ``mean`` is not 0.
             hessian: H, shape (n, n), with a positive trace; only its symmetric part counts.
-
-        Raises:
-            ValueError: if a statistic is out of range.
 
         Example:
             Five parameters that only move together, mu / sigma = sqrt(pi / 8) / 10, so that the noise
@@ -166,8 +160,7 @@ class Theorem2Law(Law):
 
     A coordinate with sigma_i = 0 has E_i = sign(mu_i) at every B; one with mu_i = 0 too never moves and
     costs nothing. Peak and critical batch size are found by a scan over log B, then a bounded search or a
-    root. ``peak`` is infinite if no finite B beats the limit. The gain need not be monotone; the critical
-    batch size is the smallest at which it is half of its largest value. Cost O(n^2) per batch size.
+    root; ``peak`` is infinite if no finite B beats the limit. The cost is O(n^2) per batch size.
 
     Args:
         mean: mu, shape (n,), one example's expected gradient, not all 0.
@@ -320,14 +313,9 @@ def large_batch_limit(*, mean: npt.ArrayLike, hessian: npt.ArrayLike) -> float:
 
         lr(inf) = sum_i |mu_i| / (sign(mu)' H sign(mu))
 
-    Coordinates with mu_i = 0 are taken not to move.
-
     Args:
-        mean: mu, shape (n,), one example's expected gradient, not all 0.
+        mean: mu, shape (n,), one example's expected gradient, not all 0; coordinates at 0 do not move.
         hessian: H, shape (n, n), with a positive curvature along sign(mu).
-
-    Returns:
-        The learning rate.
 
     Raises:
         ValueError: if a statistic is out of range.

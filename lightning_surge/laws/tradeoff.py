@@ -60,9 +60,6 @@ def gain_fraction(batch_size: float, *, critical_batch_size: float) -> float:
         batch_size: examples, positive.
         critical_batch_size: examples, positive.
 
-    Raises:
-        ValueError: if an argument is not positive and finite.
-
     Example:
         >>> gain_fraction(100, critical_batch_size=300)
         0.25
@@ -80,9 +77,6 @@ def steps_needed(batch_size: float, *, critical_batch_size: float, min_steps: fl
         critical_batch_size: examples, positive.
         min_steps: S_min, positive.
 
-    Raises:
-        ValueError: if an argument is not positive and finite.
-
     Example:
         >>> steps_needed(100, critical_batch_size=300, min_steps=1000)
         4000.0
@@ -98,9 +92,6 @@ def examples_needed(batch_size: float, *, critical_batch_size: float, min_exampl
         batch_size: examples, positive.
         critical_batch_size: examples, positive.
         min_examples: E_min, positive.
-
-    Raises:
-        ValueError: if an argument is not positive and finite.
 
     Example:
         >>> examples_needed(600, critical_batch_size=300, min_examples=300_000)
@@ -118,9 +109,6 @@ def examples_at_steps(steps: float, *, min_steps: float, min_examples: float) ->
         steps: S, above ``min_steps``.
         min_steps: S_min, positive.
         min_examples: E_min, positive.
-
-    Raises:
-        ValueError: if an argument is not positive and finite, or ``steps <= min_steps``.
 
     Example:
         Four times the fewest steps leave 1 / 3 above the fewest examples.

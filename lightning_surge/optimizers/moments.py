@@ -88,12 +88,7 @@ class AdamMoments:
             self._seen_from_start = False
 
     def step(self, batch_size: float, betas: tuple[float, float]) -> None:
-        """Count one optimizer step.
-
-        Args:
-            batch_size: examples behind it.
-            betas: of the optimizer.
-        """
+        """Count one optimizer step with `batch_size` examples behind it."""
         beta_1, beta_2 = self._betas = betas
         self._first = beta_1**2 * self._first + (1.0 - beta_1) ** 2 / batch_size
         self._second = beta_2 * self._second + (1.0 - beta_2) / batch_size
@@ -110,14 +105,7 @@ class AdamMoments:
         return self._second / (1.0 - self._betas[1] ** self._steps)
 
     def readable(self, optimizer: Optimizer) -> bool:
-        """Whether the averages tell mean and variance apart now.
-
-        Args:
-            optimizer: whose averages they are.
-
-        Returns:
-            False where the class says it declines.
-        """
+        """Whether the averages tell mean and variance apart now; False where the class says it declines."""
         if not has_plain_averages(optimizer):
             return False
         if any(tuple(group.get("betas", ()))[:2] != self._betas for group in optimizer.param_groups):
@@ -142,12 +130,7 @@ class AdamMoments:
     def variance(self, optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
         """Per-coordinate variance of one example's gradient, debiased and not below zero.
 
-        Args:
-            optimizer: whose averages to read; `readable` must hold.
-            parameter: of the optimizer.
-
-        Returns:
-            A tensor of the parameter's shape; None if the parameter has no averages.
+        None if the parameter has no averages; `readable` must hold.
         """
         state = optimizer.state.get(parameter)
         if not state or "exp_avg_sq" not in state:
@@ -166,13 +149,7 @@ class AdamMoments:
     ) -> dict[int, Tensor]:
         """`w_1 mean(v_B)` of each parameter that has averages, by its `id`; see `inverse_root`.
 
-        Args:
-            optimizer: whose averages to read; `readable` must hold.
-            parameters: of the optimizer.
-            batch_size: examples.
-
-        Returns:
-            Scalars on the device, so that no walk waits for them.
+        Scalars on the device, so that no walk waits for them.
         """
         means = {}
         for parameter in parameters:
@@ -198,7 +175,7 @@ class AdamMoments:
         batch_size: float,
         damping: dict[int, Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        r"""Walk `P^-1/2` as it would be had Adam taken batches of another size all along.
+        """Walk `P^-1/2` as it would be had Adam taken batches of another size all along.
 
         With `w_1 = (1 - beta_2) / (1 - beta_2^t)`, the weight of one gradient in `v`, and `mean` over the
         coordinates of a parameter tensor,

@@ -103,19 +103,15 @@ class ScheduledBatchSampler(BatchSampler):
         """The windows of the epoch that begins where the itinerary stands; None if none is followed."""
         if _followed is None:
             return None
-        largest = self.largest_micro_batch
-        question = (_followed.schedule, _followed.begin, len(self.sampler), largest, _followed.replicas)  # type: ignore[arg-type]
+        options: dict[str, Any] = {
+            "examples": len(self.sampler),  # type: ignore[arg-type]
+            "largest": self.largest_micro_batch,
+            "replicas": _followed.replicas,
+            "drop_last": self.drop_last,
+        }
+        question = (_followed.schedule, _followed.begin, options)
         if self._planned[0] != question:
-            schedule, begin, examples, largest, replicas = question
-            windows = plan_windows(
-                schedule,
-                begin,
-                examples=examples,
-                largest=largest,
-                replicas=replicas,
-                drop_last=self.drop_last,
-            )
-            self._planned = (question, list(windows))
+            self._planned = question, list(plan_windows(*question[:2], **options))
         return self._planned[1]
 
     def sizes(self) -> list[int]:
@@ -137,15 +133,7 @@ class ScheduledBatchSampler(BatchSampler):
 
 @dataclass(frozen=True)
 class PassState:
-    """How far a pass over an epoch has come, and how its order was drawn.
-
-    Attributes:
-        drawn: micro-batches given.
-        left: micro-batches still to come.
-        examples: in the micro-batches given.
-        random_state: of the generator, before it drew the order.
-        epoch: that the sampler was told; None if it is told none.
-    """
+    """How far a pass over an epoch has come, and the generator and the epoch that its order came from."""
 
     drawn: int
     left: int
@@ -210,11 +198,7 @@ class _MicroBatches(Iterator[list[int]]):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up an epoch where `state_dict` was taken.
-
-        Raises:
-            ValueError: If the epoch is cut into other micro-batches by now.
-        """
+        """Take up an epoch where `state_dict` was taken, if it is cut into the same micro-batches."""
         saved = restore(PassState, state)
         if saved.epoch is not None:
             self._owner.sampler.set_epoch(saved.epoch)  # type: ignore[union-attr]

@@ -110,28 +110,13 @@ class FollowPeak(BatchSizeRule):
         return {"start": self.start, "minimum": self.smallest, "maximum": self.maximum}
 
     def reciprocal(self, law: Law) -> float:
-        """One over the size wanted, 0 where the peak is infinite.
-
-        Args:
-            law: any law.
-
-        Returns:
-            `1 / (factor B_target)` in 1 / examples; infinite where the law puts the target at 0.
-        """
+        """`1 / (factor B_target)` in 1 / examples; 0 for an infinite peak, infinite for a target of 0."""
         target = law.critical_batch_size if self.target == "critical" else law.peak.batch_size
         size = self.factor * target
         return math.inf if size == 0.0 else 1.0 / size
 
     def next_size(self, batch_size: int, law: EstimatedLaw) -> int:
-        """The size that should follow, given what has just been measured.
-
-        Args:
-            batch_size: Examples per optimizer step in force.
-            law: The law as estimated now.
-
-        Returns:
-            The size; the one in force where the standard error allows no decision.
-        """
+        """The size that should follow; the one in force where the standard error allows no decision."""
         wanted = self.reciprocal(law)
         doubt = self.confidence * law.standard_error(self.reciprocal) if self.confidence else 0.0
         if not math.isfinite(wanted) or not math.isfinite(doubt):

@@ -10,24 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 from lightning_surge.checking.arguments import choice, number, optional, shown, store, whole
 
 __all__ = [
-    "BatchSizeRule",
-    "ConstantSize",
-    "CosineRamp",
-    "GeometricRamp",
-    "LinearRamp",
-    "Milestones",
-    "Phase",
-    "Phases",
-    "Progress",
-    "Schedule",
-    "Unit",
-]
+    "BatchSizeRule", "ConstantSize", "CosineRamp", "GeometricRamp", "LinearRamp", "Milestones", "Phase",
+    "Phases", "Progress", "Schedule", "Unit",
+]  # fmt: skip
 
 Unit = Literal["steps", "examples", "epochs"]
 
@@ -49,12 +39,7 @@ class Progress(NamedTuple):
     epoch: float = 0.0
 
     def on(self, unit: Unit) -> float:
-        """The reading of one clock.
-
-        Example:
-            >>> Progress(step=3, examples=48.0, epoch=0.5).on("examples")
-            48.0
-        """
+        """The reading of one clock."""
         if unit == "steps":
             return float(self.step)
         return self.examples if unit == "examples" else self.epoch
@@ -121,13 +106,17 @@ class _Limits:
                 f"Expected minimum <= maximum, got minimum={self.minimum}, maximum={self.maximum}: swap them."
             )
 
+    def rises_until(self, now: float, /) -> float:
+        """Constant sizes and ramps never fall."""
+        return math.inf
+
     def _limited(self, size: float) -> int:
         # Down, as accumulation rounds too; the slack keeps a doubling that came out as 31.99999999999
         # from being a step late. Whole numbers stay what they are, however large.
         near = round(size)
-        whole = near if abs(near - size) <= 1e-9 * size else math.floor(size)
-        whole = max(whole // self.multiple_of * self.multiple_of, self.multiple_of, self.minimum or 1)
-        return whole if self.maximum is None else min(whole, self.maximum)
+        down = near if abs(near - size) <= 1e-9 * size else math.floor(size)
+        down = max(down // self.multiple_of * self.multiple_of, self.multiple_of, self.minimum or 1)
+        return down if self.maximum is None else min(down, self.maximum)
 
 
 @dataclass(frozen=True)
@@ -136,9 +125,10 @@ class ConstantSize(_Limits, Schedule):
 
     Args:
         size: Examples per optimizer step.
+        unit: As in `LinearRamp`, like the limits; it makes no difference to a constant.
 
     Raises:
-        ValueError: If ``size`` is not a positive whole number.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> ConstantSize(16)(Progress(step=1000))
@@ -155,10 +145,6 @@ class ConstantSize(_Limits, Schedule):
     def named_sizes(self) -> dict[str, int]:
         """``size``, after rounding and limits."""
         return {"size": self._limited(self.size)}
-
-    def rises_until(self, now: float, /) -> float:
-        """Never falls."""
-        return math.inf
 
     def __call__(self, progress: Progress, /) -> int:
         """The size."""
@@ -188,10 +174,6 @@ class _Ramp(_Limits, Schedule):
         """``start`` and ``end``, after rounding and limits."""
         return {"start": self._limited(self.start), "end": self._limited(self.end)}
 
-    def rises_until(self, now: float, /) -> float:
-        """Never falls."""
-        return math.inf
-
     def __call__(self, progress: Progress, /) -> int:
         """The requested number of examples; ``start`` at 0, ``end`` from ``duration`` on."""
         share = min(max(progress.on(self.unit) / self.duration, 0.0), 1.0)
@@ -215,7 +197,7 @@ class LinearRamp(_Ramp):
         maximum: Largest size, in examples; None for no limit.
 
     Raises:
-        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
+        ValueError: If an argument is out of range, or ``end < start``.
 
     Example:
         >>> ramp = LinearRamp(16, 64, duration=4, multiple_of=8)
@@ -231,19 +213,7 @@ class LinearRamp(_Ramp):
 class GeometricRamp(_Ramp):
     """A batch size that grows by equal factors: ``B = start (end / start)^(t / duration)``.
 
-    Each doubling takes equally long.
-
-    Args:
-        start: Examples at first.
-        end: Examples from ``duration`` on; at least ``start``.
-        duration: Length of the ramp, in ``unit``.
-        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: Examples; sizes are rounded down to a multiple of it.
-        minimum: Smallest size, in examples; None for no limit.
-        maximum: Largest size, in examples; None for no limit.
-
-    Raises:
-        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
+    Each doubling takes equally long. The arguments are those of `LinearRamp`.
 
     Example:
         >>> ramp = GeometricRamp(start=16, end=64, duration=4)
@@ -259,19 +229,7 @@ class GeometricRamp(_Ramp):
 class CosineRamp(_Ramp):
     """A batch size that grows slowly, fast, and slowly again, along half a wave of a cosine.
 
-    ``B = start + (end - start) (1 - cos(pi t / duration)) / 2``.
-
-    Args:
-        start: Examples at first.
-        end: Examples from ``duration`` on; at least ``start``.
-        duration: Length of the ramp, in ``unit``.
-        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: Examples; sizes are rounded down to a multiple of it.
-        minimum: Smallest size, in examples; None for no limit.
-        maximum: Largest size, in examples; None for no limit.
-
-    Raises:
-        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
+    ``B = start + (end - start) (1 - cos(pi t / duration)) / 2``. The arguments are those of `LinearRamp`.
 
     Example:
         >>> ramp = CosineRamp(16, 64, duration=4)
@@ -289,13 +247,10 @@ class Milestones(_Limits, Schedule):
 
     Args:
         sizes: Examples per step, by the point from which they hold. One of the points is 0.
-        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: Examples; sizes are rounded down to a multiple of it.
-        minimum: Smallest size, in examples; None for no limit.
-        maximum: Largest size, in examples; None for no limit.
+        unit: As in `LinearRamp`, like the limits.
 
     Raises:
-        ValueError: If a size is not a positive whole number, a point is negative, or no point is 0.
+        ValueError: If an argument is out of range, or no point is 0.
 
     Example:
         >>> schedule = Milestones({0: 16, 2: 32, 3: 128})
@@ -375,8 +330,7 @@ class Phases(Schedule):
         unit: The clock that ``begin`` and ``end`` are on, and the clock of every schedule within.
 
     Raises:
-        ValueError: If there is no phase, a gap, an overlap, or a schedule on another clock; or if ``unit``
-            is not a clock.
+        ValueError: If there is no phase, a gap, an overlap, or a schedule on another clock.
 
     Example:
         A thousand steps at 16, then four thousand from 16 to 256.
@@ -392,38 +346,27 @@ class Phases(Schedule):
 
     def __post_init__(self) -> None:
         choice("unit", self.unit, get_args(Unit), _TOKENS)
-        if not isinstance(self.phases, Sequence):
-            raise ValueError(f"Expected a list of phases, got phases={shown(self.phases)}: use [Phase(...)].")
-        store(self, phases=tuple(self.phases))
-        if not self.phases:
-            raise ValueError("Expected at least one phase, got none: use ConstantSize for a constant size.")
-        for index, phase in enumerate(self.phases):
-            if not isinstance(phase, Phase):
-                raise ValueError(
-                    f"Expected phases of type Phase, got phases[{index}]={phase!r}: use"
-                    " Phase(begin, end, schedule)."
-                )
-        if self.phases[0].begin != 0:
+        store(self, phases=tuple(self.phases) if isinstance(self.phases, Sequence) else (self.phases,))
+        if not self.phases or not all(isinstance(phase, Phase) for phase in self.phases):
             raise ValueError(
-                f"Expected the first phase to begin at 0, got begin={self.phases[0].begin}: the first steps"
-                " need a size too."
+                f"Expected phases to be a list of at least one Phase, got phases={shown(self.phases)}: use"
+                " [Phase(begin, end, schedule), ...], or ConstantSize for a constant size."
             )
-        for index, (phase, later) in enumerate(pairwise(self.phases)):
-            if phase.end is None or phase.end != later.begin:
-                what = "a gap" if phase.end is not None and phase.end < later.begin else "an overlap"
-                raise ValueError(
-                    f"Expected each phase to begin where its predecessor ends, got {what} between"
-                    f" phases[{index}] with end={phase.end} and phases[{index + 1}] with"
-                    f" begin={later.begin}: make the two equal."
-                )
+        end: float | None = 0
         for index, phase in enumerate(self.phases):
-            if phase.end is not None and phase.end <= phase.begin:
+            if phase.begin != end:
+                what = "a gap" if end is not None and end < phase.begin else "an overlap"
                 raise ValueError(
-                    f"Expected begin < end, got begin={phase.begin}, end={phase.end} in phases[{index}]:"
-                    " remove the phase or make it longer."
+                    "Expected each phase to begin where its predecessor ends, and the first at 0, got"
+                    f" {what} before phases[{index}], end={end} and begin={phase.begin}: make the two equal."
                 )
-            constant = isinstance(phase.schedule, ConstantSize)
-            if phase.schedule.unit != self.unit and not constant:
+            end = phase.end
+            if end is not None and end <= phase.begin:
+                raise ValueError(
+                    f"Expected begin < end, got begin={phase.begin}, end={end} in phases[{index}]: remove the"
+                    " phase or make it longer."
+                )
+            if phase.schedule.unit != self.unit and not isinstance(phase.schedule, ConstantSize):
                 raise ValueError(
                     f"Expected all phases on the clock unit={self.unit!r}, got"
                     f" unit={phase.schedule.unit!r} in phases[{index}]: use the same unit."

@@ -101,8 +101,8 @@ def test_phases_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (PHASES.replace("begin: 3\n", "begin: 5\n"), "a gap between phases[0] with end=3.0"),
-        (PHASES.replace("begin: 3\n", "begin: 2\n"), "an overlap between phases[0] with end=3.0"),
+        (PHASES.replace("begin: 3\n", "begin: 5\n"), "a gap before phases[1], end=3.0"),
+        (PHASES.replace("begin: 3\n", "begin: 2\n"), "an overlap before phases[1], end=3.0"),
         (PHASES.replace("{size: 4}", "{size: 0}"), "Expected a whole number size >= 1"),
         (PHASES.replace("ConstantSize", "ConstantSise"), "ConstantSise"),
     ],

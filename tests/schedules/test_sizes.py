@@ -303,21 +303,15 @@ class TestPhases:
         schedule = Phases([Phase(0, 3, ConstantSize(8)), Phase(3, None, LinearRamp(8, 16, 4, multiple_of=4))])
         assert schedule.named_sizes == {"phases[0].size": 8, "phases[1].start": 8, "phases[1].end": 16}
 
-    def test_refuse_to_be_none(self) -> None:
-        with pytest.raises(ValueError, match="at least one phase, got none: use ConstantSize"):
-            Phases([])
-
-    def test_refuse_a_late_beginning(self) -> None:
-        with pytest.raises(ValueError, match="first phase to begin at 0, got begin=1"):
-            Phases([Phase(1, None, ConstantSize(8))])
-
-    @pytest.mark.parametrize(("end", "what"), [(4, "a gap"), (6, "an overlap"), (None, "an overlap")])
-    def test_refuse_gaps_and_overlaps(self, end: float | None, what: str) -> None:
-        message = (
-            rf"got {what} between phases\[0\] with end={end} and phases\[1\] with begin=5: make the two equal"
-        )
+    @pytest.mark.parametrize(
+        ("end", "begin", "what"), [(4, 5, "a gap"), (6, 5, "an overlap"), (None, 5, "an overlap")]
+    )
+    def test_refuse_gaps_and_overlaps(self, end: float | None, begin: float, what: str) -> None:
+        message = rf"got {what} before phases\[1\], end={end} and begin={begin}: make the two equal"
         with pytest.raises(ValueError, match=message):
-            Phases([Phase(0, end, ConstantSize(8)), Phase(5, None, ConstantSize(8))])
+            Phases([Phase(0, end, ConstantSize(8)), Phase(begin, None, ConstantSize(8))])
+        with pytest.raises(ValueError, match=r"got a gap before phases\[0\], end=0 and begin=1"):
+            Phases([Phase(1, None, ConstantSize(8))])
 
     @pytest.mark.parametrize("end", [5, 4])
     def test_refuse_phases_that_are_never_in_force(self, end: int) -> None:
@@ -332,9 +326,9 @@ class TestPhases:
         ):
             Phases(phases)
 
-    def test_refuse_what_is_no_phase(self) -> None:
-        phases: Any = [Phase(0, 5, ConstantSize(8)), (5, None, ConstantSize(8))]
-        with pytest.raises(ValueError, match=r"got phases\[1\]=\(5, None.*use Phase\(begin, end, schedule\)"):
+    @pytest.mark.parametrize("phases", [[], None, [Phase(0, 5, ConstantSize(8)), (5, None, ConstantSize(8))]])
+    def test_refuse_what_is_no_phase(self, phases: Any) -> None:
+        with pytest.raises(ValueError, match=r"at least one Phase, got phases=.*use \[Phase\(begin"):
             Phases(phases)
 
     @pytest.mark.parametrize("schedule", [16, None, LinearRamp, lambda progress: 16])
