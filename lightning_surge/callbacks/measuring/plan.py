@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_info
 
 from lightning_surge.callbacks.settings import SurgeSettings
-from lightning_surge.laws.base import require_number
+from lightning_surge.checking.arguments import number
 from lightning_surge.measure.budget import ProbeBudget, norms_cost, probe_cost
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.distributed import Ranks
@@ -257,8 +257,8 @@ class MeasuringPlan:
         """Take over the state of `state_dict`."""
         remedy = "load what state_dict returned"
         self.budget.load_state_dict(state["budget"])
-        self._size = require_number("size", state.get("size", 0.0), remedy, zero=True)
-        batches, examples = (require_number("seen", number, remedy, zero=True) for number in state["seen"])
+        self._size = float(number("size", state.get("size", 0.0), remedy, least=0))
+        batches, examples = (float(number("seen", one, remedy, least=0)) for one in state["seen"])
         # Their quotient is the size that the next measurement is planned with: it must be one. Examples that
         # were seen and not trained on are those of steps that a scaler skipped.
         trained = self.budget.trained
