@@ -222,16 +222,17 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    before = RESULTS / "summary.json"
-    known = json.loads(before.read_text()) if options.only and not options.quick and before.exists() else {}
-    memory, times = known.get("memory", []), known.get("time", [])
+    memory, times = [], []
     if options.only in (None, "memory"):
         memory = measure_memory()
     for size in SIZES:
         if options.only in (None, str(size.tensors)):
             chosen = size._replace(steps=10) if options.quick else size
-            times = [one for one in times if one["tensors"] != size.tensors]
             times += measure_time(chosen, pairs=1 if options.quick else PAIRS)
+    if options.only and (RESULTS / "summary.json").exists():
+        known = json.loads((RESULTS / "summary.json").read_text())
+        memory = memory or known["memory"]
+        times += [one for one in known["time"] if str(one["tensors"]) != options.only]
     summary = summarised(memory, times)
     if not options.quick:
         write(RESULTS, summary, time=times, memory=memory)
