@@ -81,8 +81,9 @@ bench-batch-warmup: $(STAMP)  ## ramps against tuned constant batch sizes: goes 
 bench-batch-warmup-quick: $(STAMP)  ## some cells of each kind, under a minute; writes nothing
 	$(BIN)/python -m benchmarks.batch_warmup --quick
 
-soak: $(STAMP)  ## 20,000 steps through bad times: memory, overhead, recovery; ten minutes, writes benchmarks/soak/results
+soak: $(STAMP)  ## 20,000 steps through bad times, and 150 random dry runs; 15 minutes, writes benchmarks/soak/results
 	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.soak.dry_runs
 
 fidelity: $(STAMP)  ## predicted learning rates against sweeps: goes on for BUDGET minutes (60) where it stopped
 	$(BIN)/python -m benchmarks.fidelity --budget $(or $(BUDGET),60)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal, Never
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -29,21 +29,14 @@ from lightning_surge.callbacks.checks import (
     clips_gradients,
     served_optimizer,
 )
-from lightning_surge.callbacks.learner import (
-    STATE_VERSION,
-    LawRecord,
-    Learner,
-    StepToCome,
-    require_version,
-    saved_base,
-    what_is_wrong,
-)
+from lightning_surge.callbacks.learner import STATE_VERSION, LawRecord, Learner, StepToCome, SurgeState
 from lightning_surge.callbacks.lightning_host import (
     Callback,
     callbacks_of,
     check_versions,
     is_accumulation_scheduler,
     skips_step,
+    warn,
 )
 from lightning_surge.callbacks.logging import StepLog, StepRecord, add_layout, logs_now, optimizer_suffix
 from lightning_surge.callbacks.measuring.measurer import LossFn, Measurer
@@ -51,11 +44,12 @@ from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import (
     LAWS,
     SurgeSettings,
-    check_functions,
+    check_base,
     default_objective,
     refuse_retired,
 )
 from lightning_surge.callbacks.step_examples import StepExamples
+from lightning_surge.checking.arguments import function, number, optional
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch
 from lightning_surge.measure.direction import SIGN, Direction
@@ -65,9 +59,6 @@ from lightning_surge.optimizers.stopwatch import Stopwatch, timed
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
 from lightning_surge.policy.reasons import Reason
-
-__all__ = ["LawRecord", "SurgeLRCallback"]
-
 
 log = logging.getLogger(__name__)
 
@@ -198,19 +189,27 @@ class SurgeLRCallback(Callback):
             optimizer=optimizer,
         )
         self._may_choose_objective = objective is None and law == "measured"
-        check_functions(loss_fn, split_batch)
+        optional(function, "loss_fn", loss_fn, of="(module, batch)")
+        if split_batch is not False:
+            optional(
+                function,
+                "split_batch",
+                split_batch,
+                "None cuts tensors, False never cuts",
+                of="(batch, num_slices)",
+            )
         self._examples_in = BatchCounter(batch_size_fn, type(self).__name__)
         self._loss_fn = loss_fn
         self._split_batch = split_batch
         self._state_key = self._key_of(law)
         self._behind_step = StepExamples()
-        self._begin_afresh()
+        self._reset()
         self._stopwatch = Stopwatch()
         self._started = 0.0
         self._ended = 0.0
         self._forget_run()
 
-    def _begin_afresh(self) -> None:
+    def _reset(self) -> None:
         """Drop what was learned, as a new training with the same callback does."""
         self._learner = Learner(self.settings)
         self._measurer = Measurer(
@@ -284,12 +283,8 @@ class SurgeLRCallback(Callback):
             ValueError: if the batch size is not positive and finite, or the learning rate is negative or not
                 finite.
         """
-        if lr is not None and not 0.0 <= lr < math.inf:
-            raise ValueError(f"Expected 0 <= lr < inf, got lr={lr}: pass the scheduled learning rate.")
-        if not (batch_size > 0 and math.isfinite(batch_size)):
-            raise ValueError(
-                f"Expected 0 < batch_size < inf, got batch_size={batch_size}: count the examples of a step."
-            )
+        lr = optional(number, "lr", lr, "pass the scheduled learning rate", least=0)
+        batch_size = number("batch_size", batch_size, "count the examples of a step")
         policy = self._learner.policy
         if policy is None:
             return 1.0
@@ -358,7 +353,7 @@ class SurgeLRCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the hooks that put the factor on for the update alone."""
         if trainer.global_step == 0 and self._measurer.budget.trained > 0.0:
-            self._begin_afresh()
+            self._reset()
         self._forget_run()
         name, index, behind = type(self).__name__, self.settings.optimizer, self._behind_step
         optimizer = served_optimizer(trainer, pl_module, name, index)
@@ -444,7 +439,7 @@ class SurgeLRCallback(Callback):
         name = type(self).__name__
         changed = behind.manual and behind.look_at_gradients(optimizer, name, scaled=scaled)
         if changed and self.settings.follows_edge:
-            rank_zero_warn(
+            warn(
                 "Expected no gradient clipping for objective='edge', but gradients are changed between "
                 "manual_backward and the step, as by clipping: no edge of stability can be told. Use "
                 "objective='progress'."
@@ -555,7 +550,7 @@ class SurgeLRCallback(Callback):
         cap = largest_lr(optimizer)
         if used > cap:
             self._may_be_capped = False
-            rank_zero_warn(
+            warn(
                 f"{type(optimizer).__name__} uses min(lr, 1 / sqrt(step)): the learning rate used, "
                 f"{used:g}, is above {cap:g} and has no effect beyond it, nor has the factor. Use a smaller "
                 "learning rate."
@@ -621,15 +616,18 @@ class SurgeLRCallback(Callback):
         """Go on where `state_dict` was taken; unusable state is dropped as a whole, with a warning."""
         self._start_over()
         try:
-            require_version(state_dict)
-            self._measurer.load_state_dict(state_dict["measurer"])
-            saved = self._learner.load_state_dict(state_dict)
-            self._behind_step.pace.load_state_dict(state_dict.get("pace", {}))
+            state = SurgeState.of(state_dict)
+            self._measurer.load_state_dict(state.measurer)
+            self._learner.load(state)
+            self._behind_step.pace.load_state_dict(state.pace)
         except Exception as error:
-            self._lose_state(what_is_wrong(error), state_dict)
+            found = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
+            what = f"Expected whole state in the checkpoint, got what cannot be read: {found}"
+            self._lose_state(what, state_dict)
             return
+        saved = state.base_batch_size
         if self.base_batch_size != saved:
-            rank_zero_warn(
+            warn(
                 f"base_batch_size={self.base_batch_size} replaces the checkpoint's {saved}: the factor on "
                 "the learning rate changes."
             )
@@ -637,7 +635,7 @@ class SurgeLRCallback(Callback):
     def _start_over(self) -> None:
         """Begin afresh, even in mid-run, where a learning-rate finder may restore a checkpoint."""
         measurer = self._measurer
-        self._begin_afresh()
+        self._reset()
         self._measurer.take_over(measurer, self._behind_step.pace)
 
     def _lose_state(self, what: str, state: Any) -> None:
@@ -645,13 +643,10 @@ class SurgeLRCallback(Callback):
         self._start_over()
         if self.base_batch_size is None and isinstance(state, dict):
             with suppress(KeyError, ValueError):
-                if (base := saved_base(state)) is not None:
-                    self._learner.fix_base(base)
+                self._learner.fix_base(check_base("base_batch_size", state["base_batch_size"]))
         consequence = (
             "that of the first step: pass base_batch_size= if the learning rate was tuned at another"
             if self.base_batch_size is None
             else f"{self.base_batch_size:g}"
         )
-        rank_zero_warn(
-            f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}."
-        )
+        warn(f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}.")

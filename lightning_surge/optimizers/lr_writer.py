@@ -29,19 +29,11 @@ class Decide(Protocol):
     """The factor for the update about to be made; None to leave the learning rate as it is."""
 
     def __call__(self, *, early: bool) -> float | None:
-        """Decide.
-
-        Args:
-            early: whether the closure has yet to run, so that the gradients of this step are not known.
-        """
+        """Decide; `early` if the closure has yet to run, so that the gradients are not known."""
 
 
 def learning_rates(optimizer: Optimizer) -> list[float]:
-    """The learning rate of each parameter group as a float. Waits for the device if they are tensors there.
-
-    Args:
-        optimizer: the raw torch optimizer.
-    """
+    """The learning rate of each parameter group as a float; waits for the device of a tensor."""
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 

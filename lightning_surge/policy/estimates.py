@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw, require_number
+from lightning_surge.checking.arguments import number
+from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw
 from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
@@ -145,10 +146,8 @@ class EstimatedLaw(Law):
                 f"Expected shares between 0 and 1 and a reach from low to high, got "
                 f"{[share for _, share in replicates]} and {(low, high)}: load what state_dict returned."
             )
-        number = require_number("num_measurements", state["num_measurements"], "count them", zero=True)
-        return cls(
-            _law_from_state(state["law"]), replicates, int(number), (low, high), bool(state["at_edge"])
-        )
+        count = number("num_measurements", state["num_measurements"], "count them", least=0)
+        return cls(_law_from_state(state["law"]), replicates, int(count), (low, high), bool(state["at_edge"]))
 
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MeasuredLaw, EdgeLaw, SGDLaw, Theorem3Law)}

@@ -26,7 +26,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from lightning_surge.laws.base import Law, require_number
+from lightning_surge.checking.arguments import number
+from lightning_surge.laws.base import Law
 from lightning_surge.laws.objectives import FOLLOW_LR, OBJECTIVES, at_once_ratio, step_ratio
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.reasons import Reason
@@ -278,9 +279,9 @@ class Policy:
         """Take over the state of `state_dict`, or nothing if a value is missing or out of range."""
         law = None if state["law"] is None else EstimatedLaw.from_state_dict(state["law"])
         remedy = "load what state_dict returned"
-        at = None if state["at"] is None else require_number("at", state["at"], remedy)
-        used_to = require_number("used_to", state["used_to"], remedy)
-        latest = require_number("latest", state["latest"], remedy)
+        at = None if state["at"] is None else number("at", state["at"], remedy)
+        used_to = number("used_to", state["used_to"], remedy)
+        latest = number("latest", state["latest"], remedy)
         held = state["held"]
         ratios = (used_to, latest, 1.0 if at is None else at / self.base_batch_size)
         near = all(1.0 / FARTHEST < ratio < FARTHEST for ratio in ratios)

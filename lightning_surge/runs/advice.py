@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_surge.laws.base import Law, SGDLaw, require_number
+from lightning_surge.checking.arguments import number, optional, whole
+from lightning_surge.laws.base import Law, SGDLaw
 from lightning_surge.laws.objectives import OBJECTIVES, at_once_ratio
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import steps_needed
@@ -154,6 +155,7 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
     Raises:
         RunLogError: if the step is outside the run, or no law was known by then.
     """
+    step = optional(whole, "step", step, "count optimizer steps", least=0)
     run = run.of_group(group)
     logged = run.require("batch_size").steps
     if step is not None and not logged[0] <= step <= logged[-1]:
@@ -238,7 +240,7 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
     allowed = min(max(wanted, size / LARGEST_MOVE), size * LARGEST_MOVE)
     suggested = max(1.0, float(round(allowed)))
     asked = [
-        require_number("batch_size", one, "count the examples behind one optimizer step")
+        float(number("batch_size", one, "count the examples behind one optimizer step"))
         for one in batch_sizes
     ]
     options = tuple(_option(state, one, critical) for one in sorted({size, 2.0 * size, suggested, *asked}))

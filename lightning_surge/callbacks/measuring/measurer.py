@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.checks import ranks_of
-from lightning_surge.callbacks.lightning_host import overrides
+from lightning_surge.callbacks.lightning_host import overrides, warn
 from lightning_surge.callbacks.measuring.instruments import Instruments
 from lightning_surge.callbacks.measuring.live import FREE_CHUNKS, LiveWindow
 from lightning_surge.callbacks.measuring.plan import MeasuringPlan, Pace
@@ -390,9 +390,9 @@ class Measurer:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         if isinstance(error, TraceError) or (isinstance(error, RankError) and error.final):
             self.off = True
-            rank_zero_warn(f"Measuring is off from now on, and the factor stays what it is: {reason}.")
+            warn(f"Measuring is off from now on, and the factor stays what it is: {reason}.")
             return
-        rank_zero_warn(
+        warn(
             "Measuring failed and is tried again later, at twice the spacing; training goes on unchanged. "
             f"{reason}. If training_step cannot be repeated on a part of a batch, "
             "pass loss_fn=, a function of (module, batch) that returns the mean loss."
