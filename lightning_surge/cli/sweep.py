@@ -238,10 +238,5 @@ def _sweep(
         raise
 
 
-SWEEP = Command(
-    name="sweep",
-    summary="Train a grid of batch sizes and learning rates from a LightningCLI configuration.",
-    examples=EXAMPLES,
-    add_arguments=_add_arguments,
-    run=_run,
-)
+SUMMARY = "Train a grid of batch sizes and learning rates from a LightningCLI configuration."
+SWEEP = Command("sweep", SUMMARY, EXAMPLES, _add_arguments, _run)
