@@ -34,10 +34,8 @@ test-fast: $(STAMP)  ## the same without processes, kills and line searches
 test-matrix: $(STAMP)  ## tests that lean on Lightning: oldest and newest versions, every Python: half an hour
 	$(BIN)/python -m benchmarks.matrix
 
-docs-pictures: $(STAMP)  ## draw the pictures of the pages on `plot` and `fit` again: a minute
-	$(BIN)/python -m examples.digits --output runs/pictures
-	$(BIN)/lightning-surge plot runs/pictures/csv --output docs/reading-a-run.png --title "Convolutional network on scikit-learn's digits"
-	$(BIN)/lightning-surge fit examples/tables/mlperf_retinanet.csv --tuned --figure examples/tables/mlperf_retinanet.png
+docs-pictures: $(STAMP)  ## draw the picture of the page on `fit` again; `make bench-demo` draws that of a run
+	$(BIN)/lightning-surge fit examples/tables/mlperf_retinanet.csv --tuned --bootstrap 50 --figure examples/tables/mlperf_retinanet.png
 
 wheel-check:  ## build the wheel, install it into an empty environment, and run the README's first block there
 	rm -rf .wheel
@@ -52,7 +50,7 @@ docs: $(STAMP)  ## build the documentation in site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
 
 docs-output: $(STAMP)  ## run the code of the tutorial and write its output into the page
-	$(BIN)/python -m docs.code_blocks docs/tutorial.md
+	$(BIN)/python -m tests.code_blocks docs/tutorial.md
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

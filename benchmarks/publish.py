@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/support.md", "docs/support-crashes.md", "docs/theory.md")
+PAGES = ("README.md", "docs/results.md", "docs/support.md")
 MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

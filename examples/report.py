@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from examples.story import draw_story
 from lightning_surge.laws.objectives import OBJECTIVES
-from lightning_surge.runs.plots import plot_run
 from lightning_surge.runs.run_log import RunLog, Series, read_run
 
 
@@ -80,9 +80,6 @@ class Stage(NamedTuple):
     batch_size: int
     last_step: int
     lr_scale: float
-    lr_scale_standard_error: float
-    peak_batch_size: float
-    peak_batch_size_standard_error: float
     overhead: float
     val_loss: float
 
@@ -96,7 +93,6 @@ def stages(run: RunLog) -> list[Stage]:
         last_step = int(sizes.steps[end])
         # The last validation may follow a step that was not logged.
         until = math.inf if end == ends[-1] else last_step
-        # A standard error that is not finite is not logged: one from another step is not its substitute.
         logged = [run.at(name, last_step) for name in Stage._fields[2:-1]]
         validation = _last(run.series["val_loss"], begin, until) if "val_loss" in run.series else math.nan
         rows.append(Stage(round(sizes.values[end]), last_step, *logged, validation))
@@ -112,45 +108,56 @@ def _last(series: Series, after: float, until: float) -> float:
 
 def table(rows: Sequence[Stage]) -> str:
     """The stages as text, in columns."""
-    header = ["batch size", "until step", "R", "s.e.", "peak batch size", "s.e.", "overhead", "val. loss"]
+    header = ["batch size", "until step", "learning rate x", "sqrt scaling x", "validation loss"]
+    base = rows[0].batch_size
     cells = [
         [
             f"{row.batch_size}",
             f"{row.last_step:,}",
             f"{row.lr_scale:.2f}",
-            f"{row.lr_scale_standard_error:.2f}",
-            "none in reach" if math.isinf(row.peak_batch_size) else f"{row.peak_batch_size:,.0f}",
-            "-" if math.isinf(row.peak_batch_size) else f"{row.peak_batch_size_standard_error:,.0f}",
-            f"{row.overhead:.1%}",
+            f"{math.sqrt(row.batch_size / base):.2f}",
             f"{row.val_loss:.4f}",
         ]
         for row in rows
     ]
-    cells = [[cell.replace("nan%", "-").replace("nan", "-") for cell in line] for line in cells]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in [header, *cells]
     ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]]).replace("nan", "  -")
 
 
-def print_report(
-    loggers: Sequence[Logger],
-    *,
-    title: str,
-) -> Path:
+def summary(run: RunLog, rows: Sequence[Stage]) -> str:
+    """What a person would want to know in the end."""
+    first, last = rows[0], rows[-1]
+    steps = last.last_step + 1
+    examples = run.get("examples").values
+    lines = [
+        f"The batch size grew from {first.batch_size} to {last.batch_size}, and the learning rate to "
+        f"{last.lr_scale:.1f} times what the schedule says."
+    ]
+    if examples.size:
+        whole = examples[-1] / first.batch_size
+        lines.append(f"That took {steps:,} optimizer steps; batches of {first.batch_size} take {whole:,.0f}.")
+    critical = run.get("critical_batch_size").values
+    if critical.size:
+        lines.append(
+            f"Batches far above {critical[-1]:,.0f} examples (the critical batch size) would save few steps."
+        )
+    if not math.isnan(last.overhead):
+        lines.append(f"Measuring this took {last.overhead:.1%} more passes.")
+    return "\n".join(lines)
+
+
+def print_report(loggers: Sequence[Logger], *, title: str) -> Path:
     """Print the table of a finished run and write its picture; both come from the logs."""
     directory = Path(str(loggers[0].log_dir))
     run = read_run(directory, also=["val_loss"])
-    print(f"\n{title}\n")
-    print(table(stages(run)))
-    print(
-        "\nR: learning rate in use over the scheduled one. Peak: the batch size, in examples, at which the"
-        "\nlearning rate of the law is largest. s.e.: one standard error, - if unknown. Overhead: examples"
-        "\nthat passed through probes per example trained."
-    )
+    rows = stages(run)
+    print(f"\n{title}\n\n{table(rows)}\n\n{summary(run, rows)}")
     picture = directory / "surge.png"
-    plot_run(run, title=title).savefig(picture)
+    draw_story(run, title).savefig(picture)
     print(f"\npicture  {picture}\ncharts   tensorboard --logdir {directory.parent}")
+    print(f"details  lightning-surge plot {directory}")
     return picture

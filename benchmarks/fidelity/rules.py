@@ -105,6 +105,4 @@ def leave_out(records: Mapping[str, Sequence[Record]]) -> str:
         "on it, and what the callback does. Mean regret of live runs after a change of the batch size, "
         f"over that of the best fixed rule on the same workload. {len(cells)} cells."
     )
-    return "\n\n".join(
-        [note, table([*headers, f"callback: {default}"], lines) if lines else "Too few workloads."]
-    )
+    return "\n\n".join([note, table(headers, lines) if lines else "Too few workloads."])

@@ -30,7 +30,7 @@ class Workload:
         network: makes the network, after seeding.
         loss: mean loss of a batch.
         data: training tensors with the examples along their first dimension.
-        lr: near the best constant-then-linear learning rate at the base batch size, see docs/findings.md.
+        lr: near the best constant-then-linear learning rate at the base batch size, see docs/results.md.
         sample: examples of the fixed sample on which losses are compared.
         cross_entropy: whether the loss is one, in nats; else regrets are judged as a share of it.
     """

@@ -223,7 +223,9 @@ def page(rows: Iterable[Row]) -> str:
         for row in rows
     ]
     told = [f"* {row.model}: {line}" for row in rows for line in row.told]
-    return table(headers, lines) + ("\n\nSaid in the dry run:\n\n" + "\n".join(told) if told else "")
+    return table(headers, lines) + (
+        "\n\n## said\n\nSaid in the dry run:\n\n" + "\n".join(told) if told else ""
+    )
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ class EdgeLaw(MeasuredLaw):
 
     References:
         Cohen et al. 2022, arXiv:2207.14484, for the edge at one batch size; its shape follows from what
-        `v` averages, see docs/theory.md.
+        `v` averages, see docs/learning-rate.md.
     """
 
     edge_limit: float

@@ -320,7 +320,7 @@ def fit_edge_law(stats: NoiseStats, stability: float) -> MeasuredLaw | None:
         (0.1, 0.05)
 
     References:
-        Cohen et al. 2022, arXiv:2207.14484, for the edge; docs/theory.md, section 6, for the line.
+        Cohen et al. 2022, arXiv:2207.14484, for the edge; docs/learning-rate.md for the line.
     """
     law = fit_sign_law(stats)
     if law is None or not stats.sharpness:

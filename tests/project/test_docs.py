@@ -3,25 +3,28 @@
 import ast
 import importlib
 import importlib.util
+import inspect
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_surge
 from benchmarks.publish import PAGES, filled, named
-from docs.code_blocks import blocks, run
 from lightning_surge import SurgeLRCallback
 from lightning_surge.cli import COMMANDS
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.schedules.by_examples import ExamplesClock
+from tests.code_blocks import blocks, run
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -209,7 +212,6 @@ def test_commands_exist(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_those_of_the_committed_results(page: str) -> None:
     text = (ROOT / page).read_text()
-    assert "<!-- results: " in text
     assert filled(text) == text, "run: python -m benchmarks.publish"
 
 
@@ -222,16 +224,49 @@ def test_a_section_is_what_is_under_its_heading() -> None:
         named(f"{page}#nothing")
 
 
-def test_the_misses_are_those_of_the_committed_results() -> None:
-    text = (ROOT / "docs" / "limits.md").read_text().partition("## Known misses")[2]
-    told = set(re.findall(r"\b\d+\.\d{3,}\b", text))
-    results = (
-        "fidelity/results/report.md",
-        "batch_warmup/results/report.md",
-    )
-    committed = " ".join((ROOT / "benchmarks" / path).read_text() for path in results)
+@pytest.mark.parametrize("page", ["README.md", "docs/limits.md"])
+def test_numbers_in_the_text_are_those_of_the_committed_results(page: str) -> None:
+    told = set(re.findall(r"(?<![\d./:])\d+\.(?:\d{3,}|\d+ %)", (ROOT / page).read_text()))
+    committed = " ".join(path.read_text() for path in (ROOT / "benchmarks").glob("*/results/*.md"))
     assert len(told) >= 8
     assert {number for number in told if not re.search(rf"(?<![\d.]){number}(?!\d)", committed)} == set()
+
+
+def test_the_readme_is_short_and_names_the_versions_of_the_project() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 200
+    assert len(text.encode()) <= 14_000
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    bounds = dict(re.findall(r"(\w+)>=(\d+\.\d+)", " ".join(project["dependencies"])))
+    claimed = f"Python {pythons[0]} to {pythons[-1]} · torch >= {bounds['torch']} · "
+    assert f"{claimed}lightning >= {bounds['lightning']} · {project['license']}\n" in text
+
+
+def test_the_documentation_stays_small() -> None:
+    assert sum(path.stat().st_size for path in (ROOT / "docs").rglob("*.*")) <= 170_000
+
+
+def configured(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every class that a configuration names, as jsonargparse or Hydra read it, with its arguments."""
+    if isinstance(node, dict):
+        if "class_path" in node:
+            yield node["class_path"], node.get("init_args", {})
+        if "_target_" in node:
+            yield node["_target_"], {name: value for name, value in node.items() if name != "_target_"}
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from configured(child)
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if "```yaml" in (ROOT / page).read_text()])
+def test_configurations_name_classes_and_arguments_that_exist(page: str) -> None:
+    texts = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    named_classes = [pair for text in texts for pair in configured(yaml.safe_load(text))]
+    assert named_classes
+    for name, arguments in named_classes:
+        package, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(package or "lightning_surge.schedules"), attribute)
+        inspect.signature(found).bind_partial(**arguments)
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -282,6 +317,17 @@ def test_identifiers_name_what_exists(page: str) -> None:
         elif re.fullmatch(r"[\w.]+(\(\))?", quoted):
             missing += [word for word in re.findall(r"[A-Za-z_]\w*", quoted) if word not in known]
     assert missing == []
+
+
+def test_the_workflow_runs_targets_that_exist_on_every_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"make lint", "make test-fast", "make test", "make docs"} <= set(steps)
+    assert {step.removeprefix("make ") for step in steps} <= targets
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    assert workflow["jobs"]["test-fast"]["strategy"]["matrix"]["python"] == pythons
 
 
 def test_the_version_is_one_number() -> None:

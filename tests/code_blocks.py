@@ -1,6 +1,6 @@
 """Runs the Python blocks of a page from top to bottom, and writes what they print under them.
 
-    python -m docs.code_blocks docs/tutorial.md
+    python -m tests.code_blocks docs/tutorial.md
 
 A block of the language `text` right after a Python block holds its output. The tests run the same code, and
 compare the words of the output; its numbers depend on the machine.
