@@ -34,7 +34,8 @@ test-fast: $(STAMP)  ## the same without processes, kills and line searches
 test-matrix: $(STAMP)  ## tests that lean on Lightning: oldest and newest versions, every Python: half an hour
 	$(BIN)/python -m benchmarks.matrix
 
-docs-pictures: $(STAMP)  ## draw the picture of the page on `fit` again; `make bench-demo` draws that of a run
+docs-pictures: demo  ## draw the pictures of the pages on `plot` and `fit` again: the demo's run, and a published table
+	$(BIN)/lightning-surge plot runs/demo/csv --output benchmarks/demo/results/run.png --title "Byte-level transformer on the standard library"
 	$(BIN)/lightning-surge fit examples/tables/mlperf_retinanet.csv --tuned --bootstrap 50 --figure examples/tables/mlperf_retinanet.png
 
 wheel-check:  ## build the wheel, install it into an empty environment, and run the README's first block there
