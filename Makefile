@@ -8,7 +8,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo digits test test-fast test-matrix wheel-check docs docs-output docs-pictures lint format bench \
-	bench-demo bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick field clean
+	bench-gpu bench-demo bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick field clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -66,6 +66,9 @@ bench: $(STAMP)  ## measure overhead and memory; writes benchmarks/overhead/resu
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.publish
 
+bench-gpu: $(STAMP)  ## the same at 124 million parameters on one CUDA GPU, at most eight minutes; writes benchmarks/gpu/results
+	$(BIN)/python -m benchmarks.gpu
+
 bench-demo: $(STAMP)  ## the demo with every rule, two seeds: half an hour
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.publish
@@ -77,8 +80,9 @@ bench-batch-warmup: $(STAMP)  ## ramps against tuned constant batch sizes: goes 
 bench-batch-warmup-quick: $(STAMP)  ## some cells of each kind, under a minute; writes nothing
 	$(BIN)/python -m benchmarks.batch_warmup --quick
 
-soak: $(STAMP)  ## 20,000 steps through bad times: memory, overhead, recovery; ten minutes, writes benchmarks/soak/results
+soak: $(STAMP)  ## 20,000 steps through bad times, and 150 random dry runs; 15 minutes, writes benchmarks/soak/results
 	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.soak.dry_runs
 
 fidelity: $(STAMP)  ## predicted learning rates against sweeps: goes on for BUDGET minutes (60) where it stopped
 	$(BIN)/python -m benchmarks.fidelity --budget $(or $(BUDGET),60)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.trainings import MakeTrainer, make_quiet_trainer
+from tests import trainings
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +14,27 @@ def _lightning_speaks() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+class Unraised(logging.Handler):
+    """Keeps the warnings that the package logs because they are errors in tests."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def unraised() -> Iterator[list[str]]:
+    """Warnings of the package that nobody expects: a test that does takes them from this list."""
+    handler, logger = Unraised(), logging.getLogger("lightning_surge")
+    logger.addHandler(handler)
+    yield handler.messages
+    logger.removeHandler(handler)
+    assert handler.messages == []
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,6 +48,6 @@ def _interrupts_are_heard() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_trainer() -> MakeTrainer:
+def make_trainer() -> trainings.MakeTrainer:
     """A Trainer on one CPU thread that writes nothing unless asked to."""
-    return make_quiet_trainer
+    return trainings.make_trainer

@@ -1,21 +1,27 @@
-"""What tests train: a Trainer that writes nothing, and a look at what an optimizer's update reads."""
+"""What tests train: a Trainer that writes nothing, small modules with their data, looks at what they do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from torch.optim import Optimizer
-
-__all__ = ["MakeTrainer", "at_update", "make_quiet_trainer"]
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import DataLoader, TensorDataset
 
 MakeTrainer = Callable[..., pl.Trainer]
+MakeOptimizer = Callable[[Any], Any]
 
 
-def make_quiet_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """A Trainer on one CPU thread that writes nothing unless asked to."""
     torch.set_num_threads(1)
     defaults: dict[str, Any] = {
@@ -29,6 +35,12 @@ def make_quiet_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
         "max_epochs": 1,
     }
     return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
+
+
+def scaling(init_scale: float = 256.0, **options: Any) -> MixedPrecision:
+    """`precision="16-mixed"` on the CPU, with a scaler that overflows only where a test makes it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, **options)  # type: ignore[attr-defined]
+    return MixedPrecision("16-mixed", "cpu", scaler=scaler)
 
 
 def at_update(optimizer: Optimizer, look: Callable[[Optimizer], object]) -> None:
@@ -46,3 +58,215 @@ def at_update(optimizer: Optimizer, look: Callable[[Optimizer], object]) -> None
         return ask(group, *args, **kwargs)
 
     optimizer._init_group = asked  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------- optimizers
+
+
+def sgd(module: nn.Module) -> Optimizer:
+    """SGD with momentum."""
+    return SGD(module.parameters(), lr=0.05, momentum=0.9)
+
+
+def adamw(module: nn.Module) -> Optimizer:
+    """AdamW with one group."""
+    return AdamW(module.parameters(), lr=0.01)
+
+
+def two_groups(module: nn.Module) -> Optimizer:
+    """AdamW with two groups, the first four times as fast."""
+    first, *rest = module.parameters()
+    return AdamW([{"params": [first], "lr": 0.04}, {"params": rest}], lr=0.01)
+
+
+def with_lr(kind: Callable[..., Optimizer], lr: float, **options: Any) -> MakeOptimizer:
+    """Makes an optimizer of all parameters."""
+    return lambda module: kind(module.parameters(), lr=lr, **options)
+
+
+# ---------------------------------------------------------------------- modules and their data
+
+
+def flat(tensors: Any) -> Tensor:
+    """Tensors as one vector; None counts as empty."""
+    return torch.cat([torch.zeros(0) if one is None else one.detach().reshape(-1) for one in tensors])
+
+
+class Regression(pl.LightningModule):
+    """A small network of four inputs that notes the learning rates which each update reads."""
+
+    def __init__(
+        self,
+        make_optimizer: MakeOptimizer = adamw,
+        make_schedule: Callable[[Optimizer], Any] | None = None,
+        interval: str = "step",
+        width: int = 8,
+    ) -> None:
+        super().__init__()
+        pl.seed_everything(0, verbose=False)
+        self.net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
+        self.make_optimizer, self.make_schedule, self.interval = make_optimizer, make_schedule, interval
+        self.group_lrs: list[list[float]] = []
+        self.calls = 0
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(self.net(x), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls += 1
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self)
+        if isinstance(optimizer, Optimizer):
+            at_update(optimizer, lambda o: self.group_lrs.append([float(g["lr"]) for g in o.param_groups]))
+        if self.make_schedule is None:
+            return optimizer
+        schedule = {"scheduler": self.make_schedule(optimizer), "interval": self.interval}
+        return {"optimizer": optimizer, "lr_scheduler": schedule | {"monitor": "metric"}}
+
+    @property
+    def lrs(self) -> list[float]:
+        return [lrs[0] for lrs in self.group_lrs]
+
+    @property
+    def weights(self) -> Tensor:
+        return flat(self.parameters())
+
+
+def regression_data(
+    count: int, batch_size: int, *, features: int = 4, kind: type[DataLoader[Any]] = DataLoader
+) -> DataLoader[Any]:
+    """Sums of normal numbers, with noise of the same size as each."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, features, generator=generator)
+    y = x.sum(dim=1, keepdim=True) + torch.randn(count, 1, generator=generator)
+    return kind(TensorDataset(x, y), batch_size=batch_size)
+
+
+class Slope(pl.LightningModule):
+    """Its gradient is exactly 1 in a full window, so its weight falls by the learning rate that was used."""
+
+    def __init__(self, lr: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.lr = lr
+        self.steps: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.steps.append(self.weight.item())
+        return (batch * self.weight).mean()
+
+    def configure_optimizers(self) -> Optimizer:
+        return SGD(self.parameters(), lr=self.lr)
+
+
+def ones(count: int, batch_size: int) -> DataLoader[Any]:
+    """Examples for `Slope`."""
+    return DataLoader(torch.ones(count, 1, dtype=torch.float64), batch_size=batch_size)  # type: ignore[arg-type]
+
+
+class OneHot(pl.LightningModule):
+    """Its gradient spells out which examples are behind a step: example i pulls on coordinate i only.
+
+    The mean over the examples i in S has the gradient 1/|S| at the coordinates in S and zero elsewhere.
+    """
+
+    def __init__(self, size: int, make_scheduler: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.lr = 0.5
+        self.make_scheduler = make_scheduler
+        self.gradients: list[Tensor] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (batch @ self.weight).mean()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        assert self.weight.grad is not None
+        self.gradients.append(self.weight.grad.clone())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD([self.weight], lr=self.lr)
+        return optimizer if self.make_scheduler is None else ([optimizer], [self.make_scheduler(optimizer)])
+
+    @property
+    def examples(self) -> list[list[int]]:
+        return [gradient.nonzero().flatten().tolist() for gradient in self.gradients]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Examples behind each step; it makes sure that the gradient is their mean."""
+        for gradient, examples in zip(self.gradients, self.examples, strict=True):
+            expected = torch.full((len(examples),), 1 / len(examples))
+            torch.testing.assert_close(gradient[examples], expected, rtol=2e-6, atol=0)
+        return [len(examples) for examples in self.examples]
+
+
+class Ragged(list[Any]):
+    """A loader of batches of any size, which says that they have four examples."""
+
+    batch_size = 4
+
+    def __init__(self, sizes: Sequence[int], features: int) -> None:
+        generator = torch.Generator().manual_seed(3)
+        super().__init__(torch.randn(sum(sizes), features, generator=generator).split(list(sizes)))
+
+
+class CrashAt(pl.Callback):
+    """Ends the training before the step after so many."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("the machine was switched off")
+
+
+# ---------------------------------------------------------------------- what was logged, and what is equal
+
+
+class Memory(Logger):
+    """Keeps what it is given."""
+
+    name = "memory"
+    version = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append(dict(metrics) | {"at": float(step or 0)})
+
+    def of(self, key: str) -> list[float]:
+        return [row[key] for row in self.rows if key in row]
+
+
+def columns(logger: Any) -> dict[str, list[float]]:
+    """What a CSVLogger wrote, by column and without gaps."""
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
+
+
+def assert_same(one: Any, other: Any, at: str = "") -> None:
+    """Equal bit for bit: numbers, tensors, arrays, and what dicts and lists hold of them; NaN is NaN."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), at
+        for key, value in one.items():
+            assert_same(value, other[key], f"{at}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), at
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{at}[{index}]")
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other), at
+    elif isinstance(one, np.ndarray):
+        assert np.array_equal(one, other), at
+    else:
+        assert one == other or (one != one and other != other), at

@@ -1,7 +1,6 @@
 """From the records of finished cells to numbers: pure functions, which read and write nothing.
 
-A record is one line of `results/<kind>.jsonl`. A run that has diverged has no loss in JSON; here it is
-infinite, so that it cannot get lost.
+A run that has diverged has no loss in JSON; here it is infinite, so that it cannot get lost.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from benchmarks.batch_warmup.rules import (
 )
 from benchmarks.fidelity.analysis import Mean, Record, deviation, groups, paired, pick, unique
 
-__all__ = ["KEYS", "Line", "Tuned", "lines", "pooled_deviation", "runs", "tuned"]
+__all__ = ["KEYS", "Line", "Tuned", "lines", "runs", "tuned"]
 
 KEYS = {
     "constant": ("workload", "budget", "batch_size", "multiplier", "seed"),
@@ -32,47 +31,32 @@ KEYS = {
 
 
 class Tuned(NamedTuple):
-    """The best learning rate of a constant batch size.
-
-    Attributes:
-        batch_size: examples per step.
-        multiplier: of the example's learning rate.
-        edge: whether none lower, or none higher, was tried: the best one may lie outside.
-        complete: whether every multiplier was tried with every seed.
-        losses: mean final loss by multiplier, of those tried with every seed.
-    """
+    """The best learning rate of a constant batch size."""
 
     batch_size: int
-    multiplier: float
-    edge: bool
-    complete: bool
-    losses: dict[float, float]
+    multiplier: float  # of the example's learning rate
+    edge: bool  # none lower, or none higher, was tried: the best one may lie outside
+    complete: bool  # every multiplier was tried with every seed
+    losses: dict[float, float]  # mean final loss by multiplier, of those tried with every seed
 
 
 class Line(NamedTuple):
-    """One row of a table for one workload and budget.
-
-    Attributes:
-        rule: the ramp, or the constant batch size.
-        runs: one for each seed.
-        loss: final, mean over seeds.
-        spread: its standard deviation over seeds.
-        steps: optimizer steps, mean over seeds.
-        step_share: the same over those of the constant small batch.
-        time_share: processor time of training on one thread over its; wall time depends on what else runs.
-        difference: of the loss to its, paired by seed.
-        again: runs with seeds that had no part in any choice.
-    """
+    """One row of a table for one workload and budget; means are over seeds."""
 
     rule: Rule | Tuned
-    runs: list[Record]
-    loss: float
-    spread: float
+    runs: list[Record]  # one for each seed
+    loss: float  # final
+    spread: float  # its standard deviation
     steps: float
-    step_share: float
-    time_share: float
-    difference: Mean
-    again: list[Record]
+    step_share: float  # over those of the constant small batch
+    time_share: float  # the same of processor time: wall time depends on what else runs
+    difference: Mean  # of the loss to that of the constant small batch, paired by seed
+    again: list[Record]  # runs with seeds that had no part in any choice
+
+    @property
+    def worst(self) -> float:
+        """The loss of the worst seed."""
+        return float(max(run["val_loss"] for run in self.runs))
 
 
 def runs(records: Iterable[Record], kind: str) -> list[Record]:
@@ -84,13 +68,11 @@ def runs(records: Iterable[Record], kind: str) -> list[Record]:
 def tuned(constants: Sequence[Record], workload: str, budget: str, batch_size: int) -> Tuned | None:
     """The multiplier with the lowest mean loss over seeds, None if none was tried with every seed."""
     grid = MULTIPLIERS[budget, batch_size]
-    found = groups(
-        pick(constants, workload=workload, budget=budget, batch_size=batch_size, seed=SEEDS), "multiplier"
-    )
+    here = pick(constants, workload=workload, budget=budget, batch_size=batch_size, seed=SEEDS)
     losses = {
-        multiplier: statistics.fmean(run["val_loss"] for run in found[(multiplier,)])
-        for multiplier in grid
-        if len(found.get((multiplier,), ())) == len(SEEDS)
+        multiplier: statistics.fmean(run["val_loss"] for run in found)
+        for (multiplier,), found in groups(here, "multiplier").items()
+        if multiplier in grid and len(found) == len(SEEDS)
     }
     if not losses or min(losses.values()) == math.inf:
         return None
@@ -103,53 +85,34 @@ def lines(constants: Sequence[Record], ramps: Sequence[Record], workload: str, b
     base = tuned(constants, workload, budget, BASE_BATCH_SIZE)
     if base is None:
         return []
-    against = _at(constants, workload, budget, base)
-    sizes = (base, tuned(constants, workload, budget, LARGE_BATCH_SIZE))
-    found = [
-        _line(
-            best,
-            _at(constants, workload, budget, best),
-            against,
-            _at(constants, workload, budget, best, MORE_SEEDS),
-        )
-        for best in sizes
-        if best is not None
-    ]
-    here = pick(ramps, workload=workload, budget=budget, multiplier=base.multiplier)
+    where = {"workload": workload, "budget": budget}
+    found: list[tuple[Rule | Tuned, list[Record]]] = []
+    for best in (base, tuned(constants, workload, budget, LARGE_BATCH_SIZE)):
+        if best is not None:
+            at = {"batch_size": best.batch_size, "multiplier": best.multiplier}
+            found.append((best, pick(constants, **where, **at)))
     for rule in RULES:
-        of_rule = pick(here, **rule._asdict(), seed=SEEDS)
-        if of_rule:
-            again = pick(here, **rule._asdict(), seed=MORE_SEEDS)
-            found.append(_line(rule, of_rule, against, again))
-    return found
+        of_rule = pick(ramps, **where, **rule._asdict(), multiplier=base.multiplier)
+        if pick(of_rule, seed=SEEDS):
+            found.append((rule, of_rule))
+    against = pick(found[0][1], seed=SEEDS)
+    return [_line(rule, every, against) for rule, every in found]
 
 
-def _at(
-    constants: Sequence[Record], workload: str, budget: str, best: Tuned, seeds: Sequence[int] = SEEDS
-) -> list[Record]:
-    where = {"workload": workload, "budget": budget, "batch_size": best.batch_size}
-    return pick(constants, **where, multiplier=best.multiplier, seed=seeds)
+def _line(rule: Rule | Tuned, every: list[Record], against: list[Record]) -> Line:
+    found = pick(every, seed=SEEDS)
 
+    def average(field: str, of: list[Record] = found) -> float:
+        return statistics.fmean(run[field] for run in of)
 
-def _line(rule: Rule | Tuned, found: list[Record], against: list[Record], again: list[Record]) -> Line:
-    def share(field: str) -> float:
-        return statistics.fmean(run[field] for run in found) / statistics.fmean(run[field] for run in against)
-
-    losses = [run["val_loss"] for run in found]
     return Line(
         rule,
         found,
-        statistics.fmean(losses),
-        deviation(losses),
-        statistics.fmean(run["steps"] for run in found),
-        share("steps"),
-        share("processor_seconds"),
+        average("val_loss"),
+        deviation([run["val_loss"] for run in found]),
+        average("steps"),
+        average("steps") / average("steps", against),
+        average("processor_seconds") / average("processor_seconds", against),
         paired(found, against, "val_loss", ("seed",)),
-        again,
+        pick(every, seed=MORE_SEEDS),
     )
-
-
-def pooled_deviation(spreads: Sequence[float]) -> float:
-    """Root mean square of standard deviations over equally many seeds; 0 where none is known."""
-    known = [spread * spread for spread in spreads if math.isfinite(spread)]
-    return math.sqrt(statistics.fmean(known)) if known else 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from benchmarks.batch_warmup.analysis import Tuned, lines, runs, tuned
+from benchmarks.batch_warmup.analysis import lines, runs, tuned
 from benchmarks.batch_warmup.rules import (
     BASE_BATCH_SIZE,
     BUDGETS,
@@ -34,12 +34,11 @@ __all__ = ["confirmations", "constants", "quick", "ramps", "sizes"]
 
 def constants(batch_size: int) -> list[Cell]:
     """Tuning of a constant batch size, the short budget first."""
-    keys = [
-        {"workload": workload, "budget": budget, "batch_size": batch_size, "multiplier": factor, "seed": seed}
+    return [
+        _constant(workload, budget, batch_size, factor, seed, 2 * BUDGETS.index(budget))
         for workload, budget in itertools.product(WORKLOADS, BUDGETS)
         for factor, seed in itertools.product(MULTIPLIERS[budget, batch_size], SEEDS)
     ]
-    return [Cell("constant", key, constant, priority=2 * BUDGETS.index(key["budget"])) for key in keys]
 
 
 def ramps(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
@@ -51,53 +50,53 @@ def ramps(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
             untuned.append(f"{workload} {budget}")
             continue
         for seed, rule in itertools.product(SEEDS, RULES):
-            key = {"workload": workload, "budget": budget, **rule._asdict()}
             later = 2 * BUDGETS.index(budget) + (rule.max_overhead == DEFAULT_OVERHEAD)
-            cells.append(Cell("ramp", key | {"multiplier": best.multiplier, "seed": seed}, ramp, later))
+            cells.append(_ramp(workload, budget, rule, best.multiplier, seed, later))
     return cells, untuned
 
 
 def confirmations(constants: Sequence[Record], ramps: Sequence[Record]) -> list[Cell]:
     """More seeds for both sides of the contest of the long budget, until the interval is narrow enough."""
-    cells = []
+    cells: list[Cell] = []
     found, budget = (runs(constants, "constant"), runs(ramps, "ramp")), BUDGETS[-1]
     for workload in WORKLOADS:
         result = contest(lines(*found, workload, budget))
-        if result is None or (result.seeds > len(SEEDS) and result.difference.half_width < LOSS_BOUND):
+        best = tuned(found[0], workload, budget, BASE_BATCH_SIZE)
+        if result is None or best is None:
             continue
-        best, base = tuned(found[0], workload, budget, BASE_BATCH_SIZE), result.constant.rule
-        assert best is not None
-        assert isinstance(base, Tuned)
-        assert isinstance(result.best.rule, Rule)
-        where = {"workload": workload, "budget": budget}
+        if result.difference.n > len(SEEDS) and result.difference.half_width < LOSS_BOUND:
+            continue
         for seed in MORE_SEEDS:
-            key = {"batch_size": base.batch_size, "multiplier": base.multiplier, "seed": seed}
-            cells.append(Cell("constant", where | key, constant))
-            key = {**result.best.rule._asdict(), "multiplier": best.multiplier, "seed": seed}
-            cells.append(Cell("ramp", where | key, ramp))
+            rival = result.constant
+            cells.append(_constant(workload, budget, rival.batch_size, rival.multiplier, seed))
+            cells.append(_ramp(workload, budget, result.best, best.multiplier, seed))
     return cells
 
 
 def sizes() -> dict[str, int]:
     """Number of cells of each kind in the full grid."""
     constant_cells = sum(len(constants(size)) for size in (BASE_BATCH_SIZE, LARGE_BATCH_SIZE))
-    ramp_cells = len(WORKLOADS) * len(BUDGETS) * len(RULES) * len(SEEDS)
-    return {"constant": constant_cells, "ramp": ramp_cells}
+    return {"constant": constant_cells, "ramp": len(WORKLOADS) * len(BUDGETS) * len(RULES) * len(SEEDS)}
 
 
 def quick() -> list[Cell]:
     """A few cells of each kind, on the least there is."""
-    cells = []
-    for workload, size in (("text", BASE_BATCH_SIZE), ("digits", LARGE_BATCH_SIZE)):
-        key = {"workload": workload, "budget": "quick", "batch_size": size, "multiplier": 1.0, "seed": 0}
-        cells.append(Cell("constant", key, constant))
     # The run is short: a cost that no real one would bear makes it measure at all.
-    for workload, rule in (
-        ("digits", Rule("fast", "constant", 0.0)),
-        ("digits", Rule("slow", "sqrt", 0.0)),
-        ("text", Rule("fast", DEFAULT, 0.5)),
-        ("digits", Rule(FOLLOW, DEFAULT, 0.5)),
-    ):
-        key = {"workload": workload, "budget": "quick", **rule._asdict(), "multiplier": 1.0, "seed": 0}
-        cells.append(Cell("ramp", key, ramp))
-    return cells
+    return [
+        _constant("text", "quick", BASE_BATCH_SIZE, 1.0, 0),
+        _ramp("digits", "quick", Rule("slow", "sqrt, approached", 0.0), 1.0, 0),
+        _ramp("digits", "quick", Rule("fast", DEFAULT, 0.5), 1.0, 0),
+        _ramp("digits", "quick", Rule(FOLLOW, DEFAULT, 0.5), 1.0, 0),
+    ]
+
+
+def _constant(
+    workload: str, budget: str, batch_size: int, multiplier: float, seed: int, priority: int = 0
+) -> Cell:
+    key = {"workload": workload, "budget": budget, "batch_size": batch_size, "multiplier": multiplier}
+    return Cell("constant", key | {"seed": seed}, constant, priority)
+
+
+def _ramp(workload: str, budget: str, rule: Rule, multiplier: float, seed: int, priority: int = 0) -> Cell:
+    key = {"workload": workload, "budget": budget, **rule._asdict(), "multiplier": multiplier}
+    return Cell("ramp", key | {"seed": seed}, ramp, priority)

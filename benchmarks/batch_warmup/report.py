@@ -14,19 +14,18 @@ from benchmarks.batch_warmup.targets import targets
 from benchmarks.batch_warmup.workloads import WORKLOADS, Workload
 from benchmarks.cells import Store
 from benchmarks.fidelity.analysis import Record, pick
-from benchmarks.fidelity.markdown import number, table
+from benchmarks.fidelity.markdown import number, table, targets_table
 from benchmarks.results import write, write_page
 
-__all__ = ["main_table", "summary_table", "write_report"]
+__all__ = ["main_table", "write_report"]
 
 
 def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> None:
     """Write tables, figure and summary of the finished cells, with their number out of those expected."""
     constants, ramps = (runs(store.records(kind), kind) for kind in ("constant", "ramp"))
-    results.mkdir(parents=True, exist_ok=True)
     tables = [main_table(workload, constants, ramps) for workload in WORKLOADS.values()]
     found = targets(constants, ramps)
-    write_page(results, {"rules": "\n\n".join(tables), "targets": summary_table(found)})
+    write_page(results, {"rules": "\n\n".join(tables), "targets": targets_table(found, ".4f", ".4f")})
     draw(constants, ramps, results / "figure.png")
     # Runs with a rule that was the default before are kept, and in no table.
     known = [run for run in ramps if Rule(run["ramp"], run["rule"], run["max_overhead"]) in RULES]
@@ -43,8 +42,8 @@ def main_table(workload: Workload, constants: Sequence[Record], ramps: Sequence[
     title = workload.title[0].upper() + workload.title[1:]
     head = (
         f"**{title}**: {budgets}. Validation loss at the end, nats, mean ± standard deviation over "
-        f"{len(SEEDS)} seeds; optimizer steps, and processor time of training on one thread, relative to the "
-        "constant small batch."
+        f"{len(SEEDS)} seeds (the worst seed); optimizer steps, and processor time of training on one "
+        "thread, relative to the constant small batch."
     )
     if not any(by_budget.values()):
         return f"{head}\n\nNo row is finished."
@@ -80,9 +79,10 @@ def _cells(line: Line | None) -> list[str]:
     if line is None:
         return ["-"] * 3
     spread = f" ± {line.spread:.4f}" if math.isfinite(line.spread) else ""
-    missing = "" if len(line.runs) == len(SEEDS) else f" ({len(line.runs)} of {len(SEEDS)} seeds)"
+    whole = len(line.runs) == len(SEEDS)
+    seeds = number(line.worst, 4) if whole else f"{len(line.runs)} of {len(SEEDS)} seeds"
     return [
-        number(line.loss, 4) + spread + missing,
+        f"{number(line.loss, 4)}{spread} ({seeds})",
         f"{100 * line.step_share:.1f} %",
         f"{100 * line.time_share:.0f} %",
     ]
@@ -93,16 +93,3 @@ def _note(workload: Workload, budget: str, best: Tuned) -> str:
     part = "" if best.complete else ", of an unfinished grid"
     lr = workload.base_lr * best.multiplier
     return f"B = {best.batch_size} {budget} {lr:.2g} ({best.multiplier:g} x {workload.base_lr:g}{edge}{part})"
-
-
-def summary_table(found: Sequence[Mapping[str, Any]]) -> str:
-    """The targets, a line each; differences of losses with their 95 % half-widths over seeds."""
-    rows = []
-    for entry in found:
-        value = number(entry["value"], 4)
-        if math.isfinite(entry.get("half_width", math.nan)):
-            value += f" ± {entry['half_width']:.4f} ({entry['seeds']} pairs of seeds)"
-        rows.append(
-            [entry["name"], value, f"at most {entry['bound']:g}", "met" if entry["met"] else "missed"]
-        )
-    return table(["what", "value", "target", ""], rows)

@@ -24,7 +24,10 @@ MULTIPLIERS = {
 RAMPS = {"slow": 1.0, "fast": 0.25}
 """Share of the examples of a run over which the batch size grows geometrically."""
 FOLLOW = "FollowPeak"
-FIXED_RULES = ("constant", "sqrt", "linear")
+APPROACHED = ", approached"
+FIXED_RULES = ("constant", "sqrt", "linear", f"sqrt{APPROACHED}", f"linear{APPROACHED}")
+"""They measure nothing; an approached one rises from 1 by at most `DRIFT` a step."""
+DRIFT = 0.05
 DEFAULT = SurgeLRCallback().settings.objective
 DEFAULT_OVERHEAD = SurgeLRCallback().settings.max_overhead
 # These runs are short: at the default cost a probe comes too rarely to follow them.
@@ -32,27 +35,16 @@ LARGE_OVERHEAD = 0.05
 
 
 class Rule(NamedTuple):
-    """A growing batch size with a rule for the learning rate.
+    """A growing batch size with a rule for the learning rate."""
 
-    Attributes:
-        ramp: key of `RAMPS`, or `FOLLOW`, which decides the size from what is measured.
-        rule: fixed rule, or objective of the callback.
-        max_overhead: of the callback; 0 with a fixed rule.
-    """
-
-    ramp: str
-    rule: str
-    max_overhead: float
-
-    @property
-    def measures(self) -> bool:
-        """Whether the learning rate follows measurements."""
-        return self.rule not in FIXED_RULES
+    ramp: str  # key of `RAMPS`, or `FOLLOW`, which decides the size from what is measured
+    rule: str  # fixed rule, or objective of the callback
+    max_overhead: float  # of the callback; 0 with a fixed rule
 
     @property
     def label(self) -> str:
         """The learning rate's rule, for tables."""
-        if not self.measures:
+        if self.rule in FIXED_RULES:
             return "constant lr" if self.rule == "constant" else self.rule
         default = " (default)" if self.rule == DEFAULT else ""
         return f"SurgeLR {self.rule}{default}, overhead {100 * self.max_overhead:g} %"
@@ -63,14 +55,16 @@ def growth(ramp: str) -> str:
     return ramp if ramp == FOLLOW else f"{ramp} ramp"
 
 
-def _of_ramp(ramp: str) -> list[Rule]:
-    fixed = [Rule(ramp, rule, 0.0) for rule in FIXED_RULES]
-    measured = [Rule(ramp, objective, LARGE_OVERHEAD) for objective in OBJECTIVES]
-    return [*fixed, *measured, Rule(ramp, DEFAULT, DEFAULT_OVERHEAD)]
-
-
 RULES = [
-    *(rule for ramp in RAMPS for rule in _of_ramp(ramp)),
+    *(
+        rule
+        for ramp in RAMPS
+        for rule in (
+            *(Rule(ramp, fixed, 0.0) for fixed in FIXED_RULES),
+            *(Rule(ramp, objective, LARGE_OVERHEAD) for objective in OBJECTIVES),
+            Rule(ramp, DEFAULT, DEFAULT_OVERHEAD),
+        )
+    ),
     Rule(FOLLOW, DEFAULT, LARGE_OVERHEAD),
     Rule(FOLLOW, DEFAULT, DEFAULT_OVERHEAD),
 ]

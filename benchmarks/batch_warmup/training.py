@@ -9,7 +9,15 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from benchmarks.batch_warmup.rules import BASE_BATCH_SIZE, FIXED_RULES, FOLLOW, LARGE_BATCH_SIZE, RAMPS
+from benchmarks.batch_warmup.rules import (
+    APPROACHED,
+    BASE_BATCH_SIZE,
+    DRIFT,
+    FIXED_RULES,
+    FOLLOW,
+    LARGE_BATCH_SIZE,
+    RAMPS,
+)
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.trainer import quiet_trainer
 from lightning_surge import SurgeLRCallback
@@ -19,8 +27,6 @@ from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.sizes import ConstantSize, GeometricRamp
 
 __all__ = ["constant", "ramp"]
-
-MOST_SIZES = 24
 
 
 class StepSizes(pl.Callback):
@@ -33,23 +39,11 @@ class StepSizes(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """One micro-batch."""
         self._window += len(batch[0] if isinstance(batch, (list, tuple)) else batch)
 
     def on_before_optimizer_step(self, *args: Any) -> None:
-        """The end of a window."""
         self.sizes.append(self._window)
         self._window = 0
-
-    def over_time(self) -> list[list[int]]:
-        """`[examples consumed, size]` wherever the size changes, thinned to a short list."""
-        changes: list[list[int]] = []
-        consumed = 0
-        for size in self.sizes:
-            if not changes or changes[-1][1] != size:
-                changes.append([consumed, size])
-            consumed += size
-        return changes[:: -(-len(changes) // MOST_SIZES)]
 
 
 def constant(workload: str, budget: str, batch_size: int, multiplier: float, seed: int) -> dict[str, Any]:
@@ -62,10 +56,7 @@ def constant(workload: str, budget: str, batch_size: int, multiplier: float, see
 def ramp(
     workload: str, budget: str, ramp: str, rule: str, max_overhead: float, multiplier: float, seed: int
 ) -> dict[str, Any]:
-    """Train with a growing batch size: loss, steps and times, what was measured, and the factor at the end.
-
-    The arguments are those of a `Rule`, beside the workload, its budget and the multiple of its lr.
-    """
+    """Train with a growing batch size: loss, steps, times, what was measured, and the factor at the end."""
     what = WORKLOADS[workload]
     sampler = what.sampler(budget, seed)
     if ramp == FOLLOW:
@@ -79,7 +70,8 @@ def ramp(
         scheduler = BatchSizeScheduler(schedule)
     settings: dict[str, Any] = {"objective": rule, "max_overhead": max_overhead}
     if rule in FIXED_RULES:
-        settings = {"law": rule}
+        settings = {"law": rule.removesuffix(APPROACHED)}
+        settings |= {"max_drift_per_step": DRIFT} if rule.endswith(APPROACHED) else {}
     # The rule that leaves the learning rate alone is what there is without the callback.
     surge = None if rule == "constant" else SurgeLRCallback(BASE_BATCH_SIZE, **settings)
     return _run(workload, budget, multiplier, seed, loader, scheduler, surge)
@@ -114,10 +106,8 @@ def _run(
     result = {
         "val_loss": metrics["val_loss"],
         "steps": trainer.global_step,
-        "mean_batch_size": examples / trainer.global_step,
         "fit_seconds": round(wall, 2),
         "processor_seconds": round(processor, 2),
-        "sizes": counted.over_time(),
     }
     if surge is not None and surge.decision is not None:
         result |= {"final_factor": surge.decision.used, "reason": surge.decision.reason}

@@ -31,25 +31,15 @@ CONTEXT = 64
 
 @dataclass(frozen=True)
 class Workload:
-    """A network and its data.
-
-    Attributes:
-        name: for tables.
-        title: the same in words.
-        base_lr: the example's, near the best one at `BASE_BATCH_SIZE`; multipliers are of it.
-        examples: to train on by budget; `"quick"` is to see that everything works.
-        examples_per_epoch: of several epochs; None for one pass.
-        module: makes the network from a learning rate and the examples of the run, after seeding.
-        data: what to train on, and what to validate on.
-    """
+    """A network and its data."""
 
     name: str
-    title: str
-    base_lr: float
-    examples: Mapping[str, int]
-    examples_per_epoch: int | None
-    module: Callable[[float, int], pl.LightningModule]
-    data: Callable[[], tuple[Dataset[Any], DataLoader[Any]]]
+    title: str  # the name in words
+    base_lr: float  # near the best one at `BASE_BATCH_SIZE`; multipliers are of it
+    examples: Mapping[str, int]  # to train on by budget; "quick" is to see that everything works
+    examples_per_epoch: int | None  # of several epochs; None for one pass
+    module: Callable[[float, int], pl.LightningModule]  # from a learning rate and the examples of the run
+    data: Callable[[], tuple[Dataset[Any], DataLoader[Any]]]  # what to train on, and to validate on
 
     def epochs(self, budget: str) -> int:
         """Passes over the data, or over a part of them, that make the budget."""
@@ -93,7 +83,6 @@ class Text(ByteTransformer):
         self.examples = examples
 
     def configure_optimizers(self) -> Any:
-        """AdamW, warm-up and cosine."""
         return adamw(self, self.lr, self.examples)
 
 
@@ -105,7 +94,6 @@ class Images(ConvolutionalClassifier):
         self.examples = examples
 
     def configure_optimizers(self) -> Any:
-        """AdamW, warm-up and cosine."""
         return adamw(self, self.lr, self.examples)
 
 

@@ -1,14 +1,12 @@
 """Train the demo with every rule, and write the table and the picture that the README shows.
 
 python -m benchmarks.demo                        # about 35 minutes on two cores
-python -m benchmarks.demo --rules step edge      # these again, the others' committed results are kept
 python -m benchmarks.demo --quick                # every rule on the demo's few-seconds plan, nothing written
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -23,7 +21,7 @@ from examples import stdlib_transformer
 from examples.report import stages
 from lightning_surge import SurgeLRCallback
 from lightning_surge.laws.objectives import OBJECTIVES
-from lightning_surge.runs.run_log import read_run
+from lightning_surge.runs import plot_run, read_run
 
 RESULTS = Path(__file__).parent / "results"
 FIXED = {"constant": "constant lr", "sqrt": "sqrt", "linear": "linear"}
@@ -74,35 +72,26 @@ def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few steps, nothing written")
-    parser.add_argument("--rules", nargs="*", choices=RULES, help="train with these only")
     options = parser.parse_args()
-    wanted = options.rules or list(RULES)
     records: list[dict[str, Any]] = []
-    if not options.quick and (RESULTS / "summary.json").exists():
-        kept = json.loads((RESULTS / "summary.json").read_text())["records"]
-        records = [record for record in kept if record["rule"] not in {RULES[name] for name in wanted}]
     with tempfile.TemporaryDirectory() as directory:
         for seed in SEEDS[: 1 if options.quick else None]:
-            for name in wanted:
+            for name in RULES:
                 begin = time.perf_counter()
                 flags = ["--law" if name in FIXED else "--objective", name]
                 arguments = ["--seed", str(seed), "--output", f"{directory}/{name}-{seed}", *flags]
                 picture = stdlib_transformer.main([*arguments, *(["--fast"] if options.quick else [])])
-                rows = stages(read_run(picture.parent, also=["val_loss"]))
-                records.append(
-                    {
-                        "rule": RULES[name],
-                        "seed": seed,
-                        "val_loss": rows[-1].val_loss,
-                        "seconds": round(time.perf_counter() - begin, 1),
-                        "commit": commit(),
-                        "stages": [row._asdict() for row in rows],
-                    }
-                )
+                run = read_run(picture.parent, also=["val_loss"])
+                rows = stages(run)
+                seconds = round(time.perf_counter() - begin, 1)
+                record = {"rule": RULES[name], "seed": seed, "val_loss": rows[-1].val_loss}
+                record |= {"seconds": seconds, "commit": commit()}
+                records.append(record | {"stages": [row._asdict() for row in rows]})
                 if not options.quick:
                     save(records)
                     if seed == 0 and RULES[name] == DEFAULT:
                         shutil.copy(picture, RESULTS / "surge.png")
+                        plot_run(run, title="The demo's run").savefig(RESULTS / "run.png")
     print("\nFinal validation loss, nats per byte\n\n" + table(records))
 
 

@@ -35,13 +35,7 @@ class Snapshot(NamedTuple):
 
 
 class Ensemble:
-    """Copies of snapshots, trained with Adam.
-
-    Args:
-        workload: what they are.
-        snapshots: one start per copy.
-        betas: Adam's.
-    """
+    """Copies of a workload's network, one from each snapshot, trained with Adam."""
 
     def __init__(self, workload: Workload, snapshots: Sequence[Snapshot], betas: tuple[float, float]) -> None:
         self.workload = workload
@@ -68,12 +62,7 @@ class Ensemble:
         return self.workload.loss(network, batch)  # type: ignore[arg-type]
 
     def step(self, batch: Batch, lr: Tensor) -> None:
-        """One Adam step of every copy.
-
-        Args:
-            batch: tensors of shape `(copies, batch size, ...)`.
-            lr: one per copy.
-        """
+        """One Adam step of every copy, on tensors of shape `(copies, batch size, ...)`."""
         size = batch[0].shape[1]
         group = max(1, EXAMPLES_PER_CALL // size)
         gradients: dict[str, list[Tensor]] = {name: [] for name in self._names}
@@ -124,14 +113,7 @@ class Ensemble:
 def shared_batch(data: Batch, size: int, generators: Sequence[torch.Generator], copies: int) -> Batch:
     """A fresh batch for each generator, each seen by so many copies in a row, which then compare alike.
 
-    Args:
-        data: tensors with the examples along their first dimension.
-        size: examples.
-        generators: one per seed.
-        copies: of each seed.
-
-    Returns:
-        Tensors of shape `(generators times copies, size, ...)`.
+    Tensors have the shape `(generators times copies, size, ...)`.
     """
     drawn = [draw(data, size, generator) for generator in generators]
     return tuple(torch.stack(tensors).repeat_interleave(copies, 0) for tensors in zip(*drawn, strict=True))

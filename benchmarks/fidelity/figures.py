@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.fidelity.analysis import CHANGE, Record, Row, groups, mean, pick, quantile
 from benchmarks.fidelity.held import LAWS, one_step_rows
 from benchmarks.fidelity.one_step import SIZES
-from benchmarks.fidelity.rules import NATS, at_default
+from benchmarks.fidelity.rules import at_default, of_unit
 
 __all__ = ["draw"]
 
@@ -22,28 +22,16 @@ BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#000000", "#8c8c8c", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 LAW_COLOURS = dict(zip(LAWS, (VERMILION, ORANGE, BLACK, BLUE, GREEN), strict=True))
-RULE_COLOURS = {
-    "alignment": SKY,
-    "step": VERMILION,
-    "progress": BLUE,
-    "edge": ORANGE,
-}
+RULE_COLOURS = {"alignment": SKY, "step": VERMILION, "progress": BLUE, "edge": ORANGE}
 REGRETS = {"tuned": "at the best base lr", "regret": "as run"}
 
 
-def draw(records: Records, directory: Path) -> list[Path]:
-    """Draw what there are records for, and say which files that makes."""
-    directory.mkdir(parents=True, exist_ok=True)
-    wanted = {
-        "one_step": (records["one_step"], draw_one_step),
-        "regret": (records["rules"], draw_regret),
-    }
-    paths = []
-    for name, (needed, painter) in wanted.items():
-        if needed:
-            paths.append(directory / f"{name}.png")
-            painter(records).savefig(paths[-1], metadata={"Software": None})
-    return paths
+def draw(records: Records, directory: Path) -> None:
+    """Draw what there are records for."""
+    if records["one_step"]:
+        draw_one_step(records).savefig(directory / "one_step.png", metadata={"Software": None})
+    if records["rules"]:
+        draw_regret(records).savefig(directory / "regret.png", metadata={"Software": None})
 
 
 def draw_one_step(records: Records) -> Figure:
@@ -84,9 +72,9 @@ def draw_one_step(records: Records) -> Figure:
 def draw_regret(records: Records) -> Figure:
     """Mean regret by rule with 95 % half-widths, at the best base lr and as run."""
     every = at_default(records["rules"])
-    units = {"nats": pick(every, workload=NATS), "%": [r for r in every if r["workload"] not in NATS]}
-    shown: dict[str, list[Row]] = {unit: found for unit, found in units.items() if found}
-    # A rule that has not been run there has no bar, and no line.
+    units = {"nats": of_unit(every, nats=True), "%": of_unit(every, nats=False)}
+    shown = {unit: found for unit, found in units.items() if found}
+    # A rule that has not been run at a base lr has no bar there, and no line.
     rules = {field: [rule for (rule,) in groups(_known(every, field), "rule")] for field in REGRETS}
     heights = [0.26 * max(len(names), 1) + 1.0 for names in rules.values()]
     figure = Figure(figsize=(4.6 * len(shown), sum(heights)), dpi=90, layout="constrained")
@@ -95,12 +83,8 @@ def draw_regret(records: Records) -> Figure:
         for axes, (unit, found) in zip(line, shown.items(), strict=True):
             known = _known(found, field)
             _regret_bars(axes, known, field, rules[field], unit)
-            names = (
-                "cross-entropy"
-                if unit == "nats"
-                else ", ".join(dict.fromkeys(row["workload"] for row in found))
-            )
-            axes.set_title(f"{names}, {base}, {len(groups(known, *CHANGE))} changes of B", fontsize=10)
+            name = "cross-entropy" if unit == "nats" else "autoencoder"
+            axes.set_title(f"{name}, {base}, {len(groups(known, *CHANGE))} changes of B", fontsize=10)
         line[0].invert_yaxis()
     return figure
 
@@ -110,17 +94,15 @@ def _known(rows: Sequence[Row], field: str) -> list[Row]:
 
 
 def _regret_bars(axes: Axes, rows: Sequence[Row], field: str, rules: Sequence[str], unit: str) -> None:
-    means = [mean(row[field] for row in pick(rows, rule=rule)) for rule in rules]
-    values = [entry.value if math.isfinite(entry.value) else 0.0 for entry in means]
-    widths = [entry.half_width if math.isfinite(entry.half_width) else 0.0 for entry in means]
+    means = np.array([mean(row[field] for row in pick(rows, rule=rule))[:2] for rule in rules])
+    values, widths = np.where(np.isfinite(means), means, 0.0).reshape(-1, 2).T
     colours = [RULE_COLOURS.get(rule.partition(",")[0], GREY) for rule in rules]
     linear = 0.01 if unit == "nats" else 1.0
     # A mean that one ruinous change makes says nothing on the other side of zero.
-    pairs = zip(values, widths, strict=True)
-    below = [min(width, value + linear) if value > linear else width for value, width in pairs]
+    below = np.where(values > linear, np.minimum(widths, values + linear), widths)
     axes.barh(rules, values, xerr=(below, widths), color=colours, error_kw={"capsize": 2, "linewidth": 1})
     axes.set_xscale("symlog", linthresh=linear)
-    highest = max([math.log10(max(value, linear) / linear) for value in values], default=0.0)
+    highest = math.log10(max(values.max(initial=0.0), linear) / linear)
     decades = [linear * 10.0**power for power in range(0, math.ceil(highest) + 1, 1 + round(highest / 4))]
     axes.set_xticks([-linear, 0.0, *decades])
     axes.set_xlim(left=-2 * linear, right=decades[-1] * 3)

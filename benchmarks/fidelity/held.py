@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from benchmarks.fidelity.analysis import POINT, Record, Row, difference, groups, log2, pick, summary
-from benchmarks.fidelity.markdown import share, spread, table
+from benchmarks.fidelity.markdown import spread, table
 from benchmarks.fidelity.one_step import SIZES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE
 from lightning_surge.laws.base import MeasuredLaw
@@ -87,8 +87,7 @@ def one_step_rows(records: Iterable[Record]) -> list[Row]:
 def calibration_rows(records: Iterable[Record]) -> list[Row]:
     """Whether the truth is inside the 68 % interval, to which its own error is added in quadrature.
 
-    For `lr` and `ratio`; None where the law, the truth or its error is unknown. The interval is the
-    callback's, with what it allows for extrapolation; `lr_alone` and `ratio_alone` are without that.
+    None where the law, the truth or its error is unknown.
     """
     rows = []
     for record in records:
@@ -97,7 +96,7 @@ def calibration_rows(records: Iterable[Record]) -> list[Row]:
             for index, size in enumerate(SIZES):
                 row = {name: record[name] for name in (*POINT, "seed")}
                 row |= {"count": int(count), "batch_size": size}
-                row |= dict.fromkeys(("lr", "ratio", "lr_alone", "ratio_alone"))
+                row |= {"lr": None, "ratio": None}
                 for what in ("lr", "ratio") if entry is not None else ():
                     ends = (index,) if what == "lr" else (index, BASE)
                     errors = [truths[end]["log2_error"] for end in ends]
@@ -107,7 +106,6 @@ def calibration_rows(records: Iterable[Record]) -> list[Row]:
                     own = entry[f"{what}_error"][index]
                     width = math.inf if own is None else math.hypot(own, *errors)
                     allowed = math.hypot(*(entry["extrapolation"][end] for end in ends))
-                    row[f"{what}_alone"] = abs(gaps[0] - sum(gaps[1:])) <= width
                     row[what] = abs(gaps[0] - sum(gaps[1:])) <= math.hypot(width, allowed)
                 rows.append(row)
     return rows
@@ -126,22 +124,3 @@ def laws(records: Mapping[str, Sequence[Record]]) -> str:
     headers = ["law", "lr: median, 90th percentile", "R", *(f"R, {name}" for name in names)]
     note = f"{len(records['one_step'])} points of training, B = {NEAR[0]} to {NEAR[-1]}, 64 in force."
     return "\n\n".join([table(headers, lines), note])
-
-
-def calibration(records: Mapping[str, Sequence[Record]]) -> str:
-    """Whether the reported errors are those that are made, by the measurements behind them."""
-    whats = {"lr": "lr", "ratio": "R", "lr_alone": "lr, jackknife alone", "ratio_alone": "R, jackknife alone"}
-    lines = []
-    for (count,), found in groups(calibration_rows(records["one_step"]), "count").items():
-        known = [
-            [row[what] for row in pick(found, batch_size=NEAR) if row[what] is not None] for what in whats
-        ]
-        lines.append([count, *(share(sum(inside), len(inside)) for inside in known)])
-    return "\n\n".join(
-        [
-            "Share of truths inside the callback's 68 % interval of log2, to which the error of the truth "
-            f"is added in quadrature, at B = {NEAR[0]} to {NEAR[-1]}; and inside the jackknife's, without "
-            "what is allowed for extrapolation. Right would be 68 %; the target is 55 to 80 %.",
-            table(["measurements", *whats.values()], lines),
-        ]
-    )

@@ -49,12 +49,13 @@ def spread(found: Summary) -> str:
     return f"{number(found.median)}, {number(found.high)}" if found.n else "-"
 
 
-def targets_table(found: Iterable[Mapping[str, Any]]) -> str:
+def targets_table(found: Iterable[Mapping[str, Any]], form: str = ".3g", of_error: str = ".2g") -> str:
     """The targets of a summary, a line each, with the error of the value where there is one."""
     lines = []
     for entry in found:
         bound = f"at {'most' if entry['better'] == 'lower' else 'least'} {entry['bound']:g}"
-        error = entry.get("half_width", entry.get("standard_error"))
-        value = f"{entry['value']:.3g}" + ("" if error is None else f" ± {error:.2g}")
+        error = entry.get("half_width", entry.get("standard_error", math.inf))
+        value = format(entry["value"], form) + (f" ± {error:{of_error}}" if math.isfinite(error) else "")
+        value += f" ({entry['seeds']} pairs of seeds)" if "seeds" in entry else ""
         lines.append([entry["name"], value, bound, "met" if entry["met"] else "missed"])
     return table(["what", "value", "target", ""], lines)

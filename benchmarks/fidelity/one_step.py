@@ -7,7 +7,8 @@ is found from scratch, with fresh batches for the directions and the loss on a l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,18 +68,15 @@ def predictions(law: Law | None) -> dict[str, Any] | None:
         return None
     entry: dict[str, Any] = {"lr": [law.lr(size) for size in SIZES]}
     if isinstance(law, EstimatedLaw):
-        entry["lr_error"] = [law.standard_error(_log_lr(size)) for size in SIZES]
-        entry["ratio_error"] = [law.standard_error(_log_ratio(size)) for size in SIZES]
+        for what, base in (("lr", None), ("ratio", BASE_BATCH_SIZE)):
+            logs = [partial(_log2_lr, size=size, base=base) for size in SIZES]
+            entry[f"{what}_error"] = [law.standard_error(log) for log in logs]
         entry["extrapolation"] = [law.extrapolation_error(size) / math.log(2.0) for size in SIZES]
     return entry
 
 
-def _log_lr(size: float) -> Callable[[Law], float]:
-    return lambda law: math.log2(law.lr(size))
-
-
-def _log_ratio(size: float) -> Callable[[Law], float]:
-    return lambda law: math.log2(law.lr(size) / law.lr(BASE_BATCH_SIZE))
+def _log2_lr(law: Law, size: float, base: float | None) -> float:
+    return math.log2(law.lr(size) / (1.0 if base is None else law.lr(base)))
 
 
 def laws(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any]:
@@ -91,10 +89,7 @@ def laws(workload: str, beta_2: float, phase: str, seed: int) -> dict[str, Any]:
         history = NoiseHistory(HALF_LIFE)
         history.load_state_dict({"num_measurements": count, "records": records[:count]})
         measured[str(count)] = predictions(estimate(history, fit_sign_law))
-    result: dict[str, Any] = {
-        "measured": measured,
-        "noise_scale_measured": callback.history.stats().noise_scale,
-    }
+    result: dict[str, Any] = {"measured": measured}
     for law in ("theorem2", "theorem3"):
         found = measure(study, law=law, count=THEOREM_MEASUREMENTS, seed=seed).law
         entry = predictions(found)
@@ -156,13 +151,9 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 def best_step(
     study: Study, directions: Sequence[list[Tensor]], sample: Batch
 ) -> tuple[float | None, float | None]:
-    """The learning rate that lowers the sample's loss most on average: octaves, then a parabola.
+    """The learning rate that lowers the sample's loss most on average, and the jackknife error of its log2.
 
-    Directions are steps of length 1 per unit of learning rate. The study is left as it was.
-
-    Returns:
-        The learning rate, None if every step raises the loss; and the standard error of its log2 over
-        directions (jackknife).
+    Octaves first, then a parabola. None if every step raises the loss. The study is left as it was.
     """
     parameters = list(study.network.parameters())
     start = [parameter.detach().clone() for parameter in parameters]

@@ -47,16 +47,6 @@ class Sweep(NamedTuple):
         """log2 of the best multiplier of the mean over seeds."""
         return vertex(self.x, self.mean)
 
-    @property
-    def bests(self) -> Array:
-        """The same of each seed."""
-        return np.array([vertex(self.x, row) for row in self.losses])
-
-    @property
-    def censored(self) -> bool:
-        """Whether the lowest mean is at an end of the grid, beyond which the best may be."""
-        return int(np.argmin(self.mean)) in (0, len(self.x) - 1)
-
     def loss(self, seed: int, x: float) -> float:
         """Loss of a seed at a multiplier, interpolated; at an end of the grid beyond it."""
         row = self.losses[self.seeds.index(seed)]
@@ -75,9 +65,8 @@ class Sweep(NamedTuple):
 def vertex(x: Array, losses: Array) -> float:
     """Minimum of the least-squares parabola through five points around the lowest, fewer at an end.
 
-    Of the parabola through three where the two differ by more than half a step of the grid, as they do
-    beside a wall of runs that almost diverged. The lowest point itself where it is at an end and nothing
-    turns inside.
+    Through three points where the two differ by more than half a step of the grid, as they do beside a wall
+    of runs that almost diverged. The lowest point itself if nothing turns inside.
     """
     low = int(np.argmin(losses))
     left, right = x[max(low - 1, 0)], x[min(low + 1, len(x) - 1)]
@@ -117,15 +106,14 @@ def loss_of_run(loss: float | None) -> float:
 
 
 def truth_rows(sweeps: dict[tuple[Any, ...], Sweep]) -> list[Row]:
-    """log2 of R_true by point and batch size, with its standard deviation over seeds."""
+    """log2 of R_true by point and batch size, and of the best multiplier at the base batch size."""
     rows = []
     for (*point, size), found in sweeps.items():
         base = sweeps.get((*point, BASE_BATCH_SIZE))
         if base is None or size == BASE_BATCH_SIZE:
             continue
-        row = dict(zip(POINT, point, strict=True)) | {"batch_size": size, "ratio": found.best - base.best}
-        row |= {"spread": float(np.std(found.bests - base.bests, ddof=1)), "base": base.best}
-        rows.append(row | {"censored": found.censored or base.censored})
+        row = dict(zip(POINT, point, strict=True)) | {"batch_size": size, "base": base.best}
+        rows.append(row | {"ratio": found.best - base.best})
     return rows
 
 
@@ -176,11 +164,9 @@ def switch_rows(
     """One row by rule, point, batch size and seed.
 
     `error` is log2(R / R_true), with R_true of the mean over seeds. `regret` is the loss of the seed's run at
-    the rule's lr, interpolated, minus the same seed's loss at the lr that is best on average: nats, or
-    percent of the best loss where the loss is no cross-entropy. `tuned` is the same with the rule's ratio
-    applied to the best base lr. For "live" the losses are those of runs, one at each base lr, and the ratio
-    is the mean over the steps of the first.
-    `overhead` is None for rules that need no callback.
+    the rule's lr, interpolated, minus its loss at the lr that is best on average: nats, or percent of the
+    best loss where that is no cross-entropy. `tuned` applies the rule's ratio to the best base lr. For "live"
+    the losses are those of runs, and the ratio is their mean. `overhead` is None without a callback.
     """
     rows = []
     truths = truth_rows(sweeps)

@@ -46,7 +46,6 @@ KEYS = {
 Records = Mapping[str, Sequence[Record]]
 SECTIONS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "laws": ("one_step", held.laws),
-    "calibration": ("one_step", held.calibration),
     "rules": ("rules", rules),
     "free": ("free", free_table),
     "leave_out": ("rules", leave_out),

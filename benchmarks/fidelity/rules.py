@@ -10,10 +10,8 @@ from benchmarks.fidelity.markdown import average, number, table
 from benchmarks.fidelity.regrets import CELL, DEFAULT, FIXED, best_fixed, shared
 from benchmarks.fidelity.workloads import WORKLOADS
 
-__all__ = ["NATS", "at_default", "chosen_elsewhere", "leave_out", "objective_costs", "of_unit", "rules"]
+__all__ = ["at_default", "chosen_elsewhere", "leave_out", "objective_costs", "of_unit", "rules"]
 
-NATS = tuple(name for name, workload in WORKLOADS.items() if workload.cross_entropy)
-PERCENT = tuple(name for name in WORKLOADS if name not in NATS)
 HEADERS = (
     "mean absolute log2(R / R_true)",
     *(f"regret {base}, {unit}" for base in ("at the best base lr", "as run") for unit in ("nats", "%")),
@@ -29,7 +27,7 @@ def at_default(rows: Sequence[Row]) -> list[Row]:
 
 def of_unit(rows: Sequence[Row], *, nats: bool) -> list[Row]:
     """Those whose regret is in nats, or those in percent."""
-    return pick(rows, workload=NATS if nats else PERCENT)
+    return [row for row in rows if WORKLOADS[row["workload"]].cross_entropy == nats]
 
 
 def rules(records: Mapping[str, Sequence[Record]]) -> str:
@@ -92,17 +90,11 @@ def leave_out(records: Mapping[str, Sequence[Record]]) -> str:
         [number(entry, 3) if isinstance(entry, float) else entry for entry in row]
         for row in chosen_elsewhere(objective_costs(rows), default)
     ]
-    headers = [
-        "left out",
-        "the others choose",
-        "which costs here",
-        "best here",
-        "costs",
-        f"callback: {default}",
-    ]
+    headers = ["left out", "the others choose", "which costs here", "best here", "costs"]
+    headers.append(f"callback: {default}")
     note = (
         "Each workload judges what the others would have chosen by their mean; beside it what was best "
         "on it, and what the callback does. Mean regret of live runs after a change of the batch size, "
         f"over that of the best fixed rule on the same workload. {len(cells)} cells."
     )
-    return "\n\n".join([note, table(headers, lines) if lines else "Too few workloads."])
+    return f"{note}\n\n{table(headers, lines) if lines else 'Too few workloads.'}"

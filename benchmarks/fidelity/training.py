@@ -38,12 +38,9 @@ def before(step: int) -> float:
 
 
 def schedule(phase: str, steps_after: int, multiplier: float = 1.0) -> Factor:
-    """The factor of a run that changes its batch size at a phase and decays to zero afterwards.
+    """The factor of a run that changes its batch size at a phase and decays to zero in the steps after it.
 
-    Args:
-        phase: of the change.
-        steps_after: from the change to zero.
-        multiplier: of all learning rates from the change on.
+    From the change on, all learning rates get the multiplier.
     """
     change = PHASES[phase]
 
@@ -61,7 +58,6 @@ class HeldAdam(torch.optim.Adam):
     held = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Computes gradients; moves only if not held."""
         if not self.held:
             return super().step(closure)
         with torch.enable_grad():
@@ -81,7 +77,6 @@ class Study(pl.LightningModule):
         self.optimizer = HeldAdam(self.network.parameters(), lr=workload.lr, betas=betas)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss."""
         return self.workload.loss(self.network, batch)
 
     def configure_optimizers(self) -> Any:
@@ -107,7 +102,6 @@ class StopAt(pl.Callback):
         self._step = step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """After one optimizer step."""
         trainer.should_stop = trainer.global_step >= self._step
 
 

@@ -23,25 +23,15 @@ CONTEXT = 32
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, its loss and its data.
-
-    Attributes:
-        name: for tables.
-        network: makes the network, after seeding.
-        loss: mean loss of a batch.
-        data: training tensors with the examples along their first dimension.
-        lr: near the best constant-then-linear learning rate at the base batch size, see docs/results.md.
-        sample: examples of the fixed sample on which losses are compared.
-        cross_entropy: whether the loss is one, in nats; else regrets are judged as a share of it.
-    """
+    """A network, its loss and its data."""
 
     name: str
     network: Callable[[], nn.Module]
-    loss: Callable[[nn.Module, Batch], Tensor]
-    data: Callable[[], Batch]
-    lr: float
-    sample: int
-    cross_entropy: bool = True
+    loss: Callable[[nn.Module, Batch], Tensor]  # mean over a batch
+    data: Callable[[], Batch]  # training tensors with the examples along their first dimension
+    lr: float  # near the best constant-then-linear one at the base batch size, see docs/results.md
+    sample: int  # examples of the fixed sample on which losses are compared
+    cross_entropy: bool = True  # in nats; regrets of other losses are shares of them
 
 
 def draw(data: Batch, size: int, generator: torch.Generator) -> Batch:

@@ -50,7 +50,6 @@ class Watch(pl.Callback):
         self.started = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stand in for what reads a learning rate in the update."""
         optimizer: Any = trainer.optimizers[0]
         self.optimizer = f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}"
         # What torch's optimizers, and transformers', read a group's learning rate with, inside the update.
@@ -64,15 +63,12 @@ class Watch(pl.Callback):
         setattr(optimizer, name, spy)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Note what kind of batch it is."""
         self.batch = kind_of(batch)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """A refusal from here on comes too late."""
-        self.started = True
+        self.started = True  # a refusal from here on comes too late
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep weights and learning rates."""
         self.weights = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
         self.left = [float(group["lr"]) for group in trainer.optimizers[0].param_groups]
 
@@ -124,33 +120,22 @@ def train(
 
 
 class Row(NamedTuple):
-    """What came of one training.
-
-    Attributes:
-        batch: its type.
-        asked: arguments that refusals named, and that were then passed.
-        pieces: what gradients were recomputed of.
-        told: what was said in the dry run and not alone.
-        measurements: in the dry run.
-        passes: examples passed for them per example trained, with the safety factor.
-        time: share of wall time that they took.
-        updates: at which the factor was looked at.
-    """
+    """What came of one training."""
 
     library: str
     version: str
     model: str
     optimizer: str
-    batch: str
-    asked: list[str]
+    batch: str  # its type
+    asked: list[str]  # arguments that refusals named, and that were then passed
     dry_run_equal: bool
     factor_right: bool
-    measurements: int
-    pieces: str
-    passes: float
-    time: float
-    updates: int
-    told: list[str]
+    measurements: int  # in the dry run
+    pieces: str  # what gradients were recomputed of
+    passes: float  # examples passed for measurements, per example trained
+    time: float  # share of wall time that they took
+    updates: int  # at which the factor was looked at
+    told: list[str]  # what was said in the dry run and not alone
 
 
 def examine(library: Library) -> Row:

@@ -26,19 +26,12 @@ ROWS = 96
 
 
 class Library(NamedTuple):
-    """What is trained with a library.
-
-    Attributes:
-        package: its name in the registry.
-        model: what is trained, for the table.
-        fit: trains for `STEPS` steps of `EXAMPLES` examples with the callbacks given.
-        count: what a user would pass as `batch_size_fn=` if the callback asked for it.
-    """
+    """What is trained with a library."""
 
     package: str
     model: str
-    fit: Callable[[list[Any]], object]
-    count: Callable[[Any], float] | None = None
+    fit: Callable[[list[Any]], object]  # `STEPS` steps of `EXAMPLES` examples with the callbacks given
+    count: Callable[[Any], float] | None = None  # `batch_size_fn=`, if the callback asks for it
 
 
 def trainer(callbacks: list[Any], **options: Any) -> pl.Trainer:

@@ -1,141 +1,158 @@
 """Measure what the callback costs, in time and in memory.
 
-    python -m benchmarks.overhead            # about ten minutes on two cores
-    python -m benchmarks.overhead --quick    # under a minute, to see that it works
+    python -m benchmarks.overhead                   # about half an hour on one core
+    python -m benchmarks.overhead --only 200        # one model of the three, beside the records of the others
+    python -m benchmarks.overhead --quick           # under a minute, to see that it works
 
-Time: the demo's model and ramp, at a fifth of its length, with and without the callback in turns in one
-process; the ratio of processor time is taken pair by pair. Memory: peak bytes of live tensors, from the
-allocator's own record, in units of the model's parameters.
+Time: processor seconds of the same steps with and without the callback, in turns in one process; the ratio is
+taken pair by pair. Beside it what passes inside the callback's hooks, which does not see what it costs
+elsewhere, as in caches. Memory: peak bytes of live tensors, from the allocator's own record, in units of the
+model's parameters.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.fidelity.markdown import table
 from benchmarks.results import target, write
 from benchmarks.trainer import quiet_trainer
-from examples.stdlib_transformer import FULL, MICRO_BATCH_SIZE, ByteTransformer, StandardLibraryText
-from lightning_surge import BatchSizeWarmup, SurgeLRCallback
-from lightning_surge.schedules.sizes import GeometricRamp
-from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
+from lightning_surge import SurgeLRCallback
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "make bench"
-LEVELS = (0.01, 0.05, 0.25)
-BOOKKEEPING = "statistics and bookkeeping of every step at B=8, no probe"
-WIDTH = 2048
-LAYERS = 5
-FOLLOWING = "during a probe that follows the edge"
-PHASES: list[tuple[str, int, Literal["step", "edge"]]] = [
-    ("between probes", 10**6, "step"),
-    ("during a probe", 1, "step"),
-    (FOLLOWING, 1, "edge"),
-]
-BUFFERS = {"between probes": 1.0, "during a probe": 4.0, FOLLOWING: 5.0}
+PAIRS = 9
+WARM_UP = 5
+BATCH = 8
 
 
-def run_ramp(
-    data: StandardLibraryText, examples: int, seed: int, callback: SurgeLRCallback | None, end: int = 128
-) -> float:
-    """Processor seconds of a run on the demo's ramp, or at its smallest batch size."""
-    pl.seed_everything(seed, verbose=False)
-    ramp = GeometricRamp(start=8, end=end, duration=examples // 80)
-    sizes = AccumulatedSchedule(ramp, MICRO_BATCH_SIZE, examples_per_epoch=examples)
-    model = ByteTransformer(total_steps(sizes, examples), warmup_steps=20)
-    callbacks: list[pl.Callback] = [BatchSizeWarmup(start=8, end=end, num_steps=examples // 80)]
-    callbacks += [] if callback is None else [callback]
-    trainer = quiet_trainer(callbacks, max_epochs=1, accelerator="auto")
-    loader = DataLoader(Subset(data.train, range(examples)), batch_size=MICRO_BATCH_SIZE, shuffle=True)
-    begin = time.process_time()
-    trainer.fit(model, loader)
-    return time.process_time() - begin
+class Size(NamedTuple):
+    """A perceptron of square layers, and what its ordinary steps may cost."""
+
+    tensors: int
+    width: int
+    steps: int
+    bookkeeping: float
 
 
-def measure_time(examples: int, pairs: int) -> list[dict[str, Any]]:
-    """Ratios with over without the callback, for each budget on the ramp, and without any probe at B = 8."""
-    data = StandardLibraryText(FULL, context=64)
-    data.setup("fit")
-    run_ramp(data, examples // 4, 0, None)  # warm-up, not counted
-    cases: list[tuple[str, int, dict[str, Any]]] = [
-        (f"max_overhead={level:g} on the demo's ramp", 128, {"max_overhead": level}) for level in LEVELS
-    ]
-    cases.append((BOOKKEEPING, 8, {"probe_every": 10**9}))
-    records = []
-    for seed in range(pairs):
-        for name, end, options in cases:
-            # The shorter one has nothing rare in it.
-            length = examples if end > 8 else examples // 4
-            without = run_ramp(data, length, seed, None, end)
-            callback = SurgeLRCallback(base_batch_size=8, **options)
-            ratio = run_ramp(data, length, seed, callback, end) / without
-            record = {
-                "case": name,
-                "target": options.get("max_overhead", 0.0) * 1.5 + 0.02,
-                "seed": seed,
-                "examples": length,
-                "seconds_without": without,
-                "ratio": ratio,
-                "charged": callback.overhead,
-                "measurements": callback.history.num_measurements,
-            }
-            records.append(record)
-            print(
-                f"{name}, pair {seed + 1}/{pairs}: {ratio - 1:+7.2%} processor time, "
-                f"{callback.overhead:6.2%} charged, {callback.history.num_measurements} measurements",
-                flush=True,
-            )
-    return records
+# Of 0.1, 3 and 25 million parameters.
+SIZES = (Size(20, 71, 1000, 0.10), Size(200, 122, 200, 0.03), Size(2000, 112, 30, 0.02))
+# Options of the callback, and the share of passes that they spend on measuring.
+CASES: dict[str, tuple[dict[str, Any], float]] = {
+    "no measurement": ({"probe_every": 10**9}, 0.0),
+    "default": ({}, 0.01),
+    "5 %": ({"max_overhead": 0.05}, 0.05),
+    "dry run": ({"dry_run": True}, 0.01),
+}
+PHASES = {"between probes": (10**6, 1.0), "during a probe": (1, 4.0)}
+# 4 and 25 million parameters.
+MEMORY = (Size(4, 1024, 4, 0.0), Size(6, 2048, 4, 0.0))
 
 
-class Wide(pl.LightningModule):
-    """A perceptron of about 20 million parameters."""
+class Perceptron(pl.LightningModule):
+    """Of square layers, whose inputs are passed on beside what they add."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU()) for _ in range(LAYERS)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.ModuleList(
+            nn.Linear(size.width, size.width, bias=False) for _ in range(size.tensors)
+        )
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Mean squared error."""
-        return F.mse_loss(self.layers(batch[0]), batch[1])
+        x = batch[0]
+        for layer in self.layers:
+            x = x + F.relu(layer(x)) / len(self.layers)
+        return F.mse_loss(x, batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
-def peak_bytes(callback: SurgeLRCallback | None, accumulation: int, steps: int) -> int:
+class Clock(pl.Callback):
+    """Processor seconds of the steps after the first ones, and of those the ones inside the hooks."""
+
+    def __init__(self, surge: SurgeLRCallback | None) -> None:
+        self.surge = surge
+        self.begin = self.inside = 0.0
+        if surge is not None:
+            surge._stopwatch.clock = time.process_time
+
+    def _read(self) -> tuple[float, float]:
+        return time.process_time(), 0.0 if self.surge is None else self.surge._stopwatch.seconds
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start when everything has run a few times."""
+        if batch_idx == WARM_UP:
+            self.begin, self.inside = self._read()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop."""
+        end, inside = self._read()
+        self.begin, self.inside = end - self.begin, inside - self.inside
+
+
+def train(size: Size, callback: SurgeLRCallback | None, *, accumulation: int = 1) -> Clock:
+    """Steps of a new model, always the same."""
+    pl.seed_everything(0, verbose=False)
+    inputs = torch.randn(BATCH * accumulation * (WARM_UP + size.steps), size.width)
+    loader = DataLoader(TensorDataset(inputs, inputs.flip(1)), batch_size=BATCH)
+    clock = Clock(callback)
+    callbacks = [clock] if callback is None else [callback, clock]
+    trainer = quiet_trainer(callbacks, max_epochs=1, accumulate_grad_batches=accumulation)
+    trainer.fit(Perceptron(size), loader)
+    return clock
+
+
+def measure_time(size: Size, pairs: int) -> list[dict[str, Any]]:
+    """Of each pair: time with over without the callback, and the share inside the hooks."""
+    train(size._replace(steps=5), None)
+    records = []
+    for pair in range(pairs):
+        for name, (options, _) in CASES.items():
+            callback = SurgeLRCallback(base_batch_size=BATCH, **options)
+            # In turns, so that neither profits from a machine that slows down.
+            order = [None, callback] if pair % 2 else [callback, None]
+            clocks = {one is callback: train(size, one) for one in order}
+            plain, surge = clocks[False].begin, clocks[True]
+            records.append(
+                {
+                    "tensors": size.tensors,
+                    "case": name,
+                    "seconds_without": plain,
+                    "difference": surge.begin / plain - 1.0,
+                    "in_hooks": surge.inside / (surge.begin - surge.inside),
+                    "charged": callback.overhead,
+                    "measurements": callback.history.num_measurements,
+                }
+            )
+            print(records[-1], flush=True)
+    return records
+
+
+def peak_bytes(size: Size, callback: SurgeLRCallback | None, accumulation: int) -> int:
     """Most bytes alive at once while training, above what was alive before."""
     # What the run before left in reference cycles must not be freed, and so subtracted, during this record.
     gc.collect()
-    pl.seed_everything(0, verbose=False)
-    inputs = torch.randn(64, WIDTH)
-    loader = DataLoader(TensorDataset(inputs, inputs.flip(1)), batch_size=8)
-    model = Wide()
-    callbacks: list[pl.Callback] = [] if callback is None else [callback]
-    options = {"max_steps": steps, "max_epochs": -1, "accumulate_grad_batches": accumulation}
-    trainer = quiet_trainer(callbacks, accelerator="auto", **options)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        trainer.fit(model, loader)
-        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        trainer.fit(model, loader)
+        train(size, callback, accumulation=accumulation)
     # The allocator's own record; the public tables add it up per operator, which hides the peak.
     changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = most = 0
@@ -146,34 +163,18 @@ def peak_bytes(callback: SurgeLRCallback | None, accumulation: int, steps: int) 
 
 
 def measure_memory() -> list[dict[str, Any]]:
-    """Parameter-sized buffers above training without the callback, between probes and during one.
-
-    With `objective="edge"` a vector is kept between probes, and counted during one.
-    """
-    size = sum(p.numel() * p.element_size() for p in Wide().parameters())
+    """Parameter-sized buffers above training without the callback, between probes and during one."""
     records = []
-    for accumulation in (1, 8):
-        plain = peak_bytes(None, accumulation, steps=4)
-        for phase, every, objective in PHASES:
-            callback = SurgeLRCallback(
-                base_batch_size=2, probe_every=every, probe_examples=8, objective=objective
-            )
-            # Adam's averages tell mean and variance apart after three steps; one more makes the vector.
-            peak = peak_bytes(callback, accumulation, steps=6 if objective == "edge" else 4)
-            records.append(
-                {
-                    "phase": phase,
-                    "accumulation": accumulation,
-                    "parameters": size // 4,
-                    "peak_bytes_without": plain,
-                    "peak_bytes": peak,
-                    "buffers": (peak - plain) / size,
-                    "measurements": callback.history.num_measurements,
-                }
-            )
-            print(
-                f"accumulation {accumulation}, {phase}: {(peak - plain) / size:+.2f} parameter-sized buffers"
-            )
+    for size in MEMORY:
+        parameters = size.tensors * size.width**2
+        for accumulation in (1, 4):
+            plain = peak_bytes(size, None, accumulation)
+            for phase, (every, _) in PHASES.items():
+                callback = SurgeLRCallback(base_batch_size=2, probe_every=every, probe_examples=BATCH)
+                buffers = (peak_bytes(size, callback, accumulation) - plain) / (4 * parameters)
+                found = {"phase": phase, "accumulation": accumulation, "parameters": parameters}
+                records.append(found | {"buffers": buffers})
+                print(records[-1], flush=True)
     return records
 
 
@@ -181,16 +182,21 @@ def summarised(memory: list[dict[str, Any]], times: list[dict[str, Any]]) -> lis
     """One row per target."""
     summary = []
     for record in memory:
-        phase, accumulation = record["phase"], record["accumulation"]
-        name = f"memory {phase}, accumulation {accumulation}, in parameter-sized buffers"
-        summary.append(target(name, record["buffers"], BUFFERS[phase], COMMAND))
-    for case in dict.fromkeys(record["case"] for record in times):
-        of_case = [record for record in times if record["case"] == case]
-        # "Near": half as much again, and two percent for what every step costs.
-        ratios = [record["ratio"] - 1.0 for record in of_case]
-        span = [round(min(ratios), 4), round(max(ratios), 4)]
-        median, bound = statistics.median(ratios), of_case[0]["target"]
-        summary.append(target(f"processor time, {case}", median, bound, COMMAND, range=span))
+        name = f"memory {record['phase']}, {record['parameters'] / 1e6:.0f} million parameters, accumulation "
+        name += f"{record['accumulation']}, in parameter-sized buffers"
+        summary.append(target(name, record["buffers"], PHASES[record["phase"]][1], COMMAND))
+    for size in SIZES:
+        for case, (_, budget) in CASES.items():
+            chosen = [one for one in times if (one["tensors"], one["case"]) == (size.tensors, case)]
+            # "Near": half as much again as the budget, beside the bookkeeping of every step.
+            bound = size.bookkeeping + 1.5 * budget
+            for key, words in (("in_hooks", "in the hooks"), ("difference", "paired difference")):
+                values = [one[key] for one in chosen]
+                if values:
+                    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+                    spread = {"quartiles": [round(low, 4), round(high, 4)]}
+                    name = f"{size.tensors} tensors, {case}, {words}"
+                    summary.append(target(name, statistics.median(values), bound, COMMAND, **spread))
     return summary
 
 
@@ -200,20 +206,31 @@ def page(summary: list[dict[str, Any]]) -> str:
     for entry in summary:
         form = "{:.1f}" if "buffers" in entry["name"] else "{:.1%}"
         value, bound = (form.format(entry[key]) for key in ("value", "bound"))
-        value += " ({:+.1%} to {:+.1%})".format(*entry["range"]) if "range" in entry else ""
+        value += " ({:+.1%} to {:+.1%})".format(*entry["quartiles"]) if "quartiles" in entry else ""
         lines.append([entry["name"], value, f"at most {bound}", "met" if entry["met"] else "missed"])
-    return table(["what", "median (range of 3 pairs)", "target", ""], lines)
+    return table(
+        [f"what, of a step without the callback; {PAIRS} pairs", "median (quartiles)", "target", ""], lines
+    )
 
 
 def main() -> None:
     """Run both, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few steps, nothing written")
+    parser.add_argument("--only", choices=[*(str(size.tensors) for size in SIZES), "memory"])
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    memory = measure_memory()
-    times = measure_time(examples=1600 if options.quick else 16_000, pairs=1 if options.quick else 3)
+    before = RESULTS / "summary.json"
+    known = json.loads(before.read_text()) if options.only and not options.quick and before.exists() else {}
+    memory, times = known.get("memory", []), known.get("time", [])
+    if options.only in (None, "memory"):
+        memory = measure_memory()
+    for size in SIZES:
+        if options.only in (None, str(size.tensors)):
+            chosen = size._replace(steps=10) if options.quick else size
+            times = [one for one in times if one["tensors"] != size.tensors]
+            times += measure_time(chosen, pairs=1 if options.quick else PAIRS)
     summary = summarised(memory, times)
     if not options.quick:
         write(RESULTS, summary, time=times, memory=memory)

@@ -13,10 +13,10 @@ from numbers import Real
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
+from lightning_surge.checking.arguments import function, optional
 from lightning_surge.measure.batches import DATA, leaves
-
-__all__ = ["BatchCounter"]
 
 Rule = Callable[[Any], float]
 
@@ -35,10 +35,7 @@ class BatchCounter:
     """
 
     def __init__(self, batch_size_fn: Callable[[Any], float] | None, owner: str) -> None:
-        if batch_size_fn is not None and not callable(batch_size_fn):
-            raise ValueError(
-                f"Expected batch_size_fn to be a function or None, got batch_size_fn={batch_size_fn!r}."
-            )
+        optional(function, "batch_size_fn", batch_size_fn, of="a batch")
         self._function = batch_size_fn
         self._owner = owner
         self._rule: Rule | None = batch_size_fn
@@ -90,6 +87,8 @@ class BatchCounter:
 
 
 def _leading(batch: Any) -> float:
+    if type(batch) in (list, tuple) and set(map(type, batch)) == {Tensor} and batch[0].ndim:
+        return int(batch[0].shape[0])  # the usual batch, at every step
     return next(_lengths(batch))[1]
 
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -31,6 +30,7 @@ from lightning_surge.callbacks.lightning_host import (
     check_versions,
     refresh_epoch_length,
     replicas_of,
+    warn,
 )
 from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.training_loader import (
@@ -38,19 +38,18 @@ from lightning_surge.callbacks.training_loader import (
     TrainingLoader,
     warn_of_schedules_cut_short,
 )
-from lightning_surge.laws.base import require_number
+from lightning_surge.checking.arguments import number, optional, shown, switch, whole
+from lightning_surge.checking.state import REMEDY, restore, save
 from lightning_surge.measure.distributed import Ranks
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules.by_examples import ExamplesClock
 from lightning_surge.schedules.follow_peak import FollowPeak
-from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, Progress, Schedule, whole_number
+from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, Progress, Schedule
 from lightning_surge.schedules.windows import Window, accumulation_for, aligned_accumulation
 
-__all__ = ["BatchSizeScheduler", "BatchSizeWarmup"]
-
-
 STATE_VERSION = 2
+_MICRO = "count the examples of a micro-batch on one replica"
 # Weights that differ from 1 by rounding alone are not worth a pass over the gradients.
 ROUNDING = 1e-9
 
@@ -68,18 +67,14 @@ class SchedulerState:
 
     accumulation: int
     examples: float
-    epoch_begin: list[float]
+    epoch_begin: Progress
     followed: int
 
     def __post_init__(self) -> None:
-        remedy = "load what state_dict returned"
         for name in ("accumulation", "followed"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
-        object.__setattr__(self, "examples", require_number("examples", self.examples, remedy, zero=True))
-        step, examples, epoch = (
-            require_number("epoch_begin", number, remedy, zero=True) for number in self.epoch_begin
-        )
-        object.__setattr__(self, "epoch_begin", [int(step), examples, epoch])
+            whole(name, getattr(self, name), REMEDY)
+        for one in (self.examples, *self.epoch_begin):
+            number("examples and epoch_begin", one, REMEDY, least=0)
 
 
 class BatchSizeScheduler(Callback):
@@ -145,28 +140,28 @@ class BatchSizeScheduler(Callback):
     ) -> None:
         if not isinstance(schedule, BatchSizeRule):
             raise ValueError(
-                f"Expected schedule to be a Schedule or FollowPeak, got {schedule!r}: use"
+                f"Expected schedule to be a Schedule or FollowPeak, got schedule={shown(schedule)}: use"
                 " ConstantSize(16) for a constant size."
             )
         self.schedule = schedule
         self._micro = MicroBatches(
             type(self).__name__,
-            _optional("micro_batch_size", micro_batch_size),
-            _optional("max_micro_batch_size", max_micro_batch_size),
+            optional(whole, "micro_batch_size", micro_batch_size, _MICRO),
+            optional(whole, "max_micro_batch_size", max_micro_batch_size, _MICRO),
             replicas=1,
             in_tokens=batch_size_fn is not None,
         )
         self._count = BatchCounter(batch_size_fn, type(self).__name__)
-        self._weights = weight_micro_batches
+        self._weights = switch("weight_micro_batches", weight_micro_batches)
         self._itinerary = (
             Itinerary(schedule, largest=self._micro.largest) if isinstance(schedule, Schedule) else None
         )
         self._law_comes = False
         self._trainer: pl.Trainer | None = None
-        self._begin_afresh()
+        self._reset()
         self._forget_run()
 
-    def _begin_afresh(self) -> None:
+    def _reset(self) -> None:
         """Drop what a training has counted."""
         self._requested = self._scheduled = self._followed = self.schedule.first_size
         self._accumulation = 1  # what this callback last wrote
@@ -240,7 +235,7 @@ class BatchSizeScheduler(Callback):
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._trainer = trainer
         if trainer.global_step == 0:
-            self._begin_afresh()
+            self._reset()
         self._micro = replace(self._micro, replicas=replicas_of(trainer))
         if self._micro.size is not None:
             check_accumulated_sizes(self.schedule, self._micro.size, self._micro.replicas)
@@ -453,8 +448,8 @@ class BatchSizeScheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training stands, as plain numbers."""
-        state = SchedulerState(self._accumulation, self._examples, list(self._begin), self._followed)
-        return {"version": STATE_VERSION, **asdict(state)}
+        state = SchedulerState(self._accumulation, self._examples, self._begin, self._followed)
+        return {"version": STATE_VERSION, **save(state)}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -476,21 +471,20 @@ class BatchSizeScheduler(Callback):
                 raise ValueError(
                     f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}."
                 )
-            state = SchedulerState(**{name: state_dict[name] for name in SchedulerState.__annotations__})
+            state = restore(SchedulerState, state_dict)
         except Exception as error:
-            rank_zero_warn(
+            warn(
                 f"Expected whole state in the checkpoint, got what cannot be read: {type(error).__name__}:"
                 f" {error} {type(self).__name__} counts examples from 0."
             )
             return
         self._accumulation, self._examples = state.accumulation, state.examples
-        step, examples, epoch = state.epoch_begin
-        self._move_to(Progress(int(step), examples, epoch))
+        self._move_to(state.epoch_begin)
         if isinstance(self.schedule, FollowPeak):
             self._followed = min(max(state.followed, self.schedule.smallest), self.schedule.maximum)
         trainer = self._trainer  # None outside a training, where nothing goes on
         if state_dict.get("resumption") and trainer is not None and not callbacks_of(trainer, ExactResume):
-            rank_zero_warn(
+            warn(
                 f"Expected ExactResume beside {type(self).__name__} for a checkpoint with random streams and"
                 " the places of loaders in it, got none: training goes on with other random numbers. Add"
                 " lightning_surge.ExactResume() to the callbacks for the same ones."
@@ -499,15 +493,11 @@ class BatchSizeScheduler(Callback):
     def _warn_of_other_writer(self, found: int) -> None:
         if not self._warned_of_other_writer:
             self._warned_of_other_writer = True
-            rank_zero_warn(
+            warn(
                 f"{type(self).__name__} expected accumulate_grad_batches={self._accumulation}, got {found}:"
                 " another callback or the LightningModule changed it. The schedule rests until it is set"
                 " back."
             )
-
-
-def _optional(name: str, size: int | None) -> int | None:
-    return None if size is None else whole_number(name, size, minimum=1)
 
 
 class BatchSizeWarmup(BatchSizeScheduler):
@@ -548,7 +538,7 @@ class BatchSizeWarmup(BatchSizeScheduler):
         micro_batch_size: int | None = None,
         batch_size_fn: Callable[[Any], float] | None = None,
     ) -> None:
-        num_steps = whole_number("num_steps", num_steps, minimum=1)
+        num_steps = whole("num_steps", num_steps, "count optimizer steps")
         super().__init__(
             GeometricRamp(start, end, num_steps),
             micro_batch_size=micro_batch_size,

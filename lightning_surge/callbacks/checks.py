@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.nn.modules.conv import _ConvNd
@@ -20,6 +19,7 @@ from lightning_surge.callbacks.lightning_host import (
     is_accumulation_scheduler,
     overrides,
     replicas_of,
+    warn,
 )
 from lightning_surge.callbacks.settings import REFERENCE_RULES
 from lightning_surge.measure.direction import SIGN
@@ -34,23 +34,6 @@ from lightning_surge.optimizers.moments import LEAST_BETA_1
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.sizes import BatchSizeRule, Schedule
 from lightning_surge.schedules.windows import accumulation_for
-
-__all__ = [
-    "check_accumulated_sizes",
-    "check_edge",
-    "check_host",
-    "check_optimizer",
-    "check_processes",
-    "check_sampled_sizes",
-    "check_trainer",
-    "check_weight_decay",
-    "clips_gradients",
-    "ranks_of",
-    "rounds_products",
-    "served_optimizer",
-    "trained_optimizers",
-]
-
 
 # The others compute with copies of the weights in 8 or 16 bits.
 FULL_PRECISION = ("32-true", "64-true")
@@ -121,7 +104,7 @@ def check_optimizer(
             "measure nothing, or use another optimizer, as AdamW or SGD."
         )
     if not family.known:
-        rank_zero_warn(
+        warn(
             f"{name} does not know {type(optimizer).__name__}: it is treated as an Adam-style optimizer, "
             "whose steps do not grow with the gradient. If they do, pass law='sqrt' or another rule."
         )
@@ -131,7 +114,7 @@ def check_optimizer(
             "law='measured', which takes the gradient-noise law for it."
         )
     if direction.loss_power and clips_gradients(trainer, pl_module):
-        rank_zero_warn(
+        warn(
             f"law={law!r} takes the steps of {type(optimizer).__name__} to be the gradient's, got clipping: "
             "while most steps are clipped their length is the same at every batch size, and the factor too "
             "large. Pass law='sqrt' if they are."

@@ -6,15 +6,17 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_surge.callbacks.lightning_host import warn
 from lightning_surge.callbacks.logging import law_metrics, run_metrics
-from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
-from lightning_surge.laws.base import require_number
+from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings, check_base
+from lightning_surge.checking.arguments import number, optional
+from lightning_surge.checking.state import REMEDY, AnyFloat, restore
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.families import stability_constant
@@ -30,18 +32,6 @@ from lightning_surge.policy.estimates import (
 from lightning_surge.policy.history import NoiseHistory, NoiseStats
 from lightning_surge.policy.policy import Policy
 from lightning_surge.policy.reasons import Reason
-
-__all__ = [
-    "STATE_VERSION",
-    "LawRecord",
-    "Learner",
-    "StepToCome",
-    "VersionError",
-    "require_version",
-    "saved_base",
-    "what_is_wrong",
-]
-
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +143,7 @@ class Learner:
                 self.hold(Reason.AVERAGES_UNREADABLE)
         except Exception as error:
             self.hold(Reason.FITTING_FAILED, f"fitting failed with {type(error).__name__}")
-            rank_zero_warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
+            warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
 
     def _deviation_l1(self, optimizer: Optimizer, one_lr: bool, moments: AdamMoments | None) -> float:
         """`sum_i sigma_i` from the measurements or Adam's averages; NaN if learning rates weight `|mu|_1`."""
@@ -211,64 +201,43 @@ class Learner:
             "law_metrics": dict(self._law_metrics),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> float | None:
-        """Take over the state of `state_dict`, but for its base batch size if the settings have one."""
-        saved = saved_base(state)
-        base = self._settings.base_batch_size or saved
-        self.history.load_state_dict(state["history"])
+    def load(self, state: SurgeState) -> None:
+        """Take over what a checkpoint holds, but for its base batch size if the settings have one."""
+        self.history.load_state_dict(state.history)
+        base = self._settings.base_batch_size or state.base_batch_size
         if base is not None:
             policy = self.fix_base(base)
-            if state["policy"] is not None:
-                policy.load_state_dict(state["policy"])
-        self.moments.load_state_dict(state["moments"])
-        scheduled_lr = float(state.get("scheduled_lr", math.nan))
-        if not (math.isnan(scheduled_lr) or 0.0 <= scheduled_lr < math.inf):
-            raise ValueError(f"Expected 0 <= scheduled_lr < inf, got scheduled_lr={scheduled_lr}.")
-        self.scheduled_lr = scheduled_lr
-        self._law_metrics = {str(name): float(value) for name, value in state["law_metrics"].items()}
-        return saved
+            if state.policy is not None:
+                policy.load_state_dict(state.policy)
+        self.moments.load_state_dict(state.moments)
+        self.scheduled_lr, self._law_metrics = state.scheduled_lr, state.law_metrics
 
 
 STATE_VERSION = 2
-# What nobody counts in a batch: a base batch size beyond this, or below its inverse, is damage.
-LARGEST_BASE = 1e12
 
 
-class VersionError(ValueError):
-    """State that another release has written, or none at all."""
+@dataclass(frozen=True)
+class SurgeState:
+    """What a checkpoint holds of the callback; the parts check what is theirs."""
 
+    base_batch_size: float | None
+    history: dict[str, Any]
+    policy: dict[str, Any] | None
+    moments: dict[str, Any]
+    law_metrics: dict[str, AnyFloat]
+    measurer: dict[str, Any]
+    scheduled_lr: AnyFloat = math.nan
+    pace: dict[str, Any] = field(default_factory=dict)
 
-def require_version(state: Any) -> None:
-    """Refuse what this release has not written."""
-    version = state.get("version") if isinstance(state, dict) else None
-    if type(version) is not int or version != STATE_VERSION:
-        raise VersionError(f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}")
+    def __post_init__(self) -> None:
+        optional(check_base, "base_batch_size", self.base_batch_size)
+        if not math.isnan(self.scheduled_lr):
+            number("scheduled_lr", self.scheduled_lr, REMEDY, least=0)
 
-
-def saved_base(state: dict[str, Any]) -> float | None:
-    """The base batch size in a checkpoint.
-
-    Example:
-        >>> saved_base({"base_batch_size": 16.0})
-        16.0
-    """
-    base: float | None = state["base_batch_size"]
-    if base is None:
-        return None
-    require_number("base_batch_size", base, "load what state_dict returned")
-    if not 1.0 / LARGEST_BASE < base < LARGEST_BASE:
-        raise ValueError(f"Expected base_batch_size < {LARGEST_BASE:g}, got base_batch_size={base}.")
-    return base
-
-
-def what_is_wrong(error: Exception) -> str:
-    """Why state could not be loaded, as the first words of a message.
-
-    Example:
-        >>> what_is_wrong(KeyError("history"))
-        "Expected whole state in the checkpoint, got what cannot be read: KeyError: 'history'"
-    """
-    if isinstance(error, VersionError):
-        return str(error)
-    found = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
-    return f"Expected whole state in the checkpoint, got what cannot be read: {found}"
+    @classmethod
+    def of(cls, state: Any) -> SurgeState:
+        """What a checkpoint holds, if this release has written it and nothing is damaged."""
+        version = state.get("version") if isinstance(state, dict) else None
+        if type(version) is not int or version != STATE_VERSION:
+            raise ValueError(f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}.")
+        return restore(cls, state)

@@ -8,6 +8,7 @@ both. Only `pytorch_lightning`'s LightningCLI asks for a class of callbacks: imp
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.metadata import version
 from operator import attrgetter
@@ -15,27 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.overrides import is_overridden
 from torch.optim import Optimizer
 
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 
-__all__ = [
-    "Callback",
-    "batches_per_epoch",
-    "callbacks_of",
-    "check_versions",
-    "is_accumulation_scheduler",
-    "is_sampler_wrapper",
-    "loader_batch_size",
-    "overrides",
-    "refresh_epoch_length",
-    "refuse_scheduled_validation",
-    "replicas_of",
-    "scheduled_sampler",
-    "skips_step",
-]
+log = logging.getLogger(__name__)
 
 C = TypeVar("C")
 
@@ -48,6 +36,14 @@ else:
 
     class Callback(pl.Callback, _OtherCallback):
         """A callback to both packages."""
+
+
+def warn(message: str) -> None:
+    """Warn, on rank zero. Where warnings are errors (`python -W error`) log instead: training goes on."""
+    try:
+        rank_zero_warn(message, stacklevel=5)
+    except Warning:
+        log.warning(message)
 
 
 # Neither Lightning nor torch documents these; each has a test in tests/project/test_lightning_contract.py.
@@ -69,15 +65,7 @@ OF_TORCH = (
 
 
 def check_versions(trainer: pl.Trainer, name: str) -> None:
-    """Refuse a Lightning or torch in which something that the callbacks touch is no longer there.
-
-    Args:
-        trainer: at `setup`.
-        name: name of the callback, for the message.
-
-    Raises:
-        MisconfigurationException: if one of the undocumented parts is missing; it names part and version.
-    """
+    """Refuse a Lightning or torch that lacks an undocumented part which the callbacks touch."""
     for package, owner, paths in (("lightning", trainer, OF_LIGHTNING), ("torch", torch, OF_TORCH)):
         for path in paths:
             try:

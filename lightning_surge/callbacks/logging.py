@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_info
-from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.checks import served_optimizer, trained_optimizers
@@ -20,19 +19,6 @@ from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
-
-__all__ = [
-    "StepLog",
-    "StepRecord",
-    "add_layout",
-    "add_tensorboard_layout",
-    "law_metrics",
-    "logs_now",
-    "optimizer_suffix",
-    "run_metrics",
-    "tensorboard_layout",
-]
-
 
 PREFIX = "surge/"
 # The tag of TensorBoard's layouts with the bytes behind it, among which ours has this pattern.
@@ -86,6 +72,9 @@ def law_metrics(
     }
     if math.isfinite(stats.noise_scale):
         metrics[f"{PREFIX}noise_scale"] = stats.noise_scale
+        error = history.standard_error(lambda stats: stats.noise_scale)
+        if math.isfinite(error):
+            metrics[f"{PREFIX}noise_scale_standard_error"] = error
     if law is None:
         return metrics
     quantities: dict[str, Callable[[Law], float]] = {
@@ -110,13 +99,9 @@ def law_metrics(
     numbers: dict[str, float | None] = asdict(law.law)  # type: ignore[call-overload]
     metrics |= {f"{PREFIX}law/{name}": value for name, value in numbers.items() if value is not None}
     metrics[f"{PREFIX}law/smallest_measured"], metrics[f"{PREFIX}law/largest_measured"] = law.reach
-    if isinstance(law.law, MeasuredLaw):
-        if math.isfinite(deviation_l1):
-            # |sigma|_1^2 / |mu|_1^2; the alignment of an infinite batch is |mu|_1.
-            metrics[f"{PREFIX}noise_scale_l1"] = (deviation_l1 / law.law.alignment_limit) ** 2
-        error = law.standard_error(lambda law: law.alignment_scale)  # type: ignore[attr-defined]
-        if math.isfinite(error):
-            metrics[f"{PREFIX}noise_scale_standard_error"] = error
+    if isinstance(law.law, MeasuredLaw) and math.isfinite(deviation_l1):
+        # |sigma|_1^2 / |mu|_1^2; the alignment of an infinite batch is |mu|_1.
+        metrics[f"{PREFIX}noise_scale_l1"] = (deviation_l1 / law.law.alignment_limit) ** 2
     return metrics
 
 
@@ -140,28 +125,6 @@ def tensorboard_layout(groups: Mapping[str, Sequence[str]]) -> dict[str, dict[st
         for suffix in groups:
             charts[f"{title}{suffix}"] = [rf"{PREFIX}({names}){re.escape(suffix)}$"]
     return {"surge": {title: ["Multiline", patterns] for title, patterns in charts.items()}}
-
-
-def add_tensorboard_layout(loggers: Iterable[Logger], groups: Mapping[str, Sequence[str]]) -> None:
-    """Give TensorBoard charts of what belongs together, once per run.
-
-    TensorBoard shows the last layout of a run only, so that writing one takes away any other: all optimizers
-    must be in it, and a run that has one keeps it, and a message says so.
-    """
-    for logger in loggers:
-        # By what it can do, not by its class: several packages bring a TensorBoard writer. The type is asked,
-        # because a dummy experiment answers to every name.
-        experiment: Any = getattr(logger, "experiment", None)
-        if not hasattr(type(experiment), "add_custom_scalars"):
-            continue
-        written = _layouts_in(experiment)
-        if not written:
-            experiment.add_custom_scalars(tensorboard_layout(groups))
-        elif OWN_LAYOUT not in written:
-            rank_zero_info(
-                "TensorBoard shows one layout per run, and this run has one already: the charts of surge/ "
-                "were not added. Pass custom_scalars=False, or add callbacks.logging.tensorboard_layout."
-            )
 
 
 def _layouts_in(experiment: Any) -> bytes:
@@ -249,9 +212,25 @@ def optimizer_suffix(trainer: pl.Trainer, index: int | None) -> str:
 def add_layout(
     trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, indices: Sequence[int | None]
 ) -> None:
-    """Give TensorBoard its charts of every optimizer that is served."""
+    """Give TensorBoard its charts of every optimizer that is served, once per run.
+
+    It shows the last layout of a run only, so a run that has one keeps it, and a message says so.
+    """
     groups = {}
     for index in indices:
         suffix = optimizer_suffix(trainer, index)
         groups[suffix] = _group_suffixes(served_optimizer(trainer, pl_module, name, index), suffix)
-    add_tensorboard_layout(trainer.loggers, groups)
+    for logger in trainer.loggers:
+        # By what it can do, not by its class: several packages bring a TensorBoard writer. The type is asked,
+        # because a dummy experiment answers to every name.
+        experiment: Any = getattr(logger, "experiment", None)
+        if not hasattr(type(experiment), "add_custom_scalars"):
+            continue
+        written = _layouts_in(experiment)
+        if not written:
+            experiment.add_custom_scalars(tensorboard_layout(groups))
+        elif OWN_LAYOUT not in written:
+            rank_zero_info(
+                "TensorBoard shows one layout per run, and this run has one already: the charts of surge/ "
+                "were not added. Pass custom_scalars=False, or add callbacks.logging.tensorboard_layout."
+            )

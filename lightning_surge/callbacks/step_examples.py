@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_surge.callbacks.lightning_host import warn
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.measure.gradients import dense
-
-__all__ = ["MicroBatchTracker", "StepExamples"]
 
 
 class StepExamples:
@@ -67,9 +65,9 @@ class StepExamples:
     def close(self) -> None:
         """The optimizer has stepped, or skipped."""
         self.open = False
-        self._count_afresh()
+        self._reset_count()
 
-    def _count_afresh(self) -> None:
+    def _reset_count(self) -> None:
         self.examples = 0.0
         self.batches = self.passes = 0
         self._counted_batch: int | None = None
@@ -96,7 +94,7 @@ class StepExamples:
     def before_backward(self) -> None:
         """Forget the batches whose gradients have been zeroed."""
         if self._tracker is not None and self._tracker.are_zeroed():
-            self._count_afresh()
+            self._reset_count()
 
     def after_backward(self) -> float | None:
         """Count the current batch: its examples, 0 if counted before, None if not behind the step."""
@@ -124,7 +122,7 @@ class StepExamples:
         changed = self._tracker.have_come()
         if self.passes == 0 and not self._told_of_backward and self._tracker.exist():
             self._told_of_backward = True
-            rank_zero_warn(
+            warn(
                 f"{name} saw no manual_backward behind a step of {type(optimizer).__name__}, and leaves the "
                 "learning rate of such steps as it is: call self.manual_backward(loss) instead of "
                 "loss.backward()."

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal, Never
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -29,21 +29,14 @@ from lightning_surge.callbacks.checks import (
     clips_gradients,
     served_optimizer,
 )
-from lightning_surge.callbacks.learner import (
-    STATE_VERSION,
-    LawRecord,
-    Learner,
-    StepToCome,
-    require_version,
-    saved_base,
-    what_is_wrong,
-)
+from lightning_surge.callbacks.learner import STATE_VERSION, LawRecord, Learner, StepToCome, SurgeState
 from lightning_surge.callbacks.lightning_host import (
     Callback,
     callbacks_of,
     check_versions,
     is_accumulation_scheduler,
     skips_step,
+    warn,
 )
 from lightning_surge.callbacks.logging import StepLog, StepRecord, add_layout, logs_now, optimizer_suffix
 from lightning_surge.callbacks.measuring.measurer import LossFn, Measurer
@@ -51,22 +44,21 @@ from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import (
     LAWS,
     SurgeSettings,
-    check_functions,
+    check_base,
     default_objective,
     refuse_retired,
 )
 from lightning_surge.callbacks.step_examples import StepExamples
+from lightning_surge.checking.arguments import function, number, optional
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch
 from lightning_surge.measure.direction import SIGN, Direction
 from lightning_surge.optimizers.families import decay_follows_lr, direction_of, largest_lr
 from lightning_surge.optimizers.lr_writer import FactorInUpdate, learning_rates
+from lightning_surge.optimizers.stopwatch import Stopwatch, timed
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
 from lightning_surge.policy.reasons import Reason
-
-__all__ = ["LawRecord", "SurgeLRCallback"]
-
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +84,8 @@ class SurgeLRCallback(Callback):
           a `training_step` that steps on parts of its batch needs `batch_size_fn=`.
         * A learning rate that was wrong at `base_batch_size` is not repaired.
         * Batches pooled for a measurement stay on their device, up to 16 base batches.
-        * Measurements are noisy: until their standard error shrinks the factor stays near `sqrt(B / base)`.
+        * Measurements are noisy: until their standard error shrinks the factor moves, by at most 5 % a step,
+          towards `sqrt(B / base)`.
         * Saving a checkpoint discards the batches being pooled, so that a resumed run repeats the running one
           bit for bit. Add `ExactResume` for random streams and the places of loaders.
 
@@ -103,8 +96,9 @@ class SurgeLRCallback(Callback):
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
         objective: `"progress"` keeps the expected progress per example. A larger batch raises the factor at
-            once as far as `"alignment"` does; the rest is approached by `max_drift_per_step`, which gives
-            curvature time to adapt. `"alignment"` is sqrt scaling that saturates where the noise does.
+            once as far as a measured `"alignment"` does; the rest is approached by `max_drift_per_step`,
+            which gives curvature time to adapt. `"alignment"` is sqrt scaling that saturates where the noise
+            does.
             `"edge"` is progress capped by Adam's edge of stability, which falls with the batch size: for
             Adam, AdamW, NAdam and RAdam in float32 with decoupled weight decay, without clipping, and holds
             one more buffer of the size of the parameters. `"step"` is the paper's: the best next step, which
@@ -116,8 +110,9 @@ class SurgeLRCallback(Callback):
         probe_examples: Examples per measurement, pooled from consecutive batches; None decides by the
             budget.
         lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`.
-        max_drift_per_step: Largest relative rise of the factor per step, beyond what a larger batch allows at
-            once.
+        max_drift_per_step: Largest relative rise of the factor per step, beyond what measurements allow at
+            once. None takes 0.05 with laws that are measured, and follows a rule to the letter; with a number
+            a rule is approached, too.
         half_life: Measurements after which an old one counts half.
         scale_weight_decay: Whether decoupled weight decay, which torch multiplies with the learning rate,
             scales with the factor too. False keeps `lr * weight_decay` as scheduled, and is refused for decay
@@ -141,8 +136,8 @@ class SurgeLRCallback(Callback):
 
     Example:
         >>> callback = SurgeLRCallback(base_batch_size=16)
-        >>> callback.lr_scale(64)  # nothing measured yet
-        2.0
+        >>> callback.lr_scale(64)  # nothing measured yet: 5 % a step, towards sqrt(64 / 16)
+        1.05
 
     Attributes:
         decision: The latest decision: the ratio predicted and used, and the reason. A new reason also goes to
@@ -165,7 +160,7 @@ class SurgeLRCallback(Callback):
         probe_every: int | None = None,
         probe_examples: int | None = None,
         lr_scale_bounds: tuple[float, float] | None = None,
-        max_drift_per_step: float = 0.05,
+        max_drift_per_step: float | None = None,
         half_life: float = 8.0,
         scale_weight_decay: bool = True,
         batch_size_fn: Callable[[Any], float] | None = None,
@@ -194,18 +189,29 @@ class SurgeLRCallback(Callback):
             optimizer=optimizer,
         )
         self._may_choose_objective = objective is None and law == "measured"
-        check_functions(loss_fn, split_batch)
+        optional(function, "loss_fn", loss_fn, of="(module, batch)")
+        if split_batch is not False:
+            optional(
+                function,
+                "split_batch",
+                split_batch,
+                "None cuts tensors, False never cuts",
+                of="(batch, num_slices)",
+            )
         self._examples_in = BatchCounter(batch_size_fn, type(self).__name__)
         self._loss_fn = loss_fn
         self._split_batch = split_batch
         self._state_key = self._key_of(law)
+        # Read at every step.
+        self._measures, self._follows_edge = self.settings.measures, self.settings.follows_edge
         self._behind_step = StepExamples()
-        self._begin_afresh()
+        self._reset()
+        self._stopwatch = Stopwatch()
         self._started = 0.0
         self._ended = 0.0
         self._forget_run()
 
-    def _begin_afresh(self) -> None:
+    def _reset(self) -> None:
         """Drop what was learned, as a new training with the same callback does."""
         self._learner = Learner(self.settings)
         self._measurer = Measurer(
@@ -265,7 +271,7 @@ class SurgeLRCallback(Callback):
         return None if policy is None else policy.law or policy.fixed_law
 
     def lr_scale(self, batch_size: float, lr: float | None = None) -> float:
-        """The factor on the scheduled learning rate that would be applied at a batch size now.
+        """The factor on the scheduled learning rate that the next step would get at a batch size.
 
         Args:
             batch_size: examples per optimizer step, positive and finite.
@@ -279,12 +285,8 @@ class SurgeLRCallback(Callback):
             ValueError: if the batch size is not positive and finite, or the learning rate is negative or not
                 finite.
         """
-        if lr is not None and not 0.0 <= lr < math.inf:
-            raise ValueError(f"Expected 0 <= lr < inf, got lr={lr}: pass the scheduled learning rate.")
-        if not (batch_size > 0 and math.isfinite(batch_size)):
-            raise ValueError(
-                f"Expected 0 < batch_size < inf, got batch_size={batch_size}: count the examples of a step."
-            )
+        lr = optional(number, "lr", lr, "pass the scheduled learning rate", least=0)
+        batch_size = number("batch_size", batch_size, "count the examples of a step")
         policy = self._learner.policy
         if policy is None:
             return 1.0
@@ -297,9 +299,9 @@ class SurgeLRCallback(Callback):
 
     @property
     def overhead_time(self) -> float:
-        """Share of wall time since training started that went into measuring."""
+        """Share of the wall time since training started that passed in this callback's hooks."""
         elapsed = (self._ended or time.perf_counter()) - self._started
-        return self._measurer.seconds / elapsed if self._started else 0.0
+        return self._stopwatch.seconds / elapsed if self._started else 0.0
 
     # ------------------------------------------------------------------ set-up
 
@@ -353,7 +355,7 @@ class SurgeLRCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the hooks that put the factor on for the update alone."""
         if trainer.global_step == 0 and self._measurer.budget.trained > 0.0:
-            self._begin_afresh()
+            self._reset()
         self._forget_run()
         name, index, behind = type(self).__name__, self.settings.optimizer, self._behind_step
         optimizer = served_optimizer(trainer, pl_module, name, index)
@@ -369,11 +371,13 @@ class SurgeLRCallback(Callback):
             after=self._after_step,
             keeps_decay=None if self.settings.scale_weight_decay else partial(decay_follows_lr, optimizer),
             tell=partial(self._tell_of_early_reader, type(optimizer).__name__),
+            watch=self._stopwatch,
         )
         self._may_be_capped = math.isfinite(largest_lr(optimizer))
         self._learner.moments.begin(optimizer)
         pace = behind.pace if behind.manual else None
         self._measurer.attach(trainer, pl_module, optimizer, self._direction, pace)
+        self._stopwatch.seconds = 0.0
         self._started, self._ended = time.perf_counter(), 0.0
         drawn = [one for one in callbacks_of(trainer, SurgeLRCallback) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them
@@ -387,6 +391,7 @@ class SurgeLRCallback(Callback):
 
     # ------------------------------------------------------------------ one optimizer step
 
+    @timed
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -398,7 +403,7 @@ class SurgeLRCallback(Callback):
             self._close_window()
         if not behind.open:
             behind.open = True
-            if self.settings.measures:
+            if self._measures:
                 learner = self._learner
                 if batch_idx == 0 and measurer.parameters_changed(look=True):
                     learner.forget()  # a callback has unfrozen some at the start of the epoch
@@ -407,11 +412,13 @@ class SurgeLRCallback(Callback):
         if behind.manual:
             behind.pace.begin_batch(trainer.global_step)
 
+    @timed
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let a micro-batch's gradients stand alone if they are measured."""
         self._behind_step.before_backward()
         self._measurer.before_backward()
 
+    @timed
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the micro-batch, and show it to the measurer."""
         behind = self._behind_step
@@ -420,6 +427,7 @@ class SurgeLRCallback(Callback):
             weight = 1.0 if self._scheduler is None else self._scheduler.loss_weight
             self._measurer.after_backward(behind.batch, behind.batch_idx, size, weight)
 
+    @timed
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -433,7 +441,7 @@ class SurgeLRCallback(Callback):
         name = type(self).__name__
         changed = behind.manual and behind.look_at_gradients(optimizer, name, scaled=scaled)
         if changed and self.settings.follows_edge:
-            rank_zero_warn(
+            warn(
                 "Expected no gradient clipping for objective='edge', but gradients are changed between "
                 "manual_backward and the step, as by clipping: no edge of stability can be told. Use "
                 "objective='progress'."
@@ -456,13 +464,13 @@ class SurgeLRCallback(Callback):
         step = self._step = StepToCome(
             optimizer, self._direction, behind.steps(trainer.global_step), examples
         )
-        if self.settings.measures and (measurer.ready or measurer.failure is not None):
+        if self._measures and (measurer.ready or measurer.failure is not None):
             self._measure(trainer, step)
         measurer.budget.train(examples)
 
     def _measure(self, trainer: pl.Trainer, step: StepToCome) -> None:
         """Finish the window's measurement, and fit the law again."""
-        begin, learner, measurer = time.perf_counter(), self._learner, self._measurer
+        learner, measurer = self._learner, self._measurer
         clipped = self._behind_step.clipped or clips_gradients(trainer, trainer.lightning_module)
         readable = not clipped and learner.moments.readable(step.optimizer)
         moments = learner.moments if readable else None
@@ -478,7 +486,6 @@ class SurgeLRCallback(Callback):
         if measurement is not None:
             tell = None if self._scheduler is None else self._scheduler.learn
             learner.learn(step, measurement, one_lr=measurer.one_lr, moments=moments, tell=tell)
-        measurer.seconds += time.perf_counter() - begin
 
     def _factor_for_update(self, *, early: bool) -> float | None:
         """The factor for the update about to be made; by now everybody else has written the learning rate."""
@@ -504,7 +511,7 @@ class SurgeLRCallback(Callback):
         assert factor is not None
         groups = factor.optimizer.param_groups
         on_device = any(isinstance(group["lr"], Tensor) and not group["lr"].is_cpu for group in groups)
-        if self.settings.follows_edge or not on_device:
+        if self._follows_edge or not on_device:
             learner.scheduled_lr = max(learning_rates(factor.optimizer))
             self._measurer.see_lr(learner.scheduled_lr)
         return learner.scheduled_lr
@@ -545,12 +552,13 @@ class SurgeLRCallback(Callback):
         cap = largest_lr(optimizer)
         if used > cap:
             self._may_be_capped = False
-            rank_zero_warn(
+            warn(
                 f"{type(optimizer).__name__} uses min(lr, 1 / sqrt(step)): the learning rate used, "
                 f"{used:g}, is above {cap:g} and has no effect beyond it, nor has the factor. Use a smaller "
                 "learning rate."
             )
 
+    @timed
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Log the latest step where Lightning keeps what is logged."""
         if self._factor is not None:
@@ -610,23 +618,26 @@ class SurgeLRCallback(Callback):
         """Go on where `state_dict` was taken; unusable state is dropped as a whole, with a warning."""
         self._start_over()
         try:
-            require_version(state_dict)
-            self._measurer.load_state_dict(state_dict["measurer"])
-            saved = self._learner.load_state_dict(state_dict)
-            self._behind_step.pace.load_state_dict(state_dict.get("pace", {}))
+            state = SurgeState.of(state_dict)
+            self._measurer.load_state_dict(state.measurer)
+            self._learner.load(state)
+            self._behind_step.pace.load_state_dict(state.pace)
         except Exception as error:
-            self._lose_state(what_is_wrong(error), state_dict)
+            found = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
+            what = f"Expected whole state in the checkpoint, got what cannot be read: {found}"
+            self._lose_state(what, state_dict)
             return
+        saved = state.base_batch_size
         if self.base_batch_size != saved:
-            rank_zero_warn(
+            warn(
                 f"base_batch_size={self.base_batch_size} replaces the checkpoint's {saved}: the factor on "
-                "the learning rate will jump."
+                "the learning rate changes."
             )
 
     def _start_over(self) -> None:
         """Begin afresh, even in mid-run, where a learning-rate finder may restore a checkpoint."""
         measurer = self._measurer
-        self._begin_afresh()
+        self._reset()
         self._measurer.take_over(measurer, self._behind_step.pace)
 
     def _lose_state(self, what: str, state: Any) -> None:
@@ -634,13 +645,10 @@ class SurgeLRCallback(Callback):
         self._start_over()
         if self.base_batch_size is None and isinstance(state, dict):
             with suppress(KeyError, ValueError):
-                if (base := saved_base(state)) is not None:
-                    self._learner.fix_base(base)
+                self._learner.fix_base(check_base("base_batch_size", state["base_batch_size"]))
         consequence = (
             "that of the first step: pass base_batch_size= if the learning rate was tuned at another"
             if self.base_batch_size is None
             else f"{self.base_batch_size:g}"
         )
-        rank_zero_warn(
-            f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}."
-        )
+        warn(f"{what}: {type(self).__name__} starts measuring afresh, and base_batch_size is {consequence}.")

@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_surge.callbacks.checks import check_accumulated_sizes, check_sampled_sizes
@@ -21,6 +21,7 @@ from lightning_surge.callbacks.lightning_host import (
     loader_batch_size,
     refuse_scheduled_validation,
     scheduled_sampler,
+    warn,
 )
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.by_examples import ExamplesClock
@@ -32,8 +33,6 @@ from lightning_surge.schedules.windows import (
     accumulation_for,
     total_steps,
 )
-
-__all__ = ["MicroBatches", "TrainingLoader", "warn_of_schedules_cut_short"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class TrainingLoader:
         longest = accumulation_for(largest, unit)
         if self.batches is not None and self.batches < longest and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             capped = accumulation_for(largest, unit, limit=self.batches)
-            rank_zero_warn(
+            warn(
                 f"{name}={largest} needs {longest} micro-batches per optimizer step, got an epoch of"
                 f" {self.batches}: the size stays at {capped * unit} or below."
                 f" Use a smaller {name}, or a larger DataLoader batch_size."
@@ -197,7 +196,7 @@ def warn_of_schedules_cut_short(
             shared=[pl_module, *pl_module.modules(), *pl_module.parameters()],
         )
         if share is not None:
-            rank_zero_warn(
+            warn(
                 "Expected a learning-rate schedule that reaches its end, got"
                 f" {type(config.scheduler).__name__}, which counts optimizer steps: under {owner} the"
                 f" training takes {steps} steps where the Trainer estimates {planned:g}, and ends at"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.runs.series import RunLogError
 
 if TYPE_CHECKING:
     from lightning_surge.runs.run_log import RunLog
@@ -26,7 +25,7 @@ def read(path: str) -> RunLog:
 
     try:
         run = read_run(path)
-    except (RunLogError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from error
     for note in run.notes:
         print(f"lightning-surge: {note}", file=sys.stderr)
@@ -79,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
     title: str = options.title or (run.source if group is None else f"{run.source}, {group}")
     try:
         plot_run(run, group=group, title=title, x=options.x).savefig(output)
-    except (RunLogError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from error
     except OSError as error:
         hint = "make its directory first, or name another"

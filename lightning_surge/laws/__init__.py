@@ -21,27 +21,8 @@ from lightning_surge.laws.tradeoff import (
 )
 
 __all__ = [
-    "OBJECTIVES",
-    "ConstantLaw",
-    "EdgeLaw",
-    "Law",
-    "LinearLaw",
-    "MeasuredLaw",
-    "Peak",
-    "SGDLaw",
-    "SqrtLaw",
-    "Theorem2Law",
-    "Theorem3Law",
-    "TradeoffFit",
-    "alignment_ratio",
-    "at_once_ratio",
-    "edge_ratio",
-    "examples_at_steps",
-    "examples_needed",
-    "fit_tradeoff",
-    "gain_fraction",
-    "large_batch_limit",
-    "progress_ratio",
-    "step_ratio",
-    "steps_needed",
-]
+    "OBJECTIVES", "ConstantLaw", "EdgeLaw", "Law", "LinearLaw", "MeasuredLaw", "Peak", "SGDLaw", "SqrtLaw",
+    "Theorem2Law", "Theorem3Law", "TradeoffFit", "alignment_ratio", "at_once_ratio", "edge_ratio",
+    "examples_at_steps", "examples_needed", "fit_tradeoff", "gain_fraction", "large_batch_limit",
+    "progress_ratio", "step_ratio", "steps_needed",
+]  # fmt: skip

@@ -20,20 +20,16 @@ References:
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from lightning_surge.checking.arguments import number, store
+
 __all__ = [
-    "ConstantLaw",
-    "Law",
-    "LinearLaw",
-    "MeasuredLaw",
-    "Peak",
-    "SGDLaw",
-    "SqrtLaw",
-    "checked_batch_size",
-    "require_number",
-]
+    "ConstantLaw", "Law", "LinearLaw", "MeasuredLaw", "Peak", "SGDLaw", "SqrtLaw", "checked",
+    "store_numbers",
+]  # fmt: skip
 
 
 class Peak(NamedTuple):
@@ -49,68 +45,42 @@ class Peak(NamedTuple):
     lr: float
 
 
-def require_number(name: str, value: float, remedy: str, *, zero: bool = False) -> float:
-    """Return ``value`` as a float if it is finite and positive, or 0 where ``zero`` allows it.
+def checked(batch_size: float) -> float:
+    """A batch size as a float; at once where it is one, since laws are asked at every step."""
+    if type(batch_size) is float and 0.0 < batch_size < math.inf:
+        return batch_size
+    return float(number("batch_size", batch_size, "count the examples behind one optimizer step"))
 
-    Raises:
-        ValueError: otherwise, with the rule, the value and the remedy.
 
-    Example:
-        >>> require_number("steps", 3, "count optimizer steps")
-        3.0
-        >>> require_number("steps", -1, "count optimizer steps")
-        Traceback (most recent call last):
-        ValueError: Expected 0 < steps < inf, got steps=-1: count optimizer steps.
-    """
-    try:
-        if math.isfinite(value) and (value > 0 or (zero and value == 0)):
-            return float(value)
-    except (TypeError, OverflowError):
-        pass  # no number, or one that no float holds: as from a damaged checkpoint
-    raise ValueError(f"Expected 0 {'<=' if zero else '<'} {name} < inf, got {name}={value}: {remedy}.")
+def store_numbers(law: object, remedies: Mapping[str, str], **bounds: float) -> None:
+    """Check fields of a law that is being made, and keep them as floats."""
+    store(law, **{n: float(number(n, getattr(law, n), why, **bounds)) for n, why in remedies.items()})
 
 
 class Law(ABC):
     """How the best learning rate depends on the batch size, in examples behind one optimizer step.
 
     A subclass supplies the formulas for a checked batch size, ``_lr`` and ``_gain``, and the two properties.
+    Every method raises a ``ValueError`` unless ``0 < batch_size < inf``.
     """
 
     def lr(self, batch_size: float) -> float:
-        """Learning rate that lowers the expected loss most.
-
-        Args:
-            batch_size: examples behind the step.
-
-        Raises:
-            ValueError: unless ``0 < batch_size < inf``.
-        """
-        return self._lr(checked_batch_size(batch_size))
+        """Learning rate that lowers the expected loss most, with ``batch_size`` examples behind the step."""
+        return self._lr(checked(batch_size))
 
     def alignment(self, batch_size: float) -> float:
-        """N(B) = 2 gain / lr, since gain = N^2 / (2 D) and lr = N / D; in the unit of gain over that of lr.
-
-        Args:
-            batch_size: examples behind the step. Where only ratios of ``gain`` mean something, so here.
-        """
+        """N(B) = 2 gain / lr, since gain = N^2 / (2 D) and lr = N / D; a ratio where ``gain`` is one."""
         return 2.0 * self.gain(batch_size) / self.lr(batch_size)
 
     def isotropic_lr(self, batch_size: float) -> float:
         """Optimal learning rate, up to a factor, if the curvature per squared length of a step were constant.
 
         Steps along a sign all have the same length, which leaves the alignment.
-
-        Args:
-            batch_size: examples behind the step.
         """
         return self.alignment(batch_size)
 
     def edge_lr(self, batch_size: float) -> float:
-        """Learning rate above which steps become unstable; NaN for a law that does not know it.
-
-        Args:
-            batch_size: examples behind the step.
-        """
+        """Learning rate above which steps become unstable; NaN for a law that does not know it."""
         return math.nan
 
     def gain(self, batch_size: float) -> float:
@@ -118,14 +88,8 @@ class Law(ABC):
 
         In units of the loss for ``MeasuredLaw`` and ``Theorem2Law``, which know N and D themselves. The other
         laws know ratios only; each says how its gain is normalised.
-
-        Args:
-            batch_size: examples behind the step.
-
-        Raises:
-            ValueError: unless ``0 < batch_size < inf``.
         """
-        return self._gain(checked_batch_size(batch_size))
+        return self._gain(checked(batch_size))
 
     @property
     @abstractmethod
@@ -135,21 +99,13 @@ class Law(ABC):
     @property
     @abstractmethod
     def critical_batch_size(self) -> float:
-        """Examples at which ``gain`` is half of its largest value.
-
-        0 where every batch size gains more than half, ``inf`` where the gain grows without bound.
-        """
+        """Examples at which ``gain`` is half of its largest value; ``inf`` where that is infinite."""
 
     @abstractmethod
     def _lr(self, batch_size: float) -> float: ...
 
     @abstractmethod
     def _gain(self, batch_size: float) -> float: ...
-
-
-def checked_batch_size(batch_size: float) -> float:
-    """Return a batch size as a float, or raise the error that every law raises."""
-    return require_number("batch_size", batch_size, "count the examples behind one optimizer step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,11 +127,9 @@ class MeasuredLaw(Law):
 
     For ``B << alignment_scale`` it is ``Theorem3Law`` with noise scale ``alignment_scale / r``, for
     ``signal_curvature = 0`` ``SGDLaw`` with exponent 1/2, and for ``B -> inf`` a constant above 0. It fails
-    where a step is too long for a second-order model of the loss.
-
-    Edge cases: with ``alignment_scale = 0`` (no noise) the learning rate is constant, without a peak. With
-    ``noise_curvature = 0`` and noise present it only falls, from ``Peak(0, inf)``. A measurement that says
-    so has not resolved what noise costs; no real batch size sits at that peak.
+    where a step is too long for a second-order model of the loss. With ``alignment_scale = 0`` (no noise) the
+    learning rate is constant. With ``noise_curvature = 0`` and noise present it only falls, from
+    ``Peak(0, inf)``: a measurement that says so has not resolved what noise costs.
 
     Args:
         alignment_limit: N as B -> inf, positive; unit loss per unit of learning rate.
@@ -209,11 +163,10 @@ class MeasuredLaw(Law):
     signal_curvature: float
 
     def __post_init__(self) -> None:
-        require_number("alignment_limit", self.alignment_limit, "a zero gradient has no best learning rate")
-        require_number("alignment_scale", self.alignment_scale, "use 0 for noiseless gradients", zero=True)
+        store_numbers(self, {"alignment_limit": "a zero gradient has no best learning rate"})
+        store_numbers(self, {"alignment_scale": "use 0 for noiseless gradients"}, least=0)
         remedy = "clamp a negative estimate to 0, and hold the learning rate if D itself is not positive"
-        require_number("noise_curvature", self.noise_curvature, remedy, zero=True)
-        require_number("signal_curvature", self.signal_curvature, remedy, zero=True)
+        store_numbers(self, {"noise_curvature": remedy, "signal_curvature": remedy}, least=0)
         if self.noise_curvature == 0 and self.signal_curvature == 0:
             raise ValueError(
                 "Expected noise_curvature > 0 or signal_curvature > 0, got noise_curvature=0 and "
@@ -222,7 +175,7 @@ class MeasuredLaw(Law):
 
     def alignment(self, batch_size: float) -> float:
         """N(B) = E[V . G]; ``batch_size`` in examples."""
-        batch_size = checked_batch_size(batch_size)
+        batch_size = checked(batch_size)
         return self.alignment_limit / math.sqrt(1 + self.alignment_scale / batch_size)
 
     def curvature(self, batch_size: float) -> float:
@@ -294,13 +247,10 @@ class SGDLaw(Law):
     exponent: float = 1.0
 
     def __post_init__(self) -> None:
-        require_number("max_lr", self.max_lr, "pass the learning rate of a very large batch")
-        require_number("noise_scale", self.noise_scale, "use 0 for noiseless gradients", zero=True)
-        if not 0 < self.exponent <= 1:
-            raise ValueError(
-                f"Expected 0 < exponent <= 1, got exponent={self.exponent}: "
-                "use 1 for SGD, 0.5 for the guess for Adam, ConstantLaw for 0."
-            )
+        store_numbers(self, {"max_lr": "pass the learning rate of a very large batch"})
+        store_numbers(self, {"noise_scale": "use 0 for noiseless gradients"}, least=0)
+        remedy = "use 1 for SGD, 0.5 for the guess for Adam, ConstantLaw for 0"
+        store_numbers(self, {"exponent": remedy}, most=1)
 
     @property
     def peak(self) -> Peak:
@@ -333,8 +283,8 @@ class _PowerLaw(Law):
     _gain_exponent: ClassVar[float]
 
     def __post_init__(self) -> None:
-        require_number("base_lr", self.base_lr, "pass the learning rate tuned at base_batch_size")
-        require_number("base_batch_size", self.base_batch_size, "pass the batch size base_lr was tuned at")
+        store_numbers(self, {"base_lr": "pass the learning rate tuned at base_batch_size"})
+        store_numbers(self, {"base_batch_size": "pass the batch size base_lr was tuned at"})
 
     @property
     def peak(self) -> Peak:
@@ -376,11 +326,7 @@ class SqrtLaw(_PowerLaw):
     """Square-root scaling: lr(B) = base_lr sqrt(B / base_batch_size).
 
     The limit B << noise scale for sign-like updates (Adam). Each example then gains the same: ``gain`` is
-    B / base_batch_size, and the critical batch size infinite.
-
-    Args:
-        base_lr: learning rate tuned at ``base_batch_size``, positive.
-        base_batch_size: examples, positive.
+    B / base_batch_size, and the critical batch size infinite. The arguments are those of `ConstantLaw`.
 
     Example:
         >>> SqrtLaw(base_lr=0.001, base_batch_size=16).lr(64)
@@ -394,12 +340,7 @@ class SqrtLaw(_PowerLaw):
 class LinearLaw(_PowerLaw):
     """Linear scaling: lr(B) = base_lr B / base_batch_size.
 
-    The limit B << noise scale for SGD. Each example then gains the same: ``gain`` is B / base_batch_size,
-    and the critical batch size infinite.
-
-    Args:
-        base_lr: learning rate tuned at ``base_batch_size``, positive.
-        base_batch_size: examples, positive.
+    The limit B << noise scale for SGD, with the gain and the arguments of `SqrtLaw`.
 
     Example:
         >>> LinearLaw(base_lr=0.001, base_batch_size=16).lr(64)

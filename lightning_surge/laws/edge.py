@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_surge.laws.base import MeasuredLaw, checked_batch_size, require_number
+from lightning_surge.laws.base import MeasuredLaw, checked, store_numbers
 
 __all__ = ["EdgeLaw"]
 
@@ -49,8 +49,7 @@ class EdgeLaw(MeasuredLaw):
     def __post_init__(self) -> None:
         super().__post_init__()
         remedy = "a sharpness that is not positive has no edge; hold the learning rate"
-        require_number("edge_limit", self.edge_limit, remedy, zero=True)
-        require_number("edge_sq_slope", self.edge_sq_slope, remedy, zero=True)
+        store_numbers(self, {"edge_limit": remedy, "edge_sq_slope": remedy}, least=0)
         if self.edge_limit == 0 and self.edge_sq_slope == 0:
             raise ValueError(
                 "Expected edge_limit > 0 or edge_sq_slope > 0, got edge_limit=0 and edge_sq_slope=0: "
@@ -59,4 +58,4 @@ class EdgeLaw(MeasuredLaw):
 
     def edge_lr(self, batch_size: float) -> float:
         """The edge of stability, a learning rate; ``batch_size`` in examples."""
-        return math.sqrt(self.edge_limit**2 + self.edge_sq_slope / checked_batch_size(batch_size))
+        return math.sqrt(self.edge_limit**2 + self.edge_sq_slope / checked(batch_size))

@@ -12,31 +12,22 @@ from collections.abc import Callable
 from lightning_surge.laws.base import Law
 
 __all__ = [
-    "FOLLOW_LR",
-    "OBJECTIVES",
-    "Objective",
-    "alignment_ratio",
-    "at_once_ratio",
-    "edge_ratio",
-    "progress_ratio",
-    "step_ratio",
-]
+    "FOLLOW_LR", "OBJECTIVES", "Objective", "alignment_ratio", "at_once_ratio", "edge_ratio",
+    "progress_ratio", "step_ratio",
+]  # fmt: skip
 
 Objective = Callable[[Law, float, float, float], float]
 """Maps a law, a batch size, the base batch size and the scheduled learning rate to the wanted ratio."""
 
 
 def step_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
-    """Ratio that keeps every step as good as it can be: `lr(B) / lr(base)` of the law.
+    """Ratio that keeps every step as good as it can be, `lr(B) / lr(base)`; it falls beyond the law's peak.
 
     Args:
         law: any law.
         batch_size: examples per optimizer step.
         base_batch_size: examples at which the scheduled learning rate was tuned.
         lr: scheduled learning rate, without influence here.
-
-    Returns:
-        The ratio; it falls beyond the law's peak.
 
     References:
         Li et al. 2024, arXiv:2405.14578, Lemma 1 (Eq. 6).
@@ -48,16 +39,7 @@ def progress_ratio(law: Law, batch_size: float, base_batch_size: float, lr: floa
     """Ratio that keeps the expected progress per example: `(B / base) N(base) / N(B)`.
 
     Square-root scaling while noise dominates the alignment N, linear scaling beyond. It has no falling
-    side, and counts on the schedule to cool what it heats.
-
-    Args:
-        law: any law whose gain is in the unit of its learning rate.
-        batch_size: examples per optimizer step.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        lr: scheduled learning rate, without influence here.
-
-    Returns:
-        The ratio.
+    side, and counts on the schedule to cool what it heats. The arguments are those of `step_ratio`.
 
     Example:
         With `N ~ sqrt(B)`, as for Theorem 3, it is square-root scaling.
@@ -75,16 +57,8 @@ def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: flo
 
     Square-root scaling while noise dominates the alignment N, constant beyond. For plain gradients, whose
     length changes with the batch size, it is the ratio of their law. Where `step_ratio` takes the curvature
-    as it is found, this one counts on training to adapt it to the learning rate that comes.
-
-    Args:
-        law: any law.
-        batch_size: examples per optimizer step.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        lr: scheduled learning rate, without influence here.
-
-    Returns:
-        The ratio; it rises with the batch size and saturates.
+    as it is found, this one counts on training to adapt it to the learning rate that comes. The arguments are
+    those of `step_ratio`.
 
     Example:
         >>> from lightning_surge.laws.base import MeasuredLaw
@@ -101,50 +75,33 @@ def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: flo
 
 
 def at_once_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
-    """How far a larger batch may raise the learning rate at once: as far as a step's cost stays what it is.
+    """Ratio at which a step costs what it costs at the base: how far a larger batch may raise it at once.
 
-    Below the base it is 1, since training is used to the base's learning rate; where the law has no alignment
-    it is that of square-root scaling.
-
-    Args:
-        law: any law.
-        batch_size: examples per optimizer step.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-
-    Returns:
-        `alignment_ratio`, finite and at least that of the base.
+    `alignment_ratio`; that of square-root scaling where the law has no alignment. The arguments are those of
+    `step_ratio`.
 
     Example:
         >>> from lightning_surge.laws.theorems import Theorem3Law
         >>> law = Theorem3Law(noise_scale=100.0, peak_lr=0.1)
-        >>> round(at_once_ratio(law, 64.0, 16.0), 6), at_once_ratio(law, 4.0, 16.0)
-        (2.0, 1.0)
+        >>> round(at_once_ratio(law, 64.0, 16.0), 6), round(at_once_ratio(law, 4.0, 16.0), 6)
+        (2.0, 0.5)
     """
-    size = max(batch_size, base_batch_size)
     try:
-        ratio = alignment_ratio(law, size, base_batch_size)
+        ratio = alignment_ratio(law, batch_size, base_batch_size)
     except (ArithmeticError, ValueError):
         ratio = math.nan
-    return ratio if 0.0 < ratio < math.inf else math.sqrt(size / base_batch_size)
+    return ratio if 0.0 < ratio < math.inf else math.sqrt(batch_size / base_batch_size)
 
 
 def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:
-    """Progress per example, capped smoothly by the edge of stability.
+    """Progress per example, capped smoothly by the edge of stability; NaN for a law that knows no edge.
 
         R = h(B) / h(base)        1 / h(B) = 1 / (lr R_progress(B)) + 1 / edge_lr(B)
 
     Its limits are `progress_ratio` where the learning rate is far below the edge, and the ratio of the edges
     far above. Where noise is all there is, the two are `sqrt(B / base)` and its inverse, and `h` has the
-    form of Theorem 3, with the peak where `lr R_progress` meets the edge.
-
-    Args:
-        law: a law that knows the edge.
-        batch_size: examples per optimizer step.
-        base_batch_size: examples at which the scheduled learning rate was tuned.
-        lr: scheduled learning rate; 0 leaves the progress alone.
-
-    Returns:
-        The ratio; NaN for a law that knows no edge.
+    form of Theorem 3, with the peak where `lr R_progress` meets the edge. The arguments are those of
+    `step_ratio`; an `lr` of 0 leaves the progress alone.
 
     Example:
         >>> from lightning_surge.laws.edge import EdgeLaw

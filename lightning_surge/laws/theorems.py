@@ -18,7 +18,8 @@ import numpy.typing as npt
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import erf, logsumexp
 
-from lightning_surge.laws.base import Law, Peak, checked_batch_size, require_number
+from lightning_surge.checking.arguments import choice, number
+from lightning_surge.laws.base import Law, Peak, checked, store_numbers
 
 __all__ = ["Theorem2Law", "Theorem3Law", "large_batch_limit"]
 
@@ -61,25 +62,20 @@ class Theorem3Law(Law):
     sqrt_coefficient: float | None = None
 
     def __post_init__(self) -> None:
-        if self.noise_scale != math.inf:
-            require_number(
-                "noise_scale", self.noise_scale, "use inf and sqrt_coefficient if there is no peak"
-            )
-            require_number("peak_lr", self.peak_lr, "pass the learning rate at noise_scale")
-            if self.sqrt_coefficient is not None:
-                raise ValueError(
-                    f"Expected sqrt_coefficient=None with a finite noise_scale, got sqrt_coefficient="
-                    f"{self.sqrt_coefficient}, noise_scale={self.noise_scale}: peak_lr already fixes it."
-                )
-        else:
-            if self.peak_lr != math.inf:
-                raise ValueError(
-                    f"Expected peak_lr=inf with noise_scale=inf, got peak_lr={self.peak_lr}: "
-                    "without a peak pass peak_lr=inf and sqrt_coefficient."
-                )
+        remedies = dict.fromkeys(
+            ("noise_scale", "peak_lr"), "use inf for both, and sqrt_coefficient, if there is no peak"
+        )
+        store_numbers(self, remedies, most=math.inf)
+        if self.noise_scale == self.peak_lr == math.inf:
             remedy = "with noise_scale=inf pass the learning rate per sqrt(example)"
-            slope = math.nan if self.sqrt_coefficient is None else self.sqrt_coefficient
-            require_number("sqrt_coefficient", slope, remedy)
+            store_numbers(self, {"sqrt_coefficient": remedy})
+            return
+        store_numbers(self, remedies)
+        if self.sqrt_coefficient is not None:
+            raise ValueError(
+                f"Expected sqrt_coefficient=None with a finite noise_scale, got sqrt_coefficient="
+                f"{self.sqrt_coefficient}, noise_scale={self.noise_scale}: peak_lr already fixes it."
+            )
 
     @classmethod
     def from_moments(
@@ -97,9 +93,6 @@ class Theorem3Law(Law):
             mean: mu, shape (n,), one example's expected gradient.
             standard_deviation: sigma, shape (n,), positive wherever ``mean`` is not 0.
             hessian: H, shape (n, n), with a positive trace; only its symmetric part counts.
-
-        Raises:
-            ValueError: if a statistic is out of range.
 
         Example:
             Five parameters that only move together, mu / sigma = sqrt(pi / 8) / 10, so that the noise
@@ -120,7 +113,7 @@ class Theorem3Law(Law):
             )
         moving = sigma > 0
         mu, sigma, h = mu[moving], sigma[moving], h[np.ix_(moving, moving)]
-        trace = require_number("trace of hessian", np.trace(h), "damp the Hessian or use its positive part")
+        trace = number("trace of hessian", float(np.trace(h)), "damp the Hessian or use its positive part")
         ratio = mu / sigma
         coherent = float(ratio @ (h - np.diag(np.diag(h))) @ ratio)
         slope = math.sqrt(2 / math.pi) * float(mu @ ratio) / trace
@@ -167,8 +160,7 @@ class Theorem2Law(Law):
 
     A coordinate with sigma_i = 0 has E_i = sign(mu_i) at every B; one with mu_i = 0 too never moves and
     costs nothing. Peak and critical batch size are found by a scan over log B, then a bounded search or a
-    root. ``peak`` is infinite if no finite B beats the limit. The gain need not be monotone; the critical
-    batch size is the smallest at which it is half of its largest value. Cost O(n^2) per batch size.
+    root; ``peak`` is infinite if no finite B beats the limit. The cost is O(n^2) per batch size.
 
     Args:
         mean: mu, shape (n,), one example's expected gradient, not all 0.
@@ -203,10 +195,7 @@ class Theorem2Law(Law):
     form: Literal["erf", "sigmoid"] = "erf"
 
     def __post_init__(self) -> None:
-        if self.form not in ("erf", "sigmoid"):
-            raise ValueError(
-                f'Expected form "erf" or "sigmoid", got form={self.form!r}: use "erf" for exactness.'
-            )
+        choice("form", self.form, ("erf", "sigmoid"), "use erf for exactness")
         arrays = _statistics(self.mean, self.standard_deviation, self.hessian)
         for name, array in zip(("mean", "standard_deviation", "hessian"), arrays, strict=True):
             array.setflags(write=False)
@@ -220,11 +209,11 @@ class Theorem2Law(Law):
 
     def alignment(self, batch_size: float) -> float:
         """N(B) = E[V . G]; ``batch_size`` in examples."""
-        return float(self._alignment_and_curvature(np.array([checked_batch_size(batch_size)]))[0][0])
+        return float(self._alignment_and_curvature(np.array([checked(batch_size)]))[0][0])
 
     def curvature(self, batch_size: float) -> float:
         """D(B) = E[V' H V]; ``batch_size`` in examples."""
-        return float(self._alignment_and_curvature(np.array([checked_batch_size(batch_size)]))[1][0])
+        return float(self._alignment_and_curvature(np.array([checked(batch_size)]))[1][0])
 
     @cached_property
     def peak(self) -> Peak:
@@ -324,14 +313,9 @@ def large_batch_limit(*, mean: npt.ArrayLike, hessian: npt.ArrayLike) -> float:
 
         lr(inf) = sum_i |mu_i| / (sign(mu)' H sign(mu))
 
-    Coordinates with mu_i = 0 are taken not to move.
-
     Args:
-        mean: mu, shape (n,), one example's expected gradient, not all 0.
+        mean: mu, shape (n,), one example's expected gradient, not all 0; coordinates at 0 do not move.
         hessian: H, shape (n, n), with a positive curvature along sign(mu).
-
-    Returns:
-        The learning rate.
 
     Raises:
         ValueError: if a statistic is out of range.
@@ -346,9 +330,7 @@ def large_batch_limit(*, mean: npt.ArrayLike, hessian: npt.ArrayLike) -> float:
     mu, _, h = _statistics(mean, np.zeros(np.shape(mean)), hessian)
     signs = np.sign(mu)
     remedy = "damp the Hessian or use its positive part"
-    return float(np.abs(mu).sum()) / require_number(
-        "hessian along sign(mean)", float(signs @ h @ signs), remedy
-    )
+    return float(np.abs(mu).sum()) / number("hessian along sign(mean)", float(signs @ h @ signs), remedy)
 
 
 def _statistics(

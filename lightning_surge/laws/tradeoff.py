@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import linregress
 
-from lightning_surge.laws.base import require_number
+from lightning_surge.checking.arguments import number
 
 __all__ = [
     "TradeoffFit",
@@ -60,15 +60,12 @@ def gain_fraction(batch_size: float, *, critical_batch_size: float) -> float:
         batch_size: examples, positive.
         critical_batch_size: examples, positive.
 
-    Raises:
-        ValueError: if an argument is not positive and finite.
-
     Example:
         >>> gain_fraction(100, critical_batch_size=300)
         0.25
     """
-    batch_size = require_number("batch_size", batch_size, _BATCH)
-    critical_batch_size = require_number("critical_batch_size", critical_batch_size, _CRITICAL)
+    batch_size = number("batch_size", batch_size, _BATCH)
+    critical_batch_size = number("critical_batch_size", critical_batch_size, _CRITICAL)
     return 1 / (1 + critical_batch_size / batch_size)
 
 
@@ -80,15 +77,12 @@ def steps_needed(batch_size: float, *, critical_batch_size: float, min_steps: fl
         critical_batch_size: examples, positive.
         min_steps: S_min, positive.
 
-    Raises:
-        ValueError: if an argument is not positive and finite.
-
     Example:
         >>> steps_needed(100, critical_batch_size=300, min_steps=1000)
         4000.0
     """
     fraction = gain_fraction(batch_size, critical_batch_size=critical_batch_size)
-    return require_number("min_steps", min_steps, _SCALE) / fraction
+    return number("min_steps", min_steps, _SCALE) / fraction
 
 
 def examples_needed(batch_size: float, *, critical_batch_size: float, min_examples: float) -> float:
@@ -99,16 +93,13 @@ def examples_needed(batch_size: float, *, critical_batch_size: float, min_exampl
         critical_batch_size: examples, positive.
         min_examples: E_min, positive.
 
-    Raises:
-        ValueError: if an argument is not positive and finite.
-
     Example:
         >>> examples_needed(600, critical_batch_size=300, min_examples=300_000)
         900000.0
     """
-    batch_size = require_number("batch_size", batch_size, _BATCH)
-    critical_batch_size = require_number("critical_batch_size", critical_batch_size, _CRITICAL)
-    return require_number("min_examples", min_examples, _SCALE) * (1 + batch_size / critical_batch_size)
+    batch_size = number("batch_size", batch_size, _BATCH)
+    critical_batch_size = number("critical_batch_size", critical_batch_size, _CRITICAL)
+    return number("min_examples", min_examples, _SCALE) * (1 + batch_size / critical_batch_size)
 
 
 def examples_at_steps(steps: float, *, min_steps: float, min_examples: float) -> float:
@@ -119,18 +110,15 @@ def examples_at_steps(steps: float, *, min_steps: float, min_examples: float) ->
         min_steps: S_min, positive.
         min_examples: E_min, positive.
 
-    Raises:
-        ValueError: if an argument is not positive and finite, or ``steps <= min_steps``.
-
     Example:
         Four times the fewest steps leave 1 / 3 above the fewest examples.
 
         >>> examples_at_steps(4000, min_steps=1000, min_examples=300_000)
         400000.0
     """
-    steps = require_number("steps", steps, "count optimizer steps")
-    min_steps = require_number("min_steps", min_steps, _SCALE)
-    min_examples = require_number("min_examples", min_examples, _SCALE)
+    steps = number("steps", steps, "count optimizer steps")
+    min_steps = number("min_steps", min_steps, _SCALE)
+    min_examples = number("min_examples", min_examples, _SCALE)
     if steps <= min_steps:
         raise ValueError(
             f"Expected steps > min_steps, got steps={steps}, min_steps={min_steps}: "
@@ -190,4 +178,4 @@ def fit_tradeoff(steps: Counts, examples: Counts) -> TradeoffFit:
 
 def _inverses(name: str, values: Counts) -> npt.NDArray[np.float64]:
     remedy = "pass one count per run and leave out runs that never reached the loss"
-    return np.array([1 / require_number(f"{name}[{i}]", value, remedy) for i, value in enumerate(values)])
+    return np.array([1 / number(f"{name}[{i}]", value, remedy) for i, value in enumerate(values)])

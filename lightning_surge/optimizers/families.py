@@ -12,17 +12,9 @@ from torch.optim import Optimizer
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 
 __all__ = [
-    "Family",
-    "decay_follows_lr",
-    "direction_of",
-    "has_coupled_decay",
-    "has_plain_averages",
-    "largest_lr",
-    "lr_scales",
-    "optimizer_family",
-    "parameter_scales",
-    "stability_constant",
-]
+    "Family", "decay_follows_lr", "direction_of", "has_coupled_decay", "has_plain_averages", "largest_lr",
+    "lr_scales", "optimizer_family", "parameter_scales", "stability_constant",
+]  # fmt: skip
 
 
 # Adam's own averages `exp_avg` and `exp_avg_sq`, moved at every step. (SparseAdam leaves rows out.)
@@ -49,42 +41,16 @@ STABILITY: dict[str, Callable[[float], float]] = {
 
 
 def lr_scales(lrs: Sequence[float]) -> list[float]:
-    """Each parameter group's learning rate relative to the largest.
-
-    Args:
-        lrs: learning rates of the groups.
-
-    Returns:
-        Numbers from 0 to 1; all 1 where every learning rate is 0, as in the first step of a warm-up.
-
-    Example:
-        >>> lr_scales([0.1, 0.05]), lr_scales([0.0, 0.0])
-        ([1.0, 0.5], [1.0, 1.0])
-    """
+    """Each parameter group's learning rate relative to the largest; 1 where all are 0, as in a warm-up."""
     largest = max(lrs)
     return [lr / largest for lr in lrs] if largest > 0.0 else [1.0] * len(lrs)
 
 
 def parameter_scales(optimizer: Optimizer, group: Mapping[str, Any]) -> list[float]:
-    """How far a learning rate of 1 moves a coordinate of each parameter of a group.
+    """How far a learning rate of 1 moves a coordinate of each parameter of a group; 1 but for Adafactor.
 
-    Adafactor's steps are relative: its learning rate is multiplied by the root mean square of the parameter.
-
-    Args:
-        optimizer: the raw torch optimizer.
-        group: one of its parameter groups.
-
-    Returns:
-        One number per parameter; 1 for every optimizer but Adafactor.
-
-    Example:
-        >>> import torch
-        >>> optimizer = torch.optim.Adafactor([torch.full((4,), 0.5, requires_grad=True)])
-        >>> parameter_scales(optimizer, optimizer.param_groups[0])
-        [0.5]
-
-    References:
-        Shazeer and Stern 2018, arXiv:1804.04235, section 8.
+    Adafactor's steps are relative: its learning rate is multiplied by the root mean square of the parameter
+    (Shazeer and Stern 2018, arXiv:1804.04235, section 8).
     """
     parameters = group["params"]
     relative = any(kind.__name__.lower() == "adafactor" for kind in type(optimizer).__mro__)
@@ -101,40 +67,20 @@ def parameter_scales(optimizer: Optimizer, group: Mapping[str, Any]) -> list[flo
 def largest_lr(optimizer: Optimizer) -> float:
     """The learning rate above which the optimizer takes no more notice of it in its coming step.
 
-    torch's Adafactor uses `min(lr, 1 / sqrt(t))` at step `t`.
-
-    Args:
-        optimizer: the raw torch optimizer.
-
-    Returns:
-        A learning rate; infinite for every other optimizer.
+    Infinite, but for torch's Adafactor, which uses `min(lr, 1 / sqrt(t))` at step `t`.
     """
     if not isinstance(optimizer, torch.optim.Adafactor):
         return math.inf
-    steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
-    return 1.0 / math.sqrt(max(steps, default=0.0) + 1.0)
+    # Of the parameter that has been trained longest.
+    steps = next((float(state["step"]) for state in optimizer.state.values() if "step" in state), 0.0)
+    return 1.0 / math.sqrt(steps + 1.0)
 
 
 def decay_follows_lr(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """Whether a parameter group's weight decay takes `lr * weight_decay` of the weights at every step.
 
-    Args:
-        optimizer: the raw torch optimizer.
-        group: one of its parameter groups.
-
-    Returns:
-        True for decoupled decay, and for SGD without momentum, where the two forms are one.
-
-    Example:
-        >>> import torch
-        >>> for kind in (torch.optim.AdamW, torch.optim.Adam):
-        ...     optimizer = kind([torch.ones(1, requires_grad=True)])
-        ...     print(decay_follows_lr(optimizer, optimizer.param_groups[0]))
-        True
-        False
-
-    References:
-        Loshchilov and Hutter 2019, arXiv:1711.05101, Propositions 1 and 2.
+    So does decoupled decay, and SGD's without momentum, where the two forms are one (Loshchilov and Hutter
+    2019, arXiv:1711.05101, Propositions 1 and 2).
     """
     if group.get("fixed_decay", False) or group.get("unscaled_wd", False):
         return False
@@ -148,14 +94,7 @@ def decay_follows_lr(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
 
 
 def has_coupled_decay(optimizer: Optimizer) -> bool:
-    """Whether weight decay goes through the gradient, and so through the averages.
-
-    Args:
-        optimizer: of the Adam family.
-
-    Returns:
-        True if it does in any parameter group.
-    """
+    """Whether weight decay goes through the gradient in any group, and so through Adam's averages."""
     return any(
         group.get("weight_decay", 0.0) != 0.0 and not decay_follows_lr(optimizer, group)
         for group in optimizer.param_groups
@@ -163,29 +102,16 @@ def has_coupled_decay(optimizer: Optimizer) -> bool:
 
 
 def has_plain_averages(optimizer: Optimizer) -> bool:
-    """Whether its state holds the averages of the loss's gradients and of their squares, as Adam keeps them.
-
-    Args:
-        optimizer: the raw torch optimizer.
-
-    Returns:
-        False for variants, and where weight decay enters the averages.
-    """
+    """Whether its state holds averages of gradients and of their squares, as Adam keeps them."""
     known = any(kind.__name__ in PLAIN_AVERAGES for kind in type(optimizer).__mro__)
     return known and not has_coupled_decay(optimizer)
 
 
 def stability_constant(optimizer: Optimizer) -> float:
-    r"""`C` of Adam's edge of stability `C / lambda_max(P^-1/2 H P^-1/2)`.
+    """`C` of Adam's edge of stability `C / lambda_max(P^-1/2 H P^-1/2)`, without unit.
 
     For momentum that averages, as Adam's does, `(2 + 2 beta) / (1 - beta)`; in Nesterov's form
     `(2 + 2 beta) / ((1 - beta)(1 + 2 beta))`.
-
-    Args:
-        optimizer: the raw torch optimizer.
-
-    Returns:
-        The constant, without unit.
 
     Raises:
         ValueError: for an optimizer whose edge is not known, or groups of different momentum.
@@ -196,8 +122,8 @@ def stability_constant(optimizer: Optimizer) -> float:
         38.0
 
     References:
-        Cohen et al. 2022, arXiv:2207.14484, section 3 (38 for beta_1 = 0.9); Cohen et al. 2021,
-        arXiv:2103.00065, for the threshold of Nesterov's form without averaging.
+        Cohen et al. 2022, arXiv:2207.14484, section 3; Cohen et al. 2021, arXiv:2103.00065, for the threshold
+        of Nesterov's form without averaging.
     """
     names = [kind.__name__ for kind in type(optimizer).__mro__]
     name = next((name for name in names if name in STABILITY), None)
@@ -291,21 +217,12 @@ UNKNOWN = Family("is not known here", SIGN, known=False)
 def optimizer_family(optimizer: Optimizer) -> Family:
     """What is known of an optimizer, from its class and its options.
 
-    Subclasses count as what they derive from; quantised and fused variants (`AdamW8bit`, `FusedAdam`)
-    are recognised by the name they contain.
-
-    Args:
-        optimizer: the raw torch optimizer.
-
-    Returns:
-        Its direction, and the reason.
+    Subclasses count as what they derive from; quantised and fused variants (`AdamW8bit`, `FusedAdam`) are
+    recognised by the name they contain.
 
     Example:
         >>> import torch
-        >>> weights = [torch.nn.Parameter(torch.ones(1))]
-        >>> optimizer_family(torch.optim.AdamW(weights)).direction.name
-        'sign'
-        >>> optimizer_family(torch.optim.Rprop(weights)).why
+        >>> optimizer_family(torch.optim.Rprop([torch.nn.Parameter(torch.ones(1))])).why
         'takes its learning rate for the sizes of its first steps only'
 
     References:
@@ -332,12 +249,5 @@ def _with_options(family: Family, optimizer: Optimizer) -> Family:
 
 
 def direction_of(optimizer: Optimizer) -> Direction:
-    """What measurements are taken along.
-
-    Args:
-        optimizer: the raw torch optimizer.
-
-    Returns:
-        The direction of its `Family`; the sign where that has none, and nothing is measured.
-    """
+    """What measurements are taken along; the sign where the family has none, and nothing is measured."""
     return optimizer_family(optimizer).direction or SIGN

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_surge.optimizers.stopwatch import Stopwatch, timed
+
 __all__ = ["FactorInUpdate", "learning_rates"]
 
 KeepsDecay = Callable[[Mapping[str, Any]], bool]
@@ -27,19 +29,11 @@ class Decide(Protocol):
     """The factor for the update about to be made; None to leave the learning rate as it is."""
 
     def __call__(self, *, early: bool) -> float | None:
-        """Decide.
-
-        Args:
-            early: whether the closure has yet to run, so that the gradients of this step are not known.
-        """
+        """Decide; `early` if the closure has yet to run, so that the gradients are not known."""
 
 
 def learning_rates(optimizer: Optimizer) -> list[float]:
-    """The learning rate of each parameter group as a float. Waits for the device if they are tensors there.
-
-    Args:
-        optimizer: the raw torch optimizer.
-    """
+    """The learning rate of each parameter group as a float; waits for the device of a tensor."""
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
@@ -55,6 +49,7 @@ class FactorInUpdate:
             that torch multiplies with the learning rate stays what it was; None for no group.
         tell: called once if the optimizer reads its learning rate before it calls the closure. Such an
             optimizer is served before.
+        watch: adds up the time spent here.
 
     Attributes:
         scheduled: learning rate of each group as the latest update found it, a float or a tensor of its own.
@@ -81,6 +76,7 @@ class FactorInUpdate:
         after: Callable[[], object] | None = None,
         keeps_decay: KeepsDecay | None = None,
         tell: Callable[[], object] | None = None,
+        watch: Stopwatch | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.scheduled: list[Any] = []
@@ -89,6 +85,7 @@ class FactorInUpdate:
         self._after = after
         self._keeps_decay = keeps_decay
         self._tell = tell
+        self._stopwatch = watch or Stopwatch()
         self._undo: list[Callable[[], object]] = []
         self._groups: list[dict[str, Any]] | None = None
         # Whether the optimizer reads its groups before the closure; None until its first step has shown it.
@@ -121,6 +118,7 @@ class FactorInUpdate:
 
     # ------------------------------------------------------------------ one step
 
+    @timed
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         self.restore()
         self._served = False
@@ -144,11 +142,13 @@ class FactorInUpdate:
             return (args[0], wrapped, *args[2:]), kwargs
         return args, {**kwargs, "closure": wrapped}
 
+    @timed
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.restore()
         if self._after is not None:
             self._after()
 
+    @timed
     def _put_on(self, *, early: bool) -> None:
         factor = self._decide(early=early)
         groups = self.optimizer.param_groups

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import REMEDY, restore
 from lightning_surge.measure.distributed import Shards, local
 from lightning_surge.measure.gradients import blocks
 from lightning_surge.optimizers.families import has_plain_averages
@@ -33,6 +36,23 @@ LARGEST_SHARE = 0.5
 LEAST_BETA_1 = (1.0 - LARGEST_SHARE) / (1.0 + LARGEST_SHARE)
 # Of the steps counted, a parameter must have taken part in this share.
 LEAST_STEPS = 0.9
+
+
+@dataclass(frozen=True)
+class MomentsState:
+    """What a checkpoint holds of `AdamMoments`: sums not yet corrected for their start."""
+
+    steps: int
+    seen_from_start: bool
+    first: float
+    second: float
+    betas: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "first", "second"):
+            number(name, getattr(self, name), REMEDY, least=0)
+        for beta in self.betas:
+            number("betas", beta, REMEDY, least=0, below=1)
 
 
 class AdamMoments:
@@ -68,12 +88,7 @@ class AdamMoments:
             self._seen_from_start = False
 
     def step(self, batch_size: float, betas: tuple[float, float]) -> None:
-        """Count one optimizer step.
-
-        Args:
-            batch_size: examples behind it.
-            betas: of the optimizer.
-        """
+        """Count one optimizer step with `batch_size` examples behind it."""
         beta_1, beta_2 = self._betas = betas
         self._first = beta_1**2 * self._first + (1.0 - beta_1) ** 2 / batch_size
         self._second = beta_2 * self._second + (1.0 - beta_2) / batch_size
@@ -90,14 +105,7 @@ class AdamMoments:
         return self._second / (1.0 - self._betas[1] ** self._steps)
 
     def readable(self, optimizer: Optimizer) -> bool:
-        """Whether the averages tell mean and variance apart now.
-
-        Args:
-            optimizer: whose averages they are.
-
-        Returns:
-            False where the class says it declines.
-        """
+        """Whether the averages tell mean and variance apart now; False where the class says it declines."""
         if not has_plain_averages(optimizer):
             return False
         if any(tuple(group.get("betas", ()))[:2] != self._betas for group in optimizer.param_groups):
@@ -122,12 +130,7 @@ class AdamMoments:
     def variance(self, optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
         """Per-coordinate variance of one example's gradient, debiased and not below zero.
 
-        Args:
-            optimizer: whose averages to read; `readable` must hold.
-            parameter: of the optimizer.
-
-        Returns:
-            A tensor of the parameter's shape; None if the parameter has no averages.
+        None if the parameter has no averages; `readable` must hold.
         """
         state = optimizer.state.get(parameter)
         if not state or "exp_avg_sq" not in state:
@@ -146,13 +149,7 @@ class AdamMoments:
     ) -> dict[int, Tensor]:
         """`w_1 mean(v_B)` of each parameter that has averages, by its `id`; see `inverse_root`.
 
-        Args:
-            optimizer: whose averages to read; `readable` must hold.
-            parameters: of the optimizer.
-            batch_size: examples.
-
-        Returns:
-            Scalars on the device, so that no walk waits for them.
+        Scalars on the device, so that no walk waits for them.
         """
         means = {}
         for parameter in parameters:
@@ -178,7 +175,7 @@ class AdamMoments:
         batch_size: float,
         damping: dict[int, Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        r"""Walk `P^-1/2` as it would be had Adam taken batches of another size all along.
+        """Walk `P^-1/2` as it would be had Adam taken batches of another size all along.
 
         With `w_1 = (1 - beta_2) / (1 - beta_2^t)`, the weight of one gradient in `v`, and `mean` over the
         coordinates of a parameter tensor,
@@ -234,25 +231,6 @@ class AdamMoments:
         return {**vars(self), "_betas": list(self._betas)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`.
-
-        Raises:
-            ValueError: if a value is out of range; nothing is taken over then.
-            KeyError: if one is missing.
-        """
-        beta_1, beta_2 = state["_betas"]
-        steps, first, second = state["_steps"], state["_first"], state["_second"]
-        numbers = (beta_1, beta_2, steps, first, second)
-        if not (
-            all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in numbers)
-            and max(beta_1, beta_2) < 1.0
-            and steps == int(steps) < 2**63
-        ):
-            raise ValueError(
-                f"Expected betas from 0 to below 1, whole steps and averages that are not negative, got "
-                f"betas={(beta_1, beta_2)}, steps={steps!r}, first={first!r}, second={second!r}: load what "
-                "state_dict returned."
-            )
-        self._betas, self._steps = (float(beta_1), float(beta_2)), int(steps)
-        self._first, self._second = float(first), float(second)
-        self._seen_from_start = bool(state["_seen_from_start"])
+        """Take over the state of `state_dict`, or none of it if it is damaged."""
+        saved = restore(MomentsState, state)
+        vars(self).update({f"_{name}": value for name, value in vars(saved).items()})

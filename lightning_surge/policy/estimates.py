@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw, require_number
+from lightning_surge.checking.arguments import number
+from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw
 from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
-from lightning_surge.policy.history import Bin, Contrast, NoiseHistory, NoiseStats
+from lightning_surge.policy.history import Bin, Contrast, NoiseHistory, NoiseStats, jackknife_error
 
 __all__ = [
     "EstimatedLaw",
@@ -47,8 +48,6 @@ LARGEST_SCALE = 1e4
 # predicted ratio, per factor of two beyond them: a choice, more cautious than line searches up to 16 times
 # beyond have shown.
 EXTRAPOLATION_ERROR = 0.1
-# Beyond this nothing is known, and its square still is a number.
-LARGEST_ERROR = 1e100
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class EstimatedLaw(Law):
     Example:
         >>> laws = [SGDLaw(max_lr=lr, noise_scale=1.0) for lr in (2.0, 1.0, 3.0)]
         >>> law = EstimatedLaw(laws[0], ((laws[1], 0.5), (laws[2], 0.5)), num_measurements=2)
-        >>> law.lr(1.0), law.standard_error(lambda law: law.lr(1.0))
-        (1.0, 0.5)
+        >>> law.lr(1.0), round(law.standard_error(lambda law: law.lr(1.0)), 3)
+        (1.0, 0.919)
     """
 
     law: Law
@@ -81,7 +80,7 @@ class EstimatedLaw(Law):
 
     @property
     def peak(self) -> Peak:
-        """The law's peak."""
+        """Of the law."""
         return self.law.peak
 
     @property
@@ -104,12 +103,7 @@ class EstimatedLaw(Law):
         return self.law.gain(batch_size)
 
     def standard_error(self, quantity: Callable[[Law], float]) -> float:
-        r"""Standard error of anything a law can be asked, by a delete-a-group jackknife.
-
-        A group with a share `w_g` of the weight has the pseudo-value
-        `q / w_g - (1 / w_g - 1) q_(g)`, with `q_(g)` the answer without the group. These scatter around
-        their weighted mean, and the variance of that mean is
-        `sum_g w_g^2 / (1 - w_g) (pseudo_g - mean)^2`: the usual formula where all shares are equal.
+        """Standard error of anything a law can be asked, see `history.jackknife_error`.
 
         Args:
             quantity: function of a law, for example `lambda law: law.lr(64)`.
@@ -117,34 +111,13 @@ class EstimatedLaw(Law):
         Returns:
             The standard error in the quantity's unit; infinite with fewer than two measurements, or if the
             quantity is infinite or undefined without some group.
-
-        References:
-            Busing, Meijer and van der Leeden 1999, *Statistics and Computing* 9, for pseudo-values of
-            unequal groups. Their variance is for groups of unequal size; here it is the weights that differ.
         """
-        if len(self.replicates) < 2:
-            return math.inf
         # A replicate decides by its law alone; a failed fit is as unsure as can be.
         values = [math.nan if law is None else _evaluate(quantity, law) for law, _ in self.replicates]
-        whole = _evaluate(quantity, self.law)
-        if not all(map(math.isfinite, (whole, *values))):
-            return math.inf
-        shares = np.array([share for _, share in self.replicates])
-        with np.errstate(all="ignore"):
-            pseudo = whole / shares - (1.0 / shares - 1.0) * np.array(values)
-            centre = np.sum(shares * pseudo)
-            error = float(np.sqrt(np.sum(shares**2 / (1.0 - shares) * (pseudo - centre) ** 2)))
-        return error if error < LARGEST_ERROR else math.inf
+        return jackknife_error(_evaluate(quantity, self.law), values, [share for _, share in self.replicates])
 
     def extrapolation_error(self, batch_size: float) -> float:
-        """Standard deviation to add to the log of a ratio for asking outside the sizes measured.
-
-        Args:
-            batch_size: examples.
-
-        Returns:
-            0 inside the reach, then 0.1 per factor of two.
-        """
+        """Standard deviation to add to the log of a ratio for asking outside the sizes measured."""
         low, high = self.reach
         beyond = max(low / batch_size, batch_size / high, 1.0)
         return EXTRAPOLATION_ERROR * math.log2(beyond)
@@ -163,12 +136,7 @@ class EstimatedLaw(Law):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> EstimatedLaw:
-        """The law that `state_dict` described.
-
-        Raises:
-            ValueError: if a value is out of range.
-            KeyError: if one is missing, or the kind of law is not known.
-        """
+        """The law that `state_dict` described; an error if a value is missing or out of range."""
         replicates = tuple(
             (None if law is None else _law_from_state(law), share) for law, share in state["replicates"]
         )
@@ -178,10 +146,8 @@ class EstimatedLaw(Law):
                 f"Expected shares between 0 and 1 and a reach from low to high, got "
                 f"{[share for _, share in replicates]} and {(low, high)}: load what state_dict returned."
             )
-        number = require_number("num_measurements", state["num_measurements"], "count them", zero=True)
-        return cls(
-            _law_from_state(state["law"]), replicates, int(number), (low, high), bool(state["at_edge"])
-        )
+        count = number("num_measurements", state["num_measurements"], "count them", least=0)
+        return cls(_law_from_state(state["law"]), replicates, int(count), (low, high), bool(state["at_edge"]))
 
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MeasuredLaw, EdgeLaw, SGDLaw, Theorem3Law)}
@@ -205,15 +171,7 @@ def _evaluate(quantity: Callable[[Law], float], law: Law) -> float:
 
 
 def estimate(history: NoiseHistory, fit: Fit) -> EstimatedLaw | None:
-    """Fit a law to a history and to the history without each group.
-
-    Args:
-        history: the measurements.
-        fit: which law, for example `fit_sign_law`.
-
-    Returns:
-        The law, or None if the measurements do not determine one.
-    """
+    """Fit a law to a history and to the history without each group; None if they do not determine one."""
     stats = history.stats()
     law = _attempt(fit, stats)
     if law is None:
@@ -254,11 +212,7 @@ def law_of(direction: Direction) -> Fit:
 def fit_sign_law(stats: NoiseStats) -> MeasuredLaw | None:
     """Lemma 1 with measured terms, for updates along the sign of the gradient.
 
-    Args:
-        stats: averaged statistics with alignments and curvatures.
-
-    Returns:
-        The law; None if the curvature is not positive at any size, or nothing was measured.
+    None if the curvature is not positive at any size, or nothing was measured.
 
     Example:
         Alignments `2 h(b)` and curvatures `1 + 3 h(b)^2` with a noise scale of 48 examples, seen at
@@ -300,14 +254,8 @@ def fit_edge_law(stats: NoiseStats, stability: float) -> MeasuredLaw | None:
 
     The level is the mean sharpness `s` at the base batch size. Averages of pairs measured at one point
     give `(s(base) / s(B))^2 = share + (1 - share) base / B`, a line whose one number, the signal's share of
-    `v` at the base, is fitted by least squares and kept between 0 and 1.
-
-    Args:
-        stats: averaged statistics with `sharpness`.
-        stability: the optimizer's constant `C`; the edge is `C / s`.
-
-    Returns:
-        The law; without an edge while the mean sharpness is not positive, or none was measured.
+    `v` at the base, is fitted by least squares and kept between 0 and 1. The edge is `stability / s`; the law
+    has none while the mean sharpness is not positive, or none was measured.
 
     Example:
         Sharpness 380 at 16 examples and twice that at 64: noise alone, with `C = 38` an edge of 0.1 at 16.
@@ -361,13 +309,8 @@ def _signal_share(pairs: Sequence[Contrast]) -> float:
 def fit_sgd_law(stats: NoiseStats) -> SGDLaw | None:
     """The law of plain gradient steps, `lr = |G|^2 / (G'HG + tr(H Sigma) / B)`.
 
-    Along `V = g_b` the alignment is `|G|^2` at every size and the curvature `G'HG + tr(H Sigma) / b`.
-
-    Args:
-        stats: averaged statistics with directions `V = g`.
-
-    Returns:
-        The law; None if `G'HG` is not positive, where no finite learning rate is best.
+    Along `V = g_b` the alignment is `|G|^2` at every size and the curvature `G'HG + tr(H Sigma) / b`. None if
+    `G'HG` is not positive, where no finite learning rate is best.
 
     References:
         McCandlish et al. 2018, arXiv:1812.06162, Eq. 2.6 to 2.8; Eq. 1 of Li et al. 2024.
@@ -384,13 +327,7 @@ def fit_sgd_law(stats: NoiseStats) -> SGDLaw | None:
 
 
 def fit_theorem3_law(stats: NoiseStats) -> Theorem3Law | None:
-    """Theorem 3 from averaged coordinate sums.
-
-    Args:
-        stats: averaged statistics with `coordinate_sums`.
-
-    Returns:
-        The law; None if the trace of the Hessian is not positive or the alignment not resolved.
+    """Theorem 3 from averaged coordinate sums; None if the Hessian's trace or the alignment is not positive.
 
     References:
         Li et al. 2024, arXiv:2405.14578, Eq. 13-16.

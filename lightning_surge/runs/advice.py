@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_surge.laws.base import Law, SGDLaw, require_number
+from lightning_surge.checking.arguments import number, optional, whole
+from lightning_surge.laws.base import Law, SGDLaw
 from lightning_surge.laws.objectives import OBJECTIVES, at_once_ratio
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import steps_needed
@@ -116,6 +117,7 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
     Raises:
         RunLogError: if the step is outside the run, or no law was known by then.
     """
+    step = optional(whole, "step", step, "count optimizer steps", least=0)
     run = run.of_group(group)
     logged = run.require("batch_size").steps
     if step is not None and not logged[0] <= step <= logged[-1]:
@@ -200,7 +202,7 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
     allowed = min(max(wanted, size / LARGEST_MOVE), size * LARGEST_MOVE)
     suggested = max(1.0, float(round(allowed)))
     asked = [
-        require_number("batch_size", one, "count the examples behind one optimizer step")
+        float(number("batch_size", one, "count the examples behind one optimizer step"))
         for one in batch_sizes
     ]
     options = tuple(_option(state, one, critical) for one in sorted({size, 2.0 * size, suggested, *asked}))
@@ -230,11 +232,9 @@ def _option(state: RunState, size: float, critical: Interval) -> Option:
     smallest, largest = state.measured
     at_once = math.inf
     if size > state.batch_size:  # what `Policy` would write in the next step
-        here, there = (
-            level * at_once_ratio(state.law, one, state.base_batch_size) for one in (state.batch_size, size)
-        )
-        used = state.lr_used / state.lr_scheduled if state.lr_scheduled > 0.0 else 0.0
-        at_once = state.lr_scheduled * there * max(used / here, 1.0)
+        sizes = (state.batch_size, size)
+        here, there = (at_once_ratio(state.law, one, state.base_batch_size) for one in sizes)
+        at_once = state.lr_used * there / here
     steps = [_steps_ratio(size, state.batch_size, one) for one in critical]
     return Option(
         batch_size=size,

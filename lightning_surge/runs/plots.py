@@ -5,17 +5,17 @@ Built without pyplot: no window, no global state, any backend. Nothing is smooth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 import lightning_surge.runs.charts as charts
+from lightning_surge.checking import arguments
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.charts import ROOM, FloatArray, XAxis, number, positive, thinned
-from lightning_surge.runs.run_log import RunLog, RunLogError, Series, wanted_factor
+from lightning_surge.runs.run_log import RunLog, Series, wanted_factor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,8 @@ def plot_run(
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        RunLogError: If a key is missing, or the base batch size is not positive and finite.
+        RunLogError: If a key is missing.
+        ValueError: If the base batch size is not positive and finite.
 
     Example:
         >>> import numpy as np
@@ -93,12 +94,10 @@ def plot_run(
         ) from error
 
     run = run.of_group(group)
-    base = run.base_batch_size if base_batch_size is None else float(base_batch_size)
-    if not 0.0 < base < math.inf:
-        raise RunLogError(
-            f"Expected a positive, finite base_batch_size, got base_batch_size={base:g}: pass the batch size "
-            "at which the learning rate was tuned."
-        )
+    arguments.choice("x", x, get_args(XAxis))
+    base = run.base_batch_size if base_batch_size is None else base_batch_size
+    remedy = "pass the batch size at which the learning rate was tuned"
+    base = float(arguments.number("base_batch_size", base, remedy))
 
     def place(steps: NDArray[Any]) -> FloatArray:
         return run.examples_at(steps) if x == "examples" else np.asarray(steps, dtype=np.float64)

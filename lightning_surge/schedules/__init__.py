@@ -24,22 +24,7 @@ from lightning_surge.schedules.windows import (
 )
 
 __all__ = [
-    "AccumulatedSchedule",
-    "ConstantSize",
-    "CosineRamp",
-    "FollowPeak",
-    "GeometricRamp",
-    "LinearRamp",
-    "Milestones",
-    "Phase",
-    "Phases",
-    "Progress",
-    "SampledSchedule",
-    "Schedule",
-    "ScheduledBatchSampler",
-    "Window",
-    "by_examples",
-    "plan_windows",
-    "total_examples",
-    "total_steps",
-]
+    "AccumulatedSchedule", "ConstantSize", "CosineRamp", "FollowPeak", "GeometricRamp", "LinearRamp",
+    "Milestones", "Phase", "Phases", "Progress", "SampledSchedule", "Schedule", "ScheduledBatchSampler",
+    "Window", "by_examples", "plan_windows", "total_examples", "total_steps",
+]  # fmt: skip

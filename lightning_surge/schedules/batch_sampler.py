@@ -8,8 +8,11 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler
 
+from lightning_surge.checking.arguments import switch, whole
+from lightning_surge.checking.state import REMEDY, restore, save
 from lightning_surge.schedules.sizes import Progress, Schedule
 from lightning_surge.schedules.windows import Window, plan_windows
 
@@ -86,7 +89,8 @@ class ScheduledBatchSampler(BatchSampler):
                 f"Expected a sampler with a length, got {type(sampler).__name__}: an epoch is cut into steps "
                 "before it begins. Use a DataLoader with batch_size= and let BatchSizeScheduler accumulate."
             )
-        super().__init__(sampler, batch_size, drop_last)  # type: ignore[arg-type]
+        batch_size = whole("batch_size", batch_size, "count the examples that fit into memory")
+        super().__init__(sampler, batch_size, switch("drop_last", drop_last))  # type: ignore[arg-type]
         self._planned: tuple[Any, list[Window]] = (None, [])
 
     @property
@@ -99,19 +103,15 @@ class ScheduledBatchSampler(BatchSampler):
         """The windows of the epoch that begins where the itinerary stands; None if none is followed."""
         if _followed is None:
             return None
-        largest = self.largest_micro_batch
-        question = (_followed.schedule, _followed.begin, len(self.sampler), largest, _followed.replicas)  # type: ignore[arg-type]
+        options: dict[str, Any] = {
+            "examples": len(self.sampler),  # type: ignore[arg-type]
+            "largest": self.largest_micro_batch,
+            "replicas": _followed.replicas,
+            "drop_last": self.drop_last,
+        }
+        question = (_followed.schedule, _followed.begin, options)
         if self._planned[0] != question:
-            schedule, begin, examples, largest, replicas = question
-            windows = plan_windows(
-                schedule,
-                begin,
-                examples=examples,
-                largest=largest,
-                replicas=replicas,
-                drop_last=self.drop_last,
-            )
-            self._planned = (question, list(windows))
+            self._planned = question, list(plan_windows(*question[:2], **options))
         return self._planned[1]
 
     def sizes(self) -> list[int]:
@@ -129,6 +129,21 @@ class ScheduledBatchSampler(BatchSampler):
     def __iter__(self) -> _MicroBatches:
         """Indices of one micro-batch after the other."""
         return _MicroBatches(self)
+
+
+@dataclass(frozen=True)
+class PassState:
+    """How far a pass over an epoch has come, and the generator and the epoch that its order came from."""
+
+    drawn: int
+    left: int
+    examples: int
+    random_state: Tensor
+    epoch: int | None
+
+    def __post_init__(self) -> None:
+        for name in ("drawn", "left", "examples"):
+            whole(name, getattr(self, name), REMEDY, least=0)
 
 
 class _MicroBatches(Iterator[list[int]]):
@@ -175,38 +190,34 @@ class _MicroBatches(Iterator[list[int]]):
         """Which order, and how many micro-batches of it have been drawn."""
         if self._indices is None:
             self._begin()  # a loader may keep the state before the first batch for one in mid-epoch
-        return {
-            "drawn": self._drawn,
-            "left": len(self._sizes) - self._drawn,
-            "examples": sum(self._sizes[: self._drawn]),
-            "random_state": self._random_state,
-            "epoch": self._epoch,
-        }
+        drawn, sizes = self._drawn, self._sizes
+        examples = sum(sizes[:drawn])
+        state: dict[str, Any] = save(
+            PassState(drawn, len(sizes) - drawn, examples, self._random_state, self._epoch)
+        )
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up an epoch where `state_dict` was taken.
-
-        Raises:
-            ValueError: If the epoch is cut into other micro-batches by now.
-        """
-        if state["epoch"] is not None:
-            self._owner.sampler.set_epoch(state["epoch"])  # type: ignore[union-attr]
+        """Take up an epoch where `state_dict` was taken, if it is cut into the same micro-batches."""
+        saved = restore(PassState, state)
+        if saved.epoch is not None:
+            self._owner.sampler.set_epoch(saved.epoch)  # type: ignore[union-attr]
         generator = self._generator()
         now = generator.get_state()
-        generator.set_state(state["random_state"])
+        generator.set_state(saved.random_state)
         try:
             indices = self._begin()
-            self._check(state)
-            for _ in islice(indices, state["examples"]):
+            self._check(saved)
+            for _ in islice(indices, saved.examples):
                 pass
         finally:
             if generator is torch.default_generator:
                 generator.set_state(now)
         # Over is over: the itinerary may have moved on, to an epoch of more micro-batches.
-        self._drawn = state["drawn"] if state["left"] else len(self._sizes)
+        self._drawn = saved.drawn if saved.left else len(self._sizes)
 
-    def _check(self, state: dict[str, Any]) -> None:
-        drawn, left, examples = state["drawn"], state["left"], state["examples"]
+    def _check(self, saved: PassState) -> None:
+        drawn, left, examples = saved.drawn, saved.left, saved.examples
         found = sum(self._sizes[:drawn])
         if left and (left, examples) != (len(self._sizes) - drawn, found):
             raise ValueError(

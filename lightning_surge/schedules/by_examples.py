@@ -11,11 +11,15 @@ step and says so before it (``advance``); Lightning calls ``step`` after it, as 
 import math
 import sys
 import warnings
-from numbers import Real
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import restore, save
 
 __all__ = ["ExamplesClock", "by_examples"]
 
@@ -25,31 +29,43 @@ __all__ = ["ExamplesClock", "by_examples"]
 _SLACK = 1 + 4 * sys.float_info.epsilon
 
 
+@dataclass(frozen=True)
+class ClockState:
+    """Where a clock stands: the exact sum of examples is `examples + rounding`."""
+
+    examples_per_step: float
+    examples: float
+    rounding: float
+    ticks: int
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "ticks"):
+            number(name, getattr(self, name), "the checkpoint is damaged, resume from another one", least=0)
+
+
 class ExamplesClock(LRScheduler):
     """A learning-rate scheduler moved by examples; ``by_examples`` makes one.
 
-    Wherever a clock is, after ``n * examples_per_step`` examples the wrapped scheduler has made exactly
-    ``n`` of its own steps, one by one: learning rates are bit-identical to those of constant training
-    at ``examples_per_step``. Examples left over are kept for the next step. Public attributes of the
-    wrapped scheduler (``last_epoch``, ``base_lrs``, ...) can be read through the clock.
-
-    Lightning takes it as ``{"scheduler": clock, "interval": "step"}``, logs it with
-    ``LearningRateMonitor`` and saves and restores it. Return the clock itself, not inside another
-    scheduler: wrap a ``SequentialLR``, not its parts.
+    After ``n * examples_per_step`` examples the wrapped scheduler has made exactly ``n`` of its own steps,
+    one by one: learning rates are bit-identical to those of constant training at ``examples_per_step``.
+    Examples left over are kept for the next step. Public attributes of the wrapped scheduler
+    (``last_epoch``, ``base_lrs``, ...) can be read through the clock.
 
     Note:
         * *Skipped steps.* The clock follows the data, not the updates. A step whose gradients a
-          ``GradScaler`` found infinite, or whose ``training_step`` returned None, has been announced
-          with the examples that it consumed, and counts. Where Lightning steps schedulers although no
-          optimizer step was begun (a loader that yields None, ``on_train_batch_start`` that returns -1,
-          an own ``optimizer_step`` that leaves one out), nothing was announced and nothing moves; what
-          had been announced before is not lost.
-        * *Beyond the end.* Most schedules are defined for ever, and go on as they would by steps
-          (``CosineAnnealingLR`` rises again). ``OneCycleLR`` is not: torch raises after ``total_steps``,
-          and extrapolates beyond its minimum (to negative values with ``anneal_strategy="linear"``) just
-          before. The clock rests at ``total_steps - 1``, where the minimum is, so that a last batch
-          larger than the budget ends no training, and warns once if a further step is made after
-          ``total_steps * examples_per_step`` examples. A ``OneCycleLR`` inside another scheduler raises.
+          ``GradScaler`` found infinite, or whose ``training_step`` returned None, has been announced with the
+          examples that it consumed, and counts. Where Lightning steps schedulers although no optimizer step
+          was begun (a loader that yields None), nothing was announced and nothing moves.
+        * *Beyond the end.* Most schedules go on as they would by steps (``CosineAnnealingLR`` rises again).
+          ``OneCycleLR`` raises after ``total_steps``, and extrapolates beyond its minimum just before. The
+          clock rests at ``total_steps - 1``, where the minimum is, and warns once if a further step is made.
+          A ``OneCycleLR`` inside another scheduler raises.
+
+    Attributes:
+        scheduler: The wrapped scheduler.
+        examples_per_step: Examples (or tokens) per step of the wrapped scheduler.
+        examples: Examples (or tokens) consumed so far, over all data-parallel replicas.
+        ticks: Steps that the clock has moved the wrapped scheduler.
     """
 
     def __init__(self, scheduler: LRScheduler, examples_per_step: float) -> None:
@@ -70,82 +86,45 @@ class ExamplesClock(LRScheduler):
                 f"Expected an instance of torch.optim.lr_scheduler.LRScheduler, got {found}: wrap a torch"
                 " scheduler, or put the formula into LambdaLR(optimizer, ...)."
             )
-        number: Any = examples_per_step  # mypy does not count float among the real numbers
-        if not isinstance(number, Real) or not 0 < float(number) < math.inf:
-            raise ValueError(
-                f"Expected examples_per_step to be a positive number, got {examples_per_step!r}: use the"
-                " batch size that the scheduler was written for."
-            )
+        remedy = "use the batch size that the scheduler was written for"
+        self.examples_per_step = float(number("examples_per_step", examples_per_step, remedy))
         self.optimizer = scheduler.optimizer
-        self._scheduler = scheduler
-        # A plain float: NumPy's would keep a checkpoint from being loaded with weights_only=True.
-        self._examples_per_step = float(examples_per_step)
+        self.scheduler = scheduler
         # The exact sum is the sum of the two: a running float alone drifts, by 1e-6 over a million 0.1s.
-        self._examples, self._rounding = 0.0, 0.0
-        self._ticks = 0
+        self.examples, self._rounding = 0.0, 0.0
+        self.ticks = 0
         self._fed = False
         self._warned = False
-
-    @property
-    def scheduler(self) -> LRScheduler:
-        """The wrapped scheduler."""
-        return self._scheduler
-
-    @property
-    def examples_per_step(self) -> float:
-        """Examples (or tokens) per step of the wrapped scheduler."""
-        return self._examples_per_step
-
-    @property
-    def examples(self) -> float:
-        """Examples (or tokens) consumed so far, over all data-parallel replicas."""
-        return self._examples
-
-    @property
-    def ticks(self) -> int:
-        """Steps that the clock has moved the wrapped scheduler."""
-        return self._ticks
 
     def advance(self, examples: float) -> None:
         """Announces an optimizer step. Called before it; the learning rate moves in ``step``.
 
-        May be called several times before a ``step``: a scheduler with ``frequency=2`` or
-        ``interval="epoch"`` catches up when Lightning calls it.
+        May be called several times before a ``step``: a scheduler with ``frequency=2`` catches up when
+        Lightning calls it.
 
         Args:
-            examples: Examples (or tokens) behind this step, over all data-parallel replicas. 0 only
-                tells the clock that somebody counts.
-
-        Raises:
-            ValueError: If the number is negative or not finite.
+            examples: Examples (or tokens) behind this step, over all data-parallel replicas. 0 only tells
+                the clock that somebody counts.
         """
-        examples = float(examples)
-        if not 0 <= examples < math.inf:
-            raise ValueError(
-                f"Expected the examples behind a step to be finite and not negative, got {examples}: pass"
-                " the number that this step consumes."
-            )
-        if examples > 0 and self._due() > self._ticks and self._is_over() and not self._warned:
+        examples = float(number("examples", examples, "pass what this step consumes", least=0))
+        if examples > 0 and self._due() > self.ticks and self._is_over() and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"Expected a schedule as long as the training, got total_steps={self.total_steps} in"
-                f" {type(self._scheduler).__name__}, which ended after {self.total_steps} x"
-                f" {self._examples_per_step:g} examples: the learning rate stays at its minimum. Use"
-                f" total_steps=math.ceil(examples of the whole training / {self._examples_per_step:g}).",
-                stacklevel=2,
-            )
+            # In mid-run, where a warning must not end the training, also under `python -W error`.
+            with suppress(Warning):
+                warnings.warn(
+                    f"Expected a schedule as long as the training, got total_steps={self.total_steps} in"
+                    f" {type(self.scheduler).__name__}, which ended after {self.total_steps} x"
+                    f" {self.examples_per_step:g} examples: the learning rate stays at its minimum. Use"
+                    f" total_steps=math.ceil(examples of the whole training / {self.examples_per_step:g}).",
+                    stacklevel=2,
+                )
         self._fed = True
-        parts = (self._examples, self._rounding, examples)
-        self._examples = math.fsum(parts)
-        self._rounding = math.fsum((*parts, -self._examples))
+        parts = (self.examples, self._rounding, examples)
+        self.examples = math.fsum(parts)
+        self._rounding = math.fsum((*parts, -self.examples))
 
     def step(self) -> None:  # type: ignore[override]
-        """Moves the wrapped scheduler by the steps that have become due. Called after the optimizer step.
-
-        Raises:
-            RuntimeError: If the clock was never advanced since it was made: nobody counts the examples,
-                and the learning rate would stay where it is.
-        """
+        """Moves the wrapped scheduler by the steps that have become due. Called after the optimizer step."""
         if not self._fed:
             raise RuntimeError(
                 "Expected somebody to count the examples, got an ExamplesClock that was never advanced: add"
@@ -153,99 +132,84 @@ class ExamplesClock(LRScheduler):
                 " constant size, and return the clock itself, not inside another scheduler."
             )
         due = self._due()
-        if self._ticks == 0 and due > 0 and not self._is_over():
+        if self.ticks == 0 and due > 0 and not self._is_over():
             with warnings.catch_warnings():
                 # Lightning keeps the order, but a GradScaler may have skipped every update so far, and
                 # torch takes that for a scheduler that is stepped too early. It looks at the first step only.
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
                 self._tick()
-        while self._ticks < due and not self._is_over():
+        while self.ticks < due and not self._is_over():
             self._tick()
 
     def get_last_lr(self) -> list[float | Tensor]:
         """The learning rates that the wrapped scheduler set last, one per parameter group."""
-        return self._scheduler.get_last_lr()
+        return self.scheduler.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
         """The counts and the state of the wrapped scheduler."""
-        return {
-            "examples_per_step": self._examples_per_step,
-            "examples": self._examples,
-            "rounding": self._rounding,
-            "ticks": self._ticks,
-            "scheduler": self._scheduler.state_dict(),
-        }
+        counts = ClockState(self.examples_per_step, self.examples, self._rounding, self.ticks)
+        return {**save(counts), "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where ``state_dict`` was taken.
 
-        Args:
-            state_dict: From a clock with the same ``examples_per_step``.
-
         Raises:
             ValueError: If the state is another scheduler's, counts in other steps, or is damaged.
         """
-        if missing := self.state_dict().keys() - state_dict.keys():
+        if "scheduler" not in state_dict:
             raise ValueError(
-                f"Expected the state of an ExamplesClock, got one without {sorted(missing)}, like that of a"
-                " bare scheduler: resume with the scheduler that was saved."
+                f"Expected the state of an ExamplesClock, got that of a bare scheduler, {sorted(state_dict)}:"
+                " resume with the scheduler that was saved."
             )
-        if (saved := state_dict["examples_per_step"]) != self._examples_per_step:
+        saved = restore(ClockState, state_dict)
+        if saved.examples_per_step != self.examples_per_step:
             raise ValueError(
-                f"Expected a clock with the examples_per_step of the checkpoint, {saved:g}, got"
-                f" {self._examples_per_step:g}: use examples_per_step={saved:g}; the batch size is free."
+                "Expected a clock with the examples_per_step of the checkpoint,"
+                f" {saved.examples_per_step:g}, got {self.examples_per_step:g}: use"
+                f" examples_per_step={saved.examples_per_step:g}; the batch size is free."
             )
-        examples, rounding, ticks = (state_dict[name] for name in ("examples", "rounding", "ticks"))
-        numbers = all(isinstance(value, (int, float)) for value in (examples, rounding, ticks))
-        if not (numbers and 0.0 <= examples < math.inf and math.isfinite(rounding) and ticks == int(ticks)):
-            raise ValueError(
-                "Expected finite counts in the state of an ExamplesClock, got"
-                f" examples={examples!r}, rounding={rounding!r}, ticks={ticks!r}: the checkpoint is damaged,"
-                " resume from another one."
-            )
-        self._scheduler.load_state_dict(state_dict["scheduler"])
-        self._examples, self._rounding, self._ticks = examples, rounding, int(ticks)
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        self.examples, self._rounding, self.ticks = saved.examples, saved.rounding, saved.ticks
 
     def __getattr__(self, name: str) -> Any:
         # Whoever looks for last_epoch, base_lrs or cycle_momentum means the wrapped scheduler's.
-        if name.startswith("_"):
+        if name.startswith("_") or name == "scheduler":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self._scheduler, name)
+        return getattr(self.scheduler, name)
 
     def _due(self) -> int:
-        return math.floor(self._examples / self._examples_per_step * _SLACK)
+        return math.floor(self.examples / self.examples_per_step * _SLACK)
 
     def _is_over(self) -> bool:
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         return isinstance(scheduler, OneCycleLR) and scheduler.last_epoch >= scheduler.total_steps - 1
 
     def _tick(self) -> None:
         # Never several at once, as step(epoch) would: recursive schedulers know only the next value.
-        self._scheduler.step()
-        self._ticks += 1
+        self.scheduler.step()
+        self.ticks += 1
 
 
 def by_examples(scheduler: LRScheduler, examples_per_step: float) -> ExamplesClock:
     """Makes a learning-rate scheduler count examples, so that it ends with the data under any batch size.
 
-    With ``examples_per_step`` the batch size of a constant training, a scheduler written for that
-    training is taken over as it is: ``T_max = total_examples / batch_size``. Every one of its steps is
-    carried out, so ``examples_per_step=1`` would be slow.
+    With ``examples_per_step`` the batch size of a constant training, a scheduler written for that training is
+    taken over as it is: ``T_max = total_examples / batch_size``. Every one of its steps is carried out, so
+    ``examples_per_step=1`` would be slow.
 
     Needs ``BatchSizeScheduler`` among the Trainer's callbacks, also for a constant size, and
     ``interval="step"``.
 
     Args:
         scheduler: Any torch scheduler but ``ReduceLROnPlateau``, the outermost if they are nested.
-        examples_per_step: Examples per step of the scheduler; tokens if the callback's
-            ``batch_size_fn`` counts those.
+        examples_per_step: Examples per step of the scheduler; tokens if ``batch_size_fn`` counts those.
 
     Returns:
         What ``configure_optimizers`` returns as ``{"scheduler": ..., "interval": "step"}``.
 
     Raises:
         TypeError: If ``scheduler`` is not a torch scheduler that steps without a metric, or is a clock.
-        ValueError: If ``examples_per_step`` is not a positive finite number.
+        ValueError: If ``examples_per_step`` is out of range.
 
     Example:
         A cosine over 64 examples, written for batches of 16. Batches of 8 and 16 and 40 end it just as

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_surge.checking.arguments import choice, number, optional, store, switch, whole
 from lightning_surge.laws.base import Law
 from lightning_surge.policy.estimates import EstimatedLaw
-from lightning_surge.schedules.sizes import BatchSizeRule, whole_number
+from lightning_surge.schedules.sizes import BatchSizeRule
 
 __all__ = ["FollowPeak"]
 
@@ -74,34 +75,23 @@ class FollowPeak(BatchSizeRule):
     confidence: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.target not in get_args(Target):
-            raise ValueError(
-                f"Expected target to be one of {', '.join(get_args(Target))}, got target={self.target!r}."
-            )
-        for name in ("start", "maximum", "minimum"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
-        if self.minimum is None:
-            object.__setattr__(self, "minimum", self.start)
+        choice("target", self.target, get_args(Target))
+        remedy = "count examples per optimizer step"
+        store(self, start=whole("start", self.start, remedy), maximum=whole("maximum", self.maximum, remedy))
+        store(self, minimum=optional(whole, "minimum", self.minimum, remedy) or self.start)
         if not self.smallest <= self.start <= self.maximum:
             raise ValueError(
                 f"Expected minimum <= start <= maximum, got minimum={self.minimum}, start={self.start}, "
                 f"maximum={self.maximum}: the first size lies within the bounds."
             )
         for name, low, usual in (("factor", 0.0, 1), ("max_change", 1.0, 2), ("hysteresis", 1.0, 2)):
-            value = getattr(self, name)
-            if not low < value < math.inf:
-                raise ValueError(
-                    f"Expected {low:g} < {name} < inf, got {name}={value}: the default is {usual}."
-                )
+            store(self, **{name: number(name, getattr(self, name), f"the default is {usual}", above=low)})
+        store(self, confidence=number("confidence", self.confidence, "count standard errors", least=0))
+        switch("growth_only", self.growth_only)
         if math.floor(self.smallest * self.max_change) == self.smallest < self.maximum:
             raise ValueError(
                 f"Expected max_change to add an example to the smallest size, {self.smallest}, got"
                 f" max_change={self.max_change}: it could never grow; the default is 2."
-            )
-        if not 0.0 <= self.confidence < math.inf:
-            raise ValueError(
-                f"Expected 0 <= confidence < inf, got confidence={self.confidence}: count standard errors."
             )
 
     @property
@@ -120,28 +110,13 @@ class FollowPeak(BatchSizeRule):
         return {"start": self.start, "minimum": self.smallest, "maximum": self.maximum}
 
     def reciprocal(self, law: Law) -> float:
-        """One over the size wanted, 0 where the peak is infinite.
-
-        Args:
-            law: any law.
-
-        Returns:
-            `1 / (factor B_target)` in 1 / examples; infinite where the law puts the target at 0.
-        """
+        """`1 / (factor B_target)` in 1 / examples; 0 for an infinite peak, infinite for a target of 0."""
         target = law.critical_batch_size if self.target == "critical" else law.peak.batch_size
         size = self.factor * target
         return math.inf if size == 0.0 else 1.0 / size
 
     def next_size(self, batch_size: int, law: EstimatedLaw) -> int:
-        """The size that should follow, given what has just been measured.
-
-        Args:
-            batch_size: Examples per optimizer step in force.
-            law: The law as estimated now.
-
-        Returns:
-            The size; the one in force where the standard error allows no decision.
-        """
+        """The size that should follow; the one in force where the standard error allows no decision."""
         wanted = self.reciprocal(law)
         doubt = self.confidence * law.standard_error(self.reciprocal) if self.confidence else 0.0
         if not math.isfinite(wanted) or not math.isfinite(doubt):

@@ -22,17 +22,14 @@ def share_of_peak(
 ) -> float | None:
     """The learning rate at which a schedule is left, as a share of its peak.
 
-    A copy of the schedule is replayed on an optimizer without a model.
+    A copy of the schedule is replayed on an optimizer without a model. None if the schedule loses nothing
+    (its peak is behind, and it would fall no further), or cannot be replayed.
 
     Args:
         scheduler: A torch scheduler, before its first step.
         planned: Steps that it was made for.
         taken: Steps that it will make.
         shared: What the copy may refer to without copying it, such as the model.
-
-    Returns:
-        The largest learning rate after ``taken`` steps over the largest in ``planned`` steps. None if the
-        schedule loses nothing (its peak is behind, and it would fall no further), or cannot be replayed.
 
     Example:
         >>> optimizer = SGD([torch.zeros(1)], lr=0.1)

@@ -7,30 +7,22 @@ is integers and floats: a learning-rate schedule can be sized before a Trainer o
 """
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
+
+from lightning_surge.checking.arguments import choice, number, optional, shown, store, whole
 
 __all__ = [
-    "BatchSizeRule",
-    "ConstantSize",
-    "CosineRamp",
-    "GeometricRamp",
-    "LinearRamp",
-    "Milestones",
-    "Phase",
-    "Phases",
-    "Progress",
-    "Schedule",
-    "Unit",
-    "whole_number",
-]
+    "BatchSizeRule", "ConstantSize", "CosineRamp", "GeometricRamp", "LinearRamp", "Milestones", "Phase",
+    "Phases", "Progress", "Schedule", "Unit",
+]  # fmt: skip
 
 Unit = Literal["steps", "examples", "epochs"]
+
+_SIZE = "count examples per optimizer step"
+_TOKENS = "tokens are examples that batch_size_fn= counts"
 
 
 class Progress(NamedTuple):
@@ -47,61 +39,10 @@ class Progress(NamedTuple):
     epoch: float = 0.0
 
     def on(self, unit: Unit) -> float:
-        """The reading of one clock.
-
-        Example:
-            >>> Progress(step=3, examples=48.0, epoch=0.5).on("examples")
-            48.0
-        """
+        """The reading of one clock."""
         if unit == "steps":
             return float(self.step)
         return self.examples if unit == "examples" else self.epoch
-
-
-def whole_number(name: str, value: Any, *, minimum: int) -> int:
-    """Returns ``value`` as an int, or says which argument is wrong and what would be right.
-
-    Args:
-        name: The argument's name, for the error.
-        value: What was passed. Floats are refused even when integral, since a size that was
-            computed as a float has usually lost its rounding on the way.
-        minimum: The smallest value allowed.
-
-    Returns:
-        The value as a plain ``int`` (NumPy integers are converted).
-
-    Raises:
-        ValueError: If the value is not a whole number, or is below ``minimum``.
-
-    Example:
-        >>> whole_number("end", 32, minimum=1)
-        32
-    """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < minimum:
-        raise ValueError(
-            f"Expected {name} to be a whole number of at least {minimum}, got {name}={value!r}:"
-            f" use an int >= {minimum}."
-        )
-    return number
-
-
-def _plain(value: Any) -> float | None:
-    """A real number without its NumPy type; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    return int(value) if isinstance(value, Integral) else float(value)
-
-
-def _check_unit(unit: Any) -> None:
-    if unit not in get_args(Unit):
-        raise ValueError(
-            f"Expected unit to be one of {', '.join(get_args(Unit))}, got unit={unit!r}; tokens are"
-            " examples that batch_size_fn= counts."
-        )
 
 
 class BatchSizeRule(ABC):
@@ -150,14 +91,12 @@ class _Limits:
     maximum: int | None = None
 
     def __post_init__(self) -> None:
-        _check_unit(self.unit)
-        self._make_whole("multiple_of")
+        choice("unit", self.unit, get_args(Unit), _TOKENS)
+        store(self, multiple_of=whole("multiple_of", self.multiple_of, "1 allows every size"))
         for name in ("minimum", "maximum"):
-            size = getattr(self, name)
-            if size is None:
-                continue
-            self._make_whole(name)
-            if size % self.multiple_of:
+            size = optional(whole, name, getattr(self, name), "leave it out for no limit")
+            store(self, **{name: size})
+            if size is not None and size % self.multiple_of:
                 raise ValueError(
                     f"Expected {name} to be a multiple of multiple_of={self.multiple_of}, got {name}={size}:"
                     f" use {name}={max(size // self.multiple_of, 1) * self.multiple_of}."
@@ -167,18 +106,17 @@ class _Limits:
                 f"Expected minimum <= maximum, got minimum={self.minimum}, maximum={self.maximum}: swap them."
             )
 
-    def _make_whole(self, *names: str) -> None:
-        for name in names:
-            # Frozen: converting in place is the only way to keep NumPy integers out of checkpoints.
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum=1))
+    def rises_until(self, now: float, /) -> float:
+        """Constant sizes and ramps never fall."""
+        return math.inf
 
     def _limited(self, size: float) -> int:
         # Down, as accumulation rounds too; the slack keeps a doubling that came out as 31.99999999999
         # from being a step late. Whole numbers stay what they are, however large.
         near = round(size)
-        whole = near if abs(near - size) <= 1e-9 * size else math.floor(size)
-        whole = max(whole // self.multiple_of * self.multiple_of, self.multiple_of, self.minimum or 1)
-        return whole if self.maximum is None else min(whole, self.maximum)
+        down = near if abs(near - size) <= 1e-9 * size else math.floor(size)
+        down = max(down // self.multiple_of * self.multiple_of, self.multiple_of, self.minimum or 1)
+        return down if self.maximum is None else min(down, self.maximum)
 
 
 @dataclass(frozen=True)
@@ -187,9 +125,10 @@ class ConstantSize(_Limits, Schedule):
 
     Args:
         size: Examples per optimizer step.
+        unit: As in `LinearRamp`, like the limits; it makes no difference to a constant.
 
     Raises:
-        ValueError: If ``size`` is not a positive whole number.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> ConstantSize(16)(Progress(step=1000))
@@ -200,16 +139,12 @@ class ConstantSize(_Limits, Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._make_whole("size")
+        store(self, size=whole("size", self.size, _SIZE))
 
     @property
     def named_sizes(self) -> dict[str, int]:
         """``size``, after rounding and limits."""
         return {"size": self._limited(self.size)}
-
-    def rises_until(self, now: float, /) -> float:
-        """Never falls."""
-        return math.inf
 
     def __call__(self, progress: Progress, /) -> int:
         """The size."""
@@ -226,13 +161,8 @@ class _Ramp(_Limits, Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._make_whole("start", "end")
-        duration = _plain(self.duration)
-        if duration is None or not 0 < duration < math.inf:
-            raise ValueError(
-                f"Expected 0 < duration < inf, got duration={self.duration!r}: count {self.unit}."
-            )
-        object.__setattr__(self, "duration", duration)
+        store(self, start=whole("start", self.start, _SIZE), end=whole("end", self.end, _SIZE))
+        store(self, duration=number("duration", self.duration, f"count {self.unit}"))
         if self.end < self.start:
             raise ValueError(
                 f"Expected start <= end, got start={self.start}, end={self.end}: a ramp only grows; swap the"
@@ -243,10 +173,6 @@ class _Ramp(_Limits, Schedule):
     def named_sizes(self) -> dict[str, int]:
         """``start`` and ``end``, after rounding and limits."""
         return {"start": self._limited(self.start), "end": self._limited(self.end)}
-
-    def rises_until(self, now: float, /) -> float:
-        """Never falls."""
-        return math.inf
 
     def __call__(self, progress: Progress, /) -> int:
         """The requested number of examples; ``start`` at 0, ``end`` from ``duration`` on."""
@@ -271,7 +197,7 @@ class LinearRamp(_Ramp):
         maximum: Largest size, in examples; None for no limit.
 
     Raises:
-        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
+        ValueError: If an argument is out of range, or ``end < start``.
 
     Example:
         >>> ramp = LinearRamp(16, 64, duration=4, multiple_of=8)
@@ -287,19 +213,7 @@ class LinearRamp(_Ramp):
 class GeometricRamp(_Ramp):
     """A batch size that grows by equal factors: ``B = start (end / start)^(t / duration)``.
 
-    Each doubling takes equally long.
-
-    Args:
-        start: Examples at first.
-        end: Examples from ``duration`` on; at least ``start``.
-        duration: Length of the ramp, in ``unit``.
-        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: Examples; sizes are rounded down to a multiple of it.
-        minimum: Smallest size, in examples; None for no limit.
-        maximum: Largest size, in examples; None for no limit.
-
-    Raises:
-        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
+    Each doubling takes equally long. The arguments are those of `LinearRamp`.
 
     Example:
         >>> ramp = GeometricRamp(start=16, end=64, duration=4)
@@ -315,19 +229,7 @@ class GeometricRamp(_Ramp):
 class CosineRamp(_Ramp):
     """A batch size that grows slowly, fast, and slowly again, along half a wave of a cosine.
 
-    ``B = start + (end - start) (1 - cos(pi t / duration)) / 2``.
-
-    Args:
-        start: Examples at first.
-        end: Examples from ``duration`` on; at least ``start``.
-        duration: Length of the ramp, in ``unit``.
-        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: Examples; sizes are rounded down to a multiple of it.
-        minimum: Smallest size, in examples; None for no limit.
-        maximum: Largest size, in examples; None for no limit.
-
-    Raises:
-        ValueError: If a size is not a positive whole number, ``end < start``, or ``duration <= 0``.
+    ``B = start + (end - start) (1 - cos(pi t / duration)) / 2``. The arguments are those of `LinearRamp`.
 
     Example:
         >>> ramp = CosineRamp(16, 64, duration=4)
@@ -345,13 +247,10 @@ class Milestones(_Limits, Schedule):
 
     Args:
         sizes: Examples per step, by the point from which they hold. One of the points is 0.
-        unit: The clock: ``"steps"``, ``"examples"`` or ``"epochs"``.
-        multiple_of: Examples; sizes are rounded down to a multiple of it.
-        minimum: Smallest size, in examples; None for no limit.
-        maximum: Largest size, in examples; None for no limit.
+        unit: As in `LinearRamp`, like the limits.
 
     Raises:
-        ValueError: If a size is not a positive whole number, a point is negative, or no point is 0.
+        ValueError: If an argument is out of range, or no point is 0.
 
     Example:
         >>> schedule = Milestones({0: 16, 2: 32, 3: 128})
@@ -363,17 +262,15 @@ class Milestones(_Limits, Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = dict(self.sizes) if isinstance(self.sizes, Mapping) else {}
-        points = {_plain(point): size for point, size in given.items()}
-        if 0 not in points or not all(point is not None and 0 <= point < math.inf for point in points):
+        if not isinstance(self.sizes, Mapping) or 0 not in self.sizes:
             raise ValueError(
-                f"Expected milestones that begin at 0, got sizes={self.sizes!r}: say the size of the first"
-                " step too, as in {0: 16, 1000: 64}."
+                f"Expected milestones that begin at 0, got sizes={shown(self.sizes)}: say the size of the"
+                " first step too, as in {0: 16, 1000: 64}."
             )
-        sizes = {
-            point: whole_number(self._name(point), size, minimum=1) for point, size in sorted(points.items())
-        }
-        object.__setattr__(self, "sizes", sizes)
+        remedy = "each size holds from one point of the clock on"
+        points = {number("points of sizes", point, remedy, least=0): n for point, n in self.sizes.items()}
+        sizes = {point: whole(self._name(point), n, _SIZE) for point, n in sorted(points.items())}
+        store(self, sizes=sizes)
 
     @staticmethod
     def _name(point: float | None) -> str:
@@ -413,17 +310,9 @@ class Phase:
     schedule: Schedule
 
     def __post_init__(self) -> None:
-        for name in ("begin", "end"):
-            value = getattr(self, name)
-            if name == "end" and value is None:
-                continue
-            number = _plain(value)
-            if number is None or not number >= 0:
-                raise ValueError(
-                    f"Expected {name} >= 0, got {name}={value!r}: count on the clock of Phases from the start"
-                    " of training."
-                )
-            object.__setattr__(self, name, number)
+        remedy = "count on the clock of Phases from the start of training"
+        store(self, begin=number("begin", self.begin, remedy, least=0))
+        store(self, end=optional(number, "end", self.end, f"{remedy}, or None for no end", least=0))
         if not isinstance(self.schedule, Schedule):
             raise ValueError(
                 f"Expected the schedule of a phase to be a Schedule, got {self.schedule!r}: use"
@@ -441,8 +330,7 @@ class Phases(Schedule):
         unit: The clock that ``begin`` and ``end`` are on, and the clock of every schedule within.
 
     Raises:
-        ValueError: If there is no phase, a gap, an overlap, or a schedule on another clock; or if ``unit``
-            is not a clock.
+        ValueError: If there is no phase, a gap, an overlap, or a schedule on another clock.
 
     Example:
         A thousand steps at 16, then four thousand from 16 to 256.
@@ -457,37 +345,28 @@ class Phases(Schedule):
     unit: Unit = "steps"
 
     def __post_init__(self) -> None:
-        _check_unit(self.unit)
-        object.__setattr__(self, "phases", tuple(self.phases))
-        if not self.phases:
-            raise ValueError("Expected at least one phase, got none: use ConstantSize for a constant size.")
-        for index, phase in enumerate(self.phases):
-            if not isinstance(phase, Phase):
-                raise ValueError(
-                    f"Expected phases of type Phase, got phases[{index}]={phase!r}: use"
-                    " Phase(begin, end, schedule)."
-                )
-        if self.phases[0].begin != 0:
+        choice("unit", self.unit, get_args(Unit), _TOKENS)
+        store(self, phases=tuple(self.phases) if isinstance(self.phases, Sequence) else (self.phases,))
+        if not self.phases or not all(isinstance(phase, Phase) for phase in self.phases):
             raise ValueError(
-                f"Expected the first phase to begin at 0, got begin={self.phases[0].begin}: the first steps"
-                " need a size too."
+                f"Expected phases to be a list of at least one Phase, got phases={shown(self.phases)}: use"
+                " [Phase(begin, end, schedule), ...], or ConstantSize for a constant size."
             )
-        for index, (phase, later) in enumerate(pairwise(self.phases)):
-            if phase.end is None or phase.end != later.begin:
-                what = "a gap" if phase.end is not None and phase.end < later.begin else "an overlap"
-                raise ValueError(
-                    f"Expected each phase to begin where its predecessor ends, got {what} between"
-                    f" phases[{index}] with end={phase.end} and phases[{index + 1}] with"
-                    f" begin={later.begin}: make the two equal."
-                )
+        end: float | None = 0
         for index, phase in enumerate(self.phases):
-            if phase.end is not None and phase.end <= phase.begin:
+            if phase.begin != end:
+                what = "a gap" if end is not None and end < phase.begin else "an overlap"
                 raise ValueError(
-                    f"Expected begin < end, got begin={phase.begin}, end={phase.end} in phases[{index}]:"
-                    " remove the phase or make it longer."
+                    "Expected each phase to begin where its predecessor ends, and the first at 0, got"
+                    f" {what} before phases[{index}], end={end} and begin={phase.begin}: make the two equal."
                 )
-            constant = isinstance(phase.schedule, ConstantSize)
-            if phase.schedule.unit != self.unit and not constant:
+            end = phase.end
+            if end is not None and end <= phase.begin:
+                raise ValueError(
+                    f"Expected begin < end, got begin={phase.begin}, end={end} in phases[{index}]: remove the"
+                    " phase or make it longer."
+                )
+            if phase.schedule.unit != self.unit and not isinstance(phase.schedule, ConstantSize):
                 raise ValueError(
                     f"Expected all phases on the clock unit={self.unit!r}, got"
                     f" unit={phase.schedule.unit!r} in phases[{index}]: use the same unit."

@@ -11,29 +11,26 @@ powers of two of micro-batches that begin at a multiple of their own length. Two
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Protocol
 
-from lightning_surge.schedules.sizes import Progress, Schedule, whole_number
+from lightning_surge.checking.arguments import shown, store, switch, whole
+from lightning_surge.schedules.sizes import Progress, Schedule
 
 __all__ = [
-    "AccumulatedSchedule",
-    "SampledSchedule",
-    "Window",
-    "accumulation_for",
-    "aligned_accumulation",
-    "plan_windows",
-    "total_examples",
-    "total_steps",
-]
+    "AccumulatedSchedule", "SampledSchedule", "Window", "accumulation_for", "aligned_accumulation",
+    "plan_windows", "total_examples", "total_steps",
+]  # fmt: skip
 
 Window = tuple[int, ...]
 """Examples in each micro-batch behind one optimizer step, on one replica."""
 
 Run = tuple[int, int]
 """Examples of an optimizer step, and how many steps of that size come in a row."""
+
+_COUNT = "count from 1"
 
 # What `total_steps` and `total_examples` may look at, in evaluations of a schedule: half a second or so.
 MOST_EVALUATIONS = 80_000
@@ -42,49 +39,35 @@ MOST_EVALUATIONS = 80_000
 def accumulation_for(requested: int, micro_batch_size: int, *, limit: int | None = None) -> int:
     """The largest power of two of micro-batches that does not exceed the requested size.
 
-    Powers of two, because any of them can follow a smaller one after at most one extra window
-    (see ``aligned_accumulation``); a change from 7 to 8 could wait for dozens of micro-batches.
+    Powers of two, because any of them can follow a smaller one after at most one extra window (see
+    ``aligned_accumulation``); a change from 7 to 8 could wait for dozens of micro-batches.
 
     Args:
         requested: Examples per optimizer step.
         micro_batch_size: Examples per micro-batch, summed over data-parallel replicas.
-        limit: Micro-batches in an epoch. A window cannot be longer, since Lightning steps at the
-            end of every epoch. ``None`` when the epoch's length is unknown.
+        limit: Micro-batches in an epoch, at whose end Lightning steps; None where that is not known.
 
     Returns:
         The accumulation, at least 1 even where a single micro-batch exceeds the request.
 
-    Raises:
-        ValueError: If an argument is not a positive whole number.
-
     Example:
         >>> [accumulation_for(size, micro_batch_size=8) for size in (4, 8, 31, 32, 100)]
         [1, 1, 2, 4, 8]
-        >>> accumulation_for(100, micro_batch_size=8, limit=5)
-        4
     """
-    requested = whole_number("requested", requested, minimum=1)
-    most = max(1, requested // whole_number("micro_batch_size", micro_batch_size, minimum=1))
-    if limit is not None:
-        most = min(most, whole_number("limit", limit, minimum=1))
+    # Somebody's own schedule may return anything.
+    most = max(1, whole("requested", requested, _COUNT) // micro_batch_size)
+    most = most if limit is None else min(most, limit)
     return 1 << (most.bit_length() - 1)
 
 
 def aligned_accumulation(target: int, batch_idx: int) -> int:
     """The accumulation closest to ``target`` that may begin at micro-batch ``batch_idx``.
 
-    A window of ``a`` micro-batches that begins anywhere but at a multiple of ``a`` would either step
-    on gradients that were never zeroed or be cut short. For ``target`` a power of two, the largest
-    power of two that divides both is ``gcd(target, batch_idx)``. Where a window of ``a`` has just
-    ended, ``batch_idx`` is a multiple of ``a``, so the result is at least ``min(a, target)``: the
-    size never falls while waiting, and reaches ``2 a`` after at most one more window of ``a``.
-
-    Args:
-        target: Wanted accumulation, a power of two.
-        batch_idx: Index of the micro-batch in its epoch, at which a window begins.
-
-    Returns:
-        A power of two that divides ``batch_idx`` and is at most ``target``.
+    A window of ``a`` micro-batches that begins anywhere but at a multiple of ``a`` would either step on
+    gradients that were never zeroed or be cut short. For ``target`` a power of two, the largest power of two
+    that divides both is ``gcd(target, batch_idx)``. Where a window of ``a`` has just ended, the result is at
+    least ``min(a, target)``: the size never falls while waiting, and reaches ``2 a`` after at most one more
+    window of ``a``.
 
     Example:
         At micro-batch 6 a window of 2 fits, but not one of 4; at 8 it does.
@@ -116,15 +99,14 @@ def plan_windows(
         begin: Progress at which the epoch begins.
         examples: Examples of the epoch on one replica.
         largest: Examples that a micro-batch may have.
-        replicas: Number of data-parallel replicas, which all have windows of the same sizes. Requests
-            are rounded down to a multiple of it.
+        replicas: Number of data-parallel replicas; requests are rounded down to a multiple of it.
         drop_last: Whether to leave out the examples at the end that do not fill a window.
 
     Yields:
         Windows, in order.
 
     Raises:
-        ValueError: If ``largest`` or ``replicas`` is not a whole number >= 1, or ``examples`` not one >= 0.
+        ValueError: If an argument is out of range.
 
     Example:
         Micro-batches of at most 4. Step 2 would need four of them at micro-batch 2, and gets two.
@@ -134,9 +116,10 @@ def plan_windows(
         >>> list(plan_windows(schedule, Progress(), examples=40, largest=4))
         [(3,), (4,), (4, 4), (4, 4, 4, 4), (2, 2, 2, 3)]
     """
-    examples = whole_number("examples", examples, minimum=0)
-    largest = whole_number("largest", largest, minimum=1)
-    replicas = whole_number("replicas", replicas, minimum=1)
+    examples = whole("examples", examples, _COUNT, least=0)
+    largest = whole("largest", largest, _COUNT)
+    replicas = whole("replicas", replicas, _COUNT)
+    drop_last = switch("drop_last", drop_last)
     for size, parts, count in _plan(schedule, begin, examples, largest, replicas, drop_last):
         window = tuple(size * (part + 1) // parts - size * part // parts for part in range(parts))
         yield from repeat(window, count)
@@ -188,13 +171,9 @@ def _repeats(
 ) -> int:
     """How many steps in a row are to be alike, found by doubling and halving instead of one by one.
 
-    Args:
-        schedule: Knows up to where on its clock sizes do not fall.
-        first: What is wanted of the first of them.
-        length: How far each of the steps goes.
-        progress: Where a step begins, given a number of steps ahead and their length.
-        wanted: What is wanted there, which does not fall where sizes do not.
-        most: Steps to look at.
+    ``progress`` says where a step begins, given a number of steps ahead and their ``length``, ``wanted`` what
+    is wanted there: ``first`` at the first of them, and nothing less up to where ``schedule`` may fall.
+    At most ``most`` steps are looked at.
     """
     clock = progress(0, length).on(schedule.unit)
     rises_until = schedule.rises_until(clock)
@@ -215,32 +194,50 @@ def _repeats(
     return known
 
 
-class Replay(Protocol):
-    """Anything that can tell the number of examples behind every optimizer step of a run."""
+@dataclass(frozen=True)
+class Replay(ABC):
+    """The number of examples behind every optimizer step of a run, as a schedule is carried out."""
+
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(
+                f"Expected schedule to be a Schedule, got schedule={shown(self.schedule)}: only sizes known"
+                " beforehand can be counted."
+            )
+        for name in vars(self).keys() - {"schedule", "drop_last"}:
+            size = getattr(self, name)
+            if name != "examples_per_epoch" or size is not None:
+                store(self, **{name: whole(name, size, _COUNT)})
 
     def sizes(self) -> Iterator[int]:
         """Yields the actual number of examples of step 0, 1, 2, ... without end."""
-        ...
+        return chain.from_iterable(repeat(size, count) for size, count in self.runs())
+
+    @abstractmethod
+    def runs(self) -> Iterator[Run]:
+        """Yields sizes and how many steps of each come in a row, without end."""
 
 
 @dataclass(frozen=True)
-class AccumulatedSchedule:
+class AccumulatedSchedule(Replay):
     """The sizes that optimizer steps really have when a schedule is carried out by accumulation.
 
-    It replays, in integers, what ``BatchSizeScheduler`` and Lightning's loop do: sizes are the
-    micro-batch times a power of two, a larger window waits for an aligned micro-batch, and the
-    last window of an epoch takes whatever is left and steps.
+    It replays, in integers, what ``BatchSizeScheduler`` and Lightning's loop do: sizes are the micro-batch
+    times a power of two, a larger window waits for an aligned micro-batch, and the last window of an epoch
+    takes whatever is left and steps.
 
     Args:
         schedule: Requested examples per optimizer step.
         micro_batch_size: Examples per micro-batch on one replica (the DataLoader's ``batch_size``).
         replicas: Number of data-parallel replicas.
-        examples_per_epoch: Length of the training set over all replicas; with ``drop_last=True``
-            without the dropped rest. Each replica gets an equal share, rounded up, as from a
-            ``DistributedSampler``. ``None``: one pass without an end.
+        examples_per_epoch: Length of the training set over all replicas; with ``drop_last=True`` without the
+            dropped rest. Each replica gets an equal share, rounded up, as from a ``DistributedSampler``.
+            ``None``: one pass without an end.
 
     Raises:
-        ValueError: If a number is not a positive whole number.
+        ValueError: If an argument is out of range.
 
     Example:
         Micro-batches of 2 and an epoch of 26. The request for 8 comes at step 4, which begins at
@@ -255,19 +252,9 @@ class AccumulatedSchedule:
         (11, 26)
     """
 
-    schedule: Schedule
     micro_batch_size: int
     replicas: int = 1
     examples_per_epoch: int | None = None
-
-    def __post_init__(self) -> None:
-        _make_whole(self, "micro_batch_size", "replicas")
-        if self.examples_per_epoch is not None:
-            _make_whole(self, "examples_per_epoch")
-
-    def sizes(self) -> Iterator[int]:
-        """Yields the actual number of examples of step 0, 1, 2, ... without end."""
-        return _one_by_one(self.runs())
 
     def runs(self) -> Iterator[Run]:
         """Yields sizes and how many steps of each come in a row, without end."""
@@ -301,19 +288,18 @@ class AccumulatedSchedule:
 
 
 @dataclass(frozen=True)
-class SampledSchedule:
+class SampledSchedule(Replay):
     """The sizes that optimizer steps really have under a ``ScheduledBatchSampler``.
 
     Args:
         schedule: Requested examples per optimizer step.
         largest_micro_batch: The sampler's ``batch_size``: examples that a micro-batch may have.
         examples_per_epoch: Length of the training set over all replicas.
-        replicas: Number of data-parallel replicas; each gets an equal share, rounded up, as from a
-            ``DistributedSampler``.
+        replicas: Number of data-parallel replicas; each gets an equal share, rounded up.
         drop_last: The sampler's.
 
     Raises:
-        ValueError: If a number is not a positive whole number.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> from itertools import islice
@@ -321,26 +307,17 @@ class SampledSchedule:
         >>> actual = SampledSchedule(LinearRamp(2, 10, duration=4), 8, examples_per_epoch=26)
         >>> list(islice(actual.sizes(), 8))
         [2, 4, 6, 8, 6, 10, 10, 6]
-        >>> total_steps(actual, examples=2 * 26)
-        8
     """
 
-    schedule: Schedule
     largest_micro_batch: int
     examples_per_epoch: int
     replicas: int = 1
     drop_last: bool = False
 
     def __post_init__(self) -> None:
-        _make_whole(self, "largest_micro_batch", "examples_per_epoch", "replicas")
-
-    def sizes(self) -> Iterator[int]:
-        """Yields the actual number of examples of step 0, 1, 2, ... without end.
-
-        Raises:
-            ValueError: If ``drop_last`` leaves an epoch without a step.
-        """
-        return _one_by_one(self.runs())
+        super().__post_init__()
+        whole("examples_per_epoch", self.examples_per_epoch, _COUNT)
+        switch("drop_last", self.drop_last)
 
     def runs(self) -> Iterator[Run]:
         """Yields sizes and how many steps of each come in a row, without end."""
@@ -360,33 +337,18 @@ class SampledSchedule:
             epoch += 1
 
 
-def _one_by_one(runs: Iterable[Run]) -> Iterator[int]:
-    return chain.from_iterable(repeat(size, count) for size, count in runs)
-
-
-def _make_whole(replay: AccumulatedSchedule | SampledSchedule, *names: str) -> None:
-    for name in names:
-        object.__setattr__(replay, name, whole_number(name, getattr(replay, name), minimum=1))
-
-
 def _runs(schedule: Schedule | Replay) -> Iterator[Run]:
     """Sizes, and how many steps of each come in a row, as long as counting them takes a moment only."""
-    runs: Iterable[Run]
-    if isinstance(schedule, Schedule):
-        runs = _requested_runs(schedule)
-    elif isinstance(schedule, (AccumulatedSchedule, SampledSchedule)):
-        runs = schedule.runs()
-    elif callable(getattr(schedule, "sizes", None)):
-        runs = ((size, 1) for size in schedule.sizes())
-    else:
+    if not isinstance(schedule, (Schedule, Replay)):
         raise ValueError(
-            f"Expected a Schedule, AccumulatedSchedule or SampledSchedule, got {schedule!r}: only sizes known"
-            " beforehand can be counted; make other functions a Schedule."
+            f"Expected a Schedule, AccumulatedSchedule or SampledSchedule, got schedule={shown(schedule)}:"
+            " only sizes known beforehand can be counted; make other functions a Schedule."
         )
+    runs = _requested_runs(schedule) if isinstance(schedule, Schedule) else schedule.runs()
     step = evaluations = 0
     for size, count in runs:
         # A size of zero would make the counts below run for ever.
-        yield whole_number(f"schedule at step {step}", size, minimum=1), count
+        yield whole(f"schedule at step {step}", size, _COUNT), count
         step += count
         evaluations += 2 * count.bit_length() - 1
         if evaluations > MOST_EVALUATIONS:
@@ -418,10 +380,10 @@ def _requested_runs(schedule: Schedule) -> Iterator[Run]:
 def total_steps(schedule: Schedule | Replay, examples: int) -> int:
     """Counts the optimizer steps that a schedule takes to consume a number of examples.
 
-    The length for a learning-rate schedule that should end with the data. The count is exact for
-    the sizes given: pass an ``AccumulatedSchedule`` where a DataLoader's batches are accumulated, since the
-    requested sizes are rounded down and their sum would promise too few steps; a ``SampledSchedule`` under
-    a ``ScheduledBatchSampler``.
+    The length for a learning-rate schedule that should end with the data. The count is exact for the sizes
+    given. Where a DataLoader's batches are accumulated, pass an ``AccumulatedSchedule``: requested sizes are
+    rounded down, and their sum would promise too few steps. Under a ``ScheduledBatchSampler`` pass a
+    ``SampledSchedule``.
 
     Args:
         schedule: Examples per optimizer step.
@@ -431,8 +393,8 @@ def total_steps(schedule: Schedule | Replay, examples: int) -> int:
         The smallest ``n`` for which the first ``n`` steps hold at least ``examples``.
 
     Raises:
-        ValueError: If ``examples`` is negative or not whole; if the schedule returns a size below 1, counts
-            epochs of unknown length, or changes its size too often to be counted in a second.
+        ValueError: If ``examples`` is out of range; if the schedule returns a size below 1, counts epochs of
+            unknown length, or changes its size too often to be counted in a second.
 
     Example:
         2 + 4 + 8 = 14 examples in three steps, so 15 need a fourth.
@@ -442,7 +404,7 @@ def total_steps(schedule: Schedule | Replay, examples: int) -> int:
         >>> total_steps(ramp, examples=14), total_steps(ramp, examples=15)
         (3, 4)
     """
-    examples = whole_number("examples", examples, minimum=0)
+    examples = whole("examples", examples, _COUNT, least=0)
     if not examples:
         return 0
     steps = consumed = 0
@@ -461,18 +423,15 @@ def total_examples(schedule: Schedule | Replay, steps: int) -> int:
         schedule: Examples per optimizer step, as in `total_steps`.
         steps: Number of optimizer steps.
 
-    Returns:
-        The sum of the first ``steps`` sizes.
-
     Raises:
-        ValueError: If ``steps`` is negative or not whole, or as for `total_steps`.
+        ValueError: As for `total_steps`.
 
     Example:
         >>> from lightning_surge.schedules.sizes import GeometricRamp
         >>> total_examples(GeometricRamp(start=2, end=8, duration=2), steps=4)
         22
     """
-    left, total = whole_number("steps", steps, minimum=0), 0
+    left, total = whole("steps", steps, "count optimizer steps", least=0), 0
     if not left:
         return 0
     for size, count in _runs(schedule):

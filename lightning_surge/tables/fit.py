@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightning_surge.checking.arguments import function, number, optional, whole
 from lightning_surge.laws.base import Law
 from lightning_surge.tables.bootstrap import Estimate, Repetitions, estimate, repeat
 from lightning_surge.tables.law_fits import LAWS, HeldOut, LawFit, Optima, fit_law, hold_out
@@ -117,8 +118,10 @@ def fit_grid(
     """
     if unknown := [name for name in laws if name not in LAWS]:
         raise ValueError(f"Expected laws among {', '.join(LAWS)}, got {unknown[0]!r}: choose one of them.")
-    if bootstrap < 0:
-        raise ValueError(f"Expected bootstrap >= 0, got bootstrap={bootstrap}: use 0 for no intervals.")
+    bootstrap = whole("bootstrap", bootstrap, "use 0 for no intervals", least=0)
+    seed = whole("seed", seed, "any count from 0 on", least=0)
+    optional(function, "progress", progress, of="(done, total)")
+    at = [number("at", size, "count examples per optimizer step") for size in at]
     if table.targets is not None and (count := np.unique(table.targets).size) > 1:
         raise ValueError(f"Expected runs to one target, got {count} targets: pass them one by one.")
     if (count := np.unique(table.batch_sizes).size) > MAX_SIZES:

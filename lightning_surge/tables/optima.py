@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lightning_surge.checking.arguments import switch
 from lightning_surge.tables.read import RunTable
 
 __all__ = ["Optimum", "Status", "Valley", "valleys"]
@@ -124,6 +125,7 @@ def valleys(table: RunTable, *, tuned: bool = False) -> list[Valley]:
         >>> round(optimum.lr, 9), round(optimum.outcome, 6), optimum.status
         (0.002, 200.0, 'inside')
     """
+    switch("tuned", tuned)
     with np.errstate(invalid="ignore"):
         outcomes = np.log(table.outcomes) if table.measure == "steps" else table.outcomes
     log_lrs = np.log(table.lrs)

@@ -14,11 +14,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from lightning_surge.checking.arguments import choice, optional, switch
 from lightning_surge.tables.columns import Columns, as_text, find_column, find_columns, settings_within, shown
 from lightning_surge.tables.files import read_frame
 from lightning_surge.tables.values import WORDS, has_decimal_commas, numbers
@@ -119,6 +120,8 @@ def read_tables(
     Returns:
         A table for each combination of values, in their order; one without `by`.
     """
+    optional(choice, "measure", measure, get_args(Measure))
+    switch("maximize", maximize)
     name = "standard input" if str(source) == "-" else str(source)
     frame = read_frame(source)
     maximize = maximize or frame.attrs.get("maximize", False)  # studies say so

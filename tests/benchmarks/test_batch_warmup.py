@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from benchmarks.batch_warmup import __main__ as command
-from benchmarks.batch_warmup import grid
-from benchmarks.batch_warmup.analysis import KEYS, Tuned, lines, pooled_deviation, runs, tuned
-from benchmarks.batch_warmup.report import main_table, summary_table, write_report
+from benchmarks.batch_warmup import grid, training
+from benchmarks.batch_warmup.analysis import KEYS, lines, runs, tuned
+from benchmarks.batch_warmup.report import main_table, write_report
 from benchmarks.batch_warmup.rules import (
     BASE_BATCH_SIZE,
     BUDGETS,
     CANDIDATES,
     DEFAULT,
+    DRIFT,
+    FIXED_RULES,
     FOLLOW,
     LARGE_BATCH_SIZE,
     LARGE_OVERHEAD,
@@ -29,10 +31,10 @@ from benchmarks.batch_warmup.rules import (
     Rule,
 )
 from benchmarks.batch_warmup.targets import contest, targets
-from benchmarks.batch_warmup.training import StepSizes
 from benchmarks.batch_warmup.workloads import WORKLOADS, lr_factor
 from benchmarks.cells import Store, run_cells
 from benchmarks.fidelity.analysis import pick
+from benchmarks.fidelity.markdown import targets_table
 
 SEED_NOISE = (-0.01, 0.0, 0.01)
 T_975_OF_2 = 4.302653  # Student's t with two degrees of freedom
@@ -42,38 +44,22 @@ def constants(
     batch_size: int, best: float, level: float, workload: str = "text", budget: str = "short"
 ) -> list[dict[str, Any]]:
     """Losses that rise by 0.1 for every doubling away from the best multiplier."""
+    key = {"workload": workload, "budget": budget, "batch_size": batch_size}
+    cost = {"steps": 2048 * BASE_BATCH_SIZE // batch_size}
+    cost |= {"processor_seconds": 10.0 * BASE_BATCH_SIZE / batch_size}
     return [
-        {
-            "workload": workload,
-            "budget": budget,
-            "batch_size": batch_size,
-            "multiplier": factor,
-            "seed": seed,
-            "val_loss": level + 0.1 * abs(math.log2(factor / best)) + noise,
-            "steps": 2048 * BASE_BATCH_SIZE // batch_size,
-            "processor_seconds": 10.0 * BASE_BATCH_SIZE / batch_size,
-        }
+        key | {"multiplier": factor, "seed": seed, "val_loss": level + away + noise} | cost
         for factor in MULTIPLIERS[budget, batch_size]
+        for away in [0.1 * abs(math.log2(factor / best))]
         for seed, noise in zip(SEEDS, SEED_NOISE, strict=True)
     ]
 
 
 def ramp(rule: Rule, losses: list[float | None], steps: int = 512, **changes: Any) -> list[dict[str, Any]]:
     """One run for each loss."""
-    return [
-        {
-            "workload": "text",
-            "budget": "short",
-            **rule._asdict(),
-            "multiplier": 1.0,
-            "seed": seed,
-            "val_loss": loss,
-            "steps": steps,
-            "processor_seconds": 4.0,
-            **changes,
-        }
-        for seed, loss in enumerate(losses)
-    ]
+    key = {"workload": "text", "budget": "short", **rule._asdict(), "multiplier": 1.0}
+    cost = {"steps": steps, "processor_seconds": 4.0}
+    return [key | {"seed": seed, "val_loss": loss} | cost | changes for seed, loss in enumerate(losses)]
 
 
 SMALL = constants(BASE_BATCH_SIZE, best=1.0, level=2.0)
@@ -125,10 +111,6 @@ def test_a_diverged_run_loses_and_is_no_gap() -> None:
     assert (found.multiplier, found.complete, found.losses[1.0]) == (0.71, True, math.inf)
 
 
-def test_a_cell_that_two_processes_have_finished_counts_once() -> None:
-    assert len(runs([*SMALL, *SMALL], "constant")) == len(SMALL)
-
-
 def test_a_line_compares_with_the_tuned_small_batch_seed_by_seed() -> None:
     rule = Rule("slow", "sqrt", 0.0)
     # Differences 0.10, 0.13, 0.16: mean 0.13, standard deviation 0.03.
@@ -152,16 +134,6 @@ def test_seeds_that_only_one_side_has_do_not_enter_a_difference() -> None:
     assert line.difference.value == pytest.approx(0.005)
 
 
-def test_the_constant_line_waits_for_the_small_batch() -> None:
-    assert lines(LARGE, [], "text", "short") == []
-
-
-def test_pooled_deviation() -> None:
-    assert pooled_deviation([0.03, 0.04]) == pytest.approx(math.sqrt(0.00125))
-    assert pooled_deviation([0.03, math.nan]) == pytest.approx(0.03)
-    assert pooled_deviation([math.nan]) == 0.0
-
-
 def test_the_contest_names_the_best_candidate_with_at_most_half_the_steps() -> None:
     slow, fast, follow = CANDIDATES
     records = [
@@ -171,9 +143,8 @@ def test_the_contest_names_the_best_candidate_with_at_most_half_the_steps() -> N
     ]
     found = contest(lines([*SMALL, *LARGE], records, "text", "short"))
     assert found is not None
-    assert isinstance(found.constant.rule, Tuned)
-    assert found.constant.rule.batch_size == BASE_BATCH_SIZE
-    assert (found.best.rule, found.step_share) == (slow, 0.25)
+    assert found.constant.batch_size == BASE_BATCH_SIZE
+    assert (found.best, found.step_share) == (slow, 0.25)
     assert found.difference.value == pytest.approx(0.02)
     assert found.difference.half_width == pytest.approx(T_975_OF_2 * 0.01 / math.sqrt(3), rel=1e-5)
 
@@ -202,17 +173,11 @@ def test_seeds_that_had_no_part_in_the_choice_tell_the_distance() -> None:
 
     base = [run for run in SMALL if run["multiplier"] == 1.0]
     for count, seeds, expected in ((2, 3, 0.02), (4, 4, 0.07)):
-        found = contest(
-            lines(
-                [*SMALL, *LARGE, *again(base, 2.0, count)],
-                [*chosen, *again(chosen, 2.07, count)],
-                "text",
-                "short",
-            )
-        )
+        sides = [*SMALL, *LARGE, *again(base, 2.0, count)], [*chosen, *again(chosen, 2.07, count)]
+        found = contest(lines(*sides, "text", "short"))
         assert found is not None
-        assert found.best.rule == slow
-        assert (found.seeds, found.difference.value) == (seeds, pytest.approx(expected))
+        assert found.best == slow
+        assert (found.difference.n, found.difference.value) == (seeds, pytest.approx(expected))
 
 
 def test_there_is_no_contest_before_all_of_it_is_run() -> None:
@@ -226,18 +191,22 @@ def test_there_is_no_contest_before_all_of_it_is_run() -> None:
 
 def test_targets_of_a_table_with_hits_and_misses() -> None:
     means = {f"slow_{DEFAULT}": 2.004, "slow_sqrt": 2.006, f"fast_{DEFAULT}": 2.1, "fast_constant": 2.08}
+    means |= {"slow_sqrt, approached": 2.0, "fast_sqrt, approached": 2.2}
     found = targets([*SMALL, *LARGE], every_rule(**means))
     values = [(row["value"], row["bound"], row["met"]) for row in found]
     assert values == [
         (0.004, 0.005, True),
         (0.25, 0.5, True),
         (-0.002, 0.01, True),
+        (0.004, 0.01, True),
         (0.02, 0.01, False),
+        (-0.1, 0.01, True),
     ]
     names = [row["name"] for row in found]
     assert "slow ramp with SurgeLR minus constant B = 8" in names[0]
     assert "minus sqrt" in names[2]
-    assert "minus constant lr" in names[3]
+    assert "minus sqrt, approached" in names[3]
+    assert "minus constant lr" in names[4]
     assert found[0]["half_width"] == 0.0
 
 
@@ -257,9 +226,9 @@ def test_the_table_has_all_rows_the_tuned_learning_rates_and_their_edges() -> No
     text = main_table(WORKLOADS["text"], constant, every_rule())
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 2 + len(RULES)
-    assert rows[0] == "| constant 8 | tuned | 2.0000 ± 0.0100 | 100.0 % | 100 % | - | - | - |"
-    assert rows[1].startswith("| constant 128 | tuned | 2.1000 ± 0.0100 | 6.2 % |")
-    assert "| slow ramp | linear | 2.2000 ± 0.0100 | 25.0 % | 40 % | - | - | - |" in rows
+    assert rows[0] == "| constant 8 | tuned | 2.0000 ± 0.0100 (2.0100) | 100.0 % | 100 % | - | - | - |"
+    assert rows[1].startswith("| constant 128 | tuned | 2.1000 ± 0.0100 (2.1100) | 6.2 % |")
+    assert "| slow ramp | linear, approached | 2.2000 ± 0.0100 (2.2100) | 25.0 % | 40 % | - | - | - |" in rows
     assert "B = 8 short 0.0028 (1 x 0.0028)" in text
     assert "B = 128 short 0.022 (8 x 0.0028, at the edge of the grid" in text
 
@@ -272,12 +241,8 @@ def test_an_unfinished_row_says_so() -> None:
 
 def test_the_summary_shows_half_widths_and_misses() -> None:
     common = {"bound": 0.005, "better": "lower", "command": "make"}
-    text = summary_table(
-        [
-            common | {"name": "a", "value": 0.01, "met": False, "half_width": 0.02, "seeds": 3},
-            common | {"name": "b", "value": 0.0, "met": True},
-        ]
-    )
+    missed = common | {"name": "a", "value": 0.01, "met": False, "half_width": 0.02, "seeds": 3}
+    text = targets_table([missed, common | {"name": "b", "value": 0.0, "met": True}], ".4f", ".4f")
     assert "| a | 0.0100 ± 0.0200 (3 pairs of seeds) | at most 0.005 | missed |" in text
     assert "| b | 0.0000 | at most 0.005 | met |" in text
 
@@ -295,7 +260,7 @@ def test_the_report_is_written_from_nothing_and_from_something(tmp_path: Path) -
             store.add(kind, record)
     write_report(store, tmp_path, grid.sizes())
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert "| fast ramp | linear | inf | 25.0 % |" in (tmp_path / "report.md").read_text()
+    assert "| fast ramp | linear | inf (inf) | 25.0 % |" in (tmp_path / "report.md").read_text()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {row["met"] for row in summary["targets"]} == {True, False}
     assert summary["finished"]["ramp"] == len(SEEDS) * len(RULES)
@@ -326,7 +291,7 @@ def test_the_grid_has_the_cells_that_it_says() -> None:
     assert len({(cell.kind, *sorted(cell.key.items())) for cell in cells}) == len(cells)
     assert all(tuple(sorted(cell.key)) == tuple(sorted(KEYS[cell.kind])) for cell in cells)
     rules = {(rule.ramp, rule.rule) for rule in RULES}
-    assert {(ramp, fixed) for ramp in RAMPS for fixed in ("constant", "sqrt", "linear")} <= rules
+    assert {(ramp, fixed) for ramp in RAMPS for fixed in FIXED_RULES} <= rules
     assert (FOLLOW, DEFAULT) in rules
 
 
@@ -400,16 +365,17 @@ def test_every_budget_is_whole_epochs_and_whole_batches(name: str, budget: str) 
     assert (what.examples[budget] // what.epochs(budget)) % LARGE_BATCH_SIZE == 0
 
 
-def test_sizes_over_time_are_a_short_list_of_changes() -> None:
-    counted = StepSizes()
-    counted.sizes = [8, 8, 16, 16, 8]
-    assert counted.over_time() == [[0, 8], [16, 16], [48, 8]]
-    counted.sizes = list(range(1, 101))
-    short = counted.over_time()
-    assert len(short) <= 24
-    assert short[0] == [0, 1]
+def test_an_approached_rule_is_that_law_with_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(training, "_run", lambda *arguments: given.append(arguments[-1]) or {})
+    for rule in ("linear", "linear, approached"):
+        training.ramp("digits", "quick", "fast", rule, 0.0, 1.0, 0)
+    exact, approached = (callback.settings for callback in given)
+    assert exact.law == approached.law == "linear"
+    assert approached.max_drift_per_step == DRIFT
 
 
+@pytest.mark.slow
 def test_the_quick_cells_run(capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(1)
     assert run_cells(grid.quick(), None, 60.0, strict=True) == 0

@@ -6,7 +6,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from benchmarks.soak.__main__ import NAN_EXAMPLES, PHASES, WINDOWS, phase_at, recovery, run, slope, summarised
+from benchmarks.soak.__main__ import (
+    NAN_EXAMPLES,
+    PHASES,
+    WINDOWS,
+    page,
+    phase_at,
+    recovery,
+    run,
+    slope,
+    summarised,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -34,9 +44,10 @@ def test_bad_times_are_survived_and_end(monkeypatch: pytest.MonkeyPatch) -> None
             assert any(reason.startswith("held") for reason in watch.reasons[phase.name]), phase.name
     # Every failure doubles the spacing of two steps; four in a phase make it 32.
     assert max(recovery(watch.records, STEPS).values()) * STEPS <= 34
-    assert not watch.records[-1].reason.startswith("held")
-    raw, summary = summarised(watch, STEPS)
-    assert len(raw["tenths"]) == 10
+    assert not watch.records[-1]["reason"].startswith("held")
+    rates, summary = summarised(watch, STEPS)
+    assert len(rates) == 10
+    assert f"| {rates['until'].iloc[-1]:.0%} |" in page(summary, rates)
     assert all(math.isfinite(entry["value"]) for entry in summary)
 
 

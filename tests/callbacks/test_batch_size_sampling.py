@@ -1,6 +1,5 @@
 """Batch sizes that a ScheduledBatchSampler sets: real fits, in one process and in two."""
 
-import csv
 import json
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby, islice
@@ -16,7 +15,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
-    StochasticWeightAveraging,
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -38,8 +36,7 @@ from lightning_surge.schedules.sizes import (
     Schedule,
 )
 from lightning_surge.schedules.windows import AccumulatedSchedule, SampledSchedule
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import OneHot, columns, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -61,15 +58,11 @@ SCHEDULES = {
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
-class OneHot(pl.LightningModule):
-    """Its gradient spells out which examples are behind a step: example i pulls on coordinate i only."""
+class Noting(OneHot):
+    """Notes epochs, learning rates and validations too."""
 
     def __init__(self, size: int = SIZE, make_scheduler: Callable[..., Any] | None = None) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(size))
-        self.lr = 0.5
-        self.make_scheduler = make_scheduler
-        self.gradients: list[Tensor] = []
+        super().__init__(size, make_scheduler)
         self.epochs: list[int] = []
         self.lrs: list[float] = []
         self.micro_batches: list[tuple[int, int]] = []  # with their epochs
@@ -77,33 +70,16 @@ class OneHot(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.micro_batches.append((self.trainer.current_epoch, len(batch)))
-        return (batch @ self.weight).mean()
+        return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if batch_idx == 0:
             self.validated.append((self.trainer.current_epoch, self.trainer.global_step))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self.weight.grad is not None
-        self.gradients.append(self.weight.grad.clone())
+        super().on_before_optimizer_step(optimizer)
         self.epochs.append(self.trainer.current_epoch)
         self.lrs.append(optimizer.param_groups[0]["lr"])
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
-        return optimizer if self.make_scheduler is None else ([optimizer], [self.make_scheduler(optimizer)])
-
-    @property
-    def examples(self) -> list[list[int]]:
-        return [gradient.nonzero().flatten().tolist() for gradient in self.gradients]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Examples behind each step; it makes sure that the gradient is their mean."""
-        for gradient, examples in zip(self.gradients, self.examples, strict=True):
-            expected = torch.full((len(examples),), 1 / len(examples))
-            torch.testing.assert_close(gradient[examples], expected, rtol=2e-6, atol=0)
-        return [len(examples) for examples in self.examples]
 
     def seen(self, epoch: int) -> list[int]:
         windows = zip(self.epochs, self.examples, strict=True)
@@ -115,7 +91,7 @@ class OneHot(pl.LightningModule):
         return [len(list(group)) for _, group in groupby(epoch for epoch, _ in self.micro_batches)]
 
 
-class Validated(OneHot):
+class Validated(Noting):
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(torch.eye(4, SIZE), batch_size=2)  # type: ignore[arg-type]
 
@@ -128,6 +104,10 @@ def sampled(
     return DataLoader(data, batch_sampler=ScheduledBatchSampler(sampler, largest, drop_last), **options)
 
 
+def plain(batch_size: int) -> Any:
+    return DataLoader(torch.eye(SIZE), batch_size=batch_size)  # type: ignore[arg-type]
+
+
 def replayed(schedule: Schedule, steps: int, *, size: int = SIZE, **options: Any) -> list[int]:
     return list(islice(SampledSchedule(schedule, LARGEST, size, **options).sizes(), steps))
 
@@ -137,9 +117,7 @@ class TestEpochs:
 
     @every_schedule
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_sizes_are_exact_and_every_example_comes_once(
-        self, make_trainer: MakeTrainer, schedule: Schedule, workers: int
-    ) -> None:
+    def test_sizes_are_exact_and_every_example_comes_once(self, schedule: Schedule, workers: int) -> None:
         model = Validated(make_scheduler=lambda optimizer: StepLR(optimizer, 1))  # by epochs
         scheduler = BatchSizeScheduler(schedule)
         trainer = make_trainer(scheduler, max_epochs=4)
@@ -171,7 +149,7 @@ class TestEpochs:
         self, start: int, growth: int, duration: int, unit: Any, size: int, largest: int, epochs: int
     ) -> None:
         schedule = LinearRamp(start, start + growth, duration, unit=unit)
-        model = OneHot(size)
+        model = Noting(size)
         trainer = pl.Trainer(
             accelerator="cpu",
             max_epochs=epochs,
@@ -184,17 +162,17 @@ class TestEpochs:
         assert [model.seen(epoch) for epoch in range(epochs)] == [list(range(size))] * epochs
         assert max(examples for _, examples in model.micro_batches) <= largest
 
-    def test_drop_last_leaves_out_what_fills_no_step(self, make_trainer: MakeTrainer) -> None:
+    def test_drop_last_leaves_out_what_fills_no_step(self) -> None:
         schedule = SCHEDULES["up and down"]
-        model = OneHot()
+        model = Noting()
         scheduler = BatchSizeScheduler(schedule)
         make_trainer(scheduler, max_epochs=4).fit(model, sampled(drop_last=True))
         assert model.sizes == [*[3] * 7, 8, 11, 40, 40, 40, 5, 5]
         assert model.sizes == replayed(schedule, 14, drop_last=True)
         assert scheduler.examples == sum(model.sizes)
 
-    def test_an_epoch_cut_short_by_the_module(self, make_trainer: MakeTrainer) -> None:
-        class Skips(OneHot):
+    def test_an_epoch_cut_short_by_the_module(self) -> None:
+        class Skips(Noting):
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
                 return -1 if self.trainer.current_epoch == 1 and batch_idx == 5 else None
 
@@ -206,33 +184,23 @@ class TestEpochs:
             assert model.sizes == [*[4] * 12, 2, 16, 16, 16, 16, 16, 2]
             assert model.epochs == [0] * 13 + [1] * 2 + [2] * 4
 
-    def test_a_second_fit_goes_on(self, make_trainer: MakeTrainer) -> None:
-        schedule = SCHEDULES["shorter"]
-        model, scheduler = OneHot(), BatchSizeScheduler(schedule)
-        trainer = make_trainer(scheduler, max_epochs=1)
-        trainer.fit(model, sampled())
-        trainer.fit_loop.max_epochs = 3
-        trainer.fit(model, sampled())
-        assert model.sizes == replayed(schedule, len(model.sizes))
-        assert scheduler.examples == 3 * SIZE
-
-    def test_a_callback_serves_a_second_training(self, make_trainer: MakeTrainer) -> None:
+    def test_a_callback_serves_a_second_training(self) -> None:
         scheduler = BatchSizeScheduler(SCHEDULES["shorter"])
         sizes = []
         for _ in range(2):
-            model = OneHot()
+            model = Noting()
             make_trainer(scheduler, max_epochs=2).fit(model, sampled())
             sizes.append(model.sizes)
         assert sizes[0] == sizes[1]
 
-    def test_a_constant_size_is_plain_training_bit_for_bit(self, make_trainer: MakeTrainer) -> None:
-        class Order(OneHot):
+    def test_a_constant_size_is_plain_training_bit_for_bit(self) -> None:
+        class Order(Noting):
             def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
                 return super().training_step(batch, batch_idx).sin()
 
         weights = []
         for callbacks, loader in (
-            ([], DataLoader(torch.eye(SIZE), batch_size=LARGEST, shuffle=True)),  # type: ignore[arg-type]
+            ([], DataLoader(torch.eye(SIZE), LARGEST, shuffle=True)),  # type: ignore[arg-type]
             ([BatchSizeScheduler(ConstantSize(LARGEST))], sampled()),
         ):
             pl.seed_everything(0, verbose=False)
@@ -241,9 +209,9 @@ class TestEpochs:
             weights.append(model.weight)
         assert torch.equal(*weights)
 
-    def test_outside_a_training_the_sampler_is_an_ordinary_one(self, make_trainer: MakeTrainer) -> None:
+    def test_outside_a_training_the_sampler_is_an_ordinary_one(self) -> None:
         loader = sampled(shuffle=False)
-        model = OneHot()
+        model = Noting()
         trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]))
         trainer.fit(model, loader)
         assert [len(batch) for batch in loader] == [8] * 6 + [2]
@@ -251,7 +219,7 @@ class TestEpochs:
         assert trainer.num_val_batches == [7]
 
     @pytest.mark.parametrize("where", ["setup", "on_train_epoch_end"])
-    def test_also_after_an_exception(self, make_trainer: MakeTrainer, where: str) -> None:
+    def test_also_after_an_exception(self, where: str) -> None:
         class Fails(pl.Callback):
             pass
 
@@ -262,7 +230,7 @@ class TestEpochs:
         loader = sampled()
         trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), Fails())
         with pytest.raises(RuntimeError, match="switched off"):
-            trainer.fit(OneHot(), loader)
+            trainer.fit(Noting(), loader)
         assert len(loader) == 7
         assert trainer.accumulate_grad_batches == 1
 
@@ -270,9 +238,7 @@ class TestEpochs:
 class TestTrainerOptions:
     @every_schedule
     @pytest.mark.parametrize("limit", [5, 0.5])
-    def test_limit_train_batches(
-        self, make_trainer: MakeTrainer, schedule: Schedule, limit: int | float
-    ) -> None:
+    def test_limit_train_batches(self, schedule: Schedule, limit: int | float) -> None:
         model = Validated()
         scheduler = BatchSizeScheduler(schedule)
         trainer = make_trainer(scheduler, max_epochs=4, limit_train_batches=limit)
@@ -287,9 +253,7 @@ class TestTrainerOptions:
 
     @every_schedule
     @pytest.mark.parametrize("interval", [2, 7, 0.25])
-    def test_val_check_interval(
-        self, make_trainer: MakeTrainer, schedule: Schedule, interval: int | float
-    ) -> None:
+    def test_val_check_interval(self, schedule: Schedule, interval: int | float) -> None:
         model = Validated()
         trainer = make_trainer(
             BatchSizeScheduler(schedule), max_epochs=4, val_check_interval=interval, num_sanity_val_steps=0
@@ -302,12 +266,7 @@ class TestTrainerOptions:
         ]
         assert [sum(e == epoch for e, _ in model.validated) for epoch in range(4)] == validations
 
-    def test_fast_dev_run(self, make_trainer: MakeTrainer) -> None:
-        model = OneHot()
-        make_trainer(BatchSizeScheduler(SCHEDULES["longer"]), fast_dev_run=3).fit(model, sampled())
-        assert model.sizes == [15]  # three of eight micro-batches
-
-    def test_the_progress_bar_knows_the_length_of_the_epoch(self, make_trainer: MakeTrainer) -> None:
+    def test_the_progress_bar_knows_the_length_of_the_epoch(self) -> None:
         totals = []
 
         class Bar(TQDMProgressBar):
@@ -315,43 +274,25 @@ class TestTrainerOptions:
                 super().on_train_epoch_start(trainer, *args)
                 totals.append(self.train_progress_bar.total)
 
-        model = OneHot()
+        model = Noting()
         make_trainer(
             Bar(), BatchSizeScheduler(SCHEDULES["up and down"]), max_epochs=4, enable_progress_bar=True
         ).fit(model, sampled())
         assert totals == model.epoch_lengths
 
-    def test_requested_and_scheduled_sizes_are_logged(
-        self, make_trainer: MakeTrainer, tmp_path: Path
-    ) -> None:
+    def test_requested_and_scheduled_sizes_are_logged(self, tmp_path: Path) -> None:
         schedule = SCHEDULES["up and down"]
         logger = CSVLogger(tmp_path)
-        model = OneHot()
+        model = Noting()
         make_trainer(BatchSizeScheduler(schedule), logger=logger, max_epochs=4).fit(model, sampled())
-        with (Path(logger.log_dir) / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert [float(row["surge/batch_size_scheduled"]) for row in rows] == model.sizes
+        logged = columns(logger)
+        assert logged["surge/batch_size_scheduled"] == model.sizes
         # A step gets less where a larger window has to wait, and at the end of an epoch.
-        requested = [float(row["surge/batch_size_requested"]) for row in rows]
-        assert requested == [*[3] * 7, 11, 11, 40, 40, 40, *[5] * 20]
+        assert logged["surge/batch_size_requested"] == [*[3] * 7, 11, 11, 40, 40, 40, *[5] * 20]
 
 
 class TestLoaders:
-    def test_reloaded_every_epoch_with_another_length(self, make_trainer: MakeTrainer) -> None:
-        class Grows(Validated):
-            def train_dataloader(self) -> DataLoader[Any]:
-                data: Any = torch.eye(SIZE)[: 20 + 15 * self.trainer.current_epoch]
-                return DataLoader(data, batch_sampler=ScheduledBatchSampler(RandomSampler(data), LARGEST))
-
-        model = Grows()
-        scheduler = BatchSizeScheduler(Milestones({0: 3, 7: 12, 12: 16}))
-        make_trainer(scheduler, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(model)
-        assert [model.seen(epoch) for epoch in range(3)] == [list(range(size)) for size in (20, 35, 50)]
-        assert model.sizes == [*[3] * 6, 2, 12, 12, 11, 12, 12, 16, 10]
-        assert scheduler.examples == 105
-        assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2]
-
-    def test_a_sampler_that_gives_fewer_or_more_than_its_length(self, make_trainer: MakeTrainer) -> None:
+    def test_a_sampler_that_gives_fewer_or_more_than_its_length(self) -> None:
         class Vague(Sampler[int]):
             def __init__(self, indices: int) -> None:
                 self.indices = indices
@@ -363,7 +304,7 @@ class TestLoaders:
                 return 48
 
         for indices in (45, 50):
-            model = OneHot()
+            model = Noting()
             loader: Any = DataLoader(
                 torch.eye(SIZE),  # type: ignore[arg-type]
                 batch_sampler=ScheduledBatchSampler(Vague(indices), LARGEST),
@@ -371,27 +312,26 @@ class TestLoaders:
             make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3).fit(model, loader)
             assert [len(model.seen(epoch)) for epoch in range(3)] == [min(indices, 48)] * 3
 
-    def test_validation_with_the_same_kind_of_sampler_is_refused(self, make_trainer: MakeTrainer) -> None:
+    def test_validation_with_the_same_kind_of_sampler_is_refused(self) -> None:
         # It would be cut like an epoch of training, and Lightning would read its length only once.
         trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]))
         with pytest.raises(
             MisconfigurationException, match=r"in the training DataLoader only, got one for v"
         ):
-            trainer.fit(OneHot(), sampled(), sampled(shuffle=False))
+            trainer.fit(Noting(), sampled(), sampled(shuffle=False))
 
-    def test_several_loaders(self, make_trainer: MakeTrainer) -> None:
-        plain = DataLoader(torch.eye(SIZE), batch_size=2)  # type: ignore[arg-type]
-        for loaders in ([plain, sampled()], {"a": sampled(), "b": plain}):
+    def test_several_loaders(self) -> None:
+        for loaders in ([plain(2), sampled()], {"a": sampled(), "b": plain(2)}):
             with pytest.raises(
                 MisconfigurationException, match=r"one training DataLoader with a Sch.* got 2 loaders.*Use D"
             ):
-                make_trainer(BatchSizeScheduler(ConstantSize(4))).fit(OneHot(), loaders)
+                make_trainer(BatchSizeScheduler(ConstantSize(4))).fit(Noting(), loaders)
 
 
 class TestFinders:
-    def test_a_learning_rate_finder_before(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_a_learning_rate_finder_before(self, tmp_path: Path) -> None:
         finder = LearningRateFinder(num_training_steps=12, max_lr=1e-2, early_stop_threshold=None)
-        model, scheduler = OneHot(), BatchSizeScheduler(SCHEDULES["shorter"])
+        model, scheduler = Noting(), BatchSizeScheduler(SCHEDULES["shorter"])
         trainer = make_trainer(finder, scheduler, max_epochs=3, default_root_dir=tmp_path)
         trainer.fit(model, sampled())
         tried = len(model.gradients) - trainer.global_step
@@ -401,12 +341,12 @@ class TestFinders:
         assert [model.seen(epoch) for epoch in range(3)] == [list(range(SIZE))] * 3
         assert scheduler.examples == 3 * SIZE
 
-    def test_a_batch_size_finder_before(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_a_batch_size_finder_before(self, tmp_path: Path) -> None:
         class Sized(Validated):
             batch_size = 4
 
             def train_dataloader(self) -> DataLoader[Any]:
-                return DataLoader(torch.eye(SIZE), batch_size=self.batch_size)  # type: ignore[arg-type]
+                return plain(self.batch_size)
 
         finder = BatchSizeFinder(steps_per_trial=1, max_trials=2, init_val=1)
         model, scheduler = Sized(), BatchSizeScheduler(GeometricRamp(8, 32, 6))
@@ -417,37 +357,13 @@ class TestFinders:
         assert model.sizes[-steps:] == list(islice(replay, steps))
         assert scheduler.examples == 2 * SIZE
 
-    def test_weight_averaging(self, make_trainer: MakeTrainer) -> None:
-        class Normalized(OneHot):
-            def __init__(self) -> None:
-                super().__init__()
-                self.norm = torch.nn.BatchNorm1d(SIZE)
-
-            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-                self.norm(batch)
-                return super().training_step(batch, batch_idx)
-
-            def configure_optimizers(self) -> Any:
-                return torch.optim.SGD([self.weight], lr=0.1)
-
-        model = Normalized()
-        averaging = StochasticWeightAveraging(0.1, swa_epoch_start=2)
-        trainer = make_trainer(averaging, BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3)
-        with pytest.warns(UserWarning, match="expected accumulate_grad_batches=2, got 1.: another callback"):
-            trainer.fit(model, sampled())
-        # The fourth pass recomputes the statistics of BatchNorm.
-        assert sum(size for epoch, size in model.micro_batches if epoch == 3) == SIZE
-        assert model.epochs[-1] == 3
-        del model.gradients[-1], model.epochs[-1]
-        assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
-
 
 class TestMaxMicroBatchSize:
     @pytest.mark.parametrize(("largest", "options"), [(64, {}), (1000, {"max_micro_batch_size": 64})])
     def test_a_ramp_to_4096_in_as_few_micro_batches_as_fit(
-        self, make_trainer: MakeTrainer, largest: int, options: dict[str, int]
+        self, largest: int, options: dict[str, int]
     ) -> None:
-        class Sum(OneHot):
+        class Sum(Noting):
             def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
                 self.micro_batches.append((self.trainer.global_step, len(batch)))
                 return batch.mean() * self.weight.sum()
@@ -474,30 +390,7 @@ class TestMaxMicroBatchSize:
 
 
 class TestReports:
-    @pytest.mark.parametrize(
-        ("loader", "text"),
-        [
-            (sampled, "set by the batch sampler, exactly: micro-batches of at most 8 examples"),
-            (
-                lambda: DataLoader(torch.eye(SIZE), batch_size=2),  # type: ignore[arg-type]
-                "set by accumulation, in powers of two of micro-batch 2 x replicas 1",
-            ),
-        ],
-    )
-    def test_the_mechanism_is_named_once(
-        self,
-        make_trainer: MakeTrainer,
-        caplog: pytest.LogCaptureFixture,
-        loader: Callable[[], Any],
-        text: str,
-    ) -> None:
-        make_trainer(BatchSizeScheduler(GeometricRamp(4, 16, 6)), max_epochs=3).fit(OneHot(), loader())
-        assert len([message for message in caplog.messages if message.startswith("Batch sizes are set")]) == 1
-        assert text in caplog.text
-
-    def test_sizes_that_replicas_cannot_share(
-        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_sizes_that_replicas_cannot_share(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # One process stands in for three: the check is what is tested here.
         monkeypatch.setattr(pl.Trainer, "distributed_sampler_kwargs", {"num_replicas": 3, "rank": 0})
         for schedule, message in (
@@ -505,18 +398,18 @@ class TestReports:
             (LinearRamp(2, 39, 5), "got start=2: use start=3"),
             (Milestones({0: 3, 7: 5}), r"Expected sizes\[7\] .* use sizes\[7\]=3"),
         ):
-            model = OneHot()
+            model = Noting()
             with pytest.raises(MisconfigurationException, match=message):
                 make_trainer(BatchSizeScheduler(schedule)).fit(model, sampled())
             assert model.gradients == []
 
-    def test_a_sampler_cannot_count_tokens(self, make_trainer: MakeTrainer) -> None:
+    def test_a_sampler_cannot_count_tokens(self) -> None:
         schedule = LinearRamp(4, 16, 1000, unit="examples")
         trainer = make_trainer(BatchSizeScheduler(schedule, batch_size_fn=torch.numel))
         with pytest.raises(
             MisconfigurationException, match=r"in steps or epochs .* batch_size_fn=, got unit='examples'"
         ):
-            trainer.fit(OneHot(), sampled())
+            trainer.fit(Noting(), sampled())
 
 
 def clock(total: int) -> Callable[[torch.optim.Optimizer], dict[str, Any]]:
@@ -531,12 +424,11 @@ def clock(total: int) -> Callable[[torch.optim.Optimizer], dict[str, Any]]:
 
 class TestClocks:
     @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
-    def test_a_cosine_ends_at_zero_with_the_data(self, make_trainer: MakeTrainer, mechanism: str) -> None:
+    def test_a_cosine_ends_at_zero_with_the_data(self, mechanism: str) -> None:
         model = Validated(make_scheduler=clock(4 * SIZE))
         scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 8))
-        loader = sampled() if mechanism == "sampler" else DataLoader(torch.eye(SIZE), batch_size=4)  # type: ignore[arg-type]
         trainer = make_trainer(scheduler, max_epochs=4)
-        trainer.fit(model, loader)
+        trainer.fit(model, sampled() if mechanism == "sampler" else plain(4))
         assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
         # Before the last step it was where the examples before it had brought it.
         done = (4 * SIZE - model.sizes[-1]) // 5
@@ -546,39 +438,18 @@ class TestClocks:
             cosine.step()
         assert model.lrs[-1] == cosine.get_last_lr()[0] > 0
 
-    @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-    def test_examples_without_a_loss_count_too(self, make_trainer: MakeTrainer) -> None:
-        class Skips(OneHot):
-            def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-                loss = super().training_step(batch, batch_idx)
-                return loss if batch_idx % 3 else None
-
-            def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-                pass
-
-        scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 8))
-        trainer = make_trainer(scheduler, max_epochs=4)
-        trainer.fit(Skips(make_scheduler=clock(4 * SIZE)), sampled())
-        assert scheduler.examples == 4 * SIZE
-        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
-
 
 class TestOtherRuns:
     """Checkpoints of epochs' ends, taken up with something else."""
 
     @pytest.mark.parametrize("first", ["sampler", "accumulation"])
     @pytest.mark.parametrize("second", ["sampler", "accumulation"])
-    def test_with_another_schedule_and_mechanism(
-        self, make_trainer: MakeTrainer, tmp_path: Path, first: str, second: str
-    ) -> None:
-        loaders: dict[str, Any] = {
-            "sampler": sampled(),
-            "accumulation": DataLoader(torch.eye(SIZE), batch_size=2),  # type: ignore[arg-type]
-        }
+    def test_with_another_schedule_and_mechanism(self, tmp_path: Path, first: str, second: str) -> None:
+        loaders: dict[str, Any] = {"sampler": sampled(), "accumulation": plain(2)}
         trainer = make_trainer(BatchSizeScheduler(GeometricRamp(4, 16, 9)), max_epochs=2)
-        trainer.fit(OneHot(), loaders[first])
+        trainer.fit(Noting(), loaders[first])
         trainer.save_checkpoint(tmp_path / "other.ckpt")
-        model = OneHot()
+        model = Noting()
         # Its place is counted in examples: 20 more at 4, then 16.
         scheduler = BatchSizeScheduler(Milestones({0: 8, 100: 4, 120: 16}, unit="examples"))
         trainer = make_trainer(scheduler, max_epochs=4)
@@ -593,33 +464,16 @@ class TestOtherRuns:
         "schedule", [Milestones({0: 16, 13: 4, 26: 8}), Milestones({0: 16, 1: 4, 2: 8}, unit="epochs")]
     )
     def test_of_a_training_without_the_callback(
-        self, make_trainer: MakeTrainer, tmp_path: Path, mechanism: str, schedule: Schedule
+        self, tmp_path: Path, mechanism: str, schedule: Schedule
     ) -> None:
-        plain = DataLoader(torch.eye(SIZE), batch_size=4)  # type: ignore[arg-type]
         trainer = make_trainer(max_epochs=2)
-        trainer.fit(OneHot(), plain)
+        trainer.fit(Noting(), plain(4))
         trainer.save_checkpoint(tmp_path / "plain.ckpt")
-        model = OneHot()
+        model = Noting()
         trainer = make_trainer(BatchSizeScheduler(schedule), max_epochs=4)
-        loader = sampled() if mechanism == "sampler" else plain
+        loader = sampled() if mechanism == "sampler" else plain(4)
         trainer.fit(model, loader, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
         assert model.sizes == [8, 8, 8, 8, 8, 8, 2] * 2
-
-    @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
-    def test_of_an_older_release(self, make_trainer: MakeTrainer, tmp_path: Path, mechanism: str) -> None:
-        loader = sampled() if mechanism == "sampler" else DataLoader(torch.eye(SIZE), batch_size=4)  # type: ignore[arg-type]
-        trainer = make_trainer(BatchSizeScheduler(ConstantSize(4)), max_epochs=2)
-        trainer.fit(OneHot(), loader)
-        trainer.save_checkpoint(tmp_path / "new.ckpt")
-        checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
-        checkpoint["callbacks"]["BatchSizeScheduler"] = {"accumulation": 1}
-        torch.save(checkpoint, tmp_path / "old.ckpt")
-        model, scheduler = OneHot(), BatchSizeScheduler(Milestones({0: 16, 13: 4, 26: 8}))
-        trainer = make_trainer(scheduler, max_epochs=3)
-        with pytest.warns(UserWarning, match="Expected state of version 2 in the checkpoint, got None"):
-            trainer.fit(model, loader, ckpt_path=tmp_path / "old.ckpt", weights_only=True)
-        assert model.sizes == [8, 8, 8, 8, 8, 8, 2]
-        assert scheduler.examples == SIZE
 
 
 class Reports(Validated):
@@ -642,6 +496,7 @@ class Reports(Validated):
         (self.path / f"{self.trainer.global_rank}.json").write_text(json.dumps(report))
 
 
+@pytest.mark.slow
 @forks
 class TestTwoProcesses:
     """Two gloo processes, three epochs. Gradients are reduced, so both see the examples of both."""
@@ -650,12 +505,7 @@ class TestTwoProcesses:
 
     @staticmethod
     def fit(
-        make_trainer: MakeTrainer,
-        model: Reports,
-        path: Path,
-        *data: Any,
-        scheduler: BatchSizeScheduler | None = None,
-        **options: Any,
+        model: Reports, path: Path, *data: Any, scheduler: BatchSizeScheduler | None = None, **options: Any
     ) -> dict[str, Any]:
         model.path = path
         trainer = make_trainer(
@@ -673,36 +523,34 @@ class TestTwoProcesses:
         return first
 
     @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_loader_passed_to_fit(self, make_trainer: MakeTrainer, tmp_path: Path, workers: int) -> None:
-        report = self.fit(make_trainer, Reports(), tmp_path, sampled(num_workers=workers))
+    def test_a_loader_passed_to_fit(self, tmp_path: Path, workers: int) -> None:
+        report = self.fit(Reports(), tmp_path, sampled(num_workers=workers))
         assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2)
         assert report["seen"] == [list(range(SIZE))] * 3
         assert report["counted"] == 3 * SIZE
         assert report["validated"] == [0, 0, 1, 2]
         assert max(size for _, size in report["micro_batches"]) <= LARGEST
 
-    def test_a_loader_from_a_hook_that_is_reloaded(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_a_loader_from_a_hook_that_is_reloaded(self, tmp_path: Path) -> None:
         class Own(Reports):
             def train_dataloader(self) -> DataLoader[Any]:
                 return sampled(drop_last=True)
 
-        report = self.fit(make_trainer, Own(), tmp_path, reload_dataloaders_every_n_epochs=1)
+        report = self.fit(Own(), tmp_path, reload_dataloaders_every_n_epochs=1)
         assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2, drop_last=True)
 
-    def test_an_own_distributed_sampler(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_an_own_distributed_sampler(self, tmp_path: Path) -> None:
         class Own(Reports):
             def train_dataloader(self) -> DataLoader[Any]:
                 data: Any = torch.eye(SIZE)
                 own = DistributedSampler(data, num_replicas=2, rank=self.trainer.global_rank)
                 return DataLoader(data, batch_sampler=ScheduledBatchSampler(own, LARGEST))
 
-        report = self.fit(make_trainer, Own(), tmp_path, use_distributed_sampler=False)
+        report = self.fit(Own(), tmp_path, use_distributed_sampler=False)
         assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2)
         assert report["seen"] == [list(range(SIZE))] * 3
 
-    def test_micro_batches_that_differ_between_processes(
-        self, make_trainer: MakeTrainer, tmp_path: Path
-    ) -> None:
+    def test_micro_batches_that_differ_between_processes(self, tmp_path: Path) -> None:
         class Ragged(Reports):
             def train_dataloader(self) -> DataLoader[Any]:
                 rank = self.trainer.global_rank
@@ -711,31 +559,15 @@ class TestTwoProcesses:
                 return DataLoader(batches, batch_size=None)
 
         scheduler = BatchSizeScheduler(Milestones({0: 8, 3: 16}), micro_batch_size=4)
-        report = self.fit(
-            make_trainer, Ragged(), tmp_path, scheduler=scheduler, use_distributed_sampler=False
-        )
+        report = self.fit(Ragged(), tmp_path, scheduler=scheduler, use_distributed_sampler=False)
         # That gradients are means over the examples of both is checked with their sizes.
         assert report["sizes"] == [6, 5, 7, 8, 11, 13, *[11, 15, 11, 13] * 2]
         assert report["counted"] == 3 * SIZE
 
     @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
-    def test_a_clock(self, make_trainer: MakeTrainer, tmp_path: Path, mechanism: str) -> None:
-        loader = sampled() if mechanism == "sampler" else DataLoader(torch.eye(SIZE), batch_size=2)  # type: ignore[arg-type]
-        scheduler = BatchSizeWarmup(4, 16, 8)
+    def test_a_clock(self, tmp_path: Path, mechanism: str) -> None:
+        loader = sampled() if mechanism == "sampler" else plain(2)
         model = Reports(make_scheduler=clock(3 * SIZE))
-        report = self.fit(make_trainer, model, tmp_path, loader, scheduler=scheduler)
+        report = self.fit(model, tmp_path, loader, scheduler=BatchSizeWarmup(4, 16, 8))
         assert report["lr"] == 0.0
         assert report["counted"] == 3 * SIZE
-
-    def test_sizes_that_cannot_be_shared_are_refused_before_training(
-        self, make_trainer: MakeTrainer, tmp_path: Path
-    ) -> None:
-        with pytest.raises(Exception, match=r"multiple of the 2 data-parallel replicas, got start=3: use s"):
-            self.fit(
-                make_trainer,
-                Reports(),
-                tmp_path,
-                sampled(),
-                scheduler=BatchSizeScheduler(LinearRamp(3, 40, 10)),
-            )
-        assert list(tmp_path.iterdir()) == []

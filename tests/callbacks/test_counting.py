@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks.batch_counter import BatchCounter
+from tests.trainings import make_trainer
 
 Fields = namedtuple("Fields", ["x", "y"])
 
@@ -158,9 +159,7 @@ def stacked(make: Callable[[Tensor], Any]) -> DataLoader[Any]:
 
 @pytest.mark.parametrize("law", ["measured", "sqrt"])
 @pytest.mark.parametrize("make", [Late, Strict, Record], ids=lambda kind: kind.__name__)
-def test_dataclasses_are_visited_and_not_made_anew(
-    make_trainer: Callable[..., pl.Trainer], make: Any, law: Any
-) -> None:
+def test_dataclasses_are_visited_and_not_made_anew(make: Any, law: Any) -> None:
     kind = make if make is not Record else (lambda x: Record(x, x[:, 0]))
     callback = SurgeLRCallback(2, law, **({"probe_every": 1} if law == "measured" else {}))
     make_trainer(callback).fit(Rows(), stacked(kind))
@@ -169,7 +168,7 @@ def test_dataclasses_are_visited_and_not_made_anew(
     assert callback.decision.used > 1.0
 
 
-def test_a_batch_of_nothing_weighs_nothing(make_trainer: Callable[..., pl.Trainer]) -> None:
+def test_a_batch_of_nothing_weighs_nothing() -> None:
     sizes = iter([8, 0, 8, 8, 0, 0, 8, 8, 8, 8])
     callback = SurgeLRCallback(8, "sqrt", batch_size_fn=lambda batch: next(sizes))
     module = Rows(empty=1)
@@ -179,18 +178,14 @@ def test_a_batch_of_nothing_weighs_nothing(make_trainer: Callable[..., pl.Traine
     assert callback._measurer.budget.trained == 56.0
 
 
-def test_a_constant_size_at_the_base_leaves_full_batches_alone(
-    make_trainer: Callable[..., pl.Trainer],
-) -> None:
+@pytest.mark.parametrize(("bounds", "last"), [(None, 0.5), ((1.0, 1.0), 1.0)])
+def test_a_constant_size_at_the_base_leaves_full_batches_alone(bounds: Any, last: float) -> None:
     used = []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             used.append(float(trainer.callback_metrics["surge/lr_scale"]))
 
-    callback = SurgeLRCallback(8, "sqrt")
     data = DataLoader(torch.randn(18, 3), 8)  # type: ignore[arg-type]
-    trainer = make_trainer(callback)
-    trainer.callbacks.append(Watch())  # type: ignore[attr-defined]
-    trainer.fit(Rows(), data)
-    assert used == [1.0, 1.0, 0.5]  # the last batch holds two
+    make_trainer(SurgeLRCallback(8, "sqrt", lr_scale_bounds=bounds), Watch()).fit(Rows(), data)
+    assert used == [1.0, 1.0, last]  # the last batch holds two

@@ -15,20 +15,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
-from tests.trainings import at_update
+from tests.trainings import Regression, assert_same, make_trainer, regression_data, with_lr
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Expected a learning-rate schedule that reaches its end"),
 ]
@@ -38,16 +35,13 @@ EXAMPLES, EPOCHS, EVERY = 96, 2, 3
 TRAINING, REPLAY, STEP = "training", "replay", "step"
 
 
-class Net(pl.LightningModule):
+class Net(Regression):
     """Says what it is asked for: passes of training, passes of measuring, and optimizer steps."""
 
     def __init__(self, dropout: float, kill_at: int | None = None) -> None:
-        super().__init__()
-        pl.seed_everything(0, verbose=False)
-        layers = [nn.Linear(4, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 1)]
-        self.net = nn.Sequential(*layers)
+        super().__init__(with_lr(AdamW, 0.01, betas=(0.9, 0.95)), lambda o: CosineAnnealingLR(o, T_max=40))
+        self.net.insert(2, nn.Dropout(dropout))
         self.kill_at = kill_at
-        self.lrs: list[float] = []
         self.outside = Outside()
 
     def happens(self, what: str) -> None:
@@ -58,20 +52,15 @@ class Net(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.outside.training = True
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.happens(TRAINING if self.outside.training else REPLAY)
         self.outside.training = False
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, betas=(0.9, 0.95))
-        at_update(optimizer, lambda o: self.lrs.append(float(o.param_groups[0]["lr"])))
-        optimizer.register_step_post_hook(lambda *_: self.happens(STEP))
-        return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, T_max=40), "interval": "step"}]
-
-    @property
-    def weights(self) -> list[list[float]]:
-        return [parameter.flatten().tolist() for parameter in self.parameters()]
+        configured = super().configure_optimizers()
+        configured["optimizer"].register_step_post_hook(lambda *_: self.happens(STEP))
+        return configured
 
 
 class Outside:
@@ -84,18 +73,12 @@ class Outside:
         self.events: list[str] = []
 
 
-def dataset() -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(EXAMPLES, 4, generator=generator)
-    return TensorDataset(x, x.sum(dim=1, keepdim=True) + torch.randn(EXAMPLES, 1, generator=generator))
-
-
 def stateful(micro: int) -> Any:
-    return StatefulDataLoader(dataset(), batch_size=micro, shuffle=True)
+    return StatefulDataLoader(plain(micro).dataset, batch_size=micro, shuffle=True)
 
 
 def plain(micro: int) -> Any:
-    return DataLoader(dataset(), batch_size=micro)
+    return regression_data(EXAMPLES, micro)
 
 
 # Where probes measure, and where the micro-batches of a window do; alone, or with a fixed size beside.
@@ -119,22 +102,12 @@ def train(
     kill_at: int | None = None,
     resume: Path | None = None,
 ) -> tuple[Net, SurgeLRCallback]:
-    torch.set_num_threads(1)
     net = Net(dropout, kill_at)
     surge = SurgeLRCallback(base_batch_size=4, objective="edge", probe_every=2, probe_examples=16)
     callbacks = [surge, ModelCheckpoint(path, "{step}", every_n_train_steps=every, save_top_k=-1)]
     if scheduled:
         callbacks += [BatchSizeScheduler(ConstantSize(8)), ExactResume()]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=EPOCHS,
-        accumulate_grad_batches=accumulation,
-        callbacks=callbacks,
-    )
+    trainer = make_trainer(*callbacks, max_epochs=EPOCHS, accumulate_grad_batches=accumulation)
     # A resumed process has other random streams than the one that was killed.
     pl.seed_everything(1 if resume is None else 77, verbose=False)
     trainer.fit(net, loader(micro), ckpt_path=None if resume is None else str(resume), weights_only=True)
@@ -154,22 +127,6 @@ def killed(path: Path, kill_at: int, **options: Any) -> Path:
     assert os.WTERMSIG(status) == signal.SIGKILL
     saved = sorted(path.glob("*.ckpt"), key=lambda file: int(file.stem.removeprefix("step=")))
     return saved[-1]
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Equal numbers, lists, dicts and tensors; NaN is NaN."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            assert_same(value, other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for pair in zip(one, other, strict=True):
-            assert_same(*pair)
-    elif isinstance(one, Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other or (one != one and other != other)
 
 
 def kill_points(events: list[str], chooser: random.Random) -> list[int]:
@@ -202,7 +159,7 @@ def test_killed_anywhere(tmp_path: Path, name: str) -> None:
         assert taken - EVERY <= done <= taken
         again, resumed = train(tmp_path / f"resumed {place}", resume=last, **options)
         assert again.lrs == whole.lrs[done:]
-        assert again.weights == whole.weights
+        assert torch.equal(again.weights, whole.weights)
         assert_same(resumed.state_dict(), surge.state_dict())
 
 
@@ -215,7 +172,7 @@ class TestAlone:
         again, _ = train(tmp_path / "again", resume=tmp_path / "whole" / "step=5.ckpt", **options)
         # The learning rate that follows from the checkpoint, but another dropout.
         assert again.lrs[0] == whole.lrs[5]
-        assert again.weights != whole.weights
+        assert not torch.equal(again.weights, whole.weights)
 
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
     @pytest.mark.parametrize("epoch_end", [True, False])
@@ -227,4 +184,4 @@ class TestAlone:
         last = tmp_path / "whole" / f"step={every}.ckpt"
         again, _ = train(tmp_path / "again", resume=last, **options)
         assert again.lrs[0] == whole.lrs[every]
-        assert (again.weights == whole.weights) is epoch_end
+        assert torch.equal(again.weights, whole.weights) is epoch_end

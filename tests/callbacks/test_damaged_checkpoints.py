@@ -14,69 +14,38 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
-from torch.optim import AdamW
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeScheduler, ExactResume, FollowPeak, SurgeLRCallback, by_examples
-from lightning_surge.callbacks.resuming.random_streams import random_states
+from lightning_surge.callbacks.resuming.random_streams import to_portable
 from lightning_surge.laws.base import SGDLaw
 from lightning_surge.measure.budget import ProbeBudget
+from lightning_surge.measure.replay import RandomState
 from lightning_surge.measure.sharpness import Sharpness
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Policy
 from lightning_surge.schedules.sizes import LinearRamp
-from tests.trainings import at_update
+from tests.trainings import Regression, make_trainer, regression_data
 
-MakeTrainer = Callable[..., pl.Trainer]
 State = dict[str, Any]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
 
 BATCH, STEPS = 16, 14
 SIZES = (1.0, 16.0, 300.0)
 
 
-class Net(pl.LightningModule):
-    """Notes the learning rate of every step; as wide as asked."""
-
-    def __init__(self, width: int = 6) -> None:
-        super().__init__()
-        pl.seed_everything(0, verbose=False)
-        self.net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
-        self.lrs: list[float] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        optimizer = AdamW(self.parameters(), lr=0.01)
-        at_update(optimizer, lambda o: self.lrs.append(float(o.param_groups[0]["lr"])))
-        return optimizer
+def net() -> Regression:
+    return Regression(width=6)
 
 
-def data() -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCH * STEPS, 4, generator=generator)
-    y = x.sum(dim=1, keepdim=True) + torch.randn(len(x), 1, generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=BATCH)
+def batches() -> DataLoader[Any]:
+    return regression_data(BATCH * STEPS, BATCH)
 
 
 def surge(**options: Any) -> SurgeLRCallback:
     chosen: State = {"base_batch_size": 4, "probe_every": 1, "probe_examples": BATCH}
     return SurgeLRCallback(**(chosen | options))
-
-
-def train(make_trainer: MakeTrainer, *callbacks: Callback, net: Net | None = None, **options: Any) -> Net:
-    net = net or Net()
-    ckpt_path = options.pop("ckpt_path", None)
-    trainer = make_trainer(*callbacks, **options)
-    trainer.fit(net, data(), ckpt_path=ckpt_path)
-    return net
 
 
 OPTIONS: dict[str, State] = {
@@ -95,23 +64,10 @@ class States(dict[str, State]):
 
 @pytest.fixture(scope="module")
 def whole() -> States:
-    torch.set_num_threads(1)
     states = States()
     for name, options in OPTIONS.items():
         callback = surge(**options)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            max_epochs=1,
-            callbacks=[callback],
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer.fit(Net(), data())
+        make_trainer(callback).fit(net(), batches())
         states[name] = callback.state_dict()
         assert callback.law is not None
     assert len(states["edge"]["measurer"]["sharpness"]["vector"]) == 4
@@ -131,32 +87,10 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 DELETED = object()
-WRONG = [
-    None,
-    "text",
-    "",
-    [],
-    {},
-    [1.0],
-    {"a": 1},
-    math.nan,
-    math.inf,
-    -math.inf,
-    -1.0,
-    -1,
-    0,
-    0.5,
-    1,
-    1e300,
-    1.7e308,
-    5e-324,
-    10**400,
-    1 + 2j,
-    True,
-    False,
-    torch.tensor([math.nan]),
-    torch.zeros(0),
-    torch.zeros(3, 2, dtype=torch.int64),
+WRONG: list[Any] = [
+    *(None, "text", "", [], {}, [1.0], {"a": 1}, True, False, 1 + 2j),
+    *(math.nan, math.inf, -math.inf, -1.0, -1, 0, 0.5, 1, 1e300, 1.7e308, 5e-324, 10**400),
+    *(torch.tensor([math.nan]), torch.zeros(0), torch.zeros(3, 2, dtype=torch.int64)),
 ]
 
 
@@ -190,7 +124,8 @@ def assert_sane(callback: SurgeLRCallback) -> None:
         for size in SIZES:
             scale = callback.lr_scale(size, lr)
             reach = 1.0 if base is None else max(size / base, base / size)
-            assert 1.0 / reach <= scale <= reach, (size, lr, scale)
+            # On its way up from a smaller batch it may be below the bounds that go by the size.
+            assert 1e-9 < scale <= reach, (size, lr, scale)
 
 
 def is_fresh(callback: SurgeLRCallback) -> bool:
@@ -202,7 +137,7 @@ def is_fresh(callback: SurgeLRCallback) -> bool:
         all(state[part] == fresh[part] for part in parts)
         and state["measurer"]["budget"] == fresh["measurer"]["budget"]
         and state["measurer"]["sharpness"]["vector"] == []
-        and (policy is None or (policy["law"] is None and policy["lag"] == 1.0))
+        and (policy is None or (policy["law"] is None and policy["at"] is None))
         and math.isnan(state["scheduled_lr"])
         and callback.law is None
     )
@@ -260,14 +195,13 @@ class TestDamage:
         (("policy", "law", "kind"), "GoodLaw", "KeyError"),
         (("policy", "law", "law", "kind"), "GoodLaw", "KeyError: 'GoodLaw'"),
         (("policy", "law", "law", "alignment_scale"), math.nan, "Expected 0 <= alignment_scale < inf, got"),
-        (("policy", "law", "law", "alignment_scale"), "48", "got alignment_scale=48"),
+        (("policy", "law", "law", "alignment_scale"), "48", "got alignment_scale='48'"),
         (("policy", "law", "replicates", 0, 1), 1.5, "Expected shares between 0 and 1"),
         (("policy", "law", "reach"), [8.0, 4.0], "a reach from low to high, got .*(8.0, 4.0)"),
-        (("policy", "lag"), 2.0, "lag <= 1 at a batch size"),
-        (("policy", "heat"), 0.5, "Expected heat >= 1"),
-        (("policy", "heat"), math.nan, "Expected 0 < heat < inf, got heat=nan"),
-        (("policy", "lag"), 0.0, "Expected 0 < lag < inf, got lag=0.0"),
-        (("policy", "lag_at"), 5e-324, "in reach of 4"),
+        (("policy", "used_to"), 1e300, "in reach of 4, and a reason or None, got used_to=1e.300"),
+        (("policy", "used_to"), math.nan, "Expected 0 < used_to < inf, got used_to=nan"),
+        (("policy", "latest"), 0.0, "Expected 0 < latest < inf, got latest=0.0"),
+        (("policy", "at"), 5e-324, "in reach of 4"),
         (("policy", "held"), 3, "held=3"),
         (("measurer", "budget", "_spacing"), 0.5, "Expected spacing of at least 1.0 .* got 0.5"),
         (("measurer", "budget", "trained"), math.inf, "Expected trained of at least 0.0 .* got inf"),
@@ -281,11 +215,11 @@ class TestDamage:
             torch.tensor([1.0, math.nan]),
             r"got torch.float32 of shape \(2,\)",
         ),
-        (("moments", "_betas"), [0.9, 1.0], r"Expected betas .* got betas=\(0.9, 1.0\)"),
-        (("moments", "_steps"), 2.5, "whole steps"),
-        (("moments", "_second"), math.nan, "second=nan: load what"),
+        (("moments", "_betas"), [0.9, 1.0], "Expected 0 <= betas < 1, got betas=1.0: load what"),
+        (("moments", "_steps"), 2.5, "MomentsState.steps to be of type int, got 2.5: load what"),
+        (("moments", "_second"), math.nan, "MomentsState.second=nan: load what"),
         (("scheduled_lr",), -0.1, "Expected 0 <= scheduled_lr < inf, got scheduled_lr=-0.1"),
-        (("law_metrics",), {"surge/a": None}, "TypeError"),
+        (("law_metrics",), {"surge/a": None}, "law_metrics.*got .*None"),
         (("version",), 0, "state of version 2 in the checkpoint, got 0: "),
         (("version",), DELETED, "state of version 2 in the checkpoint, got None: "),
     )
@@ -304,7 +238,7 @@ class TestDamage:
             callback.load_state_dict(damaged(state, path, value))
         assert is_fresh(callback)
         assert callback.base_batch_size == 4
-        assert callback.lr_scale(64) == 4.0
+        assert callback.lr_scale(64) == 1.05
 
     @pytest.mark.parametrize("state", [[1, 2], "state", 7])
     def test_of_all_of_it(self, state: Any) -> None:
@@ -325,7 +259,7 @@ class TestDamage:
         with pytest.warns(UserWarning, match=r"base_batch_size is (16\.|that of the first step: pass)"):
             callback.load_state_dict(state)
         assert callback.base_batch_size == kept
-        assert callback.lr_scale(64) == (1.0 if kept is None else 2.0)
+        assert callback.lr_scale(64) == (1.0 if kept is None else 1.05)
 
 
 class TestRooms:
@@ -337,7 +271,7 @@ class TestRooms:
             (lambda: ProbeBudget(0.01), ("spent",), math.nan),
             (AdamMoments, ("_first",), -1.0),
             (NoiseHistory, ("records",), [{}]),
-            (lambda: Policy(base_batch_size=4), ("lag",), math.nan),
+            (lambda: Policy(base_batch_size=4), ("used_to",), math.nan),
             (Sharpness, ("vector",), [torch.ones(2), None]),
         ],
     )
@@ -359,10 +293,10 @@ class TestGoingOn:
     """With a Trainer, from a checkpoint on disk."""
 
     @pytest.fixture
-    def checkpoint(self, make_trainer: MakeTrainer, tmp_path: Path) -> Path:
+    def checkpoint(self, tmp_path: Path) -> Path:
         callback = surge(objective="edge")
         trainer = make_trainer(callback)
-        trainer.fit(Net(), data())
+        trainer.fit(net(), batches())
         trainer.save_checkpoint(tmp_path / "whole.ckpt")
         return tmp_path / "whole.ckpt"
 
@@ -374,96 +308,70 @@ class TestGoingOn:
         torch.save(content, path)
         return path
 
-    def _resumed(
-        self, make_trainer: MakeTrainer, path: Path, callback: SurgeLRCallback, *others: Callback
-    ) -> Net:
-        net = Net()
-        make_trainer(callback, *others, max_epochs=2).fit(net, data(), ckpt_path=path, weights_only=True)
-        assert len(net.lrs) == STEPS
-        assert all(0.01 / 4 <= lr <= 0.04 for lr in net.lrs)
-        return net
+    def _resumed(self, path: Path, callback: SurgeLRCallback) -> Regression:
+        module = net()
+        make_trainer(callback, max_epochs=2).fit(module, batches(), ckpt_path=path, weights_only=True)
+        assert len(module.lrs) == STEPS
+        assert all(0.01 / 4 <= lr <= 0.04 for lr in module.lrs)
+        return module
 
-    def test_from_one_that_knows_nothing_of_the_callback(
-        self, make_trainer: MakeTrainer, checkpoint: Path
-    ) -> None:
+    def test_from_one_that_knows_nothing_of_the_callback(self, checkpoint: Path) -> None:
         path = self._with(checkpoint, lambda callbacks: callbacks.clear())
         callback = surge(base_batch_size=None)
         with pytest.warns(
             UserWarning, match="law='measured' in the checkpoint, got none: .*that of the first"
         ):
-            net = self._resumed(make_trainer, path, callback)
+            module = self._resumed(path, callback)
         assert callback.base_batch_size == BATCH
-        assert net.lrs[0] == 0.01
+        assert module.lrs[0] == 0.01
         assert callback.history.num_measurements > 4
 
     # Lightning says, too, that a callback of the checkpoint is missing.
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
-    def test_with_another_law(self, make_trainer: MakeTrainer, checkpoint: Path) -> None:
+    def test_with_another_law(self, checkpoint: Path) -> None:
         callback = surge(base_batch_size=None, law="theorem3")
         with pytest.warns(
             UserWarning, match="law='theorem3' .* got that of .*'measured'.* base_batch_size is 4"
         ):
-            net = self._resumed(make_trainer, checkpoint, callback)
+            module = self._resumed(checkpoint, callback)
         assert callback.base_batch_size == 4
-        assert net.lrs[0] == 0.02  # sqrt(16 / 4) until something is measured
+        assert module.lrs[0] == 0.0105  # on the way to sqrt(16 / 4) until something is measured
         assert callback.history.num_measurements > 4
 
     @pytest.mark.parametrize("objective", ["alignment", "progress", "step"])
     def test_with_another_objective_goes_on_with_the_measurements(
-        self, make_trainer: MakeTrainer, checkpoint: Path, objective: str
+        self, checkpoint: Path, objective: str
     ) -> None:
         callback = surge(objective=objective)
-        self._resumed(make_trainer, checkpoint, callback)
+        self._resumed(checkpoint, callback)
         assert callback.history.num_measurements > STEPS
 
-    def test_with_the_edge_where_none_was_measured(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
-        trainer = make_trainer(surge(objective="alignment"))
-        trainer.fit(Net(), data())
+    def test_with_the_edge_where_none_was_measured(self, tmp_path: Path) -> None:
+        trainer, before = make_trainer(surge(objective="alignment")), net()
+        trainer.fit(before, batches())
         trainer.save_checkpoint(tmp_path / "alignment.ckpt")
         callback = surge(objective="edge")
-        net = self._resumed(make_trainer, tmp_path / "alignment.ckpt", callback)
-        assert net.lrs[0] == 0.02  # no edge is known yet
+        module = self._resumed(tmp_path / "alignment.ckpt", callback)
+        assert module.lrs[0] == pytest.approx(1.05 * before.lrs[-1])  # no edge is known yet
         assert callback.law is not None
         assert math.isfinite(callback.law.edge_lr(BATCH))
 
-    def test_with_other_parameters_behind_the_sharpness(
-        self, make_trainer: MakeTrainer, checkpoint: Path
-    ) -> None:
-        def change(callbacks: State) -> None:
-            (state,) = callbacks.values()
-            state["measurer"]["sharpness"]["vector"] = [torch.ones(3), torch.ones(2, 2, dtype=torch.float64)]
+    def test_with_other_parameters_behind_the_sharpness(self, checkpoint: Path) -> None:
+        for vector in ([torch.ones(3), torch.ones(2, 2)], None):  # None: of the same shapes, in other numbers
 
-        callback = surge(objective="edge")
-        self._resumed(make_trainer, self._with(checkpoint, change), callback)
-        vector = callback.state_dict()["measurer"]["sharpness"]["vector"]
-        assert [tuple(w.shape) for w in vector] == [(6, 4), (6,), (1, 6), (1,)]
+            def change(callbacks: State, vector: Any = vector) -> None:
+                (state,) = callbacks.values()
+                sharpness = state["measurer"]["sharpness"]
+                sharpness["vector"] = vector or [w.double() for w in sharpness["vector"]]
 
-    def test_with_a_sharpness_of_the_same_shapes_in_other_numbers(
-        self, make_trainer: MakeTrainer, checkpoint: Path
-    ) -> None:
-        def change(callbacks: State) -> None:
-            (state,) = callbacks.values()
-            sharpness = state["measurer"]["sharpness"]
-            sharpness["vector"] = [w.double() for w in sharpness["vector"]]
-
-        callback = surge(objective="edge")
-        self._resumed(make_trainer, self._with(checkpoint, change), callback)
-        vector = callback.state_dict()["measurer"]["sharpness"]["vector"]
-        assert {w.dtype for w in vector} == {torch.float32}
-
-    def test_from_damaged_state(self, make_trainer: MakeTrainer, checkpoint: Path) -> None:
-        def change(callbacks: State) -> None:
-            (state,) = callbacks.values()
-            del state["history"]["records"][2]["curvatures"]
-
-        callback = surge(objective="edge")
-        with pytest.warns(UserWarning, match="KeyError: 'curvatures': .*afresh"):
-            net = self._resumed(make_trainer, self._with(checkpoint, change), callback)
-        assert net.lrs[0] == 0.02
-        assert callback.history.num_measurements > 4
+            callback = surge(objective="edge")
+            self._resumed(self._with(checkpoint, change), callback)
+            found = callback.state_dict()["measurer"]["sharpness"]["vector"]
+            assert [tuple(w.shape) for w in found] == [(6, 4), (6,), (1, 6), (1,)]
+            assert {w.dtype for w in found} == {torch.float32}
 
     @pytest.mark.parametrize("whole_state", [True, False])
-    def test_in_the_middle_of_a_run(self, make_trainer: MakeTrainer, whole_state: bool) -> None:
+    def test_in_the_middle_of_a_run(self, whole_state: bool) -> None:
         # As a learning-rate finder does that is asked within training.
         class Restoring(Callback):
             def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -472,35 +380,35 @@ class TestGoingOn:
                     callback.load_state_dict(state if whole_state else {"version": 2})
 
         callback = surge(objective="edge")
-        again = Net()
+        again = net()
         if whole_state:
-            make_trainer(callback, Restoring()).fit(again, data())
-            plain, without = Net(), surge(objective="edge")
-            make_trainer(without).fit(plain, data())
+            make_trainer(callback, Restoring()).fit(again, batches())
+            plain, without = net(), surge(objective="edge")
+            make_trainer(without).fit(plain, batches())
             assert again.lrs == plain.lrs
             assert repr(callback.state_dict()) == repr(without.state_dict())
         else:
-            with pytest.warns(UserWarning, match="KeyError: 'measurer'.*afresh"):
-                make_trainer(callback, Restoring()).fit(again, data())
+            with pytest.warns(UserWarning, match="Expected SurgeState with 'base_batch_size'.*afresh"):
+                make_trainer(callback, Restoring()).fit(again, batches())
             assert callback.history.num_measurements == STEPS - 7 - 1
 
     def test_a_validation_of_a_checkpoint_without_state_keeps_what_was_measured(
-        self, make_trainer: MakeTrainer, checkpoint: Path
+        self, checkpoint: Path
     ) -> None:
-        class Validated(Net):
+        class Validated(Regression):
             def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
                 self.net(batch[0])
 
             def val_dataloader(self) -> Any:
-                return data()
+                return batches()
 
         path = self._with(checkpoint, lambda callbacks: callbacks.clear())
         callback = surge()
         trainer = make_trainer(callback)
-        net = Validated()
-        trainer.fit(net, data())
+        module = Validated(width=6)
+        trainer.fit(module, batches())
         count = callback.history.num_measurements
-        trainer.validate(net, data(), ckpt_path=path, verbose=False)
+        trainer.validate(module, batches(), ckpt_path=path, verbose=False)
         assert callback.history.num_measurements == count > 4
 
 
@@ -540,11 +448,11 @@ class TestBatchSizeScheduler:
     @pytest.mark.parametrize(
         ("path", "value", "message"),
         [
-            (("accumulation",), 0, "accumulation to be a whole number of at least 1, got accumulation=0"),
-            (("accumulation",), 2.0, "got accumulation=2.0"),
-            (("examples",), math.nan, "Expected 0 <= examples < inf, got examples=nan"),
-            (("epoch_begin",), [1.0], "not enough values to unpack"),
-            (("followed",), "16", "got followed='16'"),
+            (("accumulation",), 0, "whole number accumulation >= 1, got accumulation=0"),
+            (("accumulation",), 2.0, "accumulation to be of type int, got 2.0"),
+            (("examples",), math.nan, "SchedulerState.examples < inf, got SchedulerState.examples=nan"),
+            (("epoch_begin",), [1, 2.0, -3.0], "0 <= examples and epoch_begin < inf, got .*=-3.0"),
+            (("followed",), "16", "followed to be of type int, got '16'"),
             (("version",), 0, "version 2 in the checkpoint, got 0"),
         ],
     )
@@ -568,25 +476,25 @@ class TestBatchSizeScheduler:
         ],
     )
     def test_damaged_random_states_are_left_alone_altogether(
-        self, make_trainer: MakeTrainer, tmp_path: Path, path: tuple[Any, ...], value: Any
+        self, tmp_path: Path, path: tuple[Any, ...], value: Any
     ) -> None:
         saving = ModelCheckpoint(tmp_path, filename="whole", every_n_train_steps=STEPS)
-        make_trainer(ExactResume(), saving).fit(Net(), data())
+        make_trainer(ExactResume(), saving).fit(net(), batches())
         content = torch.load(tmp_path / "whole.ckpt", weights_only=True)
         content["callbacks"]["ExactResume"] = damaged(content["callbacks"]["ExactResume"], path, value)
         torch.save(content, tmp_path / "changed.ckpt")
 
         class Look(Callback):
             def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-                self.streams = random_states()
+                self.streams = to_portable(RandomState.capture())
 
-        look, net = Look(), Net()
+        look, module = Look(), net()
         trainer = make_trainer(ExactResume(), look, max_epochs=2)
         pl.seed_everything(5, verbose=False)
-        expected = random_states()
+        expected = to_portable(RandomState.capture())
         with pytest.warns(UserWarning, match="Expected whole random states in the checkpoint, got "):
-            trainer.fit(net, data(), ckpt_path=tmp_path / "changed.ckpt", weights_only=True)
-        assert len(net.lrs) == STEPS
+            trainer.fit(module, batches(), ckpt_path=tmp_path / "changed.ckpt", weights_only=True)
+        assert len(module.lrs) == STEPS
         assert torch.equal(look.streams["python"]["words"], expected["python"]["words"])
         assert torch.equal(look.streams["numpy"]["words"], expected["numpy"]["words"])
 
@@ -606,6 +514,6 @@ class TestClock:
         saved.step()
         fresh = clock()
         before = fresh.state_dict()
-        with pytest.raises(ValueError, match=f"finite counts .* {name}={value!r}.* resume from another one"):
+        with pytest.raises(ValueError, match=f"{name}.*{value!r}: "):
             fresh.load_state_dict(saved.state_dict() | {name: value})
         assert fresh.state_dict() == before

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,12 @@ from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback
 from lightning_surge.callbacks.checks import check_processes
 from lightning_surge.schedules.sizes import GeometricRamp
 from tests.processes import environment, on_ranks
-from tests.trainings import at_update
+from tests.trainings import assert_same, at_update, make_trainer
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork"),
+]
 
 GLOBAL, SLICES, STEPS = 16, 4, 6
 
@@ -99,12 +103,8 @@ class Net(pl.LightningModule):
 
     def on_train_end(self) -> None:
         callback = next((c for c in self.trainer.callbacks if isinstance(c, SurgeLRCallback)), None)  # type: ignore[attr-defined]
-        weights = [
-            parameter.full_tensor() if self.shard else parameter.detach()
-            for parameter in self.net.parameters()
-        ]
-        said: dict[str, Any] = {"lrs": self.lrs}
-        said["weights"] = [weight.detach().clone() for weight in weights]
+        weights = [p.full_tensor() if self.shard else p for p in self.net.parameters()]
+        said: dict[str, Any] = {"lrs": self.lrs, "weights": [weight.detach().clone() for weight in weights]}
         if callback is not None:
             said["stats"] = repr(callback.history.stats())
             said["measured"] = callback.history.num_measurements
@@ -139,23 +139,9 @@ def train(
     module: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Run]:
-    torch.set_num_threads(1)
     path.mkdir(parents=True, exist_ok=True)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy=strategy if devices > 1 else "auto",
-        use_distributed_sampler=False,
-        callbacks=list(callbacks),
-        **{
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-            "max_epochs": 1,
-        }
-        | options,
-    )
+    options |= {"devices": devices, "strategy": strategy if devices > 1 else "auto"}
+    trainer = make_trainer(*callbacks, use_distributed_sampler=False, **options)
     net = make(path, **({"alone": devices == 1} | (module or {})))
     trainer.fit(net, ckpt_path=None if resume is None else str(resume), weights_only=True)
     if os.environ.get("LOCAL_RANK"):
@@ -173,9 +159,15 @@ def surge(**options: Any) -> SurgeLRCallback:
 
 
 def assert_equal(left: Run, right: Run) -> None:
-    assert left.lrs == right.lrs
-    for a, b in zip(left.weights, right.weights, strict=True):
-        assert torch.equal(a, b)
+    assert_same([left.lrs, left.weights], [right.lrs, right.weights])
+
+
+def assert_traceless(path: Path, run: Callable[..., list[Run]], *measuring: pl.Callback) -> None:
+    """What `run` makes of a folder and callbacks is the same with those that measure, and without."""
+    measured = run(path / "measured", *measuring)
+    assert measured[0].said["measured"] > 0
+    for with_callback, without in zip(measured, run(path / "plain"), strict=True):
+        assert_equal(with_callback, without)
 
 
 def assert_alike(left: Run, right: Run, **tolerance: float) -> None:
@@ -254,16 +246,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 def test_a_dry_run_leaves_no_trace(
     tmp_path: Path, strategy: str, accumulation: int, options: dict[str, Any]
 ) -> None:
-    def runs(name: str, *callbacks: pl.Callback) -> list[Run]:
+    def run(path: Path, *callbacks: pl.Callback) -> list[Run]:
         ddp = DDPStrategy(start_method="fork", **STRATEGIES[strategy])
-        return train(
-            tmp_path / name, *callbacks, strategy=ddp, max_epochs=2, accumulate_grad_batches=accumulation
-        )
+        return train(path, *callbacks, strategy=ddp, max_epochs=2, accumulate_grad_batches=accumulation)
 
-    measured = runs("measured", surge(dry_run=True, probe_every=1, **options))
-    assert measured[0].said["measured"] > 0
-    for with_callback, without in zip(measured, runs("plain"), strict=True):
-        assert_equal(with_callback, without)
+    assert_traceless(tmp_path, run, surge(dry_run=True, probe_every=1, **options))
 
 
 def test_a_process_with_shorter_batches_counts_by_its_examples(tmp_path: Path) -> None:
@@ -378,10 +365,8 @@ def test_resumed_on_two_processes(tmp_path: Path) -> None:
     middle = tmp_path / "whole" / f"step={STEPS}.ckpt"
     again = train(tmp_path / "b", *callbacks("again"), max_epochs=3, resume=middle)
     for left, right in zip(whole, again, strict=True):
-        assert left.lrs[STEPS:] == right.lrs
         assert left.said["numbers"] == right.said["numbers"]
-        for a, b in zip(left.weights, right.weights, strict=True):
-            assert torch.equal(a, b)
+        assert_equal(left._replace(lrs=left.lrs[STEPS:]), right)
 
 
 class BatchNormNet(Net):
@@ -392,13 +377,8 @@ class BatchNormNet(Net):
 
 @pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices is not")
 def test_batch_norm_leaves_batches_whole_and_buffers_alone(tmp_path: Path) -> None:
-    def runs(name: str, *callbacks: pl.Callback) -> list[Run]:
-        return train(tmp_path / name, *callbacks, make=BatchNormNet, max_epochs=3)
-
-    measured = runs("measured", surge(dry_run=True, probe_every=1))
-    assert measured[0].said["measured"] > 0
-    for with_callback, without in zip(measured, runs("plain"), strict=True):
-        assert_equal(with_callback, without)
+    run = partial(train, make=BatchNormNet, max_epochs=3)
+    assert_traceless(tmp_path, run, surge(dry_run=True, probe_every=1))
 
 
 class TwoPlayers(Net):
@@ -423,29 +403,22 @@ class TwoPlayers(Net):
         return [super().configure_optimizers(), torch.optim.Adam(self.other.parameters(), lr=0.01)]
 
 
-def first_loss(module: TwoPlayers, batch: Sequence[Tensor]) -> Tensor:
-    return module.losses(batch)[0]
-
-
-def second_loss(module: TwoPlayers, batch: Sequence[Tensor]) -> Tensor:
-    return module.losses(batch)[1]
-
-
 def test_two_optimizers_on_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     def players(**options: Any) -> list[pl.Callback]:
-        losses = (first_loss, second_loss)
-        return [surge(optimizer=index, loss_fn=loss, **options) for index, loss in enumerate(losses)]
+        return [
+            surge(optimizer=i, loss_fn=lambda module, batch, i=i: module.losses(batch)[i], **options)
+            for i in (0, 1)
+        ]
 
-    def two(name: str, *callbacks: pl.Callback) -> list[Run]:
+    def two(path: Path, *callbacks: pl.Callback) -> list[Run]:
         ddp = DDPStrategy(start_method="fork", find_unused_parameters=True)
-        return train(tmp_path / name, *callbacks, make=TwoPlayers, strategy=ddp)
+        return train(path, *callbacks, make=TwoPlayers, strategy=ddp)
 
-    first, second = two("two", *players())
+    first, second = two(tmp_path / "two", *players())
     (alone,) = train(tmp_path / "one", *players(), make=TwoPlayers, devices=1)
     assert_equal(first, second)
     assert_alike(first, alone)
-    for with_callbacks, without in zip(two("dry", *players(dry_run=True)), two("plain"), strict=True):
-        assert_equal(with_callbacks, without)
+    assert_traceless(tmp_path, two, *players(dry_run=True))
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -481,7 +454,6 @@ class TestSharded:
             strategy = ModelParallelStrategy(data_parallel_size=count, tensor_parallel_size=1)
             train(path, *callbacks, devices=count, strategy=strategy, module={"shard": True}, **options)
 
-        torch.set_num_threads(1)
         with environment(count):
             on_ranks(work, count, talk=False)
         return [loaded(path, rank) for rank in range(count)]
@@ -507,8 +479,5 @@ class TestSharded:
 
     @pytest.mark.parametrize("accumulation", [1, 4])
     def test_a_dry_run_leaves_no_trace(self, tmp_path: Path, accumulation: int) -> None:
-        options: dict[str, Any] = {"accumulate_grad_batches": accumulation, "max_epochs": 2}
-        measured = self.runs(tmp_path / "measured", surge(dry_run=True, probe_every=1), **options)
-        assert measured[0].said["measured"] > 0
-        for with_callback, without in zip(measured, self.runs(tmp_path / "plain", **options), strict=True):
-            assert_equal(with_callback, without)
+        run = partial(self.runs, accumulate_grad_batches=accumulation, max_epochs=2)
+        assert_traceless(tmp_path, run, surge(dry_run=True, probe_every=1))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,16 +12,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Adafactor, Adagrad, AdamW, NAdam, Optimizer, RMSprop
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import SurgeLRCallback
+from tests.trainings import columns, make_trainer, scaling
 
 LR = 1e-3
-MakeTrainer = Callable[..., pl.Trainer]
 
 
 class Spied(AdamW):
@@ -90,41 +87,28 @@ class Writing(pl.LightningModule):
         if hook in self.writes:
             self.writes[hook](self)
 
-    def on_train_batch_start(self, *args: Any) -> None:
-        self._write("on_train_batch_start")
-
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.step = batch_idx
         self._write("training_step")
         return torch.stack([(batch[0] @ weight).square().mean() for weight in self.weights]).sum()
 
-    def on_before_zero_grad(self, *args: Any) -> None:
-        self._write("on_before_zero_grad")
-
-    def on_before_backward(self, *args: Any) -> None:
-        self._write("on_before_backward")
-
-    def on_after_backward(self) -> None:
-        self._write("on_after_backward")
-
-    def on_before_optimizer_step(self, *args: Any) -> None:
-        self._write("on_before_optimizer_step")
-
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        self._write("configure_gradient_clipping")
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self._write("optimizer_step")
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self._write("on_train_batch_end")
 
     def configure_optimizers(self) -> Any:
         if not self.schedule:
             return self.spied
         scheduler = ExponentialLR(self.spied, 0.9)
         return {"optimizer": self.spied, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def writing(hook: str) -> Callable[..., None]:
+    return lambda self, *args, **kwargs: self._write(hook)
+
+
+for hook in set(Writing.HOOKS) - {"training_step", "optimizer_step"}:
+    setattr(Writing, hook, writing(hook))
 
 
 def data(batches: int = 5, size: int = 8) -> DataLoader[Any]:
@@ -135,10 +119,6 @@ def data(batches: int = 5, size: int = 8) -> DataLoader[Any]:
 def sqrt(base: float = 2, **options: Any) -> SurgeLRCallback:
     """The factor is 2 at batches of 8."""
     return SurgeLRCallback(base, "sqrt", **options)
-
-
-def scaling() -> MixedPrecision:
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
 
 
 def lrs(module: Writing) -> list[float]:
@@ -173,7 +153,7 @@ class TestWhoeverWrites:
     """What the update reads is the factor times what it would have read alone; nothing else changes."""
 
     @staticmethod
-    def compare(make_trainer: MakeTrainer, make: Callable[[], Writing], **options: Any) -> Writing:
+    def compare(make: Callable[[], Writing], **options: Any) -> Writing:
         alone, together = make(), make()
         make_trainer(**options).fit(alone, data())
         make_trainer(sqrt(), **options).fit(together, data())
@@ -186,12 +166,12 @@ class TestWhoeverWrites:
     @pytest.mark.parametrize("schedule", [False, True])
     @pytest.mark.parametrize("write", [decay, count_up, once, grow])
     @pytest.mark.parametrize("hook", Writing.HOOKS)
-    def test_in_any_hook(self, make_trainer: MakeTrainer, hook: str, write: Any, schedule: bool) -> None:
+    def test_in_any_hook(self, hook: str, write: Any, schedule: bool) -> None:
         if write is grow and schedule:
             pytest.skip("torch's schedulers do not follow groups that are added")
-        self.compare(make_trainer, lambda: Writing({hook: write}, schedule=schedule))
+        self.compare(lambda: Writing({hook: write}, schedule=schedule))
 
-    def test_the_values_of_those_cases(self, make_trainer: MakeTrainer) -> None:
+    def test_the_values_of_those_cases(self) -> None:
         early = Writing({"on_train_batch_start": decay})
         make_trainer(sqrt()).fit(early, data(3))
         assert lrs(early) == pytest.approx([0.0018, 0.00162, 0.001458])
@@ -203,14 +183,14 @@ class TestWhoeverWrites:
         assert lrs(jump) == pytest.approx([0.002, 0.002, 0.004, 0.004])
         assert jump.groups[0]["lr"] == 0.002
 
-    def test_weight_decay_that_is_kept(self, make_trainer: MakeTrainer) -> None:
+    def test_weight_decay_that_is_kept(self) -> None:
         module = Writing({"on_before_optimizer_step": change_decay}, weight_decay=0.01)
         make_trainer(sqrt(scale_weight_decay=False)).fit(module, data(3))
         assert module.spied.read == [[(2 * LR, 0.02)]] * 3
         assert module.groups[0]["weight_decay"] == 0.04
 
     @pytest.mark.parametrize("seed", range(20))
-    def test_at_random(self, make_trainer: MakeTrainer, seed: int) -> None:
+    def test_at_random(self, seed: int) -> None:
         draw = random.Random(seed)
         accumulation = draw.choice([1, 1, 2, 3])
         writes = {
@@ -225,16 +205,16 @@ class TestWhoeverWrites:
         assert together.spied.read == [[(2 * lr, wd) for lr, wd in groups] for groups in alone.spied.read]
         assert together.seen == alone.seen
 
-    def test_from_hooks_of_the_optimizer(self, make_trainer: MakeTrainer) -> None:
+    def test_from_hooks_of_the_optimizer(self) -> None:
         class Hooked(Writing):
             def configure_optimizers(self) -> Any:
                 self.spied.register_step_pre_hook(lambda *args: decay(self))
                 self.spied.register_step_post_hook(lambda *args: decay(self))
                 return self.spied
 
-        self.compare(make_trainer, Hooked)
+        self.compare(Hooked)
 
-    def test_from_a_hook_that_is_there_later_under_a_scaler(self, make_trainer: MakeTrainer) -> None:
+    def test_from_a_hook_that_is_there_later_under_a_scaler(self) -> None:
         class Late(Writing):
             def on_train_batch_start(self, *args: Any) -> None:
                 if not self.seen:
@@ -242,12 +222,12 @@ class TestWhoeverWrites:
                 super().on_train_batch_start(*args)
 
         module = Late()
-        make_trainer(sqrt(), plugins=scaling()).fit(module, data(3))
+        make_trainer(sqrt(), plugins=scaling(8.0)).fit(module, data(3))
         assert lrs(module) == pytest.approx([0.0018, 0.00162, 0.001458])
 
 
 class TestStepsLeftOut:
-    def test_by_the_module(self, make_trainer: MakeTrainer) -> None:
+    def test_by_the_module(self) -> None:
         class Skipping(Writing):
             def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
                 closure = kwargs.get("optimizer_closure") or args[3]
@@ -264,19 +244,19 @@ class TestStepsLeftOut:
         assert together.seen == alone.seen
 
     @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-    def test_by_a_scaler(self, make_trainer: MakeTrainer) -> None:
+    def test_by_a_scaler(self) -> None:
         class Overflowing(Writing):
             def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
                 return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 1 else 1.0)
 
         alone, together = Overflowing(schedule=True), Overflowing(schedule=True)
         for module, callbacks in ((alone, []), (together, [sqrt()])):
-            make_trainer(*callbacks, plugins=scaling()).fit(module, data(4))
+            make_trainer(*callbacks, plugins=scaling(8.0)).fit(module, data(4))
         assert lrs(together) == [2 * lr for lr in lrs(alone)]
         assert together.groups[0]["lr"] == alone.groups[0]["lr"]
 
     @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-    def test_by_a_batch_without_a_loss(self, make_trainer: MakeTrainer) -> None:
+    def test_by_a_batch_without_a_loss(self) -> None:
         class Empty(Writing):
             def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
                 loss = super().training_step(batch, batch_idx)
@@ -287,7 +267,7 @@ class TestStepsLeftOut:
         assert lrs(module) == [2 * LR, LR, 2 * LR, 2 * LR]
         assert module.groups[0]["lr"] == LR
 
-    def test_by_an_error_in_the_update(self, make_trainer: MakeTrainer) -> None:
+    def test_by_an_error_in_the_update(self) -> None:
         class Failing(Writing):
             def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
                 with contextlib.suppress(ArithmeticError):
@@ -309,51 +289,7 @@ class TestStepsLeftOut:
 
 
 class TestOptimizers:
-    OPTIMIZERS: tuple[Callable[..., Optimizer], ...] = (
-        SGD,
-        AdamW,
-        lambda params, lr: AdamW(params, lr=lr, fused=True),
-        lambda params, lr: AdamW(params, lr=lr, foreach=True),
-        lambda params, lr: AdamW(params, lr=torch.tensor(lr), foreach=False),
-        NAdam,
-        RMSprop,
-        Adagrad,
-        Adafactor,
-        lambda params, lr: LBFGS(params, lr=lr),
-    )
-
-    @pytest.mark.parametrize("make_optimizer", OPTIMIZERS)
-    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-    def test_step_as_with_twice_the_learning_rate(
-        self, make_trainer: MakeTrainer, make_optimizer: Any, precision: str
-    ) -> None:
-        class Plain(pl.LightningModule):
-            def __init__(self, lr: float) -> None:
-                super().__init__()
-                self.layer = torch.nn.Linear(2, 2)
-                torch.nn.init.constant_(self.layer.weight, 0.5)
-                torch.nn.init.constant_(self.layer.bias, 0.5)
-                self.lr = lr
-                self.seen: set[float] = set()
-
-            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-                self.seen.add(round(float(self.trainer.optimizers[0].param_groups[0]["lr"]), 9))
-                return self.layer(batch[0]).square().mean()
-
-            def configure_optimizers(self) -> Any:
-                optimizer = make_optimizer(self.parameters(), lr=self.lr)
-                return {"optimizer": optimizer, "lr_scheduler": ExponentialLR(optimizer, 0.5)}
-
-        alone, together = Plain(2**-6), Plain(2**-7)
-        make_trainer(precision=precision, max_epochs=2).fit(alone, data())
-        make_trainer(sqrt(), precision=precision, max_epochs=2).fit(together, data())
-        for one, other in zip(alone.parameters(), together.parameters(), strict=True):
-            assert torch.equal(one, other)
-        assert together.seen == {2**-7, 2**-8}
-
-    def test_that_read_before_the_closure_are_named(
-        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_that_read_before_the_closure_are_named(self, caplog: pytest.LogCaptureFixture) -> None:
         class Early(Spied):
             def step(self, closure: Any = None) -> Any:
                 ahead = [group["lr"] for group in self.param_groups]
@@ -375,41 +311,21 @@ class TestOptimizers:
         assert set(module.seen) == {LR}
 
 
-def column(logger: CSVLogger, name: str) -> list[float]:
-    with (Path(logger.log_dir) / "metrics.csv").open() as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
-
-
 class TestLogs:
-    def test_what_the_update_read(self, make_trainer: MakeTrainer, tmp_path: Any) -> None:
+    def test_what_the_update_read(self, tmp_path: Any) -> None:
         module = Writing({"configure_gradient_clipping": count_up, "on_train_batch_end": decay})
         logger = CSVLogger(tmp_path)
         make_trainer(LearningRateMonitor("step"), sqrt(), logger=logger).fit(module, data(4))
-        assert column(logger, "surge/lr_used") == pytest.approx(lrs(module))
-        assert column(logger, "surge/lr_scheduled") == pytest.approx([lr / 2 for lr in lrs(module)])
+        assert columns(logger)["surge/lr_used"] == pytest.approx(lrs(module))
+        assert columns(logger)["surge/lr_scheduled"] == pytest.approx([lr / 2 for lr in lrs(module)])
 
-    def test_the_schedule_in_the_monitor(self, make_trainer: MakeTrainer, tmp_path: Any) -> None:
+    def test_the_schedule_in_the_monitor(self, tmp_path: Any) -> None:
         module, logger = Writing(schedule=True), CSVLogger(tmp_path)
         make_trainer(LearningRateMonitor("step"), sqrt(), logger=logger).fit(module, data(4))
-        assert column(logger, "lr-Spied") == pytest.approx([LR * 0.9**step for step in range(4)])
-
-    def test_in_a_dry_run_the_factor_is_only_told(self, make_trainer: MakeTrainer) -> None:
-        module = Writing()
-        trainer = make_trainer(sqrt(dry_run=True))
-        trainer.fit(module, data(2))
-        assert lrs(module) == [LR, LR]
-        assert trainer.callback_metrics["surge/lr_used"] == pytest.approx(LR)
-        assert trainer.callback_metrics["surge/lr_predicted"] == pytest.approx(2 * LR)
+        assert columns(logger)["lr-Spied"] == pytest.approx([LR * 0.9**step for step in range(4)])
 
 
-def test_a_shorter_last_window_is_not_shortened_twice(make_trainer: MakeTrainer) -> None:
-    # Lightning divides its loss by the accumulation that is set, so its gradient is half of the mean.
-    module = Writing()
-    make_trainer(SurgeLRCallback(16, "sqrt"), accumulate_grad_batches=2).fit(module, data(5))
-    assert lrs(module) == [LR, LR, LR]
-
-
-def test_manual_optimization_takes_the_same_path(make_trainer: MakeTrainer) -> None:
+def test_manual_optimization_takes_the_same_path() -> None:
     class Manual(Writing):
         def __init__(self) -> None:
             super().__init__(schedule=True)

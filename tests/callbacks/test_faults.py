@@ -1,8 +1,8 @@
 """Whatever fails while measuring, wherever it fails: training goes on, or ends, with what it had."""
 
 import gc
-import math
 import random
+import re
 import signal
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,26 +14,21 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from lightning_surge import SurgeLRCallback
+from lightning_surge import BatchSizeScheduler, SurgeLRCallback
 from lightning_surge.callbacks.measuring.measurer import Measurer
 from lightning_surge.callbacks.measuring.repeated_loss import RepeatedLoss
 from lightning_surge.measure.budget import ProbeBudget
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.measurement import LawMeasurement
+from lightning_surge.schedules.sizes import ConstantSize
+from tests.trainings import Memory, make_trainer, regression_data
 
-MakeTrainer = Callable[..., pl.Trainer]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:Measuring failed and is tried again later"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Measuring failed and is tried again later")
 
 MICRO = 8
 
@@ -96,10 +91,7 @@ class Drawing(pl.LightningModule):
 
 
 def data(batches: int) -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(MICRO * batches, 3, generator=generator)
-    y = x.sum(dim=1, keepdim=True) + torch.randn(len(x), 1, generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=MICRO)
+    return regression_data(MICRO * batches, MICRO, features=3)
 
 
 class Allocations(TorchDispatchMode):
@@ -250,6 +242,7 @@ def surge(accumulation: int, **options: Any) -> SurgeLRCallback:
     return SurgeLRCallback(**({"base_batch_size": size, "probe_every": 1, "probe_examples": size} | options))
 
 
+@pytest.mark.slow
 class TestAnywhere:
     """A failure at every single place of a measurement, one after the other, in one training."""
 
@@ -257,12 +250,7 @@ class TestAnywhere:
     @pytest.mark.parametrize("stage", ["forward", "backward", "allocation"])
     @pytest.mark.parametrize("case", CASES)
     def test_it_leaves_the_training_that_there_was(
-        self,
-        make_trainer: MakeTrainer,
-        inject: Callable[[Injector], None],
-        case: str,
-        stage: str,
-        every_second: bool,
+        self, inject: Callable[[Injector], None], case: str, stage: str, every_second: bool
     ) -> None:
         accumulation = CASES[case].get("accumulation", 1)
         optimizer = CASES[case].get("optimizer", "adamw")
@@ -295,7 +283,7 @@ class TestAnywhere:
         assert plain.traces == found
 
     def test_errors_of_the_users_code_are_told_wherever_they_are_raised(
-        self, make_trainer: MakeTrainer, inject: Callable[[Injector], None]
+        self, inject: Callable[[Injector], None]
     ) -> None:
         # ValueError and ZeroDivisionError are what measuring itself raises where there is nothing to measure.
         for error in (ValueError, ZeroDivisionError):
@@ -342,6 +330,7 @@ def _interrupts_stay_possible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_interrupts_stay_possible")
 class TestInterrupts:
     # In a probe: slices, a secant, the reference, the sharpness. In a window: secants after the second and
@@ -363,7 +352,6 @@ class TestInterrupts:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
     def test_end_the_training_as_if_nothing_had_been_measured(
         self,
-        make_trainer: MakeTrainer,
         inject: Callable[[Injector], None],
         case: str,
         stage: str,
@@ -394,60 +382,9 @@ class TestInterrupts:
         assert "log" not in vars(found)
         assert all(group["lr"] == 0.01 for group in trainer.optimizers[0].param_groups)
 
-    @pytest.mark.parametrize("accumulation", [1, 4])
-    def test_give_the_learning_rate_back(
-        self, make_trainer: MakeTrainer, inject: Callable[[Injector], None], accumulation: int
-    ) -> None:
-        injector = Injector("forward", KeyboardInterrupt, quiet=6)
-        inject(injector)
-        seen: list[float] = []
-
-        def tell(stage: str) -> None:
-            if injector.measuring:
-                seen.append(trainer.optimizers[0].param_groups[0]["lr"])
-            injector.tell(stage)
-
-        module = Drawing()
-        module.tell = tell
-        callback = surge(accumulation, base_batch_size=MICRO * accumulation / 4, objective="alignment")
-        trainer = make_trainer(callback, Steering(injector), accumulate_grad_batches=accumulation)
-        with pytest.raises(SystemExit):
-            trainer.fit(module, data(60))
-        assert set(seen) == {0.01}
-        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
-        assert len(trainer.optimizers[0]._optimizer_step_post_hooks) == 0
-
-
-class Refusing(CSVLogger):
-    """Writes so many times, and then never again."""
-
-    def __init__(self, path: str, times: float) -> None:
-        super().__init__(path)
-        self.left = times
-        self.calls = 0
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self.calls += 1
-        if self.calls > self.left:
-            raise OSError("no space left on device")
-        super().log_metrics(metrics, step)
-
 
 class TestElsewhere:
-    def test_a_logger_that_fails_ends_the_training_as_it_would_without_the_callback(
-        self, make_trainer: MakeTrainer, tmp_path: Any
-    ) -> None:
-        module = Drawing()
-        callback = surge(1, base_batch_size=2)
-        trainer = make_trainer(callback, logger=Refusing(str(tmp_path), 3))
-        with pytest.raises(OSError, match="no space left"):
-            trainer.fit(module, data(12))
-        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
-        assert trainer.global_step == 4
-
-    def test_a_logger_is_never_asked_within_a_measurement(
-        self, make_trainer: MakeTrainer, tmp_path: Any
-    ) -> None:
+    def test_a_logger_is_never_asked_within_a_measurement(self) -> None:
         class Logging(Drawing):
             def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
                 loss = super().training_step(batch, batch_idx)
@@ -456,15 +393,13 @@ class TestElsewhere:
                 self.logger.log_metrics({"direct": loss.item()}, step=self.count)
                 return loss
 
-        logger = Refusing(str(tmp_path), math.inf)
+        logger = Memory()
         callback = surge(1)
         make_trainer(callback, logger=logger).fit(Logging(), data(12))
         assert callback.history.num_measurements == 11
-        assert logger.calls == 2 * 12  # by training_step itself, and by the Trainer for it
+        assert len(logger.rows) == 2 * 12  # by training_step itself, and by the Trainer for it
 
-    def test_batch_size_fn_that_fails_on_a_slice_costs_the_measurement(
-        self, make_trainer: MakeTrainer
-    ) -> None:
+    def test_batch_size_fn_that_fails_on_a_slice_costs_the_measurement(self) -> None:
         # The first batch is cut before training begins, and would be refused there.
         slices: list[bool] = []
 
@@ -484,24 +419,8 @@ class TestElsewhere:
         assert plain.traces == found
         assert callback.history.num_measurements == 0
 
-    def test_batch_size_fn_that_fails_on_a_batch_is_the_users_error(self, make_trainer: MakeTrainer) -> None:
-        # Without it there is no learning rate to decide on.
-        calls: list[int] = []
-
-        def count(batch: list[Tensor]) -> float:
-            calls.append(len(batch[0]))
-            if len(calls) > 20:
-                raise KeyError("lengths")
-            return float(len(batch[0]))
-
-        trainer = make_trainer(SurgeLRCallback(2, "linear", batch_size_fn=count))
-        with pytest.raises(KeyError, match="lengths"):
-            trainer.fit(Drawing(), data(40))
-        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
-        assert trainer.global_step == 20
-
     def test_a_trace_that_cannot_be_undone_leaves_nothing_of_the_measurement_behind(
-        self, make_trainer: MakeTrainer, inject: Callable[[Injector], None]
+        self, inject: Callable[[Injector], None]
     ) -> None:
         class Scribbling(Drawing):
             def __init__(self) -> None:
@@ -521,3 +440,53 @@ class TestElsewhere:
         finally:
             gc.enable()
         assert watching.leaked == 0
+
+
+class TestWarningsAsErrors:
+    """As under `python -W error`, which the tests have for a rule: what would be warned of is logged."""
+
+    @staticmethod
+    def broken(module: Any, batch: Any) -> Tensor:
+        raise ValueError("not today")
+
+    @pytest.mark.filterwarnings("error:Measuring failed")
+    @pytest.mark.parametrize(
+        ("callbacks", "message"),
+        [
+            (lambda: [surge(1, loss_fn=TestWarningsAsErrors.broken)], "Measuring failed .* not today"),
+            (
+                lambda: [surge(1, loss_fn=lambda module, batch: module.last.bias.sum() * torch.nan)],
+                "No law was",
+            ),
+            (
+                lambda: [surge(1, loss_fn=lambda module, batch: module.first(batch[0]).square().sum())],
+                "couples examples",
+            ),
+            (lambda: [BatchSizeScheduler(ConstantSize(512))], "size=512 needs 64 micro-batches"),
+            (
+                lambda: [BatchSizeScheduler(ConstantSize(16)), Stretching()],
+                "another callback or the Lightning",
+            ),
+        ],
+    )
+    def test_end_no_training(self, unraised: list[str], callbacks: Any, message: str) -> None:
+        trainer = make_trainer(*callbacks())
+        trainer.fit(Drawing(), data(12))
+        assert trainer.state.finished
+        assert any(re.search(message, said) for said in unraised)
+        unraised.clear()
+
+    def test_leave_state_to_be_loaded(self, unraised: list[str]) -> None:
+        callback, scheduler = surge(1), BatchSizeScheduler(ConstantSize(8))
+        callback.load_state_dict({"version": 0})
+        scheduler.load_state_dict({"version": 0})
+        assert ["afresh" in unraised[0], "counts examples from 0" in unraised[1]] == [True, True]
+        unraised.clear()
+
+
+class Stretching(Callback):
+    """Writes the accumulation in mid-run."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.accumulate_grad_batches = 4

@@ -1,8 +1,8 @@
 """BatchSizeScheduler beside SurgeLRCallback: the same sizes for both, and sizes that follow the law."""
 
-import csv
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.sizes import GeometricRamp, LinearRamp, Milestones, Schedule
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import Ragged, columns, make_trainer
 
 FEATURES = 8
 BASE_LR = 0.01
@@ -32,13 +31,8 @@ def examples(size: int) -> Tensor:
     return torch.randn(size, FEATURES, generator=torch.Generator().manual_seed(3))
 
 
-class Ragged(list[Any]):
-    """A loader of batches of any size, which says that they have four examples."""
-
-    batch_size = 4
-
-    def __init__(self, times: int = 1) -> None:
-        super().__init__(examples(times * sum(RAGGED)).split(times * RAGGED))
+def ragged(times: int = 1) -> Ragged:
+    return Ragged(times * RAGGED, FEATURES)
 
 
 def sampled(size: int = 100) -> DataLoader[Any]:
@@ -92,7 +86,7 @@ class Still(SGD):
 MECHANISMS = {
     "sampler": (sampled, LinearRamp(2, 60, 8)),
     "accumulation": (plain, GeometricRamp(4, 32, 8)),
-    "ragged": (Ragged, Milestones({0: 4, 3: 16, 6: 32})),
+    "ragged": (ragged, Milestones({0: 4, 3: 16, 6: 32})),
 }
 every_mechanism = pytest.mark.parametrize(
     ("loader", "schedule"), MECHANISMS.values(), ids=list(MECHANISMS.keys())
@@ -103,12 +97,7 @@ class TestBeside:
     @every_mechanism
     @pytest.mark.parametrize("first", ["scheduler", "surge"])
     def test_the_learning_rate_is_that_of_the_size_each_step_has(
-        self,
-        make_trainer: MakeTrainer,
-        tmp_path: Path,
-        loader: Callable[[], Any],
-        schedule: Schedule,
-        first: str,
+        self, tmp_path: Path, loader: Callable[[], Any], schedule: Schedule, first: str
     ) -> None:
         model = Valley()
         callbacks = [BatchSizeScheduler(schedule), SurgeLRCallback(4, law="sqrt", max_drift_per_step=1e9)]
@@ -118,16 +107,13 @@ class TestBeside:
         )
         trainer.fit(model, loader())
         assert len(set(model.sizes)) >= 4
-        with (Path(logger.log_dir) / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert [float(row["surge/batch_size"]) for row in rows] == model.sizes
-        used = [float(row["surge/lr_used"]) for row in rows]
-        assert used == pytest.approx([BASE_LR * (size / 4) ** 0.5 for size in model.sizes])
+        assert columns(logger)["surge/batch_size"] == model.sizes
+        assert columns(logger)["surge/lr_used"] == pytest.approx(
+            [BASE_LR * (size / 4) ** 0.5 for size in model.sizes]
+        )
 
     @every_mechanism
-    def test_a_dry_run_is_no_callback(
-        self, make_trainer: MakeTrainer, loader: Callable[[], Any], schedule: Schedule
-    ) -> None:
+    def test_a_dry_run_is_no_callback(self, loader: Callable[[], Any], schedule: Schedule) -> None:
         alone, beside = Valley(), Valley()
         make_trainer(BatchSizeScheduler(schedule), max_epochs=3).fit(alone, loader())
         surge = SurgeLRCallback(4, probe_every=2, dry_run=True)
@@ -136,14 +122,14 @@ class TestBeside:
         assert all(torch.equal(*pair) for pair in zip(alone.gradients, beside.gradients, strict=True))
         assert torch.equal(alone.weight, beside.weight)
 
-    def test_weights_are_taken_off_before_micro_batches_are_measured(self, make_trainer: MakeTrainer) -> None:
+    def test_weights_are_taken_off_before_micro_batches_are_measured(self) -> None:
         """Measured live, from windows of sixteen: the same with and without weights."""
         stats = []
         for weighted in (True, False):
             surge = SurgeLRCallback(8, probe_every=3)
             scheduler = BatchSizeScheduler(Milestones({0: 64}), weight_micro_batches=weighted)
             model = Valley(lambda parameters: Still(parameters, lr=0.1))
-            make_trainer(surge, scheduler, max_epochs=3).fit(model, Ragged(6))
+            make_trainer(surge, scheduler, max_epochs=3).fit(model, ragged(6))
             assert model.sizes[0] == sum(RAGGED)  # sixteen micro-batches
             assert surge.history.num_measurements == 5
             stats.append(surge.history.stats())
@@ -157,7 +143,7 @@ class TestBeside:
         # In a valley they are known, per coordinate: 4 var of the gradient's, curvature 2.
         assert weighted.trace_cov == pytest.approx(4 * FEATURES, rel=0.2)
 
-    def test_of_tokens_both_must_be_told(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_of_tokens_both_must_be_told(self, tmp_path: Path) -> None:
         logger = CSVLogger(tmp_path)
         model = Valley()
         surge = SurgeLRCallback(4 * FEATURES, law="sqrt", batch_size_fn=torch.numel)
@@ -166,21 +152,16 @@ class TestBeside:
             micro_batch_size=4 * FEATURES,
             batch_size_fn=torch.numel,
         )
-        make_trainer(surge, scheduler, logger=logger).fit(model, Ragged())
-        with (Path(logger.log_dir) / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert [float(row["surge/batch_size"]) for row in rows] == [FEATURES * size for size in model.sizes]
+        make_trainer(surge, scheduler, logger=logger).fit(model, ragged())
+        assert columns(logger)["surge/batch_size"] == [FEATURES * size for size in model.sizes]
 
 
-def adam(parameters: Any) -> Optimizer:
-    return Adam(parameters, lr=0.1)
-
-
+adam = partial(Adam, lr=0.1)
 RULE = FollowPeak(start=4, maximum=16)
 Run = tuple[Valley, BatchSizeScheduler, SurgeLRCallback]
 
 
-def follow(make_trainer: MakeTrainer, rule: FollowPeak, batches: int = 100, **options: Any) -> Run:
+def follow(rule: FollowPeak, batches: int = 100, **options: Any) -> Run:
     """Towards the bottom of the valley the gradient falls and its noise does not: larger batches pay."""
     surge = SurgeLRCallback(rule.start, probe_every=8, dry_run=options.pop("dry_run", False))
     scheduler, model = BatchSizeScheduler(rule), Valley(adam, **options)
@@ -192,17 +173,7 @@ def follow(make_trainer: MakeTrainer, rule: FollowPeak, batches: int = 100, **op
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a training whose batch size has grown to 16."""
 
-    def make_trainer(*callbacks: pl.Callback) -> pl.Trainer:
-        options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-        return pl.Trainer(
-            callbacks=list(callbacks),
-            max_epochs=1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **options,
-        )
-
-    model, *_ = follow(make_trainer, RULE)
+    model, *_ = follow(RULE)
     path = tmp_path_factory.mktemp("followed") / "followed.ckpt"
     model.trainer.save_checkpoint(path)
     return path
@@ -218,10 +189,8 @@ class TestFollowPeak:
             (FollowPeak(start=8, maximum=8), False),
         ],
     )
-    def test_it_grows_when_the_law_says_so(
-        self, make_trainer: MakeTrainer, rule: FollowPeak, dry_run: bool
-    ) -> None:
-        model, scheduler, surge = follow(make_trainer, rule, dry_run=dry_run)
+    def test_it_grows_when_the_law_says_so(self, rule: FollowPeak, dry_run: bool) -> None:
+        model, scheduler, surge = follow(rule, dry_run=dry_run)
         size, expected = rule.start, [rule.start] * len(model.sizes)
         for record in surge.law_history:
             size = rule.next_size(size, record.law)
@@ -235,15 +204,15 @@ class TestFollowPeak:
         if dry_run:
             assert model.trainer.optimizers[0].param_groups[0]["lr"] == 0.1
 
-    def test_it_shrinks_if_it_may(self, make_trainer: MakeTrainer) -> None:
+    def test_it_shrinks_if_it_may(self) -> None:
         # Far from the bottom nearly all of a batch is wasted.
         rule = FollowPeak(start=16, maximum=16, minimum=4, growth_only=False)
-        model, *_ = follow(make_trainer, rule, begin=20.0)
+        model, *_ = follow(rule, begin=20.0)
         sizes = [requested for requested, _ in model.requested]
         assert sorted(set(sizes)) == [4, 8, 16]
         assert sizes == sorted(sizes, reverse=True)
 
-    def test_it_needs_somebody_who_measures(self, make_trainer: MakeTrainer) -> None:
+    def test_it_needs_somebody_who_measures(self) -> None:
         for callbacks in ([], [SurgeLRCallback(4, law="sqrt")]):
             trainer = make_trainer(BatchSizeScheduler(RULE), *callbacks)
             with pytest.raises(
@@ -253,15 +222,13 @@ class TestFollowPeak:
                 trainer.fit(Valley(), plain())
             assert trainer.global_step == 0
 
-    def test_and_not_only_in_an_earlier_training(self, make_trainer: MakeTrainer) -> None:
+    def test_and_not_only_in_an_earlier_training(self) -> None:
         scheduler = BatchSizeScheduler(RULE)
         make_trainer(scheduler, SurgeLRCallback(4)).fit(Valley(), plain())
         with pytest.raises(MisconfigurationException, match="that measures beside FollowPeak, got none"):
             make_trainer(scheduler).fit(Valley(), plain())
 
-    def test_a_scheduled_sampler_is_accumulated_as_it_is(
-        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_scheduled_sampler_is_accumulated_as_it_is(self, caplog: pytest.LogCaptureFixture) -> None:
         # It cannot know sizes that are decided later.
         model = Valley(adam)
         trainer = make_trainer(SurgeLRCallback(8), BatchSizeScheduler(FollowPeak(start=8, maximum=32)))
@@ -278,16 +245,12 @@ class TestFollowPeak:
             (FollowPeak(start=8, maximum=16, minimum=2), "got minimum=2: use minimum=4"),
         ],
     )
-    def test_sizes_that_accumulation_cannot_make(
-        self, make_trainer: MakeTrainer, rule: FollowPeak, message: str
-    ) -> None:
+    def test_sizes_that_accumulation_cannot_make(self, rule: FollowPeak, message: str) -> None:
         with pytest.raises(MisconfigurationException, match=message):
             make_trainer(SurgeLRCallback(4), BatchSizeScheduler(rule)).fit(Valley(), plain())
 
     @pytest.mark.parametrize("maximum", [16, 8])
-    def test_the_size_is_in_the_checkpoint(
-        self, make_trainer: MakeTrainer, checkpoint: Path, maximum: int
-    ) -> None:
+    def test_the_size_is_in_the_checkpoint(self, checkpoint: Path, maximum: int) -> None:
         state = torch.load(checkpoint, weights_only=True)["callbacks"]["BatchSizeScheduler"]
         assert state["followed"] == 16
         # A smaller maximum holds from the first step on.

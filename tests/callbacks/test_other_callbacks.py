@@ -30,22 +30,18 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
-from tests.trainings import at_update
+from tests.trainings import at_update, make_trainer
 
-MakeTrainer = Callable[..., pl.Trainer]
 Arrange = Callable[[Callback, Callback], list[Callback]]
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     # Said by one of Lightning's callbacks of another, whether or not ours are there.
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*was called without a model"),
@@ -206,7 +202,7 @@ CASES = {
 
 
 @pytest.fixture
-def fitted(make_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., Any]:
+def fitted(tmp_path: Path) -> Callable[..., Any]:
     """Trains with another callback, alone or beside ours; what it led to."""
     count = 0
 
@@ -246,22 +242,8 @@ class TestBeside:
         assert ours.history.num_measurements >= 2
 
 
-def test_checkpoints_hold_the_scheduled_learning_rate(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=3)
-    module = Net()
-    make_trainer(saver, doubling(), max_epochs=2).fit(module)
-    lrs = {
-        saved["global_step"]: saved["optimizer_states"][0]["param_groups"][0]["lr"]
-        for saved in (torch.load(path, weights_only=False) for path in tmp_path.glob("*.ckpt"))
-    }
-    assert lrs == {3: LR, 6: LR / 2, 9: LR / 2, 12: LR / 4}
-    assert module.used == [[2 * LR]] * 6 + [[LR]] * 6
-
-
 @pytest.mark.parametrize("arrange", ORDERS)
-def test_a_run_saved_at_its_exception_goes_on(
-    make_trainer: MakeTrainer, tmp_path: Path, arrange: Arrange
-) -> None:
+def test_a_run_saved_at_its_exception_goes_on(tmp_path: Path, arrange: Arrange) -> None:
     class Crash(Net):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             # Before a window begins: one that is cut in two has lost its gradients, or batches being pooled.
@@ -287,7 +269,7 @@ def test_a_run_saved_at_its_exception_goes_on(
 
 
 @pytest.mark.parametrize("arrange", ORDERS)
-def test_lightnings_accumulation_schedule_is_followed(make_trainer: MakeTrainer, arrange: Arrange) -> None:
+def test_lightnings_accumulation_schedule_is_followed(arrange: Arrange) -> None:
     module = Net(scheduled=False)
     other = GradientAccumulationScheduler({0: 1, 1: 2})
     make_trainer(*arrange(SurgeLRCallback(8, "linear"), other), max_epochs=2).fit(module)
@@ -307,17 +289,15 @@ class TestLearningRateFinder:
         """An epoch of 24 steps, which ends no sooner than the finder."""
         return Net(batch_size=2, norm=False, scheduled=False)
 
-    def suggested(self, make_trainer: MakeTrainer, path: Path, *ours: Callback) -> tuple[Net, Any]:
+    def suggested(self, path: Path, *ours: Callback) -> tuple[Net, Any]:
         finder = LearningRateFinder(**self.OPTIONS)
         module = self.net()
         make_trainer(*ours, finder, default_root_dir=path).fit(module)
         return module, finder.optimal_lr
 
     @pytest.mark.parametrize("arrange", ORDERS)
-    def test_finds_the_same_and_its_learning_rate_is_the_base(
-        self, make_trainer: MakeTrainer, tmp_path: Path, arrange: Arrange
-    ) -> None:
-        alone, reference = self.suggested(make_trainer, tmp_path)
+    def test_finds_the_same_and_its_learning_rate_is_the_base(self, tmp_path: Path, arrange: Arrange) -> None:
+        alone, reference = self.suggested(tmp_path)
         finder, ours = LearningRateFinder(**self.OPTIONS), SurgeLRCallback(1, "linear")
         module = self.net()
         make_trainer(*arrange(ours, finder), default_root_dir=tmp_path).fit(module)
@@ -328,32 +308,17 @@ class TestLearningRateFinder:
         assert module.used[20:] == [[2 * lr]] * 24
         assert ours._measurer.budget.trained == 48
 
-    def test_is_not_measured(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
-        _, reference = self.suggested(make_trainer, tmp_path)
+    def test_is_not_measured(self, tmp_path: Path) -> None:
+        _, reference = self.suggested(tmp_path)
         ours = SurgeLRCallback(1, dry_run=True, probe_every=1, probe_examples=8)
-        _, found = self.suggested(make_trainer, tmp_path, ours)
+        _, found = self.suggested(tmp_path, ours)
         assert found.results == reference.results
         assert ours.history.num_measurements >= 2
         assert all(record.step < 24 for record in ours.law_history)
         assert ours._measurer.budget.trained == 48
 
-    def test_of_the_tuner(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
-        module, reference = self.net(), self.net()
-        found = Tuner(make_trainer(default_root_dir=tmp_path)).lr_find(reference, **self._tuner_options())
-        trainer = make_trainer(SurgeLRCallback(1, "linear"), default_root_dir=tmp_path)
-        assert Tuner(trainer).lr_find(module, **self._tuner_options()).results == found.results  # type: ignore[union-attr]
-        module.used.clear()
-        trainer.fit(module)
-        assert module.used == [[2 * found.suggestion()]] * 24  # type: ignore[union-attr, operator]
-
-    def _tuner_options(self) -> dict[str, Any]:
-        options = dict(self.OPTIONS)
-        return {"num_training": options.pop("num_training_steps"), **options}
-
     @pytest.mark.parametrize("arrange", ORDERS)
-    def test_in_the_midst_of_training(
-        self, make_trainer: MakeTrainer, tmp_path: Path, arrange: Arrange
-    ) -> None:
+    def test_in_the_midst_of_training(self, tmp_path: Path, arrange: Arrange) -> None:
         """At the start of an epoch, as Lightning's documentation shows it: our hook is installed by then."""
 
         class AtEpochs(LearningRateFinder):
@@ -383,9 +348,7 @@ class TestLearningRateFinder:
 
 class TestBatchSizeFinder:
     @pytest.mark.parametrize("arrange", ORDERS)
-    def test_its_size_is_the_batch_size(
-        self, make_trainer: MakeTrainer, tmp_path: Path, arrange: Arrange
-    ) -> None:
+    def test_its_size_is_the_batch_size(self, tmp_path: Path, arrange: Arrange) -> None:
         finder = BatchSizeFinder(steps_per_trial=2, init_val=2, max_trials=2)
         module, ours = Net(scheduled=False), SurgeLRCallback(law="linear")
         trainer = make_trainer(*arrange(ours, finder), default_root_dir=tmp_path)
@@ -395,7 +358,7 @@ class TestBatchSizeFinder:
         assert module.used[-12:] == [[LR]] * 12
         assert ours._measurer.budget.trained == 48
 
-    def test_is_not_measured(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_is_not_measured(self, tmp_path: Path) -> None:
         modules = []
         for ours in ([], [dry()]):
             module = Net(norm=False, scheduled=False)
@@ -406,16 +369,6 @@ class TestBatchSizeFinder:
         assert torch.equal(modules[0].weights, modules[1].weights)
         assert ours[0].history.num_measurements >= 2
         assert ours[0]._measurer.budget.trained == 48
-
-    def test_of_the_tuner(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
-        module = Net(scheduled=False)
-        ours = SurgeLRCallback(2, "linear")
-        trainer = make_trainer(ours, default_root_dir=tmp_path)
-        found = Tuner(trainer).scale_batch_size(module, steps_per_trial=2, init_val=2, max_trials=2)
-        assert found == module.batch_size == 4
-        module.used.clear()
-        trainer.fit(module)
-        assert module.used == [[2 * LR]] * 12
 
 
 class TestBatchSizeScheduler:
@@ -440,15 +393,3 @@ class TestBatchSizeScheduler:
         reference = case._replace(options={**case.options, "accumulate_grad_batches": 2})
         ours = BatchSizeScheduler(ConstantSize(16))
         assert fitted(case, LR, ours, arrange) == fitted(reference, LR, None)
-
-
-def test_a_plain_optimizer_is_left_as_it_was_by_all(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    class Plain(Net):
-        def configure_optimizers(self) -> Optimizer:
-            return SGD(self.parameters(), lr=self.lr)
-
-    module = Plain()
-    others = [PerStep(), ModelCheckpoint(tmp_path, every_n_train_steps=2), Timer(timedelta(hours=1))]
-    trainer = make_trainer(*others, doubling(), max_epochs=2)
-    trainer.fit(module)
-    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [LR]

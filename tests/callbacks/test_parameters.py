@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer, SparseAdam
@@ -17,14 +17,7 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.history import NoiseHistory
-from tests.trainings import at_update
-
-MakeTrainer = Callable[..., pl.Trainer]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
+from tests.trainings import make_trainer
 
 # So short that secants tell the curvature at the point itself, in float64.
 LR = 1e-6
@@ -260,9 +253,7 @@ def surge(**options: Any) -> SurgeLRCallback:
 
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_measured_is_what_a_plain_reference_says(
-    make_trainer: MakeTrainer, compare: Any, case: type[Net], live: bool
-) -> None:
+def test_what_is_measured_is_what_a_plain_reference_says(compare: Any, case: type[Net], live: bool) -> None:
     module = case()
     rows = compare(module)
     trainer = make_trainer(surge(), accumulate_grad_batches=4 if live else 1)
@@ -276,9 +267,7 @@ def test_what_is_measured_is_what_a_plain_reference_says(
 
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("case", [Reentrant, NonReentrant, PartCompiled, Compiled, Experts])
-def test_a_dry_run_is_bit_identical_to_no_callback(
-    make_trainer: MakeTrainer, case: type[Net], live: bool
-) -> None:
+def test_a_dry_run_is_bit_identical_to_no_callback(case: type[Net], live: bool) -> None:
     weights = []
     for callbacks in ([], [surge(dry_run=True)]):
         module = case()
@@ -310,7 +299,7 @@ class Head(Net):
 
 class TestUnfrozenLater:
     @pytest.mark.parametrize("live", [True, False])
-    def test_is_measured_from_then_on(self, make_trainer: MakeTrainer, compare: Any, live: bool) -> None:
+    def test_is_measured_from_then_on(self, compare: Any, live: bool) -> None:
         module, callback = Head(), surge()
         rows = compare(module)
         counts: list[int] = []
@@ -323,7 +312,7 @@ class TestUnfrozenLater:
         # What was measured of the head alone is no part of the law of the whole.
         assert counts == [5, 6]
 
-    def test_holds_the_last_law_meanwhile(self, make_trainer: MakeTrainer) -> None:
+    def test_holds_the_last_law_meanwhile(self) -> None:
         module, callback = Head(), surge(probe_every=3)
         seen: list[tuple[int, str, float]] = []
 
@@ -337,32 +326,6 @@ class TestUnfrozenLater:
         assert seen[first][1] == "held: the trained parameters have changed"
         assert seen[first][2] == seen[first - 1][2]
         assert seen[-1][1] != seen[first][1]
-
-    def test_backbone_finetuning_follows_its_own_learning_rates(self, make_trainer: MakeTrainer) -> None:
-        class Backbone(Head):
-            def build(self) -> None:
-                self.backbone = self.first
-                self.used: list[list[float]] = []
-
-            def configure_optimizers(self) -> Optimizer:
-                optimizer = super().configure_optimizers()
-                at_update(
-                    optimizer, lambda o: self.used.append([float(group["lr"]) for group in o.param_groups])
-                )
-                return optimizer
-
-        def run(*callbacks: pl.Callback) -> list[list[float]]:
-            module = Backbone()
-            tuning = BackboneFinetuning(
-                unfreeze_backbone_at_epoch=1, lambda_func=lambda epoch: 2.0, backbone_initial_ratio_lr=0.5
-            )
-            make_trainer(*callbacks, tuning, max_epochs=4).fit(module, data(2, 16))
-            return module.used
-
-        plain = run()
-        assert [len(lrs) for lrs in plain] == [1, 1, 2, 2, 2, 2, 2, 2]
-        assert plain[-1] != plain[2]
-        assert run(SurgeLRCallback(4, "sqrt")) == [[2.0 * lr for lr in lrs] for lrs in plain]
 
 
 class TestAverages:

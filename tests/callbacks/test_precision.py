@@ -1,7 +1,6 @@
 """Measurements in 16 and 64 bits, under a gradient scaler, and with clipped gradients, against 32 bits."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +8,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,26 +17,11 @@ from lightning_surge.callbacks.checks import rounds_products
 from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.history import NoiseHistory
+from tests.trainings import MakeOptimizer, flat, make_trainer, scaling, with_lr
 
-MakeTrainer = Callable[..., pl.Trainer]
-MakeOptimizer = Callable[[Any], Optimizer]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
-
-
-def adamw(module: nn.Module) -> Optimizer:
-    return AdamW(module.parameters(), lr=0.01, weight_decay=0.0)
-
-
-def fused(module: nn.Module) -> Optimizer:
-    return AdamW(module.parameters(), lr=0.01, weight_decay=0.0, fused=True)
-
-
-def sgd(module: nn.Module) -> Optimizer:
-    return SGD(module.parameters(), lr=0.05)
+adamw = with_lr(AdamW, 0.01, weight_decay=0.0)
+fused = with_lr(AdamW, 0.01, weight_decay=0.0, fused=True)
+sgd = with_lr(SGD, 0.05)
 
 
 class Net(pl.LightningModule):
@@ -67,7 +50,7 @@ class Net(pl.LightningModule):
 
     @property
     def weights(self) -> Tensor:
-        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters()])
+        return flat(self.parameters())
 
 
 def data(batches: int, batch_size: int = 16, dtype: torch.dtype = torch.float32) -> DataLoader[Any]:
@@ -75,12 +58,6 @@ def data(batches: int, batch_size: int = 16, dtype: torch.dtype = torch.float32)
     x = torch.randn(batches * batch_size, 16, generator=generator)
     y = x[:, :4].sum(dim=1, keepdim=True) + torch.randn(len(x), 1, generator=generator)
     return DataLoader(TensorDataset(x.to(dtype), y.to(dtype)), batch_size=batch_size)
-
-
-def scaling(init_scale: float = 256.0, **options: Any) -> MixedPrecision:
-    return MixedPrecision(
-        "16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=init_scale, **options)
-    )
 
 
 @pytest.fixture
@@ -110,8 +87,8 @@ def numbers(measurement: Measurement) -> list[float]:
 class Measure:
     """Runs a training and returns its measurements, live from accumulation or from probes."""
 
-    def __init__(self, make_trainer: MakeTrainer, measurements: list[Measurement]) -> None:
-        self.make_trainer, self.measurements = make_trainer, measurements
+    def __init__(self, measurements: list[Measurement]) -> None:
+        self.measurements = measurements
 
     def __call__(
         self, module: Net, *, live: bool, batches: int = 4, dry_run: bool = True, **options: Any
@@ -119,46 +96,18 @@ class Measure:
         self.measurements.clear()
         self.callback = surge(dry_run=dry_run)
         loader = data(4 * batches, 4) if live else data(batches)
-        self.trainer = self.make_trainer(self.callback, accumulate_grad_batches=4 if live else 1, **options)
+        self.trainer = make_trainer(self.callback, accumulate_grad_batches=4 if live else 1, **options)
         self.trainer.fit(module, loader)
         return [numbers(measurement) for measurement in self.measurements]
 
 
 @pytest.fixture
-def measure(make_trainer: MakeTrainer, measurements: list[Measurement]) -> Measure:
-    return Measure(make_trainer, measurements)
-
-
-def with_lr(kind: Callable[..., Optimizer], lr: float) -> MakeOptimizer:
-    return lambda module: kind(module.parameters(), lr=lr)
+def measure(measurements: list[Measurement]) -> Measure:
+    return Measure(measurements)
 
 
 def scaled_or(precision: str) -> dict[str, Any]:
     return {"plugins": scaling()} if precision == "16-mixed" else {"precision": precision}
-
-
-def tf32(x: Tensor) -> Tensor:
-    """Rounded to 10 bits of mantissa, ties to even."""
-    bits = x.detach().contiguous().view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return tf32(x) @ tf32(weight).T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return tf32(grads[0]) @ tf32(weight), tf32(grads[0]).T @ tf32(x)
-
-
-class Rounded(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = Product.apply(x, self.weight)
-        return product + self.bias
 
 
 class TestAgainst32Bits:
@@ -213,22 +162,7 @@ class TestAgainst32Bits:
         assert ((ratio.mean(dim=0) - 1.0).abs() < 4.0 * error).all()
         assert (error < 0.06).all()
 
-    def test_64_bits_follow_the_edge(self, make_trainer: MakeTrainer) -> None:
-        callback = SurgeLRCallback(4, objective="edge", probe_every=1, probe_examples=16)
-        make_trainer(callback, precision="64-true").fit(Net(), data(12, dtype=torch.float64))
-        assert callback.law is not None
-        assert callback.law.edge_lr(16.0) > 0.0
-
-    @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-    def test_mixed_precision_follows_the_default(self, make_trainer: MakeTrainer, precision: str) -> None:
-        callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
-        make_trainer(callback, **scaled_or(precision)).fit(Net(), data(6))
-        assert callback.settings.objective == "progress"
-        assert callback.history.num_measurements >= 4
-
-    def test_other_precisions_have_no_edge_either(
-        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_other_precisions_have_no_edge_either(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # transformer-engine computes in 8 bits; it is not installed where these tests run.
         monkeypatch.setattr(pl.Trainer, "precision", property(lambda self: "transformer-engine"))
         with pytest.raises(MisconfigurationException, match="got 'transformer-engine'"):
@@ -255,7 +189,7 @@ class TestTF32:
         torch.set_float32_matmul_precision("high")
         assert rounds_products(linear)
 
-    def test_has_no_edge(self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_has_no_edge(self, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_float32_matmul_precision("high")
         make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))  # on the CPU there is no TF32
         monkeypatch.setattr("lightning_surge.callbacks.checks._on_gpu", lambda optimizer: True)
@@ -265,23 +199,10 @@ class TestTF32:
         ):
             make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))
 
-    def test_would_raise_the_edge_that_is_measured(self, make_trainer: MakeTrainer) -> None:
-        """With products rounded as a GPU would."""
-        edges = []
-        for kind in (nn.Linear, Rounded):
-            module = Net(with_lr(AdamW, 1e-3))
-            for layer in (module.net[0], module.net[2]):
-                layer.__class__ = kind
-            callback = SurgeLRCallback(4, objective="edge", probe_every=6, probe_examples=32, dry_run=True)
-            make_trainer(callback).fit(module, data(40))
-            assert callback.law is not None
-            edges.append(callback.law.edge_lr(16.0))
-        assert edges[1] > 1.5 * edges[0]
-
 
 class Test16BitParameters:
     @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-    def test_are_refused_with_every_remedy(self, make_trainer: MakeTrainer, precision: Any) -> None:
+    def test_are_refused_with_every_remedy(self, precision: Any) -> None:
         module = Net(sgd)
         message = (
             r"Expected float32 parameters, got dtype torch.b?float16, .*precision='bf16-mixed' or '16-mixed' "
@@ -292,9 +213,9 @@ class Test16BitParameters:
         assert module.calls == 0
 
     @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-    def test_suit_rules(self, make_trainer: MakeTrainer, precision: Any) -> None:
+    def test_suit_rules(self, precision: Any) -> None:
         def run(lr: float, *callbacks: Callback) -> Tensor:
-            module = Net(lambda m: SGD(m.parameters(), lr=lr))
+            module = Net(with_lr(SGD, lr))
             make_trainer(*callbacks, precision=precision).fit(module, data(4))
             assert module.weights.element_size() == 2
             return module.weights
@@ -342,12 +263,10 @@ class TestScaler:
         # The probe that met the overflowing batch was not taken either.
         assert callback.history.num_measurements <= 5
 
-    @pytest.mark.parametrize("make_optimizer", [adamw, fused])
-    def test_a_fused_step_is_scaled_like_any_other(
-        self, make_trainer: MakeTrainer, make_optimizer: MakeOptimizer
-    ) -> None:
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_fused_step_is_scaled_like_any_other(self, fused: bool) -> None:
         def run(lr: float, *callbacks: Callback) -> Tensor:
-            module = Net(lambda m: _with_lr(make_optimizer(m), lr), overflows=(1, 3))
+            module = Net(with_lr(AdamW, lr, weight_decay=0.0, fused=fused), overflows=(1, 3))
             make_trainer(*callbacks, plugins=scaling()).fit(module, data(6))
             return module.weights
 
@@ -355,11 +274,7 @@ class TestScaler:
 
     @pytest.mark.parametrize("law", ["theorem2", "theorem3"])
     def test_theorems_do_not_depend_on_the_scale(
-        self,
-        make_trainer: MakeTrainer,
-        measurements: list[Measurement],
-        monkeypatch: pytest.MonkeyPatch,
-        law: Any,
+        self, measurements: list[Measurement], monkeypatch: pytest.MonkeyPatch, law: Any
     ) -> None:
         """Their variances come from Adam's averages, which are those of unscaled gradients."""
         variances: list[float] = []
@@ -413,30 +328,18 @@ class TestScaler:
         assert taken[0] == pytest.approx(measure(Net(still=1), live=False, batches=2)[0], rel=0.03)
 
 
-def _with_lr(optimizer: Optimizer, lr: float) -> Optimizer:
-    optimizer.param_groups[0]["lr"] = lr
-    return optimizer
-
-
 class TestClipping:
-    OPTIONS = (
-        {"gradient_clip_val": 1e6, "gradient_clip_algorithm": "norm"},
-        {"gradient_clip_val": 1e6, "gradient_clip_algorithm": "value"},
-    )
-
     @pytest.mark.parametrize("live", [True, False])
-    @pytest.mark.parametrize("options", OPTIONS)
+    @pytest.mark.parametrize("algorithm", ["norm", "value"])
     @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
     def test_that_never_bites_changes_nothing(
-        self, measure: Measure, options: dict[str, Any], precision: str, live: bool
+        self, measure: Measure, algorithm: str, precision: str, live: bool
     ) -> None:
-        def plugins() -> dict[str, Any]:
-            return {"plugins": scaling()} if precision == "16-mixed" else {}
-
         plain, clipped = Net(), Net()
-        expected = measure(plain, live=live, dry_run=False, **plugins())
+        options = {"gradient_clip_val": 1e6, "gradient_clip_algorithm": algorithm}
+        expected = measure(plain, live=live, dry_run=False, **scaled_or(precision))
         law = measure.callback.law
-        got = measure(clipped, live=live, dry_run=False, **plugins(), **options)
+        got = measure(clipped, live=live, dry_run=False, **scaled_or(precision), **options)
         assert got == expected
         assert measure.callback.law == law
         assert torch.equal(plain.weights, clipped.weights)
@@ -453,11 +356,11 @@ class TestClipping:
         plain, clipped = Net(still=still), Net(still=still)
         assert measure(clipped, live=live, batches=2, **options) == expected
         # In a dry run, clipping bites as it would without the callback.
-        measure.make_trainer(accumulate_grad_batches=4 if live else 1, **options).fit(
+        make_trainer(accumulate_grad_batches=4 if live else 1, **options).fit(
             plain, data(8, 4) if live else data(2)
         )
         assert torch.equal(plain.weights, clipped.weights)
 
-    def test_of_plain_gradients_is_warned_of(self, make_trainer: MakeTrainer) -> None:
+    def test_of_plain_gradients_is_warned_of(self) -> None:
         with pytest.warns(UserWarning, match="steps of SGD to be the gradient's, got clipping.*law='sqrt'"):
             make_trainer(surge(), gradient_clip_val=1.0).fit(Net(sgd), data(2))

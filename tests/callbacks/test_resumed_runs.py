@@ -22,7 +22,8 @@ from lightning_surge import (
     SurgeLRCallback,
     by_examples,
 )
-from lightning_surge.callbacks.resuming.random_streams import ResumableDataset, random_states
+from lightning_surge.callbacks.resuming.random_streams import ResumableDataset, to_portable
+from lightning_surge.measure.replay import RandomState
 from lightning_surge.schedules.sizes import (
     BatchSizeRule,
     ConstantSize,
@@ -32,9 +33,10 @@ from lightning_surge.schedules.sizes import (
     Progress,
     Schedule,
 )
-from tests.trainings import make_quiet_trainer as make_trainer
+from tests.trainings import make_trainer
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The last 3 checkpoints each came while batches were being pooled"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
@@ -164,27 +166,6 @@ def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
         assert_same(weights(again[-1]), last)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
-@pytest.mark.parametrize(("loader", "rule"), [(accumulated, "doublings"), (sampled, "any size")])
-def test_two_processes(tmp_path: Path, loader: Callable[[], Any], rule: str) -> None:
-    def train(path: Path, resume: Path | None = None) -> list[Path]:
-        pl.seed_everything(1 if resume is None else 77, verbose=False)
-        ramp = LinearRamp(4, 16, duration=1.5 * EXAMPLES, unit="examples")
-        saving = ModelCheckpoint(path, "{step}", every_n_train_steps=1, save_top_k=-1)
-        trainer = make_trainer(
-            BatchSizeScheduler(ramp), ExactResume(), saving, strategy="ddp_fork", devices=2, max_epochs=EPOCHS
-        )
-        trainer.fit(Net(loader), ckpt_path=None if resume is None else str(resume), weights_only=True)
-        return steps(path)
-
-    saved = train(tmp_path / "whole")
-    for index in (2, len(saved) // 2, len(saved) - 3):
-        again = train(tmp_path / f"from {index}", saved[index])
-        later = [file.name for file in again if file.name != saved[index].name]
-        assert later == [file.name for file in saved[index + 1 :]]
-        assert_same(weights(again[-1]), weights(saved[-1]))
-
-
 def plain() -> Any:
     return DataLoader(Noisy(), batch_size=2, shuffle=True)
 
@@ -249,7 +230,7 @@ def test_only_exact_resuming_touches_random_streams(tmp_path: Path, others: list
             self.states: list[Any] = []
 
         def on_train_batch_start(self, *args: Any) -> None:
-            now = random_states()
+            now = to_portable(RandomState.capture())
             parts = (now["python"]["words"], now["numpy"]["words"], now["torch"])
             self.states.append([part.tolist() for part in parts])
 

@@ -7,6 +7,7 @@ iterator, the samplers that Lightning makes, and `_num_yielded` and `_finished` 
 
 import os
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,11 +37,12 @@ from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.resuming.loaders import Obstacle, why_not_resumable
 from lightning_surge.callbacks.resuming.random_streams import (
     ResumableDataset,
-    random_states,
-    restore_random_states,
+    from_portable,
+    to_portable,
 )
+from lightning_surge.measure.replay import RandomState
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
-from tests.trainings import make_quiet_trainer as make_trainer
+from tests.trainings import make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
@@ -201,37 +203,28 @@ def assert_exact(net: type[Net], loader: MakeLoader, folder: Path, every: int = 
 
 
 class TestStreams:
-    def test_they_go_on_where_they_were(self) -> None:
-        states = random_states()
+    def test_any_checkpoint_can_hold_them(self, tmp_path: Path) -> None:
+        random.gauss(0, 1), np.random.normal()  # a half-used pair  # noqa: NPY002
+        torch.save(to_portable(RandomState.capture()), tmp_path / "states")
+        states = torch.load(tmp_path / "states", weights_only=True)
         first = random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist()  # noqa: NPY002
-        restore_random_states(states)
+        from_portable(states).restore()
         assert first == (random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist())  # noqa: NPY002
 
-    def test_half_used_gaussians_too(self) -> None:
-        random.gauss(0, 1), np.random.normal()  # noqa: NPY002
-        states = random_states()
-        first = random.gauss(0, 1), np.random.normal()  # noqa: NPY002
-        restore_random_states(states)
-        assert first == (random.gauss(0, 1), np.random.normal())  # noqa: NPY002
-
-    def test_any_checkpoint_can_hold_them(self, tmp_path: Path) -> None:
-        torch.save(random_states(), tmp_path / "states")
-        states = torch.load(tmp_path / "states", weights_only=True)
-        first = random.random(), np.random.normal(), torch.rand(2).tolist()  # noqa: NPY002
-        restore_random_states(states)
-        assert first == (random.random(), np.random.normal(), torch.rand(2).tolist())  # noqa: NPY002
-
     def test_of_devices_that_are_not_here(self) -> None:
-        restore_random_states(random_states() | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99})
+        from_portable(
+            to_portable(RandomState.capture()) | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99}
+        ).restore()
 
     def test_without_numpys_own_generator(self) -> None:
-        states = random_states()
+        states = to_portable(RandomState.capture())
         del states["numpy"]
         before = np.random.get_state()  # noqa: NPY002
-        restore_random_states(states)
+        from_portable(states).restore()
         assert before[2] == np.random.get_state()[2]  # noqa: NPY002
 
 
+@pytest.mark.slow
 class TestOneProcess:
     @pytest.mark.parametrize(
         ("net", "options"),
@@ -263,18 +256,6 @@ class TestOneProcess:
     )
     def test_with_every_loader(self, loader: MakeLoader, tmp_path: Path) -> None:
         assert_exact(Net, loader, tmp_path)
-
-    def test_a_run_that_was_resumed_before(self, tmp_path: Path) -> None:
-        for options in ({}, {"max_steps": 6, "max_epochs": -1}):
-            save = SaveEverywhere(tmp_path)
-            whole = run(Net, shuffled, ExactResume(), save, **options)
-            for path, taken in save.saved[1:4]:  # in mid-epoch, after its last batch, at its end
-                (tmp_path / "again").mkdir(exist_ok=True)
-                again = SaveEverywhere(tmp_path / "again")
-                run(Net, shuffled, ExactResume(), again, resume=path, **options)
-                for later, more in again.saved:
-                    resumed = run(Net, shuffled, ExactResume(), resume=later, **options)
-                    assert resumed.same_as(whole.after(taken + more)), (path.name, later.name)
 
     @pytest.mark.parametrize("epochs", [1, 2])
     @pytest.mark.parametrize("by_steps", [False, True])
@@ -351,28 +332,7 @@ class TestOneProcess:
 UNBATCHED: dict[str, Any] = {"batch_size": 1, "shuffle": False}
 
 
-class TestWhatLightningDoesAlone:
-    """If one of these fails, Lightning has been mended, and `ExactResume` can do less."""
-
-    def test_it_leaves_out_an_epoch(self, tmp_path: Path) -> None:
-        save = SaveEverywhere(tmp_path)
-        run(Net, shuffled, save, max_epochs=3)
-        assert len(run(Net, shuffled, resume=save.saved[2][0], max_epochs=3).taken) == 3  # not 6
-
-    def test_it_counts_an_epoch_twice(self, tmp_path: Path) -> None:
-        save = SaveEverywhere(tmp_path)
-        run(Net, shuffled, save, max_steps=6, max_epochs=-1)
-        model = Net(shuffled)
-        trainer = trainer_with(max_steps=6, max_epochs=-1)
-        trainer.fit(model, ckpt_path=save.saved[3][0])
-        assert trainer.fit_loop.epoch_progress.current.processed == 3  # not 2
-
-    def test_it_begins_with_other_examples(self, tmp_path: Path) -> None:
-        save = SaveEverywhere(tmp_path)
-        whole = run(Net, shuffled, save)
-        assert not run(Net, shuffled, resume=save.saved[3][0]).same_batches_as(whole.after(3))
-
-
+@pytest.mark.slow
 class TestWorkers:
     def test_augmentation_in_workers(self, tmp_path: Path) -> None:
         def loader() -> StatefulDataLoader[Any]:
@@ -398,20 +358,11 @@ class TestWorkers:
         assert resumed.same_batches_as(whole.after(1))
         assert not resumed.same_as(whole.after(1))
 
-    def test_the_wrapper_is_its_dataset(self) -> None:
-        class AtOnce(Noisy):
-            def __getitems__(self, indices: list[int]) -> list[int]:
-                return [-index for index in indices]
-
-        assert len(ResumableDataset(Noisy())) == EXAMPLES
-        assert [index for index, _ in ResumableDataset(Noisy()).__getitems__([2, 1])] == [2, 1]
-        assert ResumableDataset(AtOnce()).__getitems__([2, 1]) == [-2, -1]
-
     def test_the_wrapper_has_no_state_in_the_main_process(self) -> None:
         dataset = ResumableDataset(Noisy())
         assert dataset.state_dict() == {}
         before = torch.get_rng_state()
-        dataset.load_state_dict(random_states() | {"torch": torch.zeros_like(before)})
+        dataset.load_state_dict(to_portable(RandomState.capture()) | {"torch": torch.zeros_like(before)})
         assert torch.equal(before, torch.get_rng_state())
 
 
@@ -449,6 +400,7 @@ def sharded() -> StatefulDataLoader[Any]:
     return shuffled(sampler=sampler, shuffle=None, batch_size=2)
 
 
+@pytest.mark.slow
 @no_fork
 class TestTwoProcesses:
     @pytest.mark.parametrize(
@@ -620,24 +572,29 @@ class TestWarnings:
         save = SaveEverywhere(tmp_path)
         assert warnings_of(loader, ExactResume(), save, limit_train_batches=3) == []
 
-    def test_another_number_of_processes(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            # Of two processes, whose loaders are not to be taken from either.
+            (
+                lambda state: {"ranks": 2 * state["ranks"], "loaders": []},
+                "on 2 processes, as .* saved, got 1",
+            ),
+            (
+                lambda state: {"version": 99},
+                "whole random states .* got ValueError: Expected version 1, got 99.",
+            ),
+        ],
+    )
+    def test_what_cannot_be_taken_up(self, tmp_path: Path, change: Any, text: str) -> None:
         save = SaveEverywhere(tmp_path)
         run(Net, shuffled, ExactResume(), save)
         checkpoint = torch.load(save.saved[0][0], weights_only=True)
-        checkpoint["callbacks"]["ExactResume"]["ranks"] *= 2
-        checkpoint["callbacks"]["ExactResume"]["loaders"] = []  # not to be taken from either
-        torch.save(checkpoint, tmp_path / "two.ckpt")
-        (warning,) = warnings_of(shuffled, ExactResume(), resume=tmp_path / "two.ckpt")
-        assert "resume on 2 processes, as the checkpoint was saved, got 1" in warning
-
-    def test_another_version(self, tmp_path: Path) -> None:
-        save = SaveEverywhere(tmp_path)
-        run(Net, shuffled, ExactResume(), save)
-        checkpoint = torch.load(save.saved[0][0], weights_only=True)
-        checkpoint["callbacks"]["ExactResume"]["version"] = 99
+        state = checkpoint["callbacks"]["ExactResume"]
+        state |= change(state)
         torch.save(checkpoint, tmp_path / "other.ckpt")
         (warning,) = warnings_of(shuffled, ExactResume(), resume=tmp_path / "other.ckpt")
-        assert "whole random states in the checkpoint, got ValueError: Expected version 1, got 99." in warning
+        assert re.search(text, warning)
 
     def test_after_an_exception_no_rank_waits_for_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -1,6 +1,5 @@
 """Batches and modules that are hard on a measurement: the run is right, and so is what is measured."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
-from lightning_surge.measure.direction import GRADIENT
-from lightning_surge.measure.measurement import LawMeasurement
-from lightning_surge.measure.replay import Chunk, Piece
 from lightning_surge.policy.reasons import Reason
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import make_trainer
 
 
 class Linear(pl.LightningModule):
@@ -43,9 +38,7 @@ def batches(sizes: list[int], wrap: Callable[[Tensor], Any] = lambda x: x) -> Da
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_step_that_takes_things_out_of_its_batch_is_measured(
-    make_trainer: MakeTrainer, accumulation: int
-) -> None:
+def test_a_step_that_takes_things_out_of_its_batch_is_measured(accumulation: int) -> None:
     callback = SurgeLRCallback(8, probe_every=1)
     loader = batches([16] * 24, lambda x: {"inputs": x})
     module = Linear(lambda batch: batch.pop("inputs"))
@@ -54,9 +47,7 @@ def test_a_step_that_takes_things_out_of_its_batch_is_measured(
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_step_that_overwrites_its_batch_is_told_and_trains_on(
-    make_trainer: MakeTrainer, accumulation: int
-) -> None:
+def test_a_step_that_overwrites_its_batch_is_told_and_trains_on(accumulation: int) -> None:
     module, plain = Linear(lambda x: x.mul_(0.5)), Linear(lambda x: x.mul_(0.5))
     callback = SurgeLRCallback(8, probe_every=1, dry_run=True)
     with pytest.warns(UserWarning, match="changes a tensor of it in place: work on a copy"):
@@ -66,25 +57,7 @@ def test_a_step_that_overwrites_its_batch_is_told_and_trains_on(
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
 
 
-def test_sparse_gradients_are_measured(make_trainer: MakeTrainer) -> None:
-    class Bag(Linear):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Embedding(10, 4, sparse=True)  # type: ignore[assignment]
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return (self.layer(batch.abs().mul(3).long().clamp(max=9)) - 1).square().mean()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SparseAdam(list(self.parameters()), lr=1e-3)
-
-    callback = SurgeLRCallback(8, probe_every=1)
-    make_trainer(callback).fit(Bag(), batches([32] * 8))
-    assert callback.history.num_measurements >= 4
-    assert callback.history.stats().trace_cov > 0
-
-
-def test_the_budget_holds_where_sizes_vary_a_lot(make_trainer: MakeTrainer) -> None:
+def test_the_budget_holds_where_sizes_vary_a_lot() -> None:
     # One batch in ten has a hundred times the examples of the others: a plan made from it would be far off.
     sizes = ([4] * 9 + [400]) * 30
     callback = SurgeLRCallback(4, objective="alignment", max_overhead=0.05)
@@ -92,7 +65,7 @@ def test_the_budget_holds_where_sizes_vary_a_lot(make_trainer: MakeTrainer) -> N
     assert 0.02 < callback.overhead <= 0.06
 
 
-def test_a_second_training_is_measured_as_the_first_was(make_trainer: MakeTrainer) -> None:
+def test_a_second_training_is_measured_as_the_first_was() -> None:
     callback = SurgeLRCallback(8, objective="alignment", max_overhead=0.2)
     counts = []
     for _ in range(2):
@@ -102,36 +75,7 @@ def test_a_second_training_is_measured_as_the_first_was(make_trainer: MakeTraine
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("scale", [1 / 8, 65536.0])
-def test_gradient_directions_go_as_far_under_a_loss_scale(scale: float) -> None:
-    """On a loss that is no quadratic the distance of the secant matters."""
-
-    def measure(factor: float) -> Any:
-        theta = torch.full((3,), 0.5, dtype=torch.float64)
-
-        def replay(piece: Piece, weight: float) -> None:
-            gradient = factor * weight * (theta**3 + piece.batch)
-            theta.grad = gradient if theta.grad is None else theta.grad + gradient
-
-        generator = torch.Generator().manual_seed(0)
-        noise = [torch.randn(3, generator=generator, dtype=torch.float64) for _ in range(4)]
-        measurement = LawMeasurement(
-            [theta],
-            num_chunks=4,
-            replay=replay,
-            delta=0.3 / factor,
-            scales=[1.0],
-            direction=GRADIENT,
-        )
-        done = measurement.run([Chunk((Piece(value, 0, 1.0),)) for value in noise])
-        return done.unscaled(factor, direction=GRADIENT)
-
-    plain, scaled = measure(1.0), measure(scale)
-    for mine, theirs in zip(scaled.curvatures, plain.curvatures, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-6)
-
-
-def test_live_directions_are_of_a_base_batch(make_trainer: MakeTrainer) -> None:
+def test_live_directions_are_of_a_base_batch() -> None:
     callback = SurgeLRCallback(8, probe_every=1)
     make_trainer(callback, accumulate_grad_batches=16).fit(Linear(), batches([2] * 64))
     record = callback.history.state_dict()["records"][0]
@@ -140,19 +84,7 @@ def test_live_directions_are_of_a_base_batch(make_trainer: MakeTrainer) -> None:
     assert min(size for size, _ in record["alignments"]) == 8.0
 
 
-def test_the_progress_bar_can_show_the_learning_rate_used(make_trainer: MakeTrainer) -> None:
-    seen = []
-
-    class Look(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            seen.append(trainer.progress_bar_metrics.get("lr_used", math.nan))
-
-    callback = SurgeLRCallback(4, "sqrt", prog_bar=True)
-    make_trainer(callback, Look(), log_every_n_steps=1).fit(Linear(), batches([16] * 3))
-    assert seen == pytest.approx([2e-3] * 3)
-
-
-def test_several_steps_on_one_batch_while_batches_are_pooled(make_trainer: MakeTrainer) -> None:
+def test_several_steps_on_one_batch_while_batches_are_pooled() -> None:
     """The second window sees the same batch, untouched: that is no failure."""
 
     class Manual(Linear):
@@ -175,7 +107,7 @@ def test_several_steps_on_one_batch_while_batches_are_pooled(make_trainer: MakeT
     assert callback.history.num_measurements >= 2
 
 
-def test_a_loss_without_any_gradient_trains_on(make_trainer: MakeTrainer) -> None:
+def test_a_loss_without_any_gradient_trains_on() -> None:
     class Flat(Linear):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             return 0.0 * super().training_step(batch, batch_idx)
@@ -192,7 +124,7 @@ def test_a_loss_without_any_gradient_trains_on(make_trainer: MakeTrainer) -> Non
     assert callback.lr_scale(32) == 2.0
 
 
-def test_a_batch_that_cannot_be_cut_does_not_vouch_for_those_that_can(make_trainer: MakeTrainer) -> None:
+def test_a_batch_that_cannot_be_cut_does_not_vouch_for_those_that_can() -> None:
     # The sum over a batch's rows, in batches of one row that counts many tokens and of many rows.
     class Summed(Linear):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -204,7 +136,7 @@ def test_a_batch_that_cannot_be_cut_does_not_vouch_for_those_that_can(make_train
 
 
 @pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
-def test_a_window_that_a_batch_of_none_leaves_without_a_step_is_forgotten(make_trainer: MakeTrainer) -> None:
+def test_a_window_that_a_batch_of_none_leaves_without_a_step_is_forgotten() -> None:
     class Sizes(pl.Callback):
         def __init__(self) -> None:
             self.seen: list[float] = []

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,13 +18,7 @@ from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.objectives import edge_ratio
 from lightning_surge.measure.sharpness import FIRST_SECANTS, SECANTS
 from lightning_surge.policy.estimates import EstimatedLaw
-
-MakeTrainer = Callable[..., pl.Trainer]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
+from tests.trainings import make_trainer
 
 
 def adamw(module: nn.Module) -> Optimizer:
@@ -81,7 +74,7 @@ class Spy(Callback):
 
 
 class TestFollowing:
-    def test_the_edge_is_that_of_the_loss_and_of_adams_averages(self, make_trainer: MakeTrainer) -> None:
+    def test_the_edge_is_that_of_the_loss_and_of_adams_averages(self) -> None:
         """`H = 2 E[x x']` is known; `P` is read off the optimizer."""
         module, callback = Regression(), surge(dry_run=True, half_life=20.0)
         trainer = make_trainer(callback, max_epochs=2)
@@ -100,7 +93,7 @@ class TestFollowing:
             assert abs(law.edge_lr(size) - edge) < 4 * error + 0.1 * edge
             assert error < 0.2 * edge
 
-    def test_the_factor_follows_the_schedule_at_every_step(self, make_trainer: MakeTrainer) -> None:
+    def test_the_factor_follows_the_schedule_at_every_step(self) -> None:
         callback = surge(probe_every=40, max_drift_per_step=1e9)
         spy = Spy(callback)
         make_trainer(callback, spy).fit(Regression(decay=0.97), data(16 * 200, 16))
@@ -111,7 +104,7 @@ class TestFollowing:
         assert [lr for _, lr, _ in spy.rows] == pytest.approx([0.01 * 0.97**step for step in range(200)])
         assert len({decision.used for decision, _, _ in known}) == len(known)
 
-    def test_before_an_edge_is_known_square_root_scaling_is_held(self, make_trainer: MakeTrainer) -> None:
+    def test_before_an_edge_is_known_square_root_scaling_is_held(self) -> None:
         callback = surge(probe_every=5)
         spy = Spy(callback)
         make_trainer(callback, spy).fit(Regression(), data(16 * 40, 16))
@@ -121,7 +114,7 @@ class TestFollowing:
         assert all(decision.used == 2.0 for decision, _, _ in spy.rows[: first + 1])
         assert reasons[-1] in ("measured", "between sqrt and measured: standard error is large")
 
-    def test_a_ramp_is_measured_at_the_size_in_force(self, make_trainer: MakeTrainer) -> None:
+    def test_a_ramp_is_measured_at_the_size_in_force(self) -> None:
         callback = surge(probe_every=3)
         warmup = BatchSizeWarmup(4, 64, 60)
         make_trainer(warmup, callback, max_epochs=1).fit(Regression(), data(4000, 4))
@@ -134,7 +127,7 @@ class TestFollowing:
         assert callback.law is not None
         assert 0.0 < callback.law.edge_lr(64.0) < callback.law.edge_lr(4.0)
 
-    def test_asking_at_another_learning_rate(self, make_trainer: MakeTrainer) -> None:
+    def test_asking_at_another_learning_rate(self) -> None:
         callback = surge(max_drift_per_step=1e9)
         make_trainer(callback).fit(Regression(), data(16 * 60, 16))
         law = callback.law
@@ -145,7 +138,7 @@ class TestFollowing:
         record = callback.law_history[-1]
         assert record.law.edge_lr(16.0) == law.edge_lr(16.0)
 
-    def test_is_logged_with_its_standard_error(self, make_trainer: MakeTrainer) -> None:
+    def test_is_logged_with_its_standard_error(self) -> None:
         callback = surge()
         trainer = make_trainer(callback)
         trainer.fit(Regression(), data(16 * 60, 16))
@@ -158,7 +151,7 @@ class TestFollowing:
 
 
 class TestCost:
-    def test_from_accumulation(self, make_trainer: MakeTrainer) -> None:
+    def test_from_accumulation(self) -> None:
         callback = surge(probe_every=1)
         make_trainer(callback, accumulate_grad_batches=4).fit(Regression(), data(16 * 12, 4))
         measured = callback.history.num_measurements
@@ -170,14 +163,14 @@ class TestCost:
         assert callback.overhead == pytest.approx(charged / (16 * 12))
 
     @pytest.mark.parametrize("accumulation", [1, 4])
-    def test_the_budget_is_kept(self, make_trainer: MakeTrainer, accumulation: int) -> None:
+    def test_the_budget_is_kept(self, accumulation: int) -> None:
         callback = surge(probe_every=None, probe_examples=None, max_overhead=0.2)
         trainer = make_trainer(callback, accumulate_grad_batches=accumulation)
         trainer.fit(Regression(), data(16 * 300, 16))
         assert len(callback.history.stats().sharpness) >= 3
         assert callback.overhead < 0.22
 
-    def test_other_objectives_keep_no_vector(self, make_trainer: MakeTrainer) -> None:
+    def test_other_objectives_keep_no_vector(self) -> None:
         callback = SurgeLRCallback(4, objective="alignment", probe_every=1, probe_examples=16)
         make_trainer(callback).fit(Regression(), data(16 * 12, 16))
         assert callback.state_dict()["measurer"]["sharpness"] == {"vector": []}
@@ -188,14 +181,14 @@ class TestDefault:
 
     @pytest.mark.parametrize("clip", [None, 1.0])
     @pytest.mark.parametrize("base", [4, None])
-    def test_is_progress(self, make_trainer: MakeTrainer, base: int | None, clip: float | None) -> None:
+    def test_is_progress(self, base: int | None, clip: float | None) -> None:
         callback = SurgeLRCallback(base, probe_every=2, probe_examples=16)
         make_trainer(callback, gradient_clip_val=clip).fit(Regression(), data(16 * 30, 16))
         assert callback.settings.objective == "progress"
         assert isinstance(callback.law, EstimatedLaw)
         assert math.isnan(callback.law.edge_lr(16.0))  # nobody looked for it
 
-    def test_is_alignment_along_the_gradient(self, make_trainer: MakeTrainer) -> None:
+    def test_is_alignment_along_the_gradient(self) -> None:
         callback = SurgeLRCallback(4, probe_every=2, probe_examples=16)
         assert callback.settings.objective == "progress"
         make_trainer(callback).fit(Regression(with_options(torch.optim.SGD)), data(16 * 30, 16))
@@ -207,58 +200,16 @@ class TestDefault:
         make_trainer(callback).fit(Regression(), data(16 * 4, 16))
         assert callback.settings.objective == "progress"
 
-    def test_what_was_asked_for_is_followed_along_the_gradient_too(self, make_trainer: MakeTrainer) -> None:
+    def test_what_was_asked_for_is_followed_along_the_gradient_too(self) -> None:
         callback = SurgeLRCallback(4, objective="progress", probe_every=2, probe_examples=16)
         make_trainer(callback).fit(Regression(with_options(torch.optim.SGD)), data(16 * 30, 16))
         assert callback.settings.objective == "progress"
         assert callback.decision is not None
         assert callback.decision.predicted == pytest.approx(4.0)
 
-    def test_what_was_asked_for_is_refused_where_it_cannot_be(self, make_trainer: MakeTrainer) -> None:
-        callback = SurgeLRCallback(4, objective="edge")
-        with pytest.raises(MisconfigurationException, match="Expected no gradient clipping"):
-            make_trainer(callback, gradient_clip_val=1.0).fit(Regression(), data(16, 16))
-
-    def test_a_resumed_run_keeps_its_law(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
-        def sgd() -> Regression:
-            return Regression(with_options(torch.optim.SGD))
-
-        first = SurgeLRCallback(4, probe_every=2, probe_examples=16)
-        trainer = make_trainer(first)
-        trainer.fit(sgd(), data(16 * 30, 16))
-        trainer.save_checkpoint(tmp_path / "run.ckpt")
-        again = SurgeLRCallback(4, probe_every=2, probe_examples=16)
-        # The run is over, so that nothing is measured any more.
-        make_trainer(again).fit(
-            sgd(), data(16 * 30, 16), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True
-        )
-        assert again.settings.objective == "alignment"
-        assert again.law is not None
-        assert first.law is not None
-        assert again.law.lr(64.0) == first.law.lr(64.0)
-        assert again.lr_scale(64) == first.lr_scale(64)
-
-
-class Failing(Regression):
-    """Raises in replays once the sharpness is searched for."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        if self.trainer.global_step >= 6 and "log" in vars(self):  # which mutes logging in replays
-            raise RuntimeError("boom")
-        return loss
-
 
 class TestFailures:
-    def test_cost_nothing_but_the_measurements(self, make_trainer: MakeTrainer) -> None:
-        plain, module = Regression(), Failing()
-        make_trainer().fit(plain, data(4 * 40, 4))
-        callback = surge(probe_every=1, probe_examples=16)
-        with pytest.warns(UserWarning, match="RuntimeError: boom"):
-            make_trainer(callback).fit(module, data(4 * 40, 4))
-        assert torch.equal(module.linear.weight, plain.linear.weight)
-
-    def test_averages_that_stop_telling_are_held_with_a_reason(self, make_trainer: MakeTrainer) -> None:
+    def test_averages_that_stop_telling_are_held_with_a_reason(self) -> None:
         class Clip(Callback):
             def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
                 trainer.gradient_clip_val = 1.0 if trainer.global_step >= 30 else None
@@ -303,9 +254,7 @@ class TestRefusals:
             (two_groups((0.9, 0.99), (0.9, 0.9)), "same betas in all parameter groups"),
         ],
     )
-    def test_of_optimizers(
-        self, make_trainer: MakeTrainer, make_optimizer: Callable[[nn.Module], Optimizer], message: str
-    ) -> None:
+    def test_of_optimizers(self, make_optimizer: Callable[[nn.Module], Optimizer], message: str) -> None:
         module = Regression(make_optimizer)
         with pytest.raises(MisconfigurationException, match=message):
             make_trainer(surge()).fit(module, data(32, 8))
@@ -321,20 +270,20 @@ class TestRefusals:
         ],
     )
     def test_what_is_not_refused_finds_an_edge(
-        self, make_trainer: MakeTrainer, make_optimizer: Callable[[nn.Module], Optimizer]
+        self, make_optimizer: Callable[[nn.Module], Optimizer]
     ) -> None:
         callback = surge()
         make_trainer(callback).fit(Regression(make_optimizer), data(16 * 20, 16))
         assert callback.law is not None
         assert 0.0 < callback.law.edge_lr(16.0) < math.inf
 
-    def test_of_16_bit_weights(self, make_trainer: MakeTrainer) -> None:
+    def test_of_16_bit_weights(self) -> None:
         module = Regression()
         with pytest.raises(MisconfigurationException, match=r"32-true' or higher .* got 'bf16-mixed'"):
             make_trainer(surge(), precision="bf16-mixed").fit(module, data(32, 8))
         assert module.calls == 0
 
-    def test_of_a_schedule_that_moves_beta_1(self, make_trainer: MakeTrainer) -> None:
+    def test_of_a_schedule_that_moves_beta_1(self) -> None:
         class Cycled(Regression):
             def configure_optimizers(self) -> Any:
                 optimizer = super().configure_optimizers()["optimizer"]
@@ -346,22 +295,13 @@ class TestRefusals:
             make_trainer(surge()).fit(module, data(32, 8))
         assert module.calls == 0
 
-    def test_a_callback_loaded_from_its_state_answers_as_before(self, make_trainer: MakeTrainer) -> None:
-        callback, loaded = surge(), surge()
-        make_trainer(callback).fit(Regression(), data(16 * 20, 16))
-        loaded.load_state_dict(callback.state_dict())
-        assert loaded.lr_scale(64) == callback.lr_scale(64)
-        for lr in (-1.0, math.inf):
-            with pytest.raises(ValueError, match="0 <= lr < inf"):
-                loaded.lr_scale(64, lr=lr)
-
-    def test_of_clipping(self, make_trainer: MakeTrainer) -> None:
+    def test_of_clipping(self) -> None:
         module = Regression()
         with pytest.raises(MisconfigurationException, match=r"no gradient clipping .* gradient_clip_val=0.5"):
             make_trainer(surge(), gradient_clip_val=0.5).fit(module, data(32, 8))
         assert module.calls == 0
 
-    def test_of_clipping_in_the_module(self, make_trainer: MakeTrainer) -> None:
+    def test_of_clipping_in_the_module(self) -> None:
         class Clipping(Regression):
             def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
                 pass

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,10 +10,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
-from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     ExponentialLR,
@@ -24,102 +24,32 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
     StepLR,
 )
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.policy.policy import Decision
-from tests.trainings import at_update
+from tests.trainings import CrashAt, Regression, adamw, make_trainer, regression_data, scaling, with_lr
 
-MakeTrainer = Callable[..., pl.Trainer]
 MakeSchedule = Callable[[Optimizer], Any]
 
-pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
 
+class Scheduled(Regression):
+    """Notes what its scheduler found and left at every move."""
 
-class Outside:
-    """Keeps what a probe must not put back, where it does not look."""
-
-    __slots__ = ("moved", "replayed_at", "replays", "training")
-
-    def __init__(self) -> None:
-        self.training = False
-        self.replays = 0
-        self.replayed_at: list[int] = []
-        self.moved = False
-
-
-class Regression(pl.LightningModule):
-    """A small network that notes the learning rates of every step, and tells replays from training."""
-
-    def __init__(
-        self,
-        make_schedule: MakeSchedule | None = None,
-        interval: str = "step",
-        make_optimizer: Callable[[nn.Module], Any] | None = None,
-    ) -> None:
-        super().__init__()
-        pl.seed_everything(0, verbose=False)
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.make_optimizer = make_optimizer or (lambda module: AdamW(module.parameters(), lr=0.01))
-        self.make_schedule = make_schedule
-        self.interval = interval
-        self.lrs: list[float] = []
+    def __init__(self, make_schedule: MakeSchedule | None = None, interval: str = "step") -> None:
+        super().__init__(make_schedule=make_schedule, interval=interval)
         self.scheduled: list[float] = []
-        self.calls = 0
-        self.outside = Outside()
-        self.before = torch.zeros(())
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        self.outside.training = True
-        return None
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.calls += 1
         # Independent of the learning rate, so that plateaus come alike with and without the callback.
         self.log("metric", 1.0)
-        if self.outside.training:
-            self.outside.training = False
-            self.before = self.weights
-            return self.loss(batch)
-        self.outside.replays += 1
-        self.outside.replayed_at.append(self.trainer.global_step)
-        self.outside.moved |= not torch.equal(self.before, self.weights)
-        return self.replayed(batch)
-
-    def replayed(self, batch: Any) -> Any:
-        return self.loss(batch)
-
-    def loss(self, batch: Any) -> Tensor:
-        x, y = batch
-        return nn.functional.mse_loss(self.net(x), y)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self)
-        if not isinstance(optimizer, Optimizer):
-            return optimizer
-        at_update(optimizer, lambda o: self.lrs.append(float(o.param_groups[0]["lr"])))
-        if self.make_schedule is None:
-            return optimizer
-        schedule = {
-            "scheduler": self.make_schedule(optimizer),
-            "interval": self.interval,
-            "monitor": "metric",
-        }
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return super().training_step(batch, batch_idx)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         group = self.trainer.optimizers[0].param_groups[0]
         self.scheduled.append(float(group["lr"]))
         super().lr_scheduler_step(scheduler, metric)
         self.scheduled.append(float(group["lr"]))
-
-    @property
-    def weights(self) -> Tensor:
-        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters()])
 
 
 class Resumable(DataLoader[Any]):
@@ -138,24 +68,6 @@ class Resumable(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
-
-
-def data(count: int, batch_size: int, kind: type[DataLoader[Any]] = DataLoader) -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 4, generator=generator)
-    y = x.sum(dim=1, keepdim=True) + torch.randn(count, 1, generator=generator)
-    return kind(TensorDataset(x, y), batch_size=batch_size)
-
-
-class CrashAt(Callback):
-    """Pulls the plug before the step after so many."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("the machine was switched off")
 
 
 SCHEDULES: dict[str, MakeSchedule] = {
@@ -178,14 +90,12 @@ class TestSchedules:
     @pytest.mark.parametrize("accumulation", [1, 2])
     @pytest.mark.parametrize("interval", ["step", "epoch"])
     @pytest.mark.parametrize("name", SCHEDULES)
-    def test_follow_their_own_trajectory(
-        self, make_trainer: MakeTrainer, name: str, interval: str, accumulation: int
-    ) -> None:
-        def run(*callbacks: Callback) -> tuple[Regression, float]:
-            module = Regression(SCHEDULES[name], interval)
+    def test_follow_their_own_trajectory(self, name: str, interval: str, accumulation: int) -> None:
+        def run(*callbacks: Callback) -> tuple[Scheduled, float]:
+            module = Scheduled(SCHEDULES[name], interval)
             trainer = make_trainer(*callbacks, max_epochs=4, accumulate_grad_batches=accumulation)
             # The last window is partial, the last batch short.
-            trainer.fit(module, data(18, 4))
+            trainer.fit(module, regression_data(18, 4))
             return module, trainer.optimizers[0].param_groups[0]["lr"]
 
         plain, last = run()
@@ -199,11 +109,11 @@ class TestSchedules:
         assert scaled.lrs == [lr * (size / 3) for lr, size in zip(plain.lrs, 4 * sizes, strict=True)]
 
     def test_follow_their_own_trajectory_while_the_factor_moves(
-        self, make_trainer: MakeTrainer, decisions: list[tuple[float, Decision]]
+        self, decisions: list[tuple[float, Decision]]
     ) -> None:
-        def run(*callbacks: Callback) -> Regression:
-            module = Regression(SCHEDULES["cosine"])
-            make_trainer(*callbacks).fit(module, data(16 * 20, 16))
+        def run(*callbacks: Callback) -> Scheduled:
+            module = Scheduled(SCHEDULES["cosine"])
+            make_trainer(*callbacks).fit(module, regression_data(16 * 20, 16))
             return module
 
         plain = run()
@@ -213,16 +123,15 @@ class TestSchedules:
         assert len(set(factors)) > 10
         assert live.lrs == [lr * factor for lr, factor in zip(plain.lrs, factors, strict=True)]
 
-    def test_survive_an_epoch_that_a_hook_skips(self, make_trainer: MakeTrainer) -> None:
+    def test_survive_an_epoch_that_a_hook_skips(self) -> None:
         # Lightning then moves the schedule without a step, right after the callbacks started the batch.
-        class Skipping(Regression):
+        class Skipping(Scheduled):
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-                super().on_train_batch_start(batch, batch_idx)
                 return -1 if batch_idx == 2 else None
 
-        def run(*callbacks: Callback) -> Regression:
+        def run(*callbacks: Callback) -> Scheduled:
             module = Skipping(SCHEDULES["exponential"])
-            make_trainer(*callbacks, max_epochs=3).fit(module, data(16, 4))
+            make_trainer(*callbacks, max_epochs=3).fit(module, regression_data(16, 4))
             return module
 
         plain, scaled = run(), run(SurgeLRCallback(1, "linear"))
@@ -243,25 +152,19 @@ class TestSchedules:
         ],
     )
     def test_survive_steps_that_a_scaler_skips(
-        self, make_trainer: MakeTrainer, what: str, accumulation: int, where: tuple[int, ...]
+        self, what: str, accumulation: int, where: tuple[int, ...]
     ) -> None:
-        class Skipped(Regression):
+        class Skipped(Scheduled):
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 loss = super().training_step(batch, batch_idx)
                 if batch_idx in where:
                     return loss * math.inf if what == "overflow" else None
                 return loss
 
-        def run(*callbacks: Callback) -> Regression:
+        def run(*callbacks: Callback) -> Scheduled:
             module = Skipped(SCHEDULES["exponential"])
-            # A small scale, so that nothing but the two batches overflows.
-            scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-            trainer = make_trainer(
-                *callbacks,
-                accumulate_grad_batches=accumulation,
-                plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler),
-            )
-            trainer.fit(module, data(32, 4))
+            trainer = make_trainer(*callbacks, accumulate_grad_batches=accumulation, plugins=scaling(16.0))
+            trainer.fit(module, regression_data(32, 4))
             return module
 
         plain = run()
@@ -272,72 +175,6 @@ class TestSchedules:
         assert scaled.scheduled == plain.scheduled
         assert scaled.lrs == [4.0 * lr for lr in plain.lrs]
 
-    @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-    def test_survive_batches_without_a_loss(self, make_trainer: MakeTrainer) -> None:
-        class Sparse(Regression):
-            def training_step(self, batch: Any, batch_idx: int) -> Any:
-                loss = super().training_step(batch, batch_idx)
-                return None if batch_idx in (0, 3) else loss
-
-        def run(*callbacks: Callback) -> Regression:
-            module = Sparse(SCHEDULES["exponential"])
-            make_trainer(*callbacks, accumulate_grad_batches=2).fit(module, data(32, 4))
-            return module
-
-        plain, scaled = run(), run(SurgeLRCallback(4, "linear"))
-        assert scaled.scheduled == plain.scheduled
-        # The first two hold one batch with a loss each, divided by two: their factor is a whole window's.
-        factors = [2.0, 2.0, 2.0, 2.0]
-        assert scaled.lrs == [lr * factor for lr, factor in zip(plain.lrs, factors, strict=True)]
-
-    def test_win_over_the_callback_when_somebody_writes_over_the_factor(
-        self, make_trainer: MakeTrainer
-    ) -> None:
-        class Writing(Callback):
-            def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-                if trainer.global_step == 1:
-                    trainer.optimizers[0].param_groups[0]["lr"] = 0.75
-
-        module = Regression(make_optimizer=lambda m: SGD(m.parameters(), lr=0.25))
-        trainer = make_trainer(SurgeLRCallback(2, "linear"), Writing())
-        trainer.fit(module, data(12, 4))
-        # Whoever writes means the schedule's learning rate; the factor comes on top.
-        assert module.lrs == [0.5, 1.5, 1.5]
-        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.75
-
-    def test_are_what_is_seen_between_the_batches_of_a_window(self, make_trainer: MakeTrainer) -> None:
-        seen: list[float] = []
-
-        class Look(Callback):
-            def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-                seen.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-        module = Regression(make_optimizer=lambda m: SGD(m.parameters(), lr=0.25))
-        make_trainer(SurgeLRCallback(2, "linear"), Look(), accumulate_grad_batches=2).fit(module, data(16, 4))
-        assert module.lrs == [1.0, 1.0]
-        assert seen == [0.25] * 4
-
-    def test_win_over_the_callback_when_somebody_writes_the_learning_rate(
-        self, make_trainer: MakeTrainer
-    ) -> None:
-        class Halving(Callback):
-            def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-                trainer.optimizers[0].param_groups[0]["lr"] *= 0.5
-
-        module = Regression(make_optimizer=lambda m: SGD(m.parameters(), lr=0.25))
-        trainer = make_trainer(Halving(), SurgeLRCallback(2, "linear"))
-        trainer.fit(module, data(12, 4))
-        assert module.lrs == [0.5, 0.25, 0.125]
-        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.25 / 8
-
-
-def plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(type(key) is str and plain(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(map(plain, value))
-    return value is None or type(value) in (str, int, float, bool)
-
 
 def without_vector(state: dict[str, Any]) -> dict[str, Any]:
     """The state without the only tensors in it, which `objective="edge"` keeps."""
@@ -345,35 +182,26 @@ def without_vector(state: dict[str, Any]) -> dict[str, Any]:
 
 
 RESUMED: dict[str, dict[str, Any]] = {
-    "sliced": {"batch_size": 16, "options": {"probe_examples": 16}},
+    "sliced": {},
     # Of four batches, so that one pool is always under way where a checkpoint is written.
-    "pooled": {"batch_size": 4, "options": {"base_batch_size": 2, "probe_examples": 16}},
-    "micro-batches": {"batch_size": 4, "trainer": {"accumulate_grad_batches": 4}},
-    "base from the first step": {
-        "batch_size": 16,
-        "options": {"base_batch_size": None, "probe_examples": 16},
-        "short": 8,
+    "pooled": {"batch_size": 4, "options": {"base_batch_size": 2}},
+    "micro-batches": {
+        "batch_size": 4,
+        "trainer": {"accumulate_grad_batches": 4},
+        "options": {"probe_examples": None},
     },
-    "progress": {"batch_size": 16, "options": {"probe_examples": 16, "objective": "progress"}},
-    "edge": {"batch_size": 16, "options": {"probe_examples": 16, "objective": "edge"}},
+    "base from the first step": {"options": {"base_batch_size": None}, "short": 8},
+    "edge": {"options": {"objective": "edge"}},
     "edge from micro-batches": {
         "batch_size": 4,
         "trainer": {"accumulate_grad_batches": 4},
-        "options": {"objective": "edge"},
+        "options": {"objective": "edge", "probe_examples": None},
     },
-    "theorem2": {"batch_size": 16, "options": {"probe_examples": 16, "law": "theorem2"}},
-    "theorem3": {"batch_size": 16, "options": {"probe_examples": 16, "law": "theorem3"}},
-    "budget": {"batch_size": 16, "options": {"probe_every": None, "max_overhead": 1.0}},
-    "warm-up": {
-        "batch_size": 4,
-        "options": {"probe_examples": 16},
-        "warmup": (4, 32, 12),
-    },
-    "sgd": {
-        "batch_size": 16,
-        "options": {"probe_examples": 16},
-        "make_optimizer": lambda module: SGD(module.parameters(), lr=0.02, momentum=0.9),
-    },
+    "theorem2": {"options": {"law": "theorem2"}},
+    "theorem3": {"options": {"law": "theorem3"}},
+    "budget": {"options": {"probe_every": None, "probe_examples": None, "max_overhead": 1.0}},
+    "warm-up": {"batch_size": 4, "warmup": (4, 32, 12)},
+    "sgd": {"make_optimizer": with_lr(SGD, 0.02, momentum=0.9)},
 }
 
 
@@ -384,35 +212,32 @@ class TestResume:
 
     def _run(
         self,
-        make_trainer: MakeTrainer,
         folder: Path,
         *extra: Callback,
-        batch_size: int,
+        batch_size: int = 16,
         options: dict[str, Any] | None = None,
         trainer: dict[str, Any] | None = None,
         warmup: tuple[int, int, int] | None = None,
-        make_optimizer: Any = None,
+        make_optimizer: Any = adamw,
         short: int = 0,
         ckpt_path: Path | None = None,
     ) -> tuple[Regression, SurgeLRCallback]:
-        settings: dict[str, Any] = {"base_batch_size": 4, "probe_every": 1} | (options or {})
-        callback = SurgeLRCallback(**settings)
-        module = Regression(SCHEDULES["cosine"], make_optimizer=make_optimizer)
+        settings: dict[str, Any] = {"base_batch_size": 4, "probe_every": 1, "probe_examples": 16}
+        callback = SurgeLRCallback(**(settings | (options or {})))
+        module = Regression(make_optimizer, SCHEDULES["cosine"])
         callbacks = [callback, ModelCheckpoint(folder, every_n_train_steps=self.EVERY, save_top_k=-1)]
         if warmup:
             callbacks.append(BatchSizeWarmup(*warmup))
         runner = make_trainer(*callbacks, *extra, max_steps=self.STEPS, max_epochs=-1, **(trainer or {}))
-        loader = data(40 * batch_size + short, batch_size, Resumable)
+        loader = regression_data(40 * batch_size + short, batch_size, kind=Resumable)
         runner.fit(module, loader, ckpt_path=ckpt_path)
         return module, callback
 
     # The resumed run writes its checkpoints elsewhere, so that the two runs can be compared.
     @pytest.mark.filterwarnings("ignore:The dirpath has changed")
     @pytest.mark.parametrize("case", RESUMED)
-    def test_gives_the_same_learning_rates_and_weights_bit_for_bit(
-        self, make_trainer: MakeTrainer, tmp_path: Path, case: str
-    ) -> None:
-        run = partial(self._run, make_trainer, **RESUMED[case])
+    def test_gives_the_same_learning_rates_and_weights_bit_for_bit(self, tmp_path: Path, case: str) -> None:
+        run = partial(self._run, **RESUMED[case])
         whole, callback = run(tmp_path / "whole")
         with pytest.raises(RuntimeError, match="switched off"):
             run(tmp_path / "crashed", CrashAt(self.CRASH))
@@ -430,25 +255,22 @@ class TestResume:
             callback.lr_scale(size) for size in (1, 16, 300)
         ]
 
-    def test_pool_under_way_is_dropped_in_both_runs(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_pool_under_way_is_dropped_in_both_runs(self, tmp_path: Path) -> None:
         # The test above means something only if the checkpoint falls into a pool.
-        _, with_checkpoints = self._run(make_trainer, tmp_path / "a", **RESUMED["pooled"])
+        _, with_checkpoints = self._run(tmp_path / "a", **RESUMED["pooled"])
         self.EVERY = 1000  # type: ignore[misc]
-        _, without = self._run(make_trainer, tmp_path / "b", **RESUMED["pooled"])
+        _, without = self._run(tmp_path / "b", **RESUMED["pooled"])
         assert with_checkpoints.history.num_measurements < without.history.num_measurements
 
     @pytest.mark.parametrize("case", ["sliced", "theorem3", "sgd", "edge"])
-    def test_state_is_plain_and_loads_safely(
-        self, make_trainer: MakeTrainer, tmp_path: Path, case: str
-    ) -> None:
-        _, callback = self._run(make_trainer, tmp_path, **RESUMED[case])
+    def test_state_is_plain_and_loads_safely(self, tmp_path: Path, case: str) -> None:
+        _, callback = self._run(tmp_path, **RESUMED[case])
         (path,) = tmp_path.glob("*step=21.ckpt")
         state = torch.load(path, weights_only=True)["callbacks"][callback.state_key]
-        assert plain(without_vector(state))
+        # Only what JSON has, too.
+        json.dumps(without_vector(state))
         assert len(state["history"]["records"]) >= 10
-        fresh = SurgeLRCallback(
-            4, **{k: v for k, v in RESUMED[case]["options"].items() if k != "probe_examples"}
-        )
+        fresh = SurgeLRCallback(4, **RESUMED[case].get("options", {}))
         fresh.load_state_dict(state)
         again = fresh.state_dict()
         assert repr(again) == repr(state)
@@ -456,14 +278,12 @@ class TestResume:
         assert len(state["measurer"]["sharpness"]["vector"]) == (4 if follows_edge else 0)
 
     @pytest.mark.parametrize("longer", [False, True])
-    def test_on_a_shorter_loader_comes_to_an_end(
-        self, make_trainer: MakeTrainer, tmp_path: Path, longer: bool
-    ) -> None:
+    def test_on_a_shorter_loader_comes_to_an_end(self, tmp_path: Path, longer: bool) -> None:
         # Lightning counts on where the checkpoint stopped, here past the end of the new loader.
         def run(batches: int, max_epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
             callback = SurgeLRCallback(4, probe_every=1)
             trainer = make_trainer(callback, max_steps=40, max_epochs=max_epochs)
-            trainer.fit(Regression(), data(16 * batches, 16, Resumable), ckpt_path=ckpt_path)
+            trainer.fit(Regression(), regression_data(16 * batches, 16, kind=Resumable), ckpt_path=ckpt_path)
             return trainer
 
         checkpoint = tmp_path / "first.ckpt"
@@ -471,34 +291,28 @@ class TestResume:
         resumed = run(20 if longer else 3, 3, checkpoint)
         assert resumed.global_step > 8
 
-    def test_from_a_checkpoint_of_another_version_starts_afresh(self) -> None:
-        callback = SurgeLRCallback(4)
-        with pytest.warns(UserWarning, match="version 2 in the checkpoint, got 0: .* afresh"):
-            callback.load_state_dict(callback.state_dict() | {"version": 0})
-        assert callback.law is None
-
-    def test_with_another_base_batch_size_says_that_the_factor_jumps(self) -> None:
+    def test_with_another_base_batch_size_says_that_the_factor_changes(self) -> None:
         state = SurgeLRCallback(4).state_dict()
         callback = SurgeLRCallback(8)
-        with pytest.warns(UserWarning, match="base_batch_size=8 replaces the checkpoint's 4: .* jump"):
+        with pytest.warns(UserWarning, match="base_batch_size=8 replaces the checkpoint's 4: .* changes"):
             callback.load_state_dict(state)
         assert callback.base_batch_size == 8
-        assert callback.lr_scale(32) == 2.0
+        assert callback.lr_scale(2) == 0.5
 
     def test_without_a_base_batch_size_takes_the_checkpoints(self) -> None:
         callback = SurgeLRCallback()
         callback.load_state_dict(SurgeLRCallback(4).state_dict())
         assert callback.base_batch_size == 4
-        assert callback.lr_scale(16) == 2.0
+        assert callback.lr_scale(1) == 0.5
 
 
 class TestRuns:
-    def test_leave_the_optimizer_as_it_was_found(self, make_trainer: MakeTrainer) -> None:
+    def test_leave_the_optimizer_as_it_was_found(self) -> None:
         for crash in (2, 1000):
-            module = Regression(make_optimizer=lambda m: SGD(m.parameters(), lr=0.25))
+            module = Regression(with_lr(SGD, 0.25))
             trainer = make_trainer(SurgeLRCallback(2, "linear"), CrashAt(crash))
             try:
-                trainer.fit(module, data(16, 4))
+                trainer.fit(module, regression_data(16, 4))
             except RuntimeError:
                 assert crash == 2
             (optimizer,) = trainer.optimizers
@@ -506,18 +320,7 @@ class TestRuns:
             assert len(optimizer._optimizer_step_pre_hooks) == 0
             assert len(optimizer._optimizer_step_post_hooks) == 0
 
-    def test_can_follow_each_other(self, make_trainer: MakeTrainer) -> None:
-        callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
-        lengths = []
-        for _ in range(2):
-            module = Regression()
-            make_trainer(callback).fit(module, data(16 * 6, 16))
-            lengths.append(callback.history.num_measurements)
-            assert len(module.lrs) == 6
-        # Another training is another law: nothing is carried over.
-        assert lengths == [5, 5]
-
-    def test_put_batch_schedules_before_and_everything_else_after(self, make_trainer: MakeTrainer) -> None:
+    def test_put_batch_schedules_before_and_everything_else_after(self) -> None:
         seen: list[float] = []
 
         class Look(Callback):
@@ -526,32 +329,14 @@ class TestRuns:
 
         look, surge = Look(), SurgeLRCallback(4, "linear", lr_scale_bounds=(0.1, 10.0))
         warmup = BatchSizeWarmup(4, 16, 2)
-        module = Regression(make_optimizer=lambda m: SGD(m.parameters(), lr=0.125))
+        module = Regression(with_lr(SGD, 0.125))
         trainer = make_trainer(look, surge, warmup)
-        trainer.fit(module, data(64, 4))
+        trainer.fit(module, regression_data(64, 4))
         order = [callback for callback in trainer.callbacks if callback in (look, surge, warmup)]  # type: ignore[attr-defined]
         assert order == [warmup, surge, look]
         # 4, then 8, then 16 examples from the fourth micro-batch on; others see the schedule.
         assert module.lrs == [0.125, 0.125, 0.25, 0.5, 0.5, 0.5]
         assert seen == [0.125] * 16
-
-    def test_come_after_lightnings_own_accumulation_schedule(self, make_trainer: MakeTrainer) -> None:
-        module = Regression(make_optimizer=lambda m: SGD(m.parameters(), lr=0.125))
-        surge, scheduler = SurgeLRCallback(4, "linear"), GradientAccumulationScheduler({0: 1, 1: 2})
-        trainer = make_trainer(surge, scheduler, max_epochs=2)
-        trainer.fit(module, data(16, 4))
-        assert module.lrs == [0.125] * 4 + [0.25] * 2
-
-
-def bad_optimizer_for(name: str) -> Callable[[nn.Module], Any]:
-    def make(module: nn.Module) -> Any:
-        parameters = list(module.parameters())
-        return {
-            "none": None,
-            "two": [SGD(parameters[:1], lr=0.1), SGD(parameters[1:], lr=0.1)],
-        }[name]
-
-    return make
 
 
 class TestErrors:
@@ -568,37 +353,20 @@ class TestErrors:
                 r"law='measured' with objective='edge', got law='theorem2'",
             ),
             ({"anchor": "law"}, r"no anchor, got anchor='law', which is retired: leave it out"),
-            ({"base_batch_size": 0}, r"0 < base_batch_size < inf, got base_batch_size=0: count examples"),
-            ({"base_batch_size": -8}, r"got base_batch_size=-8"),
-            ({"base_batch_size": math.nan}, r"got base_batch_size=nan"),
-            ({"base_batch_size": math.inf}, r"got base_batch_size=inf"),
-            ({"base_batch_size": "16"}, r"got base_batch_size='16'"),
-            ({"base_batch_size": True}, r"got base_batch_size=True"),
-            ({"max_overhead": 0.0}, r"0 < max_overhead < inf, got max_overhead=0.0: 0.01 spends"),
-            ({"max_overhead": math.inf}, r"got max_overhead=inf"),
-            ({"max_drift_per_step": 0.0}, r"0 < max_drift_per_step < inf, got max_drift_per_step=0.0: 0.05"),
-            ({"max_drift_per_step": math.nan}, r"got max_drift_per_step=nan"),
-            ({"half_life": -1.0}, r"0 < half_life < inf, got half_life=-1.0: 8 measurements"),
+            ({"base_batch_size": 0}, r"1e-06 <= base_batch_size <= 1e\+12, got base_batch_size=0: count"),
+            ({"max_overhead": 0.0}, r"0 < max_overhead <= 1e\+12, got max_overhead=0.0: 0.01 spends"),
+            ({"max_drift_per_step": 0.0}, r"0 < max_drift_per_step <= .*, got max_drift_per_step=0.0: 0.05"),
+            ({"half_life": -1.0}, r"0 < half_life <= 1e\+12, got half_life=-1.0: 8 measurements"),
             ({"probe_every": 0}, r"whole number probe_every >= 1, got probe_every=0: count optimizer steps"),
-            ({"probe_every": 1.5}, r"got probe_every=1.5"),
-            ({"probe_every": math.inf}, r"got probe_every=inf"),
             ({"probe_examples": 3}, r"whole number probe_examples >= 4, got probe_examples=3: 4 examples"),
             (
                 {"lr_scale_bounds": (2.0, 0.5)},
-                r"0 < low <= 1 <= high, got lr_scale_bounds=\(2.0, 0.5\): .*first",
+                r"0 < lr_scale_bounds\[0\] <= 1, got lr_scale_bounds\[0\]=2.0: the factor is 1 .* first",
             ),
-            ({"lr_scale_bounds": (0.0, 2.0)}, r"got lr_scale_bounds=\(0.0, 2.0\)"),
-            ({"lr_scale_bounds": (-1.0, 2.0)}, r"got lr_scale_bounds=\(-1.0, 2.0\)"),
-            ({"lr_scale_bounds": (2.0, 4.0)}, r"got lr_scale_bounds=\(2.0, 4.0\)"),
-            (
-                {"lr_scale_bounds": (0.5, math.inf)},
-                r"lr_scale_bounds=\(low, high\), two finite .*got \(0.5, inf\)",
-            ),
-            (
-                {"lr_scale_bounds": (math.nan, 2.0)},
-                r"lr_scale_bounds=\(low, high\), two finite .*got \(nan, 2.0\)",
-            ),
-            ({"lr_scale_bounds": (0.5, 1.0, 2.0)}, r"lr_scale_bounds=\(low, high\), two finite"),
+            ({"lr_scale_bounds": (0.0, 2.0)}, r"got lr_scale_bounds\[0\]=0.0"),
+            ({"lr_scale_bounds": (math.nan, 2.0)}, r"got lr_scale_bounds\[0\]=nan"),
+            ({"lr_scale_bounds": (0.5, math.inf)}, r"1 <= lr_scale_bounds\[1\] < inf, got .*=inf"),
+            ({"lr_scale_bounds": (0.5, 1.0, 2.0)}, r"lr_scale_bounds=\(low, high\), two numbers"),
         ],
     )
     def test_of_arguments_name_them_with_value_and_remedy(
@@ -613,67 +381,23 @@ class TestErrors:
     ) -> None:
         before = module.weights
         with pytest.raises(MisconfigurationException, match=message):
-            trainer.fit(module, loader or data(32, 8))
+            trainer.fit(module, loader or regression_data(32, 8))
         assert module.calls == 0
         assert torch.equal(module.weights, before)
 
     # Lightning says so too.
     @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
-    def test_without_an_optimizer(self, make_trainer: MakeTrainer) -> None:
-        module = Regression(make_optimizer=bad_optimizer_for("none"))
+    def test_without_an_optimizer(self) -> None:
+        module = Regression(lambda module: None)
         self._refused(
             make_trainer(SurgeLRCallback(4)),
             module,
             "needs an optimizer, got 0 from configure_optimizers of Regression: return one that holds",
         )
 
-    def test_with_two_optimizers(self, make_trainer: MakeTrainer) -> None:
-        module = Regression(make_optimizer=bad_optimizer_for("two"))
-        module.automatic_optimization = False
-        self._refused(
-            make_trainer(SurgeLRCallback(4, "sqrt")),
-            module,
-            "which optimizer it serves, got 2 from configure_optimizers of Regression: pass one "
-            r"SurgeLRCallback\(optimizer=i, loss_fn=...\) for each",
-        )
-
-    def test_with_two_callbacks(self, make_trainer: MakeTrainer) -> None:
-        trainer = make_trainer(SurgeLRCallback(4), SurgeLRCallback(4, "sqrt"))
-        self._refused(
-            trainer, Regression(), "one SurgeLRCallback, or several with a different optimizer= each, got 2"
-        )
-
-    def test_in_manual_optimization_without_loss_fn(self, make_trainer: MakeTrainer) -> None:
-        module = Regression()
-        module.automatic_optimization = False
-        self._refused(
-            make_trainer(SurgeLRCallback(4)),
-            module,
-            "training_step of Regression, which optimizes manually: pass loss_fn=",
-        )
-
-    @pytest.mark.parametrize("schedule", [None, lambda o: LambdaLR(o, lambda step: step / 10.0)])
-    def test_with_bfloat16_parameters(self, make_trainer: MakeTrainer, schedule: MakeSchedule | None) -> None:
-        # The second starts a warm-up at zero, which no dtype needs to resolve.
-        module = Regression(schedule, make_optimizer=lambda m: AdamW(m.parameters(), lr=1e-4)).bfloat16()
-        x = torch.ones(32, 4, dtype=torch.bfloat16)
-        self._refused(
-            make_trainer(SurgeLRCallback(4)),
-            module,
-            "got dtype torch.bfloat16, .* keep float32 parameters .* law='sqrt'",
-            DataLoader(TensorDataset(x, x[:, :1]), batch_size=8),
-        )
-
-    def test_bfloat16_parameters_suit_a_rule(self, make_trainer: MakeTrainer) -> None:
-        module = Regression(make_optimizer=lambda m: SGD(m.parameters(), lr=0.125)).bfloat16()
-        x = torch.ones(8, 4, dtype=torch.bfloat16)
-        loader = DataLoader(TensorDataset(x, x[:, :1]), batch_size=4)
-        make_trainer(SurgeLRCallback(1, "sqrt")).fit(module, loader)
-        assert module.lrs == [0.25, 0.25]
-
     @pytest.mark.parametrize("law", ["theorem2", "theorem3"])
-    def test_with_a_theorem_for_plain_gradients(self, make_trainer: MakeTrainer, law: str) -> None:
-        module = Regression(make_optimizer=lambda m: SGD(m.parameters(), lr=0.1))
+    def test_with_a_theorem_for_plain_gradients(self, law: str) -> None:
+        module = Regression(with_lr(SGD, 0.1))
         self._refused(
             make_trainer(SurgeLRCallback(4, law)), module, f"law='{law}' .* got SGD: use law='measured'"
         )
@@ -682,7 +406,7 @@ class TestErrors:
     def _uneven() -> DataLoader[Any]:
         # The second tensor holds three numbers for all examples together.
         return DataLoader(
-            data(32, 8).dataset,
+            regression_data(32, 8).dataset,
             batch_size=8,
             collate_fn=lambda rows: [
                 torch.stack([x for x, _ in rows]),
@@ -693,7 +417,7 @@ class TestErrors:
 
     # Lightning warns that it takes the first length that it finds.
     @pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection")
-    def test_with_a_batch_that_cannot_be_cut(self, make_trainer: MakeTrainer) -> None:
+    def test_with_a_batch_that_cannot_be_cut(self) -> None:
         self._refused(
             make_trainer(SurgeLRCallback(4)),
             Regression(),
@@ -702,7 +426,7 @@ class TestErrors:
         )
 
     @pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection")
-    def test_a_batch_that_cannot_be_cut_suits_whole_batches(self, make_trainer: MakeTrainer) -> None:
+    def test_a_batch_that_cannot_be_cut_suits_whole_batches(self) -> None:
         class First(Regression):
             def loss(self, batch: Any) -> Tensor:
                 return super().loss(batch[:2])
@@ -712,7 +436,7 @@ class TestErrors:
             make_trainer(SurgeLRCallback(4, **options)).fit(module, self._uneven())
             assert len(module.lrs) == 4
 
-    def test_unknown_optimizer_is_named_and_its_learning_rate_scaled(self, make_trainer: MakeTrainer) -> None:
+    def test_unknown_optimizer_is_named_and_its_learning_rate_scaled(self) -> None:
         class Ladder(Optimizer):
             def __init__(self, parameters: Any, lr: float) -> None:
                 super().__init__(parameters, {"lr": lr})
@@ -728,27 +452,44 @@ class TestErrors:
                         parameter.data.sub_(parameter.grad.sign(), alpha=group["lr"])
                 return loss
 
-        module = Regression(make_optimizer=lambda m: Ladder(m.parameters(), lr=0.01))
+        module = Regression(with_lr(Ladder, 0.01))
         with pytest.warns(UserWarning, match="does not know Ladder: it is treated as an Adam-style"):
-            make_trainer(SurgeLRCallback(4, max_overhead=1e-9)).fit(module, data(48, 16))
-        assert module.lrs == [0.02] * 3
+            make_trainer(SurgeLRCallback(4, max_overhead=1e-9)).fit(module, regression_data(48, 16))
+        assert module.lrs == pytest.approx([0.01 * 1.05**k for k in (1, 2, 3)])
+
+
+class Outside:
+    """Keeps what a probe must not put back, where it does not look."""
+
+    __slots__ = ("replayed_at", "training")
+
+    def __init__(self) -> None:
+        self.training = False
+        self.replayed_at: list[int] = []
 
 
 class Failing(Regression):
-    """Repeats its step well, except from one replay on."""
+    """Tells replays from training, and fails in those of some numbers, from 1."""
 
     def __init__(self, failure: Any, first: int = 1, last: float = math.inf) -> None:
         super().__init__()
-        self.failure = failure
-        self.first, self.last = first, last
-        self.failed = torch.zeros(())
+        self.failure, self.first, self.last = failure, first, last
+        self.outside = Outside()
 
-    def replayed(self, batch: Any) -> Any:
-        if self.first <= self.outside.replays <= self.last:
-            if isinstance(self.failure, BaseException):
-                raise self.failure
-            return self.failure if self.failure is None else self.loss(batch) * self.failure
-        return self.loss(batch)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.outside.training = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if self.outside.training:
+            self.outside.training = False
+            return loss
+        self.outside.replayed_at.append(self.trainer.global_step)
+        if not self.first <= len(self.outside.replayed_at) <= self.last:
+            return loss
+        if isinstance(self.failure, BaseException):
+            raise self.failure
+        return self.failure if self.failure is None else loss * self.failure
 
 
 class TestFailures:
@@ -760,14 +501,14 @@ class TestFailures:
     )
 
     @staticmethod
-    def _plain(make_trainer: MakeTrainer, count: int, **options: Any) -> Regression:
+    def _plain(count: int, **options: Any) -> Regression:
         module = Regression()
-        make_trainer(**options).fit(module, data(count, 16))
+        make_trainer(**options).fit(module, regression_data(count, 16))
         return module
 
     @pytest.mark.parametrize("failure", FAILURES, ids=["raises", "memory", "none", "nan"])
     def test_of_every_probe_costs_nothing_but_the_measurements(
-        self, make_trainer: MakeTrainer, decisions: list[tuple[float, Decision]], failure: Any
+        self, decisions: list[tuple[float, Decision]], failure: Any
     ) -> None:
         module = Failing(failure)
         # At the base batch size, where the factor is 1 whatever is measured.
@@ -776,8 +517,8 @@ class TestFailures:
         failed = failure is None or isinstance(failure, Exception)
         message = "Measuring failed .* training goes on" if failed else "No law was fitted to a measurement"
         with pytest.warns(UserWarning, match=message):
-            make_trainer(callback).fit(module, data(16 * 40, 16))
-        assert torch.equal(module.weights, self._plain(make_trainer, 16 * 40).weights)
+            make_trainer(callback).fit(module, regression_data(16 * 40, 16))
+        assert torch.equal(module.weights, self._plain(16 * 40).weights)
         assert module.calls == 40
         assert callback.history.num_measurements == 0
         if not failed:
@@ -792,53 +533,8 @@ class TestFailures:
         assert reasons[attempts[0] - 1] == "sqrt: nothing measured yet"
         assert all(reason.startswith("held: ") for reason in reasons[attempts[0] :])
 
-    # Of 13: 1 + 4 passes to compare, then slices 6, 7 and 8, a secant 9 and 10, slice 11, a secant 12 and 13.
-    @pytest.mark.parametrize(("first", "moved"), [(1, False), (7, False), (10, True), (13, True)])
-    def test_anywhere_in_a_probe_puts_the_parameters_back(
-        self, make_trainer: MakeTrainer, decisions: list[tuple[float, Decision]], first: int, moved: bool
-    ) -> None:
-        module = Failing(RuntimeError("boom"), first, first)
-        callback = SurgeLRCallback(16, objective="alignment", probe_every=1, probe_examples=16)
-        with pytest.warns(UserWarning, match="RuntimeError: boom.* pass loss_fn="):
-            make_trainer(callback).fit(module, data(16 * 12, 16))
-        assert torch.equal(module.weights, self._plain(make_trainer, 16 * 12).weights)
-        assert module.outside.replays > first
-        # Tried again, at every second step from then on, and well.
-        assert callback.history.num_measurements >= 4
-        reasons = [decision.reason for _, decision in decisions]
-        assert reasons[1] == "held: measuring failed with RuntimeError"
-        assert not reasons[-1].startswith("held")
-
-    @pytest.mark.parametrize("first", [1, 3])
-    def test_of_a_secant_during_accumulation_keeps_the_gradients(
-        self, make_trainer: MakeTrainer, first: int
-    ) -> None:
-        module = Failing(RuntimeError("boom"), first, first)
-        callback = SurgeLRCallback(64, probe_every=1)
-        with pytest.warns(UserWarning, match="RuntimeError: boom"):
-            make_trainer(callback, accumulate_grad_batches=4).fit(module, data(16 * 40, 16))
-        expected = self._plain(make_trainer, 16 * 40, accumulate_grad_batches=4)
-        assert torch.equal(module.weights, expected.weights)
-        assert callback.history.num_measurements >= 2
-
-    def test_really_happen_at_displaced_parameters(self, make_trainer: MakeTrainer) -> None:
-        module = Failing(RuntimeError("boom"), 10)
-        with pytest.warns(UserWarning, match="boom"):
-            make_trainer(SurgeLRCallback(16, probe_every=1, probe_examples=16)).fit(module, data(64, 16))
-        assert module.outside.moved
-
-    def test_of_loss_fn(self, make_trainer: MakeTrainer) -> None:
-        def loss_fn(module: Any, batch: Any) -> Tensor:
-            raise KeyError("labels")
-
-        module = Regression()
-        callback = SurgeLRCallback(16, probe_every=1, probe_examples=16, loss_fn=loss_fn)
-        with pytest.warns(UserWarning, match="KeyError: 'labels'"):
-            make_trainer(callback).fit(module, data(16 * 12, 16))
-        assert torch.equal(module.weights, self._plain(make_trainer, 16 * 12).weights)
-
     @pytest.mark.parametrize("pooled", [False, True])
-    def test_of_split_batch_later_on(self, make_trainer: MakeTrainer, pooled: bool) -> None:
+    def test_of_split_batch_later_on(self, pooled: bool) -> None:
         calls: list[int] = []
 
         def split(batch: Any, num_slices: int) -> list[Any]:
@@ -852,37 +548,20 @@ class TestFailures:
         callback = SurgeLRCallback(16, probe_every=1, probe_examples=64 if pooled else 16, split_batch=split)
         if pooled:
             # Four whole batches are four chunks: nothing is ever cut, nor asked for more than once.
-            make_trainer(callback).fit(module, data(16 * 12, 16))
+            make_trainer(callback).fit(module, regression_data(16 * 12, 16))
             assert calls == [2]
         else:
             with pytest.warns(UserWarning, match="ValueError: no more slices"):
-                make_trainer(callback).fit(module, data(16 * 12, 16))
-        assert torch.equal(module.weights, self._plain(make_trainer, 16 * 12).weights)
+                make_trainer(callback).fit(module, regression_data(16 * 12, 16))
+        assert torch.equal(module.weights, self._plain(16 * 12).weights)
 
-    def test_of_an_interrupt_puts_the_parameters_back_and_is_not_swallowed(
-        self, make_trainer: MakeTrainer
-    ) -> None:
-        module = Failing(KeyboardInterrupt(), 10)
-        gradients: list[Any] = []
-        trainer = make_trainer(SurgeLRCallback(4, probe_every=1, probe_examples=16))
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            trainer.fit(module, data(16 * 12, 16))
-        assert module.outside.moved
-        assert torch.equal(module.weights, module.before)
-        # The second step was under way: its gradients are there, and the learning rate is the schedule's.
-        gradients = [parameter.grad for parameter in module.parameters()]
-        assert all(gradient is not None for gradient in gradients)
-        assert module.calls == 2
-        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
-        assert "log" not in vars(module)
-
-    def test_of_a_window_that_ends_early_is_none(
-        self, make_trainer: MakeTrainer, decisions: list[tuple[float, Decision]]
-    ) -> None:
+    def test_of_a_window_that_ends_early_is_none(self, decisions: list[tuple[float, Decision]]) -> None:
         # Every epoch ends with a window of two micro-batches, too few to measure from and no failure.
         module = Regression()
         callback = SurgeLRCallback(16, objective="alignment", probe_every=1)
-        make_trainer(callback, accumulate_grad_batches=4, max_epochs=4).fit(module, data(16 * 18, 16))
+        make_trainer(callback, accumulate_grad_batches=4, max_epochs=4).fit(
+            module, regression_data(16 * 18, 16)
+        )
         assert len(module.lrs) == 20
         # All full windows but the very first, which fixes nothing to compare with.
         assert callback.history.num_measurements >= 12

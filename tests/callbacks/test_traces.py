@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, StepLR
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
-from tests.trainings import MakeTrainer
+from tests.trainings import make_trainer
 
 
 class Net(pl.LightningModule):
@@ -124,7 +124,7 @@ def data() -> DataLoader[Any]:
     return DataLoader(torch.randn(64, 4, generator=torch.Generator().manual_seed(1)), 8)  # type: ignore[arg-type]
 
 
-def outcome(make_trainer: MakeTrainer, module: Net, *callbacks: pl.Callback, **options: Any) -> list[Any]:
+def outcome(module: Net, *callbacks: pl.Callback, **options: Any) -> list[Any]:
     trainer = make_trainer(*callbacks, max_epochs=2, **options)
     trainer.fit(module, data())
     group = trainer.optimizers[0].param_groups[0]
@@ -142,27 +142,23 @@ def outcome(make_trainer: MakeTrainer, module: Net, *callbacks: pl.Callback, **o
 @pytest.mark.parametrize("accumulation", [1, 4])
 class TestDryRuns:
     @pytest.mark.parametrize("kind", UNDONE)
-    def test_put_back_what_a_step_touches(
-        self, make_trainer: MakeTrainer, kind: str, accumulation: int
-    ) -> None:
+    def test_put_back_what_a_step_touches(self, kind: str, accumulation: int) -> None:
         touch, attributes = UNDONE[kind]
         callback = SurgeLRCallback(2, dry_run=True, probe_every=1)
         options = {"accumulate_grad_batches": accumulation}
-        plain = outcome(make_trainer, Net(touch, **attributes()), **options)
-        assert outcome(make_trainer, Net(touch, **attributes()), callback, **options) == plain
+        plain = outcome(Net(touch, **attributes()), **options)
+        assert outcome(Net(touch, **attributes()), callback, **options) == plain
         assert callback.history.num_measurements > 1
 
     @pytest.mark.parametrize("kind", NOTICED)
-    def test_stop_measuring_where_that_cannot_be(
-        self, make_trainer: MakeTrainer, kind: str, accumulation: int
-    ) -> None:
+    def test_stop_measuring_where_that_cannot_be(self, kind: str, accumulation: int) -> None:
         touch, attributes, trace = NOTICED[kind]
         callback = SurgeLRCallback(2, dry_run=True, probe_every=1)
         options = {"accumulate_grad_batches": accumulation}
-        plain = outcome(make_trainer, Net(touch, **attributes()), **options)
+        plain = outcome(Net(touch, **attributes()), **options)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            assert outcome(make_trainer, Net(touch, **attributes()), callback, **options) == plain
+            assert outcome(Net(touch, **attributes()), callback, **options) == plain
         said = [str(one.message) for one in told if "Measuring is off from now on" in str(one.message)]
         # The secants of a live window put the parameters back, with whatever a step did to them.
         moved = accumulation > 1 and "net.weight" in trace
@@ -171,11 +167,11 @@ class TestDryRuns:
         assert all(trace in message and "pass loss_fn=" in message for message in said)
 
 
-def test_a_loss_function_measures_where_the_step_cannot_be_repeated(make_trainer: MakeTrainer) -> None:
+def test_a_loss_function_measures_where_the_step_cannot_be_repeated() -> None:
     def loss(module: Any, batch: Tensor) -> Tensor:
         return (module.net(batch) - module.teacher(batch)).square().mean()
 
-    plain = outcome(make_trainer, Net(average))
+    plain = outcome(Net(average))
     callback = SurgeLRCallback(2, dry_run=True, probe_every=1, loss_fn=loss)
-    assert outcome(make_trainer, Net(average), callback) == plain
+    assert outcome(Net(average), callback) == plain
     assert callback.history.num_measurements > 5

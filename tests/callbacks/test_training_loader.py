@@ -1,23 +1,21 @@
 """Loaders that change in mid-run, and learning-rate schedules that stop short of their end."""
 
-import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from benchmarks.step_trace import trace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, SequentialSampler
 
-import lightning_surge
 from lightning_surge import BatchSizeScheduler, BatchSizeWarmup, ScheduledBatchSampler, by_examples
-from lightning_surge.callbacks.lightning_host import loader_batch_size
+from lightning_surge.callbacks.lightning_host import loader_batch_size, refresh_epoch_length, replicas_of
 from lightning_surge.schedules import (
     AccumulatedSchedule,
     ConstantSize,
@@ -25,8 +23,7 @@ from lightning_surge.schedules import (
     LinearRamp,
     total_steps,
 )
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import OneHot, make_trainer
 
 SIZE = 64
 
@@ -120,7 +117,7 @@ class TestLoadersThatChange:
         ],
     )
     def test_steps_keep_the_sizes_of_the_schedule(
-        self, make_trainer: MakeTrainer, hook: str, loaders: Any, schedule: Any, sizes: list[int]
+        self, hook: str, loaders: Any, schedule: Any, sizes: list[int]
     ) -> None:
         model = Mean(loaders)
         options = {"reload_dataloaders_every_n_epochs": 1} if hook == "reload" else {}
@@ -130,7 +127,7 @@ class TestLoadersThatChange:
         assert model.sizes == sizes
 
     @pytest.mark.filterwarnings("ignore:size=32 needs 8 micro-batches per optimizer step, got an epoch of 4")
-    def test_a_batch_sampler_whose_size_is_written(self, make_trainer: MakeTrainer) -> None:
+    def test_a_batch_sampler_whose_size_is_written(self) -> None:
         class Halves(pl.Callback):
             def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
                 sampler: Any = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
@@ -153,7 +150,7 @@ class TestLoadersThatChange:
         ],
     )
     def test_what_cannot_be_is_an_error_as_at_the_start(
-        self, make_trainer: MakeTrainer, scheduler: BatchSizeScheduler, later: Any, message: str
+        self, scheduler: BatchSizeScheduler, later: Any, message: str
     ) -> None:
         first = sampled() if "size=10" in message else plain(8)
         trainer = make_trainer(scheduler, max_epochs=2, reload_dataloaders_every_n_epochs=1)
@@ -161,15 +158,76 @@ class TestLoadersThatChange:
             trainer.fit(Mean([first, later]))
         assert trainer.current_epoch == 1
 
-    def test_one_that_is_no_different_is_not_reported_again(
-        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_one_that_is_no_different_is_not_reported_again(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level("INFO", "lightning.pytorch"):
             trainer = make_trainer(
                 BatchSizeScheduler(ConstantSize(8)), max_epochs=3, reload_dataloaders_every_n_epochs=1
             )
             trainer.fit(Mean([lambda: plain(8)] * 3))
         assert caplog.text.count("Batch sizes are set by accumulation") == 1
+
+
+class Growing(DataLoader[Any]):
+    """Has a batch more in each epoch."""
+
+    length = 11
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([torch.eye(12)] * self.length)
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class Refreshing(OneHot):
+    """Counts batches and validations of each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.lengths, self.validations = [0] * 3, [0] * 3
+
+    def on_train_epoch_start(self) -> None:
+        refresh_epoch_length(self.trainer)
+
+    def on_train_epoch_end(self) -> None:
+        self.trainer.train_dataloader.length += 1
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.lengths[self.trainer.current_epoch] += 1
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.validations[self.trainer.current_epoch] += 1
+
+
+@pytest.mark.parametrize(
+    ("options", "lengths", "validations"),
+    [
+        ({}, [11, 12, 13], [1, 1, 1]),
+        ({"limit_train_batches": 12}, [11, 12, 12], [1, 1, 1]),
+        ({"limit_train_batches": 0.5}, [5, 6, 6], [1, 1, 1]),
+        ({"val_check_interval": 4}, [11, 12, 13], [2, 3, 3]),
+        ({"val_check_interval": 0.5}, [11, 12, 13], [2, 2, 2]),
+        ({"val_check_interval": 8, "check_val_every_n_epoch": None}, [11, 12, 13], [1, 1, 2]),
+        ({"check_val_every_n_epoch": 2}, [11, 12, 13], [0, 1, 0]),
+    ],
+)
+def test_lightning_is_told_of_an_epoch_that_gets_longer(
+    options: dict[str, Any], lengths: list[int], validations: list[int]
+) -> None:
+    data: Any = torch.eye(12)
+    model = Refreshing()
+    trainer = make_trainer(max_epochs=3, num_sanity_val_steps=0, **options)
+    trainer.fit(model, Growing(data), DataLoader(data, batch_size=12))
+    assert (model.lengths, model.validations) == (lengths, validations)
+    assert trainer.num_training_batches == lengths[-1]
+
+
+def test_replicas_are_not_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As under tensor parallelism, where several processes share the examples of one replica.
+    monkeypatch.setattr(pl.Trainer, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": 0})
+    monkeypatch.setattr(pl.Trainer, "world_size", 4)
+    assert replicas_of(make_trainer()) == 2
 
 
 def cosine(steps: Callable[[Any], float]) -> Callable[..., Any]:
@@ -190,7 +248,7 @@ def after_ramp(trainer: pl.Trainer) -> float:
 SHORT = "Expected a learning-rate schedule that reaches its end"
 
 
-def warned(make_trainer: MakeTrainer, model: Mean, callback: Any, **options: Any) -> list[str]:
+def warned(model: Mean, callback: Any, **options: Any) -> list[str]:
     data, resume = options.pop("loader", None) or plain(2), options.pop("ckpt_path", None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -213,11 +271,9 @@ def warm_up(steps: int) -> Callable[..., dict[str, Any]]:
 
 class TestSchedulesCutShort:
     @pytest.mark.parametrize("callback", [BatchSizeScheduler(RAMP), BatchSizeWarmup(2, 16, 40)])
-    def test_the_end_that_is_told_is_the_end_that_comes(
-        self, make_trainer: MakeTrainer, callback: Any
-    ) -> None:
+    def test_the_end_that_is_told_is_the_end_that_comes(self, callback: Any) -> None:
         model = Mean(schedule=cosine(estimated))
-        (message,) = warned(make_trainer, model, callback)
+        (message,) = warned(model, callback)
         share = model.trainer.optimizers[0].param_groups[0]["lr"] / 0.1
         assert 0.3 < share < 0.9
         assert message.removeprefix(SHORT) == (
@@ -243,12 +299,12 @@ class TestSchedulesCutShort:
         ],
     )
     def test_only_where_something_is_lost(
-        self, make_trainer: MakeTrainer, schedule: Any, rule: Any, options: dict[str, Any], count: int
+        self, schedule: Any, rule: Any, options: dict[str, Any], count: int
     ) -> None:
-        found = warned(make_trainer, Mean(schedule=schedule), BatchSizeScheduler(rule), **options)
+        found = warned(Mean(schedule=schedule), BatchSizeScheduler(rule), **options)
         assert len(found) == count
 
-    def test_the_schedule_and_the_model_are_left_as_they_were(self, make_trainer: MakeTrainer) -> None:
+    def test_the_schedule_and_the_model_are_left_as_they_were(self) -> None:
         class Own(Mean):
             def scale(self, step: int) -> float:
                 assert self is model  # not a copy
@@ -265,38 +321,19 @@ class TestSchedulesCutShort:
             make_trainer(BatchSizeScheduler(ConstantSize(16)), Look()).fit(model, plain(8))
         assert lrs == [0.1] * 2 + [0.1 / 2] * 2 + [0.1 / 3] * 2 + [0.1 / 4] * 2
 
-    def test_not_when_a_run_is_resumed(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def test_not_when_a_run_is_resumed(self, tmp_path: Path) -> None:
         model, path = Mean(schedule=cosine(estimated)), tmp_path / "half.ckpt"
-        assert warned(make_trainer, model, BatchSizeScheduler(RAMP), max_epochs=2)
+        assert warned(model, BatchSizeScheduler(RAMP), max_epochs=2)
         model.trainer.save_checkpoint(path)
         model = Mean(schedule=cosine(estimated))
-        assert warned(make_trainer, model, BatchSizeScheduler(RAMP), ckpt_path=path) == []
+        assert warned(model, BatchSizeScheduler(RAMP), ckpt_path=path) == []
         assert model.trainer.current_epoch == 4
 
 
 @pytest.mark.parametrize(
-    ("loader", "schedule"),
-    [
-        (lambda: plain(2), ConstantSize(4)),
-        (lambda: plain(2), GeometricRamp(2, 16, 1000)),
-        (sampled, LinearRamp(2, 16, 1000)),
-    ],
+    ("callbacks", "calls", "files"), [([], 120, 14), ([BatchSizeScheduler(ConstantSize(16))], 260, 18)]
 )
-def test_an_ordinary_step_enters_the_package_a_few_times_only(
-    make_trainer: MakeTrainer, loader: Callable[[], Any], schedule: Any
-) -> None:
-    folder = str(Path(lightning_surge.__file__).parent)
-    entered: Counter[str] = Counter()
-
-    def note(frame: Any, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(folder):
-            entered[frame.f_code.co_qualname] += 1
-
-    class Watch(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            # From the end of one step to that of the next.
-            sys.setprofile(note if trainer.global_step == 5 else None)
-
-    make_trainer(BatchSizeScheduler(schedule), Watch()).fit(Mean(schedule=by_the_clock), loader())
-    assert entered["BatchSizeScheduler.on_before_optimizer_step"] == 1
-    assert sum(entered.values()) <= 80
+def test_a_step_enters_as_little_of_the_package_as_promised(callbacks: Any, calls: int, files: int) -> None:
+    entered = trace(*callbacks)
+    assert 50 < sum(entered.values()) <= calls
+    assert len({file for file, _ in entered}) <= files

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Schedule
-
-MakeTrainer = Callable[..., pl.Trainer]
+from tests.trainings import Ragged, flat, make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
@@ -30,13 +29,8 @@ def examples(size: int) -> Tensor:
     return torch.randn(size, FEATURES, generator=torch.Generator().manual_seed(3))
 
 
-class Ragged(list[Any]):
-    """A loader of batches of any size, which says that they have four examples."""
-
-    batch_size = 4
-
-    def __init__(self, sizes: list[int] = RAGGED) -> None:
-        super().__init__(examples(sum(sizes)).split(sizes))
+def ragged() -> Ragged:
+    return Ragged(RAGGED, FEATURES)
 
 
 class Net(pl.LightningModule):
@@ -86,42 +80,28 @@ class Net(pl.LightningModule):
             assert (found - expected).norm() <= rtol * expected.norm()
 
 
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([torch.zeros(0) if tensor is None else tensor.flatten() for tensor in tensors])
-
-
 class TestOneBigBatch:
     @pytest.mark.parametrize(
-        "schedule",
-        [ConstantSize(4), ConstantSize(16), Milestones({0: 4, 3: 16}), Milestones({0: 32, 2: 4})],
+        "schedule", [ConstantSize(4), ConstantSize(16), Milestones({0: 4, 3: 16}), Milestones({0: 32, 2: 4})]
     )
-    def test_ragged_batches(self, make_trainer: MakeTrainer, schedule: Schedule) -> None:
+    def test_ragged_batches(self, schedule: Schedule) -> None:
         model, scheduler = Net(), BatchSizeScheduler(schedule)
-        make_trainer(scheduler, max_epochs=2).fit(model, Ragged())
+        make_trainer(scheduler, max_epochs=2).fit(model, ragged())
         model.assert_means()
         assert scheduler.examples == 2 * sum(RAGGED)
 
-    def test_a_loader_whose_last_batch_is_smaller(self, make_trainer: MakeTrainer) -> None:
-        # 12 batches of 4 and one of 2: windows of 4 4 4 4, and one of 2 in the end, or of 4 and 2.
-        for size in (50, 54):
-            model = Net()
-            make_trainer(BatchSizeScheduler(ConstantSize(16)), max_epochs=2).fit(
-                model, DataLoader(examples(size), batch_size=4, shuffle=True)
-            )
-            model.assert_means()
-
-    def test_tokens(self, make_trainer: MakeTrainer) -> None:
+    def test_tokens(self) -> None:
         # A batch of n examples has n x 5 numbers in it.
         model = Net()
         scheduler = BatchSizeScheduler(
             Milestones({0: 20, 3: 80}), micro_batch_size=20, batch_size_fn=torch.numel
         )
-        make_trainer(scheduler, max_epochs=2).fit(model, Ragged())
+        make_trainer(scheduler, max_epochs=2).fit(model, ragged())
         model.assert_means()
         assert scheduler.examples == 2 * FEATURES * sum(RAGGED)
         assert scheduler.scheduled_batch_size == 80
 
-    def test_tokens_of_a_sampler(self, make_trainer: MakeTrainer) -> None:
+    def test_tokens_of_a_sampler(self) -> None:
         class Padded(Net):
             """Counts only what is no padding."""
 
@@ -141,7 +121,7 @@ class TestOneBigBatch:
         model.assert_means()
         assert scheduler.examples == 3 * (data[:, 0] > 0).sum()
 
-    def test_micro_batches_without_a_loss(self, make_trainer: MakeTrainer) -> None:
+    def test_micro_batches_without_a_loss(self) -> None:
         class Skips(Net):
             def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
                 loss = super().training_step(batch, batch_idx)
@@ -152,15 +132,15 @@ class TestOneBigBatch:
 
         model, scheduler = Skips(), BatchSizeScheduler(Milestones({0: 4, 3: 16}))
         trainer = make_trainer(scheduler, max_epochs=2)
-        trainer.fit(model, Ragged())
+        trainer.fit(model, ragged())
         model.assert_means()
         assert len(model.gradients) == trainer.global_step - 1  # one step had no gradient at all
         assert scheduler.examples == 2 * sum(RAGGED)  # consumed all the same
 
-    def test_micro_batches_that_count_for_nothing(self, make_trainer: MakeTrainer) -> None:
+    def test_micro_batches_that_count_for_nothing(self) -> None:
         model = Net()
         model.loss = lambda batch: 0.0 * batch.sum() + Net.loss(model, batch)  # type: ignore[method-assign]
-        empty = Ragged()
+        empty = ragged()
         for index in (0, 4, 5):  # the first of a window, the last, and one of its own
             empty[index] = torch.zeros_like(empty[index])
         scheduler = BatchSizeScheduler(
@@ -171,24 +151,24 @@ class TestOneBigBatch:
         assert scheduler.examples == sum(RAGGED) - RAGGED[0] - RAGGED[4] - RAGGED[5]
 
     @pytest.mark.parametrize("missing", [3, 7, 10])
-    def test_a_batch_that_is_none(self, make_trainer: MakeTrainer, missing: int) -> None:
+    def test_a_batch_that_is_none(self, missing: int) -> None:
         # Lightning leaves out the step at a window's end; the next window zeroes what was accumulated.
-        loader = Ragged()
+        loader = ragged()
         loader[missing] = None
         model = Net()
         make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=2).fit(model, loader)
         model.assert_means()
 
-    def test_an_epoch_cut_short(self, make_trainer: MakeTrainer) -> None:
+    def test_an_epoch_cut_short(self) -> None:
         class Stops(Net):
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
                 return -1 if self.trainer.current_epoch == 1 and batch_idx == 6 else None
 
         model = Stops()
-        make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=3).fit(model, Ragged())
+        make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=3).fit(model, ragged())
         model.assert_means()
 
-    def test_parameters_that_are_frozen_or_not_used(self, make_trainer: MakeTrainer) -> None:
+    def test_parameters_that_are_frozen_or_not_used(self) -> None:
         model = Net()
         model.net[0].weight.requires_grad_(False)
         model.unused = nn.Linear(2, 2)
@@ -199,7 +179,7 @@ class TestOneBigBatch:
             self.whole.append(flat(torch.autograd.grad(self.loss(torch.cat(self.window)), used)))
 
         model.on_before_optimizer_step = means.__get__(model)  # type: ignore[method-assign]
-        make_trainer(BatchSizeScheduler(ConstantSize(16)), max_epochs=2).fit(model, Ragged())
+        make_trainer(BatchSizeScheduler(ConstantSize(16)), max_epochs=2).fit(model, ragged())
         model.assert_means()
         assert model.unused.weight.grad is None
 
@@ -208,9 +188,7 @@ class TestBitForBit:
     """Against Trainer(accumulate_grad_batches=4)."""
 
     @staticmethod
-    def pair(
-        make_trainer: MakeTrainer, scheduler: BatchSizeScheduler, loader: Callable[[], Any], **options: Any
-    ) -> tuple[Net, Net]:
+    def pair(scheduler: BatchSizeScheduler, loader: Callable[[], Any], **options: Any) -> tuple[Net, Net]:
         make_optimizer = options.pop("make_optimizer", None)
         accumulation = options.pop("accumulation", 4)
         plain, scheduled = Net(make_optimizer), Net(make_optimizer)
@@ -219,9 +197,8 @@ class TestBitForBit:
         return plain, scheduled
 
     @pytest.mark.parametrize("clip", [None, 0.1])
-    def test_equal_micro_batches(self, make_trainer: MakeTrainer, clip: float | None) -> None:
+    def test_equal_micro_batches(self, clip: float | None) -> None:
         plain, scheduled = self.pair(
-            make_trainer,
             BatchSizeScheduler(ConstantSize(16)),
             lambda: DataLoader(examples(48), batch_size=4),
             gradient_clip_val=clip,
@@ -232,35 +209,32 @@ class TestBitForBit:
         assert same(plain.losses, scheduled.losses)
         assert same(plain.parameters(), scheduled.parameters())
 
-    def test_equal_micro_batches_whatever_they_are_counted_in(self, make_trainer: MakeTrainer) -> None:
+    def test_equal_micro_batches_whatever_they_are_counted_in(self) -> None:
         # micro_batch_size in one unit, batches counted in another.
         for options in (
             {"micro_batch_size": 7},
             {"micro_batch_size": 7, "batch_size_fn": lambda batch: 3 * len(batch)},
         ):
             plain, scheduled = self.pair(
-                make_trainer,
                 BatchSizeScheduler(ConstantSize(28), **options),
                 lambda: DataLoader(examples(48), batch_size=4),
             )
             assert same(plain.gradients, scheduled.gradients)
 
-    def test_steps_of_one_micro_batch_need_no_weights(self, make_trainer: MakeTrainer) -> None:
-        plain, scheduled = self.pair(
-            make_trainer, BatchSizeScheduler(ConstantSize(4)), Ragged, accumulation=1
-        )
+    def test_steps_of_one_micro_batch_need_no_weights(self) -> None:
+        plain, scheduled = self.pair(BatchSizeScheduler(ConstantSize(4)), ragged, accumulation=1)
         assert same(plain.gradients, scheduled.gradients)
 
-    def test_without_weights(self, make_trainer: MakeTrainer) -> None:
+    def test_without_weights(self) -> None:
         scheduler = BatchSizeScheduler(ConstantSize(16), weight_micro_batches=False)
-        plain, scheduled = self.pair(make_trainer, scheduler, Ragged)
+        plain, scheduled = self.pair(scheduler, ragged)
         assert same(plain.gradients, scheduled.gradients)
         assert same(plain.parameters(), scheduled.parameters())
         with pytest.raises(AssertionError):
             scheduled.assert_means(rtol=0.01)
         assert scheduler.examples == 3 * sum(RAGGED)
 
-    def test_the_logged_loss_is_not_touched(self, make_trainer: MakeTrainer) -> None:
+    def test_the_logged_loss_is_not_touched(self) -> None:
         seen: list[tuple[Tensor, Tensor]] = []
 
         class Look(pl.Callback):
@@ -273,7 +247,7 @@ class TestBitForBit:
 
         model = Net()
         trainer = make_trainer(Look(), BatchSizeScheduler(ConstantSize(16)))
-        trainer.fit(model, Ragged())
+        trainer.fit(model, ragged())
         for handed_out, loss in seen:
             torch.testing.assert_close(handed_out, loss, rtol=1e-6, atol=0)
         mean = sum(size * loss for size, loss in zip(RAGGED, model.losses, strict=True)) / sum(RAGGED)
@@ -285,16 +259,16 @@ def same(found: Any, expected: Any) -> bool:
 
 
 class TestOtherParts:
-    def test_gradients_are_clipped_after_the_correction(self, make_trainer: MakeTrainer) -> None:
+    def test_gradients_are_clipped_after_the_correction(self) -> None:
         model = Net()
         # The last window has 6 + 2 of 16 examples: uncorrected, its gradient would be half as large.
-        make_trainer(BatchSizeScheduler(ConstantSize(16)), gradient_clip_val=0.5).fit(model, Ragged())
+        make_trainer(BatchSizeScheduler(ConstantSize(16)), gradient_clip_val=0.5).fit(model, ragged())
         model.assert_means()
         for clipped, gradient in zip(model.clipped, model.gradients, strict=True):
             assert gradient.norm() > 0.5
             torch.testing.assert_close(clipped, gradient * 0.5 / gradient.norm(), rtol=1e-5, atol=1e-7)
 
-    def test_losses_whose_value_autograd_needs(self, make_trainer: MakeTrainer) -> None:
+    def test_losses_whose_value_autograd_needs(self) -> None:
         class Rooted(Net):
             def loss(self, batch: Tensor) -> Tensor:
                 return super().loss(batch).sqrt()
@@ -305,17 +279,17 @@ class TestOtherParts:
 
         for cls in (Rooted, Dict):
             model, alone = cls(), cls()
-            make_trainer(BatchSizeScheduler(ConstantSize(16))).fit(model, Ragged())
+            make_trainer(BatchSizeScheduler(ConstantSize(16))).fit(model, ragged())
             # Not the root of the mean: that of each micro-batch, weighted by its examples.
             parameters = list(alone.parameters())
             expected = sum(
                 len(batch) / 14 * flat(torch.autograd.grad(alone.loss(batch), parameters))
-                for batch in Ragged()[:4]
+                for batch in ragged()[:4]
             )
             torch.testing.assert_close(model.gradients[0], expected, rtol=1e-5, atol=1e-7)
 
     @pytest.mark.parametrize("fused", [False, True])
-    def test_a_gradient_scaler_that_skips_steps(self, make_trainer: MakeTrainer, fused: bool) -> None:
+    def test_a_gradient_scaler_that_skips_steps(self, fused: bool) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3)
 
         class Scaled(Net):
@@ -332,32 +306,32 @@ class TestOtherParts:
         model = Scaled(lambda parameters: Adam(parameters, lr=0.01, fused=fused))
         scheduler = BatchSizeScheduler(Milestones({0: 4, 3: 16}))
         trainer = make_trainer(scheduler, plugins=MixedPrecision("16-mixed", "cpu", scaler), max_epochs=6)
-        trainer.fit(model, Ragged())
+        trainer.fit(model, ragged())
         model.assert_means(rtol=2e-3)  # half precision
         assert model.skipped > 10
         assert len(model.gradients) + model.skipped == trainer.global_step == 21
         assert scheduler.examples == 6 * sum(RAGGED)
 
     @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-    def test_lbfgs_asks_several_times(self, make_trainer: MakeTrainer, line_search: str | None) -> None:
+    def test_lbfgs_asks_several_times(self, line_search: str | None) -> None:
         def make_optimizer(parameters: Any) -> Optimizer:
             return LBFGS(parameters, lr=0.1, max_iter=4, line_search_fn=line_search)
 
         plain = Net(make_optimizer)
-        make_trainer(max_epochs=2).fit(plain, Ragged())
+        make_trainer(max_epochs=2).fit(plain, ragged())
         model, scheduler = Net(make_optimizer), BatchSizeScheduler(ConstantSize(4))
         trainer = make_trainer(scheduler, max_epochs=2)
-        trainer.fit(model, Ragged())
+        trainer.fit(model, ragged())
         assert len(model.gradients) > 2 * trainer.global_step
         assert same(plain.parameters(), model.parameters())
         assert scheduler.examples == 2 * sum(RAGGED)
 
-    def test_batches_in_containers(self, make_trainer: MakeTrainer) -> None:
+    def test_batches_in_containers(self) -> None:
         class Wrapped(Net):
             def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
                 return super().training_step(batch["inputs"][0], batch_idx)
 
-        loader = Ragged()
+        loader = ragged()
         loader[:] = [{"name": "batch", "inputs": (batch,)} for batch in loader]
         model = Wrapped()
         make_trainer(BatchSizeScheduler(ConstantSize(16))).fit(model, loader)

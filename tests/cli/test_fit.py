@@ -162,7 +162,12 @@ class TestJSON:
         )
         found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         page = (ROOT / "docs" / "fitting.md").read_text()
-        documented = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", page, re.MULTILINE))
+        rows = re.findall(r"^\| (the document|`fits[a-z_.]*`) \| (.*?) \|", page, re.MULTILINE)
+        documented = {
+            f"{place[1:-1]}.{key}" if place.startswith("`") else key
+            for place, keys in rows
+            for key in re.findall(r"`(\w+)`", keys)
+        }
         assert set(paths(found)) == documented
 
     def test_the_numbers_are_those_of_the_fit(self, run: Run, tmp_path: Path) -> None:

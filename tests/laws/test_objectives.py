@@ -43,7 +43,7 @@ def test_ratios_of_the_measured_law(law: MeasuredLaw, batch_size: float, base: f
     assert alignment == pytest.approx(step_ratio(flat, batch_size, base), rel=1e-9)
     # Whatever the noise.
     assert alignment * progress == pytest.approx(batch_size / base, rel=1e-9)
-    assert at_once_ratio(law, batch_size, base) == (alignment if batch_size > base else 1.0)
+    assert at_once_ratio(law, batch_size, base) == alignment
 
 
 def test_ratios_of_plain_gradient_steps() -> None:

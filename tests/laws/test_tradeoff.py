@@ -88,7 +88,7 @@ def test_fit_refuses_data_without_a_tradeoff(steps: list[float], examples: list[
         ),
         (
             lambda: examples_at_steps(10, min_steps=10, min_examples=1),
-            "Expected steps > min_steps, got steps=10.0, min_steps=10.0: no batch size",
+            "Expected steps > min_steps, got steps=10, min_steps=10: no batch size",
         ),
         (lambda: examples_at_steps(math.nan, min_steps=10, min_examples=1), "got steps=nan: count"),
     ],

@@ -12,7 +12,8 @@ import lightning_surge
 ROOT = Path(lightning_surge.__file__).parent
 # A package imports itself and those before it.
 PACKAGES = [
-    "laws", "measure", "optimizers", "policy", "schedules", "callbacks", "runs", "tables", "sweep", "cli",
+    "checking", "laws", "measure", "optimizers", "policy", "schedules", "callbacks", "runs", "tables",
+    "sweep", "cli",
 ]  # fmt: skip
 # Folders within one, likewise: those before it, and what is named.
 LARGEST_FOLDER = 13
@@ -92,7 +93,7 @@ def test_only_callbacks_and_sweeps_import_lightning(module: str) -> None:
     assert not hosts or package_of(module) in ("callbacks", "sweep")
 
 
-@pytest.mark.parametrize("package", ["laws", "policy", "runs", "tables", "cli"])
+@pytest.mark.parametrize("package", ["checking", "laws", "policy", "runs", "tables", "cli"])
 def test_packages_of_floats_import_no_torch(package: str) -> None:
     names = [name for name in MODULES if package_of(name) == package]
     code = "; ".join(f"import lightning_surge.{name}" for name in names)

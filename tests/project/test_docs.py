@@ -10,13 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from torch import Tensor
-from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_surge
 from benchmarks.publish import PAGES, filled, named
@@ -25,6 +21,7 @@ from lightning_surge.cli import COMMANDS
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.schedules.by_examples import ExamplesClock
 from tests.code_blocks import blocks, run
+from tests.trainings import Regression, make_trainer, regression_data
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -76,10 +73,8 @@ def shape(output: str) -> list[str]:
 # ---------------------------------------------------------------------- code
 
 
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", [page for page in DOCS if blocks(page)])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: str, names_after: Any) -> None:
     names = names_after(page)
@@ -142,38 +137,23 @@ def check_data_parallel(names: dict[str, Any]) -> None:
     assert trainer.world_size == 3
 
 
-class Regression(pl.LightningModule):
+class WithData(Regression):
     """A module that brings its data, as the README's."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 1)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(2048, 4, generator=generator)
-        targets = inputs.sum(1, keepdim=True) + torch.randn(2048, 1, generator=generator)
-        return DataLoader(TensorDataset(inputs, targets), batch_size=16)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return functional.mse_loss(self.layer(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+    def train_dataloader(self) -> Any:
+        return regression_data(2048, 16)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
-def test_the_code_of_the_readme_runs_from_top_to_bottom(make_trainer: Any) -> None:
+def test_the_code_of_the_readme_runs_from_top_to_bottom() -> None:
     # The first block needs a model and a Trainer that writes nothing, the second a callback that measured.
-    names: dict[str, Any] = {"model": Regression()}
+    names: dict[str, Any] = {"model": WithData()}
     quiet = "Trainer(max_steps=4, accelerator='cpu', logger=False, enable_progress_bar=False, "
     quiet += "enable_checkpointing=False, enable_model_summary=False, "
     codes = [block.code.replace("Trainer(\n", quiet + "\n") for block in blocks("README.md")]
     run(codes[0], names, "README.md")
     assert names["trainer"].global_step == 4
     names["callback"] = callback = SurgeLRCallback(base_batch_size=16, objective="step", probe_every=4)
-    make_trainer(callback).fit(Regression())
+    make_trainer(callback).fit(WithData())
     for code in codes[1:]:
         run(code, names, "README.md")
     # At least what the largest batches alone would take, at most what the smallest would.
@@ -344,7 +324,7 @@ def test_the_version_is_one_number() -> None:
 
 SPEAKERS = {
     "MisconfigurationException",
-    "rank_zero_warn",
+    "warn",
     "rank_zero_info",
     "warnings.warn",
     "Obstacle",

@@ -168,6 +168,7 @@ def there() -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 class TestTrainerOfPytorchLightning:
     def test_gives_the_same_learning_rates(self, here: Any, there: list[str]) -> None:
         assert json.loads(there[0]) == here
@@ -194,6 +195,7 @@ class TestTrainerOfPytorchLightning:
         assert message.startswith("Expected no gradient clipping for objective='edge'")
 
 
+@pytest.mark.slow
 class TestLightningCLIOfPytorchLightning:
     def test_takes_our_callbacks(self, there: list[str]) -> None:
         assert there[1] == f"trained with {math.sqrt(2.0)}"

@@ -3,9 +3,7 @@
 An upgrade that changes one of them fails here, with its name, instead of somewhere inside a run.
 """
 
-import csv
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +15,6 @@ from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
@@ -25,14 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
-
-MakeTrainer = Callable[..., pl.Trainer]
-
-pytestmark = [
-    # Lightning's own advice, about the worker count of the tiny loaders used here.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
+from tests.trainings import Memory, make_trainer, scaling
 
 
 class Slope(pl.LightningModule):
@@ -70,23 +60,20 @@ class AtEachStep(Callback):
         self.seen.append(self.look(trainer, pl_module, optimizer))
 
 
-def test_should_update_logs_says_whether_this_very_step_is_logged(
-    make_trainer: MakeTrainer, tmp_path: Any
-) -> None:
+def test_should_update_logs_says_whether_this_very_step_is_logged(tmp_path: Any) -> None:
     callback = AtEachStep(
         lambda trainer, module, _: (
             trainer._logger_connector.should_update_logs,  # type: ignore[attr-defined]
             module.log("taken", float(trainer.global_step)),
         )
     )
-    logger = CSVLogger(tmp_path)
-    make_trainer(callback, logger=logger, log_every_n_steps=2).fit(Slope(), batches(4))
+    memory = Memory()
+    make_trainer(callback, logger=memory, log_every_n_steps=2).fit(Slope(), batches(4))
     assert [answer for answer, _ in callback.seen] == [False, True, False, True]
-    with (Path(logger.log_dir) / "metrics.csv").open() as file:
-        assert [row["taken"] for row in csv.DictReader(file)] == ["1.0", "3.0"]
+    assert memory.of("taken") == [1.0, 3.0]
 
 
-def test_callbacks_assigned_in_setup_are_the_ones_called_in_that_order(make_trainer: MakeTrainer) -> None:
+def test_callbacks_assigned_in_setup_are_the_ones_called_in_that_order() -> None:
     called: list[str] = []
 
     class Named(Callback):
@@ -106,9 +93,7 @@ def test_callbacks_assigned_in_setup_are_the_ones_called_in_that_order(make_trai
     assert called == ["setup first", "setup last", "last", "first"]
 
 
-def test_loggers_can_be_swapped_during_a_step_and_swapped_back(
-    make_trainer: MakeTrainer, tmp_path: Any
-) -> None:
+def test_loggers_can_be_swapped_during_a_step_and_swapped_back(tmp_path: Any) -> None:
     logger = CSVLogger(tmp_path)
 
     def swap(trainer: pl.Trainer, module: Slope, _: Optimizer) -> list[bool]:
@@ -132,14 +117,14 @@ def test_instance_attributes_hide_the_modules_log_methods() -> None:
     assert module.log.__func__ is pl.LightningModule.log  # type: ignore[attr-defined]
 
 
-def test_found_inf_is_readable_before_the_scaler_skips_the_step(make_trainer: MakeTrainer) -> None:
+def test_found_inf_is_readable_before_the_scaler_skips_the_step() -> None:
     def found(trainer: pl.Trainer, _: Slope, optimizer: Optimizer) -> bool:
         scaler = trainer.precision_plugin.scaler  # type: ignore[attr-defined]
         return any(bool(value) for value in scaler._found_inf_per_device(optimizer).values())
 
     callback = AtEachStep(found)
     module = Slope(overflow_at=1)
-    trainer = make_trainer(callback, plugins=MixedPrecision("16-mixed", "cpu"))
+    trainer = make_trainer(callback, plugins=scaling())
     # The skipped step makes torch believe that the scheduler moved before the optimizer.
     trainer.fit(module, batches(3))
     assert callback.seen == [False, True, False]
@@ -148,7 +133,7 @@ def test_found_inf_is_readable_before_the_scaler_skips_the_step(make_trainer: Ma
     assert trainer.global_step == 3
 
 
-def test_the_scaler_can_be_made_to_look_before_a_fused_step(make_trainer: MakeTrainer) -> None:
+def test_the_scaler_can_be_made_to_look_before_a_fused_step() -> None:
     class Fused(Slope):
         def configure_optimizers(self) -> Any:
             return SGD(self.parameters(), lr=0.5, fused=True)
@@ -162,15 +147,14 @@ def test_the_scaler_can_be_made_to_look_before_a_fused_step(make_trainer: MakeTr
 
     callback = AtEachStep(look)
     module = Fused(overflow_at=1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    trainer = make_trainer(callback, plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler))
+    trainer = make_trainer(callback, plugins=scaling(64.0))
     trainer.fit(module, batches(3))
     # Gradients still carry the scale, and the step works as if nobody had looked.
     assert callback.seen == [(False, 64.0, 64.0), (True, float("inf"), 64.0), (False, 32.0, 32.0)]
     assert module.weight.item() == -1.0
 
 
-def test_final_gradients_are_there_before_the_update(make_trainer: MakeTrainer) -> None:
+def test_final_gradients_are_there_before_the_update() -> None:
     def look(_: pl.Trainer, module: Slope, __: Optimizer) -> tuple[float, float]:
         assert module.weight.grad is not None
         return module.weight.grad.item(), module.weight.item()
@@ -181,14 +165,7 @@ def test_final_gradients_are_there_before_the_update(make_trainer: MakeTrainer) 
     assert callback.seen == [(1.0, 0.0), (1.0, -0.5), (0.5, -0.75)]
 
 
-def test_a_learning_rate_written_before_the_step_is_the_one_used(make_trainer: MakeTrainer) -> None:
-    module = Slope()
-    callback = AtEachStep(lambda _, __, optimizer: optimizer.param_groups[0].update(lr=4.0))
-    make_trainer(callback).fit(module, batches(1))
-    assert module.weight.item() == -4.0
-
-
-def test_post_hooks_fire_after_the_update_and_before_schedulers(make_trainer: MakeTrainer) -> None:
+def test_post_hooks_fire_after_the_update_and_before_schedulers() -> None:
     seen: list[tuple[float, float]] = []
 
     class Hooked(Callback):
@@ -205,19 +182,7 @@ def test_post_hooks_fire_after_the_update_and_before_schedulers(make_trainer: Ma
     assert seen == [(-0.5, 0.5), (0.0, 0.25), (-0.75, 0.25), (0.0, 0.125)]
 
 
-def test_post_hooks_do_not_fire_in_a_step_that_the_scaler_skips(make_trainer: MakeTrainer) -> None:
-    fired: list[int] = []
-
-    class Hooked(Callback):
-        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            trainer.optimizers[0].register_step_post_hook(lambda *_: fired.append(trainer.global_step))
-
-    trainer = make_trainer(Hooked(), plugins=MixedPrecision("16-mixed", "cpu"))
-    trainer.fit(Slope(overflow_at=1), batches(3))
-    assert len(fired) == 2
-
-
-def test_a_module_without_optimizer_gets_one_without_parameters(make_trainer: MakeTrainer) -> None:
+def test_a_module_without_optimizer_gets_one_without_parameters() -> None:
     class Frozen(Slope):
         def configure_optimizers(self) -> None:
             return None
@@ -247,7 +212,7 @@ def test_a_module_without_optimizer_gets_one_without_parameters(make_trainer: Ma
     ],
 )
 def test_what_a_version_lacks_is_named_at_the_start(
-    make_trainer: MakeTrainer, monkeypatch: Any, callback: Any, owner: type, path: str, found: str
+    monkeypatch: Any, callback: Any, owner: type, path: str, found: str
 ) -> None:
     def gone(self: Any, name: str) -> Any:
         if name == path:
@@ -262,20 +227,7 @@ def test_what_a_version_lacks_is_named_at_the_start(
         callback.setup(make_trainer(), Slope(), "fit")
 
 
-def test_optimizers_exist_in_on_fit_start(make_trainer: MakeTrainer) -> None:
-    seen: list[list[type]] = []
-
-    class Look(Callback):
-        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            seen.append([type(optimizer) for optimizer in trainer.optimizers])
-
-    make_trainer(Look()).fit(Slope(), batches(1))
-    assert seen == [[SGD]]
-
-
-def test_the_strategy_repeats_the_training_step_in_the_precision_of_training(
-    make_trainer: MakeTrainer,
-) -> None:
+def test_the_strategy_repeats_the_training_step_in_the_precision_of_training() -> None:
     dtypes: list[tuple[torch.dtype, int]] = []
 
     class Typed(Slope):
@@ -294,7 +246,7 @@ def test_the_strategy_repeats_the_training_step_in_the_precision_of_training(
     assert callback.seen == [(0.0, True)]
 
 
-def test_gradients_are_zeroed_before_on_before_backward(make_trainer: MakeTrainer) -> None:
+def test_gradients_are_zeroed_before_on_before_backward() -> None:
     seen: list[float | None] = []
 
     class Look(Callback):
@@ -307,9 +259,7 @@ def test_gradients_are_zeroed_before_on_before_backward(make_trainer: MakeTraine
     assert seen == [None, 0.5, None, 0.5, None]
 
 
-def test_a_batch_hook_may_skip_the_epoch_after_callbacks_have_started_the_batch(
-    make_trainer: MakeTrainer,
-) -> None:
+def test_a_batch_hook_may_skip_the_epoch_after_callbacks_have_started_the_batch() -> None:
     # The scheduler then moves without a step, and without on_train_batch_end.
     events: list[str] = []
 
@@ -333,7 +283,7 @@ def test_a_batch_hook_may_skip_the_epoch_after_callbacks_have_started_the_batch(
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-def test_the_loss_before_backward_may_be_changed_in_place(make_trainer: MakeTrainer, precision: str) -> None:
+def test_the_loss_before_backward_may_be_changed_in_place(precision: str) -> None:
     class Threefold(Callback):
         def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
             loss.mul_(3.0)
@@ -347,8 +297,7 @@ def test_the_loss_before_backward_may_be_changed_in_place(make_trainer: MakeTrai
 
     module = Biased()
     gradients = AtEachStep(lambda _, module, __: module.weight.grad.item())
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # type: ignore[attr-defined]
-    plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if precision == "16-mixed" else []
+    plugins = [scaling(4.0)] if precision == "16-mixed" else []
     trainer = make_trainer(Threefold(), gradients, plugins=plugins)
     trainer.fit(module, batches(1))
     assert gradients.seen == [3.0]
@@ -357,9 +306,7 @@ def test_the_loss_before_backward_may_be_changed_in_place(make_trainer: MakeTrai
 
 
 @pytest.mark.parametrize("lengths", [(2, 5, 3), (5, 2, 4)])
-def test_an_epoch_may_be_given_another_length_when_it_starts(
-    make_trainer: MakeTrainer, lengths: tuple[int, int, int]
-) -> None:
+def test_an_epoch_may_be_given_another_length_when_it_starts(lengths: tuple[int, int, int]) -> None:
     seen: list[str] = []
 
     class Uneven:

@@ -26,16 +26,11 @@ from lightning_surge.policy.estimates import EstimatedLaw, estimate, fit_sign_la
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.run_log import read_run
+from tests.trainings import make_trainer
 
-MakeTrainer = Callable[..., pl.Trainer]
 PAGE = (Path(__file__).parents[2] / "docs" / "logged-values.md").read_text()
 DOCUMENTED = set(re.findall(r"^\| `(surge/[^`]+)` \|", PAGE, re.MULTILINE))
 SETTINGS: dict[str, Any] = {"probe_every": 2, "probe_examples": 64}
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
 
 
 class Regression(pl.LightningModule):
@@ -64,7 +59,7 @@ def data(count: int, batch_size: int) -> DataLoader[Any]:
 
 
 @pytest.fixture
-def fitted(make_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., Any]:
+def fitted(tmp_path: Path) -> Callable[..., Any]:
     """The run and its callback, after a short training."""
 
     def fit(

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.optimizers.families import optimizer_family
-
-MakeTrainer = Callable[..., pl.Trainer]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
+from tests.trainings import make_trainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 EVERY = sorted(
@@ -101,7 +94,7 @@ def forms(name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("name", "options"), [(name, options) for name in SCALED for options in forms(name)])
 def test_the_learning_rate_written_is_the_one_that_moves_the_weights(
-    make_trainer: MakeTrainer, name: str, options: dict[str, Any]
+    name: str, options: dict[str, Any]
 ) -> None:
     if "weight_decay" in inspect.signature(getattr(torch.optim, name)).parameters:
         options = options | {"weight_decay": 0.1}
@@ -114,9 +107,7 @@ def test_the_learning_rate_written_is_the_one_that_moves_the_weights(
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in SCALED])
-def test_where_a_written_learning_rate_does_not_act_every_law_is_refused(
-    make_trainer: MakeTrainer, name: str
-) -> None:
+def test_where_a_written_learning_rate_does_not_act_every_law_is_refused(name: str) -> None:
     module = Linear(name)
     with pytest.raises(MisconfigurationException, match=f"got {name}, which takes .*: use another optimizer"):
         make_trainer(SurgeLRCallback(2, "sqrt")).fit(module, data())
@@ -142,9 +133,7 @@ def test_a_learning_rate_for_one_step_indeed_does_not_act_on_it(name: str, late:
 
 
 @pytest.mark.parametrize("name", [name for name in SCALED if name not in MEASURED])
-def test_where_neither_direction_is_taken_measuring_is_refused_with_the_reason(
-    make_trainer: MakeTrainer, name: str
-) -> None:
+def test_where_neither_direction_is_taken_measuring_is_refused_with_the_reason(name: str) -> None:
     for law in ("measured", "theorem3"):
         module = Linear(name)
         why = re.escape(optimizer_family(module.configure_optimizers()).why)
@@ -154,7 +143,7 @@ def test_where_neither_direction_is_taken_measuring_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_what_is_measured_gives_a_law(make_trainer: MakeTrainer, name: str) -> None:
+def test_what_is_measured_gives_a_law(name: str) -> None:
     callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
     make_trainer(callback).fit(Linear(name), data(96))
     assert callback.settings.objective == ("alignment" if ROWS[name][0] == "gradient" else "progress")
@@ -187,14 +176,14 @@ def test_the_length_of_an_update_grows_with_the_gradient_where_the_law_says_so(n
     assert torch.allclose(large, expected, rtol=2e-3, atol=1e-6)
 
 
-def test_adafactor_says_when_its_learning_rate_is_capped(make_trainer: MakeTrainer) -> None:
+def test_adafactor_says_when_its_learning_rate_is_capped() -> None:
     with pytest.warns(UserWarning, match=r"uses min\(lr, 1 / sqrt\(step\)\): .* used, 0.8, is above 0.7"):
         make_trainer(SurgeLRCallback(2, "linear")).fit(Linear("Adafactor", lr=0.4), data())
 
 
 @pytest.mark.parametrize(("lr", "relative_step"), [(None, True), (None, False), (0.1, True)])
 def test_an_optimizer_that_keeps_its_learning_rate_to_itself_is_refused(
-    make_trainer: MakeTrainer, lr: float | None, relative_step: bool
+    lr: float | None, relative_step: bool
 ) -> None:
     class Adafactor(Optimizer):
         def __init__(self, parameters: Any) -> None:
@@ -205,17 +194,3 @@ def test_an_optimizer_that_keeps_its_learning_rate_to_itself_is_refused(
     with pytest.raises(MisconfigurationException, match=rf"got parameter group 0 of Adafactor with lr={lr}"):
         make_trainer(SurgeLRCallback(2, "sqrt")).fit(module, data())
     assert module.calls == 0
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="capturable steps exist on accelerators only")
-@pytest.mark.parametrize(
-    "name", [n for n in SCALED if "capturable" in inspect.signature(getattr(torch.optim, n)).parameters]
-)
-def test_capturable_steps_take_the_learning_rate_written(make_trainer: MakeTrainer, name: str) -> None:
-    def options(lr: float) -> dict[str, Any]:
-        return {"lr": torch.tensor(lr, device="cuda"), "capturable": True}
-
-    scaled, doubled = Linear(name, **options(0.01)), Linear(name, **options(0.02))
-    make_trainer(SurgeLRCallback(2, "linear"), accelerator="cuda").fit(scaled, data())
-    make_trainer(accelerator="cuda").fit(doubled, data())
-    assert torch.equal(scaled.weights, doubled.weights)

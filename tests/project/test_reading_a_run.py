@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
 from lightning_surge.cli import main
 from tests.logged_runs import rows, write_csv
@@ -39,15 +37,3 @@ def test_the_answer_on_the_page_is_the_answer(capsys: pytest.CaptureFixture[str]
     assert main(["advise", "lightning_logs"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(re.sub("^    ", "", shown, flags=re.MULTILINE))
-
-
-def test_the_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    class Logger:
-        experiment = SummaryWriter(str(tmp_path / "own"))
-
-    names: dict[str, Any] = {"logger": Logger}
-    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        exec(code, names)
-    Logger.experiment.close()
-    assert capsys.readouterr().out == f"{names['law'].peak} 60.0\n"
-    assert set(names["layout"]) == {"mine", "surge"}

@@ -85,17 +85,6 @@ class TestOrdinaryBatchSampler:
 
         assert epoch(ScheduledBatchSampler) == epoch(BatchSampler)
 
-    def test_takes_torchs_arguments(self) -> None:
-        # Lightning makes it anew in all of these ways.
-        same = [
-            ScheduledBatchSampler(range(9), 4, True),
-            ScheduledBatchSampler(range(9), batch_size=4, drop_last=True),
-            ScheduledBatchSampler(sampler=range(9), batch_size=4, drop_last=True),
-        ]
-        assert [list(sampler) for sampler in same] == [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 3
-        assert isinstance(same[0], BatchSampler)
-        assert (same[0].batch_size, same[0].drop_last) == (4, True)
-
     @pytest.mark.parametrize("own", [True, False])
     def test_nothing_is_drawn_before_the_first_index(self, own: bool) -> None:
         source = generator() if own else torch.default_generator
@@ -106,11 +95,6 @@ class TestOrdinaryBatchSampler:
         assert torch.equal(source.get_state(), before)
         next(batches)
         assert not torch.equal(source.get_state(), before)
-
-    def test_a_finished_epoch_stays_finished(self) -> None:
-        batches = iter(ScheduledBatchSampler(range(3), 2))
-        assert list(batches) == [[0, 1], [2]]
-        assert list(batches) == []
 
     def test_a_sampler_shorter_than_it_says_gives_no_empty_batches(self) -> None:
         class Short(Sampler[int]):
@@ -123,13 +107,6 @@ class TestOrdinaryBatchSampler:
         assert list(ScheduledBatchSampler(Short(), 2)) == list(BatchSampler(Short(), 2, False))
         with following(ConstantSize(4)):
             assert list(ScheduledBatchSampler(Short(), 2)) == [[0, 1], [2, 3], [4]]
-
-    @pytest.mark.parametrize("value", [0, -1, 2.0, True])
-    def test_refuses_what_torch_refuses(self, value: Any) -> None:
-        with pytest.raises(ValueError, match=f"batch_size={value}"):
-            ScheduledBatchSampler(range(9), value)
-        with pytest.raises(ValueError, match="drop_last=1"):
-            ScheduledBatchSampler(range(9), 4, drop_last=1)  # type: ignore[arg-type]
 
     def test_refuses_a_sampler_without_a_length(self) -> None:
         message = r"a sampler with a length, got list_iterator: .* let BatchSizeScheduler accumulate"
@@ -218,15 +195,6 @@ class TestFollowing:
         follow(new)
         unfollow(copy.copy(new))
         assert sampler.sizes() == [2, 2, 2]
-
-    @pytest.mark.parametrize(
-        ("batch_size", "largest", "sizes"), [(4, 2, [2, 2, 2]), (2, 4, [2, 2, 2]), (4, None, [4, 2])]
-    )
-    def test_micro_batches_heed_both_bounds(
-        self, batch_size: int, largest: int | None, sizes: list[int]
-    ) -> None:
-        with following(Milestones({0: 4, 1: 2}), largest=largest):
-            assert ScheduledBatchSampler(range(6), batch_size).sizes() == sizes
 
     def test_a_plan_is_made_once_until_something_changes(self) -> None:
         calls = []
@@ -409,14 +377,6 @@ class TestResuming:
         with following(schedule), pytest.raises(ValueError, match=message):
             resumed.load_state_dict(state)
         assert torch.equal(torch.get_rng_state(), before)
-
-    def test_refuses_to_go_on_when_nothing_is_followed_any_more(self) -> None:
-        taken = iter(ScheduledBatchSampler(range(12), 4))
-        with following(RAMP):
-            list(islice(taken, 2))
-            state = taken.state_dict()
-        with pytest.raises(ValueError, match="got 3 with 8: resume with the same schedule"):
-            iter(ScheduledBatchSampler(range(12), 4)).load_state_dict(state)
 
     def test_another_schedule_may_take_over_where_the_epoch_is_the_same(self) -> None:
         taken = iter(ScheduledBatchSampler(range(12), 4))

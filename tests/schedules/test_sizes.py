@@ -1,7 +1,6 @@
 import copy
 import math
 import pickle
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from fractions import Fraction
 from typing import Any, get_args
@@ -22,14 +21,11 @@ from lightning_surge.schedules.sizes import (
     Progress,
     Schedule,
     Unit,
-    whole_number,
 )
 
 Ramp = LinearRamp | GeometricRamp | CosineRamp
 KINDS: list[type[Ramp]] = [LinearRamp, GeometricRamp, CosineRamp]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-NO_SIZES = [0, -4, 2.5, 16.0, math.nan, math.inf, True, "16", None]
-NO_LENGTHS = [0, -1.0, math.nan, math.inf, True, "3", None]
 
 
 def at(unit: Unit, time: float) -> Progress:
@@ -99,34 +95,11 @@ class TestProgress:
         assert [progress.on(unit) for unit in UNITS] == [3.0, 48.0, 0.5]
 
 
-class TestWholeNumber:
-    def test_names_the_minimum(self) -> None:
-        assert whole_number("steps", 0, minimum=0) == 0
-        with pytest.raises(
-            ValueError, match=r"Expected steps .* at least 0, got steps=-1: use an int >= 0\."
-        ):
-            whole_number("steps", -1, minimum=0)
-
-    @pytest.mark.parametrize("value", [np.int64(3), np.uint8(3), np.array(3)])
-    def test_of_numpy_become_plain(self, value: Any) -> None:
-        assert type(whole_number("steps", value, minimum=1)) is int
-
-    @pytest.mark.parametrize("value", [np.float64(3.0), np.True_, np.array([3]), Fraction(3), 3 + 0j])
-    def test_that_are_none(self, value: Any) -> None:
-        with pytest.raises(ValueError, match="whole number"):
-            whole_number("steps", value, minimum=1)
-
-
 class TestConstantSize:
     @given(st.integers(1, 10**15), st.builds(Progress, st.integers(0), st.floats(0, 1e12), st.floats(0, 1e3)))
     def test_is_the_size_however_large(self, size: int, progress: Progress) -> None:
         assert ConstantSize(size)(progress) == ConstantSize(size).first_size == size
         assert ConstantSize(size).named_sizes == {"size": size}
-
-    @pytest.mark.parametrize("value", NO_SIZES)
-    def test_refuses_what_is_no_size(self, value: Any) -> None:
-        with pytest.raises(ValueError, match=rf"size .* at least 1, got size={value!r}: use an int >= 1"):
-            ConstantSize(value)
 
 
 class TestRamps:
@@ -182,28 +155,6 @@ class TestRamps:
         assert size**duration <= curve < (size + 1) ** duration
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_numpy_numbers_become_plain(self, kind: type[Ramp]) -> None:
-        ramp = kind(np.int64(8), np.int32(16), np.int64(4))  # type: ignore[arg-type]
-        assert {type(value) for value in (ramp.start, ramp.end, ramp.duration, *by_step(ramp, 0, 2))} == {int}
-        length = kind(8, 16, np.float32(0.5), unit="epochs").duration
-        assert (length, type(length)) == (0.5, float)
-
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("name", ["start", "end"])
-    @pytest.mark.parametrize("value", NO_SIZES)
-    def test_refuse_what_is_no_size(self, kind: type[Ramp], name: str, value: object) -> None:
-        arguments: dict[str, Any] = {"start": 1, "end": 8, "duration": 4} | {name: value}
-        with pytest.raises(ValueError, match=rf"{name} .* at least 1, got {name}={value!r}: use an int >= 1"):
-            kind(**arguments)
-
-    @pytest.mark.parametrize("unit", UNITS)
-    @pytest.mark.parametrize("value", NO_LENGTHS)
-    def test_refuse_what_is_no_duration(self, unit: Unit, value: Any) -> None:
-        message = rf"Expected 0 < duration < inf, got duration={value!r}: count {unit}"
-        with pytest.raises(ValueError, match=message):
-            CosineRamp(1, 8, value, unit=unit)
-
-    @pytest.mark.parametrize("kind", KINDS)
     def test_refuse_to_shrink(self, kind: type[Ramp]) -> None:
         with pytest.raises(ValueError, match=r"Expected start <= end, got start=64, end=16: .* swap the two"):
             kind(64, 16, 4)
@@ -239,27 +190,6 @@ class TestLimits:
             "sizes[5]": 64,
         }
 
-    def test_numpy_integers_become_plain(self) -> None:
-        schedule = ConstantSize(
-            np.int64(64), multiple_of=np.int64(8), minimum=np.int32(8), maximum=np.uint8(64)
-        )  # type: ignore[arg-type]
-        numbers = (
-            schedule.multiple_of,
-            schedule.minimum,
-            schedule.maximum,
-            schedule.size,
-            schedule.first_size,
-        )
-        assert {type(number) for number in numbers} == {int}
-
-    @pytest.mark.parametrize("name", ["multiple_of", "minimum", "maximum"])
-    @pytest.mark.parametrize("value", NO_SIZES)
-    def test_refuse_what_is_no_size(self, name: str, value: object) -> None:
-        if value is None and name != "multiple_of":
-            return
-        with pytest.raises(ValueError, match=rf"{name} .* at least 1, got {name}={value!r}: use an int >= 1"):
-            ConstantSize(16, **{name: value})  # type: ignore[arg-type]
-
     @pytest.mark.parametrize(("value", "remedy"), [(3, 8), (20, 16)])
     @pytest.mark.parametrize("name", ["minimum", "maximum"])
     def test_refuse_bounds_that_are_no_multiples(self, name: str, value: int, remedy: int) -> None:
@@ -271,21 +201,6 @@ class TestLimits:
     def test_refuse_bounds_the_wrong_way_round(self) -> None:
         with pytest.raises(ValueError, match=r"got minimum=32, maximum=16: swap them"):
             ConstantSize(16, minimum=32, maximum=16)
-
-    @pytest.mark.parametrize("unit", ["tokens", "step", "", None, ["steps"]])
-    def test_refuse_what_is_no_clock(self, unit: Any) -> None:
-        phases = [Phase(0, None, ConstantSize(16))]
-        attempts: list[Callable[[], Schedule]] = [
-            lambda: ConstantSize(16, unit=unit),
-            lambda: LinearRamp(16, 32, 5, unit=unit),
-            lambda: Milestones({0: 16}, unit=unit),
-            lambda: Phases(phases, unit=unit),
-        ]
-        for attempt in attempts:
-            with pytest.raises(
-                ValueError, match=r"one of steps, examples, epochs, got unit=.*batch_size_fn="
-            ):
-                attempt()
 
 
 class TestMilestones:
@@ -324,7 +239,7 @@ class TestMilestones:
 
     @pytest.mark.parametrize("point", [-1, math.nan, math.inf, "5", None, True, 1j])
     def test_refuses_what_is_no_point(self, point: Any) -> None:
-        with pytest.raises(ValueError, match=r"begin at 0, got sizes=\{0: 16, .*as in \{0: 16, 1000: 64\}"):
+        with pytest.raises(ValueError, match="points of sizes < inf, got points of sizes="):
             Milestones({0: 16, point: 32, 9: 64})
 
     @pytest.mark.parametrize("sizes", [{}, {1: 16}, [16, 32], None])
@@ -332,10 +247,10 @@ class TestMilestones:
         with pytest.raises(ValueError, match=r"begin at 0, got sizes=.*as in \{0: 16, 1000: 64\}"):
             Milestones(sizes)
 
-    @pytest.mark.parametrize("value", NO_SIZES)
+    @pytest.mark.parametrize("value", [0, 2.5, True, None])
     def test_refuses_what_is_no_size(self, value: Any) -> None:
         with pytest.raises(
-            ValueError, match=rf"sizes\[9\] .* at least 1, got sizes\[9\]={value!r}: use an int"
+            ValueError, match=rf"whole number sizes\[9\] >= 1, got sizes\[9\]={value!r}: count"
         ):
             Milestones({0: 16, 9: value})
 
@@ -388,23 +303,15 @@ class TestPhases:
         schedule = Phases([Phase(0, 3, ConstantSize(8)), Phase(3, None, LinearRamp(8, 16, 4, multiple_of=4))])
         assert schedule.named_sizes == {"phases[0].size": 8, "phases[1].start": 8, "phases[1].end": 16}
 
-    def test_refuse_to_be_none(self) -> None:
-        with pytest.raises(ValueError, match="at least one phase, got none: use ConstantSize"):
-            Phases([])
-
-    def test_refuse_a_late_beginning(self) -> None:
-        with pytest.raises(ValueError, match="first phase to begin at 0, got begin=1"):
-            Phases([Phase(1, None, ConstantSize(8))])
-
     @pytest.mark.parametrize(
-        ("end", "what"), [(4, "a gap"), (6, "an overlap"), (None, "an overlap"), (math.inf, "an overlap")]
+        ("end", "begin", "what"), [(4, 5, "a gap"), (6, 5, "an overlap"), (None, 5, "an overlap")]
     )
-    def test_refuse_gaps_and_overlaps(self, end: float | None, what: str) -> None:
-        message = (
-            rf"got {what} between phases\[0\] with end={end} and phases\[1\] with begin=5: make the two equal"
-        )
+    def test_refuse_gaps_and_overlaps(self, end: float | None, begin: float, what: str) -> None:
+        message = rf"got {what} before phases\[1\], end={end} and begin={begin}: make the two equal"
         with pytest.raises(ValueError, match=message):
-            Phases([Phase(0, end, ConstantSize(8)), Phase(5, None, ConstantSize(8))])
+            Phases([Phase(0, end, ConstantSize(8)), Phase(begin, None, ConstantSize(8))])
+        with pytest.raises(ValueError, match=r"got a gap before phases\[0\], end=0 and begin=1"):
+            Phases([Phase(1, None, ConstantSize(8))])
 
     @pytest.mark.parametrize("end", [5, 4])
     def test_refuse_phases_that_are_never_in_force(self, end: int) -> None:
@@ -419,23 +326,15 @@ class TestPhases:
         ):
             Phases(phases)
 
-    def test_refuse_what_is_no_phase(self) -> None:
-        phases: Any = [Phase(0, 5, ConstantSize(8)), (5, None, ConstantSize(8))]
-        with pytest.raises(ValueError, match=r"got phases\[1\]=\(5, None.*use Phase\(begin, end, schedule\)"):
+    @pytest.mark.parametrize("phases", [[], None, [Phase(0, 5, ConstantSize(8)), (5, None, ConstantSize(8))]])
+    def test_refuse_what_is_no_phase(self, phases: Any) -> None:
+        with pytest.raises(ValueError, match=r"at least one Phase, got phases=.*use \[Phase\(begin"):
             Phases(phases)
 
     @pytest.mark.parametrize("schedule", [16, None, LinearRamp, lambda progress: 16])
     def test_a_phase_refuses_what_is_no_schedule(self, schedule: Any) -> None:
         with pytest.raises(ValueError, match=r"to be a Schedule, got .*: use ConstantSize\(16\)"):
             Phase(0, None, schedule)
-
-    @pytest.mark.parametrize("name", ["begin", "end"])
-    @pytest.mark.parametrize("value", [-1, math.nan, "5", True])
-    def test_a_phase_refuses_what_is_no_time(self, name: str, value: Any) -> None:
-        with pytest.raises(
-            ValueError, match=rf"Expected {name} >= 0, got {name}={value!r}: count on the clock"
-        ):
-            Phase(**({"begin": 0, "end": 5, "schedule": ConstantSize(8)} | {name: value}))
 
 
 class TestValues:

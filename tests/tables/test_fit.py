@@ -338,7 +338,7 @@ class TestTooLittle:
             (both, {}, "Expected runs to one target, got 2 targets"),
             (grid(MEASURED, sizes=SIZES[:2]), {}, "got 2 of 2: add batch sizes, each with at least 3"),
             (many, {"laws": ["cubic"]}, "Expected laws among measured, .*, got 'cubic': choose"),
-            (many, {"bootstrap": -1}, "Expected bootstrap >= 0, got bootstrap=-1: use 0"),
+            (many, {"bootstrap": -1}, "whole number bootstrap >= 0, got bootstrap=-1: use 0"),
         ):
             with pytest.raises(ValueError, match=message):
                 fit_grid(table, **arguments)  # type: ignore[arg-type]

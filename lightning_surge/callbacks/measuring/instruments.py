@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.settings import SurgeSettings
-from lightning_surge.laws.base import require_number
+from lightning_surge.checking.arguments import number
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.curvature import Sample, probe_distance
 from lightning_surge.measure.direction import Direction
@@ -221,6 +221,6 @@ class Instruments:
             KeyError: if one is missing.
         """
         remedy = "load what state_dict returned"
-        self.largest_lr = require_number("largest_lr", state["largest_lr"], remedy, zero=True)
+        self.largest_lr = number("largest_lr", state["largest_lr"], remedy, least=0)
         if self._settings.follows_edge and "sharpness" in state:
             self._sharpness.load_state_dict(state["sharpness"])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.checks import ranks_of
-from lightning_surge.callbacks.lightning_host import overrides
+from lightning_surge.callbacks.lightning_host import overrides, warn
 from lightning_surge.callbacks.measuring.instruments import Instruments
 from lightning_surge.callbacks.measuring.live import FREE_CHUNKS, LiveWindow
 from lightning_surge.callbacks.measuring.plan import MeasuringPlan, Pace
@@ -77,7 +76,6 @@ class Measurer:
         # For good: a repeated step leaves traces in training.
         self.off = False
         self.budget = self._plan.budget
-        self.seconds = 0.0
         self.failure: str | None = None
         self.detach()
 
@@ -108,13 +106,11 @@ class Measurer:
             uses_batch_statistics=self._loss.uses_batch_statistics,
         )
         self._instruments.begin(optimizer, direction, self._prober)
-        self.seconds = 0.0
 
     def take_over(self, other: Measurer, pace: Pace) -> None:
         """Take hold of the run that another one has in hand, if it has one; `pace` takes the place of its."""
         if "_run" in vars(other):
             self.attach(*other._run, None if other._pace is None else pace)
-            self.seconds = other.seconds
 
     def detach(self) -> None:
         """Let go of the run, and of every batch."""
@@ -285,9 +281,7 @@ class Measurer:
         """
         piece = Piece(batch, batch_idx, size)
         if self._live.measurement is not None:
-            begin = time.perf_counter()
             self._live.add(piece, weight, self._attempts, partial(self._versions.check, batch))
-            self.seconds += time.perf_counter() - begin
         else:
             self._pool.add(piece, self._versions)
 
@@ -396,9 +390,9 @@ class Measurer:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         if isinstance(error, TraceError) or (isinstance(error, RankError) and error.final):
             self.off = True
-            rank_zero_warn(f"Measuring is off from now on, and the factor stays what it is: {reason}.")
+            warn(f"Measuring is off from now on, and the factor stays what it is: {reason}.")
             return
-        rank_zero_warn(
+        warn(
             "Measuring failed and is tried again later, at twice the spacing; training goes on unchanged. "
             f"{reason}. If training_step cannot be repeated on a part of a batch, "
             "pass loss_fn=, a function of (module, batch) that returns the mean loss."

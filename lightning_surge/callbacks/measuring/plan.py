@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_surge.callbacks.settings import SurgeSettings
-from lightning_surge.laws.base import require_number
+from lightning_surge.checking.arguments import number
 from lightning_surge.measure.budget import ProbeBudget
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.distributed import Ranks
@@ -199,7 +199,7 @@ class MeasuringPlan:
         """
         remedy = "load what state_dict returned"
         self.budget.load_state_dict(state["budget"])
-        batches, examples = (require_number("seen", number, remedy, zero=True) for number in state["seen"])
+        batches, examples = (float(number("seen", one, remedy, least=0)) for one in state["seen"])
         # Their quotient is the size that the next measurement is planned with: it must be one. Examples that
         # were seen and not trained on are those of steps that a scaler skipped.
         trained = self.budget.trained

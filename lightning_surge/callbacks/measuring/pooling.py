@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_surge.callbacks.lightning_host import warn
 from lightning_surge.measure.batches import BatchError, SplitBatch, split_leading_dimension, tensors_in
 from lightning_surge.measure.budget import ProbeBudget
 from lightning_surge.measure.probing import Prober
@@ -133,7 +133,7 @@ class Pool:
         if self.pieces:
             self._dropped += 1
             if self._dropped == PATIENCE:
-                rank_zero_warn(
+                warn(
                     f"The last {PATIENCE} checkpoints each came while batches were being pooled for a "
                     "measurement, and dropped them: nothing is measured. Save less often, or set "
                     "probe_examples= lower."
@@ -215,7 +215,7 @@ class Cutting:
         budget.charge(passes, measured=False)
         if not agree:
             self.allowed = False
-            rank_zero_warn(
+            warn(
                 "The mean gradient of a batch's slices is not the gradient of the batch: the loss couples "
                 "examples (BatchNorm, a contrastive loss), is a sum over them, or a mean over something "
                 "else, as tokens without padding (then pass batch_size_fn=). Whole batches are pooled "

@@ -1,8 +1,6 @@
 """Makes a run that was killed go on as if it had not been.
 
-Lightning restores weights, optimizers and its counters. What else the next step depends on is kept here: the
-random streams of every rank, the generators of the loaders, and the place that the loaders had reached. Three
-things that Lightning does on resuming are set right on the way; each has a test of its own:
+Three things that Lightning does on resuming are set right on the way:
 
 * From a checkpoint saved after the last batch of an epoch, but before the epoch's end, it leaves out the next
   epoch; from one saved at an epoch's end it counts that epoch twice if ``max_steps`` is set.
@@ -15,16 +13,16 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_surge.callbacks.lightning_host import Callback, check_versions
+from lightning_surge.callbacks.lightning_host import Callback, check_versions, warn
 from lightning_surge.callbacks.resuming.loaders import (
     epoch_samplers,
     generators_of,
@@ -37,29 +35,43 @@ from lightning_surge.callbacks.resuming.loaders import (
     why_not_resumable,
 )
 from lightning_surge.callbacks.resuming.random_streams import from_portable, to_portable
+from lightning_surge.checking.state import restore, save
 from lightning_surge.measure.replay import RandomState
 
-__all__ = ["ExactResume"]
-
 STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What one rank saved.
+
+    Attributes:
+        streams: the global random streams, as of `to_portable`.
+        generators: states of the generators that loaders draw their order from.
+        seeds: of the samplers that are told the epoch; None where they have none.
+    """
+
+    streams: dict[str, Any]
+    generators: list[Tensor]
+    seeds: list[int | None]
 
 
 class ExactResume(Callback):
     """Makes a run that was killed and resumed take the same batches to the same weights, bit for bit.
 
-    Lightning restores weights, optimizers and its own counters, and every other callback its own state. This
-    one keeps what else the next step depends on: the random streams of every rank, the generators of the
-    loaders and the places that the loaders had reached. Resumed from a checkpoint that was saved between two
-    optimizer steps, on as many processes as before, the run is the one that was not killed. Where a loader
-    cannot go on in mid-epoch, a warning says so, once per run.
+    Lightning restores weights, optimizers and its own counters, and every callback its own state. This one
+    keeps what else the next step depends on: the random streams of every rank, the generators of the loaders
+    and the places that the loaders had reached. A run resumed from a checkpoint saved between two optimizer
+    steps, on as many processes as before, is the run that was not killed. Where a loader cannot go on in
+    mid-epoch, a warning says so, once per run.
 
-    It is the only callback of this package that touches random streams: those that a validation draws from
-    are set back after it, with or without a resume, since a resumed run does not repeat that validation.
+    No other callback of this package touches random streams. Those that a validation draws from are set back
+    after it, with or without a resume, since a resumed run does not repeat that validation.
 
     Caveats:
-        * Random numbers that ``LightningModule.on_train_batch_end`` draws come after the checkpoint, and
-          are lost.
-        * ``ReduceLROnPlateau`` does not see the metrics of an epoch that was over, but not yet ended.
+        * Random numbers that ``LightningModule.on_train_batch_end`` draws come after the checkpoint and are
+          lost.
+        * ``ReduceLROnPlateau`` does not see the metrics of an epoch that was over but not yet ended.
         * A ``CombinedLoader`` of mode ``max_size`` begins anew with loaders that were used up.
 
     Example:
@@ -71,9 +83,9 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._trainer: pl.Trainer | None = None
-        self._begin_afresh()
+        self._reset()
 
-    def _begin_afresh(self) -> None:
+    def _reset(self) -> None:
         self._training_streams: RandomState | None = None  # while a validation may draw from them
         self._resumes = False
         self._loaded: dict[str, Any] = {}
@@ -86,9 +98,9 @@ class ExactResume(Callback):
             check_versions(trainer, type(self).__name__)
             # Kept after the run: a checkpoint may be saved when it is over, to go on from.
             self._trainer = trainer
-            self._begin_afresh()
+            self._reset()
 
-    # ------------------------------------------------------------------ before the run is killed
+    # ------------------------------------------------------------------ saving
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Remember the streams, in case a validation follows."""
@@ -111,12 +123,12 @@ class ExactResume(Callback):
         if self._training_streams is None or not _validates_while_training(trainer):
             self._training_streams = RandomState.capture()
         loaders = _training_loaders(trainer)
-        own = {
-            "streams": to_portable(self._training_streams),
-            "generators": [generator.get_state() for generator in generators_of(loaders)],
-            "seeds": [getattr(sampler, "seed", None) for sampler in epoch_samplers(loaders)],
-        }
-        state = {"version": STATE_VERSION, "ranks": _gather(trainer, own)}
+        own = RankState(
+            streams=to_portable(self._training_streams),
+            generators=[generator.get_state() for generator in generators_of(loaders)],
+            seeds=[getattr(sampler, "seed", None) for sampler in epoch_samplers(loaders)],
+        )
+        state = {"version": STATE_VERSION, "ranks": _gather(trainer, save(own))}
         if trainer.world_size > 1:
             # Lightning keeps the states of rank zero's loaders only; as a rule all ranks have the same.
             states = [loader.state_dict() for loader in loaders if is_stateful(loader)]
@@ -145,9 +157,9 @@ class ExactResume(Callback):
     def _warn(self, text: str) -> None:
         if not self._warned:
             self._warned = True
-            rank_zero_warn(text)
+            warn(text)
 
-    # ------------------------------------------------------------------ when it is resumed
+    # ------------------------------------------------------------------ resuming
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -194,7 +206,7 @@ class ExactResume(Callback):
         fetcher = loop._data_fetcher
         assert fetcher is not None
         samplers = epoch_samplers(loaders)
-        for sampler, seed in zip(samplers, own["seeds"] if own else [], strict=False):
+        for sampler, seed in zip(samplers, own.seeds if own else [], strict=False):
             if seed is not None:  # Lightning's are from seed_everything, which another script may have called
                 sampler.seed = seed
         within_epoch = loop.restarting and not trainer.is_last_batch
@@ -219,21 +231,19 @@ class ExactResume(Callback):
                 # Lightning would take the iterator that it made before it knew the epoch.
                 loop._resuming_from_checkpoint = False
         if own is not None:
-            for generator, saved in zip(generators_of(loaders), own["generators"], strict=False):
+            for generator, saved in zip(generators_of(loaders), own.generators, strict=False):
                 generator.set_state(saved)
-            streams = self._training_streams = from_portable(own["streams"])
+            streams = self._training_streams = from_portable(own.streams)
             streams.restore()
             if within_epoch:
                 # Lightning may yet prepare a validation that it then skips, which draws random numbers.
                 fetcher.iterator = _RestoringFirst(fetcher, streams)
         self._warn_about(trainer, mid_epoch=within_epoch)
 
-    def _own(self, trainer: pl.Trainer, state: dict[str, Any]) -> dict[str, Any] | None:
-        """What this rank saved."""
-        if not state:  # the checkpoint is of a run without this
-            return None
+    def _own(self, trainer: pl.Trainer, state: dict[str, Any]) -> RankState | None:
+        """What this rank saved; None for a run without this callback, and where it cannot be used."""
         try:
-            return self._own_of(trainer, state)
+            return self._own_of(trainer, state) if state else None
         except Exception as error:
             self._warn(
                 f"Expected whole random states in the checkpoint, got {type(error).__name__}: {error}: "
@@ -241,7 +251,7 @@ class ExactResume(Callback):
             )
             return None
 
-    def _own_of(self, trainer: pl.Trainer, state: dict[str, Any]) -> dict[str, Any] | None:
+    def _own_of(self, trainer: pl.Trainer, state: dict[str, Any]) -> RankState | None:
         if state["version"] != STATE_VERSION:
             raise ValueError(f"Expected version {STATE_VERSION}, got {state['version']!r}.")
         ranks: list[Any] = state["ranks"]
@@ -257,7 +267,8 @@ class ExactResume(Callback):
                 f"Expected the random states of {len(ranks)} processes in the checkpoint, got those of one: "
                 "it was saved after an exception. Resume from one saved in training for the same numbers."
             )
-        own: dict[str, Any] | None = ranks[trainer.global_rank]
+        saved = ranks[trainer.global_rank]
+        own = None if saved is None else restore(RankState, saved)
         if own is not None:
             _check_states(own, generators_of(_training_loaders(trainer)))
         if len(state.get("loaders", ranks)) != len(ranks):
@@ -266,7 +277,7 @@ class ExactResume(Callback):
 
 
 class _RestoringFirst:
-    """An iterator of a fetcher that sets the random streams before the first batch, and then steps aside."""
+    """A fetcher's iterator that sets the random streams before the first batch and then steps aside."""
 
     def __init__(self, fetcher: Any, streams: RandomState) -> None:
         self._fetcher = fetcher
@@ -291,22 +302,20 @@ def _training_loaders(trainer: pl.Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
-def _check_states(own: dict[str, Any], generators: list[torch.Generator]) -> None:
-    """Try what one rank saved on streams of no consequence, so that none is set to half of it."""
-    streams = from_portable(own["streams"])
+def _check_states(own: RankState, generators: list[torch.Generator]) -> None:
+    """Try what one rank saved on streams nobody uses, so that none is set to half of it."""
+    streams = from_portable(own.streams)
     random.Random().setstate(streams.python)
     np.random.RandomState().set_state(streams.numpy)
     torch.Generator().set_state(streams.torch)
-    for generator, saved in zip(generators, own["generators"], strict=False):
+    for generator, saved in zip(generators, own.generators, strict=False):
         generator.clone_state().set_state(saved)
     if not all(isinstance(state, Tensor) and state.dtype == torch.uint8 for state in streams.cuda):
         raise ValueError("Expected bytes as the states of CUDA devices.")
-    if not all(seed is None or isinstance(seed, int) for seed in own["seeds"]):
-        raise ValueError(f"Expected whole numbers as seeds, got {own['seeds']}.")
 
 
 def _gather(trainer: pl.Trainer, own: Any) -> list[Any]:
-    """What every rank has, in the order of ranks."""
+    """The values of all ranks, in order."""
     everyones = [None] * trainer.world_size
     # After an exception the other ranks may be anywhere, but not here.
     if trainer.world_size == 1 or trainer.interrupted or not torch.distributed.is_initialized():

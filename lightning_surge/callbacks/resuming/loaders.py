@@ -22,19 +22,6 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_surge.callbacks.lightning_host import is_sampler_wrapper
 
-__all__ = [
-    "Obstacle",
-    "epoch_samplers",
-    "generators_of",
-    "in_order",
-    "is_stateful",
-    "leave_epoch",
-    "load_loaders",
-    "order_of",
-    "share_samplers",
-    "why_not_resumable",
-]
-
 
 def is_stateful(thing: Any) -> bool:
     """Whether something says where it stands, and can be put there."""
@@ -42,7 +29,7 @@ def is_stateful(thing: Any) -> bool:
 
 
 def epoch_samplers(loaders: list[Any]) -> list[Any]:
-    """Samplers that have to be told the epoch, as Lightning tells them."""
+    """Samplers that Lightning tells the epoch."""
     found = {}
     for loader in loaders:
         batches = getattr(loader, "batch_sampler", None)
@@ -67,12 +54,8 @@ def generators_of(loaders: list[Any]) -> list[torch.Generator]:
 
 
 def share_samplers(loaders: list[Any]) -> list[Any]:
-    """Samplers that Lightning made, to give each rank its share of what another sampler draws.
-
-    They know how many indices were used, but draw others when they are asked again.
-    """
-    samplers = epoch_samplers(loaders)
-    return [sampler for sampler in samplers if is_sampler_wrapper(sampler)]
+    """Lightning's samplers that share out what another one draws, which would draw others if asked again."""
+    return [sampler for sampler in epoch_samplers(loaders) if is_sampler_wrapper(sampler)]
 
 
 def order_of(sampler: Any) -> Tensor:
@@ -95,7 +78,7 @@ def in_order(samplers: list[Any], orders: list[Tensor]) -> Iterator[None]:
 
 
 def load_loaders(loaders: list[Any], states: list[Any]) -> None:
-    """Give those loaders that have a state theirs."""
+    """Load the states of the loaders that have one."""
     stateful = [loader for loader in loaders if is_stateful(loader)]
     for loader, state in zip(stateful, states, strict=False):
         loader.load_state_dict(state)
@@ -103,7 +86,8 @@ def load_loaders(loaders: list[Any], states: list[Any]) -> None:
 
 def leave_epoch(loader: Any) -> None:
     """Let the next `iter` of a loader that was given its state begin the next epoch."""
-    if not _is_torchdata(loader) or loader._iterator is not None:
+    torchdata = sys.modules.get("torchdata.stateful_dataloader")  # imported, if one of its loaders is here
+    if torchdata is None or not isinstance(loader, torchdata.StatefulDataLoader) or loader._iterator:
         return
     loader.state_dict()  # makes the iterator that was saved, which the next iter() would return
     iterator: Any = loader._iterator
@@ -112,30 +96,18 @@ def leave_epoch(loader: Any) -> None:
         next(iter(loader), None)
 
 
-def _is_torchdata(loader: Any) -> bool:
-    module = sys.modules.get("torchdata.stateful_dataloader")  # imported, if one of its loaders is here
-    return module is not None and isinstance(loader, module.StatefulDataLoader)
-
-
 class Obstacle(NamedTuple):
-    """Why a run cannot be resumed exactly.
-
-    Attributes:
-        text: the rule, what was found, and the remedy.
-        certain: whether it cannot; else it depends on what this package cannot see.
-    """
+    """Why a run cannot be resumed exactly, for certain or depending on what this package cannot see."""
 
     text: str
     certain: bool
 
 
 def why_not_resumable(loader: Any, *, mid_epoch: bool = True) -> Obstacle | None:
-    """What keeps a training loader from going on exactly where it was.
+    """What keeps a training loader from going on exactly where it was, in mid-epoch or at an epoch's end.
 
     Example:
         >>> why_not_resumable(DataLoader(range(4))).certain
-        True
-        >>> why_not_resumable(DataLoader(range(4)), mid_epoch=False) is None
         True
     """
     if mid_epoch and not is_stateful(loader):
@@ -149,17 +121,17 @@ def why_not_resumable(loader: Any, *, mid_epoch: bool = True) -> Obstacle | None
         return None
     if mid_epoch and (obstacle := _order_obstacle(loader)) is not None:
         return obstacle
-    if loader.num_workers and not (is_stateful(loader) and is_stateful(loader.dataset)):
-        workers = f"{loader.num_workers} persistent workers" if loader.persistent_workers else "workers"
-        if mid_epoch or loader.persistent_workers:
-            return Obstacle(
-                "Expected the dataset to save the random states of workers, got "
-                f"{type(loader.dataset).__name__} in {workers}, whose random numbers begin anew on resuming. "
-                "If it draws any, wrap it in ResumableDataset and load it with StatefulDataLoader, or use "
-                "num_workers=0.",
-                certain=False,
-            )
-    return None
+    if not loader.num_workers or (is_stateful(loader) and is_stateful(loader.dataset)):
+        return None
+    workers = f"{loader.num_workers} persistent workers" if loader.persistent_workers else "workers"
+    if not mid_epoch and not loader.persistent_workers:
+        return None
+    return Obstacle(
+        f"Expected the dataset to save the random states of workers, got {type(loader.dataset).__name__} in "
+        f"{workers}, whose random numbers begin anew on resuming. If it draws any, wrap it in "
+        "ResumableDataset and load it with StatefulDataLoader, or use num_workers=0.",
+        certain=False,
+    )
 
 
 def _order_obstacle(loader: DataLoader[Any]) -> Obstacle | None:

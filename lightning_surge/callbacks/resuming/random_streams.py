@@ -10,29 +10,17 @@ from torch.utils.data import Dataset, get_worker_info
 
 from lightning_surge.measure.replay import RandomState
 
-__all__ = ["ResumableDataset", "from_portable", "random_states", "restore_random_states", "to_portable"]
 
-
-def random_states() -> dict[str, Any]:
-    """The global random streams of this process, in a form that every checkpoint can hold.
+def to_portable(state: RandomState) -> dict[str, Any]:
+    """Captured streams as tensors, numbers and strings, which `torch.load(weights_only=True)` reads.
 
     Example:
-        >>> states = random_states()
+        >>> states = to_portable(RandomState.capture())
         >>> before = torch.rand(3)
-        >>> restore_random_states(states)
+        >>> from_portable(states).restore()
         >>> bool((before == torch.rand(3)).all())
         True
     """
-    return to_portable(RandomState.capture())
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Set the global random streams of this process back."""
-    from_portable(states).restore()
-
-
-def to_portable(state: RandomState) -> dict[str, Any]:
-    """Captured streams as tensors, numbers and strings."""
     version, words, gauss = state.python
     states = {
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
@@ -94,9 +82,9 @@ class ResumableDataset(Dataset[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The streams of the worker that asks; nothing in the main process, where they are saved anyway."""
-        return {} if get_worker_info() is None else random_states()
+        return {} if get_worker_info() is None else to_portable(RandomState.capture())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let this worker go on where the saved one was."""
         if state and get_worker_info() is not None:
-            restore_random_states(state)
+            from_portable(state).restore()
