@@ -67,7 +67,7 @@ def test_the_budget_holds_where_sizes_vary_a_lot() -> None:
 
 
 def test_a_second_training_is_measured_as_the_first_was() -> None:
-    callback = SurgeLRCallback(8, objective="alignment", max_overhead=0.2)
+    callback = SurgeLRCallback(8, objective="alignment", max_overhead=0.2, probe_examples=16)
     counts = []
     for _ in range(2):
         make_trainer(callback).fit(Linear(), batches([16] * 100))
