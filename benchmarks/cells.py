@@ -21,19 +21,12 @@ __all__ = ["Cell", "Store", "chosen", "run_cells"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One experiment.
-
-    Attributes:
-        kind: Name of the experiment.
-        key: Plain values that tell it from others of its kind, the arguments of `measure`.
-        measure: Runs it and returns plain numbers, strings, lists and dicts.
-        priority: Smaller is done first.
-    """
+    """One experiment."""
 
     kind: str
-    key: dict[str, Any]
-    measure: Callable[..., dict[str, Any]]
-    priority: int = 0
+    key: dict[str, Any]  # plain values that tell it from others of its kind, the arguments of `measure`
+    measure: Callable[..., dict[str, Any]]  # returns plain numbers, strings, lists and dicts
+    priority: int = 0  # smaller is done first
 
 
 class Store:

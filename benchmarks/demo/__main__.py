@@ -21,7 +21,7 @@ from examples import stdlib_transformer
 from examples.report import stages
 from lightning_surge import SurgeLRCallback
 from lightning_surge.laws.objectives import OBJECTIVES
-from lightning_surge.runs.run_log import read_run
+from lightning_surge.runs import plot_run, read_run
 
 RESULTS = Path(__file__).parent / "results"
 FIXED = {"constant": "constant lr", "sqrt": "sqrt", "linear": "linear"}
@@ -81,7 +81,8 @@ def main() -> None:
                 flags = ["--law" if name in FIXED else "--objective", name]
                 arguments = ["--seed", str(seed), "--output", f"{directory}/{name}-{seed}", *flags]
                 picture = stdlib_transformer.main([*arguments, *(["--fast"] if options.quick else [])])
-                rows = stages(read_run(picture.parent, also=["val_loss"]))
+                run = read_run(picture.parent, also=["val_loss"])
+                rows = stages(run)
                 seconds = round(time.perf_counter() - begin, 1)
                 record = {"rule": RULES[name], "seed": seed, "val_loss": rows[-1].val_loss}
                 record |= {"seconds": seconds, "commit": commit()}
@@ -90,6 +91,7 @@ def main() -> None:
                     save(records)
                     if seed == 0 and RULES[name] == DEFAULT:
                         shutil.copy(picture, RESULTS / "surge.png")
+                        plot_run(run, title="The demo's run").savefig(RESULTS / "run.png")
     print("\nFinal validation loss, nats per byte\n\n" + table(records))
 
 

@@ -1,6 +1,7 @@
 """Fidelity of the predicted learning rate: run what is not finished yet, then write tables and figures.
 
 python -m benchmarks.fidelity --budget 60        # minutes; goes on where the last run stopped
+python -m benchmarks.fidelity --only free live --run-only    # no report; also --workload perceptron
 python -m benchmarks.fidelity --quick            # under a minute, nothing is written
 python -m benchmarks.fidelity --report           # tables and figures from what is there
 """

@@ -59,8 +59,8 @@ def live(
     From the change on, learning rates get the multiplier and so many examples are trained.
 
     Returns:
-        Measurements before the change; by batch size, the ratio predicted at the change with its standard
-        error, the one used in the first step, and the final loss and mean ratio of the live run.
+        Measurements before the change; by batch size, the ratio predicted at the change and the one used in
+        the first step, and the final loss and mean ratio of the live run.
     """
     what = WORKLOADS[workload]
     settings: dict[str, Any] = {"objective": objective, "max_overhead": max_overhead}
@@ -78,7 +78,6 @@ def live(
         first = decisions.seen[0]
         result["by_batch_size"][batch_size] = {
             "predicted": first.predicted,
-            "standard_error": first.standard_error,
             "used": first.used,
             "reason": first.reason,
             "loss": loss_of(study),
