@@ -34,10 +34,9 @@ test-fast: $(STAMP)  ## the same without processes, kills and line searches
 test-matrix: $(STAMP)  ## tests that lean on Lightning: oldest and newest versions, every Python: half an hour
 	$(BIN)/python -m benchmarks.matrix
 
-docs-pictures: $(STAMP)  ## draw the pictures of the pages on `plot` and `fit` again: a minute
-	$(BIN)/python -m examples.digits --output runs/pictures
-	$(BIN)/lightning-surge plot runs/pictures/csv --output docs/reading-a-run.png --title "Convolutional network on scikit-learn's digits"
-	$(BIN)/lightning-surge fit examples/tables/mlperf_retinanet.csv --tuned --figure examples/tables/mlperf_retinanet.png
+docs-pictures: demo  ## draw the pictures of the pages on `plot` and `fit` again: the demo's run, and a published table
+	$(BIN)/lightning-surge plot runs/demo/csv --output benchmarks/demo/results/run.png --title "Byte-level transformer on the standard library"
+	$(BIN)/lightning-surge fit examples/tables/mlperf_retinanet.csv --tuned --bootstrap 50 --figure examples/tables/mlperf_retinanet.png
 
 wheel-check:  ## build the wheel, install it into an empty environment, and run the README's first block there
 	rm -rf .wheel

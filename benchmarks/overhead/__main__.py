@@ -1,6 +1,6 @@
 """Measure what the callback costs, in time and in memory.
 
-    python -m benchmarks.overhead                   # about half an hour on one core
+    python -m benchmarks.overhead                   # about ten minutes on one core
     python -m benchmarks.overhead --only 200        # one model of the three, beside the records of the others
     python -m benchmarks.overhead --quick           # under a minute, to see that it works
 
@@ -50,7 +50,7 @@ class Size(NamedTuple):
 
 
 # Of 0.1, 3 and 25 million parameters.
-SIZES = (Size(20, 71, 1000, 0.10), Size(200, 122, 200, 0.03), Size(2000, 112, 30, 0.02))
+SIZES = (Size(20, 71, 120, 0.10), Size(200, 122, 30, 0.03), Size(2000, 112, 5, 0.02))
 # Options of the callback, and the share of passes that they spend on measuring.
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "no measurement": ({"probe_every": 10**9}, 0.0),
@@ -126,12 +126,13 @@ def measure_time(size: Size, pairs: int) -> list[dict[str, Any]]:
     train(size._replace(steps=5), None)
     records = []
     for pair in range(pairs):
-        for name, (options, _) in CASES.items():
-            callback = SurgeLRCallback(base_batch_size=BATCH, **options)
-            # In turns, so that neither profits from a machine that slows down.
-            order = [None, callback] if pair % 2 else [callback, None]
-            clocks = {one is callback: train(size, one) for one in order}
-            plain, surge = clocks[False].begin, clocks[True]
+        made = {name: SurgeLRCallback(BATCH, **options) for name, (options, _) in CASES.items()}
+        # In turns, so that none profits from a machine that slows down.
+        order = [None, *made] if pair % 2 else [*made, None]
+        clocks = {name: train(size, made[name] if name else None) for name in order}
+        plain = clocks[None].begin
+        for name, callback in made.items():
+            surge = clocks[name]
             records.append(
                 {
                     "tensors": size.tensors,
@@ -221,16 +222,17 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    before = RESULTS / "summary.json"
-    known = json.loads(before.read_text()) if options.only and not options.quick and before.exists() else {}
-    memory, times = known.get("memory", []), known.get("time", [])
+    memory, times = [], []
     if options.only in (None, "memory"):
         memory = measure_memory()
     for size in SIZES:
         if options.only in (None, str(size.tensors)):
             chosen = size._replace(steps=10) if options.quick else size
-            times = [one for one in times if one["tensors"] != size.tensors]
             times += measure_time(chosen, pairs=1 if options.quick else PAIRS)
+    if options.only and (RESULTS / "summary.json").exists():
+        known = json.loads((RESULTS / "summary.json").read_text())
+        memory = memory or known["memory"]
+        times += [one for one in known["time"] if str(one["tensors"]) != options.only]
     summary = summarised(memory, times)
     if not options.quick:
         write(RESULTS, summary, time=times, memory=memory)

@@ -128,13 +128,9 @@ def _run(options: argparse.Namespace) -> None:
     print(_as_json(answer) if options.json else _words(answer))
 
 
-ADVISE = Command(
-    name="advise",
-    summary="Say which batch size and learning rate to go on with, what doubling costs, how sure that is.",
-    examples="""examples:
+SUMMARY = "Say which batch size and learning rate to go on with, what doubling costs, how sure that is."
+EXAMPLES = """examples:
   lightning-surge advise lightning_logs/version_3
   lightning-surge advise lightning_logs --batch-size 128 512 --step 2000
-  lightning-surge advise logs/metrics.csv --json""",
-    add_arguments=_add_arguments,
-    run=_run,
-)
+  lightning-surge advise logs/metrics.csv --json"""
+ADVISE = Command("advise", SUMMARY, EXAMPLES, _add_arguments, _run)

@@ -88,12 +88,8 @@ def _run(options: argparse.Namespace) -> None:
     print(output)
 
 
-PLOT = Command(
-    name="plot",
-    summary="Draw a run: learning rates, batch size against the peak, what decided, the factor and the law.",
-    examples="""examples:
+SUMMARY = "Draw a run: learning rates, batch size against the peak, what decided, the factor and the law."
+EXAMPLES = """examples:
   lightning-surge plot lightning_logs/version_3
-  lightning-surge plot lightning_logs --output run.svg --x examples""",
-    add_arguments=_add_arguments,
-    run=_run,
-)
+  lightning-surge plot lightning_logs --output run.svg --x examples"""
+PLOT = Command("plot", SUMMARY, EXAMPLES, _add_arguments, _run)

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +88,15 @@ def _run(options: argparse.Namespace) -> int | None:
     output = options.output
     options.study = options.study or str(output.with_suffix(".study.log"))
     try:
-        settings, grid, training = _with_config(*_checked(options), options)
+        settings, grid = _checked(options)
+        # Imported here: they need Lightning, which other commands do not.
+        from lightning_surge.sweep.config import check_arguments, read_config
         from lightning_surge.sweep.study import SweepStudy
+
+        training = read_config(settings)
+        settings = training.settings
+        grid = grid._replace(seeds=tuple(training.seed + seed for seed in grid.seeds))
+        check_arguments(settings, grid.cells()[0])
 
         exists = Path(options.study.removeprefix("sqlite:///")).exists()
         if options.dry_run and not exists:  # and it is not made
@@ -145,38 +152,6 @@ def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
     names = [field.name for field in fields(SweepSettings) if getattr(options, field.name, None) is not None]
     settings = SweepSettings.from_json({name: getattr(options, name) for name in names})
     return settings, Grid(sizes, parse_numbers(options.lrs, "--lrs"), tuple(range(options.seeds)))
-
-
-def _with_config(
-    settings: SweepSettings, grid: Grid, options: argparse.Namespace
-) -> tuple[SweepSettings, Grid, TrainingConfig]:
-    """The same, with what the configuration says; and that it takes what cells will give it."""
-    # Imported here: it needs the parser of LightningCLI, which other commands do not.
-    from lightning_surge.sweep.config import check_arguments, files_digest, read_config
-
-    training = read_config(settings)
-    settings = replace(
-        settings,
-        config_digest=training.digest,
-        files_digest=files_digest(settings.configs),
-        batch_size_key=_key("--batch-size-key", options.batch_size_key or training.batch_size_key, training),
-        lr_key=_key("--lr-key", options.lr_key or training.lr_key, training),
-    )
-    for key in (*settings.steps_keys, *settings.examples_keys):
-        _key("--steps-key and --examples-key", key, training)
-    grid = grid._replace(seeds=tuple(training.seed + seed for seed in grid.seeds))
-    check_arguments(settings, grid.cells()[0])
-    return settings, grid, training
-
-
-def _key(name: str, key: str | None, training: TrainingConfig) -> str:
-    if key is None or key not in training.keys:
-        got = f"no usual one (such as {'lr' if 'lr' in name else 'batch_size'})" if key is None else repr(key)
-        raise SweepError(
-            f"Expected {name} to be a key of the configuration, got {got}: the classes in it take "
-            f"{', '.join(training.keys) or 'no arguments'}."
-        )
-    return key
 
 
 def _sweep(
@@ -238,10 +213,5 @@ def _sweep(
         raise
 
 
-SWEEP = Command(
-    name="sweep",
-    summary="Train a grid of batch sizes and learning rates from a LightningCLI configuration.",
-    examples=EXAMPLES,
-    add_arguments=_add_arguments,
-    run=_run,
-)
+SUMMARY = "Train a grid of batch sizes and learning rates from a LightningCLI configuration."
+SWEEP = Command("sweep", SUMMARY, EXAMPLES, _add_arguments, _run)

@@ -66,35 +66,24 @@ class Decision(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """What the law asks for at a batch size.
-
-    Attributes:
-        predicted: the ratio of the objective.
-        standard_error: of it.
-        used: after shrinkage and bounds.
-        because: what decided it.
-        at_once: the ratio at which a step costs what it costs at the base, as far as that is measured; 1
-            where nothing is.
-    """
+    """What the law asks for at a batch size: as `Decision`, before the limit on rises."""
 
     predicted: float
     standard_error: float
     used: float
     because: Reason
+    # The ratio at which a step costs what it costs at the base, as far as that is measured.
     at_once: float = 1.0
 
 
 class Policy:
-    """Turns laws into ratios that are safe to apply.
+    """Turns laws into ratios that are safe to apply: inside bounds, and approached as told above.
 
-    * Before anything is measured the ratio is `sqrt(B / base)`, the small-batch limit of both
-      objectives; it moves to the measured ratio as that one's standard error shrinks, by precision:
-      `log R = w log R_measured + (1 - w) log R_sqrt`, `w = t^2 / (t^2 + se^2)`, with the width `t`
-      of what is believed beforehand: one standard deviation reaches from sqrt to 1 and to B / base.
-    * It stays inside bounds.
-    * A rise is approached by at most `max_drift_per_step` a step from what training is used to; only what a
-      measured law allows at an unchanged cost of a step comes at once. A fall acts at once.
-    * A law that cannot be evaluated is not used: the last good one is held.
+    Before anything is measured the ratio is `sqrt(B / base)`, the small-batch limit of both objectives; it
+    moves to the measured ratio as that one's standard error shrinks, by precision:
+    `log R = w log R_measured + (1 - w) log R_sqrt`, `w = t^2 / (t^2 + se^2)`, with the width `t` of what is
+    believed beforehand: one standard deviation reaches from sqrt to 1 and to B / base. A law that cannot be
+    evaluated is not used: the last good one is held.
 
     Args:
         base_batch_size: examples at which the scheduled learning rate was tuned.

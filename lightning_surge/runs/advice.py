@@ -61,87 +61,49 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class RunState:
-    """A run at one logged step; batch sizes in examples.
-
-    Attributes:
-        step: optimizer step.
-        batch_size: the batch size in force.
-        base_batch_size: the batch size at which the scheduled learning rate was tuned.
-        lr_scheduled: learning rate of the schedule.
-        lr_scheduled_max: its largest value up to here.
-        lr_used: learning rate that the update read.
-        lr_scale: factor on the scheduled learning rate that the objective asks for.
-        objective: key of `OBJECTIVES`.
-        law: the law in force.
-        critical_error: standard error of its critical batch size; infinite if unknown.
-        peak_error: standard error of its peak batch size; infinite if unknown.
-        scale_errors: batch sizes, each with the relative standard error of the factor there.
-        measured: smallest and largest batch size measured.
-        num_measurements: number of measurements behind the law.
-        measured_step: step of the last measurement.
-        reason: what decided the factor.
-    """
+    """A run at one logged step; batch sizes in examples, errors are standard errors, infinite if unknown."""
 
     step: int
-    batch_size: float
-    base_batch_size: float
+    batch_size: float  # in force
+    base_batch_size: float  # at which the scheduled learning rate was tuned
     lr_scheduled: float
-    lr_scheduled_max: float
-    lr_used: float
-    lr_scale: float
-    objective: str
-    law: Law
-    critical_error: float
-    peak_error: float
-    scale_errors: tuple[tuple[float, float], ...]
-    measured: tuple[float, float]
-    num_measurements: int
-    measured_step: int
-    reason: Reason
+    lr_scheduled_max: float  # the largest one up to here
+    lr_used: float  # which the update read
+    lr_scale: float  # factor on the scheduled learning rate that the objective asks for
+    objective: str  # key of `OBJECTIVES`
+    law: Law  # in force
+    critical_error: float  # of the law's critical batch size
+    peak_error: float  # of its peak batch size
+    scale_errors: tuple[tuple[float, float], ...]  # batch sizes, and the relative error of the factor there
+    measured: tuple[float, float]  # smallest and largest batch size measured
+    num_measurements: int  # behind the law
+    measured_step: int  # of the last measurement
+    reason: Reason  # what decided the factor
 
 
 @dataclass(frozen=True)
 class Option:
-    """What one batch size would mean from here on.
+    """What one batch size would mean from here on."""
 
-    Attributes:
-        batch_size: examples per step.
-        lr_scale: factor on the scheduled learning rate.
-        lr: learning rate at this point of the schedule.
-        lr_at_once: the part of it that may be written at once; the rest is approached (`policy.Policy`).
-        steps: steps to the same loss, over those at the batch size in force.
-        examples: examples to the same loss, over those at the batch size in force.
-        beyond: factor by which the batch size is outside those measured; 1 inside.
-    """
-
-    batch_size: float
-    lr_scale: Interval
-    lr: Interval
-    lr_at_once: float
-    steps: Interval
-    examples: Interval
-    beyond: float
+    batch_size: float  # examples per step
+    lr_scale: Interval  # factor on the scheduled learning rate
+    lr: Interval  # learning rate at this point of the schedule
+    lr_at_once: float  # the part of it that may be written at once; the rest is approached (`policy.Policy`)
+    steps: Interval  # to the same loss, over those at the batch size in force
+    examples: Interval  # to the same loss, over those at the batch size in force
+    beyond: float  # factor by which the batch size is outside those measured; 1 inside
 
 
 @dataclass(frozen=True)
 class Advice:
-    """An answer for one step of a run.
-
-    Attributes:
-        state: the run there.
-        critical_batch_size: critical batch size of the next step, examples.
-        peak_batch_size: where the law's learning rate is largest, examples; infinite if it never falls.
-        suggested: the batch size to go on with.
-        options: the one in force, the suggested one, twice the one in force, and those asked for; increasing.
-        caveats: why not to trust it.
-    """
+    """An answer for one step of a run; batch sizes in examples."""
 
     state: RunState
-    critical_batch_size: Interval
-    peak_batch_size: Interval
-    suggested: float
-    options: tuple[Option, ...]
-    caveats: tuple[Caveat, ...]
+    critical_batch_size: Interval  # of the next step
+    peak_batch_size: Interval  # where the law's learning rate is largest; infinite if it never falls
+    suggested: float  # batch size to go on with
+    options: tuple[Option, ...]  # those in force, suggested, twice that in force, and asked for; increasing
+    caveats: tuple[Caveat, ...]  # why not to trust it
 
 
 def run_state(run: RunLog, *, step: int | None = None, group: str | None = None) -> RunState:

@@ -31,12 +31,7 @@ ROOM = 1.5
 
 
 def number(value: float) -> str:
-    """A number for an axis or a legend.
-
-    Example:
-        >>> number(16384.0), number(0.25), number(1234.5)
-        ('16,384', '0.25', '1,234')
-    """
+    """A number for an axis or a legend."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

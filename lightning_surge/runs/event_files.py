@@ -66,7 +66,7 @@ def read_events(path: Path, points: Points) -> str | None:
     def take_whole(data: bytes) -> int:
         """Take the whole records of a block; where the last good one ends."""
         at = 0
-        with suppress(DecodeError, IndexError):
+        with suppress(DecodeError, IndexError, OverflowError):
             while at + HEAD <= len(data):
                 begin = at + HEAD
                 end = begin + LENGTH(data, at)[0]

@@ -113,7 +113,7 @@ def _find(path: Path, notes: list[str]) -> Path:
     one_logger = len(versions) == len(runs) and len({run.parent for run in runs}) == 1
     if len(runs) > 1 and not one_logger:
         names = ", ".join(str(run.relative_to(path)) for run in runs[:MOST_NAMED])
-        more = "" if len(runs) <= MOST_NAMED else f" and {len(runs) - MOST_NAMED:,} more"
+        more = f" and {len(runs) - MOST_NAMED:,} more" if len(runs) > MOST_NAMED else ""
         raise RunLogError(
             f"Expected one run, got {len(runs):,} in {str(path)!r}: choose among {names}{more}."
         )

@@ -57,14 +57,8 @@ def plot_run(
 ) -> Figure:
     """Draw one run: its learning rates, its batch size against the peak, what decided, and the law.
 
-    * *Learning rate*: scheduled, predicted and used, on a linear axis because schedules end at zero. The axis
-      is scaled to the scheduled and the used one; a prediction that was out of bounds may leave the panel.
-    * *Batch size*: the one in force, the peak and the critical batch size, each with a band of one standard
-      error. Where the peak is infinite (the learning rate never falls), a hatched strip at the top says so.
-      Where a standard error was not logged, which means that it was not finite, the band fills the panel.
-    * *What decided the factor*: one row for each reason that occurred.
-    * *The factor and the law*, at up to three moments: solid the factor R(B) that the run's objective asks
-      for, dashed the law of the next step, `lr(B) / lr(base)`, and as circles the factors that were used.
+    docs/reading-a-run.md explains the panels. A prediction that was out of bounds may leave its panel; where
+    a standard error was not logged, which means that it was not finite, its band fills the panel.
 
     Args:
         run: What `read_run` returned.

@@ -143,13 +143,7 @@ def wanted_factor(objective: str, law: Law, batch_size: float, base_batch_size: 
 
 
 def law_from_numbers(numbers: Mapping[str, float]) -> Law | None:
-    """The law that has these parameters, by name; others are ignored. None if no law has them.
-
-    Example:
-        >>> law_from_numbers({"max_lr": 0.1, "noise_scale": 300.0, "exponent": 1.0, "smallest_measured": 8.0})
-        SGDLaw(max_lr=0.1, noise_scale=300.0, exponent=1.0)
-        >>> law_from_numbers({"max_lr": 0.1})
-    """
+    """The law that has these parameters, by name; others are ignored. None if no law has them."""
     # An edge law has all that a measured law has.
     kinds: tuple[type[Any], ...] = (EdgeLaw, MeasuredLaw, SGDLaw, Theorem3Law)
     for kind in kinds:

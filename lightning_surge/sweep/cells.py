@@ -99,12 +99,7 @@ class SweepSettings:
         return cls(**fields)
 
     def steps_of(self, batch_size: int) -> int:
-        """Optimizer steps of a cell: as many as take its examples, rounded, at least one.
-
-        Example:
-            >>> SweepSettings(("run.yaml",), examples=1000).steps_of(64)  # 15.6
-            16
-        """
+        """Optimizer steps of a cell: as many as take its examples, rounded, at least one."""
         return self.steps or max(1, round((self.examples or 0) / batch_size))
 
     def examples_of(self, batch_size: int) -> int:

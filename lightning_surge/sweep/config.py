@@ -7,6 +7,7 @@ import pkgutil
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,10 +47,7 @@ LEFT_OUT: tuple[type[pl.Callback], ...] = (
 class TrainingConfig(NamedTuple):
     """What a configuration says about a sweep."""
 
-    digest: str  # of all that it says, defaults included
-    keys: tuple[str, ...]  # places of plain values under the data, model, optimizer and schedule
-    batch_size_key: str | None  # if it can be told
-    lr_key: str | None
+    settings: SweepSettings  # with the keys and digests
     seed: int
     left_out: tuple[str, ...]  # names of callbacks that cells go without
 
@@ -178,7 +176,7 @@ def files_digest(paths: Sequence[str]) -> str:
 
 def read_config(settings: SweepSettings) -> TrainingConfig:
     """Read what a configuration says, without building any of it; a SweepError if a sweep cannot take it."""
-    files_digest(settings.configs)
+    digest = files_digest(settings.configs)
     config, text = _parse(settings, _fit_arguments(settings))
     if config.get("ckpt_path"):
         raise SweepError(
@@ -190,15 +188,32 @@ def read_config(settings: SweepSettings) -> TrainingConfig:
         for key, value in config.items()
         if key.partition(".")[0] in ROOTS and not key.endswith("class_path") and not isinstance(value, dict)
     )
+
+    def chosen(name: str, wanted: str, usual: Sequence[str] = ()) -> str:
+        key = wanted or next((key for key in usual if key in keys), "")
+        if key not in keys:
+            got = repr(key) if key else f"no usual one (such as {usual[0].rpartition('.')[2]})"
+            raise SweepError(
+                f"Expected {name} to be a key of the configuration, got {got}: the classes in it take "
+                f"{', '.join(keys) or 'no arguments'}."
+            )
+        return key
+
+    for key in (*settings.steps_keys, *settings.examples_keys):
+        chosen("--steps-key and --examples-key", key)
+    settings = replace(
+        settings,
+        config_digest=hashlib.sha256(text.encode()).hexdigest()[:12],
+        files_digest=digest,
+        batch_size_key=chosen("--batch-size-key", settings.batch_size_key, BATCH_SIZE_KEYS),
+        lr_key=chosen("--lr-key", settings.lr_key, LR_KEYS),
+    )
     found = config.get("trainer.callbacks") or []
     found = found if isinstance(found, list) else [found]
     kinds = [imported(entry["class_path"], "the class_path of a callback") for entry in found]
     seed = config.get("seed_everything")
     return TrainingConfig(
-        digest=hashlib.sha256(text.encode()).hexdigest()[:12],
-        keys=keys,
-        batch_size_key=next((key for key in BATCH_SIZE_KEYS if key in keys), None),
-        lr_key=next((key for key in LR_KEYS if key in keys), None),
+        settings,
         seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else 0,
         left_out=tuple(kind.__name__ for kind in kinds if issubclass(kind, LEFT_OUT)),
     )

@@ -58,12 +58,6 @@ def best_lr(
 
     Cells that were killed, ran out of memory or failed say nothing; a learning rate that diverged with one
     seed is worse than any that did not.
-
-    Example:
-        >>> losses = {0.001: 0.5, 0.01: 0.3}
-        >>> best = best_lr({Cell(8, lr, 0): Outcome("finished", loss) for lr, loss in losses.items()}, 8)
-        >>> best.lr, best.edge
-        (0.01, 'highest')
     """
     groups = defaultdict(list)
     for cell, outcome in records.items():
@@ -93,11 +87,6 @@ def planned(
     A batch size whose cells are all finished, and whose best learning rate (for the loss, or for one of the
     targets) has none beyond it, gets one more in the ratio of the last two, and up to `refine` of them. All
     depends on the grid and the records only: every worker, and a sweep that was killed, plans the same.
-
-    Example:
-        >>> records = {Cell(8, 0.1, 0): Outcome("finished", 0.5), Cell(8, 0.2, 0): Outcome("finished", 0.3)}
-        >>> [cell.lr for cell in planned(Grid((8,), (0.1, 0.2), (0,)), records, refine=1)]
-        [0.1, 0.2, 0.4]
     """
     cells = grid.cells()
     for size in grid.batch_sizes:
@@ -128,15 +117,7 @@ def _beyond(records: Mapping[Cell, Outcome], lrs: Sequence[float], best: Best | 
 
 
 def accumulation_for(batch_size: int, *, largest: int | None, replicas: int = 1) -> int:
-    """Micro-batches per optimizer step of each replica: as few equal ones, of at most `largest`, as fit.
-
-    Raises:
-        ValueError: if the replicas cannot share the batch.
-
-    Example:
-        >>> accumulation_for(96, largest=40)  # three of 32
-        3
-    """
+    """Micro-batches per optimizer step of each replica: as few equal ones, of at most `largest`, as fit."""
     share, rest = divmod(batch_size, replicas)
     if rest or not share:
         raise ValueError(
@@ -151,13 +132,6 @@ def parse_numbers(words: Sequence[str], name: str, *, whole: bool = False) -> tu
     """Numbers, and ranges `first:last:count` in equal ratios, separated by spaces or commas; increasing.
 
     Those of ranges are rounded to six digits, or `whole` numbers, so that two sweeps mean the same number.
-
-    Raises:
-        ValueError: if a word is neither, or a number is not positive and finite, naming the argument `name`.
-
-    Example:
-        >>> parse_numbers(["1e-3:1e-1:5,1"], "lrs")
-        (0.001, 0.00316228, 0.01, 0.0316228, 0.1, 1.0)
     """
     numbers: set[float] = set()
     for word in words:

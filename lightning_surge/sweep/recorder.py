@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from lightning_surge.callbacks.batch_counter import BatchCounter
 from lightning_surge.callbacks.lightning_host import replicas_of
 from lightning_surge.schedules.by_examples import ExamplesClock
-from lightning_surge.sweep.cells import Cell, Reached, SweepError, SweepSettings
+from lightning_surge.sweep.cells import Cell, Outcome, Reached, SweepError, SweepSettings
 from lightning_surge.sweep.config import imported
 
-__all__ = ["DivergedError", "LossRecorder", "TargetsReachedError", "first_reached"]
+__all__ = ["CellEnd", "LossRecorder", "first_reached"]
 
 # The name of what `training_step` returns; any other name is one that the module logs.
 TRAINING_LOSS = "loss"
@@ -26,12 +26,12 @@ TRAINING_LOSS = "loss"
 SMOOTHED_SHARE = 1 / 50
 
 
-class DivergedError(Exception):
-    """The loss is infinite or NaN."""
+class CellEnd(Exception):
+    """Nothing is left to find out: the loss is infinite or NaN, or has reached all targets."""
 
-
-class TargetsReachedError(Exception):
-    """Nothing is left to find out."""
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
 
 
 class LossRecorder(pl.Callback):
@@ -39,13 +39,6 @@ class LossRecorder(pl.Callback):
 
     A loss from validation is taken as it is. One from training is averaged exponentially over examples, so
     that every batch size averages over equally much data.
-
-    Attributes:
-        looks: optimizer steps, examples over all replicas, and the loss, whenever there was one.
-        steps: optimizer steps so far.
-        examples: examples behind them, over all replicas.
-        trains: whether the loss is one of training; None until that can be told.
-        validated_at: step of the latest validation that had the loss.
     """
 
     def __init__(self, settings: SweepSettings, cell: Cell) -> None:
@@ -56,10 +49,12 @@ class LossRecorder(pl.Callback):
         share = SMOOTHED_SHARE * settings.examples_of(cell.batch_size)
         self._smoothing = settings.smoothing or max(1.0, share)
         self._sum = self._weight = 0.0
+        # Whether the loss is one of training; None until that can be told.
         self.trains: bool | None = settings.metric == TRAINING_LOSS or None
+        # Steps, examples over all replicas, and the loss, whenever there was one.
         self.looks: list[tuple[int, int, float]] = []
         self.steps = self.examples = 0
-        self.validated_at = -1
+        self.validated_at = -1  # step
         self._replicas = 1
         self._open_window()
 
@@ -127,7 +122,7 @@ class LossRecorder(pl.Callback):
             mean = torch.stack([loss * (count / total) for loss, count in self._losses]).sum()
             loss = self._over_replicas(trainer, mean)
             if not math.isfinite(loss):
-                raise DivergedError(f"the training loss became {loss} at step {self.steps}")
+                self._diverge("the training loss", loss)
         if self.trains is None:
             # What is logged now comes from training: nothing was validated so far.
             self.trains = name in trainer.callback_metrics
@@ -150,10 +145,13 @@ class LossRecorder(pl.Callback):
 
     def _take(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise DivergedError(f"{self._settings.metric} became {loss} at step {self.steps}")
+            self._diverge(self._settings.metric, loss)
         self.looks.append((self.steps, self.examples, loss))
         if self._settings.stop_at_target and all(entry.steps is not None for entry in self.reached()):
-            raise TargetsReachedError
+            raise CellEnd(Outcome("finished", loss))
+
+    def _diverge(self, what: str, loss: float) -> NoReturn:
+        raise CellEnd(Outcome("diverged", message=f"{what} became {loss} at step {self.steps}"))
 
     def _over_replicas(self, trainer: pl.Trainer, loss: Tensor) -> float:
         # All replicas must see the same number, or one would stop and the others wait for it.
@@ -181,12 +179,7 @@ class LossRecorder(pl.Callback):
 def first_reached(
     looks: Iterable[tuple[int, int, float]], target: float, *, maximize: bool = False
 ) -> Reached:
-    """When a loss first reached a target; between two looks (steps, examples, loss) a straight line is drawn.
-
-    Example:
-        >>> first_reached([(10, 160, 3.0), (20, 320, 0.5)], 1.0)
-        Reached(target=1.0, steps=18, examples=288)
-    """
+    """When a loss first reached a target, on straight lines between looks (steps, examples, loss)."""
     before = None
     for steps, examples, loss in looks:
         if loss >= target if maximize else loss <= target:

@@ -30,12 +30,8 @@ class CellProcess:
     """A cell in a fresh interpreter, which tells the study what it has found.
 
     It lives in a session of its own, so that an interrupt from the terminal reaches only the sweep, and ends
-    when its standard input does: a sweep that is killed leaves no process behind.
-
-    Args:
-        order: what `worker.main` takes, plain values.
-        log: file for what the cell prints; it stays if the cell has no loss.
-        environment: variables beside those of this process.
+    when its standard input does: a sweep that is killed leaves no process behind. The log of what it prints
+    stays if the cell has no loss.
     """
 
     def __init__(self, order: Mapping[str, Any], log: Path, environment: Mapping[str, str]) -> None:
@@ -95,7 +91,7 @@ def run_cells(
 
     Args:
         study: the study, which other workers may share.
-        plan: all cells that are wanted, in order; asked again whenever one has ended.
+        plan: says all cells that are wanted, in order, given those that have ended.
         start: starts the cell of a trial in a slot; returns None if it has ended already.
         slots: number of cells that run here at a time.
         again: cells that run again although they have ended.

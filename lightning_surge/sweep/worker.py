@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_surge.sweep.cells import Cell, Outcome, SweepError, SweepSettings
 from lightning_surge.sweep.config import cell_arguments, cell_cli, files_digest
-from lightning_surge.sweep.recorder import DivergedError, LossRecorder, TargetsReachedError
+from lightning_surge.sweep.recorder import CellEnd, LossRecorder
 from lightning_surge.sweep.study import SweepStudy, patiently
 
 __all__ = ["run_cell"]
@@ -39,10 +39,8 @@ def run_cell(settings: SweepSettings, cell: Cell) -> Outcome:
         if not recorder.trains and recorder.validated_at != recorder.steps and cli.trainer.enable_validation:
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         outcome = Outcome("finished", recorder.final_loss(trained | cli.trainer.callback_metrics))
-    except TargetsReachedError:
-        outcome = Outcome("finished", recorder.looks[-1][2])
-    except DivergedError as error:
-        outcome = Outcome("diverged", message=str(error))
+    except CellEnd as end:
+        outcome = end.outcome
     except (MisconfigurationException, SweepError) as error:
         raise SweepError(str(error)) from error
     except (Exception, SystemExit) as error:

@@ -8,19 +8,6 @@ from lightning_surge.tables.optima import Optimum, Valley, valleys
 from lightning_surge.tables.read import Columns, RunTable, read_table, read_tables
 
 __all__ = [
-    "Columns",
-    "Estimate",
-    "FittedLaw",
-    "GridFit",
-    "HeldOut",
-    "LawFit",
-    "Optimum",
-    "RunTable",
-    "Unfitted",
-    "Valley",
-    "draw_fits",
-    "fit_grid",
-    "read_table",
-    "read_tables",
-    "valleys",
-]
+    "Columns", "Estimate", "FittedLaw", "GridFit", "HeldOut", "LawFit", "Optimum", "RunTable", "Unfitted",
+    "Valley", "draw_fits", "fit_grid", "read_table", "read_tables", "valleys",
+]  # fmt: skip

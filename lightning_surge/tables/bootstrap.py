@@ -51,12 +51,7 @@ class Repetitions(NamedTuple):
 
 
 def estimate(name: str, value: float, drawn: Sequence[float]) -> Estimate:
-    """Interval between the quantiles of repetitions.
-
-    Example:
-        >>> estimate("peak_lr", 2.0, [1.0, 2.0, 3.0] * 10)
-        Estimate(name='peak_lr', value=2.0, low=1.0, high=3.0)
-    """
+    """Interval between the quantiles of repetitions."""
     if len(drawn) < FEWEST:
         return Estimate(name, value)
     tail = (1 - CONFIDENCE) / 2

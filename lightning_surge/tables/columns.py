@@ -106,12 +106,6 @@ def find_columns(
     """Columns by role, and notes on those that go by another name than the documented one.
 
     A ValueError if a role that is needed, given the measure, has no column, or a role has several.
-
-    Example:
-        >>> import pandas as pd
-        >>> frame = pd.DataFrame({"params.bs": [8], "params.lr": [0.1], "val/loss": [2.0], "epoch": [9]})
-        >>> find_columns(frame, Columns(), "runs.csv")[0]
-        {'batch_size': 'params.bs', 'lr': 'params.lr', 'loss': 'val/loss'}
     """
     asked = {role: name for role, name in named._asdict().items() if name is not None}
     found = {
@@ -185,12 +179,6 @@ def settings_within(
     """Settings in which runs differ that are averaged as if they were seeds, and a few that tell them apart.
 
     Such runs have the columns of a `cell` in common, the batch size first. What has a role is no setting.
-
-    Example:
-        >>> import pandas as pd
-        >>> frame = pd.DataFrame({"bs": [8] * 4, "width": [1, 1, 2, 2], "runtime": [3, 4, 5, 6]})
-        >>> settings_within(frame, ["bs"], ["bs"])
-        (['width'], ['width'])
     """
     free = [
         name for name in frame.columns if name not in roles and not set(_plain(name).split("_")) & RESULTS

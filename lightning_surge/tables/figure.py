@@ -43,20 +43,13 @@ MARGIN = 1.3
 
 
 def draw_fits(fits: Sequence[GridFit], title: str = "") -> Figure:
-    """One panel per fit.
+    """One panel per fit; a figure for `figure.savefig`.
 
     Each cell of a grid is coloured by how much worse it ended than the best one at its batch size, so that
     the valley shows at every size; grey cells have a run that failed. Dots are the optima, with intervals;
     open ones took no part in the fits. A table of tuned learning rates has no cells to colour. The wide curve
     is the law that predicts best, the thin ones are not told from it, and sqrt scaling is always there to
     compare. A star marks the peak of the best law, with its interval, if it lies inside the grid.
-
-    Args:
-        fits: what `fit_grid` returned.
-        title: line above the panels, such as the name of the table.
-
-    Returns:
-        A figure for `figure.savefig`.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
@@ -108,9 +101,9 @@ def _draw_panel(axes: Axes, fit: GridFit) -> None:
     axes.set_yticks(ticks, [f"{lr:g}" for lr in ticks])
     axes.set_xlabel("batch size B (examples)")
     axes.set_ylabel("learning rate (per step)")
-    parts = ["final loss" if fit.measure == "loss" else "steps to the loss"]
-    parts += [] if fit.target is None else [f"{fit.target:.4g}"]
-    title = ", ".join([" ".join(parts), *(f"{column} {value}" for column, value in fit.group.items())])
+    what = "final loss" if fit.measure == "loss" else "steps to the loss"
+    what += "" if fit.target is None else f" {fit.target:.4g}"
+    title = ", ".join([what, *(f"{column} {value}" for column, value in fit.group.items())])
     best = next((law for law in fit.laws if law.name == fit.best), None)
     if best is not None and sizes[0] <= best.peak_batch_size.value <= sizes[-1]:
         _draw_star(axes, best.peak_batch_size, best.peak_lr)
@@ -161,15 +154,9 @@ def _draw_grid(axes: Axes, fit: GridFit) -> None:
     for left, right, heights, cells in zip(sizes[:-1], sizes[1:], borders, excess, strict=True):
         cells = np.where(np.isfinite(cells), cells, np.nan)[:, None]
         image = axes.pcolormesh(
-            np.exp([left, right]),
-            np.exp(heights),
-            cells,
-            cmap=colours,
-            vmin=0,
-            vmax=top,
-            alpha=0.85,
+            np.exp([left, right]), np.exp(heights), cells, cmap=colours, vmin=0, vmax=top, alpha=0.85,
             rasterized=True,
-        )
+        )  # fmt: skip
     axes.set_ylim(math.exp(min(each[0] for each in borders)), math.exp(max(each[-1] for each in borders)))
     bar = axes.figure.colorbar(image, ax=axes, extend="max")
     if fit.measure == "steps":

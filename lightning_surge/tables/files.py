@@ -12,7 +12,6 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,9 @@ from lightning_surge.tables.values import WORDS
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SOURCES", "read_frame"]
+__all__ = ["read_frame"]
 
 EXPORT = "export the runs as CSV or Parquet"
-SOURCES: list[tuple[Callable[[str], bool], Callable[[str], pd.DataFrame]]] = [(is_study, read_study)]
-"""Sources other than tables in files, such as studies: what tells one by its name, and what reads it."""
 
 
 def read_frame(source: str | Path) -> pd.DataFrame:
@@ -34,15 +31,6 @@ def read_frame(source: str | Path) -> pd.DataFrame:
 
     Raises an OSError if there is no such file, ModuleNotFoundError without pandas, or pyarrow for Parquet,
     and ValueError if the file is empty, damaged or of another kind.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     path = Path(directory) / "runs.csv"
-        ...     _ = path.write_text("# made by hand\nbs;lr;loss\n8;0,1;2\n")
-        ...     frame = read_frame(path)
-        >>> frame.index.name, frame.to_dict("index")
-        ('line', {3: {'bs': '8', 'lr': '0,1', 'loss': '2'}})
     """
     try:
         import pandas  # noqa: F401
@@ -51,9 +39,8 @@ def read_frame(source: str | Path) -> pd.DataFrame:
             "Reading a table needs pandas: pip install 'lightning-surge[fit]'."
         ) from error
     name = str(source)
-    for belongs, read in SOURCES:
-        if belongs(name):
-            return read(name)
+    if is_study(name):
+        return read_study(name)
     frame = _parse(_content(name), "standard input" if name == "-" else repr(name))
     frame = frame.set_axis([str(column).strip() for column in frame.columns], axis=1)
     if (again := frame.columns.duplicated()).any():

@@ -78,11 +78,6 @@ def fit_law(name: str, optima: Optima, *, precise: bool = True) -> LawFit | None
 
     None where it needs a scale from Eq. 22 and there is none. A repetition of which only quantiles are wanted
     need not be `precise`.
-
-    Example:
-        >>> optima = Optima(np.array([8.0, 32.0, 128.0]), np.log([0.001, 0.002, 0.004]), None)
-        >>> round(fit_law("sqrt", optima).law.lr(2), 6)
-        0.0005
     """
     family, sizes, logs = LAWS[name], optima.sizes, optima.logs
     base = float(sizes[0])
@@ -150,13 +145,6 @@ def hold_out(name: str, optima: Optima) -> HeldOut | None:
     """Predict the best learning rate of every batch size from the others.
 
     None if the law has as many parameters as there are batch sizes, or no scale from Eq. 22.
-
-    Example:
-        Two sizes that a constant learning rate cannot join: each is missed by a factor of four.
-
-        >>> optima = Optima(np.array([8.0, 32.0]), np.log([0.001, 0.004]), None)
-        >>> [(size, round(error, 6)) for size, error in hold_out("constant", optima).by_batch_size]
-        [(8.0, 2.0), (32.0, -2.0)]
     """
     if optima.sizes.size <= LAWS[name].size:
         return None

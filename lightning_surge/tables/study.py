@@ -17,12 +17,7 @@ COLUMNS = ("batch_size", "lr", "loss", "steps", "examples", "seed", "target", "s
 
 
 def is_study(where: str) -> bool:
-    """Whether it is the URL of a database, or a file that begins as a journal of Optuna does.
-
-    Example:
-        >>> is_study("sqlite:///sweep.db"), is_study("no-such-file.csv")
-        (True, False)
-    """
+    """Whether it is the URL of a database, or a file that begins as a journal of Optuna does."""
     if "://" in where:
         return True
     path = Path(where)
@@ -79,14 +74,6 @@ def study_rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
     Trials of a sweep have the columns of its table, sorted, with one row for each target loss, whose steps
     and examples are those until it was reached, and empty where it never was. Others have a column for each
     parameter and for the value, `loss`; of those, trials that were pruned say nothing comparable.
-
-    Example:
-        >>> import optuna
-        >>> study = optuna.create_study()
-        >>> space = {"lr": optuna.distributions.FloatDistribution(0, 1)}
-        >>> study.add_trial(optuna.create_trial(params={"lr": 0.1}, distributions=space, value=2.5))
-        >>> study_rows(study.trials)
-        [{'lr': 0.1, 'loss': 2.5, 'status': 'finished'}]
     """
     ended, others = {}, []
     for trial in trials:

@@ -37,13 +37,7 @@ SPELLINGS = str.maketrans("\u2212" + RAISED, "--0123456789", "{}'_$~\u2248")
 
 
 def has_decimal_commas(column: pd.Series[Any]) -> bool:
-    """Whether some comma of a column can only stand in front of a fraction.
-
-    Example:
-        >>> import pandas as pd
-        >>> has_decimal_commas(pd.Series(["0,001", "16"])), has_decimal_commas(pd.Series(["1,024"]))
-        (True, False)
-    """
+    """Whether some comma of a column can only stand in front of a fraction."""
     texts = [value.strip() for value in column.tolist() if isinstance(value, str) and "," in value]
     return any(re.fullmatch(r"[\d.,eE+-]+", text) and not THOUSANDS.fullmatch(text) for text in texts)
 
@@ -54,13 +48,6 @@ def numbers(
     """The numbers of a column, NaN for blanks and the words of a failed run; and where there is neither.
 
     With `commas`, one that may stand for thousands or in front of a fraction does the latter.
-
-    Example:
-        >>> import pandas as pd
-        >>> numbers(pd.Series(["16K", "1,024", "2^-3", "None"]))[0].tolist()
-        [16000.0, 1024.0, 0.125, nan]
-        >>> numbers(pd.Series(["1,024", "2,5", "3 x 10^-4", "oops"]))
-        (array([1.024e+00, 2.500e+00, 3.000e-04,       nan]), array([False, False, False,  True]))
     """
     import pandas
 

@@ -8,12 +8,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from benchmarks.step_trace import trace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, SequentialSampler
 
+from benchmarks.step_trace import trace
 from lightning_surge import BatchSizeScheduler, BatchSizeWarmup, ScheduledBatchSampler, by_examples
 from lightning_surge.callbacks.lightning_host import loader_batch_size, refresh_epoch_length, replicas_of
 from lightning_surge.schedules import (

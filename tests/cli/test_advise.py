@@ -8,7 +8,7 @@ import pytest
 from lightning_surge.cli import main
 from lightning_surge.cli.advise import _caveat_text
 from lightning_surge.runs.advice import Caveat
-from tests.logged_runs import LAW, lawless, rows, write_csv
+from tests.logged_runs import LAW, rows, write_csv
 from tests.runs.test_advice import STATE, advise
 
 
@@ -75,10 +75,6 @@ def test_numbers_that_are_not_finite_are_null_in_json(tmp_path, capsys):
     answer = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert answer["peak_batch_size"] == {"value": None, "low": 0.0, "high": None}
     assert list(answer["caveats"]) == ["uncertain"]
-
-
-def test_no_peak_in_words(tmp_path, capsys):
-    write_csv(tmp_path, rows(**{"law/signal_curvature": 1 / 16}))
     assert main(["advise", str(tmp_path)]) == 0
     assert "none: the learning rate never falls with the batch size" in capsys.readouterr().out
 
@@ -114,12 +110,6 @@ def test_what_cannot_be_answered_is_refused(run, capsys, arguments, message):
     out, error = capsys.readouterr()
     assert out == ""
     assert message in error
-
-
-def test_without_a_law_there_is_no_advice(tmp_path, capsys):
-    write_csv(tmp_path, lawless())
-    assert main(["advise", str(tmp_path)]) == 2
-    assert "Expected a law to be known by step 50, got 20 measurements" in capsys.readouterr().err
 
 
 def test_logs_that_lack_what_is_needed(tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -44,24 +46,30 @@ def measured(law: MeasuredLaw | SGDLaw, sizes: tuple[float, float] = SIZES) -> M
     return Measurement(ChunkStatistics(128.0, *norms, alignments), curvatures, passes=256.0, num_chunks=8)
 
 
-def noisy(
-    rng: np.random.Generator, law: MeasuredLaw = TRUE, spread: float = 0.2, sizes: tuple[float, float] = SIZES
+def multiplied(
+    row: Measurement,
+    grad_sq: Callable[[], float],
+    trace_cov: Callable[[], float],
+    alignment: Callable[[], float],
+    curvature: Callable[[], float],
 ) -> Measurement:
-    clean = measured(law, sizes)
-
-    def shaken(pairs: tuple[SizedValue, ...]) -> tuple[SizedValue, ...]:
-        return tuple(SizedValue(b, value * (1 + spread * rng.normal())) for b, value in pairs)
-
-    norms = clean.statistics
-    return clean._replace(
-        statistics=ChunkStatistics(
-            norms.batch_size,
-            norms.grad_sq * (1 + spread * rng.normal()),
-            norms.trace_cov * (1 + 0.1 * spread * rng.normal()),
-            shaken(norms.alignments),
-        ),
-        curvatures=shaken(clean.curvatures),
+    """With each number times a factor of its own."""
+    norms = row.statistics
+    statistics = ChunkStatistics(
+        norms.batch_size,
+        norms.grad_sq * grad_sq(),
+        norms.trace_cov * trace_cov(),
+        tuple(SizedValue(b, value * alignment()) for b, value in norms.alignments),
     )
+    curvatures = tuple(SizedValue(b, value * curvature()) for b, value in row.curvatures)
+    return row._replace(statistics=statistics, curvatures=curvatures)
+
+
+def noisy(rng: np.random.Generator, spread: float = 0.2) -> Measurement:
+    def shake() -> float:
+        return 1.0 + spread * rng.normal()
+
+    return multiplied(measured(TRUE), shake, lambda: 1.0 + 0.1 * spread * rng.normal(), shake, shake)
 
 
 class TestExactData:
@@ -192,19 +200,6 @@ class TestDegenerate:
         assert law.alignment(64.0) / law.alignment(16.0) == pytest.approx(2.0, rel=1e-3)
 
 
-def scaled(row: Measurement, norms: float, alignment: float, curvature: float) -> Measurement:
-    statistics = row.statistics
-    return row._replace(
-        statistics=ChunkStatistics(
-            statistics.batch_size,
-            statistics.grad_sq * norms,
-            statistics.trace_cov * norms,
-            tuple(SizedValue(b, n * alignment) for b, n in statistics.alignments),
-        ),
-        curvatures=tuple(SizedValue(b, d * curvature) for b, d in row.curvatures),
-    )
-
-
 @many
 @given(seed=st.integers(0, 2**31), factor=st.floats(1e-3, 1e3))
 @pytest.mark.parametrize(
@@ -221,7 +216,8 @@ def scaled(row: Measurement, norms: float, alignment: float, curvature: float) -
 def test_units(fit: Fit, powers: tuple[int, int, int], lr_power: int, seed: int, factor: float) -> None:
     rng = np.random.default_rng(seed)
     rows = [noisy(rng) for _ in range(4)]
-    other = [scaled(row, *(factor**power for power in powers)) for row in rows]
+    norms, alignment, curvature = (partial(pow, factor, power) for power in powers)
+    other = [multiplied(row, norms, norms, alignment, curvature) for row in rows]
     before, after = (fit(history_of(each).stats()) for each in (rows, other))
     if before is None:
         assert after is None

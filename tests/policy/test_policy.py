@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, SGDLaw, SqrtLaw
-from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.objectives import OBJECTIVES, alignment_ratio, edge_ratio, progress_ratio
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.policy.estimates import EstimatedLaw
@@ -102,11 +101,8 @@ class TestNothingMeasured:
         decision = unlimited().decide(batch_size)
         assert decision.predicted == decision.used == pytest.approx(math.sqrt(batch_size / BASE))
         assert (decision.standard_error, decision.because) == (math.inf, Reason.NOTHING_MEASURED)
-
-    def test_bounds_apply(self) -> None:
-        decision = unlimited(bounds=(0.5, 1.5)).decide(64.0)
-        assert (decision.predicted, decision.used) == (2.0, 1.5)
-        assert decision.reason == "bounded above by lr_scale_bounds"
+        bounded = unlimited(bounds=(0.5, 1.5)).decide(64.0)
+        assert (bounded.predicted, bounded.used, bounded.because) == (2.0, 1.5, Reason.BOUNDED_ABOVE)
 
     @pytest.mark.parametrize("unsure", [(), (EstimatedLaw(SURGE, (), 1),)], ids=["no law", "one measurement"])
     def test_and_approached_by_5_percent_a_step(self, unsure: tuple[EstimatedLaw, ...]) -> None:
@@ -120,15 +116,15 @@ class TestNothingMeasured:
         assert {decision.because for decision in decisions[:28]} == {Reason.RISING}
         assert decisions[28].because == (Reason.UNCERTAIN if unsure else Reason.NOTHING_MEASURED)
 
-    @pytest.mark.parametrize("start", [16.0, 64.0])
-    def test_from_below_the_base_too(self, start: float) -> None:
+    # 29 steps from a quarter, 15 from a half.
+    @pytest.mark.parametrize(("start", "factor", "steps"), [(16.0, 0.25, 29), (64.0, 0.5, 15)])
+    def test_from_below_the_base_too(self, start: float, factor: float, steps: int) -> None:
         """The learning rate was tuned at 256, and the run begins below: at a quarter, or half, of it."""
-        policy, factor = following(base_batch_size=256.0), math.sqrt(start / 256.0)
+        policy = following(base_batch_size=256.0)
         assert used(policy, start, 3) == [factor] * 3
-        steps = math.ceil(math.log(1.0 / factor) / math.log(1.05))  # 29 from a quarter, 15 from a half
-        assert used(policy, 256.0, 40) == pytest.approx([min(factor * 1.05**k, 1.0) for k in range(1, 41)])
-        assert policy.decide(256.0).because == Reason.NOTHING_MEASURED
-        assert steps == {16.0: 29, 64.0: 15}[start]
+        rising = used(policy, 256.0, steps)
+        assert rising[:-1] == pytest.approx([factor * 1.05**k for k in range(1, steps)])
+        assert rising[-2] < rising[-1] == 1.0
 
     def test_falls_act_at_once_and_a_short_batch_is_forgiven(self) -> None:
         policy = following()
@@ -144,7 +140,7 @@ class TestAlways:
     @many
     @given(script=actions, bounds=st.sampled_from([None, (0.5, 1.5), (1.0, 1.0), (1e-3, 1e3)]))
     @pytest.mark.parametrize("objective", OBJECTIVES)
-    def test_ratios_are_finite_inside_the_bounds_and_one_at_the_base(
+    def test_ratios_are_finite_inside_the_bounds_and_become_one_at_the_base(
         self, objective: str, script: list[Any], bounds: tuple[float, float] | None
     ) -> None:
         policy = following(objective=objective, bounds=bounds)
@@ -157,8 +153,8 @@ class TestAlways:
             assert 0.0 < decision.predicted < math.inf
             assert decision.standard_error >= 0
             assert decision.reason
-        settled = used(policy, BASE, 400 if bounds != (1e-3, 1e3) else 1)[-1]
-        assert settled <= 1.0 + 1e-12
+        # From a thousandth on 142 steps lead to 1.
+        assert used(policy, BASE, 200)[-1] == pytest.approx(1.0, rel=1e-12)
 
     @many
     @given(law=estimated(), batch_size=sizes)
@@ -207,9 +203,6 @@ class TestShrinkage:
         # One factor of two below the reach at the base, three above at 512.
         decision = unlimited(law, base_batch_size=8.0, at=8.0).decide(512.0)
         assert decision.standard_error / decision.predicted == pytest.approx(math.hypot(0.1, 0.3))
-
-    def test_no_replicate_means_sqrt(self) -> None:
-        assert unlimited(EstimatedLaw(SURGE, (), 1)).decide(64.0).used == pytest.approx(2.0)
 
 
 # Linear scaling at a cost that stays what it is, as of noisy gradients: only the lag limits it.
@@ -348,15 +341,6 @@ class TestAfterALargerBatch:
         assert np.mean([decision.used / decision.predicted for decision in decisions]) > 0.97
         assert np.mean([decision.because == Reason.RISING for decision in decisions]) < 0.15
 
-    def test_what_is_reached_is_not_rising(self) -> None:
-        """Whatever the rounding of the quotient and the product."""
-        for scale in np.geomspace(1.0, 1e4, 200).tolist():
-            policy = following(halves(measured_law(1.0, scale, 1.0, 1.0)), objective="progress")
-            for _ in range(100):
-                decision = policy.decide(256.0)
-            assert decision.because == Reason.MEASURED
-            assert decision.used == pytest.approx(decision.predicted)
-
     def test_a_slow_ramp_is_followed(self) -> None:
         policy = self.policy()
         for size in np.geomspace(BASE, 256.0, 100).tolist():
@@ -466,7 +450,7 @@ class TestEdge:
         policy = following(objective=objective)
         policy.update(halves(noise_alone(0.1)), 64.0, 0.1)
         for step in range(500):
-            policy.decide(64.0, 0.1 / (1 + step))
+            assert policy.decide(64.0, 0.1 / (1 + step)).because in (Reason.RISING, Reason.MEASURED)
         assert 1 <= len(policy._answers) <= most
 
     def test_holds_until_an_edge_is_known_and_says_so(self) -> None:
@@ -485,9 +469,3 @@ class TestEdge:
         decision = self.policy(law).decide(64.0, 0.1)
         assert decision.predicted == pytest.approx(edge_ratio(law, 64.0, BASE, 0.1))
         assert decision.predicted < decision.used < 2.0
-
-
-def test_an_edge_law_is_a_measured_law_to_other_objectives() -> None:
-    law = noise_alone(0.1)
-    assert isinstance(law, EdgeLaw)
-    assert following(halves(law), objective="progress").decide(64.0, 0.1).because == Reason.MEASURED

@@ -59,14 +59,17 @@ def test_scalars_of_other_writers(tmp_path):
     assert (note, "surge/t" in found) == (None, False)
 
 
-@pytest.mark.parametrize("place", ["length", "content"])
+@pytest.mark.parametrize("place", ["length", "content", "step"])
 @pytest.mark.parametrize("block", [1 << 24, 100])
 def test_read_up_to_the_record_that_is_damaged(tmp_path, monkeypatch, place, block):
     monkeypatch.setattr(event_files, "BLOCK_BYTES", block)
     path = write_events(tmp_path, {step: {"surge/a": 8.0} for step in range(1, 6)})
     content = bytearray(path.read_bytes())
     begin = content.rindex(b"surge/a") - 17  # of the record
-    content[begin - 12 + 5 if place == "length" else begin + 12] ^= 0x7F
+    if place == "step":  # longer than any number
+        content[begin + 10 : begin + 22] = bytes([0xFF]) * 12
+    else:
+        content[begin - 12 + 5 if place == "length" else begin + 12] ^= 0x7F
     path.write_bytes(content)
     series, note, _ = read(path)
     assert series["surge/a"].steps.tolist() == [1, 2, 3, 4]

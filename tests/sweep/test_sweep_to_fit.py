@@ -140,17 +140,3 @@ def test_a_sweep_in_which_nothing_finished(tmp_path: Path, capsys: Capture) -> N
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith("lightning-surge: Expected runs that finished, got 30 failed in")
-
-
-@pytest.mark.parametrize("command", ["fit", "plot", "advise"])
-@pytest.mark.parametrize("name", ["nowhere.csv", "empty.csv", "directory"])
-def test_what_cannot_be_read_ends_with_a_message(
-    tmp_path: Path, capsys: Capture, command: str, name: str
-) -> None:
-    (tmp_path / "empty.csv").touch()
-    (tmp_path / "directory").mkdir()
-    assert main([command, str(tmp_path / name)]) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.startswith("lightning-surge: Expected")
-    assert name in error

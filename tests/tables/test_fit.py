@@ -293,15 +293,6 @@ class TestStatistics:
         # A law that misses its optima is uncertain by as much.
         assert width["linear"] > 3 * width["adam"] > 0
 
-    @pytest.mark.parametrize("name", ["measured", "adam", "sgd", "constant", "linear"])
-    def test_the_generating_law_predicts_best_or_ties_with_noise(self, name: str) -> None:
-        law = TRUE[name][0]
-        fit = fit_grid(grid(law, seeds=4, noise=0.01, seed=3), laws=list(TRUE), bootstrap=0)
-        assert fit.best == name or name in fit.ties
-        wrong = {"linear": "constant", "constant": "sqrt"}.get(name, "linear")
-        assert wrong != fit.best
-        assert wrong not in fit.ties
-
     def test_an_interval_may_have_no_end(self) -> None:
         drawn = [1.0] * 10 + [math.inf] * 10
         assert estimate("peak", 2.0, drawn)[2:] == (1.0, math.inf)

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_surge.tables import files
 from lightning_surge.tables.columns import NAMES, Columns, find_columns
 from lightning_surge.tables.read import MIXED, read_table, read_tables
 from lightning_surge.tables.values import WORDS, numbers
@@ -35,13 +34,16 @@ RUNS = pd.DataFrame(
 )
 NESTED = [
     {
-        "config": {"lr": run["lr"], "bs": run["batch_size"]},
-        "summary/val/loss": run["loss"],
-        "seed": run["seed"],
+        "config": {"lr": one["lr"], "bs": one["batch_size"]},
+        "summary/val/loss": one["loss"],
+        "seed": one["seed"],
     }
-    for run in RUNS.to_dict("records")
+    for one in RUNS.to_dict("records")
 ]
 CSV = RUNS.to_csv(index=False)
+NOTED = CSV.replace("seed", "seed,note", 1).replace("0\n", "0,gr\u00fcn\n").replace("1\n", "1,\n")
+MARKDOWN = "\n".join(f"| {line.replace(',', ' | ')} |" for line in CSV.splitlines())
+MARKDOWN = MARKDOWN.replace("\n", "\n|---|---|---|---|\n", 1)
 COMMAS = RUNS.to_csv(index=False, sep=";", decimal=",").replace("\n1024;", "\n1.024;")
 
 
@@ -68,23 +70,14 @@ class TestFiles:
             "sep=;\n" + CSV.replace(",", ";"),
             "\ufeff# made by hand\n\n" + CSV.replace("\n", "\n,,,\n\n", 1) + "\n",
             CSV + CSV.split("\n", 1)[0] + "\n",
-            "| "
-            + CSV.replace(",", " | ")
-            .rstrip()
-            .replace("\n", " |\n| ")
-            .replace(" |\n", " |\n|---|---|---|---|\n", 1)
-            + " |",
+            MARKDOWN,
             CSV.encode("utf-16"),
-            CSV.replace("seed", "seed,note", 1)
-            .replace("0\n", "0,gr\u00fcn\n")
-            .replace("1\n", "1,\n")
-            .encode("cp1252"),
+            NOTED.encode("cp1252"),
             gzip.compress(CSV.encode()),
             RUNS.to_json(orient="records"),
             RUNS.to_json(orient="records", lines=True) + "\n\n",
             RUNS.to_json(),
-            RUNS.to_json(orient="split", index=False).replace('"columns"', '"names"')
-            and RUNS.to_json(orient="table"),
+            RUNS.to_json(orient="table"),
             json.dumps(RUNS.to_dict("list"), indent=1),
             json.dumps({"entity": "me", "runs": RUNS.to_dict("records")}),
             json.dumps(NESTED),
@@ -156,16 +149,6 @@ class TestFiles:
         without(package)
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[fit\]'"):
             read_table(path)
-
-    def test_another_source_is_a_function(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        study = pd.DataFrame(
-            {"params_lr": [0.1, 0.2, 0.4], "params_batch_size": 8, "value": [2.0, np.nan, 1.0]}
-        )
-        study["state"] = ["COMPLETE", "COMPLETE", "RUNNING"]
-        monkeypatch.setattr(files, "SOURCES", [(lambda name: name.startswith("sqlite:"), lambda _: study)])
-        (table,) = read_tables("sqlite:///study.db", where=[("params_batch_size", "8")])
-        assert table.outcomes.tolist() == [2, math.inf]
-        assert "1 running" in table.notes[1]
 
 
 class TestColumns:
