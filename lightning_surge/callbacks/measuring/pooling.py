@@ -175,12 +175,14 @@ class Cutting:
         if self.checked:
             return self.allowed
         # The cheapest that can be cut: a size may count tokens, and a batch be a single row.
+        # Slices of a single example would be refused by batch statistics.
         by_size = sorted(pieces, key=lambda piece: piece.size)
-        piece = next((piece for piece in by_size if len(prober.cut(piece, COMPARED)) > 1), None)
+        slices = int(min(max(by_size[0].size // 2, 2), COMPARED))
+        piece = next((piece for piece in by_size if len(prober.cut(piece, slices)) > 1), None)
         prober.ranks.meet()
         if not any(prober.ranks.total(float(piece is not None))):
             return True  # nothing was cut
-        found = prober.slices_agree(piece or pieces[0], COMPARED)
+        found = prober.slices_agree(piece or pieces[0], slices)
         self.checked, self.exact = True, found.exact
         budget.charge(probe_cost(found.passes), measured=False)
         if not found.agrees:
