@@ -13,9 +13,8 @@ numbers, with G the true gradient and H the true Hessian:
 Only floats appear here, so every law can be plotted and checked by hand.
 
 References:
-    Li et al., Surge Phenomenon in Optimal Learning Rate and Batch Size Scaling, arXiv:2405.14578
-    (Lemma 1, Eq. 6 and 7); McCandlish et al., An Empirical Model of Large-Batch Training,
-    arXiv:1812.06162 (section 2.2).
+    Li et al. 2024, arXiv:2405.14578, Lemma 1 (Eq. 6 and 7); McCandlish et al. 2018, arXiv:1812.06162,
+    section 2.2.
 """
 
 import math

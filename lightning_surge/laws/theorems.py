@@ -45,9 +45,6 @@ class Theorem3Law(Law):
         peak_lr: learning rate at the peak, positive; infinite if and only if ``noise_scale`` is.
         sqrt_coefficient: learning rate per sqrt(example); only for an infinite ``noise_scale``.
 
-    Raises:
-        ValueError: if a value is out of range or the three do not fit together.
-
     Example:
         >>> law = Theorem3Law(noise_scale=100.0, peak_lr=0.5)
         >>> law.lr(100), law.lr(25), law.lr(400)
@@ -316,9 +313,6 @@ def large_batch_limit(*, mean: npt.ArrayLike, hessian: npt.ArrayLike) -> float:
     Args:
         mean: mu, shape (n,), one example's expected gradient, not all 0; coordinates at 0 do not move.
         hessian: H, shape (n, n), with a positive curvature along sign(mu).
-
-    Raises:
-        ValueError: if a statistic is out of range.
 
     Example:
         >>> large_batch_limit(mean=[3.0, -4.0], hessian=[[2.0, 1.0], [1.0, 7.0]])

@@ -23,11 +23,8 @@ __all__ = ["Itinerary", "ScheduledBatchSampler", "follow", "unfollow"]
 class Itinerary:
     """What samplers follow: a schedule, and how far the training had come when the epoch began.
 
-    Attributes:
-        schedule: examples per optimizer step.
-        replicas: number of data-parallel replicas.
-        largest: bound on the examples in a micro-batch; None for the sampler's own.
-        begin: progress at the beginning of the epoch. Whoever trains moves it on before the next one.
+    `largest` bounds the examples in a micro-batch besides the sampler's own bound. Whoever trains moves
+    `begin` on before the next epoch.
     """
 
     schedule: Schedule

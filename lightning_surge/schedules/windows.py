@@ -3,11 +3,9 @@
 A *window* is what lies behind one optimizer step: one micro-batch or several, whose gradients are
 accumulated. Lightning zeroes gradients where ``batch_idx % accumulation == 0`` and steps where
 ``(batch_idx + 1) % accumulation == 0``, both counted from the start of the epoch. Windows are therefore
-powers of two of micro-batches that begin at a multiple of their own length. Two mechanisms fill them:
-
-* accumulation over the micro-batches that a DataLoader yields, whatever they are (`AccumulatedSchedule`);
-* a batch sampler that cuts an epoch into micro-batches of the sizes wanted (`plan_windows`,
-  `SampledSchedule`), as few as fit into memory.
+powers of two of micro-batches that begin at a multiple of their own length. A DataLoader's micro-batches
+are accumulated as they come (`AccumulatedSchedule`); a batch sampler cuts an epoch into micro-batches of
+the sizes wanted, as few as fit into memory (`plan_windows`, `SampledSchedule`).
 """
 
 import math
