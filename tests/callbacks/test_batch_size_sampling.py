@@ -115,6 +115,7 @@ def replayed(schedule: Schedule, steps: int, *, size: int = SIZE, **options: Any
 class TestEpochs:
     """Every epoch has every example once, whatever its length in micro-batches."""
 
+    @pytest.mark.slow
     @every_schedule
     @pytest.mark.parametrize("workers", [0, 2])
     def test_sizes_are_exact_and_every_example_comes_once(self, schedule: Schedule, workers: int) -> None:

@@ -226,6 +226,7 @@ def fitted(tmp_path: Path) -> Callable[..., Any]:
     return fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrange", ORDERS)
 @pytest.mark.parametrize("name", CASES)
 class TestBeside:

@@ -144,6 +144,7 @@ class TestAgainst32Bits:
         ):
             assert value == pytest.approx(expected, rel=tolerance)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
     def test_short_secants_scatter_but_have_no_bias(self, measure: Measure, precision: str) -> None:
         """Over a twentieth of the optimal step, where rounding is a good part of what changes."""

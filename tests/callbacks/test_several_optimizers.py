@@ -423,6 +423,7 @@ class TestObjective:
 
 
 class TestBudget:
+    @pytest.mark.slow
     def test_is_kept_of_the_examples_of_each(self) -> None:
         """Five steps of the critic to one of the generator, and the Trainer counts all six."""
         callbacks = pair(max_overhead=2.0, objective="alignment")
@@ -451,6 +452,7 @@ class TestBudget:
         assert all(len(set(sums)) == len(sums) for sums in seen)
 
 
+@pytest.mark.slow
 class TestResume:
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
     @pytest.mark.parametrize("crash", [3, 4])

@@ -78,6 +78,7 @@ class Everything(Regression):
 
 
 class TestDryRun:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("source", "batch_size", "accumulation", "law", "batch_norm", "make_optimizer"),
         [

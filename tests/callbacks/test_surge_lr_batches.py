@@ -57,6 +57,7 @@ def test_a_step_that_overwrites_its_batch_is_told_and_trains_on(accumulation: in
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_budget_holds_where_sizes_vary_a_lot() -> None:
     # One batch in ten has a hundred times the examples of the others: a plan made from it would be far off.
     sizes = ([4] * 9 + [400]) * 30
@@ -65,6 +66,7 @@ def test_the_budget_holds_where_sizes_vary_a_lot() -> None:
     assert 0.02 < callback.overhead <= 0.06
 
 
+@pytest.mark.slow
 def test_a_second_training_is_measured_as_the_first_was() -> None:
     callback = SurgeLRCallback(8, objective="alignment", max_overhead=0.2)
     counts = []

@@ -73,6 +73,7 @@ class Spy(Callback):
         self.rows.append((self.callback.decision, self.lr, self.callback.law))
 
 
+@pytest.mark.slow
 class TestFollowing:
     def test_the_edge_is_that_of_the_loss_and_of_adams_averages(self) -> None:
         """`H = 2 E[x x']` is known; `P` is read off the optimizer."""

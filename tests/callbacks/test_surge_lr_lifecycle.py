@@ -234,6 +234,7 @@ class TestResume:
         return module, callback
 
     # The resumed run writes its checkpoints elsewhere, so that the two runs can be compared.
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:The dirpath has changed")
     @pytest.mark.parametrize("case", RESUMED)
     def test_gives_the_same_learning_rates_and_weights_bit_for_bit(self, tmp_path: Path, case: str) -> None:

@@ -93,6 +93,7 @@ def test_only_callbacks_and_sweeps_import_lightning(module: str) -> None:
     assert not hosts or package_of(module) in ("callbacks", "sweep")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["checking", "laws", "policy", "runs", "tables", "cli"])
 def test_packages_of_floats_import_no_torch(package: str) -> None:
     names = [name for name in MODULES if package_of(name) == package]

@@ -83,6 +83,7 @@ def keys(run: Any) -> set[str]:
     return {f"{suffixed[key]}/<group>" if key in suffixed else key for key in found}
 
 
+@pytest.mark.slow
 def test_every_key_is_documented_and_every_documented_key_is_logged(fitted: Callable[..., Any]) -> None:
     edge, _ = fitted("adam", SurgeLRCallback(4, objective="edge", **SETTINGS), BatchSizeWarmup(16, 32, 20))
     sgd, _ = fitted("sgd", SurgeLRCallback(4, **SETTINGS), groups=2)
