@@ -36,7 +36,7 @@ from lightning_surge import SurgeLRCallback
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "make bench"
 PAIRS = 9
-WARM_UP = 5
+WARM_UP = 2
 BATCH = 8
 
 
@@ -50,7 +50,7 @@ class Size(NamedTuple):
 
 
 # Of 0.1, 3 and 25 million parameters.
-SIZES = (Size(20, 71, 120, 0.10), Size(200, 122, 30, 0.03), Size(2000, 112, 5, 0.02))
+SIZES = (Size(20, 71, 120, 0.10), Size(200, 122, 6, 0.03), Size(2000, 112, 3, 0.02))
 # Options of the callback, and the share of passes that they spend on measuring.
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "no measurement": ({"probe_every": 10**9}, 0.0),

@@ -163,7 +163,8 @@ class Policy:
         target = self._target(batch_size, lr)
         self._used_to, used = self._approach(target, lr)
         self._at, self._latest = batch_size, used
-        because = Reason.RISING if used < target.used else target.because
+        rising = used < target.used and not target.because.held
+        because = Reason.RISING if rising else target.because
         reason = self._held[0] if self._held is not None and because.held else because.text
         decision = Decision(target.predicted, target.standard_error, used, reason, because)
         self._settled = (question, decision) if self._used_to == target.used == used else None

@@ -106,7 +106,7 @@ class TestFollowing:
         assert len({decision.used for decision, _, _ in known}) == len(known)
 
     def test_before_an_edge_is_known_square_root_scaling_is_held(self) -> None:
-        callback = surge(probe_every=5)
+        callback = surge(probe_every=5, max_drift_per_step=1e9)
         spy = Spy(callback)
         make_trainer(callback, spy).fit(Regression(), data(16 * 40, 16))
         reasons = [decision.reason for decision, _, _ in spy.rows]

@@ -377,6 +377,10 @@ class TestHolding:
         policy.hold("measuring failed with RuntimeError")
         decision = policy.decide(64.0)
         assert (decision.used, decision.reason) == (2.0, "held: measuring failed with RuntimeError")
+        # On the way up, too.
+        policy = following()
+        policy.hold("test")
+        assert (policy.decide(64.0).used, policy.decide(64.0).reason) == (1.05, "held: test")
 
 
 @pytest.mark.parametrize(("rule", "ratio"), [(SQRT, 2.0), (LINEAR, 4.0), (CONSTANT, 1.0)])
