@@ -204,7 +204,7 @@ class TestFollowPeak:
     def test_it_shrinks_if_it_may(self) -> None:
         # Far from the bottom nearly all of a batch is wasted.
         rule = FollowPeak(start=16, maximum=16, minimum=4, growth_only=False)
-        model, *_ = follow(rule, begin=20.0)
+        model, *_ = follow(rule, batches=250, begin=20.0)
         sizes = [requested for requested, _ in model.requested]
         assert sorted(set(sizes)) == [4, 8, 16]
         assert sizes == sorted(sizes, reverse=True)

@@ -199,7 +199,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     },
     "theorem2": {"options": {"law": "theorem2"}},
     "theorem3": {"options": {"law": "theorem3"}},
-    "budget": {"options": {"probe_every": None, "probe_examples": None, "max_overhead": 1.0}},
+    "budget": {"options": {"probe_every": None, "max_overhead": 4.0}},
     "warm-up": {"batch_size": 4, "warmup": (4, 32, 12)},
     "sgd": {"make_optimizer": with_lr(SGD, 0.02, momentum=0.9)},
 }
