@@ -79,7 +79,7 @@ class SurgeSettings:
             )
         decay = "True lets the decay per step scale with the learning rate, as torch does"
         switch("scale_weight_decay", self.scale_weight_decay, decay)
-        for name in ("dry_run", "custom_scalars", "prog_bar"):
+        for name in ("dry_run", "log_peak", "custom_scalars", "prog_bar"):
             switch(name, getattr(self, name))
         for name, remedy in (
             ("max_overhead", "0.01 spends one percent of the passes on measuring"),
