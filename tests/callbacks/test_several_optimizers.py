@@ -166,14 +166,14 @@ class TestGan:
                 return super().configure_optimizers()[moving]
 
         def both(rates: tuple[float, float]) -> tuple[Gan, SurgeLRCallback]:
-            module, callbacks = Gan(lrs=rates), pair(probe_every=2)
+            module, callbacks = Gan(lrs=rates), pair(probe_every=2, probe_examples=16)
             make_trainer(*callbacks).fit(module, data(256, 16))
             return module, callbacks[moving]
 
         rates = [0.01, 0.02]
         rates[still] = 0.0
         module, callback = both((rates[0], rates[1]))
-        alone, reference = Alone(), SurgeLRCallback(8, probe_every=2, loss_fn=LOSSES[moving])
+        alone, reference = Alone(), SurgeLRCallback(8, probe_every=2, probe_examples=16, loss_fn=LOSSES[moving])
         make_trainer(reference).fit(alone, data(256, 16))
         assert reference.history.num_measurements >= 6
         assert callback.history.state_dict() == reference.history.state_dict()
@@ -426,7 +426,7 @@ class TestBudget:
     @pytest.mark.slow
     def test_is_kept_of_the_examples_of_each(self) -> None:
         """Five steps of the critic to one of the generator, and the Trainer counts all six."""
-        callbacks = pair(max_overhead=2.0, objective="alignment")
+        callbacks = pair(max_overhead=2.0, probe_examples=32, objective="alignment")
         module = Turns(lambda i: (0, 1) if i % 5 == 4 else (0,))
         make_trainer(*callbacks, max_steps=180, max_epochs=-1).fit(module, data(1200, 8))
         for callback in callbacks:

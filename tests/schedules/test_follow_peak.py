@@ -16,6 +16,9 @@ from lightning_surge.schedules.follow_peak import FollowPeak
 
 FREE = {"minimum": 1, "growth_only": False}
 
+# Student's factor for two measurements: the quantile of the Cauchy distribution, 1.84.
+STUDENT = math.tan(math.pi / 2.0 * math.erf(1.0 / math.sqrt(2.0)))
+
 
 def critical(target: float) -> Law:
     """A law with a critical batch size of so many examples."""
@@ -110,10 +113,10 @@ class TestDecisions:
         rule, law = FollowPeak(16, 256, target="peak"), peaked(128.0)
         half = estimated(law, peaked(64.0), peaked(math.inf))
         assert rule.reciprocal(half) == 1 / 128
-        assert half.standard_error(rule.reciprocal) == pytest.approx(1 / 128)
-        # 1/128 + 1/128 = 1/64.
-        assert sizes_until_rest(rule, half, 16) == [16, 32, 64]
-        assert sizes_until_rest(replace(rule, confidence=3.0), half, 16) == [16, 32]
+        assert half.standard_error(rule.reciprocal) == pytest.approx(STUDENT / 128)
+        # 1/128 + 1/128 = 1/64, and 2.84 / 128 = 1/45.
+        assert sizes_until_rest(replace(rule, confidence=1 / STUDENT), half, 16) == [16, 32, 64]
+        assert sizes_until_rest(rule, half, 16) == [16, 32]
 
     @given(
         st.integers(1, 1000),
@@ -165,8 +168,9 @@ class TestDoubt:
         ],
     )
     def test_by_hand(self, reciprocal: float, error: float, size: int) -> None:
-        # For two measurements of equal weight the standard error is the distance from their mean.
-        around = (critical(1.0 / max(reciprocal + sign * error, 1e-9)) for sign in (-1, 1))
+        # For two measurements of equal weight: Student's factor times the distance from their mean.
+        away = error / STUDENT
+        around = (critical(1.0 / max(reciprocal + sign * away, 1e-9)) for sign in (-1, 1))
         law = estimated(critical(1.0 / reciprocal), *around)
         rule = FollowPeak(16, 256, **FREE)
         if error < reciprocal:
