@@ -654,12 +654,12 @@ class TestLogging:
     def test_of_peaks_has_standard_errors_where_there_is_a_peak(self) -> None:
         from lightning_surge.callbacks.logging import law_metrics
         from lightning_surge.laws.base import MeasuredLaw
-        from lightning_surge.measure.records import ChunkStatistics, Measurement
+        from lightning_surge.measure.records import ChunkStatistics, Measurement, SizedValue
         from lightning_surge.policy.history import NoiseHistory
 
         history = NoiseHistory(half_life=1e12)
         for noise in (8.0, 12.0):
-            history.add(Measurement(ChunkStatistics(8.0, 1.0, noise, ()), (), 1.0))
+            history.add(Measurement(ChunkStatistics(8.0, 1.0, noise, ()), (SizedValue(8.0, 1.0),), 1.0))
         laws = [
             MeasuredLaw(
                 alignment_limit=2.0, alignment_scale=48.0, noise_curvature=1.0, signal_curvature=signal
@@ -674,7 +674,7 @@ class TestLogging:
         assert metrics["surge/critical_batch_size"] == pytest.approx(48.0 / 5.0)
         assert metrics["surge/alignment"] == pytest.approx(1.0)
         assert metrics["surge/curvature"] == pytest.approx(2.0)
-        assert metrics["surge/noise_scale"] == 10.0
+        assert metrics["surge/noise_scale"] == pytest.approx(10.0)
         for name in ("peak_batch_size", "peak_lr", "critical_batch_size", "curvature"):
             assert metrics[f"surge/{name}_standard_error"] > 0.0, name
         # At N = 1 half of D's spread of 0.2, the two replicates weigh the same, and Student's factor for two.
