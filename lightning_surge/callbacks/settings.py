@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lightning_surge.checking.arguments import choice, number, optional, shown, store, switch, whole
@@ -100,18 +101,18 @@ class SurgeSettings:
             lr_scale_bounds=optional(_bounds, "lr_scale_bounds", self.lr_scale_bounds),
         )
 
-    @property
+    @cached_property
     def measures(self) -> bool:
         """Whether the law takes measurements, as rules do not."""
         return self.law not in REFERENCE_RULES
 
-    @property
+    @cached_property
     def needs_curvature(self) -> bool:
         """Whether norms of gradients are not enough."""
         needed = self.objective in ("step", "edge") or self.law.startswith("theorem") or self.log_peak
         return self.measures and needed
 
-    @property
+    @cached_property
     def follows_edge(self) -> bool:
         """Whether measurements must find Adam's edge of stability too."""
         return self.objective == "edge"

@@ -173,7 +173,10 @@ class TestGan:
         rates = [0.01, 0.02]
         rates[still] = 0.0
         module, callback = both((rates[0], rates[1]))
-        alone, reference = Alone(), SurgeLRCallback(8, probe_every=2, probe_examples=16, loss_fn=LOSSES[moving])
+        alone, reference = (
+            Alone(),
+            SurgeLRCallback(8, probe_every=2, probe_examples=16, loss_fn=LOSSES[moving]),
+        )
         make_trainer(reference).fit(alone, data(256, 16))
         assert reference.history.num_measurements >= 6
         assert callback.history.state_dict() == reference.history.state_dict()

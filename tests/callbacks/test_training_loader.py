@@ -331,7 +331,7 @@ class TestSchedulesCutShort:
 
 
 @pytest.mark.parametrize(
-    ("callbacks", "calls", "files"), [([], 120, 14), ([BatchSizeScheduler(ConstantSize(16))], 260, 18)]
+    ("callbacks", "calls", "files"), [([], 120, 14), ([BatchSizeScheduler(ConstantSize(16))], 260, 19)]
 )
 def test_a_step_enters_as_little_of_the_package_as_promised(callbacks: Any, calls: int, files: int) -> None:
     entered = trace(*callbacks)

@@ -263,8 +263,8 @@ class Measurer:
             return Kind.LAW
         if not self._plan.curvature:
             return None if free else Kind.NORMS
-        # The greedy step is one over the curvature, and needs all of it: from three readings of twelve it came
-        # out six times too short on a network with batch norm.
+        # The greedy step is one over the curvature, and needs all of it: from three readings of twelve it
+        # came out six times too short on a network with batch norm.
         every = 1 if self._settings.objective == "step" else CURVATURE_EVERY
         return Kind.LAW if free or self.budget.measurements % every == 0 else Kind.NORMS
 
