@@ -41,10 +41,10 @@ def test_bad_times_are_survived_and_end(monkeypatch: pytest.MonkeyPatch) -> None
     assert watch.bad_factors == watch.bad_weights == 0
     assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
     assert len(watch.records) == STEPS // (STEPS // WINDOWS)
-    # Windows that are not finite are dropped, and the law from before stands; where gradients are zero, it is held.
+    # Windows that are not finite are dropped, and the law from before stands.
     for phase in (NAN_LOSS, NAN_EXAMPLES):
         assert watch.reasons[phase.name].keys() == {"measured"}, phase.name
-    for phase in (CONSTANT, ZERO):
+    for phase in (CONSTANT, ZERO):  # where gradients are zero
         assert any(reason.startswith("held") for reason in watch.reasons[phase.name]), phase.name
     # Every failure doubles the spacing of two steps; four in a phase make it 32.
     assert max(recovery(watch.records, STEPS).values()) * STEPS <= 34
