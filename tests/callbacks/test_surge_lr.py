@@ -446,7 +446,7 @@ class TestMeasuring:
         make_trainer(callback).fit(Regression(), regression_data(128, 16))
         curved = [bool(record.curvatures) for record in callback.history._records]
         assert curved == [every < 8 and index % every == 0 for index in range(7)]
-            assert math.isinf(callback.law.peak.batch_size) or asked  # type: ignore[union-attr]
+        assert math.isinf(callback.law.peak.batch_size) or every < 8  # type: ignore[union-attr]
 
     def test_of_a_slice_against_the_rest_of_a_large_batch(self) -> None:
         sizes: list[int] = []
