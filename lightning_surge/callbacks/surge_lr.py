@@ -206,8 +206,6 @@ class SurgeLRCallback(Callback):
         self._loss_fn = loss_fn
         self._split_batch = split_batch
         self._state_key = self._key_of(law)
-        # Read at every step.
-        self._measures, self._follows_edge = self.settings.measures, self.settings.follows_edge
         self._behind_step = StepExamples()
         self._reset()
         self._stopwatch = Stopwatch()
@@ -428,7 +426,7 @@ class SurgeLRCallback(Callback):
             self._close_window()
         if not behind.open:
             behind.open = True
-            if self._measures:
+            if self.settings.measures:
                 learner = self._learner
                 if batch_idx == 0 and measurer.parameters_changed(look=True):
                     learner.forget()  # a callback has unfrozen some at the start of the epoch
@@ -489,7 +487,7 @@ class SurgeLRCallback(Callback):
         step = self._step = StepToCome(
             optimizer, self._direction, behind.steps(trainer.global_step), examples
         )
-        if self._measures and (measurer.ready or measurer.failure is not None):
+        if self.settings.measures and (measurer.ready or measurer.failure is not None):
             self._measure(trainer, step)
         measurer.budget.train(examples)
 
@@ -536,7 +534,7 @@ class SurgeLRCallback(Callback):
         assert factor is not None
         groups = factor.optimizer.param_groups
         on_device = any(isinstance(group["lr"], Tensor) and not group["lr"].is_cpu for group in groups)
-        if self._follows_edge or not on_device:
+        if self.settings.follows_edge or not on_device:
             learner.scheduled_lr = max(learning_rates(factor.optimizer))
             self._measurer.see_lr(learner.scheduled_lr)
         return learner.scheduled_lr

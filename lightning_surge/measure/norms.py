@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from lightning_surge.checking.state import REMEDY
 from lightning_surge.measure.distributed import Ranks
-from lightning_surge.measure.gradients import dense, squared_norm
+from lightning_surge.measure.gradients import squared_norm
 from lightning_surge.measure.records import ChunkStatistics, Measurement
 
 __all__ = ["HookedNorms", "NormSums", "Row", "ShardedNorms", "StashedNorms", "WindowNorms", "gradient_norms"]
@@ -271,10 +272,9 @@ class HookedNorms(GradientNorms):
 
     def _hook(self, index: int) -> Any:
         def see(gradient: Tensor) -> None:
-            own = dense(gradient.detach())
-            norm = torch.linalg.vector_norm(own, dtype=torch.promote_types(own.dtype, torch.float32)).double()
+            square = squared_norm([gradient])
             # Under reentrant checkpointing a tied weight's gradient comes in parts: their norms say nothing.
-            self._squares[index] = norm.square() if index not in self._squares else norm * math.nan
+            self._squares[index] = square if index not in self._squares else square * math.nan
 
         return see
 
@@ -309,11 +309,15 @@ class WindowNorms:
     """
 
     def __init__(self, ranks: Ranks) -> None:
+        self._window: Window | None = None
+        self.attach(ranks)
+        self._begin_afresh()
+
+    def attach(self, ranks: Ranks) -> None:
+        """Take hold of a run of these processes; sums of windows before it are kept."""
         self._ranks = ranks
         self._norms: GradientNorms = StashedNorms(ranks)
         self._parameters: Sequence[Tensor] = ()
-        self._window: Window | None = None
-        self._begin_afresh()
 
     def _begin_afresh(self) -> None:
         self._sums = NormSums()
@@ -404,7 +408,5 @@ class WindowNorms:
         windows, examples = state["windows"], float(state["examples"])
         fits = len(sums) == 6 and all(map(math.isfinite, (*sums, examples)))
         if not fits or min(*sums[1:], examples) < 0.0 or type(windows) is not int or windows < 0:
-            raise ValueError(
-                f"Expected finite sums over windows, got {state}: load what state_dict returned."
-            )
+            raise ValueError(f"Expected finite sums over windows, got {state}: {REMEDY}.")
         self._sums, self.windows, self.examples = NormSums(*sums), windows, examples

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import REMEDY
 from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw
 from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.theorems import Theorem3Law
@@ -145,7 +146,7 @@ class EstimatedLaw(Law):
         if not (all(0.0 < share <= 1.0 for _, share in replicates) and 0.0 <= low <= high and high > 0.0):
             raise ValueError(
                 f"Expected shares between 0 and 1 and a reach from low to high, got "
-                f"{[share for _, share in replicates]} and {(low, high)}: load what state_dict returned."
+                f"{[share for _, share in replicates]} and {(low, high)}: {REMEDY}."
             )
         count = number("num_measurements", state["num_measurements"], "count them", least=0)
         return cls(_law_from_state(state["law"]), replicates, int(count), (low, high), bool(state["at_edge"]))

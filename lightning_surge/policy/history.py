@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
+from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import REMEDY
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 
 __all__ = ["Bin", "NoiseHistory", "NoiseStats", "jackknife_error"]
@@ -131,11 +133,7 @@ class NoiseHistory:
     """
 
     def __init__(self, half_life: float = 8.0) -> None:
-        if not (half_life > 0 and math.isfinite(half_life)):
-            raise ValueError(
-                f"Expected 0 < half_life < inf, got half_life={half_life}: 8 measurements is a good start."
-            )
-        self.half_life = half_life
+        self.half_life = number("half_life", half_life, "8 measurements is a good start")
         # Beyond six half-lives a record weighs less than 2 %.
         self._records: deque[Measurement] = deque(maxlen=max(2, math.ceil(6 * half_life)))
         self.num_measurements = 0
@@ -246,8 +244,8 @@ class NoiseHistory:
         for record in state["records"]:
             loaded.add(_measurement(record))
         # At least the records that are kept.
-        number = _saved("num_measurements", state["num_measurements"], len(loaded))
-        self._records, self.num_measurements = loaded._records, int(number)
+        count = _saved("num_measurements", state["num_measurements"], len(loaded))
+        self._records, self.num_measurements = loaded._records, int(count)
         self._replicates.clear()
 
 
@@ -295,9 +293,7 @@ def jackknife_error(whole: float, without: Sequence[float], shares: Sequence[flo
 def _saved(name: str, value: float, smallest: float) -> float:
     """A number from a checkpoint, which may be damaged."""
     if not (isinstance(value, (int, float)) and smallest <= value < sys.float_info.max):
-        raise ValueError(
-            f"Expected {name} of at least {smallest:g}, got {name}={value!r}: load what state_dict returned."
-        )
+        raise ValueError(f"Expected {name} of at least {smallest:g}, got {name}={value!r}: {REMEDY}.")
     return float(value)
 
 

@@ -27,6 +27,7 @@ import math
 from typing import Any, NamedTuple
 
 from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import REMEDY
 from lightning_surge.laws.base import Law
 from lightning_surge.laws.objectives import FOLLOW_LR, OBJECTIVES, at_once_ratio, step_ratio
 from lightning_surge.policy.estimates import EstimatedLaw
@@ -279,17 +280,16 @@ class Policy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`, or nothing if a value is missing or out of range."""
         law = None if state["law"] is None else EstimatedLaw.from_state_dict(state["law"])
-        remedy = "load what state_dict returned"
-        at = None if state["at"] is None else number("at", state["at"], remedy)
-        used_to = number("used_to", state["used_to"], remedy)
-        latest = number("latest", state["latest"], remedy)
+        at = None if state["at"] is None else number("at", state["at"], REMEDY)
+        used_to = number("used_to", state["used_to"], REMEDY)
+        latest = number("latest", state["latest"], REMEDY)
         held = state["held"]
         ratios = (used_to, latest, 1.0 if at is None else at / self.base_batch_size)
         near = all(1.0 / FARTHEST < ratio < FARTHEST for ratio in ratios)
         if not near or not (held is None or isinstance(held, str)):
             raise ValueError(
                 f"Expected factors and a batch size in reach of {self.base_batch_size:g}, and a reason or "
-                f"None, got used_to={used_to}, latest={latest}, at={at}, held={held!r}: {remedy}."
+                f"None, got used_to={used_to}, latest={latest}, at={at}, held={held!r}: {REMEDY}."
             )
         because = Reason.MEASURING_FAILED if held is None else Reason(state["held_because"])
         self.law = law

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import REMEDY
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.curvature import Sample, probe_distance
 from lightning_surge.measure.direction import Direction
@@ -186,7 +187,6 @@ class Instruments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`."""
-        remedy = "load what state_dict returned"
-        self.largest_lr = number("largest_lr", state["largest_lr"], remedy, least=0)
+        self.largest_lr = number("largest_lr", state["largest_lr"], REMEDY, least=0)
         if self._settings.follows_edge and "sharpness" in state:
             self._sharpness.load_state_dict(state["sharpness"])

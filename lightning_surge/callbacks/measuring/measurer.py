@@ -109,9 +109,7 @@ class Measurer:
         self._ranks = ranks_of(trainer)
         self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks)
         self._attempts = Attempts(self._ranks, self._loss.isolated, self.fail)
-        kept = self._norms.state_dict()
-        self._norms = WindowNorms(self._ranks)
-        self._norms.load_state_dict(kept)
+        self._norms.attach(self._ranks)
         alone = self._ranks.count > 1 and not overrides(pl_module, "backward")
         self._prober = Prober(
             (),

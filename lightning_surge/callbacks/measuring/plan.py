@@ -12,6 +12,7 @@ from lightning.fabric.utilities import rank_zero_info
 
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import REMEDY
 from lightning_surge.measure.budget import ProbeBudget, norms_cost, probe_cost
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.distributed import Ranks
@@ -255,10 +256,9 @@ class MeasuringPlan:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`."""
-        remedy = "load what state_dict returned"
         self.budget.load_state_dict(state["budget"])
-        self._size = float(number("size", state.get("size", 0.0), remedy, least=0))
-        batches, examples = (float(number("seen", one, remedy, least=0)) for one in state["seen"])
+        self._size = float(number("size", state.get("size", 0.0), REMEDY, least=0))
+        batches, examples = (float(number("seen", one, REMEDY, least=0)) for one in state["seen"])
         # Their quotient is the size that the next measurement is planned with: it must be one. Examples that
         # were seen and not trained on are those of steps that a scaler skipped.
         trained = self.budget.trained
@@ -266,7 +266,7 @@ class MeasuringPlan:
         if not batches.is_integer() or (examples > 0.0) != (batches > 0.0) or not fits:
             raise ValueError(
                 f"Expected the batches and examples seen to hold the {trained:g} trained on, got {batches:g} "
-                f"batches of {examples:g} examples: {remedy}."
+                f"batches of {examples:g} examples: {REMEDY}."
             )
         self._seen_batches, self._seen_examples = int(batches), examples
 
@@ -335,7 +335,5 @@ class Pace:
         before = counts["_steps_before"]
         known = [counts[name] for name in counts if name != "_steps_before" or before is not None]
         if any(type(count) is not int or not 0 <= count < 2**63 for count in known):
-            raise ValueError(
-                f"Expected whole numbers of steps and batches, got {counts}: load what state_dict returned."
-            )
+            raise ValueError(f"Expected whole numbers of steps and batches, got {counts}: {REMEDY}.")
         vars(self).update(counts)
