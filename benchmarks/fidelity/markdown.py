@@ -50,12 +50,19 @@ def spread(found: Summary) -> str:
 
 
 def targets_table(found: Iterable[Mapping[str, Any]], form: str = ".3g", of_error: str = ".2g") -> str:
-    """The targets of a summary, a line each, with the error of the value where there is one."""
+    """The targets of a summary, a line each, with the error or the quartiles of the value, where it has them.
+
+    A target's own `form` goes before the one for all.
+    """
     lines = []
     for entry in found:
-        bound = f"at {'most' if entry['better'] == 'lower' else 'least'} {entry['bound']:g}"
+        own = entry.get("form", form)
+        bound = f"at {'most' if entry['better'] == 'lower' else 'least'} "
+        bound += format(entry["bound"], entry.get("form", "g"))
         error = entry.get("half_width", entry.get("standard_error", math.inf))
-        value = format(entry["value"], form) + (f" ± {error:{of_error}}" if math.isfinite(error) else "")
+        value = format(entry["value"], own) + (f" ± {error:{of_error}}" if math.isfinite(error) else "")
+        if "quartiles" in entry:
+            value += " ({:{form}} to {:{form}})".format(*entry["quartiles"], form=own)
         value += f" ({entry['seeds']} pairs of seeds)" if "seeds" in entry else ""
         lines.append([entry["name"], value, bound, "met" if entry["met"] else "missed"])
     return table(["what", "value", "target", ""], lines)

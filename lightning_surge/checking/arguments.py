@@ -129,6 +129,8 @@ def shown(value: Any) -> str:
 
 def _plain(value: Any) -> int | float | None:
     """A number without the type of NumPy or torch; None for anything else, and for what no float can hold."""
+    if type(value) is float:
+        return value  # laws are made by the thousand where they are fitted
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):

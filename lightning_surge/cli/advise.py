@@ -7,9 +7,8 @@ import json
 import math
 from typing import TYPE_CHECKING
 
-from lightning_surge.cli.command import Command, CommandError, plain
+from lightning_surge.cli.command import Command, CommandError, aligned, plain
 from lightning_surge.cli.plot import RUN_HELP, choose_group, read
-from lightning_surge.runs.series import RunLogError
 
 if TYPE_CHECKING:
     from lightning_surge.runs.advice import Advice, Caveat, Interval, Option
@@ -73,8 +72,7 @@ def _words(advice: Advice) -> str:
         rows.append(
             [_number(one.batch_size), *map(_with_interval, (one.lr, one.steps, one.examples)), marked]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["".join(f"  {cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    table = ["  " + line for line in aligned(rows, left=range(5))]
     chosen, doubled = (_option(advice, size) for size in (advice.suggested, 2.0 * state.batch_size))
     surge = f"{_with_interval(peak)} examples; beyond it the best learning rate of a step falls"
     if math.isinf(peak.value):
@@ -91,7 +89,7 @@ def _words(advice: Advice) -> str:
         f"Doubling       costs {_change(doubled.examples)} more examples and saves "
         f"{_change(doubled.steps)} of the steps to the same loss",
         "",
-        *map(str.rstrip, table),
+        *table,
         "  Steps and examples to the same loss, over those at the present size, if the critical size stayed.",
         "  In brackets one standard error to both sides.",
     ]
@@ -123,7 +121,7 @@ def _run(options: argparse.Namespace) -> None:
     group = choose_group(run, options.group)
     try:
         answer = advise(run_state(run, step=options.step, group=group), options.batch_size)
-    except (RunLogError, ValueError) as error:
+    except ValueError as error:
         raise CommandError(str(error)) from error
     print(_as_json(answer) if options.json else _words(answer))
 

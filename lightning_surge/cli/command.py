@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import partialmethod
 from typing import Any, NamedTuple, NoReturn
 
-__all__ = ["Command", "CommandError", "Parser", "plain"]
+__all__ = ["Command", "CommandError", "Parser", "aligned", "plain"]
 
 
 class CommandError(Exception):
@@ -44,6 +44,16 @@ class Command(NamedTuple):
     examples: str  # lines to try, shown under --help
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int | None]  # prints results; returns the exit status, None for 0
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int]) -> list[str]:
+    """Columns of equal width, to the right but for those named."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in cells))
+    return [line.rstrip() for line in lines]
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_surge.cli.command import plain
+from lightning_surge.cli.command import aligned, plain
 from lightning_surge.tables.bootstrap import CONFIDENCE, Estimate
 from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, remedy
 from lightning_surge.tables.law_fits import LAWS
@@ -118,7 +118,7 @@ def _table_of_answers(found: Found) -> list[str]:
         row += [f"{each.runs:,}", f"{used} of {len(each.valleys)}", best.name + "~" * bool(each.ties)]
         row += [_error(best), *(_number(lr.value) for lr in best.at)]
         rows.append([*row, _parameters(best)])
-    lines = [*_aligned(rows, left=len(rows[0]) - 1), ""]
+    lines = [*aligned(rows, left=(len(rows[0]) - 1,)), ""]
     if any(each.ties for each in fits):
         lines.append("~ other laws are not told from it by these batch sizes")
     options = [f"--where {column}=VALUE" for column in columns] + ["--target LOSS" for _ in targets]
@@ -134,13 +134,13 @@ def _tables(fit: GridFit, repetitions: int) -> list[str]:
         numbers = (_number(optimum.lr), _interval(lr), _number(optimum.outcome, 4))
         rows.append([f"{valley.batch_size:,g}", *numbers, status])
     title = "Best learning rates" + ("" if fit.target is None else f" to the loss {fit.target:.5g}")
-    lines = [title, *_aligned(rows, left=4), ""]
+    lines = [title, *aligned(rows, left=(4,)), ""]
     lines += [
         "Laws, by the mean |log2(predicted / found)| at batch sizes left out (* best, ~ within its error)"
     ]
     marks = {fit.best: "* "} | dict.fromkeys(fit.ties, "~ ")
     rows = [[marks.get(law.name, "  ") + law.name, _error(law), _parameters(law)] for law in fit.laws]
-    lines += [*_aligned([["law", "held-out error", "parameters"], *rows], left=0, last_left=2), ""]
+    lines += [*aligned([["law", "held-out error", "parameters"], *rows], left=(0, 2)), ""]
     if fit.tradeoff:
         scale, steps, examples = (_with_interval(each) for each in fit.tradeoff)
         lines.append(f"Eq. 22: critical batch size {scale}, fewest steps {steps}, fewest examples {examples}")
@@ -237,13 +237,3 @@ def _with_interval(estimate: Estimate) -> str:
     if math.isnan(estimate.low) or (math.isinf(estimate.low) and math.isinf(estimate.high)):
         return value
     return f"{value} {_interval(estimate)}"
-
-
-def _aligned(rows: Sequence[Sequence[str]], *, left: int, last_left: int | None = None) -> list[str]:
-    """Columns of equal width, to the right but for those named."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = enumerate(zip(row, widths, strict=True))
-        lines.append("  ".join(t.ljust(w) if i in (left, last_left) else t.rjust(w) for i, (t, w) in cells))
-    return [line.rstrip() for line in lines]

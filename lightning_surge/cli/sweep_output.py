@@ -76,7 +76,7 @@ def print_result(
     found = [best_lr(records, size, t, maximize=settings.maximize) for t in targets for size in sizes]
     best = [each for each in found if each is not None]
     cells = Counter(outcome.status for outcome in records.values())
-    failed = {status: n for status, n in sorted(cells.items()) if status not in ("finished", "diverged")}
+    failed = dict(sorted(Counter(o.status for o in records.values() if not o.is_answer).items()))
     if not best:
         reasons = sorted({outcome.message for outcome in records.values() if outcome.message})[:3]
         remedy = "use smaller learning rates" if cells["diverged"] else "remedy that and pass --retry-failed"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import erf, logsumexp
 
-from lightning_surge.checking.arguments import choice, number
+from lightning_surge.checking.arguments import choice, number, store
 from lightning_surge.laws.base import Law, Peak, checked, store_numbers
 
 __all__ = ["Theorem2Law", "Theorem3Law", "large_batch_limit"]
@@ -194,9 +194,9 @@ class Theorem2Law(Law):
     def __post_init__(self) -> None:
         choice("form", self.form, ("erf", "sigmoid"), "use erf for exactness")
         arrays = _statistics(self.mean, self.standard_deviation, self.hessian)
-        for name, array in zip(("mean", "standard_deviation", "hessian"), arrays, strict=True):
+        for array in arrays:
             array.setflags(write=False)
-            object.__setattr__(self, name, array)
+        store(self, **dict(zip(("mean", "standard_deviation", "hessian"), arrays, strict=True)))
         batch_sizes, _, curvatures = self._scan
         if (worst := curvatures.min()) <= 0:
             raise ValueError(

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from scipy.stats import linregress
 
 from lightning_surge.checking.arguments import number
+from lightning_surge.laws.base import checked
 
 __all__ = [
     "TradeoffFit",
@@ -34,7 +35,6 @@ __all__ = [
 
 Counts = Sequence[float] | npt.NDArray[np.float64]
 
-_BATCH = "count the examples behind one optimizer step"
 _CRITICAL = "pass a law's critical_batch_size if it is finite and positive"
 _SCALE = "pass what fit_tradeoff returned, or a count from a run"
 
@@ -64,7 +64,7 @@ def gain_fraction(batch_size: float, *, critical_batch_size: float) -> float:
         >>> gain_fraction(100, critical_batch_size=300)
         0.25
     """
-    batch_size = number("batch_size", batch_size, _BATCH)
+    batch_size = checked(batch_size)
     critical_batch_size = number("critical_batch_size", critical_batch_size, _CRITICAL)
     return 1 / (1 + critical_batch_size / batch_size)
 
@@ -97,7 +97,7 @@ def examples_needed(batch_size: float, *, critical_batch_size: float, min_exampl
         >>> examples_needed(600, critical_batch_size=300, min_examples=300_000)
         900000.0
     """
-    batch_size = number("batch_size", batch_size, _BATCH)
+    batch_size = checked(batch_size)
     critical_batch_size = number("critical_batch_size", critical_batch_size, _CRITICAL)
     return number("min_examples", min_examples, _SCALE) * (1 + batch_size / critical_batch_size)
 

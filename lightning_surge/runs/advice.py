@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_surge.checking.arguments import number, optional, whole
-from lightning_surge.laws.base import Law, SGDLaw
+from lightning_surge.checking.arguments import optional, whole
+from lightning_surge.laws.base import Law, SGDLaw, checked
 from lightning_surge.laws.objectives import OBJECTIVES, at_once_ratio
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import steps_needed
@@ -201,11 +201,8 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
         wanted = size * 2.0 ** round(math.log2(wanted / size))
     allowed = min(max(wanted, size / LARGEST_MOVE), size * LARGEST_MOVE)
     suggested = max(1.0, float(round(allowed)))
-    asked = [
-        float(number("batch_size", one, "count the examples behind one optimizer step"))
-        for one in batch_sizes
-    ]
-    options = tuple(_option(state, one, critical) for one in sorted({size, 2.0 * size, suggested, *asked}))
+    sizes = {size, 2.0 * size, suggested, *map(checked, batch_sizes)}
+    options = tuple(_option(state, one, critical) for one in sorted(sizes))
     found = {
         Caveat.HELD: state.reason.held,
         Caveat.FEW_MEASUREMENTS: state.num_measurements < FEW_MEASUREMENTS,

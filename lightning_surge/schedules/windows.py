@@ -11,7 +11,7 @@ the sizes wanted, as few as fit into memory (`plan_windows`, `SampledSchedule`).
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, repeat
 
 from lightning_surge.checking.arguments import shown, store, switch, whole
@@ -204,10 +204,10 @@ class Replay(ABC):
                 f"Expected schedule to be a Schedule, got schedule={shown(self.schedule)}: only sizes known"
                 " beforehand can be counted."
             )
-        for name in vars(self).keys() - {"schedule", "drop_last"}:
-            size = getattr(self, name)
-            if name != "examples_per_epoch" or size is not None:
-                store(self, **{name: whole(name, size, _COUNT)})
+        for each in fields(self)[1:]:
+            size = getattr(self, each.name)
+            if each.name != "drop_last" and not (size is None and each.default is None):
+                store(self, **{each.name: whole(each.name, size, _COUNT)})
 
     def sizes(self) -> Iterator[int]:
         """Yields the actual number of examples of step 0, 1, 2, ... without end."""
@@ -314,7 +314,6 @@ class SampledSchedule(Replay):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("examples_per_epoch", self.examples_per_epoch, _COUNT)
         switch("drop_last", self.drop_last)
 
     def runs(self) -> Iterator[Run]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+from lightning_surge.checking.state import save
 
 __all__ = ["Cell", "Outcome", "Reached", "SweepError", "SweepSettings"]
 
@@ -109,6 +110,6 @@ class SweepSettings:
     @property
     def identity(self) -> dict[str, Any]:
         """What must not change within a sweep. Files may move and be formatted anew."""
-        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists, as a study gives them back
+        values: dict[str, Any] = save(self)
         del values["configs"], values["files_digest"]
         return values

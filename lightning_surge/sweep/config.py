@@ -192,7 +192,7 @@ def read_config(settings: SweepSettings) -> TrainingConfig:
     def chosen(name: str, wanted: str, usual: Sequence[str] = ()) -> str:
         key = wanted or next((key for key in usual if key in keys), "")
         if key not in keys:
-            got = repr(key) if key else f"no usual one (such as {usual[0].rpartition('.')[2]})"
+            got = repr(key) if key or not usual else f"no usual one (such as {usual[0].rpartition('.')[2]})"
             raise SweepError(
                 f"Expected {name} to be a key of the configuration, got {got}: the classes in it take "
                 f"{', '.join(keys) or 'no arguments'}."

@@ -1,7 +1,7 @@
 """Fit laws of the optimal learning rate to grids of runs, and say how well each predicts.
 
 A grid gives the best learning rate of each batch size (`optima`); laws are fitted to those (`law_fits`), with
-intervals from repetitions (`repetitions`); and they are compared by what each says of a batch size that took
+intervals from repetitions (`bootstrap`); and they are compared by what each says of a batch size that took
 no part in its fit.
 
 References:
@@ -120,7 +120,7 @@ def fit_grid(
         raise ValueError(f"Expected laws among {', '.join(LAWS)}, got {unknown[0]!r}: choose one of them.")
     bootstrap = whole("bootstrap", bootstrap, "use 0 for no intervals", least=0)
     seed = whole("seed", seed, "any count from 0 on", least=0)
-    optional(function, "progress", progress, of="(done, total)")
+    optional(function, "progress", progress)
     at = [number("at", size, "count examples per optimizer step") for size in at]
     if table.targets is not None and (count := np.unique(table.targets).size) > 1:
         raise ValueError(f"Expected runs to one target, got {count} targets: pass them one by one.")
@@ -143,6 +143,11 @@ def fit_grid(
         notes.append("Eq. 22 gives no scale: steps do not fall towards a limit as examples grow")
     names = [name for name in LAWS if name in laws and LAWS[name].size <= len(used)]
     fits = {name: fit for name in names if (fit := fit_law(name, optima)) is not None}
+    if not fits:
+        raise ValueError(
+            f"Expected a law that can be fitted to {len(used)} batch sizes, got laws={', '.join(laws)}: name "
+            "others, or add batch sizes, and steps that fall as the batch grows for adam_eq22."
+        )
     drawn = repeat(used, optima, fits, repetitions=bootstrap, seed=seed, progress=progress)
     fitted = [_fitted(name, fit, hold_out(name, optima), drawn, at) for name, fit in fits.items()]
     # What cannot be held out comes last.
@@ -178,7 +183,7 @@ def _fitted(
         peak_batch_size=interval("peak_batch_size", lambda law: law.peak.batch_size),
         peak_lr=interval("peak_lr", lambda law: law.peak.lr),
         critical_batch_size=interval("critical_batch_size", lambda law: law.critical_batch_size),
-        at=tuple(interval(f"{size:g}", lambda law, size=size: law.lr(size)) for size in at),  # type: ignore[misc]
+        at=tuple(interval(f"{size:.15g}", lambda law, size=size: law.lr(size)) for size in at),  # type: ignore[misc]
         limited=fit.limited,
         residual=float(np.sqrt(np.mean(fit.residuals**2)) / math.log(2)),
         held_out=held_out,

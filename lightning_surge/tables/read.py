@@ -20,7 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_surge.checking.arguments import choice, optional, switch
-from lightning_surge.tables.columns import Columns, as_text, find_column, find_columns, settings_within, shown
+from lightning_surge.tables.columns import (
+    OUTCOMES,
+    Columns,
+    as_text,
+    find_column,
+    find_columns,
+    settings_within,
+    shown,
+)
 from lightning_surge.tables.files import read_frame
 from lightning_surge.tables.values import WORDS, has_decimal_commas, numbers
 
@@ -171,7 +179,7 @@ def _selected(frame: pd.DataFrame, where: Sequence[tuple[str, str]]) -> pd.DataF
 
 def _telling(frame: pd.DataFrame, roles: Mapping[str, str], source: str, notes: list[str]) -> pd.DataFrame:
     """The rows that are not blank, and whose status is not silent."""
-    outcome = next(roles[role] for role in ("loss", "steps", "examples") if role in roles)
+    outcome = next(roles[role] for role in OUTCOMES if role in roles)
     cells = as_text(frame, roles["batch_size"], roles["lr"], outcome)
     blank = cells.isin(["", "nan", "NaN", "None", "null"]).all(axis=1)
     if blank.any():

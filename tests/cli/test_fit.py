@@ -262,6 +262,14 @@ class TestErrors:
         assert err.count("Expected 3 batch sizes with an optimum inside their grid, got 2 of 2") == 2
         assert "target 2.5: " in err
 
+    def test_a_law_that_the_table_cannot_tell_is_named(self, run: Run, tmp_path: Path) -> None:
+        path = tmp_path / "runs.csv"
+        rows = (f"{b},{lr},{abs(lr - 2) + 1}" for b in (2, 16, 64) for lr in (1, 2, 4))
+        path.write_text("\n".join(["batch_size,lr,loss", *rows]))
+        status, out, err = run(path, "--bootstrap", 0, "--law", "adam_eq22", "--json")
+        assert (status, out) == (2, "")
+        assert "that can be fitted to 3 batch sizes, got laws=adam_eq22: name others" in err
+
     @pytest.mark.parametrize(
         "row",
         ["8,1,1e308", "8,1e-320,1", "1e300,1,1", "8,1,-1e308", "8,0.1,5e-324", "1e-29,1e29,1e29", "8,1,1"],

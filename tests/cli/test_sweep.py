@@ -135,7 +135,7 @@ def arguments(**changes: str) -> list[str]:
     options |= {name.replace("_", "-"): value for name, value in changes.items()}
     words = ["sweep"]
     for name, value in options.items():
-        words += [f"--{name}", *value.split()] if value != "-" else []
+        words += [f"--{name}", *(value.split() or [value])] if value != "-" else []
     return words
 
 
@@ -310,6 +310,7 @@ def test_keys_that_do_not_exist(config: Path, capsys: Capture) -> None:
         ({"lr_key": "data.init_args.deaf"}, "LightningCLI refuses"),
         ({"batch_size_key": "trainer.max_epochs"}, "Expected --batch-size-key to be a key"),
         ({"steps_key": "model.init_args.length"}, "Expected --steps-key and --examples-key to be a key"),
+        ({"steps_key": ""}, "Expected --steps-key and --examples-key to be a key of the configuration, got"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(

@@ -81,10 +81,11 @@ class TestExact:
     )
     def test_every_law_comes_out_of_its_own_grid_and_predicts_best(self, name: str, wrong: str) -> None:
         law, expected = TRUE[name]
-        fit = fit_grid(grid(law), laws=list(TRUE), bootstrap=0, at=[4096.0, 2.0])
+        fit = fit_grid(grid(law), laws=list(TRUE), bootstrap=0, at=[4194305.0, 2.0])
         found, other = only(fit, name), only(fit, wrong)
         assert parameters(found) == pytest.approx(expected, rel=1e-5)
-        assert [each.value for each in found.at] == pytest.approx([law.lr(4096), law.lr(2)], rel=1e-5)
+        assert [each.value for each in found.at] == pytest.approx([law.lr(4194305), law.lr(2)], rel=1e-5)
+        assert [float(each.name) for each in found.at] == [4194305.0, 2.0]
         assert found.peak_lr.value == pytest.approx(law.peak.lr, rel=1e-5)
         assert found.residual < 1e-6
         assert not found.limited
