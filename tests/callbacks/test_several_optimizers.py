@@ -427,11 +427,12 @@ class TestObjective:
 
 class TestBudget:
     @pytest.mark.slow
-    def test_is_kept_of_the_examples_of_each(self) -> None:
+    @pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_steps": 180, "max_epochs": -1}])
+    def test_is_kept_of_the_examples_of_each(self, limit: dict[str, int]) -> None:
         """Five steps of the critic to one of the generator, and the Trainer counts all six."""
         callbacks = pair(max_overhead=2.0, probe_examples=32, objective="alignment")
         module = Turns(lambda i: (0, 1) if i % 5 == 4 else (0,))
-        make_trainer(*callbacks, max_steps=180, max_epochs=-1).fit(module, data(1200, 8))
+        make_trainer(*callbacks, **limit).fit(module, data(1200, 8))
         for callback in callbacks:
             assert callback.history.num_measurements >= 2
             assert 1.0 < callback.overhead <= 2.0

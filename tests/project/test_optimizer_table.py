@@ -194,3 +194,17 @@ def test_an_optimizer_that_keeps_its_learning_rate_to_itself_is_refused(
     with pytest.raises(MisconfigurationException, match=rf"got parameter group 0 of Adafactor with lr={lr}"):
         make_trainer(SurgeLRCallback(2, "sqrt")).fit(module, data())
     assert module.calls == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="capturable steps exist on accelerators only")
+@pytest.mark.parametrize(
+    "name", [n for n in SCALED if "capturable" in inspect.signature(getattr(torch.optim, n)).parameters]
+)
+def test_capturable_steps_take_the_learning_rate_written(name: str) -> None:
+    def options(lr: float) -> dict[str, Any]:
+        return {"lr": torch.tensor(lr, device="cuda"), "capturable": True}
+
+    scaled, doubled = Linear(name, **options(0.01)), Linear(name, **options(0.02))
+    make_trainer(SurgeLRCallback(2, "linear"), accelerator="cuda").fit(scaled, data())
+    make_trainer(accelerator="cuda").fit(doubled, data())
+    assert torch.equal(scaled.weights, doubled.weights)
