@@ -166,7 +166,8 @@ def plan_along(
 ) -> SeesawSchedule:
     """The sizes of a `Seesaw` for the training's learning-rate schedule, before a checkpoint moves that."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    if len(trainer.optimizers) != 1 or [type(one) for one in schedulers] != [ExamplesClock]:
+    clock = schedulers[0] if len(schedulers) == len(trainer.optimizers) == 1 else None
+    if not isinstance(clock, ExamplesClock):
         names = ", ".join(type(one).__name__ for one in schedulers) or "no scheduler"
         raise MisconfigurationException(
             "Expected one optimizer and one learning-rate schedule that counts examples for Seesaw, got"
@@ -175,7 +176,7 @@ def plan_along(
         )
     try:
         shared = [trainer, pl_module, *pl_module.modules(), *pl_module.parameters()]
-        plan = rule.along(schedulers[0], shared=shared, most=math.inf)
+        plan = rule.along(clock, shared=shared, most=math.inf)
     except Exception as error:
         raise MisconfigurationException(
             "Expected a learning-rate schedule for Seesaw whose copy can be replayed before the training, got"
@@ -193,7 +194,7 @@ def warn_of_no_decay(trainer: pl.Trainer, plan: SeesawSchedule, examples_per_epo
     ends = [steps * plan.first_size] if steps > 0 else []
     if epochs > 0 and examples_per_epoch is not None:
         ends.append(epochs * examples_per_epoch)
-    if ends and not plan.grows_within(min(ends)):
+    if ends and not trainer.fast_dev_run and not plan.grows_within(min(ends)):  # type: ignore[attr-defined]
         warn(
             f"Seesaw expected a learning-rate schedule that falls within the {min(ends)} examples of the"
             f" training, got one that never does: the batch size stays at {plan.first_size}. Use a schedule"
