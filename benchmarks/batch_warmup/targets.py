@@ -86,7 +86,7 @@ def targets(constants: Sequence[Record], ramps: Sequence[Record]) -> list[dict[s
 def _seesaw(here: Sequence[Line], where: str) -> Iterable[dict[str, Any]]:
     """The decay traded for batch size, against the tuned constant small batch."""
     for line in here:
-        if isinstance(line.rule, Rule) and line.rule.ramp == SEESAW and len(line.runs) == len(SEEDS):
+        if line.rule == Rule(SEESAW, "sqrt", 0.0) and len(line.runs) == len(SEEDS):
             who = f"Seesaw with {line.rule.label}"
             against = f"constant B = {BASE_BATCH_SIZE} at its tuned lr"
             details = {"half_width": round(line.difference.half_width, 4), "seeds": line.difference.n}

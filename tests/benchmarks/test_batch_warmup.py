@@ -214,20 +214,18 @@ def test_targets_of_a_table_with_hits_and_misses() -> None:
 
 def test_decay_traded_for_batch_size_has_targets_of_its_own_on_the_long_budget() -> None:
     small = constants(BASE_BATCH_SIZE, best=1.0, level=2.0, budget="long")
-    runs_of = [
-        *ramp(Rule(SEESAW, "sqrt", 0.0), [1.994, 2.004, 2.014], steps=1200, budget="long"),
-        *ramp(Rule(SEESAW, DEFAULT, DEFAULT_OVERHEAD), [2.0, 2.01, 2.02], steps=1536, budget="long"),
-    ]
-    rows = targets(small, runs_of)
-    assert [(row["value"], row["bound"], row["met"]) for row in rows] == [
-        (pytest.approx(0.004), 0.005, True),
-        (0.5859, 0.7, True),
-        (pytest.approx(0.01), 0.005, False),
-        (0.75, 0.7, False),
-    ]
-    assert "Seesaw with sqrt minus constant B = 8 at its tuned lr" in rows[0]["name"]
-    assert targets(small, runs_of[:2]) == []
-    assert targets(SMALL, [run | {"budget": "short"} for run in runs_of]) == []
+    sqrt, measured = Rule(SEESAW, "sqrt", 0.0), Rule(SEESAW, DEFAULT, DEFAULT_OVERHEAD)
+    for loss, steps, met in ((2.004, 1200, True), (2.01, 1536, False)):
+        losses = [loss + noise for noise in SEED_NOISE]
+        records = [*ramp(sqrt, losses, steps, budget="long"), *ramp(measured, losses, budget="long")]
+        found = targets(small, records)
+        assert [(row["value"], row["bound"], row["met"]) for row in found] == [
+            (pytest.approx(loss - 2.0), 0.005, met),
+            (pytest.approx(steps / 2048, abs=1e-4), 0.7, met),
+        ]
+        assert "Seesaw with sqrt minus constant B = 8 at its tuned lr" in found[0]["name"]
+        assert targets(small, records[1:]) == []
+        assert targets(SMALL, [run | {"budget": "short"} for run in records]) == []
 
 
 def test_a_rule_that_diverged_misses_and_its_rival_does_not() -> None:
