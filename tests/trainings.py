@@ -24,6 +24,11 @@ MakeTrainer = Callable[..., pl.Trainer]
 MakeOptimizer = Callable[[Any], Any]
 
 
+def outside(**values: Any) -> Any:
+    """A place for what a probe must not put back: it does not look into classes."""
+    return type("Outside", (), values)
+
+
 def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """A Trainer on one CPU thread that writes nothing unless asked to."""
     torch.set_num_threads(1)

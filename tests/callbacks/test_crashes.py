@@ -22,7 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
-from tests.trainings import Regression, assert_same, make_trainer, regression_data, with_lr
+from tests.trainings import Regression, assert_same, make_trainer, outside, regression_data, with_lr
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,7 +42,7 @@ class Net(Regression):
         super().__init__(with_lr(AdamW, 0.01, betas=(0.9, 0.95)), lambda o: CosineAnnealingLR(o, T_max=40))
         self.net.insert(2, nn.Dropout(dropout))
         self.kill_at = kill_at
-        self.outside = Outside()
+        self.outside = outside(training=False, events=[])
 
     def happens(self, what: str) -> None:
         self.outside.events.append(what)
@@ -61,16 +61,6 @@ class Net(Regression):
         configured = super().configure_optimizers()
         configured["optimizer"].register_step_post_hook(lambda *_: self.happens(STEP))
         return configured
-
-
-class Outside:
-    """Keeps what a measurement must not put back, where it does not look."""
-
-    __slots__ = ("events", "training")
-
-    def __init__(self) -> None:
-        self.training = False
-        self.events: list[str] = []
 
 
 def stateful(micro: int) -> Any:

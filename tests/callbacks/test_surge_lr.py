@@ -37,6 +37,7 @@ from tests.trainings import (
     layouts_in,
     make_trainer,
     ones,
+    outside,
     regression_data,
     sgd,
     two_groups,
@@ -46,22 +47,12 @@ from tests.trainings import (
 SUFFIXED = ["lr_scheduled", "lr_predicted", "lr_used"]
 
 
-class Oracle:
-    """Lives outside of what a probe puts back, so it can note what a probe does."""
-
-    __slots__ = ("calls", "sizes")
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.sizes: list[int] = []
-
-
 class Noting(Regression):
     """Notes the size of every batch that passes, in training and in probes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.oracle = Oracle()
+        self.oracle = outside(calls=0, sizes=[])
 
     def loss(self, batch: Any) -> Tensor:
         self.oracle.sizes.append(len(batch[0]))
@@ -79,7 +70,7 @@ class Everything(Regression):
         self.register_buffer("average", torch.zeros(()))
         self.losses: list[float] = []
         self.seen = {"batches": [0]}
-        self.oracle = Oracle()
+        self.oracle = outside(calls=0, sizes=[])
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch
@@ -338,7 +329,7 @@ class TestMeasuring:
             assert record.num_chunks == 4
 
     def test_uses_loss_fn_instead_of_training_step(self) -> None:
-        oracle = Oracle()
+        oracle = outside(calls=0)
         replayed: list[int] = []
 
         class Counting(Regression):

@@ -28,7 +28,16 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.policy.policy import Decision
-from tests.trainings import CrashAt, Regression, adamw, make_trainer, regression_data, scaling, with_lr
+from tests.trainings import (
+    CrashAt,
+    Regression,
+    adamw,
+    make_trainer,
+    outside,
+    regression_data,
+    scaling,
+    with_lr,
+)
 
 MakeSchedule = Callable[[Optimizer], Any]
 
@@ -459,23 +468,13 @@ class TestErrors:
         assert module.lrs == pytest.approx([0.01 * 1.05**k for k in (1, 2, 3)])
 
 
-class Outside:
-    """Keeps what a probe must not put back, where it does not look."""
-
-    __slots__ = ("replayed_at", "training")
-
-    def __init__(self) -> None:
-        self.training = False
-        self.replayed_at: list[int] = []
-
-
 class Failing(Regression):
     """Tells replays from training, and fails in those of some numbers, from 1."""
 
     def __init__(self, failure: Any, first: int = 1, last: float = math.inf) -> None:
         super().__init__()
         self.failure, self.first, self.last = failure, first, last
-        self.outside = Outside()
+        self.outside = outside(training=False, replayed_at=[])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.outside.training = True
