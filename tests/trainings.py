@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge.runs.run_log import read_run
 
-MakeTrainer = Callable[..., pl.Trainer]
 MakeOptimizer = Callable[[Any], Any]
 
 
