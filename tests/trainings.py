@@ -216,6 +216,16 @@ class Ragged(list[Any]):
         super().__init__(torch.randn(sum(sizes), features, generator=generator).split(list(sizes)))
 
 
+class Outside:
+    """Keeps what a measurement must not put back, where it does not look."""
+
+    __slots__ = ("notes", "training")
+
+    def __init__(self) -> None:
+        self.training = False
+        self.notes: list[Any] = []
+
+
 class CrashAt(pl.Callback):
     """Ends the training before the step after so many."""
 
