@@ -5,20 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from typing import TYPE_CHECKING
 
-from lightning_surge.cli.command import Command, CommandError, aligned, plain
+from lightning_surge.cli.command import Command, CommandError
 from lightning_surge.cli.plot import RUN_HELP, choose_group, read
-
-if TYPE_CHECKING:
-    from lightning_surge.runs.advice import Advice, Caveat, Interval, Option
+from lightning_surge.runs.advice import Advice, Caveat, Interval, Option, advise, run_state
+from lightning_surge.tables.report import aligned, plain
 
 __all__ = ["ADVISE"]
 
 
 def _caveat_text(caveat: Caveat, advice: Advice) -> str:
-    from lightning_surge.runs.advice import Caveat
-
     state, chosen = advice.state, _option(advice, advice.suggested)
     share = state.lr_scheduled / state.lr_scheduled_max if state.lr_scheduled_max > 0 else 0.0
     return {
@@ -115,8 +111,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from lightning_surge.runs.advice import advise, run_state
-
     run = read(options.path)
     group = choose_group(run, options.group)
     try:

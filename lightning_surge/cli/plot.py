@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lightning_surge.cli.command import Command, CommandError
-
-if TYPE_CHECKING:
-    from lightning_surge.runs.run_log import RunLog
+from lightning_surge.cli.command import Command, CommandError, save_figure
+from lightning_surge.runs.plots import plot_run
+from lightning_surge.runs.run_log import RunLog, read_run
 
 __all__ = ["PLOT", "RUN_HELP", "choose_group", "read"]
 
@@ -20,9 +18,6 @@ RUN_HELP = "directory of a run, an event file, a metrics.csv, a .wandb file, or 
 
 def read(path: str) -> RunLog:
     """A run, with notes on how it was read on standard error; raises `CommandError` if it cannot be read."""
-    # Imported here: it needs scipy, which --help need not wait for.
-    from lightning_surge.runs.run_log import read_run
-
     try:
         run = read_run(path)
     except (ValueError, ModuleNotFoundError) as error:
@@ -63,8 +58,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from lightning_surge.runs.plots import plot_run
-
     output: Path | None = options.output
     if output is not None and output.suffix.lower() not in FORMATS:
         raise CommandError(
@@ -76,15 +69,7 @@ def _run(options: argparse.Namespace) -> None:
     source = Path(run.source)
     output = output or (source if source.is_dir() else source.parent) / "surge.png"
     title: str = options.title or (run.source if group is None else f"{run.source}, {group}")
-    try:
-        plot_run(run, group=group, title=title, x=options.x).savefig(output)
-    except (ValueError, ModuleNotFoundError) as error:
-        raise CommandError(str(error)) from error
-    except OSError as error:
-        hint = "make its directory first, or name another"
-        raise CommandError(
-            f"Expected --output to be a file that can be written, got {error}: {hint}."
-        ) from error
+    save_figure(lambda: plot_run(run, group=group, title=title, x=options.x), "--output", output)
     print(output)
 
 

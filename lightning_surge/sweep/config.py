@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks
@@ -19,10 +19,9 @@ from lightning_utilities.core.imports import RequirementCache
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.callbacks.surge_lr import SurgeLRCallback
-from lightning_surge.sweep.cells import Cell, SweepError, SweepSettings
-from lightning_surge.sweep.grid import accumulation_for
+from lightning_surge.sweep.cells import Cell, Grid, SweepError, SweepSettings, accumulation_for
 
-__all__ = ["TrainingConfig", "cell_cli", "check_arguments", "files_digest", "imported", "read_config"]
+__all__ = ["cell_arguments", "cell_cli", "files_digest", "imported", "read_config"]
 
 # Where configurations hold them, best guess first. An `optimizer` beside the model replaces the model's own.
 LR_OWNERS = (
@@ -42,14 +41,6 @@ LEFT_OUT: tuple[type[pl.Callback], ...] = (
     callbacks.LearningRateFinder, callbacks.EarlyStopping, callbacks.Checkpoint, callbacks.Timer,
     callbacks.ProgressBar, callbacks.ModelSummary,
 )  # fmt: skip
-
-
-class TrainingConfig(NamedTuple):
-    """What a configuration says about a sweep."""
-
-    settings: SweepSettings  # with the keys and digests
-    seed: int
-    left_out: tuple[str, ...]  # names of callbacks that cells go without
 
 
 class _Parsed(Exception):
@@ -174,8 +165,8 @@ def files_digest(paths: Sequence[str]) -> str:
         ) from error
 
 
-def read_config(settings: SweepSettings) -> TrainingConfig:
-    """Read what a configuration says, without building any of it; a SweepError if a sweep cannot take it."""
+def read_config(settings: SweepSettings, grid: Grid) -> tuple[SweepSettings, Grid]:
+    """Complete both from a configuration, nothing of which is built; a SweepError if no sweep can take it."""
     digest = files_digest(settings.configs)
     config, text = _parse(settings, _fit_arguments(settings))
     if config.get("ckpt_path"):
@@ -201,24 +192,19 @@ def read_config(settings: SweepSettings) -> TrainingConfig:
 
     for key in (*settings.steps_keys, *settings.examples_keys):
         chosen("--steps-key and --examples-key", key)
+    found = config.get("trainer.callbacks") or []
+    found = found if isinstance(found, list) else [found]
+    kinds = [imported(entry["class_path"], "the class_path of a callback") for entry in found]
     settings = replace(
         settings,
         config_digest=hashlib.sha256(text.encode()).hexdigest()[:12],
         files_digest=digest,
         batch_size_key=chosen("--batch-size-key", settings.batch_size_key, BATCH_SIZE_KEYS),
         lr_key=chosen("--lr-key", settings.lr_key, LR_KEYS),
-    )
-    found = config.get("trainer.callbacks") or []
-    found = found if isinstance(found, list) else [found]
-    kinds = [imported(entry["class_path"], "the class_path of a callback") for entry in found]
-    seed = config.get("seed_everything")
-    return TrainingConfig(
-        settings,
-        seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else 0,
         left_out=tuple(kind.__name__ for kind in kinds if issubclass(kind, LEFT_OUT)),
     )
-
-
-def check_arguments(settings: SweepSettings, cell: Cell) -> None:
-    """Raise a SweepError if LightningCLI does not take what a cell would give it."""
-    _parse(settings, cell_arguments(settings, cell))
+    first = config.get("seed_everything")
+    first = first if isinstance(first, int) and not isinstance(first, bool) else 0
+    grid = grid._replace(seeds=tuple(first + seed for seed in grid.seeds))
+    _parse(settings, cell_arguments(settings, grid.cells()[0]))  # whether it takes what a cell would give it
+    return settings, grid

@@ -84,19 +84,10 @@ def run_cells(
     look: Callable[[Mapping[Cell, Outcome], Mapping[Cell, FrozenTrial]], None],
     say: Callable[[str], None],
 ) -> dict[Cell, Outcome]:
-    """Run the cells that a plan wants and that have not ended; wait for those that run elsewhere.
+    """Run the cells that a plan wants and that have not ended, or run `again`; wait for those elsewhere.
 
     Not `Study.optimize`: where no trial waits it makes a new one, which a grid does not have. When anything
-    is raised, running cells are stopped first.
-
-    Args:
-        study: the study, which other workers may share.
-        plan: says all cells that are wanted, in order, given those that have ended.
-        start: starts the cell of a trial in a slot; returns None if it has ended already.
-        slots: number of cells that run here at a time.
-        again: cells that run again although they have ended.
-        look: told now and then what the cells have said, and of all their trials.
-        say: told what is waited for.
+    is raised, running cells are stopped first. `start` returns None for a cell that has ended already.
     """
     running: dict[int, tuple[FrozenTrial, CellProcess]] = {}
     looked = beat = -float("inf")
