@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lightning_surge.checking.answers import aligned
 from lightning_surge.cli.command import Command, CommandError
 from lightning_surge.sweep.cells import (
     Cell,
@@ -27,7 +28,6 @@ from lightning_surge.sweep.cells import (
     parse_numbers,
     planned,
 )
-from lightning_surge.tables.report import aligned
 from lightning_surge.tables.study import local_file, write_study
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def _run(options: argparse.Namespace) -> int | None:
             study.begin(settings, grid.cells(), extend=options.extend, dry=options.dry_run)
             done = study.records()
         if options.dry_run:
-            return _print_plan(options, settings, grid, done)
+            _print_plan(options, settings, grid, done)
+            return None
         return _print_result(options, _sweep(options, settings, grid, study))
     except ModuleNotFoundError as error:
         if error.name != "optuna":
@@ -178,8 +179,8 @@ def _sweep(
         progress.say(f"{len(ended)} finished cells found in {options.study}")
 
     def plan(records: Mapping[Cell, Outcome]) -> list[Cell]:
-        how = {"targets": settings.targets, "maximize": settings.maximize}
-        return planned(grid, records, refine=options.refine, **how)
+        refine, targets = options.refine, settings.targets
+        return planned(grid, records, refine=refine, targets=targets, maximize=settings.maximize)
 
     def start(trial: FrozenTrial, slot: int) -> CellProcess | None:
         cell = Cell(**trial.params)

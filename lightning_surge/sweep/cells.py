@@ -148,7 +148,7 @@ def _score(outcomes: Sequence[Outcome], target: float | None, sign: int) -> tupl
 def best_lr(
     records: Mapping[Cell, Outcome], batch_size: int, target: float | None = None, *, maximize: bool = False
 ) -> Best | None:
-    """The best learning rate of a batch size by steps to `target`, or the loss at the end; None without any."""
+    """The best learning rate of a batch size by steps to `target`, or the final loss; None without any."""
     groups = defaultdict(list)
     for cell, outcome in records.items():
         if cell.batch_size == batch_size and outcome.is_answer:

@@ -29,9 +29,8 @@ PAUSE, LOOK = 0.1, 2.0
 class CellProcess:
     """A cell in a fresh interpreter, which tells the study what it has found.
 
-    It lives in a session of its own, so that an interrupt from the terminal reaches only the sweep, and ends
-    when its standard input does: a sweep that is killed leaves no process behind. The log of what it prints
-    stays if the cell has no loss.
+    It has a session of its own, so that Ctrl-C reaches only the sweep, and ends when its standard input does:
+    a sweep that is killed leaves no process behind. The log of what it prints stays if it has no loss.
     """
 
     def __init__(self, order: Mapping[str, Any], log: Path, environment: Mapping[str, str]) -> None:

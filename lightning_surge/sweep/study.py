@@ -132,10 +132,7 @@ class SweepStudy:
     def begin(
         self, settings: SweepSettings, cells: Collection[Cell], *, extend: bool = False, dry: bool = False
     ) -> None:
-        """Say what the study is about, or check that it is the same, and enqueue the cells unless `dry`.
-
-        With `extend` an older study may get further cells.
-        """
+        """Check that the study is about the same; unless `dry`, enqueue the cells, new ones with `extend`."""
         said, now, trials = self.study.user_attrs, settings.identity, self.trials()
         before = said.get("settings", now)
         changed = [name for name in now if before.get(name) != now[name]]
@@ -220,10 +217,7 @@ class SweepStudy:
         fail_stale_trials(self.study)
 
     def tell(self, trial_id: int, outcome: Outcome | None, refusal: str = "") -> None:
-        """End a trial with what its cell said, None if it has to run again; unless somebody has given it up.
-
-        A `refusal` says why no cell of the sweep can run.
-        """
+        """End a trial that nobody has given up: None runs again, a `refusal` says why no cell can run."""
         state, values = TrialState.FAIL, None
         with suppress(UpdateFinishedTrialError):
             if outcome is not None:

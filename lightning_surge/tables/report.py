@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from lightning_surge.checking.answers import aligned, plain
 from lightning_surge.tables.bootstrap import CONFIDENCE, Estimate
 from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, remedy
 from lightning_surge.tables.law_fits import LAWS
 from lightning_surge.tables.read import MIXED
 
-__all__ = ["aligned", "describe", "document", "plain"]
+__all__ = ["describe", "document"]
 
 VERSION = 1
 """Of the keys: raised when one changes its meaning or goes."""
@@ -233,31 +233,3 @@ def _with_interval(estimate: Estimate) -> str:
     if math.isnan(estimate.low) or (math.isinf(estimate.low) and math.isinf(estimate.high)):
         return value
     return f"{value} {_interval(estimate)}"
-
-
-def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> list[str]:
-    """Columns of equal width, to the right but for those named."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = enumerate(zip(row, widths, strict=True))
-        lines.append("  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in cells))
-    return [line.rstrip() for line in lines]
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold: records by the names of their fields, null for numbers that are not finite.
-
-    Example:
-        >>> plain({"peak": (math.inf, 2.0)})
-        {'peak': [None, 2.0]}
-    """
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
