@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -69,7 +70,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps per cell instead")
     add("--metric", default="val_loss", help="logged name, or 'loss' for what training_step returns")
     add("--maximize", action="store_true", help="larger is better, as for an accuracy")
-    add("--target-loss", dest="targets", nargs="+", default=[], metavar="L", help="record when it is reached")
+    add("--target-loss", dest="targets", type=losses, nargs="+", default=[], metavar="L",
+        help="record when it is reached")  # fmt: skip
     add("--stop-at-target", action="store_true", help="end a cell when it has reached all of them")
     add("--checks", type=int, metavar="N", help="validations per cell (10; 50 with targets)")
     add("--smoothing", type=float, metavar="N", help="examples to average a training loss over (1/50 cell)")
@@ -96,6 +98,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--retry-failed", action="store_true", help="run again what was killed, failed or out of memory")
     add("--dry-run", action="store_true", help="say what would run")
     add("--json", action="store_true", help="the result as JSON")
+
+
+def losses(text: str) -> list[float]:
+    """Targets, separated by commas; argparse names this function where they are none."""
+    found = [float(part) for part in text.rstrip(",").split(",")]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(text)
+    return found
 
 
 def _run(options: argparse.Namespace) -> int | None:
@@ -147,8 +157,9 @@ def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
             raise ValueError(f"Expected --{name.replace('_', '-')} of at least {least}, got {value:g}.")
     if options.stop_at_target and not options.targets:
         raise ValueError("Expected --target-loss with --stop-at-target, got none.")
-    targets = {float(part) for word in options.targets for part in word.split(",")}
-    options.targets = sorted(targets, reverse=not options.maximize)
+    options.targets = sorted(
+        {loss for each in options.targets for loss in each}, reverse=not options.maximize
+    )
     options.examples = None if options.examples is None else round(options.examples)
     sizes = tuple(int(size) for size in parse_numbers(options.batch_sizes, "--batch-sizes", whole=True))
     for size in sizes:
@@ -277,10 +288,7 @@ def _print_result(options: argparse.Namespace, records: Mapping[Cell, Outcome]) 
 
 
 class Progress:
-    """A line for every cell that ends, with the time left; and the table, written anew each time.
-
-    `ended` are the cells of former runs.
-    """
+    """A line for every cell that ends besides those `ended`, with the time left; and the table."""
 
     def __init__(self, table: Path, ended: Collection[Cell]) -> None:
         self._table = table

@@ -21,7 +21,7 @@ from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.callbacks.surge_lr import SurgeLRCallback
 from lightning_surge.sweep.cells import Cell, Grid, SweepError, SweepSettings, accumulation_for
 
-__all__ = ["cell_arguments", "cell_cli", "files_digest", "imported", "read_config"]
+__all__ = ["cell_cli", "files_digest", "imported", "read_config"]
 
 # Where configurations hold them, best guess first. An `optimizer` beside the model replaces the model's own.
 LR_OWNERS = (
@@ -58,13 +58,8 @@ def imported(path: str, name: str) -> Any:
         ) from error
 
 
-def cell_cli(
-    settings: SweepSettings, arguments: Sequence[str], recorder: pl.Callback | None = None
-) -> LightningCLI:
-    """Run the user's own LightningCLI, or Lightning's, without callbacks that a cell goes without.
-
-    `arguments` follow the name of the program. A `recorder` is added; None builds and runs nothing.
-    """
+def cell_cli(settings: SweepSettings, cell: Cell | None, recorder: pl.Callback | None = None) -> LightningCLI:
+    """Run the user's LightningCLI, or Lightning's, on a cell; without a recorder it only reads the arguments."""
     if not RequirementCache("jsonargparse[signatures]>=4.39"):
         raise SweepError(
             "Expected jsonargparse[signatures], which reads LightningCLI configurations, got an environment "
@@ -104,16 +99,14 @@ def cell_cli(
         # What it says about arguments that do not come from the command line.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse")
-        return CellCLI(args=list(arguments), save_config_callback=None, **classes)
+        configs = [word for path in settings.configs for word in ("--config", path)]
+        words = ["fit", *configs, *(f"--{override}" for override in settings.overrides)]
+        words += [] if cell is None else _cell_arguments(settings, cell)
+        return CellCLI(args=words, save_config_callback=None, **classes)
 
 
-def _fit_arguments(settings: SweepSettings) -> list[str]:
-    configs = [word for path in settings.configs for word in ("--config", path)]
-    return ["fit", *configs, *(f"--{override}" for override in settings.overrides)]
-
-
-def cell_arguments(settings: SweepSettings, cell: Cell) -> list[str]:
-    """The command line of one cell, after the name of the program."""
+def _cell_arguments(settings: SweepSettings, cell: Cell) -> list[str]:
+    """What the command line of one cell adds."""
     steps = settings.steps_of(cell.batch_size)
     accumulation = accumulation_for(
         cell.batch_size, largest=settings.max_micro_batch_size, replicas=settings.replicas
@@ -135,13 +128,13 @@ def cell_arguments(settings: SweepSettings, cell: Cell) -> list[str]:
         settings.batch_size_key: cell.batch_size // (accumulation * settings.replicas),
         settings.lr_key: cell.lr,
     }
-    return [*_fit_arguments(settings), *(f"--{key}={value}" for key, value in values.items())]
+    return [f"--{key}={value}" for key, value in values.items()]
 
 
-def _parse(settings: SweepSettings, arguments: Sequence[str]) -> tuple[Any, str]:
+def _parse(settings: SweepSettings, cell: Cell | None = None) -> tuple[Any, str]:
     """The configuration of `fit`, and all of it as text; nothing is built."""
     try:
-        cell_cli(settings, arguments)
+        cell_cli(settings, cell)
     except _Parsed as parsed:
         return parsed.args[0], parsed.args[1]
     except (SystemExit, Exception) as error:
@@ -168,7 +161,7 @@ def files_digest(paths: Sequence[str]) -> str:
 def read_config(settings: SweepSettings, grid: Grid) -> tuple[SweepSettings, Grid]:
     """Complete both from a configuration, nothing of which is built; a SweepError if no sweep can take it."""
     digest = files_digest(settings.configs)
-    config, text = _parse(settings, _fit_arguments(settings))
+    config, text = _parse(settings)
     if config.get("ckpt_path"):
         raise SweepError(
             f"Expected cells that start afresh, got ckpt_path={config['ckpt_path']!r} in the configuration: "
@@ -206,5 +199,5 @@ def read_config(settings: SweepSettings, grid: Grid) -> tuple[SweepSettings, Gri
     first = config.get("seed_everything")
     first = first if isinstance(first, int) and not isinstance(first, bool) else 0
     grid = grid._replace(seeds=tuple(first + seed for seed in grid.seeds))
-    _parse(settings, cell_arguments(settings, grid.cells()[0]))  # whether it takes what a cell would give it
+    _parse(settings, grid.cells()[0])  # whether it takes what a cell would give it
     return settings, grid

@@ -26,7 +26,7 @@ from lightning_surge.callbacks.batch_counter import BatchCounter
 from lightning_surge.callbacks.batch_size_scheduler import clocks_of
 from lightning_surge.callbacks.lightning_host import replicas_of
 from lightning_surge.sweep.cells import Cell, Outcome, Reached, SweepError, SweepSettings
-from lightning_surge.sweep.config import cell_arguments, cell_cli, files_digest, imported
+from lightning_surge.sweep.config import cell_cli, files_digest, imported
 from lightning_surge.sweep.study import SweepStudy, patiently
 
 __all__ = ["LossRecorder", "first_reached", "run_cell"]
@@ -205,7 +205,7 @@ def run_cell(settings: SweepSettings, cell: Cell) -> Outcome:
         )
     recorder = LossRecorder(settings, cell)
     try:
-        cli = cell_cli(settings, cell_arguments(settings, cell), recorder)
+        cli = cell_cli(settings, cell, recorder)
         trained = dict(cli.trainer.callback_metrics)
         if not recorder.trains and recorder.validated_at != recorder.steps and cli.trainer.enable_validation:
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
