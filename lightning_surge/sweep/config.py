@@ -59,7 +59,7 @@ def imported(path: str, name: str) -> Any:
 
 
 def cell_cli(settings: SweepSettings, cell: Cell | None, recorder: pl.Callback | None = None) -> LightningCLI:
-    """Run the user's LightningCLI, or Lightning's, on a cell; without a recorder it only reads the arguments."""
+    """Run the user's LightningCLI, or Lightning's, on a cell; without a recorder only read the arguments."""
     if not RequirementCache("jsonargparse[signatures]>=4.39"):
         raise SweepError(
             "Expected jsonargparse[signatures], which reads LightningCLI configurations, got an environment "
