@@ -12,6 +12,7 @@ replaces its records; the others stay.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.results import target, write
+from benchmarks.fidelity.markdown import targets_table
+from benchmarks.results import commit, measured_at, target, write
 from benchmarks.trainer import quiet_trainer
 from lightning_surge import SurgeLRCallback
 
@@ -161,7 +163,10 @@ def summarised(streams: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
         cell = CELLS[name]
         errors = sorted(cell.error_of(record["noise_scale"] or math.nan) for record in records)
         unit = "share of the truth" if cell.error == "share" else "|log2|"
-        what = f"B_simple after {cell.examples:,} examples, {name}: median error, {unit}"
+        supply = name.rpartition(", ")[0]
+        what = (
+            f"noise scale {cell.noise_scale:,.0f}, {supply}, {cell.examples:,} examples: median error, {unit}"
+        )
         quartiles = [round(errors[len(errors) * k // 4], 4) for k in (1, 3)]
         rows.append(
             target(
@@ -183,13 +188,17 @@ def main() -> None:
     streams: dict[str, list[dict[str, Any]]] = (
         json.loads(file.read_text())["streams"] if file.exists() else {}
     )
+    now = {"commit": commit()}
     for name in options.only:
-        streams[name] = measured(name, range(options.streams))
+        streams[name] = [record | now for record in measured(name, range(options.streams))]
         (row,) = summarised({name: streams[name]})
         print(f"{row['value']:.3f} (at most {row['bound']}), {row['name']}", flush=True)
     if options.streams >= STREAMS:
         ordered = {name: streams[name] for name in CELLS if name in streams}
-        write(RESULTS, summarised(ordered), streams=ordered)
+        summary = summarised(ordered)
+        write(RESULTS, summary, streams=ordered)
+        page = f"{targets_table(summary)}\n\n{measured_at(itertools.chain(*ordered.values()))}\n"
+        (RESULTS / "table.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -331,7 +331,12 @@ class TestSchedulesCutShort:
 
 
 @pytest.mark.parametrize(
-    ("callbacks", "calls", "files"), [([], 120, 14), ([BatchSizeScheduler(ConstantSize(16))], 260, 19)]
+    ("callbacks", "calls", "files"),
+    [
+        ([], 115, 14),
+        ([BatchSizeScheduler(ConstantSize(16))], 150, 19),
+        ([BatchSizeScheduler(GeometricRamp(16, 64, 2000))], 155, 19),
+    ],
 )
 def test_a_step_enters_as_little_of_the_package_as_promised(callbacks: Any, calls: int, files: int) -> None:
     entered = trace(*callbacks)
