@@ -174,7 +174,8 @@ def measure_memory() -> list[dict[str, Any]]:
                 callback = SurgeLRCallback(base_batch_size=2, probe_every=every, probe_examples=BATCH)
                 buffers = (peak_bytes(size, callback, accumulation) - plain) / (4 * parameters)
                 found = {"phase": phase, "accumulation": accumulation, "parameters": parameters}
-                records.append(found | {"buffers": buffers})
+                measured = callback.history.num_measurements
+                records.append(found | {"buffers": buffers, "measurements": measured})
                 print(records[-1], flush=True)
     return records
 

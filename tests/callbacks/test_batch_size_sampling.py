@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
+    StochasticWeightAveraging,
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -293,6 +294,20 @@ class TestTrainerOptions:
 
 
 class TestLoaders:
+    def test_reloaded_every_epoch_with_another_length(self) -> None:
+        class Grows(Validated):
+            def train_dataloader(self) -> DataLoader[Any]:
+                data: Any = torch.eye(SIZE)[: 20 + 15 * self.trainer.current_epoch]
+                return DataLoader(data, batch_sampler=ScheduledBatchSampler(RandomSampler(data), LARGEST))
+
+        model = Grows()
+        scheduler = BatchSizeScheduler(Milestones({0: 3, 7: 12, 12: 16}))
+        make_trainer(scheduler, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(model)
+        assert [model.seen(epoch) for epoch in range(3)] == [list(range(size)) for size in (20, 35, 50)]
+        assert model.sizes == [*[3] * 6, 2, 12, 12, 11, 12, 12, 16, 10]
+        assert scheduler.examples == 105
+        assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2]
+
     def test_a_sampler_that_gives_fewer_or_more_than_its_length(self) -> None:
         class Vague(Sampler[int]):
             def __init__(self, indices: int) -> None:
@@ -357,6 +372,27 @@ class TestFinders:
         steps = model.trainer.global_step
         assert model.sizes[-steps:] == list(islice(replay, steps))
         assert scheduler.examples == 2 * SIZE
+
+    def test_weight_averaging(self) -> None:
+        class Normalized(Noting):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm = torch.nn.BatchNorm1d(SIZE)
+
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                self.norm(batch)
+                return super().training_step(batch, batch_idx)
+
+        model = Normalized()
+        averaging = StochasticWeightAveraging(0.1, swa_epoch_start=2)
+        trainer = make_trainer(averaging, BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3)
+        with pytest.warns(UserWarning, match="expected accumulate_grad_batches=2, got 1.: another callback"):
+            trainer.fit(model, sampled())
+        # The fourth pass recomputes the statistics of BatchNorm.
+        assert sum(size for epoch, size in model.micro_batches if epoch == 3) == SIZE
+        assert model.epochs[-1] == 3
+        del model.gradients[-1], model.epochs[-1]
+        assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
 
 
 class TestMaxMicroBatchSize:
