@@ -30,10 +30,10 @@ from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.policy.policy import Decision
 from tests.trainings import (
     CrashAt,
+    Outside,
     Regression,
     adamw,
     make_trainer,
-    outside,
     regression_data,
     scaling,
     with_lr,
@@ -474,7 +474,7 @@ class Failing(Regression):
     def __init__(self, failure: Any, first: int = 1, last: float = math.inf) -> None:
         super().__init__()
         self.failure, self.first, self.last = failure, first, last
-        self.outside = outside(training=False, replayed_at=[])
+        self.outside = Outside()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.outside.training = True
@@ -484,8 +484,8 @@ class Failing(Regression):
         if self.outside.training:
             self.outside.training = False
             return loss
-        self.outside.replayed_at.append(self.trainer.global_step)
-        if not self.first <= len(self.outside.replayed_at) <= self.last:
+        self.outside.notes.append(self.trainer.global_step)
+        if not self.first <= len(self.outside.notes) <= self.last:
             return loss
         if isinstance(self.failure, BaseException):
             raise self.failure
@@ -525,7 +525,7 @@ class TestFailures:
             assert all(decision.reason.startswith("held: ") for _, decision in decisions[2:])
             return
         # Twice as far apart each time.
-        attempts = sorted(set(module.outside.replayed_at))
+        attempts = sorted(set(module.outside.notes))
         gaps = [after - before for before, after in itertools.pairwise(attempts)]
         assert len(gaps) >= 4
         assert all(after >= 2 * before for before, after in itertools.pairwise(gaps))
