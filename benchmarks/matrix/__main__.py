@@ -12,6 +12,7 @@ of which an interpreter is at hand (on the PATH, or pyenv's). Each has an enviro
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ TESTS = (
     "tests/callbacks/test_other_callbacks.py",
     "tests/project/test_imports.py",
 )
+TOOLS = ("test", "docs", "dev")
 SHOWN = ("lightning", "torch", "numpy", "scipy")
 # Other versions deprecate other things; that is not what this is about.
 PYTEST = ("-q", "--no-header", "-p", "no:cacheprovider", "--durations=0", "-o", "filterwarnings=default")
@@ -57,9 +59,11 @@ def pinned() -> dict[str, str]:
 
 
 def oldest() -> dict[str, str]:
-    """The lower bounds that users get, with the tools that the tests are written for."""
+    """The lower bounds that users get, of the extras too, with the tools that the tests are written for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    bounds = (re.match(r"([\w-]+)>=([\d.]+)", line) for line in project["dependencies"])
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in TOOLS}
+    wanted = [*project["dependencies"], *itertools.chain(*extras.values())]
+    bounds = (re.match(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", line) for line in wanted)
     lower = {bound[1]: bound[2] for bound in bounds if bound is not None}
     return pinned() | lower | {"pytorch-lightning": lower["lightning"]}
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    LambdaCallback,
     LearningRateFinder,
     StochasticWeightAveraging,
     TQDMProgressBar,
@@ -241,17 +242,18 @@ class TestTrainerOptions:
     @every_schedule
     @pytest.mark.parametrize("limit", [5, 0.5])
     def test_limit_train_batches(self, schedule: Schedule, limit: int | float) -> None:
-        model = Validated()
-        scheduler = BatchSizeScheduler(schedule)
-        trainer = make_trainer(scheduler, max_epochs=4, limit_train_batches=limit)
+        whole: list[int] = []
+        look = LambdaCallback(
+            on_train_epoch_start=lambda trainer, _: whole.append(len(trainer.train_dataloader))
+        )
+        model, scheduler = Validated(), BatchSizeScheduler(schedule)
+        trainer = make_trainer(scheduler, look, max_epochs=4, limit_train_batches=limit)
         trainer.fit(model, sampled())
         assert trainer.global_step == len(model.sizes)
         assert scheduler.examples == sum(model.sizes) == sum(size for _, size in model.micro_batches)
         assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2, 3]
-        if limit == 5:
-            assert model.epoch_lengths == [5] * 4
-        else:
-            assert all(length <= 13 for length in model.epoch_lengths)
+        assert model.epoch_lengths == [5 if limit == 5 else length // 2 for length in whole]
+        assert trainer.num_training_batches == model.epoch_lengths[-1]
 
     @every_schedule
     @pytest.mark.parametrize("interval", [2, 7, 0.25])
@@ -267,6 +269,18 @@ class TestTrainerOptions:
             for length in model.epoch_lengths
         ]
         assert [sum(e == epoch for e, _ in model.validated) for epoch in range(4)] == validations
+
+    def test_validation_by_batches_of_the_whole_training_or_in_every_second_epoch(self) -> None:
+        for options in (
+            {"val_check_interval": 5, "check_val_every_n_epoch": None},
+            {"check_val_every_n_epoch": 2},
+        ):
+            model = Validated()
+            scheduler = BatchSizeScheduler(SCHEDULES["up and down"])
+            make_trainer(scheduler, max_epochs=4, num_sanity_val_steps=0, **options).fit(model, sampled())
+            by_batches = len(model.micro_batches) // 5
+            epochs = [epoch for epoch, _ in model.validated]
+            assert len(epochs) == by_batches if "val_check_interval" in options else epochs == [1, 3]
 
     def test_the_progress_bar_knows_the_length_of_the_epoch(self) -> None:
         totals = []

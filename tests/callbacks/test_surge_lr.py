@@ -29,6 +29,7 @@ from tests.drawn import halves, history_of, measured_law
 from tests.trainings import (
     MakeOptimizer,
     Memory,
+    Outside,
     Regression,
     Slope,
     adamw,
@@ -46,25 +47,15 @@ from tests.trainings import (
 SUFFIXED = ["lr_scheduled", "lr_predicted", "lr_used"]
 
 
-class Oracle:
-    """Lives outside of what a probe puts back, so it can note what a probe does."""
-
-    __slots__ = ("calls", "sizes")
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.sizes: list[int] = []
-
-
 class Noting(Regression):
     """Notes the size of every batch that passes, in training and in probes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.oracle = Oracle()
+        self.outside = Outside()
 
     def loss(self, batch: Any) -> Tensor:
-        self.oracle.sizes.append(len(batch[0]))
+        self.outside.notes.append(len(batch[0]))
         return super().loss(batch)
 
 
@@ -79,11 +70,11 @@ class Everything(Regression):
         self.register_buffer("average", torch.zeros(()))
         self.losses: list[float] = []
         self.seen = {"batches": [0]}
-        self.oracle = Oracle()
+        self.outside = Outside()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch
-        self.oracle.calls += 1
+        self.outside.notes.append(batch_idx)
         self.calls += 1
         self.seen["batches"].append(batch_idx)
         noise = random.random() + np.random.rand()  # noqa: NPY002
@@ -168,7 +159,7 @@ class TestDryRun:
         with pytest.warns(UserWarning, match="couples examples") if couples else nullcontext():
             module, after, memory = run(callback)
         assert callback.history.num_measurements >= 4
-        assert module.oracle.calls > 44  # so something has been replayed
+        assert len(module.outside.notes) > 44  # so something has been replayed
         assert memory.of("surge/noise_scale")
         assert_same(after, expected)
 
@@ -317,8 +308,8 @@ class TestMeasuring:
         ) as warned:
             make_trainer(callback, max_epochs=3).fit(module, regression_data(256, 16))
         assert len([w for w in warned if "couples" in str(w.message)]) == 1
-        assert min(module.oracle.sizes[:40]) < 16
-        assert set(module.oracle.sizes[-40:]) == {16}
+        assert min(module.outside.notes[:40]) < 16
+        assert set(module.outside.notes[-40:]) == {16}
         assert callback.history.num_measurements >= 5
         assert isinstance(callback.law, EstimatedLaw)
 
@@ -338,12 +329,12 @@ class TestMeasuring:
             assert record.num_chunks == 4
 
     def test_uses_loss_fn_instead_of_training_step(self) -> None:
-        oracle = Oracle()
+        outside = Outside()
         replayed: list[int] = []
 
         class Counting(Regression):
             def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-                oracle.calls += 1
+                outside.notes.append(batch_idx)
                 return self.loss(batch)
 
         def loss_fn(module: Any, batch: Any) -> Tensor:
@@ -354,7 +345,7 @@ class TestMeasuring:
             4, objective="alignment", probe_every=1, probe_examples=16, loss_fn=loss_fn
         )
         make_trainer(callback).fit(Counting(), regression_data(80, 16))
-        assert oracle.calls == 5
+        assert outside.notes == [0, 1, 2, 3, 4]
         # Once 1 + 4 passes to compare; then 4 slices in each of 4 probes.
         assert replayed == [16, *[4] * 4, *[4] * 4 * 4]
         assert callback.history.num_measurements == 4
@@ -404,7 +395,7 @@ class TestMeasuring:
     def test_without_cutting_pools_whole_batches(self) -> None:
         callback, module = SurgeLRCallback(4, probe_every=1, split_batch=False), Noting()
         make_trainer(callback).fit(module, regression_data(256, 16))
-        assert set(module.oracle.sizes) == {16}
+        assert set(module.outside.notes) == {16}
         assert callback.history.num_measurements >= 2
 
     @pytest.mark.parametrize("clip", [None, 1e-3])
@@ -415,7 +406,7 @@ class TestMeasuring:
         make_trainer(callback, **options).fit(module, regression_data(96 + 6, 4))
         # 26 batches are 7 windows, of which the last one has 2, the second of 2 examples.
         assert callback.history.num_measurements == 7
-        assert module.oracle.calls == 26
+        assert len(module.outside.notes) == 26
         assert callback.overhead == pytest.approx(ARITHMETIC)
         latest = callback.history.latest
         assert latest is not None
@@ -443,7 +434,7 @@ class TestMeasuring:
         assert latest.passes == 256.0
         assert latest.pairs == 512**2 - 8 * 32**2 - 256**2
         # A part of the first one is compared with its slices, once.
-        assert sorted(set(module.oracle.sizes)) == [4, 16, 32, 512]
+        assert sorted(set(module.outside.notes)) == [4, 16, 32, 512]
         assert callback.overhead <= 0.2
 
     def test_comes_before_the_first_change_of_the_batch_size_and_right_after_it(
@@ -503,7 +494,7 @@ class TestMeasuring:
         module = Everything(adamw, batch_norm=True)
         callback = SurgeLRCallback(4, "linear", probe_every=1)
         make_trainer(callback).fit(module, regression_data(128, 16))
-        assert module.oracle.calls == 8
+        assert len(module.outside.notes) == 8
         assert callback.overhead == 0.0
         assert isinstance(callback.law, LinearLaw)
         assert callback.lr_scale(20) == 5.0
