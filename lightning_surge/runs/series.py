@@ -85,7 +85,8 @@ def joined(files: Sequence[dict[str, Series]]) -> dict[str, Series]:
             if key.startswith(PREFIX):
                 run[key] = Series(steps[steps < begin], values[steps < begin])
         for key, one in part.items():
-            run[key] = _increasing(*map(np.concatenate, zip(run.get(key, NOTHING), one, strict=True)))
+            steps, values = run.get(key, NOTHING)
+            run[key] = _increasing(np.append(steps, one.steps), np.append(values, one.values))
     return {key: one for key, one in run.items() if one.steps.size}
 
 
