@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -260,15 +260,8 @@ class BatchSizeScheduler(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let learning-rate schedules that count examples know that somebody counts."""
-        for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ExamplesClock):
-                if config.interval != "step":
-                    raise MisconfigurationException(
-                        "Expected interval='step' for a learning-rate schedule that counts examples, got"
-                        f" interval={config.interval!r}: return"
-                        " {'scheduler': by_examples(...), 'interval': 'step'} from configure_optimizers."
-                    )
-                config.scheduler.advance(0.0)
+        for clock in clocks_of(trainer):
+            clock.advance(0.0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the mechanism, and put the (possibly restored) accumulation in force."""
@@ -406,9 +399,8 @@ class BatchSizeScheduler(Callback):
             return
         self._window_ends = True
         self._examples += consumed
-        for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ExamplesClock):
-                config.scheduler.advance(consumed)
+        for clock in clocks_of(trainer):
+            clock.advance(consumed)
         # Lightning would throw away what is logged at other steps, after half a millisecond each.
         if trainer.barebones or not trainer._logger_connector.should_update_logs:
             return
@@ -510,6 +502,19 @@ class BatchSizeScheduler(Callback):
                 " another callback or the LightningModule changed it. The schedule rests until it is set"
                 " back."
             )
+
+
+def clocks_of(trainer: pl.Trainer) -> Iterator[ExamplesClock]:
+    """The learning-rate schedules that count examples; refused if Lightning steps one once an epoch."""
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ExamplesClock):
+            if config.interval != "step":
+                raise MisconfigurationException(
+                    "Expected interval='step' for a learning-rate schedule that counts examples, got"
+                    f" interval={config.interval!r}: return"
+                    " {'scheduler': by_examples(...), 'interval': 'step'} from configure_optimizers."
+                )
+            yield config.scheduler
 
 
 class BatchSizeWarmup(BatchSizeScheduler):
