@@ -163,10 +163,7 @@ def summarised(streams: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
         cell = CELLS[name]
         errors = sorted(cell.error_of(record["noise_scale"] or math.nan) for record in records)
         unit = "share of the truth" if cell.error == "share" else "|log2|"
-        supply = name.rpartition(", ")[0]
-        what = (
-            f"noise scale {cell.noise_scale:,.0f}, {supply}, {cell.examples:,} examples: median error, {unit}"
-        )
+        what = f"B_simple after {cell.examples:,} examples, {name}: median error, {unit}"
         quartiles = [round(errors[len(errors) * k // 4], 4) for k in (1, 3)]
         rows.append(
             target(

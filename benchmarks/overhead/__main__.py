@@ -174,7 +174,8 @@ def measure_memory() -> list[dict[str, Any]]:
                 callback = SurgeLRCallback(base_batch_size=2, probe_every=every, probe_examples=BATCH)
                 buffers = (peak_bytes(size, callback, accumulation) - plain) / (4 * parameters)
                 found = {"phase": phase, "accumulation": accumulation, "parameters": parameters}
-                records.append(found | {"buffers": buffers})
+                measured = callback.history.num_measurements
+                records.append(found | {"buffers": buffers, "measurements": measured})
                 print(records[-1], flush=True)
     return records
 
@@ -183,8 +184,8 @@ def summarised(memory: list[dict[str, Any]], times: list[dict[str, Any]]) -> lis
     """One row per target."""
     summary = []
     for record in memory:
-        name = f"memory {record['phase']}, {record['parameters'] / 1e6:.0f} million parameters, accumulation "
-        name += f"{record['accumulation']}, in parameter-sized buffers"
+        what = f"{record['parameters'] / 1e6:.0f} million parameters"
+        name = f"buffers of {what}, {record['phase']}, accumulation {record['accumulation']}"
         summary.append(target(name, record["buffers"], PHASES[record["phase"]][1], COMMAND, form=".2f"))
     for size in SIZES:
         for case, (_, budget) in CASES.items():

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -33,7 +33,7 @@ from lightning_surge.schedules.sizes import (
     Progress,
     Schedule,
 )
-from tests.trainings import make_trainer
+from tests.trainings import assert_same, make_trainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -132,10 +132,13 @@ def weights(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
+def assert_goes_on(saved: list[Path], path: Path, checkpoint: Path) -> None:
+    """The run in a folder, resumed from a checkpoint, has the steps and weights of the whole one."""
+    again = steps(path)
+    # One of an epoch's last step may be saved a second time, when the epoch is ended.
+    later = [file.name for file in again if file.name != checkpoint.name]
+    assert later == [file.name for file in saved[saved.index(checkpoint) + 1 :]]
+    assert_same(weights(again[-1]), weights(saved[-1]))
 
 
 @pytest.mark.parametrize(
@@ -153,17 +156,31 @@ def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
 ) -> None:
     whole = run(tmp_path / "whole", lambda: loader(workers), RAMPS[rule])
     saved = steps(tmp_path / "whole")
-    last = weights(saved[-1])
     assert len(saved) > 9
     assert set(chain.from_iterable(whole.taken)) == set(range(EXAMPLES))
-    for index, checkpoint in enumerate(saved[:-1:every]):
-        path = tmp_path / f"from {index}"
+    for checkpoint in saved[:-1:every]:
+        path = tmp_path / f"from {checkpoint.stem}"
         run(path, lambda: loader(workers), RAMPS[rule], resume=checkpoint)
-        again = steps(path)
-        # One of an epoch's last step may be saved a second time, when the epoch is ended.
-        later = [file.name for file in again if file.name != checkpoint.name]
-        assert later == [file.name for file in saved[index * every + 1 :]]
-        assert_same(weights(again[-1]), last)
+        assert_goes_on(saved, path, checkpoint)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
+@pytest.mark.parametrize("loader", [accumulated, sampled])
+def test_two_processes(tmp_path: Path, loader: Callable[[], Any]) -> None:
+    ramp = LinearRamp(4, 16, duration=1.5 * EXAMPLES, unit="examples")
+    two = {"strategy": "ddp_fork", "devices": 2}
+    # Else both would draw the same random numbers, and one could take the other's.
+    apart = LambdaCallback(
+        on_train_start=lambda trainer, _: (
+            trainer.global_step or pl.seed_everything(trainer.global_rank, verbose=False)
+        )
+    )
+    run(tmp_path / "whole", loader, ramp, apart, **two)
+    saved = steps(tmp_path / "whole")
+    for checkpoint in (saved[2], saved[len(saved) // 2], saved[-3]):
+        path = tmp_path / f"from {checkpoint.stem}"
+        run(path, loader, ramp, apart, resume=checkpoint, **two)
+        assert_goes_on(saved, path, checkpoint)
 
 
 def plain() -> Any:

@@ -243,7 +243,3 @@ class TestRefusals:
         module = Decayed(lambda m: Adam(m.parameters(), lr=0.01), gamma=1.0)
         make_trainer(keeping()).fit(module, data(8))
         assert module.used == [[(0.01 * (4 / 3), 0.0)]] * 2
-
-    def test_of_anything_but_true_and_false(self) -> None:
-        with pytest.raises(ValueError, match="scale_weight_decay=True or False, got scale_weight_decay='no'"):
-            SurgeLRCallback(3, scale_weight_decay="no")  # type: ignore[arg-type]
