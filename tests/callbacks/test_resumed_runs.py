@@ -24,6 +24,7 @@ from lightning_surge import (
 )
 from lightning_surge.callbacks.resuming.random_streams import ResumableDataset, to_portable
 from lightning_surge.measure.replay import RandomState
+from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import (
     BatchSizeRule,
     ConstantSize,
@@ -98,6 +99,7 @@ def sampled(workers: int = 0) -> StatefulDataLoader:
 RAMPS: dict[str, BatchSizeRule] = {
     "doublings": GeometricRamp(2, 16, duration=1.5 * EXAMPLES, unit="examples"),
     "any size": LinearRamp(2, 16, duration=1.5 * EXAMPLES, unit="examples"),
+    "decay": Seesaw(start=2, maximum=16),
     "law": FollowPeak(start=2, maximum=16, confidence=0.0, growth_only=False),
 }
 
@@ -147,8 +149,10 @@ def assert_goes_on(saved: list[Path], path: Path, checkpoint: Path) -> None:
         (accumulated, "doublings", 0, 1),
         (sampled, "any size", 0, 1),
         (accumulated, "law", 0, 3),
+        (accumulated, "decay", 0, 5),
         (accumulated, "doublings", 2, 9),
         (sampled, "any size", 2, 9),
+        (sampled, "decay", 2, 9),
     ],
 )
 def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(

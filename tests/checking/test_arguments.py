@@ -57,6 +57,7 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     BatchSizeScheduler: {"schedule": SIZE, "micro_batch_size": 4, "max_micro_batch_size": 8},
     lightning_surge.BatchSizeWarmup: {"start": 8, "end": 16, "num_steps": 4, "micro_batch_size": 4},
     FollowPeak: {"start": 8, "maximum": 64, "minimum": 4},
+    schedules.Seesaw: {"start": 8, "maximum": 64, "multiple_of": 4},
     schedules.ScheduledBatchSampler: {"sampler": range(9), "batch_size": 4},
     schedules.by_examples: {"scheduler": clock(), "examples_per_step": 16},
     schedules.by_examples(clock(), 16).advance: {"examples": 4},
@@ -126,7 +127,7 @@ def kinds(call: Callable[..., Any]) -> Iterator[tuple[str, str, bool]]:
         for option in options - {NoneType}:
             if option in (int, float, bool):
                 kind = {int: "whole", float: "number", bool: "switch"}[option]
-            elif get_origin(option) is Literal and option != Literal[False]:
+            elif get_origin(option) is Literal and option != Literal[False] and bool not in options:
                 kind = "choice"
             elif getattr(get_origin(option), "__name__", "") == "Callable":
                 kind = "function"
