@@ -68,8 +68,8 @@ def caveat_text(caveat: Caveat, advice: Advice) -> str:
         "at an earlier step (--step)",
         Caveat.LIMITED_MOVE: "the critical size is further away than one should go at once: ask again there",
         Caveat.GRADIENT_STEPS: "the law of plain gradient steps (SGD) has no peak and knows no momentum",
-        Caveat.APPROACH: f"write a learning rate of {chosen.lr_at_once:.3g} at once, and approach "
-        f"{chosen.lr.value:.3g} by a few percent a step, as the callback does: curvature has to adapt",
+        Caveat.APPROACH: f"approach {chosen.lr.value:.3g} from {state.lr_used:.3g} by a few percent a step, "
+        "as the callback does: curvature has to adapt",
         Caveat.INDEPENDENT_NOISE: "Theorem 3 takes noise as independent across coordinates; it seldom is",
     }[caveat]
 

@@ -111,8 +111,8 @@ NO_NUMBERS = {
 ELSEWHERE = {
     "Advice", "Caveat", "Columns", "Estimate", "FittedLaw", "GridFit", "HeldOut", "Interval", "LawFit",
     "Optimum", "Option", "Peak", "Progress", "RunState", "RunTable", "Series", "TradeoffFit",
-    "Unfitted", "Valley", "alignment_ratio", "at_once_ratio", "edge_ratio", "progress_ratio", "step_ratio",
-    "read_table",
+    "Unfitted", "Valley", "alignment_ratio", "edge_ratio", "progress_ratio", "step_ratio",
+    "describe", "document", "read_table",
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_numbers_that_are_not_finite_are_null_in_json(tmp_path, capsys):
     assert main(["advise", str(tmp_path), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert answer["peak_batch_size"] == {"value": None, "low": 0.0, "high": None}
-    assert list(answer["caveats"]) == ["uncertain"]
+    assert list(answer["caveats"]) == ["uncertain", "approach"]
     assert main(["advise", str(tmp_path)]) == 0
     assert "none: the learning rate never falls with the batch size" in capsys.readouterr().out
 
