@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.cells import Cell, Store, chosen, run_cells
 from benchmarks.fidelity import report
+from benchmarks.fidelity.ceilings import ladder, state
 from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
 from benchmarks.fidelity.live import live, live_at_best_base
 from benchmarks.fidelity.one_step import laws, truths
@@ -59,6 +60,9 @@ def grid() -> list[Cell]:
         later = unusual(key) + (key["workload"] == "transformer")
         cells.append(Cell("free", key, free, later))
         cells += [Cell("live", key | AS_SHIPPED | {"seed": seed}, shipped, later) for seed in SEEDS]
+        cells.append(Cell("ladder", key, ladder, later))
+    for key in product(beta_2=BETAS, phase=PHASES, workload=WORKLOADS):
+        cells.append(Cell("state", key, state, unusual(key) + (key["workload"] == "transformer")))
     return cells
 
 
@@ -76,6 +80,7 @@ def quick() -> list[Cell]:
         Cell("laws", point | {"seed": 0}, laws),
         Cell("sweep", short | {"batch_size": LARGER[-1]}, sweep),
         Cell("free", short, free),
+        Cell("ladder", short, ladder),
         Cell("live", short | AS_SHIPPED | {"seed": 0}, partial(live, batch_sizes=LARGER)),
     ]
 
