@@ -97,7 +97,7 @@ def edge_lrs(
 ) -> dict[str, float]:
     """By batch size, from the squared mean and the variance, at the base size, of every coordinate.
 
-    The sharpness is the largest eigenvalue of `P^-1/2 H P^-1/2`, with `P` the root of Adam's averaged squares.
+    The sharpness is the largest eigenvalue of `P^-1/2 H P^-1/2`, `P` the root of Adam's averaged squares.
     """
     found, start = {}, np.random.default_rng(0).standard_normal(len(signal))
     for size in (BASE_BATCH_SIZE, *LARGER):
