@@ -70,7 +70,9 @@ def state(workload: str, beta_2: float, phase: str) -> dict[str, Any]:
         variance = (squares / BATCHES - mean_sq).mul_(BATCHES / (BATCHES - 1))
         signal = (mean_sq - variance / BATCHES).clamp_(min=0.0)
         scales.append(float(BASE_BATCH_SIZE * variance.sum() / (mean_sq.sum() - variance.sum() / BATCHES)))
-        edges.append(edge_lrs(curvature(study), signal, variance))
+        shapes = [parameter.numel() for parameter in study.network.parameters()]
+        damped = (damp(moment, shapes, 1.0 - beta_2) for moment in (signal, variance))
+        edges.append(edge_lrs(curvature(study), *damped))
     return {"seeds": list(SEEDS), "noise_scale": scales, "edge_lr": edges}
 
 
@@ -86,6 +88,14 @@ def _sums(study: Study, generator: torch.Generator) -> tuple[torch.Tensor, torch
         flat = torch.cat([entry.flatten() for entry in gradient_of(study, batch)]).double()
         total, squares = total + flat, squares + flat.square()
     return total, squares
+
+
+def damp(moment: torch.Tensor, shapes: Sequence[int], weight: float) -> torch.Tensor:
+    """With the weight that Adam gives one more gradient, times the mean over each parameter.
+
+    Coordinates without a gradient, of rare bytes and of units that are nearly dead, would set the edge.
+    """
+    return torch.cat([part + weight * part.mean() for part in moment.split(list(shapes))])
 
 
 def curvature(study: Study) -> Callable[[torch.Tensor], torch.Tensor]:
