@@ -55,15 +55,15 @@ def grid() -> list[Cell]:
         cells.append(Cell("live", key, live, 3 + unusual(key)))
         if key["objective"] == DEFAULT["objective"]:
             cells.append(Cell("best_base", key, partial(live_at_best_base, store), 4 + unusual(key)))
-    shipped = partial(live, batch_sizes=LARGER)
     for key in product(beta_2=BETAS, examples=DECAYS, phase=PHASES, workload=WORKLOADS):
         later = unusual(key) + (key["workload"] == "transformer")
-        cells.append(Cell("free", key, free, later))
+        sizes = LARGER
+        if key["workload"] not in SWEPT:  # a minute for a run of the longer decay
+            sizes = LARGER[:2] if key["examples"] == DECAYS[0] else LARGER[1:2]
+        shipped = partial(live, batch_sizes=sizes)
+        cells.append(Cell("free", key, free, later + 4 * (key["examples"] != DECAYS[0])))
+        cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), later))
         cells += [Cell("live", key | AS_SHIPPED | {"seed": seed}, shipped, later) for seed in SEEDS]
-        # Minutes for a step of the larger transformer's ladder: its largest change is left out.
-        few = LARGER[:2] if key["examples"] == DECAYS[0] else LARGER[1:2]
-        at = partial(ladder, sizes=few) if key["workload"] not in SWEPT else ladder
-        cells.append(Cell("ladder", key, at, later))
     for key in product(beta_2=BETAS, phase=PHASES, workload=WORKLOADS):
         cells.append(Cell("state", key, state, unusual(key) + (key["workload"] == "transformer")))
     return cells

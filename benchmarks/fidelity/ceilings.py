@@ -210,6 +210,8 @@ def chosen(found: pd.DataFrame) -> list[list[object]]:
         .unstack() / scale,
     }  # fmt: skip
     lines: list[list[object]] = []
+    if scale.size < 2:
+        return lines
     for how, table_of in costs.items():
         for workload in table_of:
             rule = table_of.drop(columns=workload).mean(axis=1).idxmin()

@@ -63,15 +63,36 @@ def free(workload: str, beta_2: float, phase: str, examples: int) -> dict[str, A
     return {"seeds": list(SEEDS), "losses": losses}
 
 
+def of_rules(records: Mapping[str, Sequence[Record]]) -> list[Record]:
+    """Cells of rules; where there are none, the ladder has the approached ones among its ratios."""
+
+    def key(cell: Record) -> tuple[Any, ...]:
+        return tuple(cell[name] for name in (*CHANGE[:3], "examples"))
+
+    found = {key(cell): cell for cell in records["free"]}
+    for cell in records["ladder"]:
+        by_size = {
+            size: {
+                rule: by_ratio[str((int(size) / BASE_BATCH_SIZE) ** power)]
+                for rule, (power, rate) in RULES.items()
+                if rate == DRIFT or power == 0.0
+            }
+            for size, by_ratio in cell["losses"].items()
+        }
+        found.setdefault(key(cell), cell | {"losses": by_size})
+    return list(found.values())
+
+
 def gaps(records: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
     """Final losses minus those of sqrt scaling approached: rows by `EXPERIMENT`, columns by rule.
 
     In nats, or in percent of the reference's mean loss over seeds where the loss is no cross-entropy.
-    Infinite for runs that diverged. Only experiments that every rule has.
+    Infinite for runs that diverged. Only experiments that every approached rule has; nobody runs at once what
+    is known to be ruinous over a longer decay, which is NaN.
     """
     runs = [
         {name: cell[name] for name in (*CHANGE[:3], "examples")} | {"batch_size": int(size)} | run
-        for cell in records["free"]
+        for cell in of_rules(records)
         for size, by_rule in cell["losses"].items()
         for rule, losses in by_rule.items()
         for run in ({"rule": rule, "seed": s, "loss": loss} for s, loss in enumerate(losses))
@@ -85,7 +106,8 @@ def gaps(records: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
     ]
     names = [name for name in (*RULES, CALLBACK) if name in {run["rule"] for run in runs}]
     found = pd.DataFrame(runs).assign(loss=lambda rows: rows["loss"].fillna(math.inf))
-    losses = found.pivot(index=list(EXPERIMENT), columns="rule", values="loss").dropna()[names]
+    losses = found.pivot(index=list(EXPERIMENT), columns="rule", values="loss")[names]
+    losses = losses.dropna(subset=[name for name in names if "at once" not in name])
     level = losses[REFERENCE].groupby(list(EXPERIMENT[:-1])).transform("mean")
     workloads = losses.index.get_level_values("workload")
     nats = np.array([WORKLOADS[name].cross_entropy for name in workloads], dtype=bool)
@@ -104,7 +126,10 @@ def by_rule(part: pd.DataFrame) -> str:
     for (examples, size), here in part.groupby(["examples", "batch_size"]):
         name = f"{size // BASE_BATCH_SIZE} x batch, {examples // CONTINUED_EXAMPLES} x decay"
         worst = here.groupby("seed").mean().max()
-        columns[name] = [f"{number(here[rule].mean(), 3)} ({number(worst[rule], 3)})" for rule in part]
+        columns[name] = [
+            f"{number(here[rule].mean(), 4)} ({number(worst[rule], 4)})" if here[rule].notna().all() else "-"
+            for rule in part
+        ]
     return table(["rule", *columns], zip(part, *columns.values(), strict=True))
 
 
@@ -134,7 +159,7 @@ def free_table(records: Mapping[str, Sequence[Record]]) -> str:
 
 def free_targets(records: Mapping[str, Sequence[Record]], command: str) -> list[dict[str, Any]]:
     """No change may cost the callback much more than the rule that is free."""
-    found = gaps(records) if records["free"] else pd.DataFrame()
+    found = gaps(records) if of_rules(records) else pd.DataFrame()
     targets: list[dict[str, Any]] = []
     if CALLBACK not in found:
         return targets

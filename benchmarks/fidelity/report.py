@@ -22,6 +22,7 @@ from benchmarks.fidelity.analysis import (
     summary,
     unique,
 )
+from benchmarks.fidelity.ceilings import ceilings
 from benchmarks.fidelity.free import AS_SHIPPED, free_table, free_targets
 from benchmarks.fidelity.markdown import share, table, targets_table
 from benchmarks.fidelity.one_step import COUNTS
@@ -41,13 +42,16 @@ KEYS = {
     "live": RUN,
     "best_base": RUN,
     "free": (*POINT, "examples"),
+    "ladder": (*POINT, "examples"),
+    "state": POINT,
 }
 """What tells the cells of a kind apart."""
 Records = Mapping[str, Sequence[Record]]
 SECTIONS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "laws": ("one_step", held.laws),
     "rules": ("rules", rules),
-    "free": ("free", free_table),
+    "free": ("ladder", free_table),
+    "ceilings": ("ladder", ceilings),
     "leave_out": ("rules", leave_out),
 }
 """By heading of the page: the records without which there is nothing to show, and what makes the section."""
