@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,11 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return name.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def measured_at(records: Iterable[Mapping[str, Any]]) -> str:
+    """The commits of records, each of which has its own: a run of some leaves the others as they were."""
+    return f"Measured at {', '.join(dict.fromkeys(str(record['commit']) for record in records))}."
 
 
 def processor_name() -> str:

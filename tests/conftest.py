@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import trainings
-
 
 @pytest.fixture(autouse=True)
 def _lightning_speaks() -> Iterator[None]:
@@ -45,9 +43,3 @@ def _interrupts_are_heard() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
-def make_trainer() -> trainings.MakeTrainer:
-    """A Trainer on one CPU thread that writes nothing unless asked to."""
-    return trainings.make_trainer

@@ -71,6 +71,13 @@ def history_of(measurements: Sequence[Measurement], half_life: float = 1e6) -> N
     return history
 
 
+def numbers(measurement: Measurement) -> list[float]:
+    """Norms, alignments and curvatures."""
+    norms = measurement.statistics
+    sized = (*norms.alignments, *measurement.curvatures)
+    return [norms.grad_sq, norms.trace_cov, *[value for _, value in sized]]
+
+
 def within(samples: Sequence[float], truth: float, allowance: float = 0.0) -> None:
     """The mean of samples lies within 4 standard errors of the truth, and an allowance for known bias."""
     error, mean = float(np.std(samples, ddof=1)) / math.sqrt(len(samples)), float(np.mean(samples))

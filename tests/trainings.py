@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-MakeTrainer = Callable[..., pl.Trainer]
+from lightning_surge.runs.run_log import read_run
+
 MakeOptimizer = Callable[[Any], Any]
 
 
@@ -214,6 +216,13 @@ class Ragged(list[Any]):
         super().__init__(torch.randn(sum(sizes), features, generator=generator).split(list(sizes)))
 
 
+class Outside:
+    """Keeps what a measurement must not put back, where it does not look: each is a class of its own."""
+
+    def __new__(cls) -> Any:
+        return type("Outside", (), {"training": False, "notes": []})
+
+
 class CrashAt(pl.Callback):
     """Ends the training before the step after so many."""
 
@@ -252,6 +261,32 @@ def columns(logger: Any) -> dict[str, list[float]]:
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
+
+
+def layouts_in(logger: Any) -> list[dict[str, dict[str, set[str]]]]:
+    """TensorBoard's layouts in a run's files, as written: the keys in the logs that each chart shows."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    logger.experiment.flush()
+    keys = read_run(logger.log_dir).series
+    layouts = [
+        layout_pb2.Layout.FromString(value.tensor.string_val[0])
+        for path in sorted(Path(logger.log_dir).glob("*tfevents*"))
+        for event in LegacyEventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.tag == "custom_scalars__config__"
+    ]
+    return [
+        {
+            category.title: {
+                chart.title: {key for key in keys for tag in chart.multiline.tag if re.search(tag, key)}
+                for chart in category.chart
+            }
+            for category in layout.category
+        }
+        for layout in layouts
+    ]
 
 
 def assert_same(one: Any, other: Any, at: str = "") -> None:

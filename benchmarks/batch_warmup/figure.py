@@ -23,7 +23,9 @@ from benchmarks.batch_warmup.rules import (
     FOLLOW,
     LARGE_BATCH_SIZE,
     LARGE_OVERHEAD,
+    RAMPS,
     RULES,
+    SEESAW,
     Rule,
     growth,
 )
@@ -42,7 +44,7 @@ COLOURS = dict(
         strict=True,
     )
 )
-MARKERS = {"slow": "o", "fast": "s", FOLLOW: "D"}
+MARKERS = {"slow": "o", "fast": "s", FOLLOW: "D", SEESAW: "^"}
 CONSTANTS = {BASE_BATCH_SIZE: "*", LARGE_BATCH_SIZE: "P"}
 LINEAR_BELOW = 0.02  # nats
 
@@ -94,7 +96,7 @@ def _marks(colour: str, marker: str, size: float = 5.5) -> dict[str, Any]:
 
 def _offset(rule: Rule | Tuned) -> float:
     # Rules on the same ramp take equally many steps; next to one another they can be told apart.
-    if isinstance(rule, Tuned) or rule.ramp == FOLLOW:
+    if isinstance(rule, Tuned) or rule.ramp not in RAMPS:
         return 0.0
     return 0.06 * (list(COLOURS).index(rule.rule) - (len(COLOURS) - 1) / 2)
 

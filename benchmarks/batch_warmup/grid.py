@@ -21,6 +21,7 @@ from benchmarks.batch_warmup.rules import (
     MULTIPLIERS,
     RULES,
     SEEDS,
+    SEESAW,
     Rule,
 )
 from benchmarks.batch_warmup.targets import LOSS_BOUND, contest
@@ -87,6 +88,7 @@ def quick() -> list[Cell]:
         _ramp("digits", "quick", Rule("slow", "sqrt, approached", 0.0), 1.0, 0),
         _ramp("digits", "quick", Rule("fast", DEFAULT, 0.5), 1.0, 0),
         _ramp("digits", "quick", Rule(FOLLOW, DEFAULT, 0.5), 1.0, 0),
+        _ramp("digits", "quick", Rule(SEESAW, "sqrt", 0.0), 1.0, 0),
     ]
 
 

@@ -24,6 +24,7 @@ MULTIPLIERS = {
 RAMPS = {"slow": 1.0, "fast": 0.25}
 """Share of the examples of a run over which the batch size grows geometrically."""
 FOLLOW = "FollowPeak"
+SEESAW = "Seesaw"
 APPROACHED = ", approached"
 FIXED_RULES = ("constant", "sqrt", "linear", f"sqrt{APPROACHED}", f"linear{APPROACHED}")
 """They measure nothing; an approached one rises from 1 by at most `DRIFT` a step."""
@@ -37,7 +38,7 @@ LARGE_OVERHEAD = 0.05
 class Rule(NamedTuple):
     """A growing batch size with a rule for the learning rate."""
 
-    ramp: str  # key of `RAMPS`, or `FOLLOW`, which decides the size from what is measured
+    ramp: str  # key of `RAMPS`; `FOLLOW`, by what is measured; or `SEESAW`, by the learning-rate schedule
     rule: str  # fixed rule, or objective of the callback
     max_overhead: float  # of the callback; 0 with a fixed rule
 
@@ -52,7 +53,7 @@ class Rule(NamedTuple):
 
 def growth(ramp: str) -> str:
     """How the batch size grows, for tables."""
-    return ramp if ramp == FOLLOW else f"{ramp} ramp"
+    return f"{ramp} ramp" if ramp in RAMPS else ramp
 
 
 RULES = [
@@ -67,6 +68,8 @@ RULES = [
     ),
     Rule(FOLLOW, DEFAULT, LARGE_OVERHEAD),
     Rule(FOLLOW, DEFAULT, DEFAULT_OVERHEAD),
+    Rule(SEESAW, "sqrt", 0.0),
+    Rule(SEESAW, DEFAULT, DEFAULT_OVERHEAD),
 ]
 CANDIDATES = [rule for rule in RULES if rule.rule == DEFAULT and rule.max_overhead == LARGE_OVERHEAD]
 """Of which the best one is held against the best constant batch size."""

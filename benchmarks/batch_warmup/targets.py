@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 from benchmarks.batch_warmup.analysis import Line, Tuned, lines
 from benchmarks.batch_warmup.rules import (
     APPROACHED,
+    BASE_BATCH_SIZE,
     BUDGETS,
     CANDIDATES,
     DEFAULT,
     LARGE_OVERHEAD,
     RAMPS,
     SEEDS,
+    SEESAW,
     Rule,
     growth,
 )
@@ -29,6 +31,7 @@ __all__ = ["Contest", "contest", "targets"]
 COMMAND = "make bench-batch-warmup"
 LOSS_BOUND = 0.005  # nats
 STEPS_BOUND = 0.5
+SEESAW_STEPS_BOUND = 0.7
 
 
 class Contest(NamedTuple):
@@ -75,7 +78,22 @@ def targets(constants: Sequence[Record], ramps: Sequence[Record]) -> list[dict[s
             name = f"{where}: optimizer steps, {who} over {constant}"
             found.append(target(name, result.step_share, STEPS_BOUND, COMMAND))
         found += _against_fixed(here, where)
+        if budget == BUDGETS[-1]:
+            found += _seesaw(here, where)
     return found
+
+
+def _seesaw(here: Sequence[Line], where: str) -> Iterable[dict[str, Any]]:
+    """The decay traded for batch size, against the tuned constant small batch."""
+    for line in here:
+        if line.rule == Rule(SEESAW, "sqrt", 0.0) and len(line.runs) == len(SEEDS):
+            who = f"Seesaw with {line.rule.label}"
+            against = f"constant B = {BASE_BATCH_SIZE} at its tuned lr"
+            details = {"half_width": round(line.difference.half_width, 4), "seeds": line.difference.n}
+            name = f"{where}: final loss, {who} minus {against}, nats"
+            yield target(name, line.difference.value, LOSS_BOUND, COMMAND, **details)
+            name = f"{where}: optimizer steps, {who} over {against}"
+            yield target(name, line.step_share, SEESAW_STEPS_BOUND, COMMAND)
 
 
 def _against_fixed(here: Sequence[Line], where: str) -> Iterable[dict[str, Any]]:

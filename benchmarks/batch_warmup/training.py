@@ -17,6 +17,7 @@ from benchmarks.batch_warmup.rules import (
     FOLLOW,
     LARGE_BATCH_SIZE,
     RAMPS,
+    SEESAW,
 )
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.trainer import quiet_trainer
@@ -24,6 +25,7 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks import BatchSizeScheduler
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import ConstantSize, GeometricRamp
 
 __all__ = ["constant", "ramp"]
@@ -65,9 +67,12 @@ def ramp(
     else:
         batches = ScheduledBatchSampler(sampler, LARGE_BATCH_SIZE, drop_last=False)
         loader = DataLoader(what.data()[0], batch_sampler=batches)
-        duration = RAMPS[ramp] * what.examples[budget]
-        schedule = GeometricRamp(BASE_BATCH_SIZE, LARGE_BATCH_SIZE, duration, unit="examples")
-        scheduler = BatchSizeScheduler(schedule)
+        if ramp == SEESAW:
+            scheduler = BatchSizeScheduler(Seesaw(BASE_BATCH_SIZE, LARGE_BATCH_SIZE))
+        else:
+            duration = RAMPS[ramp] * what.examples[budget]
+            schedule = GeometricRamp(BASE_BATCH_SIZE, LARGE_BATCH_SIZE, duration, unit="examples")
+            scheduler = BatchSizeScheduler(schedule)
     settings: dict[str, Any] = {"objective": rule, "max_overhead": max_overhead}
     if rule in FIXED_RULES:
         settings = {"law": rule.removesuffix(APPROACHED)}

@@ -1,4 +1,4 @@
-"""Train the demo with every rule, and write the table and the picture that the README shows.
+"""Train the demo with every rule, and write the table of what came of it.
 
 python -m benchmarks.demo                        # about 35 minutes on two cores
 python -m benchmarks.demo --quick                # every rule on the demo's few-seconds plan, nothing written
@@ -7,7 +7,6 @@ python -m benchmarks.demo --quick                # every rule on the demo's few-
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ from examples import stdlib_transformer
 from examples.report import stages
 from lightning_surge import SurgeLRCallback
 from lightning_surge.laws.objectives import OBJECTIVES
-from lightning_surge.runs import plot_run, read_run
+from lightning_surge.runs import read_run
 
 RESULTS = Path(__file__).parent / "results"
 FIXED = {"constant": "constant lr", "sqrt": "sqrt", "linear": "linear"}
@@ -89,9 +88,6 @@ def main() -> None:
                 records.append(record | {"stages": [row._asdict() for row in rows]})
                 if not options.quick:
                     save(records)
-                    if seed == 0 and RULES[name] == DEFAULT:
-                        shutil.copy(picture, RESULTS / "surge.png")
-                        plot_run(run, title="The demo's run").savefig(RESULTS / "run.png")
     print("\nFinal validation loss, nats per byte\n\n" + table(records))
 
 

@@ -3,14 +3,16 @@
     python -m benchmarks.matrix                # all, and write results/summary.md
     python -m benchmarks.matrix newest-3.13    # one of them, and write its row
 
-The oldest are pyproject.toml's own lower bounds, so that what it claims is what was run. The newest are those
-of constraints.txt, on every Python of the classifiers of which an interpreter is at hand (on the PATH, or
-pyenv's). Each has an environment of its own under .matrix/, kept for the next time.
+The oldest are pyproject.toml's own lower bounds, so that what it claims is what was run; where only a new
+torch can be had, `oldest_but_torch` has all others. The newest are those of constraints.txt, on every Python
+of which an interpreter is at hand (on the PATH, or pyenv's). Each has an environment of its own under
+.matrix/, kept for the next time. A Python belongs into the classifiers when its row says that tests passed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 import subprocess
@@ -19,6 +21,8 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from benchmarks.results import commit
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -32,6 +36,7 @@ TESTS = (
     "tests/callbacks/test_other_callbacks.py",
     "tests/project/test_imports.py",
 )
+TOOLS = ("test", "docs", "dev")
 SHOWN = ("lightning", "torch", "numpy", "scipy")
 # Other versions deprecate other things; that is not what this is about.
 PYTEST = ("-q", "--no-header", "-p", "no:cacheprovider", "--durations=0", "-o", "filterwarnings=default")
@@ -44,6 +49,7 @@ class Outcome(NamedTuple):
     versions: dict[str, str]
     passed: bool
     last_line: str
+    commit: str | None
 
 
 def pinned() -> dict[str, str]:
@@ -53,9 +59,11 @@ def pinned() -> dict[str, str]:
 
 
 def oldest() -> dict[str, str]:
-    """The lower bounds that users get, with the tools that the tests are written for."""
+    """The lower bounds that users get, of the extras too, with the tools that the tests are written for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    bounds = (re.match(r"([\w-]+)>=([\d.]+)", line) for line in project["dependencies"])
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in TOOLS}
+    wanted = [*project["dependencies"], *itertools.chain(*extras.values())]
+    bounds = (re.match(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", line) for line in wanted)
     lower = {bound[1]: bound[2] for bound in bounds if bound is not None}
     return pinned() | lower | {"pytorch-lightning": lower["lightning"]}
 
@@ -65,13 +73,14 @@ def newest() -> dict[str, str]:
     return pinned() | {"pytorch-lightning": pinned()["lightning"]}
 
 
-def pythons() -> list[str]:
-    """The versions of Python in the classifiers, oldest first."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+def oldest_but_torch() -> dict[str, str]:
+    """Lower bounds without torch's, of which the registry may have no build for this machine."""
+    return oldest() | {"torch": pinned()["torch"]}
 
 
-CELLS = {f"oldest-{pythons()[0]}": oldest} | {f"newest-{version}": newest for version in pythons()}
+PYTHONS = ("3.11", "3.12", "3.13")
+LOWER = {f"{one.__name__}-{PYTHONS[0]}": one for one in (oldest, oldest_but_torch)}
+CELLS = LOWER | {f"newest-{version}": newest for version in PYTHONS}
 
 
 def interpreter(version: str) -> str | None:
@@ -104,7 +113,7 @@ def run(name: str, tests: Sequence[str]) -> Outcome:
     """Run the tests with one set of versions."""
     basis = interpreter(name.partition("-")[2])
     if basis is None:
-        return Outcome(name, {}, True, "not run: no interpreter at hand")
+        return Outcome(name, {}, True, "not run: no interpreter at hand", commit())
     python = python_with(name, CELLS[name](), basis)
     listed = "; ".join(f"print('{package}', version('{package}'))" for package in SHOWN)
     code = f"from importlib.metadata import version; {listed}"
@@ -116,16 +125,15 @@ def run(name: str, tests: Sequence[str]) -> Outcome:
     )
     print(done.stdout, flush=True)
     last = re.sub(r" in [\d.]+s.*", "", done.stdout.strip().splitlines()[-1]).strip("= ")
-    return Outcome(name, versions, done.returncode == 0, last)
+    return Outcome(name, versions, done.returncode == 0, last, commit())
 
 
 def row(one: Outcome) -> str:
     """One line of the table."""
     name, _, python = one.name.partition("-")
     versions = " | ".join(one.versions.get(package, "-") for package in SHOWN)
-    return (
-        f"| {name} | {python} | {versions} | {one.last_line if one.passed else 'failed: ' + one.last_line} |"
-    )
+    outcome = one.last_line if one.passed else f"failed: {one.last_line}"
+    return f"| {name.replace('_', ' ')} | {python} | {versions} | {one.commit} | {outcome} |"
 
 
 def page(outcomes: Sequence[Outcome], before: str) -> str:
@@ -136,11 +144,11 @@ def page(outcomes: Sequence[Outcome], before: str) -> str:
     rows |= {tuple(line.split(" | ")[:2]): line for line in map(row, outcomes)}
     lines = [
         "Versions that were run (`make test-matrix`): the oldest that `pyproject.toml` claims, and those of "
-        "`constraints.txt` on every Python.",
+        "`constraints.txt`. What has no row was not run.",
         "",
-        f"| | Python | {' | '.join(SHOWN)} | outcome |",
-        "|---" * (len(SHOWN) + 3) + "|",
-        *(rows[key] for key in sorted(rows, key=lambda key: (key[0] != "| oldest", key))),
+        f"| | Python | {' | '.join(SHOWN)} | commit | outcome |",
+        "|---" * (len(SHOWN) + 4) + "|",
+        *(rows[key] for key in sorted(rows, key=lambda key: (not key[0].startswith("| oldest"), key))),
         "",
         f"Tests: {', '.join(f'`{Path(test).stem}`' for test in TESTS)}; warnings are not errors here.",
     ]

@@ -12,6 +12,7 @@ replaces its records; the others stay.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.results import target, write
+from benchmarks.fidelity.markdown import targets_table
+from benchmarks.results import commit, measured_at, target, write
 from benchmarks.trainer import quiet_trainer
 from lightning_surge import SurgeLRCallback
 
@@ -183,13 +185,17 @@ def main() -> None:
     streams: dict[str, list[dict[str, Any]]] = (
         json.loads(file.read_text())["streams"] if file.exists() else {}
     )
+    now = {"commit": commit()}
     for name in options.only:
-        streams[name] = measured(name, range(options.streams))
+        streams[name] = [record | now for record in measured(name, range(options.streams))]
         (row,) = summarised({name: streams[name]})
         print(f"{row['value']:.3f} (at most {row['bound']}), {row['name']}", flush=True)
     if options.streams >= STREAMS:
         ordered = {name: streams[name] for name in CELLS if name in streams}
-        write(RESULTS, summarised(ordered), streams=ordered)
+        summary = summarised(ordered)
+        write(RESULTS, summary, streams=ordered)
+        page = f"{targets_table(summary)}\n\n{measured_at(itertools.chain(*ordered.values()))}\n"
+        (RESULTS / "table.md").write_text(page)
 
 
 if __name__ == "__main__":

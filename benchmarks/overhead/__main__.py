@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.fidelity.markdown import table
-from benchmarks.results import target, write
+from benchmarks.fidelity.markdown import targets_table
+from benchmarks.results import commit, measured_at, target, write
 from benchmarks.trainer import quiet_trainer
 from lightning_surge import SurgeLRCallback
 
@@ -174,7 +174,8 @@ def measure_memory() -> list[dict[str, Any]]:
                 callback = SurgeLRCallback(base_batch_size=2, probe_every=every, probe_examples=BATCH)
                 buffers = (peak_bytes(size, callback, accumulation) - plain) / (4 * parameters)
                 found = {"phase": phase, "accumulation": accumulation, "parameters": parameters}
-                records.append(found | {"buffers": buffers})
+                measured = callback.history.num_measurements
+                records.append(found | {"buffers": buffers, "measurements": measured})
                 print(records[-1], flush=True)
     return records
 
@@ -183,9 +184,9 @@ def summarised(memory: list[dict[str, Any]], times: list[dict[str, Any]]) -> lis
     """One row per target."""
     summary = []
     for record in memory:
-        name = f"memory {record['phase']}, {record['parameters'] / 1e6:.0f} million parameters, accumulation "
-        name += f"{record['accumulation']}, in parameter-sized buffers"
-        summary.append(target(name, record["buffers"], PHASES[record["phase"]][1], COMMAND))
+        what = f"{record['parameters'] / 1e6:.0f} million parameters"
+        name = f"buffers of {what}, {record['phase']}, accumulation {record['accumulation']}"
+        summary.append(target(name, record["buffers"], PHASES[record["phase"]][1], COMMAND, form=".2f"))
     for size in SIZES:
         for case, (_, budget) in CASES.items():
             chosen = [one for one in times if (one["tensors"], one["case"]) == (size.tensors, case)]
@@ -195,23 +196,10 @@ def summarised(memory: list[dict[str, Any]], times: list[dict[str, Any]]) -> lis
                 values = [one[key] for one in chosen]
                 if values:
                     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-                    spread = {"quartiles": [round(low, 4), round(high, 4)]}
+                    spread = {"quartiles": [round(low, 4), round(high, 4)], "form": ".1%"}
                     name = f"{size.tensors} tensors, {case}, {words}"
                     summary.append(target(name, statistics.median(values), bound, COMMAND, **spread))
     return summary
-
-
-def page(summary: list[dict[str, Any]]) -> str:
-    """Markdown: one row per target."""
-    lines = []
-    for entry in summary:
-        form = "{:.1f}" if "buffers" in entry["name"] else "{:.1%}"
-        value, bound = (form.format(entry[key]) for key in ("value", "bound"))
-        value += " ({:+.1%} to {:+.1%})".format(*entry["quartiles"]) if "quartiles" in entry else ""
-        lines.append([entry["name"], value, f"at most {bound}", "met" if entry["met"] else "missed"])
-    return table(
-        [f"what, of a step without the callback; {PAIRS} pairs", "median (quartiles)", "target", ""], lines
-    )
 
 
 def main() -> None:
@@ -223,12 +211,14 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     memory, times = [], []
+    now = {"commit": commit()}
     if options.only in (None, "memory"):
         memory = measure_memory()
     for size in SIZES:
         if options.only in (None, str(size.tensors)):
             chosen = size._replace(steps=10) if options.quick else size
             times += measure_time(chosen, pairs=1 if options.quick else PAIRS)
+    memory, times = ([record | now for record in records] for records in (memory, times))
     if options.only and (RESULTS / "summary.json").exists():
         known = json.loads((RESULTS / "summary.json").read_text())
         memory = memory or known["memory"]
@@ -236,7 +226,8 @@ def main() -> None:
     summary = summarised(memory, times)
     if not options.quick:
         write(RESULTS, summary, time=times, memory=memory)
-        (RESULTS / "table.md").write_text(page(summary) + "\n")
+        page = f"{targets_table(summary)}\n\n{measured_at(memory + times)}\n"
+        (RESULTS / "table.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -37,6 +37,8 @@ from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.training_loader import (
     MicroBatches,
     TrainingLoader,
+    plan_along,
+    warn_of_no_decay,
     warn_of_schedules_cut_short,
 )
 from lightning_surge.checking.arguments import number, optional, shown, switch, whole
@@ -46,6 +48,7 @@ from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules.by_examples import ExamplesClock
 from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.seesaw import Seesaw, SeesawSchedule
 from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, Progress, Schedule
 from lightning_surge.schedules.windows import Window, accumulation_for, aligned_accumulation
 
@@ -108,7 +111,8 @@ class BatchSizeScheduler(Callback):
 
     Args:
         schedule: A `Schedule` (`ConstantSize`, `LinearRamp`, `GeometricRamp`, `CosineRamp`, `Milestones`,
-            `Phases`), or `FollowPeak`, which needs a `SurgeLRCallback` that measures.
+            `Phases`), `Seesaw`, which needs `by_examples`, or `FollowPeak`, which needs a `SurgeLRCallback`
+            that measures.
         micro_batch_size: Examples per micro-batch on one replica, for accumulation. ``None`` reads the
             ``batch_size`` of the training DataLoader, or of its batch sampler.
         max_micro_batch_size: Examples that a micro-batch may have on one replica. A `ScheduledBatchSampler`
@@ -141,8 +145,8 @@ class BatchSizeScheduler(Callback):
     ) -> None:
         if not isinstance(schedule, BatchSizeRule):
             raise ValueError(
-                f"Expected schedule to be a Schedule or FollowPeak, got schedule={shown(schedule)}: use"
-                " ConstantSize(16) for a constant size."
+                f"Expected schedule to be a Schedule, Seesaw or FollowPeak, got schedule={shown(schedule)}:"
+                " use ConstantSize(16) for a constant size."
             )
         self.schedule = schedule
         self._micro = MicroBatches(
@@ -154,9 +158,6 @@ class BatchSizeScheduler(Callback):
         )
         self._count = BatchCounter(batch_size_fn, type(self).__name__)
         self._weights = switch("weight_micro_batches", weight_micro_batches)
-        self._itinerary = (
-            Itinerary(schedule, largest=self._micro.largest) if isinstance(schedule, Schedule) else None
-        )
         self._law_comes = False
         self._trainer: pl.Trainer | None = None
         self._reset()
@@ -170,6 +171,7 @@ class BatchSizeScheduler(Callback):
         self._begin = Progress()
 
     def _forget_run(self) -> None:
+        self._plan(self.schedule)
         self._loader: TrainingLoader | None = None
         self._windows: list[Window] = []
         self._window_starts: list[int] = []
@@ -215,14 +217,14 @@ class BatchSizeScheduler(Callback):
 
     def size_ahead(self, examples: float) -> float:
         """Examples per step that the schedule asks for after so many more at the present size."""
-        if not isinstance(self.schedule, Schedule) or self._trainer is None:
+        if not isinstance(self._rule, Schedule) or self._trainer is None:
             return float(self._followed)
         trainer, seen = self._trainer, self._examples + examples
         batches = trainer.num_training_batches
         per_epoch = batches * self._reference * self._micro.replicas
         steps = trainer.global_step + math.ceil(examples / self._scheduled)
         epoch = trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_idx / batches + examples / per_epoch
-        return float(self.schedule(Progress(steps, seen, epoch)))
+        return float(self._rule(Progress(steps, seen, epoch)))
 
     def expect_law(self) -> None:
         """Told by whoever will call `learn`, before training starts."""
@@ -251,24 +253,25 @@ class BatchSizeScheduler(Callback):
         self._micro = replace(self._micro, replicas=replicas_of(trainer))
         if self._micro.size is not None:
             check_accumulated_sizes(self.schedule, self._micro.size, self._micro.replicas)
-        if self._itinerary is not None:
-            # Before the loaders exist: Lightning asks for their length, and workers for the first batches,
-            # before any other hook runs.
-            self._itinerary.replicas = self._micro.replicas
-            self._itinerary.begin = self._begin
-            follow(self._itinerary)
+        # Before the loaders exist: Lightning asks for their length, and workers for the first batches, before
+        # the training starts.
+        self._plan(self.schedule)
+
+    def _plan(self, rule: BatchSizeRule) -> None:
+        """Decide the sizes by a rule, and let samplers follow it if it is a plan."""
+        self._rule = rule
+        self._itinerary: Itinerary | None = None
+        if isinstance(rule, Schedule):
+            self._itinerary = Itinerary(rule, self._micro.replicas, self._micro.largest, self._begin)
+            if self._trainer is not None:
+                follow(self._itinerary)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let learning-rate schedules that count examples know that somebody counts."""
-        for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ExamplesClock):
-                if config.interval != "step":
-                    raise MisconfigurationException(
-                        "Expected interval='step' for a learning-rate schedule that counts examples, got"
-                        f" interval={config.interval!r}: return"
-                        " {'scheduler': by_examples(...), 'interval': 'step'} from configure_optimizers."
-                    )
-                config.scheduler.advance(0.0)
+        for clock in clocks_of(trainer):
+            clock.advance(0.0)
+        if isinstance(self.schedule, Seesaw):
+            self._plan(plan_along(trainer, pl_module, self.schedule, type(self).__name__))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the mechanism, and put the (possibly restored) accumulation in force."""
@@ -282,9 +285,11 @@ class BatchSizeScheduler(Callback):
         self._ranks = ranks_of(trainer)
         self._read_loader(trainer)
         assert self._loader is not None
-        sizes = self._loader.replay(self.schedule, self._micro.replicas)
+        sizes = self._loader.replay(self._rule, self._micro.replicas)
         if trainer.global_step == 0 and sizes is not None:
             warn_of_schedules_cut_short(trainer, pl_module, sizes, type(self).__name__)
+        if trainer.global_step == 0 and isinstance(self._rule, SeesawSchedule):
+            warn_of_no_decay(trainer, self._rule, None if sizes is None else sizes.examples_per_epoch)
         # Before the first micro-batch, since Lightning reads it when it restores its counters.
         trainer.accumulate_grad_batches = self._accumulation
         if self._loader.sampler is None:
@@ -293,7 +298,7 @@ class BatchSizeScheduler(Callback):
     def _read_loader(self, trainer: pl.Trainer) -> None:
         """Choose the mechanism for the training loader in use; one that has changed is checked again."""
         loader = TrainingLoader.read(trainer, self._micro, samples=self._itinerary is not None)
-        loader.admit(trainer, self.schedule, self._micro, self._loader)
+        loader.admit(trainer, self._rule, self._micro, self._loader)
         self._loader = loader
         if loader.sampler is None:
             self._reference = self._first = float(loader.micro_batch_size)
@@ -371,9 +376,9 @@ class BatchSizeScheduler(Callback):
         self._accumulation = trainer.accumulate_grad_batches = aligned_accumulation(target, batch_idx)
 
     def _request(self, trainer: pl.Trainer, share_of_epoch: float, examples: float) -> None:
-        if isinstance(self.schedule, Schedule):
+        if isinstance(self._rule, Schedule):
             epoch = trainer.current_epoch + share_of_epoch
-            self._requested = self.schedule(Progress(trainer.global_step, examples, epoch))
+            self._requested = self._rule(Progress(trainer.global_step, examples, epoch))
         else:
             self._requested = self._followed
 
@@ -406,9 +411,8 @@ class BatchSizeScheduler(Callback):
             return
         self._window_ends = True
         self._examples += consumed
-        for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ExamplesClock):
-                config.scheduler.advance(consumed)
+        for clock in clocks_of(trainer):
+            clock.advance(consumed)
         # Lightning would throw away what is logged at other steps, after half a millisecond each.
         if trainer.barebones or not trainer._logger_connector.should_update_logs:
             return
@@ -449,9 +453,9 @@ class BatchSizeScheduler(Callback):
     def teardown(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Give the Trainer its own accumulation back, whatever other callbacks wrote at the end."""
         self.on_train_end(trainer)
+        self._trainer = None
         self._forget_run()
         self._law_comes = False
-        self._trainer = None
 
     @property
     def state_key(self) -> str:
@@ -510,6 +514,19 @@ class BatchSizeScheduler(Callback):
                 " another callback or the LightningModule changed it. The schedule rests until it is set"
                 " back."
             )
+
+
+def clocks_of(trainer: pl.Trainer) -> Iterator[ExamplesClock]:
+    """The learning-rate schedules that count examples; refused if Lightning steps one once an epoch."""
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ExamplesClock):
+            if config.interval != "step":
+                raise MisconfigurationException(
+                    "Expected interval='step' for a learning-rate schedule that counts examples, got"
+                    f" interval={config.interval!r}: return"
+                    " {'scheduler': by_examples(...), 'interval': 'step'} from configure_optimizers."
+                )
+            yield config.scheduler
 
 
 class BatchSizeWarmup(BatchSizeScheduler):

@@ -147,15 +147,15 @@ def _check_lr(optimizer: Optimizer, name: str) -> None:
             )
 
 
-def check_weight_decay(optimizer: Optimizer, name: str) -> None:
-    """Refuse `scale_weight_decay=False` where `lr * weight_decay` is not what decays per step."""
+def check_weight_decay(optimizer: Optimizer, name: str, setting: bool | str) -> None:
+    """Refuse to write the decay where `lr * weight_decay` is not what decays per step."""
     for index, group in enumerate(optimizer.param_groups):
         decay = group.get("weight_decay", 0.0)
         if decay == 0.0 or decay_follows_lr(optimizer, group):
             continue
         raise MisconfigurationException(
-            "scale_weight_decay=False keeps lr * weight_decay, which is the decay per step only where that "
-            f"is decoupled, got parameter group {index} of {type(optimizer).__name__} with weight_decay="
+            f"scale_weight_decay={setting!r} sets lr * weight_decay, which is the decay per step only where "
+            f"that is decoupled, got parameter group {index} of {type(optimizer).__name__} with weight_decay="
             f"{float(decay):g}, whose decay is part of the gradient: {name} cannot take the factor off again "
             "after averages, momentum or a division. Use AdamW, SGD without momentum, or an option such as "
             "decoupled_weight_decay=True, or leave scale_weight_decay=True."

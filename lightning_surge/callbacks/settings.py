@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from lightning_surge.checking.arguments import choice, number, optional, shown, store, switch, whole
 from lightning_surge.laws.base import ConstantLaw, LinearLaw, SqrtLaw
@@ -60,7 +60,7 @@ class SurgeSettings:
     lr_scale_bounds: tuple[float, float] | None
     max_drift_per_step: float | None
     half_life: float
-    scale_weight_decay: bool
+    scale_weight_decay: bool | Literal["per_example"]
     custom_scalars: bool
     prog_bar: bool
     optimizer: int | None = None
@@ -78,8 +78,9 @@ class SurgeSettings:
                 f"Expected law='measured' with objective='edge', got law={self.law!r}: only its measurements "
                 "look for the edge of stability."
             )
-        decay = "True lets the decay per step scale with the learning rate, as torch does"
-        switch("scale_weight_decay", self.scale_weight_decay, decay)
+        decay = "True lets the decay per step scale with the learning rate, False keeps it, and 'per_example'"
+        if not isinstance(self.scale_weight_decay, str) or self.scale_weight_decay != "per_example":
+            switch("scale_weight_decay", self.scale_weight_decay, f"{decay} keeps the decay per example")
         for name in ("dry_run", "log_peak", "custom_scalars", "prog_bar"):
             switch(name, getattr(self, name))
         for name, remedy in (

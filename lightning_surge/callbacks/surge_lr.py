@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -117,8 +117,9 @@ class SurgeLRCallback(Callback):
             a rule is approached, too.
         half_life: Measurements after which an old one counts half.
         scale_weight_decay: Whether decoupled weight decay, which torch multiplies with the learning rate,
-            scales with the factor too. False keeps `lr * weight_decay` as scheduled, and is refused for decay
-            that is part of the gradient.
+            scales with the factor too. False keeps `lr * weight_decay` per step as scheduled;
+            `"per_example"` keeps it per example, `B / base` times that. Both are refused for decay that is
+            part of the gradient.
         batch_size_fn: Counts the examples, or tokens, in a batch; None takes the leading dimension of its
             first tensor.
         split_batch: Function of `(batch, num_slices)` that cuts a batch; None cuts every tensor along its
@@ -165,7 +166,7 @@ class SurgeLRCallback(Callback):
         lr_scale_bounds: tuple[float, float] | None = None,
         max_drift_per_step: float | None = None,
         half_life: float = 8.0,
-        scale_weight_decay: bool = True,
+        scale_weight_decay: bool | Literal["per_example"] = True,
         batch_size_fn: Callable[[Any], float] | None = None,
         split_batch: SplitBatch | Literal[False] | None = None,
         loss_fn: LossFn | None = None,
@@ -239,6 +240,7 @@ class SurgeLRCallback(Callback):
         # The step at the end of the current accumulation window, once its gradients are complete.
         self._step: StepToCome | None = None
         self._step_decision: Decision | None = None
+        self._decided_for = 0.0
         self._skipped = False
 
     def _close_window(self) -> None:
@@ -359,8 +361,8 @@ class SurgeLRCallback(Callback):
         optimizer = served_optimizer(trainer, pl_module, name, index)
         curvature = self._needs_curvature(trainer)
         check_optimizer(trainer, pl_module, optimizer, name, self.settings.law, curvature=curvature)
-        if not self.settings.scale_weight_decay:
-            check_weight_decay(optimizer, name)
+        if self.settings.scale_weight_decay is not True:
+            check_weight_decay(optimizer, name, self.settings.scale_weight_decay)
         if self.settings.follows_edge:
             check_edge(trainer, pl_module, optimizer)
         if self._may_choose_objective:
@@ -384,7 +386,7 @@ class SurgeLRCallback(Callback):
             optimizer,
             self._factor_for_update,
             after=self._after_step,
-            keeps_decay=None if self.settings.scale_weight_decay else partial(decay_follows_lr, optimizer),
+            decay_factor=None if self.settings.scale_weight_decay is True else self._decay_for_update,
             tell=partial(self._tell_of_early_reader, type(optimizer).__name__),
             watch=self._stopwatch,
         )
@@ -519,6 +521,7 @@ class SurgeLRCallback(Callback):
             policy, examples = learner.policy, self._measurer.foreseen(self._behind_step.foreseen)
             if policy is None or examples <= 0.0 or self.settings.dry_run:
                 return None
+            self._decided_for = examples
             return policy.lr_scale(examples, self._read_schedule())
         if self._step is None and not self._skipped:
             self._end_window(trainer, factor.optimizer)  # a step that Lightning's hook was not called for
@@ -527,6 +530,13 @@ class SurgeLRCallback(Callback):
         if self._step_decision is None:
             self._step_decision = self._decide(trainer, self._step)
         return None if self.settings.dry_run else self._step_decision.used
+
+    def _decay_for_update(self, group: Mapping[str, Any]) -> float | None:
+        """The factor on a group's decay per step, at the batch size that the learning rate's is for."""
+        factor, base = self._factor, self._learner.base_batch_size
+        if factor is None or base is None or not decay_follows_lr(factor.optimizer, group):
+            return None
+        return self._decided_for / base if self.settings.scale_weight_decay else 1.0
 
     def _read_schedule(self) -> float:
         """The largest scheduled learning rate, or the last known where reading would wait for the device."""
@@ -549,6 +559,7 @@ class SurgeLRCallback(Callback):
             # Lightning divides the gradient of an epoch's last, shorter window by the whole accumulation,
             # which shortens the step already: the factor is the one of a whole window.
             size *= accumulation / behind.passes
+        self._decided_for = size
         decision = policy.decide(size, self._read_schedule())
         if self.decision is None or decision.reason != self.decision.reason:
             suffix = self._step_log.suffix if self._step_log is not None else ""

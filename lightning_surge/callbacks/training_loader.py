@@ -26,6 +26,7 @@ from lightning_surge.callbacks.lightning_host import (
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.by_examples import ExamplesClock
 from lightning_surge.schedules.lr_forecast import share_of_peak
+from lightning_surge.schedules.seesaw import Seesaw, SeesawSchedule
 from lightning_surge.schedules.sizes import BatchSizeRule, ConstantSize, Schedule
 from lightning_surge.schedules.windows import (
     AccumulatedSchedule,
@@ -158,6 +159,47 @@ class TrainingLoader:
         assert isinstance(rule, Schedule)
         examples = len(self.sampler.sampler) * replicas  # type: ignore[arg-type]
         return SampledSchedule(rule, self.micro_batch_size, examples, replicas, self.sampler.drop_last)
+
+
+def plan_along(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, rule: Seesaw, owner: str
+) -> SeesawSchedule:
+    """The sizes of a `Seesaw` for the training's learning-rate schedule, before a checkpoint moves that."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    clock = schedulers[0] if len(schedulers) == len(trainer.optimizers) == 1 else None
+    if not isinstance(clock, ExamplesClock):
+        names = ", ".join(type(one).__name__ for one in schedulers) or "no scheduler"
+        raise MisconfigurationException(
+            "Expected one optimizer and one learning-rate schedule that counts examples for Seesaw, got"
+            f" {len(trainer.optimizers)} and {names}: return {{'scheduler': by_examples(scheduler,"
+            f" examples_per_step={rule.start}), 'interval': 'step'}} from configure_optimizers."
+        )
+    try:
+        shared = [trainer, pl_module, *pl_module.modules(), *pl_module.parameters()]
+        plan = rule.along(clock, shared=shared, most=math.inf)
+    except Exception as error:
+        raise MisconfigurationException(
+            "Expected a learning-rate schedule for Seesaw whose copy can be replayed before the training, got"
+            f" {type(error).__name__}: {error} Use a torch scheduler, as LambdaLR(optimizer, ...)."
+        ) from error
+    if scheduled_sampler(trainer.train_dataloader, owner) is not None:
+        # Made by trainer.estimated_stepping_batches in configure_optimizers, for batches of one size.
+        trainer.fit_loop._combined_loader = None
+    return plan
+
+
+def warn_of_no_decay(trainer: pl.Trainer, plan: SeesawSchedule, examples_per_epoch: int | None) -> None:
+    """Say so where the learning rate never falls, and the batch size stays what it is."""
+    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+    ends = [steps * plan.first_size] if steps > 0 else []
+    if epochs > 0 and examples_per_epoch is not None:
+        ends.append(epochs * examples_per_epoch)
+    if ends and not trainer.fast_dev_run and not plan.grows_within(min(ends)):  # type: ignore[attr-defined]
+        warn(
+            f"Seesaw expected a learning-rate schedule that falls within the {min(ends)} examples of the"
+            f" training, got one that never does: the batch size stays at {plan.first_size}. Use a schedule"
+            " with a decay, or ConstantSize."
+        )
 
 
 def warn_of_schedules_cut_short(

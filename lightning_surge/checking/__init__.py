@@ -1,1 +1,1 @@
-"""What users pass and what checkpoints hold, checked before it is used: no torch, nothing of this package."""
+"""What users pass and checkpoints hold, checked before it is used; how answers look: no torch here."""

@@ -13,10 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from lightning_surge import __version__
-from lightning_surge.cli.advise import ADVISE
 from lightning_surge.cli.command import Command, CommandError, Parser
 from lightning_surge.cli.fit import FIT
-from lightning_surge.cli.plot import PLOT
+from lightning_surge.cli.runs import ADVISE, PLOT
 from lightning_surge.cli.sweep import SWEEP
 
 __all__ = ["COMMANDS", "main"]
@@ -25,14 +24,7 @@ COMMANDS: tuple[Command, ...] = (SWEEP, FIT, PLOT, ADVISE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: words after the program's name; None takes those of the process.
-
-    Returns:
-        The exit status.
-    """
+    """Run one command, from the words after the program's name; return the exit status."""
     try:
         try:
             options = _parse(arguments)

@@ -1,15 +1,17 @@
-"""What a command is made of, how its words are read, and what it says as JSON."""
+"""What a command is made of, and how its words are read."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable
 from functools import partialmethod
-from typing import Any, NamedTuple, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-__all__ = ["Command", "CommandError", "Parser", "aligned", "plain"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Command", "CommandError", "Parser", "save_figure"]
 
 
 class CommandError(Exception):
@@ -46,29 +48,14 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int | None]  # prints results; returns the exit status, None for 0
 
 
-def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int]) -> list[str]:
-    """Columns of equal width, to the right but for those named."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = enumerate(zip(row, widths, strict=True))
-        lines.append("  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in cells))
-    return [line.rstrip() for line in lines]
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold: records by the names of their fields, null for numbers that are not finite.
-
-    Example:
-        >>> plain({"peak": (math.inf, 2.0)})
-        {'peak': [None, 2.0]}
-    """
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def save_figure(draw: Callable[[], Figure], option: str, path: Path) -> None:
+    """Draw a figure and write it."""
+    try:
+        draw().savefig(path)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(
+            f"Expected {option} to be a file that can be written, got {error}: make its directory first, or "
+            "name another."
+        ) from error

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lightning_surge.cli.command import Command, CommandError
+from tqdm import tqdm  # a dependency of Lightning
+
+from lightning_surge.cli.command import Command, CommandError, save_figure
+from lightning_surge.tables.figure import draw_fits
+from lightning_surge.tables.fit import GridFit, Unfitted, fit_grid, split_targets
 from lightning_surge.tables.law_fits import LAWS
-from lightning_surge.tables.read import MIXED, Columns, RunTable, read_tables
+from lightning_surge.tables.read import MIXED, Columns, read_tables
+from lightning_surge.tables.report import describe, document
 from lightning_surge.tables.values import number
-
-if TYPE_CHECKING:
-    from lightning_surge.tables.fit import GridFit, Unfitted
 
 __all__ = ["FIT"]
 
@@ -56,21 +56,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--measure", choices=("loss", "steps"), help="what counts; default: the loss if there is one")
     add("--law", action="append", choices=tuple(LAWS), metavar="NAME",
         help=f"fit only this law; may be repeated; one of {', '.join(LAWS)}")  # fmt: skip
-    add(
-        "--tuned",
-        action="store_true",
-        help="the only learning rate of a batch size is its best, tuned before",
-    )
+    add("--tuned", action="store_true", help="a batch size's one learning rate is its best, tuned before")
     add("--at", action="append", default=[], type=_batch_size, metavar="BATCH_SIZE",
         help="say the learning rate at this batch size; may be repeated")  # fmt: skip
-    add(
-        "--bootstrap",
-        type=_count,
-        default=200,
-        metavar="N",
-        help="repetitions for the intervals; default: 200",
-    )
-    add("--seed", type=_count, default=0, help="seed of the repetitions; default: 0")
+    add("--bootstrap", type=_count, default=200, metavar="N", help="repetitions for the intervals (200)")
+    add("--seed", type=_count, default=0, help="seed of the repetitions (0)")
     add("--json", action="store_true", help="print JSON (docs/fitting.md lists the keys)")
     add("--figure", type=Path, metavar="FILE", help=f"draw it; *{', *'.join(FIGURES)}")
 
@@ -97,11 +87,6 @@ def _count(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     """Read, fit, print, draw."""
-    from tqdm import tqdm  # a dependency of Lightning
-
-    from lightning_surge.cli.fit_report import as_json, as_text
-    from lightning_surge.tables.fit import Unfitted, fit_grid
-
     path: Path | None = options.figure
     if path is not None and (path.suffix.lower() not in FIGURES or path.is_dir() or not path.parent.is_dir()):
         raise CommandError(
@@ -112,9 +97,9 @@ def _run(options: argparse.Namespace) -> None:
     selected = {name: getattr(options, name) for name in ("measure", "where", "by", "maximize")}
     try:
         tables = read_tables(options.table, named, **selected)
+        parts = [part for table in tables for part in split_targets(table, options.target)]
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from error
-    parts = [part for table in tables for part in _chosen(table, options.target)]
     if len(parts) > MAX_FITS:
         raise CommandError(
             f"Expected at most {MAX_FITS} fits, got {len(parts)}: choose with --target or --where."
@@ -128,58 +113,19 @@ def _run(options: argparse.Namespace) -> None:
             except ValueError as error:
                 mixed = [f"Expected runs of one setup, but {n}" for n in part.notes if n.startswith(MIXED)]
                 found.append(Unfitted(target, part.group, ". ".join([*mixed, str(error)])))
-    fits = [each for each in found if not isinstance(each, Unfitted)]
+    fits = [each for each in found if isinstance(each, GridFit)]
     if not fits:
-        raise CommandError("\n".join(map(_reason, found)))
+        raise CommandError("\n".join(str(each) for each in found))
     name = "standard input" if options.table == "-" else options.table
     runs = sum(table.lrs.size for table in tables)
     if path is not None:
-        _draw(fits, path, f"{Path(name).name}: {runs:,} runs")
+        save_figure(lambda: draw_fits(fits, f"{Path(name).name}: {runs:,} runs"), "--figure", path)
     if options.json:
-        document = as_json(found, name, runs, options.bootstrap, options.seed)
-        print(json.dumps(document, indent=2, allow_nan=False))
+        answer = document(found, table=name, runs=runs, seed=options.seed)
+        print(json.dumps(answer, indent=2, allow_nan=False))
     else:
-        print(as_text(found, name, runs, options.bootstrap), end="")
+        print(describe(found, f"{name}: {runs:,} runs"))
 
 
-def _chosen(table: RunTable, wanted: list[float] | None) -> list[tuple[float | None, RunTable]]:
-    """The targets asked for; a value need not have all the digits of the table's."""
-    from lightning_surge.tables.fit import split_targets
-
-    parts = split_targets(table)
-    if wanted is None:
-        return parts
-    if table.targets is None:
-        raise CommandError(
-            "Expected a table with a column of targets and --measure steps, got --target without them: leave "
-            "--target out, or name the column with --target-column."
-        )
-    near = [[part for part in parts if math.isclose(part[0] or 0.0, value, rel_tol=1e-3)] for value in wanted]
-    if [] in near:
-        there = ", ".join(f"{target:.5g}" for target, _ in parts[:20])
-        missing = wanted[near.index([])]
-        raise CommandError(f"Expected --target among {there}, got {missing:g}: choose one of them.")
-    return list({part[0]: part for each in near for part in each}.values())
-
-
-def _reason(failure: GridFit | Unfitted) -> str:
-    group = [f"{name} {value}" for name, value in failure.group.items()]
-    label = ", ".join(group + ([] if failure.target is None else [f"target {failure.target:.5g}"]))
-    reason: str = failure.reason  # type: ignore[union-attr]
-    return f"{label}: {reason}" if label else reason
-
-
-def _draw(fits: list[GridFit], path: Path, title: str) -> None:
-    from lightning_surge.tables.figure import draw_fits
-
-    try:
-        draw_fits(fits, title).savefig(path)
-    except ModuleNotFoundError as error:
-        raise CommandError(str(error)) from error
-    except OSError as error:
-        raise CommandError(f"Expected --figure to be a file that can be written, got {error}.") from error
-
-
-FIT = Command(
-    "fit", "fit laws of the optimal learning rate to a table of runs", EXAMPLES, _add_arguments, _run
-)
+SUMMARY = "Fit laws of the optimal learning rate to a table of runs."
+FIT = Command("fit", SUMMARY, EXAMPLES, _add_arguments, _run)

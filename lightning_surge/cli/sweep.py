@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
+import shlex
 import sys
+from collections import Counter
+from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lightning_surge.checking.answers import aligned
 from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.cli.sweep_output import Progress, print_plan, print_result
-from lightning_surge.sweep.cells import Cell, Outcome, SweepError, SweepSettings
-from lightning_surge.sweep.grid import Grid, accumulation_for, parse_numbers, planned
+from lightning_surge.sweep.cells import (
+    Cell,
+    Grid,
+    Outcome,
+    SweepError,
+    SweepSettings,
+    accumulation_for,
+    best_lr,
+    parse_numbers,
+    planned,
+)
+from lightning_surge.tables.study import local_file, write_study
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from lightning_surge.sweep.config import TrainingConfig
     from lightning_surge.sweep.run import CellProcess
     from lightning_surge.sweep.study import SweepStudy
 
-__all__ = ["SWEEP"]
+__all__ = ["SWEEP", "Progress"]
 
 # Learning rates that --refine without a number may add to a batch size.
 REFINEMENTS = 4
@@ -55,7 +70,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps per cell instead")
     add("--metric", default="val_loss", help="logged name, or 'loss' for what training_step returns")
     add("--maximize", action="store_true", help="larger is better, as for an accuracy")
-    add("--target-loss", dest="targets", nargs="+", default=[], metavar="L", help="record when it is reached")
+    add("--target-loss", dest="targets", type=losses, nargs="+", default=[], metavar="L",
+        help="record when it is reached")  # fmt: skip
     add("--stop-at-target", action="store_true", help="end a cell when it has reached all of them")
     add("--checks", type=int, metavar="N", help="validations per cell (10; 50 with targets)")
     add("--smoothing", type=float, metavar="N", help="examples to average a training loss over (1/50 cell)")
@@ -84,35 +100,40 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="the result as JSON")
 
 
+def losses(text: str) -> list[float]:
+    """Targets, separated by commas; argparse names this function where they are none."""
+    found = [float(part) for part in text.rstrip(",").split(",")]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(text)
+    return found
+
+
 def _run(options: argparse.Namespace) -> int | None:
-    output = options.output
+    output: Path = options.output
     options.study = options.study or str(output.with_suffix(".study.log"))
     try:
         settings, grid = _checked(options)
         # Imported here: they need Lightning, which other commands do not.
-        from lightning_surge.sweep.config import check_arguments, read_config
+        from lightning_surge.sweep.config import read_config
         from lightning_surge.sweep.study import SweepStudy
 
-        training = read_config(settings)
-        settings = training.settings
-        grid = grid._replace(seeds=tuple(training.seed + seed for seed in grid.seeds))
-        check_arguments(settings, grid.cells()[0])
-
-        exists = Path(options.study.removeprefix("sqlite:///")).exists()
-        if options.dry_run and not exists:  # and it is not made
-            print_plan(options, settings, grid, training, done=())
-            return None
-        if output.exists() and not exists and "://" not in options.study:
+        settings, grid = read_config(settings, grid)
+        done: Mapping[Cell, Outcome] = {}
+        file = local_file(options.study)
+        exists = file is not None and file.exists()
+        if output.exists() and file is not None and not exists and not options.dry_run:
             raise SweepError(
                 f"Expected {output} to be new, got a file without its study {options.study}: choose another "
                 "--output."
             )
-        study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
-        study.begin(settings, grid.cells(), extend=options.extend, dry=options.dry_run)
+        if exists or not options.dry_run:
+            study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
+            study.begin(settings, grid.cells(), extend=options.extend, dry=options.dry_run)
+            done = study.records()
         if options.dry_run:
-            print_plan(options, settings, grid, training, study.records())
+            _print_plan(options, settings, grid, done)
             return None
-        records = _sweep(options, settings, grid, training, study)
+        return _print_result(options, _sweep(options, settings, grid, study))
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
@@ -122,8 +143,6 @@ def _run(options: argparse.Namespace) -> int | None:
         ) from error
     except (SweepError, ValueError, OSError) as error:
         raise CommandError(str(error)) from error
-    print_result(output, settings, records, as_json=options.json)
-    return int(not all(outcome.is_answer for outcome in records.values()))
 
 
 def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
@@ -138,8 +157,9 @@ def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
             raise ValueError(f"Expected --{name.replace('_', '-')} of at least {least}, got {value:g}.")
     if options.stop_at_target and not options.targets:
         raise ValueError("Expected --target-loss with --stop-at-target, got none.")
-    targets = {float(part) for word in options.targets for part in word.split(",")}
-    options.targets = sorted(targets, reverse=not options.maximize)
+    options.targets = sorted(
+        {loss for each in options.targets for loss in each}, reverse=not options.maximize
+    )
     options.examples = None if options.examples is None else round(options.examples)
     sizes = tuple(int(size) for size in parse_numbers(options.batch_sizes, "--batch-sizes", whole=True))
     for size in sizes:
@@ -150,16 +170,12 @@ def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
             f"{sizes[-1]}: use more examples."
         )
     names = [field.name for field in fields(SweepSettings) if getattr(options, field.name, None) is not None]
-    settings = SweepSettings.from_json({name: getattr(options, name) for name in names})
+    settings = SweepSettings(**{name: getattr(options, name) for name in names})
     return settings, Grid(sizes, parse_numbers(options.lrs, "--lrs"), tuple(range(options.seeds)))
 
 
 def _sweep(
-    options: argparse.Namespace,
-    settings: SweepSettings,
-    grid: Grid,
-    training: TrainingConfig,
-    study: SweepStudy,
+    options: argparse.Namespace, settings: SweepSettings, grid: Grid, study: SweepStudy
 ) -> dict[Cell, Outcome]:
     from optuna.storages._heartbeat import get_heartbeat_thread
 
@@ -168,10 +184,14 @@ def _sweep(
     ended = study.records()
     progress = Progress(options.output, ended)
     progress.say(f"batch size: {settings.batch_size_key}, learning rate: {settings.lr_key}")
-    if training.left_out:
-        progress.say(f"cells go without {', '.join(training.left_out)} of the configuration")
+    if settings.left_out:
+        progress.say(f"cells go without {', '.join(settings.left_out)} of the configuration")
     if ended:
         progress.say(f"{len(ended)} finished cells found in {options.study}")
+
+    def plan(records: Mapping[Cell, Outcome]) -> list[Cell]:
+        refine, targets = options.refine, settings.targets
+        return planned(grid, records, refine=refine, targets=targets, maximize=settings.maximize)
 
     def start(trial: FrozenTrial, slot: int) -> CellProcess | None:
         cell = Cell(**trial.params)
@@ -196,21 +216,113 @@ def _sweep(
         log = options.output.with_suffix(".logs") / f"trial-{trial.number}.log"
         return CellProcess(order | {"settings": asdict(settings), "cell": cell}, log, environment)
 
+    again = [cell for cell, outcome in ended.items() if options.retry_failed and not outcome.is_answer]
+    slots = max(1, options.processes)
     try:
-        return run_cells(
-            study,
-            lambda records: planned(
-                grid, records, refine=options.refine, targets=settings.targets, maximize=settings.maximize
-            ),
-            start,
-            slots=max(1, options.processes),
-            again=[c for c, outcome in ended.items() if options.retry_failed and not outcome.is_answer],
-            look=progress.look,
-            say=progress.say,
-        )
+        return run_cells(study, plan, start, slots=slots, again=again, look=progress.look, say=progress.say)
     except KeyboardInterrupt:
         progress.say(f"stopped; what has finished is in {options.study}, the same command goes on")
         raise
+
+
+def _print_plan(
+    options: argparse.Namespace, settings: SweepSettings, grid: Grid, done: Collection[Cell]
+) -> None:
+    plan = []
+    for size in grid.batch_sizes:
+        parts = accumulation_for(size, largest=settings.max_micro_batch_size, replicas=settings.replicas)
+        row = {"batch_size": size, "micro_batch": size // (parts * settings.replicas), "accumulated": parts}
+        plan.append(row | {"steps": settings.steps_of(size), "examples": settings.examples_of(size)})
+    keys = {"batch_size_key": settings.batch_size_key, "lr_key": settings.lr_key}
+    files = {"table": str(options.output), "study": options.study}
+    count, finished = len(grid.cells()), len(set(grid.cells()).intersection(done))
+    if options.json:
+        cells = {"without": settings.left_out, "plan": plan, "cells": count, "finished": finished}
+        print(json.dumps(keys | grid._asdict() | cells | files, indent=1))
+        return
+    print("batch size: {batch_size_key}, learning rate: {lr_key}".format(**keys))
+    print(f"learning rates: {', '.join(f'{lr:g}' for lr in grid.lrs)}")
+    print(f"seeds: {', '.join(map(str, grid.seeds))}")
+    if settings.left_out:
+        print(f"without: {', '.join(settings.left_out)}")
+    titles = ["batch size", "micro-batch", "accumulated", "steps", "examples"]
+    print(*aligned([titles, *([str(each) for each in row.values()] for row in plan)]), sep="\n")
+    print(f"{count} cells, {finished} of them finished; table: {options.output}")
+
+
+def _print_result(options: argparse.Namespace, records: Mapping[Cell, Outcome]) -> int:
+    """Print the best learning rates and how many cells failed; return the exit status."""
+    table, sizes = str(options.output), sorted({cell.batch_size for cell in records})
+    found = [
+        best_lr(records, size, target, maximize=options.maximize)
+        for target in options.targets or (None,)
+        for size in sizes
+    ]
+    best = [each for each in found if each is not None]
+    cells = Counter(outcome.status for outcome in records.values())
+    failed = Counter(outcome.status for outcome in records.values() if not outcome.is_answer)
+    if not best:
+        reasons = sorted({outcome.message for outcome in records.values() if outcome.message})[:3]
+        remedy = "use smaller learning rates" if cells["diverged"] else "remedy that and pass --retry-failed"
+        raise CommandError(
+            f"Expected cells that finish, got none of {len(records)}, see {table} ({'; '.join(reasons)}): "
+            f"{remedy}."
+        )
+    fit = shlex.join(["lightning-surge", "fit", table, *["--maximize"] * options.maximize])
+    if options.json:
+        answer = {"table": table, "cells": dict(sorted(cells.items())), "failed": failed.total()}
+        print(json.dumps(answer | {"best": [each._asdict() for each in best], "fit": fit}, indent=1))
+        return int(bool(failed))
+    rows = [["batch size", "best lr", "loss", *(["target", "steps"] if options.targets else []), ""]]
+    for each in best:
+        reached = "never" if each.steps is None else f"{each.steps:g}"
+        steps = [] if each.target is None else [f"{each.target:g}", reached]
+        edge = f"{each.edge} tried: --refine goes beyond" if each.edge else ""
+        rows.append([str(each.batch_size), f"{each.lr:.4g}", f"{each.loss:.5g}", *steps, edge])
+    print(f"table: {table}", *aligned(rows, left=[len(rows[0]) - 1]), sep="\n")
+    if failed:
+        kinds = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in sorted(failed.items()))
+        print(f"without a loss: {kinds}, of {len(records)} cells; --retry-failed runs them again")
+    print(f"next: {fit}")
+    return int(bool(failed))
+
+
+class Progress:
+    """A line for every cell that ends besides those `ended`, with the time left; and the table."""
+
+    def __init__(self, table: Path, ended: Collection[Cell]) -> None:
+        self._table = table
+        self._ended, self._written = set(ended), False
+        self._said = ""
+
+    def say(self, text: str) -> None:
+        """Print a line, unless it was the last one."""
+        if text != self._said:
+            print(text, file=sys.stderr, flush=True)
+        self._said = text
+
+    def look(self, records: Mapping[Cell, Outcome], trials: Mapping[Cell, FrozenTrial]) -> None:
+        """Take note of what the cells have said, and of all their trials."""
+        new = [cell for cell in records if cell not in self._ended]
+        if new or not self._written:
+            write_study(trials.values(), self._table)
+        left = sum(not trial.state.is_finished() for trial in trials.values())
+        running = sum(trial.state.name == "RUNNING" for trial in trials.values())
+        spent = [outcome.seconds for outcome in records.values() if outcome.status == "finished"]
+        about = f", about {_duration(fmean(spent) * left / max(1, running))}" if spent and left else ""
+        for cell in new:
+            outcome = records[cell]
+            said = outcome.status.replace("_", " ") if outcome.loss is None else f"loss {outcome.loss:.5g}"
+            said += f" ({outcome.message})" if outcome.message else ""
+            done = f"{len(records)} done, {left or 'none'} left{about}"
+            self.say(f"{cell}: {said}, {_duration(outcome.seconds)}; {done}")
+        self._ended, self._written = set(records), True
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 SUMMARY = "Train a grid of batch sizes and learning rates from a LightningCLI configuration."

@@ -5,7 +5,6 @@ from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.objectives import (
     OBJECTIVES,
     alignment_ratio,
-    at_once_ratio,
     edge_ratio,
     progress_ratio,
     step_ratio,
@@ -22,7 +21,7 @@ from lightning_surge.laws.tradeoff import (
 
 __all__ = [
     "OBJECTIVES", "ConstantLaw", "EdgeLaw", "Law", "LinearLaw", "MeasuredLaw", "Peak", "SGDLaw", "SqrtLaw",
-    "Theorem2Law", "Theorem3Law", "TradeoffFit", "alignment_ratio", "at_once_ratio", "edge_ratio",
+    "Theorem2Law", "Theorem3Law", "TradeoffFit", "alignment_ratio", "edge_ratio",
     "examples_at_steps", "examples_needed", "fit_tradeoff", "gain_fraction", "large_batch_limit",
     "progress_ratio", "step_ratio", "steps_needed",
 ]  # fmt: skip

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from lightning_surge.laws.base import Law
 
 __all__ = [
-    "FOLLOW_LR", "OBJECTIVES", "Objective", "alignment_ratio", "at_once_ratio", "edge_ratio",
-    "progress_ratio", "step_ratio",
+    "FOLLOW_LR", "OBJECTIVES", "Objective", "alignment_ratio", "edge_ratio", "progress_ratio", "step_ratio",
 ]  # fmt: skip
 
 Objective = Callable[[Law, float, float, float], float]
@@ -72,25 +71,6 @@ def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: flo
         McCandlish et al. 2018, arXiv:1812.06162, section 2.2, for `alpha = 1/2` with a measured noise scale.
     """
     return law.isotropic_lr(batch_size) / law.isotropic_lr(base_batch_size)
-
-
-def at_once_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
-    """Ratio at which a step costs what it costs at the base: how far a larger batch may raise it at once.
-
-    `alignment_ratio`; that of square-root scaling where the law has no alignment. The arguments are those of
-    `step_ratio`.
-
-    Example:
-        >>> from lightning_surge.laws.theorems import Theorem3Law
-        >>> law = Theorem3Law(noise_scale=100.0, peak_lr=0.1)
-        >>> round(at_once_ratio(law, 64.0, 16.0), 6), round(at_once_ratio(law, 4.0, 16.0), 6)
-        (2.0, 0.5)
-    """
-    try:
-        ratio = alignment_ratio(law, batch_size, base_batch_size)
-    except (ArithmeticError, ValueError):
-        ratio = math.nan
-    return ratio if 0.0 < ratio < math.inf else math.sqrt(batch_size / base_batch_size)
 
 
 def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:

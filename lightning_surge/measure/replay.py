@@ -2,9 +2,9 @@
 
 A probe recomputes gradients in the middle of training. Everything that a training step may change
 is put back bit for bit afterwards: gradients, buffers, random streams, metric states, settings of optimizers
-and schedulers, and the Python attributes of every submodule and of the objects that it holds. What moves
-parameters (`curvature.displaced`) restores them; a training step that moves some itself, as the moving
-average of a teacher, is found out.
+and schedulers, and the Python attributes of every submodule and of the objects that it holds, in `__dict__`
+or in `__slots__`. What moves parameters (`curvature.displaced`) restores them; a training step that moves
+some itself, as the moving average of a teacher, is found out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import (
 )
 from contextlib import contextmanager
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -254,11 +254,55 @@ def _remember_module(module: nn.Module, undo: list[Callable[[], object]], seen: 
     _remember_attributes(module, _REGISTRIES, undo, seen, always=isinstance(module, Metric))
 
 
+class _Slots(MutableMapping[str, Any]):
+    """What is set of an object's `__slots__`, its classes' too, as `vars` shows other attributes."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self.places: dict[str, MemberDescriptorType] = {
+            name: place
+            for kind in reversed(type(owner).__mro__)
+            if "__slots__" in vars(kind)
+            for name, place in vars(kind).items()
+            if isinstance(place, MemberDescriptorType)
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self.places[name].__get__(self._owner)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.places[name].__set__(self._owner, value)
+
+    def __delitem__(self, name: str) -> None:
+        self.places[name].__delete__(self._owner)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.places if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def _remember_attributes(
     owner: Any, left_out: frozenset[str], undo: list[Callable[[], object]], seen: set[int], *, always: bool
 ) -> None:
     """Put the attributes of an object back, with the iterators among them where they stood."""
-    own = vars(owner)
+    for own in (getattr(owner, "__dict__", {}), _Slots(owner)):
+        _remember_names(own, type(owner).__name__, left_out, undo, seen, always=always)
+
+
+def _remember_names(
+    own: MutableMapping[str, Any],
+    kind: str,
+    left_out: frozenset[str],
+    undo: list[Callable[[], object]],
+    seen: set[int],
+    *,
+    always: bool,
+) -> None:
     attributes = {name: _where_it_stands(value) for name, value in own.items() if name not in left_out}
 
     def put_back() -> None:
@@ -268,15 +312,15 @@ def _remember_attributes(
 
     undo.append(put_back)
     for name, value in list(attributes.items()):
-        if isinstance(value, Iterator) and value is own[name] and not hasattr(value, "__dict__"):
-            own[name] = _Guard(f"{type(owner).__name__}.{name}")
+        if isinstance(value, Iterator) and value is own[name] and not _has_attributes(value):
+            own[name] = _Guard(f"{kind}.{name}")
         elif name not in _OUTWARD:
             _remember(value, undo, seen, always=always)
 
 
 def _where_it_stands(value: Any) -> Any:
     """A copy of a built-in iterator at the same place; anything else itself."""
-    if isinstance(value, Iterator) and not hasattr(value, "__dict__"):
+    if isinstance(value, Iterator) and not _has_attributes(value):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # itertools, from Python 3.12 on
@@ -314,9 +358,13 @@ def _remember(value: Any, undo: list[Callable[[], object]], seen: set[int], *, a
         _remember_attributes(value, frozenset(), undo, seen, always=always)
 
 
+def _has_attributes(value: Any) -> bool:
+    return isinstance(getattr(value, "__dict__", None), dict) or bool(_Slots(value).places)
+
+
 def _is_plain_object(value: Any) -> bool:
     """Whether an object keeps its state in attributes, and is no part of a framework but a scheduler."""
-    if isinstance(value, _OPAQUE) or not isinstance(getattr(value, "__dict__", None), dict):
+    if isinstance(value, _OPAQUE) or not _has_attributes(value):
         return False
     ours = type(value).__module__.partition(".")[0] in _LIBRARIES
     return isinstance(value, LRScheduler) or not ours

@@ -21,8 +21,8 @@ from lightning_surge.optimizers.stopwatch import Stopwatch, timed
 
 __all__ = ["FactorInUpdate", "learning_rates"]
 
-KeepsDecay = Callable[[Mapping[str, Any]], bool]
-"""Whether a parameter group's `lr * weight_decay` shall stay what the schedule says."""
+DecayFactor = Callable[[Mapping[str, Any]], float | None]
+"""The factor on a parameter group's `lr * weight_decay`; None for the learning rate's own."""
 
 
 class Decide(Protocol):
@@ -45,8 +45,8 @@ class FactorInUpdate:
             share it.
         decide: called when the gradients are complete, at every step.
         after: called when a step has been taken and the learning rates are the schedule's again.
-        keeps_decay: of which groups `weight_decay` is divided by the factor for the update, so that a decay
-            that torch multiplies with the learning rate stays what it was; None for no group.
+        decay_factor: asked after `decide`; `weight_decay` is written for the update so that a decay that
+            torch multiplies with the learning rate gets this factor. None leaves it to the learning rate.
         tell: called once if the optimizer reads its learning rate before it calls the closure. Such an
             optimizer is served before.
         watch: adds up the time spent here.
@@ -74,7 +74,7 @@ class FactorInUpdate:
         decide: Decide,
         *,
         after: Callable[[], object] | None = None,
-        keeps_decay: KeepsDecay | None = None,
+        decay_factor: DecayFactor | None = None,
         tell: Callable[[], object] | None = None,
         watch: Stopwatch | None = None,
     ) -> None:
@@ -83,7 +83,7 @@ class FactorInUpdate:
         self.used: list[Any] = []
         self._decide = decide
         self._after = after
-        self._keeps_decay = keeps_decay
+        self._decay_factor = decay_factor
         self._tell = tell
         self._stopwatch = watch or Stopwatch()
         self._undo: list[Callable[[], object]] = []
@@ -154,16 +154,17 @@ class FactorInUpdate:
         groups = self.optimizer.param_groups
         if not self._served:
             self.scheduled = [_own(group["lr"]) for group in groups]
-        if factor is not None and factor != 1.0:
+        decay_factor = self._decay_factor
+        if factor is not None and (factor != 1.0 or decay_factor is not None):
             shared: set[int] = set()
             for group in groups:
                 before = _readable(group["lr"])
                 self._scale(group, "lr", factor, shared)
-                if self._keeps_decay is not None and group.get("weight_decay") and self._keeps_decay(group):
+                if decay_factor and group.get("weight_decay") and (decay := decay_factor(group)) is not None:
                     # By what was really written: a tensor may hold fewer digits.
                     used = None if before is None else _readable(group["lr"])
                     kept = before / used if before and used else 1.0 if before == 0.0 else 1.0 / factor
-                    self._scale(group, "weight_decay", kept, shared)
+                    self._scale(group, "weight_decay", decay * kept, shared)
         if not self._served:
             self.used = [_own(group["lr"]) for group in groups]
         # What an early reader has read stays what it was, whatever is written afterwards.
@@ -171,6 +172,8 @@ class FactorInUpdate:
 
     def _scale(self, group: dict[str, Any], key: str, factor: float, shared: set[int]) -> None:
         value = group[key]
+        if factor == 1.0:
+            return
         if not isinstance(value, Tensor):
             group[key] = value * factor
             self._undo.append(lambda: group.__setitem__(key, value))

@@ -4,21 +4,14 @@ The decision is a factor R(B) on the scheduled learning rate, which keeps its me
 is right at `base_batch_size`. So `R(base_batch_size) = 1`, whatever is measured.
 
 Curvature takes some steps to adapt to a larger learning rate, so a rise is approached, by at most
-`max_drift_per_step` a step, from what training is used to; a fall acts at once. Training is used to a factor
-`F` at a batch size `A`. At another one it may have at once what costs no more per step,
-`F at_once(B) / at_once(A)` (`objectives.at_once_ratio`), in proportion to how sure the law is. With nothing
-measured `at_once` is 1 everywhere: nothing is known, and nothing comes at once.
+`max_drift_per_step` a step, from the factor that training is used to; a fall acts at once.
 
 A worked example with base 16: before anything is measured the batch grows to 256. Square-root scaling asks
-for 4, and the steps get 1.05, 1.05^2 = 1.10, ..., and 4 from the 29th on.
+for 4, and the steps get 1.05, 1.05^2 = 1.10, ..., and 4 from the 29th on. A batch of 8 in between gets at
+once what is asked for there, and takes half a percent off what training is used to.
 
-Had a noise scale of 100 been measured before, `objective="progress"` would ask for 7.01 at 256, of which
-2.28 costs no more than a step at the base. The first step there gets 2.28 * 1.05 = 2.40, the next one 2.52,
-and the 23rd all of 7.01. A batch of 8 in between gets at once what the law asks for there, and takes half a
-percent off what training is used to.
-
-And with `objective="alignment"` the same law asks for 2.28 at 256 and gets it. Then a measurement finds a
-noise scale of 400, and the law asks for 3.19: the steps get 2.40, 2.52, ..., and 3.19 after 7 of them.
+Had a noise scale of 100 been measured before, `objective="progress"` would ask for 7.01 at 256, and the 40th
+step there would get all of it. `objective="alignment"` would ask for 2.28, and get it from the 17th step on.
 """
 
 from __future__ import annotations
@@ -29,7 +22,7 @@ from typing import Any, NamedTuple
 from lightning_surge.checking.arguments import number
 from lightning_surge.checking.state import REMEDY
 from lightning_surge.laws.base import Law
-from lightning_surge.laws.objectives import FOLLOW_LR, OBJECTIVES, at_once_ratio, step_ratio
+from lightning_surge.laws.objectives import FOLLOW_LR, OBJECTIVES, step_ratio
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.reasons import Reason
 
@@ -73,8 +66,6 @@ class _Target(NamedTuple):
     standard_error: float
     used: float
     because: Reason
-    # The ratio at which a step costs what it costs at the base, as far as that is measured.
-    at_once: float = 1.0
 
 
 class Policy:
@@ -120,11 +111,10 @@ class Policy:
         self._bounds = bounds
         unlimited = max_drift_per_step is None and fixed_law is not None
         self._max_drift = math.inf if unlimited else max_drift_per_step or MAX_DRIFT
-        # What training is used to: a factor at the batch size of the latest step, None before the first. It
-        # may be above the factor that this step had.
+        # The factor that training is used to, which may be above that of the latest step, and the batch size
+        # of that step, None before the first.
         self._used_to = 1.0
         self._at: float | None = None
-        self._latest = 1.0
         # In words and as one of a few; None while the law is followed.
         self._held: tuple[str, Reason] | None = None
         self._answers: dict[tuple[float, float], _Target] = {}
@@ -162,8 +152,8 @@ class Policy:
         if self._settled is not None and self._settled[0] == question:
             return self._settled[1]
         target = self._target(batch_size, lr)
-        self._used_to, used = self._approach(target, lr)
-        self._at, self._latest = batch_size, used
+        self._used_to, used = self._approach(target)
+        self._at = batch_size
         rising = used < target.used and not target.because.held
         because = Reason.RISING if rising else target.because
         reason = self._held[0] if self._held is not None and because.held else because.text
@@ -171,17 +161,13 @@ class Policy:
         self._settled = (question, decision) if self._used_to == target.used == used else None
         return decision
 
-    def _approach(self, target: _Target, lr: float) -> tuple[float, float]:
+    def _approach(self, target: _Target) -> tuple[float, float]:
         """What training is used to once a step has passed at the size of a target, and that step's factor."""
-        if self._at is None:
-            # Lower than the base's learning rate from the first step on: then it is used to that.
-            before = min(target.at_once, target.used)
-        else:
-            before = self._used_to * target.at_once / self._target(self._at, lr).at_once
+        # Lower than the base's learning rate from the first step on: then it is used to that.
+        before = min(1.0, target.used) if self._at is None else self._used_to
         kept = max(target.used, before / (1.0 + FORGETTING * self._max_drift))
         used_to = min(kept, before * (1.0 + self._max_drift))
-        # Whatever the law says of costs: a factor no larger than the latest is no rise.
-        used = min(target.used, max(used_to, self._latest))
+        used = min(target.used, used_to)
         if self._bounds is not None:
             used = max(used, self._bounds[0])  # others may have been in force before resuming
         return max(used_to, used), used
@@ -193,7 +179,7 @@ class Policy:
 
     def lr_scale(self, batch_size: float, lr: float = math.nan) -> float:
         """The ratio that the next step would get at a batch size."""
-        return self._approach(self._target(batch_size, lr), lr)[1]
+        return self._approach(self._target(batch_size, lr))[1]
 
     def _wanted(self, law: Law, batch_size: float, lr: float) -> float:
         return self._objective(law, batch_size, self.base_batch_size, lr)
@@ -239,13 +225,12 @@ class Policy:
         log_sqrt = 0.5 * math.log(quotient)
         weight = log_sqrt**2 / (log_sqrt**2 + error**2) if log_sqrt != 0.0 else 1.0
         shrunk = math.exp(weight * log_predicted + (1.0 - weight) * log_sqrt)
-        at_once = at_once_ratio(self.law, batch_size, self.base_batch_size) ** weight
         if weight <= FOLLOWED:
             because = Reason.UNCERTAIN
         else:
             because = Reason.UNRESOLVED if self.law.at_edge else Reason.MEASURED
         used, because = self._bounded(shrunk, quotient, because)
-        return _Target(predicted, predicted * error, used, held or because, at_once)
+        return _Target(predicted, predicted * error, used, held or because)
 
     def _log_standard_error(self, batch_size: float, lr: float) -> float:
         if self.law is None or batch_size == self.base_batch_size:
@@ -272,7 +257,6 @@ class Policy:
             "law": None if self.law is None else self.law.state_dict(),
             "used_to": self._used_to,
             "at": self._at,
-            "latest": self._latest,
             "held": None if self._held is None else self._held[0],
             "held_because": None if self._held is None else int(self._held[1]),
         }
@@ -282,17 +266,16 @@ class Policy:
         law = None if state["law"] is None else EstimatedLaw.from_state_dict(state["law"])
         at = None if state["at"] is None else number("at", state["at"], REMEDY)
         used_to = number("used_to", state["used_to"], REMEDY)
-        latest = number("latest", state["latest"], REMEDY)
         held = state["held"]
-        ratios = (used_to, latest, 1.0 if at is None else at / self.base_batch_size)
+        ratios = (used_to, 1.0 if at is None else at / self.base_batch_size)
         near = all(1.0 / FARTHEST < ratio < FARTHEST for ratio in ratios)
         if not near or not (held is None or isinstance(held, str)):
             raise ValueError(
                 f"Expected factors and a batch size in reach of {self.base_batch_size:g}, and a reason or "
-                f"None, got used_to={used_to}, latest={latest}, at={at}, held={held!r}: {REMEDY}."
+                f"None, got used_to={used_to}, at={at}, held={held!r}: {REMEDY}."
             )
         because = Reason.MEASURING_FAILED if held is None else Reason(state["held_because"])
         self.law = law
         self._held = None if held is None else (held, because)
-        self._used_to, self._latest, self._at = used_to, latest, at
+        self._used_to, self._at = used_to, at
         self._ask_again()

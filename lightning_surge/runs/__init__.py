@@ -2,9 +2,10 @@
 
 from lightning_surge.runs.advice import Advice, Caveat, Interval, Option, RunState, advise, run_state
 from lightning_surge.runs.plots import plot_run
+from lightning_surge.runs.report import describe, document
 from lightning_surge.runs.run_log import RunLog, RunLogError, Series, read_run
 
 __all__ = [
     "Advice", "Caveat", "Interval", "Option", "RunLog", "RunLogError", "RunState", "Series", "advise",
-    "plot_run", "read_run", "run_state",
+    "describe", "document", "plot_run", "read_run", "run_state",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ import numpy as np
 
 from lightning_surge.checking.arguments import optional, whole
 from lightning_surge.laws.base import Law, SGDLaw, checked
-from lightning_surge.laws.objectives import OBJECTIVES, at_once_ratio
+from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import steps_needed
 from lightning_surge.policy.reasons import Reason
@@ -88,7 +88,6 @@ class Option:
     batch_size: float  # examples per step
     lr_scale: Interval  # factor on the scheduled learning rate
     lr: Interval  # learning rate at this point of the schedule
-    lr_at_once: float  # the part of it that may be written at once; the rest is approached (`policy.Policy`)
     steps: Interval  # to the same loss, over those at the batch size in force
     examples: Interval  # to the same loss, over those at the batch size in force
     beyond: float  # factor by which the batch size is outside those measured; 1 inside
@@ -213,7 +212,7 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
         Caveat.LIMITED_MOVE: wanted != allowed,
         Caveat.GRADIENT_STEPS: isinstance(law, SGDLaw),
         Caveat.INDEPENDENT_NOISE: isinstance(law, Theorem3Law),
-        Caveat.APPROACH: any(one.lr_at_once < one.lr.value for one in options if one.batch_size == suggested),
+        Caveat.APPROACH: any(one.lr.value > state.lr_used for one in options if one.batch_size == suggested),
     }
     caveats = tuple(caveat for caveat, applies in found.items() if applies)
     peak = _interval(law.peak.batch_size, state.peak_error)
@@ -227,17 +226,11 @@ def _option(state: RunState, size: float, critical: Interval) -> Option:
     spread = math.exp(error) if error < 700.0 else math.inf
     interval = Interval(scale, scale / spread, scale * spread)
     smallest, largest = state.measured
-    at_once = math.inf
-    if size > state.batch_size:  # what `Policy` would write in the next step
-        sizes = (state.batch_size, size)
-        here, there = (at_once_ratio(state.law, one, state.base_batch_size) for one in sizes)
-        at_once = state.lr_used * there / here
     steps = [_steps_ratio(size, state.batch_size, one) for one in critical]
     return Option(
         batch_size=size,
         lr_scale=interval,
         lr=Interval(*(state.lr_scheduled * one for one in interval)),
-        lr_at_once=min(state.lr_scheduled * scale, at_once),
         steps=_ordered(steps),
         examples=_ordered(ratio * size / state.batch_size for ratio in steps),  # E = B S
         beyond=max(smallest / size, size / largest, 1.0),

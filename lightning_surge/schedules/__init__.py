@@ -3,6 +3,7 @@
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.by_examples import by_examples
 from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import (
     ConstantSize,
     CosineRamp,
@@ -26,5 +27,5 @@ from lightning_surge.schedules.windows import (
 __all__ = [
     "AccumulatedSchedule", "ConstantSize", "CosineRamp", "FollowPeak", "GeometricRamp", "LinearRamp",
     "Milestones", "Phase", "Phases", "Progress", "SampledSchedule", "Schedule", "ScheduledBatchSampler",
-    "Window", "by_examples", "plan_windows", "total_examples", "total_steps",
+    "Seesaw", "Window", "by_examples", "plan_windows", "total_examples", "total_steps",
 ]  # fmt: skip

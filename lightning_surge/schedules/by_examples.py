@@ -178,7 +178,7 @@ class ExamplesClock(LRScheduler):
         return getattr(self.scheduler, name)
 
     def _due(self) -> int:
-        return math.floor(self.examples / self.examples_per_step * _SLACK)
+        return ticks_due(self.examples, self.examples_per_step)
 
     def _is_over(self) -> bool:
         scheduler = self.scheduler
@@ -188,6 +188,11 @@ class ExamplesClock(LRScheduler):
         # Never several at once, as step(epoch) would: recursive schedulers know only the next value.
         self.scheduler.step()
         self.ticks += 1
+
+
+def ticks_due(examples: float, examples_per_step: float) -> int:
+    """Steps that a clock has moved its scheduler by after so many examples."""
+    return math.floor(examples / examples_per_step * _SLACK)
 
 
 def by_examples(scheduler: LRScheduler, examples_per_step: float) -> ExamplesClock:

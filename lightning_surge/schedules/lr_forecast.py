@@ -1,17 +1,20 @@
-"""Where a learning-rate schedule that counts steps stops, if a run has fewer than it was made for."""
+"""What a learning-rate schedule will be, from a copy of it that is replayed."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["share_of_peak"]
+from lightning_surge.schedules.by_examples import ExamplesClock
+
+__all__ = ["replayed", "share_of_peak"]
 
 # Replaying takes about ten microseconds a step.
 MOST_STEPS = 100_000
@@ -42,7 +45,9 @@ def share_of_peak(
     if not 0 < taken < planned <= MOST_STEPS:
         return None
     try:
-        rates = _replayed(scheduler, planned, shared)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of steps that no optimizer step came before
+            rates = list(islice(replayed(scheduler, shared), planned + 1))
     except Exception:
         return None  # somebody's own scheduler, which needs more than an optimizer
     peak, last = max(rates), rates[taken]
@@ -53,8 +58,8 @@ def share_of_peak(
     return round(last / peak, 6)
 
 
-def _replayed(scheduler: LRScheduler, steps: int, shared: Iterable[object]) -> list[float]:
-    """The largest learning rate of all groups, before the first step and after each."""
+def replayed(scheduler: LRScheduler, shared: Iterable[object] = ()) -> Iterator[float]:
+    """The largest learning rate of all groups, before the first step and after each, without end."""
     optimizer = scheduler.optimizer
     stand_in = SGD([{"params": [torch.zeros(1)]} for _ in optimizer.param_groups], lr=0.0)
     for group, original in zip(stand_in.param_groups, optimizer.param_groups, strict=True):
@@ -62,13 +67,12 @@ def _replayed(scheduler: LRScheduler, steps: int, shared: Iterable[object]) -> l
     # What the memo holds counts as copied: every scheduler within finds the stand-in where the optimizer was.
     memo = {id(one): one for one in shared} | {id(optimizer): stand_in}
     replay = copy.deepcopy(scheduler, memo)
-    rates = [_largest(stand_in)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of steps that no optimizer step came before
-        for _ in range(steps):
+    while True:
+        yield _largest(stand_in)
+        if not isinstance(replay, ExamplesClock):
             replay.step()
-            rates.append(_largest(stand_in))
-    return rates
+        elif not replay._is_over():
+            replay._tick()
 
 
 def _largest(optimizer: SGD) -> float:

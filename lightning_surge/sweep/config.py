@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks
@@ -19,10 +19,9 @@ from lightning_utilities.core.imports import RequirementCache
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.callbacks.surge_lr import SurgeLRCallback
-from lightning_surge.sweep.cells import Cell, SweepError, SweepSettings
-from lightning_surge.sweep.grid import accumulation_for
+from lightning_surge.sweep.cells import Cell, Grid, SweepError, SweepSettings, accumulation_for
 
-__all__ = ["TrainingConfig", "cell_cli", "check_arguments", "files_digest", "imported", "read_config"]
+__all__ = ["cell_cli", "files_digest", "imported", "read_config"]
 
 # Where configurations hold them, best guess first. An `optimizer` beside the model replaces the model's own.
 LR_OWNERS = (
@@ -44,14 +43,6 @@ LEFT_OUT: tuple[type[pl.Callback], ...] = (
 )  # fmt: skip
 
 
-class TrainingConfig(NamedTuple):
-    """What a configuration says about a sweep."""
-
-    settings: SweepSettings  # with the keys and digests
-    seed: int
-    left_out: tuple[str, ...]  # names of callbacks that cells go without
-
-
 class _Parsed(Exception):
     """Ends a LightningCLI when it has read its arguments."""
 
@@ -67,13 +58,8 @@ def imported(path: str, name: str) -> Any:
         ) from error
 
 
-def cell_cli(
-    settings: SweepSettings, arguments: Sequence[str], recorder: pl.Callback | None = None
-) -> LightningCLI:
-    """Run the user's own LightningCLI, or Lightning's, without callbacks that a cell goes without.
-
-    `arguments` follow the name of the program. A `recorder` is added; None builds and runs nothing.
-    """
+def cell_cli(settings: SweepSettings, cell: Cell | None, recorder: pl.Callback | None = None) -> LightningCLI:
+    """Run the user's LightningCLI, or Lightning's, on a cell; without a recorder only read the arguments."""
     if not RequirementCache("jsonargparse[signatures]>=4.39"):
         raise SweepError(
             "Expected jsonargparse[signatures], which reads LightningCLI configurations, got an environment "
@@ -113,16 +99,14 @@ def cell_cli(
         # What it says about arguments that do not come from the command line.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse")
-        return CellCLI(args=list(arguments), save_config_callback=None, **classes)
+        configs = [word for path in settings.configs for word in ("--config", path)]
+        words = ["fit", *configs, *(f"--{override}" for override in settings.overrides)]
+        words += [] if cell is None else _cell_arguments(settings, cell)
+        return CellCLI(args=words, save_config_callback=None, **classes)
 
 
-def _fit_arguments(settings: SweepSettings) -> list[str]:
-    configs = [word for path in settings.configs for word in ("--config", path)]
-    return ["fit", *configs, *(f"--{override}" for override in settings.overrides)]
-
-
-def cell_arguments(settings: SweepSettings, cell: Cell) -> list[str]:
-    """The command line of one cell, after the name of the program."""
+def _cell_arguments(settings: SweepSettings, cell: Cell) -> list[str]:
+    """What the command line of one cell adds."""
     steps = settings.steps_of(cell.batch_size)
     accumulation = accumulation_for(
         cell.batch_size, largest=settings.max_micro_batch_size, replicas=settings.replicas
@@ -144,13 +128,13 @@ def cell_arguments(settings: SweepSettings, cell: Cell) -> list[str]:
         settings.batch_size_key: cell.batch_size // (accumulation * settings.replicas),
         settings.lr_key: cell.lr,
     }
-    return [*_fit_arguments(settings), *(f"--{key}={value}" for key, value in values.items())]
+    return [f"--{key}={value}" for key, value in values.items()]
 
 
-def _parse(settings: SweepSettings, arguments: Sequence[str]) -> tuple[Any, str]:
+def _parse(settings: SweepSettings, cell: Cell | None = None) -> tuple[Any, str]:
     """The configuration of `fit`, and all of it as text; nothing is built."""
     try:
-        cell_cli(settings, arguments)
+        cell_cli(settings, cell)
     except _Parsed as parsed:
         return parsed.args[0], parsed.args[1]
     except (SystemExit, Exception) as error:
@@ -174,10 +158,10 @@ def files_digest(paths: Sequence[str]) -> str:
         ) from error
 
 
-def read_config(settings: SweepSettings) -> TrainingConfig:
-    """Read what a configuration says, without building any of it; a SweepError if a sweep cannot take it."""
+def read_config(settings: SweepSettings, grid: Grid) -> tuple[SweepSettings, Grid]:
+    """Complete both from a configuration, nothing of which is built; a SweepError if no sweep can take it."""
     digest = files_digest(settings.configs)
-    config, text = _parse(settings, _fit_arguments(settings))
+    config, text = _parse(settings)
     if config.get("ckpt_path"):
         raise SweepError(
             f"Expected cells that start afresh, got ckpt_path={config['ckpt_path']!r} in the configuration: "
@@ -201,24 +185,19 @@ def read_config(settings: SweepSettings) -> TrainingConfig:
 
     for key in (*settings.steps_keys, *settings.examples_keys):
         chosen("--steps-key and --examples-key", key)
+    found = config.get("trainer.callbacks") or []
+    found = found if isinstance(found, list) else [found]
+    kinds = [imported(entry["class_path"], "the class_path of a callback") for entry in found]
     settings = replace(
         settings,
         config_digest=hashlib.sha256(text.encode()).hexdigest()[:12],
         files_digest=digest,
         batch_size_key=chosen("--batch-size-key", settings.batch_size_key, BATCH_SIZE_KEYS),
         lr_key=chosen("--lr-key", settings.lr_key, LR_KEYS),
-    )
-    found = config.get("trainer.callbacks") or []
-    found = found if isinstance(found, list) else [found]
-    kinds = [imported(entry["class_path"], "the class_path of a callback") for entry in found]
-    seed = config.get("seed_everything")
-    return TrainingConfig(
-        settings,
-        seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else 0,
         left_out=tuple(kind.__name__ for kind in kinds if issubclass(kind, LEFT_OUT)),
     )
-
-
-def check_arguments(settings: SweepSettings, cell: Cell) -> None:
-    """Raise a SweepError if LightningCLI does not take what a cell would give it."""
-    _parse(settings, cell_arguments(settings, cell))
+    first = config.get("seed_everything")
+    first = first if isinstance(first, int) and not isinstance(first, bool) else 0
+    grid = grid._replace(seeds=tuple(first + seed for seed in grid.seeds))
+    _parse(settings, grid.cells()[0])  # whether it takes what a cell would give it
+    return settings, grid

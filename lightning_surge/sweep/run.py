@@ -29,9 +29,8 @@ PAUSE, LOOK = 0.1, 2.0
 class CellProcess:
     """A cell in a fresh interpreter, which tells the study what it has found.
 
-    It lives in a session of its own, so that an interrupt from the terminal reaches only the sweep, and ends
-    when its standard input does: a sweep that is killed leaves no process behind. The log of what it prints
-    stays if the cell has no loss.
+    It has a session of its own, so that Ctrl-C reaches only the sweep, and ends when its standard input does:
+    a sweep that is killed leaves no process behind. The log of what it prints stays if it has no loss.
     """
 
     def __init__(self, order: Mapping[str, Any], log: Path, environment: Mapping[str, str]) -> None:
@@ -84,19 +83,10 @@ def run_cells(
     look: Callable[[Mapping[Cell, Outcome], Mapping[Cell, FrozenTrial]], None],
     say: Callable[[str], None],
 ) -> dict[Cell, Outcome]:
-    """Run the cells that a plan wants and that have not ended; wait for those that run elsewhere.
+    """Run the cells that a plan wants and that have not ended, or run `again`; wait for those elsewhere.
 
     Not `Study.optimize`: where no trial waits it makes a new one, which a grid does not have. When anything
-    is raised, running cells are stopped first.
-
-    Args:
-        study: the study, which other workers may share.
-        plan: says all cells that are wanted, in order, given those that have ended.
-        start: starts the cell of a trial in a slot; returns None if it has ended already.
-        slots: number of cells that run here at a time.
-        again: cells that run again although they have ended.
-        look: told now and then what the cells have said, and of all their trials.
-        say: told what is waited for.
+    is raised, running cells are stopped first. `start` returns None for a cell that has ended already.
     """
     running: dict[int, tuple[FrozenTrial, CellProcess]] = {}
     looked = beat = -float("inf")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable
@@ -21,7 +20,8 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_surge.sweep.cells import Cell, Outcome, SweepError, SweepSettings
+from lightning_surge.sweep.cells import Cell, Outcome, Reached, SweepError, SweepSettings
+from lightning_surge.tables.study import shown
 
 __all__ = ["SweepStudy", "patiently"]
 
@@ -108,10 +108,9 @@ def _storage(where: str) -> RDBStorage | _Journal:
             event.listen(storage.engine, "begin", lambda link: link.exec_driver_sql("BEGIN IMMEDIATE"))
         return storage
     except Exception as error:  # of whatever driver the URL names
-        shown = re.sub(r"(://[^:/]*):[^@/]*@", r"\1:***@", where)
         raise SweepError(
             "Expected --study to be an Optuna journal, a new file, or the URL of a database, got "
-            f"{shown!r} ({type(error).__name__}: {str(error).splitlines()[0]}): choose another one."
+            f"{shown(where)!r} ({type(error).__name__}: {str(error).splitlines()[0]}): choose another one."
         ) from error
 
 
@@ -133,10 +132,7 @@ class SweepStudy:
     def begin(
         self, settings: SweepSettings, cells: Collection[Cell], *, extend: bool = False, dry: bool = False
     ) -> None:
-        """Say what the study is about, or check that it is the same, and enqueue the cells unless `dry`.
-
-        With `extend` an older study may get further cells.
-        """
+        """Check that the study is about the same; unless `dry`, enqueue the cells, new ones with `extend`."""
         said, now, trials = self.study.user_attrs, settings.identity, self.trials()
         before = said.get("settings", now)
         changed = [name for name in now if before.get(name) != now[name]]
@@ -180,11 +176,14 @@ class SweepStudy:
 
     def records(self) -> dict[Cell, Outcome]:
         """What the cells said that have ended."""
-        return {
-            cell: Outcome.from_json(trial.user_attrs["outcome"], trial.duration.total_seconds())
-            for cell, trial in self.trials().items()
-            if trial.duration is not None and _told(trial)
-        }
+        found = {}
+        for cell, trial in self.trials().items():
+            if trial.duration is not None and _told(trial):
+                outcome = trial.user_attrs["outcome"]
+                reached = tuple(Reached(*entry) for entry in outcome["reached"])
+                seconds = trial.duration.total_seconds()
+                found[cell] = Outcome(**outcome | {"reached": reached, "seconds": seconds})
+        return found
 
     def enqueue(self, cells: Iterable[Cell], *, again: Collection[Cell] = ()) -> None:
         """Give a cell a trial that waits, if it has none, or one that was given up, or is to run `again`."""
@@ -218,10 +217,7 @@ class SweepStudy:
         fail_stale_trials(self.study)
 
     def tell(self, trial_id: int, outcome: Outcome | None, refusal: str = "") -> None:
-        """End a trial with what its cell said, None if it has to run again; unless somebody has given it up.
-
-        A `refusal` says why no cell of the sweep can run.
-        """
+        """End a trial that nobody has given up: None runs again, a `refusal` says why no cell can run."""
         state, values = TrialState.FAIL, None
         with suppress(UpdateFinishedTrialError):
             if outcome is not None:

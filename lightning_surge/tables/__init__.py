@@ -6,8 +6,9 @@ from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, fit_grid
 from lightning_surge.tables.law_fits import HeldOut, LawFit
 from lightning_surge.tables.optima import Optimum, Valley, valleys
 from lightning_surge.tables.read import Columns, RunTable, read_table, read_tables
+from lightning_surge.tables.report import describe, document
 
 __all__ = [
     "Columns", "Estimate", "FittedLaw", "GridFit", "HeldOut", "LawFit", "Optimum", "RunTable", "Unfitted",
-    "Valley", "draw_fits", "fit_grid", "read_table", "read_tables", "valleys",
+    "Valley", "describe", "document", "draw_fits", "fit_grid", "read_table", "read_tables", "valleys",
 ]  # fmt: skip

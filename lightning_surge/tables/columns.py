@@ -40,6 +40,8 @@ PREFIXES, ACCURACIES = frozenset(WORDS["prefixes"].split()), frozenset(WORDS["ac
 RESULTS = ACCURACIES | frozenset(WORDS["results"].split())
 SIMILAR = 0.7
 """Share of equal letters from which a name is a close match."""
+FEWEST_LRS = 3
+"""Learning rates of a batch size among which a best one can be told."""
 
 
 def _plain(name: str) -> str:
@@ -50,8 +52,10 @@ def _plain(name: str) -> str:
 
 def _forms(name: str) -> set[str]:
     """A name, and what is left of it without prefixes and the suffixes of loggers."""
-    words = _plain(name).split("_")
-    forms = ["_".join(words)]
+    forms = [_plain(name)]
+    # Folders of settings may be in each other, as Ray's config/train_loop_config/lr.
+    words = _plain(re.sub(r".*(config|cfg|params)[/.]", "", name)).split("_")
+    forms.append("_".join(words))
     while len(words) > 1 and words[0] in PREFIXES:
         words = words[1:]
         forms.append("_".join(words))
@@ -176,9 +180,10 @@ def _candidates(text: pd.DataFrame, role: str, maximize: bool) -> list[str]:
 def settings_within(
     frame: pd.DataFrame, cell: Sequence[str], roles: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Settings in which runs differ that are averaged as if they were seeds, and a few that tell them apart.
+    """Settings in which runs differ that are taken for seeds or for one grid, and a few that tell them apart.
 
-    Such runs have the columns of a `cell` in common, the batch size first. What has a role is no setting.
+    Such runs have the columns of a `cell` in common, the batch size and the learning rate first; or each
+    value of the setting has learning rates of its own at every batch size. What has a role is no setting.
     """
     free = [
         name for name in frame.columns if name not in roles and not set(_plain(name).split("_")) & RESULTS
@@ -192,7 +197,14 @@ def settings_within(
 
     # With nearly as many values as rows it is a result, or a name.
     free = [name for name in free if 1 < text[name].nunique() <= len(text) / 2]
-    differing = [name for name in free if told_apart(cell, [name]) > told_apart(cell, [])]
+
+    def has_grids(name: str) -> bool:
+        """Whether each of its values could be fitted by itself, and no learning rate has two of them."""
+        lrs = text.groupby([cell[0], name])[cell[1]].nunique()
+        whole = len(lrs) == text[cell[0]].nunique() * text[name].nunique() and lrs.min() >= FEWEST_LRS
+        return bool(whole) and told_apart(cell[:2], [name]) == told_apart(cell[:2], [])
+
+    differing = [n for n in free if told_apart(cell, [n]) > told_apart(cell, []) or has_grids(n)]
     # Told apart at every learning rate of a batch size, or a valley would be one of several models.
     apart: list[str] = []
     while told_apart(cell[:1], apart) < told_apart(cell[:1], differing):

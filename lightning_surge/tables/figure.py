@@ -104,8 +104,8 @@ def _draw_panel(axes: Axes, fit: GridFit) -> None:
     what = "final loss" if fit.measure == "loss" else "steps to the loss"
     what += "" if fit.target is None else f" {fit.target:.4g}"
     title = ", ".join([what, *(f"{column} {value}" for column, value in fit.group.items())])
-    best = next((law for law in fit.laws if law.name == fit.best), None)
-    if best is not None and sizes[0] <= best.peak_batch_size.value <= sizes[-1]:
+    best = fit.winner
+    if fit.best is not None and fit.tried(best.peak_batch_size.value):
         _draw_star(axes, best.peak_batch_size, best.peak_lr)
         title += f"\npeak of {best.name} at B = {float(f'{best.peak_batch_size.value:.3g}'):,g}"
     axes.set_title(title, fontsize=10.5)
@@ -124,13 +124,13 @@ def _draw_laws(axes: Axes, fit: GridFit, across: FloatArray) -> None:
     used = [valley.optimum for valley in fit.valleys if valley.optimum.found]
     optima = Optima(np.array([each.batch_size for each in used]), np.log([each.lr for each in used]), None)
     laws = {law.name: law.law for law in fit.laws}
-    best = fit.best or next(iter(laws), None)
+    best = fit.winner.name
     curves: list[tuple[str, str, Any, float, str]] = [
         (name, *style, 1.8, "")
         for name, style in zip([n for n in fit.ties if n != "sqrt"], RIVALS, strict=False)
     ]
     curves += [("sqrt", SQRT, ":", 2.0, "")] if best != "sqrt" else []
-    curves += [(best, BEST, "-", 4.0, " (predicts best)" if fit.best else "")] if best is not None else []
+    curves += [(best, BEST, "-", 4.0, " (predicts best)" if fit.best else "")]
     for name, colour, dashes, width, what in curves:
         law = laws[name] if name in laws else fit_law(name, optima).law  # type: ignore[union-attr]
         lrs = [law.lr(size) for size in across.tolist()]

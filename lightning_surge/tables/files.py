@@ -110,7 +110,7 @@ def _in_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _json(text: str, name: str) -> pd.DataFrame:
-    """A list of runs, a run per line, or columns as pandas has them; deeper values get dotted names."""
+    """A list of runs, a run per line or name, or columns as in pandas; deeper values get dotted names."""
     import pandas
 
     try:
@@ -122,7 +122,10 @@ def _json(text: str, name: str) -> pd.DataFrame:
             lists = [
                 value for value in found.values() if isinstance(value, list) and isinstance(value[0], dict)
             ]
-            found = lists[0] if len(lists) == 1 else pandas.DataFrame(found).to_dict("records")
+            table = pandas.DataFrame(lists[0] if len(lists) == 1 else found)
+            if table.shape[1] > table.shape[0] and not table.index.astype(str).str.isdecimal().all():
+                table = table.T  # by the names of runs, and not of columns
+            found = table.to_dict("records")
         return _in_rows(pandas.json_normalize(found))
     except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError) as error:
         raise ValueError(f"Expected JSON with one object per run, got {name}: {error}; {EXPORT}.") from error

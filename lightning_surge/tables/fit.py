@@ -29,6 +29,8 @@ FEWEST = 3
 """Batch sizes with an optimum inside their grid."""
 MAX_SIZES = 200
 """Batch sizes up to which a table is a grid."""
+CLOSE = 1e-3
+"""Relative difference of a target from what is written for it."""
 
 
 class FittedLaw(NamedTuple):
@@ -60,7 +62,17 @@ class GridFit(NamedTuple):
     best: str | None  # name of the law with the smallest held-out error; None where nothing was held out
     ties: tuple[str, ...]  # names of laws that exceed that error by less than two standard errors
     from_seeds: bool  # whether intervals of laws come from the scatter of seeds, or of the optima around them
+    repetitions: int  # behind the intervals
     notes: tuple[str, ...]
+
+    @property
+    def winner(self) -> FittedLaw:
+        """The best law; the closest one where nothing was held out."""
+        return next((law for law in self.laws if law.name == self.best), self.laws[0])
+
+    def tried(self, batch_size: float) -> bool:
+        """Whether a batch size lies within those of the grid."""
+        return self.valleys[0].batch_size <= batch_size <= self.valleys[-1].batch_size
 
 
 class Unfitted(NamedTuple):
@@ -70,12 +82,38 @@ class Unfitted(NamedTuple):
     group: Mapping[str, str]
     reason: str
 
+    def __str__(self) -> str:
+        group = [f"{name} {value}" for name, value in self.group.items()]
+        label = ", ".join(group + ([] if self.target is None else [f"target {self.target:.5g}"]))
+        return f"{label}: {self.reason}" if label else self.reason
 
-def split_targets(table: RunTable) -> list[tuple[float | None, RunTable]]:
-    """One table for each target, from the highest loss to the lowest."""
+
+def split_targets(
+    table: RunTable, wanted: Sequence[float] | None = None
+) -> list[tuple[float | None, RunTable]]:
+    """One table for each target, from the highest loss to the lowest.
+
+    Args:
+        table: runs to several targets.
+        wanted: only these; a value need not have all the digits of the table's. None takes all.
+
+    Raises:
+        ValueError: if there is no such target, or none at all.
+    """
     if table.targets is None:
+        if wanted is not None:
+            raise ValueError(
+                "Expected a table with a column of targets and --measure steps, got --target without them: "
+                "leave --target out, or name the column with --target-column."
+            )
         return [(None, table)]
     targets = sorted(np.unique(table.targets).tolist(), reverse=True)
+    for value in wanted or ():
+        if not any(math.isclose(target, value, rel_tol=CLOSE) for target in targets):
+            there = ", ".join(f"{target:.5g}" for target in targets[:20])
+            raise ValueError(f"Expected --target among {there}, got {value:g}: choose one of them.")
+    if wanted is not None:
+        targets = [t for t in targets if any(math.isclose(t, value, rel_tol=CLOSE) for value in wanted)]
     return [(target, table.at(table.targets == target)) for target in targets]
 
 
@@ -165,6 +203,7 @@ def fit_grid(
         best=best,
         ties=ties,
         from_seeds=drawn.from_seeds,
+        repetitions=bootstrap,
         notes=tuple(notes),
     )
 

@@ -238,7 +238,9 @@ def _runs(
     differing, apart = settings_within(frame, cell, used)
     if differing:
         remedy = " ".join(f"--by {quote(column)}" for column in apart)
-        which = f"{MIXED} {shown(differing)} are averaged as if they were seeds"
+        again = as_text(frame, *cell).duplicated().any()
+        what = "averaged as if they were seeds" if again else "fitted as one grid"
+        which = f"{MIXED} {shown(differing)} are {what}"
         notes.insert(
             0, f"{which}: pass {remedy} for a fit of each, or --where {quote(apart[0])}=VALUE for one"
         )

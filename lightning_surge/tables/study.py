@@ -1,7 +1,9 @@
-"""Read an Optuna study as a table of runs: one that `lightning-surge sweep` keeps, or any other."""
+"""An Optuna study as a table of runs: one that `lightning-surge sweep` keeps, or any other."""
 
 from __future__ import annotations
 
+import csv
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,9 +13,21 @@ if TYPE_CHECKING:
     import pandas as pd
     from optuna.trial import FrozenTrial
 
-__all__ = ["is_study", "read_study", "study_rows"]
+__all__ = ["is_study", "local_file", "read_study", "shown", "study_rows", "write_study"]
 
 COLUMNS = ("batch_size", "lr", "loss", "steps", "examples", "seed", "target", "status", "seconds")
+
+
+def shown(where: str) -> str:
+    """A file or URL without the password in it."""
+    return re.sub(r"(://[^:/]*):[^@/]*@", r"\1:***@", where)
+
+
+def local_file(where: str) -> Path | None:
+    """The file of a journal, or of SQLite's database; None for a database elsewhere."""
+    if "://" not in where:
+        return Path(where)
+    return Path(where.partition("///")[2].partition("?")[0]) if where.startswith("sqlite") else None
 
 
 def is_study(where: str) -> bool:
@@ -41,10 +55,9 @@ def read_study(where: str) -> pd.DataFrame:
         raise ModuleNotFoundError(
             "Reading a study needs Optuna and pandas: pip install 'lightning-surge[sweep]'."
         ) from error
-    shown = re.sub(r"(://[^:/]*):[^@/]*@", r"\1:***@", where)
-    file = where.partition("///")[2].partition("?")[0] if where.startswith("sqlite") else where
-    if (where.startswith("sqlite") or "://" not in where) and not Path(file).is_file():
-        raise ValueError(f"Expected an existing study, got {shown!r}: check the path.")
+    file, said = local_file(where), shown(where)
+    if file is not None and not file.is_file():
+        raise ValueError(f"Expected an existing study, got {said!r}: check the path.")
     try:
         storage: BaseStorage
         if "://" in where:
@@ -56,9 +69,9 @@ def read_study(where: str) -> pd.DataFrame:
         ]
     except Exception as error:  # of whatever driver the URL names
         first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"Expected an Optuna study in {shown!r}, got {first}: check the URL.") from error
+        raise ValueError(f"Expected an Optuna study in {said!r}, got {first}: check the URL.") from error
     if not studies:
-        raise ValueError(f"Expected an Optuna study in {shown!r}, got none: run the sweep first.")
+        raise ValueError(f"Expected an Optuna study in {said!r}, got none: run the sweep first.")
     rows = []
     for study in studies:
         name = {"study": study.study_name} if len(studies) > 1 else {}
@@ -98,3 +111,16 @@ def _rows_of(values: dict[str, Any], targets: list[float]) -> Iterable[dict[str,
         told = {"target": target, "steps": steps, "examples": examples}
         row = values | told | ({"status": "not_reached"} if missed else {})
         yield {name: row[name] for name in COLUMNS}
+
+
+def write_study(trials: Iterable[FrozenTrial], path: Path) -> None:
+    """Write the table of a sweep; whoever reads it meanwhile sees the old one or the new one."""
+    rows = study_rows(trials)
+    columns = [name for name in COLUMNS if name != "target" or (rows and name in rows[0])]
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    with draft.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(draft, path)

@@ -25,9 +25,20 @@ WORDS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("words.toml").rea
 """How other programs name what a table holds."""
 FAILED = frozenset(WORDS["failed"].split()) | {"", "not reached"}
 """What stands, in lower case, for a number that a failed run does not have."""
-UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 2.0**20}
+UNITS = {
+    "": 1.0,
+    "%": 0.01,
+    "k": 1e3,
+    "K": 1e3,
+    "M": 1e6,
+    "B": 1e9,
+    "G": 1e9,
+    "T": 1e12,
+    "Ki": 2.0**10,
+    "Mi": 2.0**20,
+}
 NUMBER = re.compile(
-    r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?:[*x\u00d7\u00b7]10(?:\^|\*\*)?\(?([+-]?\d+)\)?)?([kKMBGT]i?)?"
+    r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?:[*x\u00d7\u00b7]10(?:\^|\*\*)?\(?([+-]?\d+)\)?)?([kKMBGT]i?|%)?"
 )
 POWER = re.compile(r"(\d+)(?:\^|\*\*)\(?([+-]?\d+)\)?")
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")

@@ -18,6 +18,7 @@ from benchmarks.batch_warmup.rules import (
     BUDGETS,
     CANDIDATES,
     DEFAULT,
+    DEFAULT_OVERHEAD,
     DRIFT,
     FIXED_RULES,
     FOLLOW,
@@ -28,6 +29,7 @@ from benchmarks.batch_warmup.rules import (
     RAMPS,
     RULES,
     SEEDS,
+    SEESAW,
     Rule,
 )
 from benchmarks.batch_warmup.targets import contest, targets
@@ -208,6 +210,22 @@ def test_targets_of_a_table_with_hits_and_misses() -> None:
     assert "minus sqrt, approached" in names[3]
     assert "minus constant lr" in names[4]
     assert found[0]["half_width"] == 0.0
+
+
+def test_decay_traded_for_batch_size_has_targets_of_its_own_on_the_long_budget() -> None:
+    small = constants(BASE_BATCH_SIZE, best=1.0, level=2.0, budget="long")
+    sqrt, measured = Rule(SEESAW, "sqrt", 0.0), Rule(SEESAW, DEFAULT, DEFAULT_OVERHEAD)
+    for loss, steps, met in ((2.004, 1200, True), (2.01, 1536, False)):
+        losses = [loss + noise for noise in SEED_NOISE]
+        records = [*ramp(sqrt, losses, steps, budget="long"), *ramp(measured, losses, budget="long")]
+        found = targets(small, records)
+        assert [(row["value"], row["bound"], row["met"]) for row in found] == [
+            (pytest.approx(loss - 2.0), 0.005, met),
+            (pytest.approx(steps / 2048, abs=1e-4), 0.7, met),
+        ]
+        assert "Seesaw with sqrt minus constant B = 8 at its tuned lr" in found[0]["name"]
+        assert targets(small, records[1:]) == []
+        assert targets(SMALL, [run | {"budget": "short"} for run in records]) == []
 
 
 def test_a_rule_that_diverged_misses_and_its_rival_does_not() -> None:

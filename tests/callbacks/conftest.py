@@ -1,5 +1,10 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
+from lightning_surge.measure.records import Measurement
+from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision, Policy
 
 
@@ -16,3 +21,21 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Decision]]:
 
     monkeypatch.setattr(Policy, "decide", noted)
     return taken
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Measurement], Any]], list[Any]]:
+    """What a function says of every measurement from now on."""
+    add = NoiseHistory.add
+
+    def watch(look: Callable[[Measurement], Any]) -> list[Any]:
+        rows: list[Any] = []
+
+        def added(self: NoiseHistory, measurement: Measurement) -> None:
+            rows.append(look(measurement))
+            add(self, measurement)
+
+        monkeypatch.setattr(NoiseHistory, "add", added)
+        return rows
+
+    return watch

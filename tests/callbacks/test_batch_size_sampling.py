@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    LambdaCallback,
     LearningRateFinder,
+    StochasticWeightAveraging,
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -240,17 +242,18 @@ class TestTrainerOptions:
     @every_schedule
     @pytest.mark.parametrize("limit", [5, 0.5])
     def test_limit_train_batches(self, schedule: Schedule, limit: int | float) -> None:
-        model = Validated()
-        scheduler = BatchSizeScheduler(schedule)
-        trainer = make_trainer(scheduler, max_epochs=4, limit_train_batches=limit)
+        whole: list[int] = []
+        look = LambdaCallback(
+            on_train_epoch_start=lambda trainer, _: whole.append(len(trainer.train_dataloader))
+        )
+        model, scheduler = Validated(), BatchSizeScheduler(schedule)
+        trainer = make_trainer(scheduler, look, max_epochs=4, limit_train_batches=limit)
         trainer.fit(model, sampled())
         assert trainer.global_step == len(model.sizes)
         assert scheduler.examples == sum(model.sizes) == sum(size for _, size in model.micro_batches)
         assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2, 3]
-        if limit == 5:
-            assert model.epoch_lengths == [5] * 4
-        else:
-            assert all(length <= 13 for length in model.epoch_lengths)
+        assert model.epoch_lengths == [5 if limit == 5 else length // 2 for length in whole]
+        assert trainer.num_training_batches == model.epoch_lengths[-1]
 
     @every_schedule
     @pytest.mark.parametrize("interval", [2, 7, 0.25])
@@ -266,6 +269,18 @@ class TestTrainerOptions:
             for length in model.epoch_lengths
         ]
         assert [sum(e == epoch for e, _ in model.validated) for epoch in range(4)] == validations
+
+    def test_validation_by_batches_of_the_whole_training_or_in_every_second_epoch(self) -> None:
+        for options in (
+            {"val_check_interval": 5, "check_val_every_n_epoch": None},
+            {"check_val_every_n_epoch": 2},
+        ):
+            model = Validated()
+            scheduler = BatchSizeScheduler(SCHEDULES["up and down"])
+            make_trainer(scheduler, max_epochs=4, num_sanity_val_steps=0, **options).fit(model, sampled())
+            by_batches = len(model.micro_batches) // 5
+            epochs = [epoch for epoch, _ in model.validated]
+            assert len(epochs) == by_batches if "val_check_interval" in options else epochs == [1, 3]
 
     def test_the_progress_bar_knows_the_length_of_the_epoch(self) -> None:
         totals = []
@@ -293,6 +308,20 @@ class TestTrainerOptions:
 
 
 class TestLoaders:
+    def test_reloaded_every_epoch_with_another_length(self) -> None:
+        class Grows(Validated):
+            def train_dataloader(self) -> DataLoader[Any]:
+                data: Any = torch.eye(SIZE)[: 20 + 15 * self.trainer.current_epoch]
+                return DataLoader(data, batch_sampler=ScheduledBatchSampler(RandomSampler(data), LARGEST))
+
+        model = Grows()
+        scheduler = BatchSizeScheduler(Milestones({0: 3, 7: 12, 12: 16}))
+        make_trainer(scheduler, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(model)
+        assert [model.seen(epoch) for epoch in range(3)] == [list(range(size)) for size in (20, 35, 50)]
+        assert model.sizes == [*[3] * 6, 2, 12, 12, 11, 12, 12, 16, 10]
+        assert scheduler.examples == 105
+        assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2]
+
     def test_a_sampler_that_gives_fewer_or_more_than_its_length(self) -> None:
         class Vague(Sampler[int]):
             def __init__(self, indices: int) -> None:
@@ -357,6 +386,27 @@ class TestFinders:
         steps = model.trainer.global_step
         assert model.sizes[-steps:] == list(islice(replay, steps))
         assert scheduler.examples == 2 * SIZE
+
+    def test_weight_averaging(self) -> None:
+        class Normalized(Noting):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm = torch.nn.BatchNorm1d(SIZE)
+
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                self.norm(batch)
+                return super().training_step(batch, batch_idx)
+
+        model = Normalized()
+        averaging = StochasticWeightAveraging(0.1, swa_epoch_start=2)
+        trainer = make_trainer(averaging, BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3)
+        with pytest.warns(UserWarning, match="expected accumulate_grad_batches=2, got 1.: another callback"):
+            trainer.fit(model, sampled())
+        # The fourth pass recomputes the statistics of BatchNorm.
+        assert sum(size for epoch, size in model.micro_batches if epoch == 3) == SIZE
+        assert model.epochs[-1] == 3
+        del model.gradients[-1], model.epochs[-1]
+        assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
 
 
 class TestMaxMicroBatchSize:

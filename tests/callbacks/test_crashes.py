@@ -22,7 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
-from tests.trainings import Regression, assert_same, make_trainer, regression_data, with_lr
+from tests.trainings import Outside, Regression, assert_same, make_trainer, regression_data, with_lr
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,8 +45,8 @@ class Net(Regression):
         self.outside = Outside()
 
     def happens(self, what: str) -> None:
-        self.outside.events.append(what)
-        if len(self.outside.events) - 1 == self.kill_at:
+        self.outside.notes.append(what)
+        if len(self.outside.notes) - 1 == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -61,16 +61,6 @@ class Net(Regression):
         configured = super().configure_optimizers()
         configured["optimizer"].register_step_post_hook(lambda *_: self.happens(STEP))
         return configured
-
-
-class Outside:
-    """Keeps what a measurement must not put back, where it does not look."""
-
-    __slots__ = ("events", "training")
-
-    def __init__(self) -> None:
-        self.training = False
-        self.events: list[str] = []
 
 
 def stateful(micro: int) -> Any:
@@ -152,9 +142,9 @@ def test_killed_anywhere(tmp_path: Path, name: str) -> None:
     assert steps == EPOCHS * EXAMPLES // 8
     assert len(set(whole.lrs)) == steps
     assert surge.history.num_measurements >= 6
-    for place in kill_points(whole.outside.events, random.Random(name)):
+    for place in kill_points(whole.outside.notes, random.Random(name)):
         last = killed(tmp_path / f"killed at {place}", place, **options)
-        taken = whole.outside.events[:place].count(STEP)
+        taken = whole.outside.notes[:place].count(STEP)
         done = int(last.stem.removeprefix("step="))
         assert taken - EVERY <= done <= taken
         again, resumed = train(tmp_path / f"resumed {place}", resume=last, **options)

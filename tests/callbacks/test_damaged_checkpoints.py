@@ -200,7 +200,6 @@ class TestDamage:
         (("policy", "law", "reach"), [8.0, 4.0], "a reach from low to high, got .*(8.0, 4.0)"),
         (("policy", "used_to"), 1e300, "in reach of 4, and a reason or None, got used_to=1e.300"),
         (("policy", "used_to"), math.nan, "Expected 0 < used_to < inf, got used_to=nan"),
-        (("policy", "latest"), 0.0, "Expected 0 < latest < inf, got latest=0.0"),
         (("policy", "at"), 5e-324, "in reach of 4"),
         (("policy", "held"), 3, "held=3"),
         (("measurer", "budget", "_spacing"), 0.5, "Expected spacing of at least 1.0 .* got 0.5"),

@@ -16,10 +16,12 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import ProcessRaisedException
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback
+from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback, by_examples
 from lightning_surge.callbacks.checks import check_processes
+from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import GeometricRamp
 from tests.processes import environment, on_ranks
 from tests.trainings import assert_same, at_update, make_trainer
@@ -332,6 +334,26 @@ def test_follow_peak_grows_alike_on_all_processes(tmp_path: Path) -> None:
     first, second = train(tmp_path / "two", *follow(), max_epochs=6)
     assert_equal(first, second)
     assert len(first.lrs) < 6 * STEPS  # it has grown
+
+
+class Halved(Net):
+    """Its learning rate halves every 64 examples, whoever counts them."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        clock = by_examples(StepLR(optimizer, step_size=4, gamma=0.5), examples_per_step=16)
+        return [optimizer], [{"scheduler": clock, "interval": "step"}]
+
+
+def test_seesaw_grows_alike_on_all_processes(tmp_path: Path) -> None:
+    scheduler = BatchSizeScheduler(Seesaw(16, 64), micro_batch_size=8)
+    options: dict[str, Any] = {"make": Halved, "max_epochs": 3}
+    first, second = train(tmp_path / "two", scheduler, SurgeLRCallback(16, law="sqrt"), **options)
+    assert_equal(first, second)
+    # Six micro-batches an epoch, in windows of powers of two: sizes, and halvings of the schedule.
+    sizes, halvings = [16] * 4 + [32] * 4 + [64, 32], [0] * 4 + [1, 1, 2, 2, 3, 4]
+    expected = [0.01 * 0.5**n * (size / 16) ** 0.5 for size, n in zip(sizes, halvings, strict=True)]
+    assert first.lrs == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

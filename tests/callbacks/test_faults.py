@@ -316,13 +316,6 @@ class EndIn(Callback):
             raise KeyboardInterrupt
 
 
-class Noting(EndIn):
-    """Notes the micro-batch in hand."""
-
-    def __init__(self) -> None:
-        super().__init__(-2)
-
-
 @pytest.fixture
 def _interrupts_stay_possible() -> Iterator[None]:
     # Lightning ignores further ones, for the rest of the process.
@@ -371,7 +364,7 @@ class TestInterrupts:
         accumulation = CASES[case].get("accumulation", 1)
         injector = Injector(stage, error, first=event, quiet=6)
         inject(injector)
-        noting = Noting()
+        noting = EndIn(-2)  # never, but it knows the micro-batch in hand
         callback = surge(accumulation, **CASES[case]["options"])
         found, trainer = ended(callback, Steering(injector), noting, tell=injector.tell)
         assert injector.spoilt == [event]

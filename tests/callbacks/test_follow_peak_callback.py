@@ -122,23 +122,29 @@ class TestBeside:
         assert all(torch.equal(*pair) for pair in zip(alone.gradients, beside.gradients, strict=True))
         assert torch.equal(alone.weight, beside.weight)
 
-    def test_weights_are_taken_off_before_micro_batches_are_measured(self) -> None:
-        """Measured live, from windows of sixteen: the same with and without weights."""
-        stats = []
-        for weighted in (True, False):
-            surge = SurgeLRCallback(8, probe_every=3)
-            scheduler = BatchSizeScheduler(Milestones({0: 64}), weight_micro_batches=weighted)
-            model = Valley(lambda parameters: Still(parameters, lr=0.1))
-            make_trainer(surge, scheduler, max_epochs=3).fit(model, ragged(6))
-            assert model.sizes[0] == sum(RAGGED)  # sixteen micro-batches
-            assert surge.history.num_measurements == 6
-            stats.append(surge.history.stats())
+    @pytest.mark.parametrize("weighted", [True, False])
+    def test_weights_are_taken_off_before_micro_batches_are_measured(self, weighted: bool) -> None:
+        """Windows of sixteen, as their gradients tell: for those of the last three, `sum_k a_k g_k`."""
+        surge = SurgeLRCallback(8, probe_every=3)
+        scheduler = BatchSizeScheduler(Milestones({0: 64}), weight_micro_batches=weighted)
+        model, batches = Valley(lambda parameters: Still(parameters, lr=0.1)), ragged(6)
+        make_trainer(surge, scheduler, max_epochs=3).fit(model, batches)
+        assert model.sizes[0] == sum(RAGGED)  # sixteen micro-batches
+        assert surge.history.num_measurements == 6
+        gradients = torch.stack([2.0 * (1.0 - batch.mean(0)) for batch in batches[48:]]).double()
+        sizes = torch.tensor(RAGGED, dtype=torch.float64)
+        factors = sizes / sizes.sum() if weighted else torch.full((16,), 1 / 16, dtype=torch.float64)
+        others = factors.outer(factors).fill_diagonal_(0.0)
+        products = [(others * (window @ window.T)).sum() for window in gradients.split(16)]
+        grad_sq = float(sum(products) / (3 * others.sum()))
+        spread = float((sizes.repeat(3) * gradients.square().sum(1)).sum())
+        latest = surge.history.latest
+        assert latest is not None
+        assert latest.statistics.grad_sq == pytest.approx(grad_sq, rel=1e-5)
+        trace_cov = (spread - grad_sq * 3 * sum(RAGGED)) / 48
+        assert latest.statistics.trace_cov == pytest.approx(trace_cov, rel=1e-5)
         # In a valley it is known: 4 times the variance of every coordinate of an example.
-        for each in stats:
-            assert each.trace_cov == pytest.approx(4 * FEATURES, rel=0.2)
-        # Pairs of examples weigh otherwise in the two, which tells the signal a little differently.
-        weighted, plain = stats
-        assert weighted.grad_sq == pytest.approx(plain.grad_sq, rel=0.05)
+        assert surge.history.stats().trace_cov == pytest.approx(4 * FEATURES, rel=0.2)
 
     def test_of_tokens_both_must_be_told(self, tmp_path: Path) -> None:
         logger = CSVLogger(tmp_path)

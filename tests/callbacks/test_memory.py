@@ -17,7 +17,10 @@ def test_one_buffer_between_probes_and_four_during_one(monkeypatch: pytest.Monke
     }
     for record in records:
         assert record["parameters"] >= 4_000_000
-        # Less would mean that the record missed the probe, or what windows keep: their largest tensor.
-        least = 0.5 if record["accumulation"] == 1 else 0.2
-        assert record["phase"] == "between probes" or record["buffers"] > least, record
+        if record["phase"] == "between probes":
+            assert record["measurements"] == 0, record
+        else:
+            assert record["measurements"] >= 4, record
+            # Less would mean that the record missed the probe, or what windows keep: their largest tensor.
+            assert record["buffers"] > (0.5 if record["accumulation"] == 1 else 0.2), record
         assert record["buffers"] <= overhead.PHASES[record["phase"]][1], record

@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
-from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.moments import AdamMoments
-from lightning_surge.policy.history import NoiseHistory
+from tests.drawn import numbers
 from tests.trainings import make_trainer
 
 # So short that secants tell the curvature at the point itself, in float64.
@@ -217,33 +216,15 @@ def expected(module: Net) -> list[float]:
     ]
 
 
-def numbers(measurement: Measurement) -> list[float]:
-    norms = measurement.statistics
-    sized = (*norms.alignments, *measurement.curvatures)
-    return [norms.grad_sq, norms.trace_cov, *[value for _, value in sized]]
-
-
 def data(batches: int, batch_size: int) -> DataLoader[Any]:
     x = torch.randn(batches * batch_size, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return DataLoader(x, batch_size=batch_size)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch) -> Callable[[Net], list[tuple[list[float], list[float]]]]:
+def compare(noted: Any) -> Callable[[Net], list[tuple[list[float], list[float]]]]:
     """What is measured from now on, beside the reference at the same point."""
-
-    def watch(module: Net) -> list[tuple[list[float], list[float]]]:
-        rows: list[tuple[list[float], list[float]]] = []
-        add = NoiseHistory.add
-
-        def noted(self: NoiseHistory, measurement: Measurement) -> None:
-            rows.append((numbers(measurement), expected(module)))
-            add(self, measurement)
-
-        monkeypatch.setattr(NoiseHistory, "add", noted)
-        return rows
-
-    return watch
+    return lambda module: noted(lambda measurement: (numbers(measurement), expected(module)))
 
 
 def surge(**options: Any) -> SurgeLRCallback:

@@ -16,7 +16,7 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks.checks import rounds_products
 from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.moments import AdamMoments
-from lightning_surge.policy.history import NoiseHistory
+from tests.drawn import numbers
 from tests.trainings import MakeOptimizer, flat, make_trainer, scaling, with_lr
 
 adamw = with_lr(AdamW, 0.01, weight_decay=0.0)
@@ -61,27 +61,14 @@ def data(batches: int, batch_size: int = 16, dtype: torch.dtype = torch.float32)
 
 
 @pytest.fixture
-def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Measurement]:
-    taken: list[Measurement] = []
-    add = NoiseHistory.add
-
-    def noted(self: NoiseHistory, measurement: Measurement) -> None:
-        taken.append(measurement)
-        add(self, measurement)
-
-    monkeypatch.setattr(NoiseHistory, "add", noted)
+def measurements(noted: Any) -> list[Measurement]:
+    taken: list[Measurement] = noted(lambda measurement: measurement)
     return taken
 
 
 def surge(**options: Any) -> SurgeLRCallback:
     settings: dict[str, Any] = {"base_batch_size": 4, "probe_every": 1, "probe_examples": 16}
     return SurgeLRCallback(objective="alignment", **(settings | options))
-
-
-def numbers(measurement: Measurement) -> list[float]:
-    norms = measurement.statistics
-    sized = (*norms.alignments, *measurement.curvatures)
-    return [norms.grad_sq, norms.trace_cov, *[value for _, value in sized]]
 
 
 class Measure:

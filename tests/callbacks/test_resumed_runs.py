@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -24,6 +24,7 @@ from lightning_surge import (
 )
 from lightning_surge.callbacks.resuming.random_streams import ResumableDataset, to_portable
 from lightning_surge.measure.replay import RandomState
+from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import (
     BatchSizeRule,
     ConstantSize,
@@ -33,7 +34,7 @@ from lightning_surge.schedules.sizes import (
     Progress,
     Schedule,
 )
-from tests.trainings import make_trainer
+from tests.trainings import assert_same, make_trainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -98,6 +99,7 @@ def sampled(workers: int = 0) -> StatefulDataLoader:
 RAMPS: dict[str, BatchSizeRule] = {
     "doublings": GeometricRamp(2, 16, duration=1.5 * EXAMPLES, unit="examples"),
     "any size": LinearRamp(2, 16, duration=1.5 * EXAMPLES, unit="examples"),
+    "decay": Seesaw(start=2, maximum=16),
     "law": FollowPeak(start=2, maximum=16, confidence=0.0, growth_only=False),
 }
 
@@ -132,10 +134,13 @@ def weights(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
+def assert_goes_on(saved: list[Path], path: Path, checkpoint: Path) -> None:
+    """The run in a folder, resumed from a checkpoint, has the steps and weights of the whole one."""
+    again = steps(path)
+    # One of an epoch's last step may be saved a second time, when the epoch is ended.
+    later = [file.name for file in again if file.name != checkpoint.name]
+    assert later == [file.name for file in saved[saved.index(checkpoint) + 1 :]]
+    assert_same(weights(again[-1]), weights(saved[-1]))
 
 
 @pytest.mark.parametrize(
@@ -144,8 +149,10 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         (accumulated, "doublings", 0, 1),
         (sampled, "any size", 0, 1),
         (accumulated, "law", 0, 3),
+        (accumulated, "decay", 0, 5),
         (accumulated, "doublings", 2, 9),
         (sampled, "any size", 2, 9),
+        (sampled, "decay", 2, 9),
     ],
 )
 def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
@@ -153,17 +160,31 @@ def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
 ) -> None:
     whole = run(tmp_path / "whole", lambda: loader(workers), RAMPS[rule])
     saved = steps(tmp_path / "whole")
-    last = weights(saved[-1])
     assert len(saved) > 9
     assert set(chain.from_iterable(whole.taken)) == set(range(EXAMPLES))
-    for index, checkpoint in enumerate(saved[:-1:every]):
-        path = tmp_path / f"from {index}"
+    for checkpoint in saved[:-1:every]:
+        path = tmp_path / f"from {checkpoint.stem}"
         run(path, lambda: loader(workers), RAMPS[rule], resume=checkpoint)
-        again = steps(path)
-        # One of an epoch's last step may be saved a second time, when the epoch is ended.
-        later = [file.name for file in again if file.name != checkpoint.name]
-        assert later == [file.name for file in saved[index * every + 1 :]]
-        assert_same(weights(again[-1]), last)
+        assert_goes_on(saved, path, checkpoint)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
+@pytest.mark.parametrize("loader", [accumulated, sampled])
+def test_two_processes(tmp_path: Path, loader: Callable[[], Any]) -> None:
+    ramp = LinearRamp(4, 16, duration=1.5 * EXAMPLES, unit="examples")
+    two = {"strategy": "ddp_fork", "devices": 2}
+    # Else both would draw the same random numbers, and one could take the other's.
+    apart = LambdaCallback(
+        on_train_start=lambda trainer, _: (
+            trainer.global_step or pl.seed_everything(trainer.global_rank, verbose=False)
+        )
+    )
+    run(tmp_path / "whole", loader, ramp, apart, **two)
+    saved = steps(tmp_path / "whole")
+    for checkpoint in (saved[2], saved[len(saved) // 2], saved[-3]):
+        path = tmp_path / f"from {checkpoint.stem}"
+        run(path, loader, ramp, apart, resume=checkpoint, **two)
+        assert_goes_on(saved, path, checkpoint)
 
 
 def plain() -> Any:

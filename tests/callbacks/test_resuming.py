@@ -10,6 +10,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -403,6 +404,14 @@ def sharded() -> StatefulDataLoader[Any]:
 @pytest.mark.slow
 @no_fork
 class TestTwoProcesses:
+    @staticmethod
+    def fit(
+        folder: Path, net: type[Net], loader: MakeLoader, *callbacks: pl.Callback, **options: Any
+    ) -> list[Ran]:
+        ran = WroteRan(folder)
+        run(net, loader, ExactResume(), *callbacks, ran, strategy="ddp_fork", devices=2, **options)
+        return ran.read()
+
     @pytest.mark.parametrize(
         ("loader", "options"),
         [
@@ -417,12 +426,7 @@ class TestTwoProcesses:
         ids=["shuffled", "distributed sampler", "stateful distributed sampler", "each its own"],
     )
     def test_killed(self, loader: MakeLoader, options: dict[str, Any], tmp_path: Path) -> None:
-        def fit(*callbacks: pl.Callback, resume: Any = None) -> list[Ran]:
-            ran = WroteRan(tmp_path)
-            callbacks = (ExactResume(), *callbacks, ran)
-            run(ValidatedNet, loader, *callbacks, resume=resume, strategy="ddp_fork", devices=2, **options)
-            return ran.read()
-
+        fit = partial(self.fit, tmp_path, ValidatedNet, loader, **options)
         # The last is killed, which leaves what it had saved.
         whole = fit(SeededApart())
         save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
@@ -439,12 +443,7 @@ class TestTwoProcesses:
         def loader() -> StatefulDataLoader[Any]:
             return StatefulDataLoader(ResumableDataset(Noisy()), batch_size=2, shuffle=True, num_workers=1)
 
-        def fit(*callbacks: pl.Callback, resume: Any = None) -> list[Ran]:
-            ran = WroteRan(tmp_path)
-            callbacks = (ExactResume(), *callbacks, ran)
-            run(Net, loader, *callbacks, resume=resume, strategy="ddp_fork", devices=2, max_epochs=1)
-            return ran.read()
-
+        fit = partial(self.fit, tmp_path, Net, loader, max_epochs=1)
         save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
         whole = fit(SeededApart(), save)
         resumed = fit(SeededApart(), resume=tmp_path / "saved" / "step=1.ckpt")

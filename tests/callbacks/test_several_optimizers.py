@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.step_examples import MicroBatchTracker
-from tests.trainings import at_update, columns, flat, make_trainer, scaling
+from tests.trainings import at_update, columns, flat, layouts_in, make_trainer, scaling
 
 LATENT = 2
 
@@ -513,6 +513,24 @@ class TestLogging:
         assert columns(logger)["surge/lr_used/opt0"] == pytest.approx([0.02] * 2)
         assert columns(logger)["surge/lr_used/opt1"] == pytest.approx([0.04] * 2)
 
+    def test_to_tensorboard_is_one_layout_with_all_optimizers(self, tmp_path: Path) -> None:
+        logger = TensorBoardLogger(tmp_path)
+        make_trainer(*pair(4, probe_every=1), logger=logger).fit(Gan(), data(64, 16))
+        (layout,) = layouts_in(logger)
+        charts = {
+            "learning rates": ("lr_scheduled", "lr_predicted", "lr_used"),
+            "batch size against peak": ("batch_size", "critical_batch_size"),
+            "noise": ("noise_scale",),
+            "overhead": ("overhead", "overhead_time"),
+        }
+        assert layout == {
+            "surge": {
+                f"{chart}/opt{i}": {f"surge/{name}/opt{i}" for name in names}
+                for i in (0, 1)
+                for chart, names in charts.items()
+            }
+        }
+
     def test_to_the_progress_bar(self) -> None:
         trainer = make_trainer(*pair(4, "linear", prog_bar=True))
         trainer.fit(Gan(), data(16, 8))
@@ -555,11 +573,6 @@ class TestErrors:
         with pytest.raises(MisconfigurationException, match=message):
             make_trainer(*callbacks()).fit(module, data(16, 8))
         assert torch.equal(module.weights, before)
-
-    @pytest.mark.parametrize("value", [-1, 0.5, "0", True])
-    def test_of_the_argument(self, value: Any) -> None:
-        with pytest.raises(ValueError, match="whole number optimizer >= 0, got optimizer="):
-            SurgeLRCallback(4, optimizer=value)
 
 
 @pytest.mark.filterwarnings("ignore:.*starts measuring afresh")

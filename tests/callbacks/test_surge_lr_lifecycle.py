@@ -28,7 +28,16 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.policy.policy import Decision
-from tests.trainings import CrashAt, Regression, adamw, make_trainer, regression_data, scaling, with_lr
+from tests.trainings import (
+    CrashAt,
+    Outside,
+    Regression,
+    adamw,
+    make_trainer,
+    regression_data,
+    scaling,
+    with_lr,
+)
 
 MakeSchedule = Callable[[Optimizer], Any]
 
@@ -459,16 +468,6 @@ class TestErrors:
         assert module.lrs == pytest.approx([0.01 * 1.05**k for k in (1, 2, 3)])
 
 
-class Outside:
-    """Keeps what a probe must not put back, where it does not look."""
-
-    __slots__ = ("replayed_at", "training")
-
-    def __init__(self) -> None:
-        self.training = False
-        self.replayed_at: list[int] = []
-
-
 class Failing(Regression):
     """Tells replays from training, and fails in those of some numbers, from 1."""
 
@@ -485,8 +484,8 @@ class Failing(Regression):
         if self.outside.training:
             self.outside.training = False
             return loss
-        self.outside.replayed_at.append(self.trainer.global_step)
-        if not self.first <= len(self.outside.replayed_at) <= self.last:
+        self.outside.notes.append(self.trainer.global_step)
+        if not self.first <= len(self.outside.notes) <= self.last:
             return loss
         if isinstance(self.failure, BaseException):
             raise self.failure
@@ -526,7 +525,7 @@ class TestFailures:
             assert all(decision.reason.startswith("held: ") for _, decision in decisions[2:])
             return
         # Twice as far apart each time.
-        attempts = sorted(set(module.outside.replayed_at))
+        attempts = sorted(set(module.outside.notes))
         gaps = [after - before for before, after in itertools.pairwise(attempts)]
         assert len(gaps) >= 4
         assert all(after >= 2 * before for before, after in itertools.pairwise(gaps))

@@ -51,7 +51,17 @@ class Counter:
     rows: list[int] = field(default_factory=list)
 
 
-class Slotted:
+@dataclass(slots=True)
+class SlottedRows:
+    rows: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class SlottedCounter(SlottedRows):
+    seen: int = 0
+
+
+class Box:
     def __init__(self) -> None:
         self.inner = SimpleNamespace(count=0)
 
@@ -103,7 +113,8 @@ UNDONE: dict[str, tuple[Callable[[Any], object], Callable[[], dict[str, Any]]]] 
     "own scheduler": (lambda module: module.own.step(), dict),
     "counter in a dataclass": (count, lambda: {"counter": Counter()}),
     "counter in a namespace": (count, lambda: {"counter": SimpleNamespace(seen=0, rows=[])}),
-    "counter in an object": (count_inside, lambda: {"box": Slotted()}),
+    "counter in an object": (count_inside, lambda: {"box": Box()}),
+    "counter in slots": (count, lambda: {"counter": SlottedCounter()}),
     "itertools.count": (lambda module: next(module.ticks), lambda: {"ticks": itertools.count()}),
     "iterator of a list": (lambda module: next(module.ticks), lambda: {"ticks": iter(list(range(500)))}),
     "iterator in a list": (lambda module: next(module.ticks[0]), lambda: {"ticks": [itertools.count()]}),

@@ -1,7 +1,7 @@
 """Loaders that change in mid-run, and learning-rate schedules that stop short of their end."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, SequentialSampler
 
 from benchmarks.step_trace import trace
 from lightning_surge import BatchSizeScheduler, BatchSizeWarmup, ScheduledBatchSampler, by_examples
-from lightning_surge.callbacks.lightning_host import loader_batch_size, refresh_epoch_length, replicas_of
+from lightning_surge.callbacks.lightning_host import loader_batch_size, replicas_of
 from lightning_surge.schedules import (
     AccumulatedSchedule,
     ConstantSize,
@@ -28,35 +27,18 @@ from tests.trainings import OneHot, make_trainer
 SIZE = 64
 
 
-class Mean(pl.LightningModule):
-    """Counts the examples behind each step."""
+class Mean(OneHot):
+    """With a loader for each epoch, and a schedule that may ask the Trainer."""
 
     def __init__(self, loaders: Any = None, schedule: Callable[..., Any] | None = None) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(SIZE))
-        self.loaders = loaders  # one for each epoch
-        self.schedule = schedule
-        self.sizes: list[int] = []
-        self.examples = 0
+        super().__init__(
+            SIZE, schedule and (lambda optimizer: {"interval": "step"} | schedule(optimizer, self))
+        )
+        self.lr, self.loaders = 0.1, loaders
 
     def train_dataloader(self) -> Any:
         loader = self.loaders[self.trainer.current_epoch]
         return loader() if callable(loader) else loader
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.examples += len(batch)
-        return (batch @ self.weight).mean()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.sizes.append(self.examples)
-        self.examples = 0
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
-        if self.schedule is None:
-            return optimizer
-        config = self.schedule(optimizer, self)
-        return {"optimizer": optimizer, "lr_scheduler": {"interval": "step"} | config}
 
 
 def plain(batch_size: int) -> DataLoader[Any]:
@@ -167,62 +149,6 @@ class TestLoadersThatChange:
         assert caplog.text.count("Batch sizes are set by accumulation") == 1
 
 
-class Growing(DataLoader[Any]):
-    """Has a batch more in each epoch."""
-
-    length = 11
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([torch.eye(12)] * self.length)
-
-    def __len__(self) -> int:
-        return self.length
-
-
-class Refreshing(OneHot):
-    """Counts batches and validations of each epoch."""
-
-    def __init__(self) -> None:
-        super().__init__(12)
-        self.lengths, self.validations = [0] * 3, [0] * 3
-
-    def on_train_epoch_start(self) -> None:
-        refresh_epoch_length(self.trainer)
-
-    def on_train_epoch_end(self) -> None:
-        self.trainer.train_dataloader.length += 1
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.lengths[self.trainer.current_epoch] += 1
-        return super().training_step(batch, batch_idx)
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.validations[self.trainer.current_epoch] += 1
-
-
-@pytest.mark.parametrize(
-    ("options", "lengths", "validations"),
-    [
-        ({}, [11, 12, 13], [1, 1, 1]),
-        ({"limit_train_batches": 12}, [11, 12, 12], [1, 1, 1]),
-        ({"limit_train_batches": 0.5}, [5, 6, 6], [1, 1, 1]),
-        ({"val_check_interval": 4}, [11, 12, 13], [2, 3, 3]),
-        ({"val_check_interval": 0.5}, [11, 12, 13], [2, 2, 2]),
-        ({"val_check_interval": 8, "check_val_every_n_epoch": None}, [11, 12, 13], [1, 1, 2]),
-        ({"check_val_every_n_epoch": 2}, [11, 12, 13], [0, 1, 0]),
-    ],
-)
-def test_lightning_is_told_of_an_epoch_that_gets_longer(
-    options: dict[str, Any], lengths: list[int], validations: list[int]
-) -> None:
-    data: Any = torch.eye(12)
-    model = Refreshing()
-    trainer = make_trainer(max_epochs=3, num_sanity_val_steps=0, **options)
-    trainer.fit(model, Growing(data), DataLoader(data, batch_size=12))
-    assert (model.lengths, model.validations) == (lengths, validations)
-    assert trainer.num_training_batches == lengths[-1]
-
-
 def test_replicas_are_not_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     # As under tensor parallelism, where several processes share the examples of one replica.
     monkeypatch.setattr(pl.Trainer, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": 0})
@@ -331,7 +257,12 @@ class TestSchedulesCutShort:
 
 
 @pytest.mark.parametrize(
-    ("callbacks", "calls", "files"), [([], 120, 14), ([BatchSizeScheduler(ConstantSize(16))], 260, 19)]
+    ("callbacks", "calls", "files"),
+    [
+        ([], 115, 14),
+        ([BatchSizeScheduler(ConstantSize(16))], 150, 19),
+        ([BatchSizeScheduler(GeometricRamp(16, 64, 2000))], 155, 19),
+    ],
 )
 def test_a_step_enters_as_little_of_the_package_as_promised(callbacks: Any, calls: int, files: int) -> None:
     entered = trace(*callbacks)

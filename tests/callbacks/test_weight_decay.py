@@ -1,4 +1,4 @@
-"""`lr * weight_decay` of every step: scaled with the factor, as torch does, or kept."""
+"""`lr * weight_decay` of every step: scaled with the factor, as torch does, kept, or kept per example."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, NAdam, Optimizer, RMS
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
-from lightning_surge import SurgeLRCallback
+from lightning_surge import BatchSizeScheduler, SurgeLRCallback
 from lightning_surge.optimizers.lr_writer import FactorInUpdate
+from lightning_surge.schedules import Milestones
 from tests.trainings import MakeOptimizer, at_update, make_trainer, with_lr
 
 adamw = with_lr(AdamW, 0.01, weight_decay=0.1)
@@ -54,6 +55,10 @@ def entries(optimizer: Optimizer) -> list[tuple[float, float | None]]:
 def data(count: int = 22, batch_size: int = 4) -> DataLoader[Any]:
     x = torch.randn(count, 4, generator=torch.Generator().manual_seed(1))
     return DataLoader(x, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def per_example(law: Any = "sqrt") -> SurgeLRCallback:
+    return SurgeLRCallback(4, law, scale_weight_decay="per_example")
 
 
 def keeping(**options: Any) -> SurgeLRCallback:
@@ -138,25 +143,71 @@ class TestProducts:
         assert trainer.callback_metrics["surge/lr_used"] == pytest.approx(0.01 * (4 / 3))
 
 
+class TestDecayPerExample:
+    @pytest.mark.parametrize("tensor", [False, True])
+    @pytest.mark.parametrize("form", [{}, {"fused": True}, {"foreach": False}], ids=["", "fused", "single"])
+    def test_is_adamw_with_those_values_written_by_hand(
+        self, form: dict[str, Any], tensor: bool, unraised: list[str]
+    ) -> None:
+        """Along a ramp of accumulated batches, whose last window is shorter."""
+
+        def make(module: Any) -> Optimizer:
+            lr: Any = torch.tensor(0.01, dtype=torch.float64) if tensor else 0.01
+            return AdamW(module.parameters(), lr=lr, weight_decay=0.5, **form)
+
+        trained, by_hand = Decayed(make).double(), Decayed(make).double()
+        x = torch.randn(44, 4, generator=torch.Generator().manual_seed(1)).double()
+        ramp = BatchSizeScheduler(Milestones({0: 4, 2: 8, 3: 16}))
+        trainer = make_trainer(ramp, per_example())
+        trainer.fit(trained, DataLoader(x, batch_size=4))  # type: ignore[arg-type]
+        assert "a learning-rate schedule that reaches its end" in unraised.pop()
+
+        optimizer, micro = make(by_hand), list(x.split(4))
+        for step, parts in enumerate([1, 1, 2, 4, 3]):
+            for batch in [micro.pop(0) for _ in range(parts)]:
+                (by_hand.training_step(batch, 0) / parts).backward()
+            (group,) = optimizer.param_groups
+            group["lr"], group["weight_decay"] = 0.01 * 0.8**step * parts**0.5, 0.5 * parts / parts**0.5
+            optimizer.step()
+            optimizer.zero_grad()
+        assert micro == []
+        assert torch.allclose(trained.layer.weight, by_hand.layer.weight, rtol=1e-12, atol=0.0)
+        assert entries(optimizer_of(trainer)) == [(pytest.approx(0.01 * 0.8**5), 0.5)]
+
+    def test_grows_where_the_learning_rate_does_not(self) -> None:
+        module = Decayed(gamma=1.0)
+        make_trainer(per_example("constant"), accumulate_grad_batches=2).fit(module, data())
+        assert module.used == [[(0.01, pytest.approx(0.1 * size / 4))] for size in (8, 8, 6)]
+
+    def test_is_left_alone_by_a_dry_run(self) -> None:
+        module = Decayed(gamma=1.0)
+        callback = SurgeLRCallback(2, "sqrt", dry_run=True, scale_weight_decay="per_example")
+        make_trainer(callback).fit(module, data())
+        assert module.used == [[(0.01, 0.1)]] * 6
+
+
 class TestWriter:
     @given(
-        factor=st.floats(1e-6, 1e6),
+        factor=st.floats(1e-6, 1e6) | st.just(1.0),
+        share=st.floats(1e-3, 1e3),
         lr=st.floats(1e-8, 10),
         decay=st.just(0.0) | st.floats(1e-9, 10),
         tensor=st.booleans(),
     )
-    def test_restores_exactly(self, factor: float, lr: float, decay: float, tensor: bool) -> None:
+    def test_restores_exactly(
+        self, factor: float, share: float, lr: float, decay: float, tensor: bool
+    ) -> None:
         optimizer = AdamW([nn.Parameter(torch.ones(1))], lr=lr, weight_decay=decay)
         if tensor:
             optimizer.param_groups[0]["weight_decay"] = torch.tensor(decay)
         before, read = entries(optimizer), []
         at_update(optimizer, lambda o: read.extend(entries(o)))
-        writer = FactorInUpdate(optimizer, lambda early: factor, keeps_decay=lambda group: True)
+        writer = FactorInUpdate(optimizer, lambda early: factor, decay_factor=lambda group: share)
         optimizer.step()
         [(used, written)], [(_, old)] = read, before
         assert written is not None
         assert old is not None
-        assert used * written == pytest.approx(lr * old, rel=1e-6 if tensor else 1e-15)
+        assert used * written == pytest.approx(share * lr * old, rel=1e-6 if tensor else 1e-15)
         assert entries(optimizer) == before
         writer.remove()
 
@@ -164,7 +215,7 @@ class TestWriter:
         optimizer = AdamW([nn.Parameter(torch.ones(1))], lr=0.0, weight_decay=0.1)
         read: list[Any] = []
         at_update(optimizer, lambda o: read.extend(entries(o)))
-        FactorInUpdate(optimizer, lambda early: 4.0, keeps_decay=lambda group: True)
+        FactorInUpdate(optimizer, lambda early: 4.0, decay_factor=lambda group: 1.0)
         optimizer.step()
         assert read == entries(optimizer) == [(0.0, 0.1)]
 
@@ -230,11 +281,13 @@ class TestRefusals:
             (lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1), "SGD"),
         ],
     )
-    @pytest.mark.parametrize("law", ["measured", "sqrt"])
-    def test_of_coupled_decay(self, make_optimizer: MakeOptimizer, name: str, law: Any) -> None:
+    @pytest.mark.parametrize(
+        ("law", "setting"), [("measured", False), ("sqrt", False), ("sqrt", "per_example")]
+    )
+    def test_of_coupled_decay(self, make_optimizer: MakeOptimizer, name: str, law: Any, setting: Any) -> None:
         module = Decayed(make_optimizer)
-        callback = SurgeLRCallback(3, law, scale_weight_decay=False)
-        message = f"scale_weight_decay=False .* got parameter group 0 of {name} with weight_decay=0.1"
+        callback = SurgeLRCallback(3, law, scale_weight_decay=setting)
+        message = f"scale_weight_decay={setting!r} .* got parameter group 0 of {name} with weight_decay=0.1"
         with pytest.raises(MisconfigurationException, match=message):
             make_trainer(callback).fit(module, data())
         assert module.calls == 0
@@ -243,7 +296,3 @@ class TestRefusals:
         module = Decayed(lambda m: Adam(m.parameters(), lr=0.01), gamma=1.0)
         make_trainer(keeping()).fit(module, data(8))
         assert module.used == [[(0.01 * (4 / 3), 0.0)]] * 2
-
-    def test_of_anything_but_true_and_false(self) -> None:
-        with pytest.raises(ValueError, match="scale_weight_decay=True or False, got scale_weight_decay='no'"):
-            SurgeLRCallback(3, scale_weight_decay="no")  # type: ignore[arg-type]

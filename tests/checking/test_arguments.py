@@ -24,8 +24,8 @@ from tests.logged_runs import as_log, rows
 ROOT = Path(__file__).parents[2]
 HUGE = 10**400
 BAD: dict[str, list[Any]] = {
-    "whole": ["16", math.nan, math.inf, HUGE, True, 2.5, np.float64(3.0), 1 + 0j, [4], -7, None],
-    "number": ["16", math.nan, math.inf, HUGE, True, np.True_, 1 + 0j, [4.0], torch.ones(2), -7.0, None],
+    "whole": ["16", math.nan, math.inf, HUGE, True, 2.5, np.float64(3.0), 1 + 0j, [4], -1, None],
+    "number": ["16", math.nan, math.inf, HUGE, True, np.True_, 1 + 0j, [4.0], torch.ones(2), -1e-9, None],
     "switch": ["False", 0, 1.0, [], np.float64(1.0), None],
     "choice": ["sqart", 3, True, ["step"], None],
     "function": ["len", 3, True],
@@ -49,7 +49,6 @@ LIMITS = {"multiple_of": 4, "minimum": 8, "maximum": 16}
 MEASURED = {"alignment_limit": 2, "alignment_scale": 300, "noise_curvature": 1, "signal_curvature": 1}
 SGD = laws.SGDLaw(max_lr=1, noise_scale=100)
 RULE = {"base_lr": 0.1, "base_batch_size": 16}
-TRADEOFF = {"critical_batch_size": 300, "min_steps": 10, "min_examples": 3000}
 MOMENTS = {"mean": [1.0], "standard_deviation": [4.0], "hessian": [[1.0]]}
 # What is called with which valid arguments; every other one has its default.
 CALLS: dict[Callable[..., Any], dict[str, Any]] = {
@@ -58,6 +57,7 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     BatchSizeScheduler: {"schedule": SIZE, "micro_batch_size": 4, "max_micro_batch_size": 8},
     lightning_surge.BatchSizeWarmup: {"start": 8, "end": 16, "num_steps": 4, "micro_batch_size": 4},
     FollowPeak: {"start": 8, "maximum": 64, "minimum": 4},
+    schedules.Seesaw: {"start": 8, "maximum": 64, "multiple_of": 4},
     schedules.ScheduledBatchSampler: {"sampler": range(9), "batch_size": 4},
     schedules.by_examples: {"scheduler": clock(), "examples_per_step": 16},
     schedules.by_examples(clock(), 16).advance: {"examples": 4},
@@ -111,8 +111,8 @@ NO_NUMBERS = {
 ELSEWHERE = {
     "Advice", "Caveat", "Columns", "Estimate", "FittedLaw", "GridFit", "HeldOut", "Interval", "LawFit",
     "Optimum", "Option", "Peak", "Progress", "RunState", "RunTable", "Series", "TradeoffFit",
-    "Unfitted", "Valley", "alignment_ratio", "at_once_ratio", "edge_ratio", "progress_ratio", "step_ratio",
-    "read_table",
+    "Unfitted", "Valley", "alignment_ratio", "edge_ratio", "progress_ratio", "step_ratio",
+    "describe", "document", "read_table",
 }  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def kinds(call: Callable[..., Any]) -> Iterator[tuple[str, str, bool]]:
         for option in options - {NoneType}:
             if option in (int, float, bool):
                 kind = {int: "whole", float: "number", bool: "switch"}[option]
-            elif get_origin(option) is Literal and option != Literal[False]:
+            elif get_origin(option) is Literal and option != Literal[False] and bool not in options:
                 kind = "choice"
             elif getattr(get_origin(option), "__name__", "") == "Callable":
                 kind = "function"

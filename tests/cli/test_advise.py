@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lightning_surge.cli import main
-from lightning_surge.cli.advise import _caveat_text
 from lightning_surge.runs.advice import Caveat
+from lightning_surge.runs.report import caveat_text
 from tests.logged_runs import LAW, rows, write_csv
 from tests.runs.test_advice import STATE, advise
 
@@ -74,7 +74,7 @@ def test_numbers_that_are_not_finite_are_null_in_json(tmp_path, capsys):
     assert main(["advise", str(tmp_path), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert answer["peak_batch_size"] == {"value": None, "low": 0.0, "high": None}
-    assert list(answer["caveats"]) == ["uncertain"]
+    assert list(answer["caveats"]) == ["uncertain", "approach"]
     assert main(["advise", str(tmp_path)]) == 0
     assert "none: the learning rate never falls with the batch size" in capsys.readouterr().out
 
@@ -93,7 +93,7 @@ def test_a_hold_and_an_ended_schedule_are_told(tmp_path, capsys):
 
 @pytest.mark.parametrize("caveat", Caveat)
 def test_every_caveat_has_words(caveat):
-    assert len(_caveat_text(caveat, advise(STATE))) > 20
+    assert len(caveat_text(caveat, advise(STATE))) > 20
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback, schedules
 from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import (
+    BatchSizeRule,
     ConstantSize,
     CosineRamp,
     GeometricRamp,
@@ -219,6 +221,17 @@ def test_a_callback_that_never_cuts(tmp_path: Path, split: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "meant"), [("false", False), ("true", True), ("per_example", "per_example")]
+)
+def test_each_choice_of_the_weight_decay(tmp_path: Path, written: str, meant: bool | str) -> None:
+    (callback,), printed = parse(
+        tmp_path, f"    - {{class_path: SurgeLRCallback, init_args: {{scale_weight_decay: {written}}}}}\n"
+    )
+    assert callback.settings.scale_weight_decay == meant
+    assert f"scale_weight_decay: {written}" in printed
+
+
+@pytest.mark.parametrize(
     ("arguments", "messages"),
     [
         ("law: meassured", ["law", "'measured', 'theorem2'", "meassured"]),
@@ -244,7 +257,7 @@ def test_mistakes_in_arguments_of_the_callback_are_named(
         assert message in said
 
 
-SCHEDULES: list[tuple[str, Schedule | FollowPeak]] = [
+SCHEDULES: list[tuple[str, BatchSizeRule]] = [
     ("{class_path: ConstantSize, init_args: {size: 8}}", ConstantSize(8)),
     (
         "{class_path: LinearRamp, init_args: {start: 8, end: 32, duration: 9, unit: examples,"
@@ -263,14 +276,13 @@ SCHEDULES: list[tuple[str, Schedule | FollowPeak]] = [
         Phases([Phase(0, None, ConstantSize(8))]),
     ),
     ("{class_path: FollowPeak, init_args: {start: 8, maximum: 64}}", FollowPeak(8, 64)),
+    ("{class_path: Seesaw, init_args: {start: 8, maximum: 64, multiple_of: 8}}", Seesaw(8, 64, 8)),
 ]
 
 
 @pytest.mark.parametrize(("written", "meant"), SCHEDULES)
 @pytest.mark.parametrize("names", ["short", "full"])
-def test_every_schedule_by_both_names(
-    tmp_path: Path, names: str, written: str, meant: Schedule | FollowPeak
-) -> None:
+def test_every_schedule_by_both_names(tmp_path: Path, names: str, written: str, meant: BatchSizeRule) -> None:
     callback = "BatchSizeScheduler"
     if names == "full":
         callback = f"lightning_surge.{callback}"
@@ -283,8 +295,8 @@ def test_every_schedule_by_both_names(
 
 def test_all_schedules_are_tried_here() -> None:
     public = [getattr(schedules, name) for name in schedules.__all__]
-    kinds = {kind for kind in public if inspect.isclass(kind) and issubclass(kind, Schedule)}
-    assert {type(meant) for _, meant in SCHEDULES} == kinds - {Schedule} | {FollowPeak}
+    kinds = {kind for kind in public if inspect.isclass(kind) and issubclass(kind, BatchSizeRule)}
+    assert {type(meant) for _, meant in SCHEDULES} == kinds - {Schedule}
 
 
 @pytest.mark.parametrize("prefix", ["", "lightning_surge."])

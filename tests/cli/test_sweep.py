@@ -51,8 +51,11 @@ from lightning_surge import by_examples
 
 
 class Parabola(pl.LightningModule):
-    def __init__(self, lr: float = 0.1, start: float = 1.0, total: int = 0, event: str = "hang", at=0.0):
+    def __init__(
+        self, lr: float = 0.1, start: float = 1.0, total: int = 0, event: str = "hang", at=0.0, per="step"
+    ):
         super().__init__()
+        self.per = per
         self.lr, self.start, self.total, self.event, self.at = lr, start, total, event, at
         self.weight = torch.nn.Parameter(torch.tensor([start]))
 
@@ -80,16 +83,17 @@ class Parabola(pl.LightningModule):
         if not self.total:
             return optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / self.total))
-        return [optimizer], [{"scheduler": by_examples(schedule, 1), "interval": "step"}]
+        return [optimizer], [{"scheduler": by_examples(schedule, 1), "interval": self.per}]
 
 
 class Zeros(pl.LightningDataModule):
-    def __init__(self, batch_size: int = 4, deaf: bool = False, half: bool = False):
+    def __init__(self, batch_size: int = 4, deaf: bool = False, half: bool = False, form: str = ""):
         super().__init__()
+        self.collate = {"list": list, "mixed": lambda rows: [torch.zeros(3), torch.stack(rows)]}.get(form)
         self.batch_size = 4 if deaf else batch_size // 2 if half else batch_size
 
     def train_dataloader(self):
-        return DataLoader(torch.zeros(64, 1), batch_size=self.batch_size)
+        return DataLoader(torch.zeros(64, 1), batch_size=self.batch_size, collate_fn=self.collate)
 
     def val_dataloader(self):
         return DataLoader(torch.zeros(1, 1))
@@ -277,7 +281,9 @@ def test_larger_may_be_better(config: Path, capsys: Capture) -> None:
     words = arguments(batch_sizes="4", lrs="0.1 0.2 0.3", target_loss="-0.3", metric="gain", checks="100")
     assert main([*words, "--maximize"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^ +4 +0\.3 .*   1   highest tried", said, re.MULTILINE)  # -0.5 * 0.7^2 after a step
+    assert re.search(
+        r"^ +4 +0\.3 .* +-0\.3 +1  highest tried", said, re.MULTILINE
+    )  # -0.5 * 0.7^2 after a step
     assert said.endswith("next: lightning-surge fit sweep.csv --maximize\n")
     assert study().study.best_params["lr"] == 0.3
     assert [row["steps"] for row in table()] == ["3", "2", "1"]
@@ -304,6 +310,8 @@ def test_keys_that_do_not_exist(config: Path, capsys: Capture) -> None:
         ({"examples": "6"}, "--examples 6 and a batch size of 8"),
         ({"seeds": "0"}, "Expected --seeds of at least 1, got 0"),
         ({"replicas": "3"}, "batch sizes that 3 replicas can share, got 4"),
+        ({"target_loss": "1 low"}, "argument --target-loss: invalid losses value: 'low'; see"),
+        ({"target_loss": "1,nan"}, "argument --target-loss: invalid losses value: '1,nan'; see"),
         ({"set": "ckpt_path=last"}, "got ckpt_path='last'"),
         ({"model_class": "parabola.Missing"}, "Expected --model-class to be the dotted path"),
         ({"cli_class": "parabola.Zeros"}, "Expected --cli-class to be a LightningCLI"),
@@ -318,7 +326,7 @@ def test_mistakes_are_named_before_anything_runs(
 ) -> None:
     message = refused(capsys, **changes)
     assert said in message
-    assert message.startswith("lightning-surge: Expected")
+    assert re.match("lightning-surge: (Expected|argument)", message)
 
 
 def test_without_jsonargparse(config: Path, capsys: Capture, monkeypatch: Patch) -> None:
@@ -333,6 +341,11 @@ def test_without_jsonargparse(config: Path, capsys: Capture, monkeypatch: Patch)
     [
         ({"metric": "val_los"}, "to log 'val_los' in training or validation, got gain, train_loss, val_loss"),
         ({"replicas": "2"}, "with 2 data-parallel replicas, got 1: pass --replicas 1"),
+        ({"set": "data.init_args.form=mixed"}, "A sweep cannot tell how many examples a list holds"),
+        (
+            {"set": "model.init_args.total=64 model.init_args.per=epoch"},
+            "Expected interval='step' for a learning-rate schedule that counts examples, got",
+        ),
     ],
 )
 def test_what_no_cell_can_do_ends_the_sweep(
@@ -356,6 +369,11 @@ def test_a_batch_size_that_does_not_arrive(config: Path, capsys: Capture) -> Non
     assert len(study().study.trials) == 2
     assert main([*words, "--retry-failed"]) == 1
     assert len(study().study.trials) == 3
+
+
+def test_lists_of_examples_are_counted(config: Path) -> None:
+    assert sweep(batch_sizes="8", lrs="0.1", set="data.init_args.form=list") == 0
+    assert [row["examples"] for row in table()] == ["64"]
 
 
 def test_batches_may_be_counted_by_a_function(config: Path, capsys: Capture) -> None:

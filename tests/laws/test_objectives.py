@@ -11,7 +11,6 @@ from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.objectives import (
     OBJECTIVES,
     alignment_ratio,
-    at_once_ratio,
     edge_ratio,
     progress_ratio,
     step_ratio,
@@ -43,7 +42,6 @@ def test_ratios_of_the_measured_law(law: MeasuredLaw, batch_size: float, base: f
     assert alignment == pytest.approx(step_ratio(flat, batch_size, base), rel=1e-9)
     # Whatever the noise.
     assert alignment * progress == pytest.approx(batch_size / base, rel=1e-9)
-    assert at_once_ratio(law, batch_size, base) == alignment
 
 
 def test_ratios_of_plain_gradient_steps() -> None:

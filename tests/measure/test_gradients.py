@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 from scipy.special import erf
 from torch import Tensor, nn
 
@@ -14,8 +13,7 @@ from lightning_surge.measure import gradients
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 from lightning_surge.measure.gradients import ChunkStream, blocks, dense, weighted_mean
 from lightning_surge.measure.records import ChunkStatistics, SizedValue
-
-many = settings(max_examples=60, deadline=None)
+from tests.drawn import within
 
 SHAPES = [(3, 2), (4,), ()]
 SCALES = [1.0, 0.5, 0.25]
@@ -250,18 +248,14 @@ class TestStatistical:
             # The mean of a Gaussian coordinate's sign is exact, correlated or not.
             return float(np.sum(scales * erf(math.sqrt(b / 2) * mean / deviation) * mean))
 
-        def check(samples: list[float], truth: float) -> None:
-            error = np.std(samples, ddof=1) / math.sqrt(len(samples))
-            assert abs(np.mean(samples) - truth) < 4 * error
-
-        grad_sq, trace_cov = (list(column) for column in zip(*norms, strict=True))
-        check(grad_sq, float(mean @ mean))
-        check(trace_cov, float(np.trace(covariance)))
+        grad_sq, trace_cov = zip(*norms, strict=True)
+        within(grad_sq, float(mean @ mean))
+        within(trace_cov, float(np.trace(covariance)))
         pairs = list(zip(sizes[::2], sizes[1::2], strict=False))
         small = np.average([expected(b) for b, _ in pairs], weights=[partner for _, partner in pairs])
         truths = [float(small), expected(sum(sizes[::2])), expected(sum(sizes[1::2]))]
         for samples, truth in zip(zip(*aligned, strict=True), truths, strict=True):
-            check(list(samples), truth)
+            within(samples, truth)
             # A direction dotted with a gradient that holds it would give this much more; it must be seen.
             error = np.std(samples, ddof=1) / math.sqrt(len(samples))
             assert float(np.sum(scales * deviation)) * math.sqrt(2 / math.pi / sum(sizes)) > 8 * error

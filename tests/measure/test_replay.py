@@ -1,6 +1,7 @@
 """A step replayed inside `no_trace` leaves nothing behind."""
 
 import copy
+import itertools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -202,6 +203,44 @@ class TestAttributes:
         assert (module.kept, module.counter) == ("as it was", 1)
         assert module.dropped is dropped
         assert not hasattr(module, "added")
+
+    def test_slots_of_the_module_and_of_what_it_holds(self) -> None:
+        class Base:
+            __slots__ = ("inherited", "numbers", "unset")
+
+        class Held(Base):
+            __slots__ = ("__private", "own")
+
+            def step(self) -> int:
+                self.__private = 1 + getattr(self, "_Held__private", 0)
+                return self.__private
+
+        class Slotted(nn.Module):
+            __slots__ = ("held", "steps")
+
+        module, held = Slotted(), Held()
+        held.inherited, held.own, held.numbers = itertools.count(), 1, [1]
+        module.held, module.steps = [held], 0
+        assert held.step() == 1
+        with traceless(module):
+            assert (next(held.inherited), held.step()) == (0, 2)
+            held.unset, held.numbers = held.numbers, [*held.numbers, 2]
+            del held.own
+            module.steps += 1
+        assert module.held == [held]
+        assert (module.steps, held.own, held.numbers, next(held.inherited), held.step()) == (0, 1, [1], 0, 2)
+        assert not hasattr(held, "unset")
+
+    def test_an_iterator_in_a_slot_that_cannot_be_copied_may_not_be_drawn_from(self) -> None:
+        class Held:
+            __slots__ = ("ticks",)
+
+        module = nn.Module()
+        module.held = Held()
+        module.held.ticks = (tick for tick in range(3))
+        with pytest.raises(TraceError, match=r"uses Held\.ticks"), traceless(module):
+            next(module.held.ticks)
+        assert next(module.held.ticks) == 0
 
     def test_objects_inside_lists_are_the_same_ones(self) -> None:
         module, item = nn.Module(), object()

@@ -125,18 +125,6 @@ def itineraries(draw: st.DrawFn) -> Itinerary:
 
 
 class TestFollowing:
-    def test_by_hand(self) -> None:
-        sampler = ScheduledBatchSampler(range(17), batch_size=4)
-        with following(Milestones({0: 3, 1: 7, 2: 16})) as itinerary:
-            # The third step, of 16, may not have more than two micro-batches at micro-batch 2 + ...
-            assert sampler.windows() == [(3,), (4,), (4, 4), (2,)]
-            assert [len(batch) for batch in sampler] == [3, 4, 4, 4, 2]
-            move_on(itinerary, sampler)
-            assert itinerary.begin == Progress(4, 17, 1)
-            # ... which at the next epoch's begin is no matter.
-            assert sampler.windows() == [(4, 4, 4, 4), (1,)]
-        assert [len(batch) for batch in sampler] == [4, 4, 4, 4, 1]
-
     @given(itineraries(), st.integers(0, 120), st.integers(1, 20), st.booleans())
     def test_cuts_the_samplers_order_by_the_plan(
         self, itinerary: Itinerary, size: int, batch_size: int, drop_last: bool
@@ -292,7 +280,9 @@ class TestResuming:
     def test_at_every_position_with_workers(self, name: str) -> None:
         with following(Milestones({0: 1, 1: 3, 2: 6})):
             torch.manual_seed(1)
-            batches, states = epoch_with_states(stateful(SAMPLERS[name], workers=2))
+            loader = stateful(SAMPLERS[name], workers=2)
+            batches, states = epoch_with_states(loader)
+            later = batches_of(loader)
             assert list(map(len, batches)) == [1, 3, 3, 3, 2, 2]
             assert (len(states), sorted(set(map(len, states)))) == (7, [3])
             for position, state in enumerate(states):
@@ -300,17 +290,7 @@ class TestResuming:
                 resumed = stateful(SAMPLERS[name], workers=2)
                 resumed.load_state_dict(state)
                 assert batches_of(resumed) == batches[position:]
-
-    def test_the_epoch_after_one_resumed_with_workers(self) -> None:
-        make = SAMPLERS["random, own generator"]
-        with following(ConstantSize(3)):
-            loader = stateful(make, workers=2)
-            _, states = epoch_with_states(loader)
-            later = batches_of(loader)
-            resumed = stateful(make, workers=2)
-            resumed.load_state_dict(states[2])
-            batches_of(resumed)
-            assert batches_of(resumed) == later
+                assert batches_of(resumed) == later or name not in WITH_OWN_STREAM
 
     def test_when_nothing_is_followed(self) -> None:
         batches, states = epoch_with_states(stateful(SAMPLERS["random"]))

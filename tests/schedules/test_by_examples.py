@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader
 from lightning_surge import BatchSizeScheduler
 from lightning_surge.schedules.by_examples import ExamplesClock, by_examples
 from lightning_surge.schedules.sizes import ConstantSize
+from tests.trainings import make_trainer
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 STEPS = 40  # what the schedulers below are written for
@@ -300,7 +301,7 @@ class TestState:
         assert (copied.ticks, clock.ticks) == (1, 3)
 
 
-def test_a_scaler_that_finds_infinite_gradients(make_trainer: Callable[..., pl.Trainer]) -> None:
+def test_a_scaler_that_finds_infinite_gradients() -> None:
     """The data are consumed, so the clock goes on; and torch does not warn of a wrong order."""
 
     class Overflows(pl.LightningModule):

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from lightning_surge.cli.sweep_output import Progress
+from lightning_surge.cli.sweep import Progress
 from lightning_surge.sweep import run as module
-from lightning_surge.sweep.cells import Cell, Outcome, SweepError, SweepSettings
-from lightning_surge.sweep.grid import Grid, planned
+from lightning_surge.sweep.cells import Cell, Grid, Outcome, SweepError, SweepSettings, planned
 from lightning_surge.sweep.run import CellProcess, run_cells
 from lightning_surge.sweep.study import SweepStudy
 from tests.processes import is_running, wait

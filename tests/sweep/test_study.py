@@ -18,8 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from lightning_surge.sweep import study as module
-from lightning_surge.sweep.cells import Cell, Outcome, Reached, SweepError, SweepSettings
-from lightning_surge.sweep.grid import Grid
+from lightning_surge.sweep.cells import Cell, Grid, Outcome, Reached, SweepError, SweepSettings
 from lightning_surge.sweep.study import SweepStudy, patiently
 from lightning_surge.tables.study import is_study, read_study
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from lightning_surge.cli import main
-from lightning_surge.cli.sweep_output import Progress
+from lightning_surge.cli.sweep import Progress
 from lightning_surge.laws.base import MeasuredLaw
-from lightning_surge.sweep.cells import Cell, Outcome, Reached
-from lightning_surge.sweep.grid import best_lr
+from lightning_surge.sweep.cells import Cell, Outcome, Reached, best_lr
 from lightning_surge.sweep.study import SweepStudy
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -294,6 +294,21 @@ class TestStatistics:
         # A law that misses its optima is uncertain by as much.
         assert width["linear"] > 3 * width["adam"] > 0
 
+    @pytest.mark.parametrize(
+        ("name", "wrong"),
+        [
+            ("measured", "linear"),
+            ("adam", "linear"),
+            ("sgd", "linear"),
+            ("constant", "sqrt"),
+            ("linear", "constant"),
+        ],
+    )
+    def test_the_generating_law_predicts_best_or_ties_with_noise(self, name: str, wrong: str) -> None:
+        fit = fit_grid(grid(TRUE[name][0], seeds=4, noise=0.01, seed=3), laws=list(TRUE), bootstrap=0)
+        assert name in (fit.best, *fit.ties)
+        assert wrong not in (fit.best, *fit.ties)
+
     def test_an_interval_may_have_no_end(self) -> None:
         drawn = [1.0] * 10 + [math.inf] * 10
         assert estimate("peak", 2.0, drawn)[2:] == (1.0, math.inf)

@@ -78,6 +78,7 @@ class TestFiles:
             RUNS.to_json(orient="records", lines=True) + "\n\n",
             RUNS.to_json(),
             RUNS.to_json(orient="table"),
+            RUNS.set_axis([f"run{row}" for row in RUNS.index]).to_json(orient="index"),
             json.dumps(RUNS.to_dict("list"), indent=1),
             json.dumps({"entity": "me", "runs": RUNS.to_dict("records")}),
             json.dumps(NESTED),
@@ -164,6 +165,8 @@ class TestColumns:
             "data.init_args.batch_size|model.init_args.lr|Val/Loss_epoch|seed_everything",
             "Batch size (tokens)|peak_lr|validation loss [nats]|seed",
             "B|\u03b7|test_loss|repetition",
+            "config/train_loop_config/batch_size|config/train_loop_config/lr|val_loss|config/seed",
+            "batch size|best learning rate|final loss|seed",
         ],
     )
     def test_usual_names_are_taken_and_said(self, names: str) -> None:
@@ -225,6 +228,7 @@ class TestValues:
             ("3e-4|3E-04|3 x 10^-4|3\u00d710\u207b\u2074|$3\\times10^{-4}$|3*10**-4", [3e-4] * 6),
             ("2^-7|2**10|$2^{3}$|4Ki|1.5M|1_024", [2**-7, 1024, 8, 4096, 1.5e6, 1024]),
             ("1.23 \u00b1 0.02|1.23 +- 0.02|1.23 (5)|~1.23|\u22121.23", [1.23, 1.23, 1.23, 1.23, -1.23]),
+            ("81.5%|0.1 %", [0.815, 0.001]),
             ("None|NA|n/a|NaN|diverged| |-|#DIV/0!|not reached", [math.nan] * 9),
         ],
     )
@@ -322,6 +326,18 @@ class TestRows:
         assert (
             read_table(written(tmp_path, self.frame.assign(seed=range(36)).to_csv(index=False))).notes == ()
         )
+
+    def test_settings_with_grids_of_their_own_are_not_one_grid(self, tmp_path: Path) -> None:
+        """No learning rate is shared, so that nothing looks like a seed."""
+        other = self.frame.assign(
+            lr=self.frame["lr"] * self.frame["width"], accumulation=self.frame["batch_size"] // 16,
+            min_lr=self.frame["lr"] * self.frame["width"] / 10,
+        ).drop_duplicates(["batch_size", "lr"])  # fmt: skip
+        (note,) = read_table(written(tmp_path, other.to_csv(index=False))).notes
+        assert note.startswith(f"{MIXED} 'width', 'depth' are fitted as one grid: pass --by width for a fit")
+        # With too few of them the column may as well say who ran what.
+        few = other[other["lr"].rank(method="dense") % 3 > 0]
+        assert read_table(written(tmp_path, few.to_csv(index=False))).notes == ()
 
     def test_where_and_by(self, tmp_path: Path) -> None:
         path = written(tmp_path, self.frame.to_csv(index=False))

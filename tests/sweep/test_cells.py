@@ -10,9 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_surge.sweep.cells import Cell, Outcome, Reached, SweepSettings
-from lightning_surge.sweep.grid import Grid, accumulation_for, best_lr, parse_numbers, planned
-from lightning_surge.sweep.recorder import first_reached
+from lightning_surge.sweep.cells import (
+    Cell,
+    Grid,
+    Outcome,
+    Reached,
+    SweepSettings,
+    accumulation_for,
+    best_lr,
+    parse_numbers,
+    planned,
+)
+from lightning_surge.sweep.worker import first_reached
 
 SETTINGS = SweepSettings(("run.yaml",), config_digest="abc", examples=1024)
 GRID = Grid((8, 16), (0.01, 0.1), (0,))

@@ -1,4 +1,4 @@
-"""What `lightning-surge fit` prints: an answer with the tables behind it, or JSON for programs."""
+"""What a fit says, in words and as a document for programs: what `lightning-surge fit` prints."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from lightning_surge.cli.command import aligned, plain
+from lightning_surge.checking.answers import aligned, plain
 from lightning_surge.tables.bootstrap import CONFIDENCE, Estimate
 from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, remedy
 from lightning_surge.tables.law_fits import LAWS
 from lightning_surge.tables.read import MIXED
 
-__all__ = ["as_json", "as_text"]
+__all__ = ["describe", "document"]
 
 VERSION = 1
 """Of the keys: raised when one changes its meaning or goes."""
@@ -24,20 +24,33 @@ BEYOND = 4.0
 Found = Sequence[GridFit | Unfitted]
 
 
-def as_text(found: Found, path: str, runs: int, repetitions: int) -> str:
-    """The answer in a few lines, then tables; of several fits one table of answers."""
-    lines = [f"{path}: {runs:,} runs", ""]
+def describe(found: Found, title: str = "") -> str:
+    """The answer of a fit in a few lines, then its tables; of several fits one table of answers."""
+    lines = [title, ""] if title else []
     (first, *others) = found
     if others or isinstance(first, Unfitted):
         lines += _table_of_answers(found)
     else:
-        lines += [*_answer(first), *_notes([first]), "", *_tables(first, repetitions)]
-    return "\n".join(lines) + "\n"
+        lines += [*_answer(first), *_notes([first]), "", *_tables(first)]
+    return "\n".join(lines)
+
+
+def document(found: Found, **head: Any) -> dict[str, Any]:
+    """The same for `json.dumps`, below what `head` adds; docs/fitting.md lists the keys."""
+    fits, fitted = [], [each for each in found if isinstance(each, GridFit)]
+    for each in found:
+        part = {"target": each.target, "group": dict(each.group), "error": None}
+        fits.append(part | ({"error": each.reason} if isinstance(each, Unfitted) else _fit_json(each)))
+    said = {"measure": fitted[0].measure, "bootstrap": fitted[0].repetitions} if fitted else {}
+    answer: dict[str, Any] = plain(
+        {"version": VERSION, "confidence": CONFIDENCE, **head, **said, "fits": fits}
+    )
+    return answer
 
 
 def _answer(fit: GridFit) -> list[str]:
     """The best law, its rivals, its peak, learning rates asked for, and what to do next: a line each."""
-    best = _best(fit)
+    best = fit.winner
     label = f"{best.name} ({LAWS[best.name].label})" + ", at the end of the range searched" * best.limited
     if best.held_out is None:
         lines = [f"Closest law: {label}; to compare laws takes one batch size more than their parameters."]
@@ -49,34 +62,27 @@ def _answer(fit: GridFit) -> list[str]:
     size = best.peak_batch_size
     peak = "No peak: its learning rate never falls as the batch grows"
     if 0 < size.value < math.inf:
-        outside = "" if _tried(fit, size.value) else ", outside the batch sizes tried"
+        outside = "" if fit.tried(size.value) else ", outside the batch sizes tried"
         peak = f"Peak: lr {_with_interval(best.peak_lr)} at B = {_with_interval(size)}{outside}"
     lines.append(f"{peak}; critical batch size {_with_interval(best.critical_batch_size)}.")
     if best.at:
-        lines.append(f"Learning rate {'; '.join(_at(fit, best, index) for index in range(len(best.at)))}.")
-    return [*lines, f"Next: {_next(fit, best)}."]
+        lines.append(f"Learning rate {'; '.join(_at(fit, index) for index in range(len(best.at)))}.")
+    return [*lines, f"Next: {_next(fit)}."]
 
 
-def _best(fit: GridFit) -> FittedLaw:
-    return next((law for law in fit.laws if law.name == fit.best), fit.laws[0])
-
-
-def _tried(fit: GridFit, size: float) -> bool:
-    return fit.valleys[0].batch_size <= size <= fit.valleys[-1].batch_size
-
-
-def _at(fit: GridFit, best: FittedLaw, index: int) -> str:
-    lr = best.at[index]
+def _at(fit: GridFit, index: int) -> str:
+    lr = fit.winner.at[index]
     size, ends = float(lr.name), [fit.valleys[end].batch_size for end in (0, -1)]
     text = f"at B = {size:,g}: {_with_interval(lr)}"
     rivals = [law.at[index].value for law in fit.laws if law.name in fit.ties]
     if rivals and max(*rivals, lr.value) > 1.01 * min(*rivals, lr.value):
         text += f", by rivals {_number(min(rivals))} to {_number(max(rivals))}"
-    return text + ("" if _tried(fit, size) else f", outside the {ends[0]:,g} to {ends[1]:,g} tried")
+    return text + ("" if fit.tried(size) else f", outside the {ends[0]:,g} to {ends[1]:,g} tried")
 
 
-def _next(fit: GridFit, best: FittedLaw) -> str:
+def _next(fit: GridFit) -> str:
     """The first of what would help most."""
+    best = fit.winner
     if fit.notes and fit.notes[0].startswith(MIXED):
         return "tell apart the runs that the first note names"
     missing = [f"at B = {valley.batch_size:,g} {remedy(valley)}" for valley in fit.valleys if remedy(valley)]
@@ -106,7 +112,7 @@ def _notes(fits: Iterable[GridFit]) -> list[str]:
 def _table_of_answers(found: Found) -> list[str]:
     columns, targets = list(found[0].group), [] if found[0].target is None else ["target"]
     fits = [each for each in found if isinstance(each, GridFit)]
-    at = [f"lr at {float(lr.name):,g}" for lr in _best(fits[0]).at]
+    at = [f"lr at {float(lr.name):,g}" for lr in fits[0].winner.at]
     last = "its parameters, and what is missing"
     rows = [[*columns, *targets, "runs", "optima", "best law", "held-out error", *at, last]]
     for each in found:
@@ -114,7 +120,7 @@ def _table_of_answers(found: Found) -> list[str]:
         if isinstance(each, Unfitted):
             rows.append([*row, "-", "-", "none", "-", *("-" for _ in at), each.reason.partition(": ")[0]])
             continue
-        best, used = _best(each), sum(valley.optimum.found for valley in each.valleys)
+        best, used = each.winner, sum(valley.optimum.found for valley in each.valleys)
         row += [f"{each.runs:,}", f"{used} of {len(each.valleys)}", best.name + "~" * bool(each.ties)]
         row += [_error(best), *(_number(lr.value) for lr in best.at)]
         rows.append([*row, _parameters(best)])
@@ -125,7 +131,7 @@ def _table_of_answers(found: Found) -> list[str]:
     return [*lines, f"Next: {' '.join(options)} says more of one of them.", *_notes(fits)]
 
 
-def _tables(fit: GridFit, repetitions: int) -> list[str]:
+def _tables(fit: GridFit) -> list[str]:
     what = fit.measure if fit.measure == "steps" else "final loss"
     rows = [["batch size", "best lr", f"{CONFIDENCE:.0%} interval", what, "optimum"]]
     for valley, lr in zip(fit.valleys, fit.lrs, strict=True):
@@ -147,7 +153,10 @@ def _tables(fit: GridFit, repetitions: int) -> list[str]:
     tuned = any(valley.optimum.status == "tuned" for valley in fit.valleys)
     why = "the table does not say how well they were tuned" if tuned else "no learning rate has two seeds"
     source = "the seeds" if fit.from_seeds else f"the learning rates around each law: {why}"
-    return [*lines, f"Intervals ({CONFIDENCE:.0%}): {repetitions} repetitions with the scatter of {source}"]
+    return [
+        *lines,
+        f"Intervals ({CONFIDENCE:.0%}): {fit.repetitions} repetitions with the scatter of {source}",
+    ]
 
 
 def _error(law: FittedLaw) -> str:
@@ -157,19 +166,6 @@ def _error(law: FittedLaw) -> str:
 def _parameters(law: FittedLaw) -> str:
     text = ", ".join(f"{each.name} {_with_interval(each)}" for each in law.parameters)
     return text + (" (at the end of the range searched)" if law.limited else "")
-
-
-def as_json(found: Found, path: str, runs: int, repetitions: int, seed: int) -> dict[str, Any]:
-    """The document of `--json`; docs/fitting.md lists its keys."""
-    measure = next((each.measure for each in found if isinstance(each, GridFit)), "loss")
-    head = {"version": VERSION, "table": path, "runs": runs, "measure": measure}
-    fits = []
-    for each in found:
-        part = {"target": each.target, "group": dict(each.group), "error": None}
-        fits.append(part | ({"error": each.reason} if isinstance(each, Unfitted) else _fit_json(each)))
-    document = {"bootstrap": repetitions, "seed": seed, "confidence": CONFIDENCE, "fits": fits}
-    json: dict[str, Any] = plain(head | document)
-    return json
 
 
 def _fit_json(fit: GridFit) -> dict[str, Any]:
@@ -193,7 +189,7 @@ def _fit_json(fit: GridFit) -> dict[str, Any]:
         "laws": [_law_json(law, [valley.batch_size for valley in fit.valleys]) for law in fit.laws],
         "best": fit.best,
         "ties": fit.ties,
-        "next": _next(fit, _best(fit)),
+        "next": _next(fit),
         "notes": fit.notes,
     }
 
