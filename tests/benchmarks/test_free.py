@@ -86,6 +86,7 @@ def test_the_largest_gap_of_a_change_is_a_target() -> None:
     rows = bench.free_targets(records({0: 0.3, 1: 0.0, 2: 0.0}), "make")
     assert [(row["value"], row["bound"], row["met"]) for row in rows] == [
         (0.1, 0.02, False),
+        (0.1, 0.004, False),
         (0.0, 0.0, True),
     ]
     assert bench.free_targets({"free": [], "ladder": [], "live": []}, "make") == []
