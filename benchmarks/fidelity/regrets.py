@@ -14,7 +14,6 @@ from benchmarks.fidelity.one_step import SIZES
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
-from lightning_surge.laws.objectives import OBJECTIVES
 
 DEFAULT = {"objective": SurgeLRCallback().settings.objective, "max_overhead": 0.05}
 """The callback's default objective. Its default cost is for longer runs than these."""
@@ -187,8 +186,6 @@ def switch_rows(
                 (name, None, ratio, None) for name, ratio in fixed.items()
             ]
             for record in pick(records, seed=seed):
-                if record["objective"] not in OBJECTIVES:  # retired
-                    continue
                 if (run := record["by_batch_size"].get(str(size))) is None:
                     continue
                 objective, overhead = record["objective"], record["max_overhead"]

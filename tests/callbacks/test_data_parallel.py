@@ -347,12 +347,12 @@ class Halved(Net):
 
 def test_seesaw_grows_alike_on_all_processes(tmp_path: Path) -> None:
     scheduler = BatchSizeScheduler(Seesaw(16, 64), micro_batch_size=8)
-    first, second = train(tmp_path / "two", scheduler, SurgeLRCallback(16, law="sqrt"), make=Halved)
+    options: dict[str, Any] = {"make": Halved, "max_epochs": 3}
+    first, second = train(tmp_path / "two", scheduler, SurgeLRCallback(16, law="sqrt"), **options)
     assert_equal(first, second)
-    # Four steps of 16, two of 32, one of 64, and the rest at the maximum, where only the schedule falls.
-    halvings = [0] * 4 + [1] * 2 + [2] + list(range(3, len(first.lrs) - 4))
-    factors = [min(2**halving, 4) ** 0.5 for halving in halvings]
-    expected = [0.01 * 0.5**n * factor for n, factor in zip(halvings, factors, strict=True)]
+    # Six micro-batches an epoch, in windows of powers of two: sizes, and halvings of the schedule.
+    sizes, halvings = [16] * 4 + [32] * 4 + [64, 32], [0] * 4 + [1, 1, 2, 2, 3, 4]
+    expected = [0.01 * 0.5**n * (size / 16) ** 0.5 for size, n in zip(sizes, halvings, strict=True)]
     assert first.lrs == pytest.approx(expected, rel=1e-12)
 
 

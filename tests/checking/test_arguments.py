@@ -111,7 +111,7 @@ ELSEWHERE = {
     "Advice", "Caveat", "Columns", "Estimate", "FittedLaw", "GridFit", "HeldOut", "Interval", "LawFit",
     "Optimum", "Option", "Peak", "Progress", "RunState", "RunTable", "Series", "TradeoffFit",
     "Unfitted", "Valley", "alignment_ratio", "progress_ratio", "step_ratio",
-    "read_table",
+    "describe", "document", "read_table",
 }  # fmt: skip
 
 

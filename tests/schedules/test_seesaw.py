@@ -35,6 +35,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], LRScheduler]] = {
          LinearLR(o, 1.0, 0.0, total_iters=20)],
         milestones=[6, 20],
     ),
+    "dips": lambda o: LambdaLR(o, lambda step: {5: 0.5, 9: 0.25, 20: 0.125}.get(step, 1.0)),
     "from zero": lambda o: LambdaLR(o, lambda step: min(step / 8, 1.0, 2.0 - step / 20)),
 }  # fmt: skip
 
