@@ -30,6 +30,7 @@ from benchmarks.fidelity.regrets import DEFAULT, FIXED, all_rows, best_fixed, sh
 from benchmarks.fidelity.rules import at_default, leave_out, of_unit, rules
 from benchmarks.fidelity.switch import SEEDS
 from benchmarks.results import target, write, write_page
+from lightning_surge.laws.objectives import RETIRED
 
 __all__ = ["read", "targets", "write_report"]
 
@@ -77,8 +78,14 @@ def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> No
 
 
 def read(store: Store) -> dict[str, list[Record]]:
-    """The records of each kind, the points with both a truth and laws, and the rows of every rule."""
-    records = {kind: unique(store.records(kind), keys) for kind, keys in KEYS.items()}
+    """The records of each kind, the points with both a truth and laws, and the rows of every rule.
+
+    Those of retired objectives are left out.
+    """
+    records = {
+        kind: [r for r in unique(store.records(kind), keys) if r.get("objective") not in RETIRED.values()]
+        for kind, keys in KEYS.items()
+    }
     one_step = joined(records["truths"], records["laws"], KEYS["truths"])
     return records | {"one_step": one_step, "rules": all_rows(records)}
 

@@ -74,7 +74,6 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     schedules.total_steps: {"schedule": SIZE, "examples": 16},
     schedules.total_examples: {"schedule": SIZE, "steps": 4},
     laws.MeasuredLaw: MEASURED,
-    laws.EdgeLaw: {**MEASURED, "edge_limit": 0.1, "edge_sq_slope": 0.1},
     laws.SGDLaw: {"max_lr": 0.1, "noise_scale": 300},
     laws.Theorem2Law: MOMENTS,
     laws.Theorem3Law: {"noise_scale": 300, "peak_lr": 0.1},
@@ -111,7 +110,7 @@ NO_NUMBERS = {
 ELSEWHERE = {
     "Advice", "Caveat", "Columns", "Estimate", "FittedLaw", "GridFit", "HeldOut", "Interval", "LawFit",
     "Optimum", "Option", "Peak", "Progress", "RunState", "RunTable", "Series", "TradeoffFit",
-    "Unfitted", "Valley", "alignment_ratio", "edge_ratio", "progress_ratio", "step_ratio",
+    "Unfitted", "Valley", "alignment_ratio", "progress_ratio", "step_ratio",
     "describe", "document", "read_table",
 }  # fmt: skip
 
