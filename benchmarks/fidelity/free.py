@@ -134,7 +134,7 @@ def by_rule(part: pd.DataFrame) -> str:
 
 
 def free_table(records: Mapping[str, Sequence[Record]]) -> str:
-    """Gaps by rule, batch size and decay, and the changes where the callback loses most."""
+    """Gaps by rule, batch size and decay."""
     found = gaps(records)
     commits = sorted({cell["commit"] for cell in records["live"] if cell.items() >= AS_SHIPPED.items()})
     parts = [
@@ -149,12 +149,6 @@ def free_table(records: Mapping[str, Sequence[Record]]) -> str:
             names = ", ".join(part.index.get_level_values("workload").unique())
             count = len(part.groupby(list(EXPERIMENT[:-1])))
             parts += [f"**{unit}** ({names}; {count} changes)", by_rule(part)]
-    if CALLBACK in found:
-        of_change = found[CALLBACK].groupby(list(EXPERIMENT[:-1]), sort=False)
-        most = of_change.agg(["mean", "max"]).sort_values("mean", ascending=False).head(5)
-        lines = [[*row.Index, number(row.mean, 3), number(row.max, 3)] for row in most.itertuples()]
-        parts += ["Where the callback loses most, in nats or percent:"]
-        parts += [table([*EXPERIMENT[:-1], "mean", "worst seed"], lines)]
     return "\n\n".join(parts)
 
 
