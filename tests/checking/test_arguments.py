@@ -53,7 +53,7 @@ MOMENTS = {"mean": [1.0], "standard_deviation": [4.0], "hessian": [[1.0]]}
 # What is called with which valid arguments; every other one has its default.
 CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     SurgeLRCallback: {"base_batch_size": 16, "probe_every": 4, "probe_examples": 8, "optimizer": 1},
-    SurgeLRCallback(16).lr_scale: {"batch_size": 64, "lr": 0.1},
+    SurgeLRCallback(16).lr_scale: {"batch_size": 64},
     BatchSizeScheduler: {"schedule": SIZE, "micro_batch_size": 4, "max_micro_batch_size": 8},
     lightning_surge.BatchSizeWarmup: {"start": 8, "end": 16, "num_steps": 4, "micro_batch_size": 4},
     FollowPeak: {"start": 8, "maximum": 64, "minimum": 4},
