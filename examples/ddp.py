@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 import torch
 
-from examples.digits_model import BASE_LR, MICRO_BATCH_SIZE, ConvolutionalClassifier, Digits
+from examples.digits_model import MICRO_BATCH_SIZE, ConvolutionalClassifier, Digits
 from examples.epoch_table import EpochTable, quiet_trainer
 from examples.report import fast_and_seed, prepare
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
@@ -58,7 +58,7 @@ class Result(pl.Callback):
             f"law from {self.surge.history.num_measurements} measurements: noise scale {noise_scale:.0f}, "
             f"critical batch size {law.critical_batch_size:.0f} examples"
         )
-        scales = [f"{size}: {self.surge.lr_scale(size, lr=BASE_LR):.2f}" for size in (16, 32, 64, 128)]
+        scales = [f"{size}: {self.surge.lr_scale(size):.2f}" for size in (16, 32, 64, 128)]
         print(f"factor on the learning rate tuned at {TUNED_AT}, by batch size: {', '.join(scales)}")
 
 

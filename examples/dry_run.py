@@ -53,11 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> SurgeLRCallback:
     print(f"{surge.history.num_measurements} measurements, {surge.overhead:.1%} of the examples trained")
     print(f"noise scale {stats.noise_scale:.0f}, critical batch size {law.critical_batch_size:.0f} examples")
 
-    # A factor follows the scheduled learning rate of the moment: here the largest one, since it ends at zero.
     print(f"\nwhat it would do at a scheduled learning rate of {plain.lr:g}:\n")
     print("batch size  factor  learning rate")
     for batch_size in (8, 16, 32, 64, 128, 256):
-        factor = surge.lr_scale(batch_size, lr=plain.lr)
+        factor = surge.lr_scale(batch_size)
         print(f"{batch_size:10d}  {factor:6.2f}  {factor * plain.lr:13.2e}")
     return surge
 

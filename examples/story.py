@@ -74,8 +74,7 @@ def draw_factor(axes: Axes, run: RunLog) -> None:
         for step, colour in dict(zip((int(early), int(moments[-1])), (ORANGE, BLUE), strict=True)).items():
             law, objective = run.law_at(step), run.objective_at(step)
             if law is not None and objective is not None:
-                lr = run.at("lr_scheduled", step)
-                wanted = [wanted_factor(objective, law, float(size), base, lr) for size in grid]
+                wanted = [wanted_factor(objective, law, float(size), base) for size in grid]
                 axes.plot(grid, wanted, color=colour, linewidth=2.0, label=f"measured at step {step:,}")
     ends = [
         *(int(left) for left, right in pairwise(batch.steps) if _changes(run, left, right)),

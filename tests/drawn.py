@@ -8,7 +8,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from lightning_surge.laws.base import Law, MeasuredLaw
-from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.measure.records import Measurement
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
@@ -29,31 +28,12 @@ def measured_law(limit: float, scale: float, noise: float, signal: float) -> Mea
     )
 
 
-def edge_law(edge_limit: float, edge_sq_slope: float, scale: float = 300.0, signal: float = 1.0) -> EdgeLaw:
-    return EdgeLaw(
-        alignment_limit=1.0, alignment_scale=scale, noise_curvature=1.0, signal_curvature=signal,
-        edge_limit=edge_limit, edge_sq_slope=edge_sq_slope,
-    )  # fmt: skip
-
-
-def noise_alone(edge_at_base: float) -> EdgeLaw:
-    """Noise makes up `v` and every direction."""
-    return edge_law(0.0, edge_at_base**2 * BASE, scale=1e14, signal=0.0)
-
-
 measured_laws = st.builds(
     measured_law,
     decades(-4, 4),
     st.one_of(st.just(0.0), decades(-2, 8)),
     decades(-6, 6),
     st.one_of(st.just(0.0), decades(-6, 6)),
-)
-edge_laws = st.builds(
-    edge_law,
-    decades(-4, 1),
-    st.one_of(st.just(0.0), decades(-4, 4)),
-    st.one_of(st.just(0.0), decades(-2, 6)),
-    st.one_of(st.just(0.0), decades(-3, 3)),
 )
 
 

@@ -32,7 +32,7 @@ from benchmarks.batch_warmup.rules import (
 from benchmarks.batch_warmup.targets import LOSS_BOUND
 from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.fidelity.analysis import Record
-from benchmarks.fidelity.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from benchmarks.fidelity.figures import BLACK, BLUE, GREEN, GREY, PURPLE, SKY, VERMILION
 from lightning_surge.laws.objectives import OBJECTIVES
 
 __all__ = ["draw"]
@@ -40,7 +40,7 @@ __all__ = ["draw"]
 COLOURS = dict(
     zip(
         (*FIXED_RULES, *OBJECTIVES),
-        (GREY, PURPLE, GREEN, "#b07aa1", "#76b7a2", VERMILION, SKY, BLUE, ORANGE),
+        (GREY, PURPLE, GREEN, "#b07aa1", "#76b7a2", VERMILION, SKY, BLUE),
         strict=True,
     )
 )

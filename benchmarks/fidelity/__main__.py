@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.cells import Cell, Store, chosen, run_cells
 from benchmarks.fidelity import report
+from benchmarks.fidelity.ceilings import ladder, state
 from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
 from benchmarks.fidelity.live import live, live_at_best_base
 from benchmarks.fidelity.one_step import laws, truths
@@ -54,11 +55,17 @@ def grid() -> list[Cell]:
         cells.append(Cell("live", key, live, 3 + unusual(key)))
         if key["objective"] == DEFAULT["objective"]:
             cells.append(Cell("best_base", key, partial(live_at_best_base, store), 4 + unusual(key)))
-    shipped = partial(live, batch_sizes=LARGER)
     for key in product(beta_2=BETAS, examples=DECAYS, phase=PHASES, workload=WORKLOADS):
         later = unusual(key) + (key["workload"] == "transformer")
-        cells.append(Cell("free", key, free, later))
+        sizes = LARGER
+        if key["workload"] not in SWEPT:  # a minute for a run of the longer decay
+            sizes = LARGER[:2] if key["examples"] == DECAYS[0] else LARGER[1:2]
+        shipped = partial(live, batch_sizes=sizes)
+        cells.append(Cell("free", key, free, later + 4 * (key["examples"] != DECAYS[0])))
+        cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), later))
         cells += [Cell("live", key | AS_SHIPPED | {"seed": seed}, shipped, later) for seed in SEEDS]
+    for key in product(beta_2=BETAS, phase=PHASES, workload=WORKLOADS):
+        cells.append(Cell("state", key, state, unusual(key) + (key["workload"] == "transformer")))
     return cells
 
 
@@ -76,6 +83,7 @@ def quick() -> list[Cell]:
         Cell("laws", point | {"seed": 0}, laws),
         Cell("sweep", short | {"batch_size": LARGER[-1]}, sweep),
         Cell("free", short, free),
+        Cell("ladder", short, ladder),
         Cell("live", short | AS_SHIPPED | {"seed": 0}, partial(live, batch_sizes=LARGER)),
     ]
 

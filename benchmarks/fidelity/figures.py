@@ -22,7 +22,7 @@ BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#000000", "#8c8c8c", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 LAW_COLOURS = dict(zip(LAWS, (VERMILION, ORANGE, BLACK, BLUE, GREEN), strict=True))
-RULE_COLOURS = {"alignment": SKY, "step": VERMILION, "progress": BLUE, "edge": ORANGE}
+RULE_COLOURS = {"alignment": SKY, "step": VERMILION, "progress": BLUE}
 REGRETS = {"tuned": "at the best base lr", "regret": "as run"}
 
 

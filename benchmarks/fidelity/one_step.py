@@ -51,7 +51,7 @@ def measure(study: Study, *, law: str, count: int, seed: int) -> SurgeLRCallback
     callback = SurgeLRCallback(
         base_batch_size=BASE_BATCH_SIZE,
         law=law,  # type: ignore[arg-type]
-        objective="step",  # that of the law; the edge would cost examples
+        objective="step",  # that of the law
         dry_run=True,
         probe_every=1,
         probe_examples=PROBE_EXAMPLES,

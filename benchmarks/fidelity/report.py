@@ -22,6 +22,7 @@ from benchmarks.fidelity.analysis import (
     summary,
     unique,
 )
+from benchmarks.fidelity.ceilings import ceilings
 from benchmarks.fidelity.free import AS_SHIPPED, free_table, free_targets
 from benchmarks.fidelity.markdown import share, table, targets_table
 from benchmarks.fidelity.one_step import COUNTS
@@ -29,6 +30,7 @@ from benchmarks.fidelity.regrets import DEFAULT, FIXED, all_rows, best_fixed, sh
 from benchmarks.fidelity.rules import at_default, leave_out, of_unit, rules
 from benchmarks.fidelity.switch import SEEDS
 from benchmarks.results import target, write, write_page
+from lightning_surge.laws.objectives import RETIRED
 
 __all__ = ["read", "targets", "write_report"]
 
@@ -41,13 +43,16 @@ KEYS = {
     "live": RUN,
     "best_base": RUN,
     "free": (*POINT, "examples"),
+    "ladder": (*POINT, "examples"),
+    "state": POINT,
 }
 """What tells the cells of a kind apart."""
 Records = Mapping[str, Sequence[Record]]
 SECTIONS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "laws": ("one_step", held.laws),
     "rules": ("rules", rules),
-    "free": ("free", free_table),
+    "free": ("ladder", free_table),
+    "ceilings": ("ladder", ceilings),
     "leave_out": ("rules", leave_out),
 }
 """By heading of the page: the records without which there is nothing to show, and what makes the section."""
@@ -73,8 +78,14 @@ def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> No
 
 
 def read(store: Store) -> dict[str, list[Record]]:
-    """The records of each kind, the points with both a truth and laws, and the rows of every rule."""
-    records = {kind: unique(store.records(kind), keys) for kind, keys in KEYS.items()}
+    """The records of each kind, the points with both a truth and laws, and the rows of every rule.
+
+    Those of retired objectives are left out.
+    """
+    records = {
+        kind: [r for r in unique(store.records(kind), keys) if r.get("objective") not in RETIRED.values()]
+        for kind, keys in KEYS.items()
+    }
     one_step = joined(records["truths"], records["laws"], KEYS["truths"])
     return records | {"one_step": one_step, "rules": all_rows(records)}
 

@@ -101,8 +101,6 @@ def train(seed: int, *, watched: bool) -> tuple[dict[str, Any], int]:
     laws: list[Any] = [("measured", objective) for objective in (None, "alignment", "step")]
     if module.kind != "SGD":
         laws += [("theorem2", None), ("theorem3", None)]
-    if "Adam" in module.kind and precision == "32-true" and not (automatic and clip):
-        laws.append(("measured", "edge"))
     callbacks: list[pl.Callback] = []
     if automatic and draw.random() < 0.3:
         callbacks.append(BatchSizeScheduler(ConstantSize(size * accumulation)))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.rnn import RNNBase
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.lightning_host import (
@@ -24,19 +21,10 @@ from lightning_surge.callbacks.lightning_host import (
 from lightning_surge.callbacks.settings import REFERENCE_RULES
 from lightning_surge.measure.direction import SIGN
 from lightning_surge.measure.distributed import Ranks
-from lightning_surge.optimizers.families import (
-    decay_follows_lr,
-    has_coupled_decay,
-    optimizer_family,
-    stability_constant,
-)
-from lightning_surge.optimizers.moments import LEAST_BETA_1
+from lightning_surge.optimizers.families import decay_follows_lr, optimizer_family
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.sizes import BatchSizeRule, Schedule
 from lightning_surge.schedules.windows import accumulation_for
-
-# The others compute with copies of the weights in 8 or 16 bits.
-FULL_PRECISION = ("32-true", "64-true")
 
 
 def check_trainer(
@@ -160,76 +148,6 @@ def check_weight_decay(optimizer: Optimizer, name: str, setting: bool | str) -> 
             "after averages, momentum or a division. Use AdamW, SGD without momentum, or an option such as "
             "decoupled_weight_decay=True, or leave scale_weight_decay=True."
         )
-
-
-def check_edge(trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-    """Refuse what hides Adam's edge of stability at other batch sizes."""
-    try:
-        stability_constant(optimizer)
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error
-    name = type(optimizer).__name__
-    if has_coupled_decay(optimizer):
-        raise MisconfigurationException(
-            f"Expected decoupled weight decay for objective='edge', got {name}, whose averages hold the "
-            "decay too: use AdamW or decoupled_weight_decay=True, weight_decay=0, or objective='progress'."
-        )
-    beta_1, beta_2 = optimizer.param_groups[0]["betas"][:2]
-    if any(tuple(group["betas"][:2]) != (beta_1, beta_2) for group in optimizer.param_groups):
-        raise MisconfigurationException(
-            "Expected the same betas in all parameter groups for objective='edge', got several: one batch "
-            "size is followed through one pair of averages. Use objective='progress'."
-        )
-    if beta_1 <= LEAST_BETA_1:
-        raise MisconfigurationException(
-            f"Expected beta_1 > 1/3 for objective='edge', got {name} with beta_1={beta_1}: its averages then "
-            "hardly tell the mean gradient from its noise. Use objective='progress'."
-        )
-    if str(trainer.precision) not in FULL_PRECISION:
-        raise MisconfigurationException(
-            f"Expected precision='32-true' or higher for objective='edge', got {trainer.precision!r}: its "
-            "secants are so short that 16-bit copies of the weights would not move. Use objective='progress'."
-        )
-    schedulers = (config.scheduler for config in trainer.lr_scheduler_configs)
-    schedulers = (one for one in schedulers if getattr(one, "optimizer", optimizer) is optimizer)
-    if any(getattr(one, "cycle_momentum", False) for one in schedulers):
-        raise MisconfigurationException(
-            "Expected a constant beta_1 for objective='edge', got a scheduler with cycle_momentum=True: "
-            "Adam's averages then do not tell the gradient from its noise. Pass cycle_momentum=False, or use "
-            "objective='progress'."
-        )
-    if clips_gradients(trainer, pl_module):
-        raise MisconfigurationException(
-            "Expected no gradient clipping for objective='edge', got gradient_clip_val="
-            f"{trainer.gradient_clip_val} or an own configure_gradient_clipping: Adam's averages of clipped "
-            "gradients do not tell those at other batch sizes. Use objective='progress'."
-        )
-    if _on_gpu(optimizer) and rounds_products(pl_module):
-        raise MisconfigurationException(
-            "Expected float32 products for objective='edge', got TF32, which rounds the weights to 10 bits: "
-            "its secants are so short that most would not move. Call "
-            "torch.set_float32_matmul_precision('highest') and set torch.backends.cudnn.allow_tf32 = False, "
-            "or use objective='progress'."
-        )
-
-
-def _on_gpu(optimizer: Optimizer) -> bool:
-    """Whether a parameter is on a CUDA device."""
-    return any(p.device.type == "cuda" for group in optimizer.param_groups for p in group["params"])
-
-
-def rounds_products(pl_module: pl.LightningModule) -> bool:
-    """Whether a GPU multiplies this module's float32 numbers in TF32, which keeps 10 bits."""
-    convolves = any(isinstance(module, (_ConvNd, RNNBase)) for module in pl_module.modules())
-    try:
-        return torch.get_float32_matmul_precision() != "highest" or (
-            convolves and torch.backends.cudnn.allow_tf32
-        )
-    except RuntimeError:
-        # Somebody used the newer switches, which the older ones cannot always sum up.
-        matmul: Any = torch.backends.cuda.matmul
-        convolution: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009 (unknown to mypy)
-        return matmul.fp32_precision == "tf32" or (convolves and convolution.fp32_precision == "tf32")
 
 
 def clips_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

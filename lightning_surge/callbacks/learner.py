@@ -7,7 +7,6 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -19,13 +18,11 @@ from lightning_surge.checking.arguments import number, optional
 from lightning_surge.checking.state import REMEDY, AnyFloat, restore
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.records import Measurement
-from lightning_surge.optimizers.families import stability_constant
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.estimates import (
     EstimatedLaw,
     Fit,
     estimate,
-    fit_edge_law,
     fit_theorem3_law,
     law_of,
 )
@@ -139,8 +136,6 @@ class Learner:
         try:
             self.history.add(measurement)
             self._fit_again(step, self._deviation_l1(step.optimizer, one_lr, moments), tell)
-            if self._settings.follows_edge and moments is None:
-                self.hold(Reason.AVERAGES_UNREADABLE)
         except Exception as error:
             self.hold(Reason.FITTING_FAILED, f"fitting failed with {type(error).__name__}")
             warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
@@ -162,7 +157,7 @@ class Learner:
         policy = self.policy
         assert policy is not None
         law = estimate(self.history, self._fit(step))
-        policy.update(law, step.batch_size, self.scheduled_lr)
+        policy.update(law, step.batch_size)
         if law is not None:
             if tell is not None and self.history.stats().knows_curvature:
                 tell(law)
@@ -171,8 +166,6 @@ class Learner:
 
     def _fit(self, step: StepToCome) -> Fit:
         """Which law the measurements are fitted with."""
-        if self._settings.follows_edge:
-            return partial(fit_edge_law, stability=stability_constant(step.optimizer))
         if self._settings.law == "theorem3":
             return fit_theorem3_law
         needed = self._settings.objective == "step" or self._settings.law == "theorem2"
@@ -192,7 +185,7 @@ class Learner:
             base_batch_size=self.policy.base_batch_size,
             examples=examples,
             objective=self._settings.objective,
-            doubled=self.policy.predicted(2.0 * batch_size, self.scheduled_lr),
+            doubled=self.policy.predicted(2.0 * batch_size),
         )
 
     def state_dict(self) -> dict[str, Any]:

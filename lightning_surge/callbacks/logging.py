@@ -88,8 +88,6 @@ def law_metrics(
     }
     if not stats.knows_curvature:
         quantities = {"critical_batch_size": quantities["critical_batch_size"]}
-    if not math.isnan(law.edge_lr(batch_size)):
-        quantities["edge_lr"] = lambda law: law.edge_lr(batch_size)
     for name, quantity in quantities.items():
         value = quantity(law)
         if law.at_edge and not 0.0 < value < math.inf:

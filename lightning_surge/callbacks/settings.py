@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightning_surge.checking.arguments import choice, number, optional, shown, store, switch, whole
 from lightning_surge.laws.base import ConstantLaw, LinearLaw, SqrtLaw
-from lightning_surge.laws.objectives import OBJECTIVES
+from lightning_surge.laws.objectives import OBJECTIVES, RETIRED
 from lightning_surge.measure.direction import SIGN
 
 __all__ = [
@@ -67,16 +67,16 @@ class SurgeSettings:
 
     def __post_init__(self) -> None:
         choice("law", self.law, LAWS)
+        if self.objective in RETIRED.values():
+            raise ValueError(
+                f"Expected objective to be one of {', '.join(OBJECTIVES)}, got objective={self.objective!r}, "
+                "which is retired: use objective='progress'."
+            )
         choice("objective", self.objective, OBJECTIVES)
         if not self.measures and self.objective != "step":
             raise ValueError(
                 f"Expected objective='step' with a rule that measures nothing, got law={self.law!r}, "
                 f"objective={self.objective!r}: use law='measured'."
-            )
-        if self.follows_edge and self.law != "measured":
-            raise ValueError(
-                f"Expected law='measured' with objective='edge', got law={self.law!r}: only its measurements "
-                "look for the edge of stability."
             )
         decay = "True lets the decay per step scale with the learning rate, False keeps it, and 'per_example'"
         if not isinstance(self.scale_weight_decay, str) or self.scale_weight_decay != "per_example":
@@ -110,13 +110,8 @@ class SurgeSettings:
     @cached_property
     def needs_curvature(self) -> bool:
         """Whether norms of gradients are not enough."""
-        needed = self.objective in ("step", "edge") or self.law.startswith("theorem") or self.log_peak
+        needed = self.objective == "step" or self.law.startswith("theorem") or self.log_peak
         return self.measures and needed
-
-    @cached_property
-    def follows_edge(self) -> bool:
-        """Whether measurements must find Adam's edge of stability too."""
-        return self.objective == "edge"
 
 
 def check_base(name: str, value: object) -> float:

@@ -115,10 +115,10 @@ class StepExamples:
 
     # ------------------------------------------------------------------ the step
 
-    def look_at_gradients(self, optimizer: Optimizer, name: str, *, scaled: bool) -> bool:
-        """Whether `training_step` turns out, for the first time, to change gradients, as by clipping."""
+    def look_at_gradients(self, optimizer: Optimizer, name: str, *, scaled: bool) -> None:
+        """Note whether `training_step` changes gradients, as by clipping."""
         if self._tracker is None:
-            return False
+            return
         changed = self._tracker.have_come()
         if self.passes == 0 and not self._told_of_backward and self._tracker.exist():
             self._told_of_backward = True
@@ -127,10 +127,7 @@ class StepExamples:
                 "learning rate of such steps as it is: call self.manual_backward(loss) instead of "
                 "loss.backward()."
             )
-        if self.passes == 0 or not changed or self.clipped or scaled:
-            return False
-        self.clipped = True
-        return True
+        self.clipped |= self.passes > 0 and changed and not scaled
 
     def end_step(self) -> None:
         """Count the step that was just taken."""

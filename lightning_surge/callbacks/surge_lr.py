@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from lightning_surge.callbacks.batch_counter import BatchCounter
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.callbacks.checks import (
-    check_edge,
     check_optimizer,
     check_trainer,
     check_weight_decay,
@@ -99,9 +98,7 @@ class SurgeLRCallback(Callback):
             once as far as a measured `"alignment"` does; the rest is approached by `max_drift_per_step`,
             which gives curvature time to adapt. `"alignment"` is sqrt scaling that saturates where the noise
             does.
-            `"edge"` is progress capped by Adam's edge of stability, which falls with the batch size: for
-            Adam, AdamW, NAdam and RAdam in float32 with decoupled weight decay, without clipping, and holds
-            one more buffer of the size of the parameters. `"step"` is the paper's: the best next step, which
+            `"step"` is the paper's: the best next step, which
             can fall with the batch size. None takes `"progress"`, `"alignment"` with SGD, whose steps
             progress would scale linearly, and `"step"` with a law that is not measured.
         dry_run: Whether to measure and log, and leave the learning rate alone.
@@ -156,7 +153,7 @@ class SurgeLRCallback(Callback):
         self,
         base_batch_size: float | None = None,
         law: Literal["measured", "theorem2", "theorem3", "sqrt", "linear", "constant"] = "measured",
-        objective: Literal["step", "alignment", "progress", "edge"] | None = None,
+        objective: Literal["step", "alignment", "progress"] | None = None,
         *,
         dry_run: bool = False,
         max_overhead: float = 0.01,
@@ -274,27 +271,21 @@ class SurgeLRCallback(Callback):
         policy = self._learner.policy
         return None if policy is None else policy.law or policy.fixed_law
 
-    def lr_scale(self, batch_size: float, lr: float | None = None) -> float:
+    def lr_scale(self, batch_size: float) -> float:
         """The factor on the scheduled learning rate that the next step would get at a batch size.
 
         Args:
             batch_size: examples per optimizer step, positive and finite.
-            lr: scheduled learning rate, which only `objective="edge"` depends on; None for the latest one of
-                the group where it is largest.
 
         Returns:
             The factor; 1 while the base batch size is not known.
 
         Raises:
-            ValueError: if the batch size is not positive and finite, or the learning rate is negative or not
-                finite.
+            ValueError: if the batch size is not positive and finite.
         """
-        lr = optional(number, "lr", lr, "pass the scheduled learning rate", least=0)
         batch_size = number("batch_size", batch_size, "count the examples of a step")
         policy = self._learner.policy
-        if policy is None:
-            return 1.0
-        return policy.lr_scale(batch_size, self._learner.scheduled_lr if lr is None else lr)
+        return 1.0 if policy is None else policy.lr_scale(batch_size)
 
     @property
     def overhead(self) -> float:
@@ -363,8 +354,6 @@ class SurgeLRCallback(Callback):
         check_optimizer(trainer, pl_module, optimizer, name, self.settings.law, curvature=curvature)
         if self.settings.scale_weight_decay is not True:
             check_weight_decay(optimizer, name, self.settings.scale_weight_decay)
-        if self.settings.follows_edge:
-            check_edge(trainer, pl_module, optimizer)
         if self._may_choose_objective:
             self.settings = replace(self.settings, objective=direction_of(optimizer).objective)
             self._learner.follow(self.settings)
@@ -464,13 +453,8 @@ class SurgeLRCallback(Callback):
         if scaled:
             factor.come_last()
         name = type(self).__name__
-        changed = behind.manual and behind.look_at_gradients(optimizer, name, scaled=scaled)
-        if changed and self.settings.follows_edge:
-            warn(
-                "Expected no gradient clipping for objective='edge', but gradients are changed between "
-                "manual_backward and the step, as by clipping: no edge of stability can be told. Use "
-                "objective='progress'."
-            )
+        if behind.manual:
+            behind.look_at_gradients(optimizer, name, scaled=scaled)
         if scaled and skips_step(trainer, optimizer, has_loss=behind.manual or behind.counts_batch):
             self._measurer.drop_window()
             self._skipped = True
@@ -502,7 +486,7 @@ class SurgeLRCallback(Callback):
         base = learner.base_batch_size
         assert base is not None
         learner.scheduled_lr = max(learning_rates(step.optimizer))
-        measurements = measurer.collect(base, step.batch_size, moments, learner.law)
+        measurements = measurer.collect(base, moments, learner.law)
         if measurer.parameters_changed():
             learner.forget()
         if measurer.failure is not None:
@@ -522,7 +506,8 @@ class SurgeLRCallback(Callback):
             if policy is None or examples <= 0.0 or self.settings.dry_run:
                 return None
             self._decided_for = examples
-            return policy.lr_scale(examples, self._read_schedule())
+            self._read_schedule()
+            return policy.lr_scale(examples)
         if self._step is None and not self._skipped:
             self._end_window(trainer, factor.optimizer)  # a step that Lightning's hook was not called for
         if self._step is None:
@@ -538,16 +523,15 @@ class SurgeLRCallback(Callback):
             return None
         return self._decided_for / base if self.settings.scale_weight_decay else 1.0
 
-    def _read_schedule(self) -> float:
-        """The largest scheduled learning rate, or the last known where reading would wait for the device."""
+    def _read_schedule(self) -> None:
+        """Note the largest scheduled learning rate, but where reading would wait for the device."""
         factor, learner = self._factor, self._learner
         assert factor is not None
         groups = factor.optimizer.param_groups
         on_device = any(isinstance(group["lr"], Tensor) and not group["lr"].is_cpu for group in groups)
-        if self.settings.follows_edge or not on_device:
+        if not on_device:
             learner.scheduled_lr = max(learning_rates(factor.optimizer))
             self._measurer.see_lr(learner.scheduled_lr)
-        return learner.scheduled_lr
 
     def _decide(self, trainer: pl.Trainer, step: StepToCome) -> Decision:
         """Ask the policy for the factor of a step."""
@@ -560,7 +544,8 @@ class SurgeLRCallback(Callback):
             # which shortens the step already: the factor is the one of a whole window.
             size *= accumulation / behind.passes
         self._decided_for = size
-        decision = policy.decide(size, self._read_schedule())
+        self._read_schedule()
+        decision = policy.decide(size)
         if self.decision is None or decision.reason != self.decision.reason:
             suffix = self._step_log.suffix if self._step_log is not None else ""
             which = f"optimizer {self.settings.optimizer}, " if suffix else ""
@@ -622,7 +607,7 @@ class SurgeLRCallback(Callback):
         self.on_train_end()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, and with `objective="edge"` one tensor per parameter."""
+        """Plain numbers."""
         # Within a window a checkpoint has lost gradients anyway, and `ModelCheckpoint` saves one right after
         # resuming: dropping the pool there would make the resumed run another one.
         if not self._behind_step.interrupt():

@@ -1,11 +1,9 @@
 """Laws of the optimal learning rate, objectives and trade-offs between steps and examples: floats only."""
 
 from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, Peak, SGDLaw, SqrtLaw
-from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.objectives import (
     OBJECTIVES,
     alignment_ratio,
-    edge_ratio,
     progress_ratio,
     step_ratio,
 )
@@ -20,8 +18,8 @@ from lightning_surge.laws.tradeoff import (
 )
 
 __all__ = [
-    "OBJECTIVES", "ConstantLaw", "EdgeLaw", "Law", "LinearLaw", "MeasuredLaw", "Peak", "SGDLaw", "SqrtLaw",
-    "Theorem2Law", "Theorem3Law", "TradeoffFit", "alignment_ratio", "edge_ratio",
+    "OBJECTIVES", "ConstantLaw", "Law", "LinearLaw", "MeasuredLaw", "Peak", "SGDLaw", "SqrtLaw",
+    "Theorem2Law", "Theorem3Law", "TradeoffFit", "alignment_ratio",
     "examples_at_steps", "examples_needed", "fit_tradeoff", "gain_fraction", "large_batch_limit",
     "progress_ratio", "step_ratio", "steps_needed",
 ]  # fmt: skip

@@ -78,10 +78,6 @@ class Law(ABC):
         """
         return self.alignment(batch_size)
 
-    def edge_lr(self, batch_size: float) -> float:
-        """Learning rate above which steps become unstable; NaN for a law that does not know it."""
-        return math.nan
-
     def gain(self, batch_size: float) -> float:
         """Expected decrease of the loss in one step at the best learning rate.
 

@@ -1,32 +1,28 @@
 """What a learning rate may be held to as the batch size changes: ratios of a law.
 
-Each is a function of a law, a batch size, the base batch size and the scheduled learning rate. They answer
-for the policy while a model trains, and for whoever reads the logs of a run afterwards.
+Each is a function of a law, a batch size and the base batch size. They answer for the policy while a model
+trains, and for whoever reads the logs of a run afterwards.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from lightning_surge.laws.base import Law
 
-__all__ = [
-    "FOLLOW_LR", "OBJECTIVES", "Objective", "alignment_ratio", "edge_ratio", "progress_ratio", "step_ratio",
-]  # fmt: skip
+__all__ = ["OBJECTIVES", "RETIRED", "Objective", "alignment_ratio", "progress_ratio", "step_ratio"]
 
-Objective = Callable[[Law, float, float, float], float]
-"""Maps a law, a batch size, the base batch size and the scheduled learning rate to the wanted ratio."""
+Objective = Callable[[Law, float, float], float]
+"""Maps a law, a batch size and the base batch size to the wanted ratio."""
 
 
-def step_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
+def step_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
     """Ratio that keeps every step as good as it can be, `lr(B) / lr(base)`; it falls beyond the law's peak.
 
     Args:
         law: any law.
         batch_size: examples per optimizer step.
         base_batch_size: examples at which the scheduled learning rate was tuned.
-        lr: scheduled learning rate, without influence here.
 
     References:
         Li et al. 2024, arXiv:2405.14578, Lemma 1 (Eq. 6).
@@ -34,7 +30,7 @@ def step_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = 
     return law.lr(batch_size) / law.lr(base_batch_size)
 
 
-def progress_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
+def progress_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
     """Ratio that keeps the expected progress per example: `(B / base) N(base) / N(B)`.
 
     Square-root scaling while noise dominates the alignment N, linear scaling beyond. It has no falling
@@ -51,7 +47,7 @@ def progress_ratio(law: Law, batch_size: float, base_batch_size: float, lr: floa
     return batch_size / base_batch_size * progress
 
 
-def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float = math.nan) -> float:
+def alignment_ratio(law: Law, batch_size: float, base_batch_size: float) -> float:
     """Ratio of what a step gains: `N(B) / N(base)`, as if its cost were the same at every batch size.
 
     Square-root scaling while noise dominates the alignment N, constant beyond. For plain gradients, whose
@@ -73,40 +69,11 @@ def alignment_ratio(law: Law, batch_size: float, base_batch_size: float, lr: flo
     return law.isotropic_lr(batch_size) / law.isotropic_lr(base_batch_size)
 
 
-def edge_ratio(law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:
-    """Progress per example, capped smoothly by the edge of stability; NaN for a law that knows no edge.
-
-        R = h(B) / h(base)        1 / h(B) = 1 / (lr R_progress(B)) + 1 / edge_lr(B)
-
-    Its limits are `progress_ratio` where the learning rate is far below the edge, and the ratio of the edges
-    far above. Where noise is all there is, the two are `sqrt(B / base)` and its inverse, and `h` has the
-    form of Theorem 3, with the peak where `lr R_progress` meets the edge. The arguments are those of
-    `step_ratio`; an `lr` of 0 leaves the progress alone.
-
-    Example:
-        >>> from lightning_surge.laws.edge import EdgeLaw
-        >>> law = EdgeLaw(
-        ...     alignment_limit=1.0, alignment_scale=1e12, noise_curvature=1.0, signal_curvature=0.0,
-        ...     edge_limit=0.0, edge_sq_slope=16.0,
-        ... )
-        >>> [round(edge_ratio(law, 64.0, 16.0, lr), 4) for lr in (0.0, 0.5, 1.0)]
-        [2.0, 1.0, 0.8]
-
-    References:
-        Cohen et al. 2022, arXiv:2207.14484, for the edge. That the two limits add like resistances is a
-        choice, which has the form of Theorem 3 of Li et al. 2024, arXiv:2405.14578 (Eq. 13).
-    """
-    progress = progress_ratio(law, batch_size, base_batch_size)
-    at_base, here = lr / law.edge_lr(base_batch_size), lr / law.edge_lr(batch_size)
-    return (1.0 + at_base) / (1.0 / progress + here)
-
-
-# In the order of the codes under `surge/objective`: new ones go to the end.
+# In the order of the codes under `surge/objective`, of which new ones may not take those in `RETIRED`.
 OBJECTIVES: dict[str, Objective] = {
     "step": step_ratio,
     "alignment": alignment_ratio,
     "progress": progress_ratio,
-    "edge": edge_ratio,
 }
-# Those that follow the scheduled learning rate at every step.
-FOLLOW_LR = frozenset({"edge"})
+# By the codes of old logs.
+RETIRED = {3: "edge"}

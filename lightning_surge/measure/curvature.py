@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,25 +17,12 @@ from torch import Tensor
 from lightning_surge.measure.distributed import local
 from lightning_surge.measure.gradients import blocks, dense
 
-__all__ = ["Displacement", "Sample", "displaced", "probe_distance", "realised_slope", "secant_curvature"]
+__all__ = ["Displacement", "displaced", "probe_distance", "realised_slope", "secant_curvature"]
 
 Displacement = Callable[[], Iterator[Tensor]]
 """Yields the direction `V` in the flat blocks of `gradients.blocks`, parameter by parameter, on each call.
 
 Blocks, and a fresh walk per call, so that `V` is computed where it is used and never stored."""
-
-
-class Sample(NamedTuple):
-    """Examples, by what secants need of them.
-
-    Attributes:
-        gradient: their mean gradient at the point in question.
-        gradient_now: computes it again at the current parameters, with the same random numbers; None counts
-            as zero.
-    """
-
-    gradient: Sequence[Tensor]
-    gradient_now: Callable[[], Sequence[Tensor | None]]
 
 
 # A step of this many representable steps of a typical parameter keeps rounding of theta below about

@@ -11,8 +11,7 @@ and curvature too. The order of its work keeps the memory at four gradient-sized
 
 Two sizes of direction, measured on the same examples, separate the curvature that noise pays from
 the curvature of the signal. The small ones scatter most, so there are as many of them as chunks allow, each
-on examples of its own: that costs no more passes than a single one on all examples. Where Adam's sharpness is
-asked for, its secants follow on the examples of the reference.
+on examples of its own: that costs no more passes than a single one on all examples.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_surge.measure.curvature import Displacement, Sample, realised_slope, secant_curvature
+from lightning_surge.measure.curvature import Displacement, realised_slope, secant_curvature
 from lightning_surge.measure.direction import SIGN, Direction
 from lightning_surge.measure.distributed import ALONE, Ranks
 from lightning_surge.measure.gradients import (
@@ -44,7 +43,6 @@ from lightning_surge.measure.replay import Chunk, Piece, RandomState
 
 __all__ = [
     "LawMeasurement",
-    "MoreSecants",
     "NormMeasurement",
     "Passes",
     "Replay",
@@ -55,9 +53,6 @@ __all__ = [
 
 Replay = Callable[[Piece, float], None]
 """Adds `weight` times the mean gradient of a piece, at the parameters as they are, to `.grad`."""
-
-MoreSecants = Callable[[Sample, Sample], tuple[SizedValue, ...]]
-"""Takes the examples of the prefix, and those of the reference."""
 
 
 class Whole(NamedTuple):
@@ -188,7 +183,7 @@ class LawMeasurement(Passes):
         # Of the pairs of chunks: size of the direction, examples it was measured on, curvature.
         self._pairs: list[tuple[float, float, float]] = []
 
-    def run(self, chunks: Sequence[Chunk], sharpness: MoreSecants | None = None) -> Measurement:
+    def run(self, chunks: Sequence[Chunk]) -> Measurement:
         """Measure from chunks whose gradients have yet to be computed."""
         stream = self._stream
         passed: list[Chunk] = []
@@ -205,25 +200,12 @@ class LawMeasurement(Passes):
         statistics = stream.statistics()
         curvatures = [weighted_mean(self._pairs)]
         stream.latest.clear()  # of a chunk that none came after
-        reference = passed[1::2]
         if len(passed) > 2:
             slope = self._slope(stream.prefix_direction, stream.reference) / stream.reference_size
-            value = self._secant(reference, stream.prefix_direction, slope.item())
+            value = self._secant(passed[1::2], stream.prefix_direction, slope.item())
             curvatures.append(SizedValue(stream.prefix_size, value))
-        values: tuple[SizedValue, ...] = ()
-        if sharpness is not None:
-            values = sharpness(
-                self._sample(stream.prefix, stream.prefix_size, passed[::2]),
-                self._sample(stream.reference, stream.reference_size, reference),
-            )
-            self._drop_gradients()
         return Measurement(
-            statistics,
-            tuple(curvatures),
-            self._passes,
-            len(passed),
-            sharpness=values,
-            pairs=pairs_of(stream.sizes),
+            statistics, tuple(curvatures), self._passes, len(passed), pairs=pairs_of(stream.sizes)
         )
 
     def _slope(self, direction: Displacement, gradient: Sequence[Tensor | None]) -> Tensor:
@@ -263,6 +245,3 @@ class LawMeasurement(Passes):
             self._pass(chunk, chunk.size / size)
         self._ranks.sum_gradients(self._parameters)
         return [parameter.grad for parameter in self._parameters]
-
-    def _sample(self, total: Sequence[Tensor], size: float, chunks: Sequence[Chunk]) -> Sample:
-        return Sample([tensor.div_(size) for tensor in total], lambda: self._gradient_now(chunks))

@@ -57,8 +57,6 @@ class Measurement(NamedTuple):
         passes: examples passed forward and backward beyond training's own.
         num_chunks: chunks behind it.
         coordinate_sums: what the theorems need, if it was asked for.
-        sharpness: `w' P^-1/2 H P^-1/2 w` with Adam's preconditioner of two batch sizes, the base first, if
-            it was asked for.
         pairs: pairs of examples in different chunks, `n^2 - sum_k n_k^2`: the variance of `|G|^2` is
             `2 tr(Sigma^2) / pairs` where noise dominates. 0 where they were not counted.
     """
@@ -68,7 +66,6 @@ class Measurement(NamedTuple):
     passes: float
     num_chunks: int = 0
     coordinate_sums: CoordinateSums | None = None
-    sharpness: tuple[SizedValue, ...] = ()
     pairs: float = 0.0
 
     def unscaled(self, scale: float, *, direction: Direction = SIGN) -> Measurement:
@@ -86,5 +83,4 @@ class Measurement(NamedTuple):
             curvatures=tuple(SizedValue(b, value / of_curvature) for b, value in self.curvatures),
             # u = mu / sigma has no unit, the Hessian and mu have the loss's.
             coordinate_sums=sums and CoordinateSums(*(value / scale for value in sums)),
-            sharpness=tuple(SizedValue(b, value / scale) for b, value in self.sharpness),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,31 +13,13 @@ from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 
 __all__ = [
     "Family", "decay_follows_lr", "direction_of", "has_coupled_decay", "has_plain_averages", "largest_lr",
-    "lr_scales", "optimizer_family", "parameter_scales", "stability_constant",
+    "lr_scales", "optimizer_family", "parameter_scales",
 ]  # fmt: skip
 
 
 # Adam's own averages `exp_avg` and `exp_avg_sq`, moved at every step. (SparseAdam leaves rows out.)
 PLAIN_AVERAGES = frozenset({"Adam", "AdamW", "NAdam", "RAdam"})
 DECOUPLED = ("adamw", "adafactor", "lion", "muon", "sgdw")
-
-
-def _heavy_ball(beta: float) -> float:
-    return (2.0 + 2.0 * beta) / (1.0 - beta)
-
-
-def _nesterov(beta: float) -> float:
-    return (2.0 + 2.0 * beta) / ((1.0 - beta) * (1.0 + 2.0 * beta))
-
-
-# What the learning rate times the sharpness of the preconditioned Hessian must stay below, as a function of
-# beta_1. By exact class name along the ancestry: variants keep their averages in other forms.
-STABILITY: dict[str, Callable[[float], float]] = {
-    "Adam": _heavy_ball,
-    "AdamW": _heavy_ball,
-    "RAdam": _heavy_ball,
-    "NAdam": _nesterov,
-}
 
 
 def lr_scales(lrs: Sequence[float]) -> list[float]:
@@ -105,41 +87,6 @@ def has_plain_averages(optimizer: Optimizer) -> bool:
     """Whether its state holds averages of gradients and of their squares, as Adam keeps them."""
     known = any(kind.__name__ in PLAIN_AVERAGES for kind in type(optimizer).__mro__)
     return known and not has_coupled_decay(optimizer)
-
-
-def stability_constant(optimizer: Optimizer) -> float:
-    """`C` of Adam's edge of stability `C / lambda_max(P^-1/2 H P^-1/2)`, without unit.
-
-    For momentum that averages, as Adam's does, `(2 + 2 beta) / (1 - beta)`; in Nesterov's form
-    `(2 + 2 beta) / ((1 - beta)(1 + 2 beta))`.
-
-    Raises:
-        ValueError: for an optimizer whose edge is not known, or groups of different momentum.
-
-    Example:
-        >>> import torch
-        >>> round(stability_constant(torch.optim.AdamW([torch.ones(1)], betas=(0.9, 0.999))), 6)
-        38.0
-
-    References:
-        Cohen et al. 2022, arXiv:2207.14484, section 3; Cohen et al. 2021, arXiv:2103.00065, for the threshold
-        of Nesterov's form without averaging.
-    """
-    names = [kind.__name__ for kind in type(optimizer).__mro__]
-    name = next((name for name in names if name in STABILITY), None)
-    if name is None or any(group.get("amsgrad", False) for group in optimizer.param_groups):
-        raise ValueError(
-            f"Expected one of {', '.join(STABILITY)} without amsgrad for objective='edge', got "
-            f"{type(optimizer).__name__}: its edge of stability cannot be told at other batch sizes. Use "
-            "objective='progress'."
-        )
-    momenta = {float(group["betas"][0]) for group in optimizer.param_groups}
-    if len(momenta) > 1:
-        raise ValueError(
-            f"Expected one beta_1 for objective='edge', got {sorted(momenta)}: give all parameter groups the "
-            "same betas, or use objective='progress'."
-        )
-    return STABILITY[name](momenta.pop())
 
 
 class Family(NamedTuple):

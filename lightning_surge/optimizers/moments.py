@@ -7,14 +7,12 @@ of `B` examples with per-example mean `mu` and variance `sigma^2`, and bias-corr
     E[v]   = mu^2 + a sigma^2       a: average of 1 / B with the weights of v
 
 so two numbers that follow the batch size from step to step turn them into `mu^2` and `sigma^2`, with
-no memory and no pass. At a constant batch size `b / a` is `(1 - beta_1) / (1 + beta_1)`. The two say what
-`v` would be at any other batch size, `v_B = mu^2 + sigma^2 / B`, and with it how Adam would step there.
+no memory and no pass. At a constant batch size `b / a` is `(1 - beta_1) / (1 + beta_1)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +23,13 @@ from torch.optim import Optimizer
 from lightning_surge.checking.arguments import number
 from lightning_surge.checking.state import REMEDY, restore
 from lightning_surge.measure.distributed import local
-from lightning_surge.measure.gradients import blocks
 from lightning_surge.optimizers.families import has_plain_averages
 
-__all__ = ["LEAST_BETA_1", "AdamMoments"]
+__all__ = ["AdamMoments"]
 
 # `b` must be less than half of `a`, or their difference drowns in noise. In the long run that takes a beta_1
 # above 1/3.
 LARGEST_SHARE = 0.5
-LEAST_BETA_1 = (1.0 - LARGEST_SHARE) / (1.0 + LARGEST_SHARE)
 # Of the steps counted, a parameter must have taken part in this share.
 LEAST_STEPS = 0.9
 
@@ -135,80 +131,10 @@ class AdamMoments:
         state = optimizer.state.get(parameter)
         if not state or "exp_avg_sq" not in state:
             return None
-        return self._split(local(state["exp_avg"]), local(state["exp_avg_sq"]), float(state["step"]))[1]
-
-    def _split(self, mean: Tensor, square: Tensor, steps: float) -> tuple[Tensor, Tensor]:
-        """`mu^2` and `sigma^2`, neither below zero, from averages not yet corrected for their start."""
-        mean_sq = (mean / (1.0 - self._betas[0] ** steps)).square_()
-        variance = (square / (1.0 - self._betas[1] ** steps)).sub_(mean_sq)
-        variance = variance.div_(self.second - self.first).clamp_(min=0.0)
-        return mean_sq.sub_(variance, alpha=self.first).clamp_(min=0.0), variance
-
-    def damping(
-        self, optimizer: Optimizer, parameters: Sequence[Tensor], batch_size: float
-    ) -> dict[int, Tensor]:
-        """`w_1 mean(v_B)` of each parameter that has averages, by its `id`; see `inverse_root`.
-
-        Scalars on the device, so that no walk waits for them.
-        """
-        means = {}
-        for parameter in parameters:
-            state = optimizer.state.get(parameter)
-            if state and "exp_avg_sq" in state:
-                steps = float(state["step"])
-                one = (1.0 - self._betas[1]) / (1.0 - self._betas[1] ** steps)
-                total = torch.zeros((), dtype=state["exp_avg"].dtype, device=parameter.device)
-                for square in self._squares(state, steps, batch_size):
-                    total += square.sum()
-                means[id(parameter)] = one * total / parameter.numel()
-        return means
-
-    def inverse_root(
-        self,
-        optimizer: Optimizer,
-        parameters: Sequence[Tensor],
-        scales: Sequence[float],
-        batch_size: float,
-        damping: dict[int, Tensor] | None = None,
-    ) -> Iterator[Tensor]:
-        """Walk `P^-1/2` as it would be had Adam taken batches of another size all along.
-
-        With `w_1 = (1 - beta_2) / (1 - beta_2^t)`, the weight of one gradient in `v`, and `mean` over the
-        coordinates of a parameter tensor,
-
-            P = (sqrt(v_B + w_1 mean(v_B)) + eps) / scale        v_B = mu^2 + sigma^2 / B
-
-        The damping is what one more gradient of the tensor's typical size would add. A coordinate that few
-        gradients have touched has a `v` that says nothing about the next one that does, and Adam divides by
-        a `v` with that one in it; without the damping such coordinates make up the largest eigenvalues.
-
-        Args:
-            optimizer: whose averages to read; `readable` must hold.
-            parameters: of the optimizer, in the order of the walk.
-            scales: per parameter, its learning rate relative to the run's.
-            batch_size: examples.
-            damping: of this batch size; None computes it.
-
-        Yields:
-            Flat blocks as of `gradients.blocks`; zeros for parameters that have no averages.
-        """
-        if damping is None:
-            damping = self.damping(optimizer, parameters, batch_size)
-        epsilon = {id(p): group["eps"] for group in optimizer.param_groups for p in group["params"]}
-        for parameter, scale in zip(parameters, scales, strict=True):
-            state = optimizer.state.get(parameter)
-            if not state or "exp_avg_sq" not in state:
-                yield from (torch.zeros_like(block) for (block,) in blocks(parameter))
-                continue
-            steps = float(state["step"])
-            floor = damping[id(parameter)]
-            for square in self._squares(state, steps, batch_size):
-                yield square.add_(floor).sqrt_().add_(epsilon[id(parameter)]).div_(scale).rsqrt_()
-
-    def _squares(self, state: dict[str, Any], steps: float, batch_size: float) -> Iterator[Tensor]:
-        for mean, square in blocks(state["exp_avg"], state["exp_avg_sq"]):
-            mean_sq, variance = self._split(mean, square, steps)
-            yield mean_sq.add_(variance, alpha=1.0 / batch_size)
+        steps = float(state["step"])
+        mean_sq: Tensor = (local(state["exp_avg"]) / (1.0 - self._betas[0] ** steps)).square_()
+        variance: Tensor = (local(state["exp_avg_sq"]) / (1.0 - self._betas[1] ** steps)).sub_(mean_sq)
+        return variance.div_(self.second - self.first).clamp_(min=0.0)
 
     def deviation_l1(self, optimizer: Optimizer) -> float:
         """`sum_i sigma_i` over all coordinates that have averages; NaN where `readable` does not hold."""

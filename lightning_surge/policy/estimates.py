@@ -23,7 +23,6 @@ import numpy as np
 from lightning_surge.checking.arguments import number
 from lightning_surge.checking.state import REMEDY
 from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw
-from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 from lightning_surge.policy.history import Bin, Contrast, NoiseHistory, NoiseStats, jackknife_error
@@ -32,7 +31,6 @@ __all__ = [
     "EstimatedLaw",
     "Fit",
     "estimate",
-    "fit_edge_law",
     "fit_noise_law",
     "fit_sgd_law",
     "fit_sign_law",
@@ -94,10 +92,6 @@ class EstimatedLaw(Law):
         """The law's learning rate for constant curvature, up to a factor."""
         return self.law.isotropic_lr(batch_size)
 
-    def edge_lr(self, batch_size: float) -> float:
-        """The law's edge of stability, a learning rate; NaN if it does not know it."""
-        return self.law.edge_lr(batch_size)
-
     def _lr(self, batch_size: float) -> float:
         return self.law.lr(batch_size)
 
@@ -152,7 +146,7 @@ class EstimatedLaw(Law):
         return cls(_law_from_state(state["law"]), replicates, int(count), (low, high), bool(state["at_edge"]))
 
 
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MeasuredLaw, EdgeLaw, SGDLaw, Theorem3Law)}
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MeasuredLaw, SGDLaw, Theorem3Law)}
 
 
 def _law_state(law: Law) -> dict[str, Any]:
@@ -161,7 +155,10 @@ def _law_state(law: Law) -> dict[str, Any]:
 
 def _law_from_state(state: dict[str, Any]) -> Law:
     numbers = dict(state)
-    law: Law = _KINDS[numbers.pop("kind")](**numbers)
+    kind = numbers.pop("kind")
+    if kind == "EdgeLaw":
+        raise ValueError("objective='edge' is retired: use objective='progress'")
+    law: Law = _KINDS[kind](**numbers)
     return law
 
 
@@ -278,63 +275,6 @@ def fit_sign_law(stats: NoiseStats) -> MeasuredLaw | None:
         noise_curvature=noise,
         signal_curvature=signal / limit**2,
     )
-
-
-def fit_edge_law(stats: NoiseStats, stability: float) -> MeasuredLaw | None:
-    """`fit_sign_law`, with Adam's edge of stability where the sharpness determines it.
-
-    The level is the mean sharpness `s` at the base batch size. Averages of pairs measured at one point
-    give `(s(base) / s(B))^2 = share + (1 - share) base / B`, a line whose one number, the signal's share of
-    `v` at the base, is fitted by least squares and kept between 0 and 1. The edge is `stability / s`; the law
-    has none while the mean sharpness is not positive, or none was measured.
-
-    Example:
-        Sharpness 380 at 16 examples and twice that at 64: noise alone, with `C = 38` an edge of 0.1 at 16.
-
-        >>> law = fit_edge_law(NoiseStats(2, 1.0, 48.0,
-        ...     alignments=(Bin(16, 1.0, 1.0, 0.0),),
-        ...     curvatures=(), contrasts=(Contrast((16, 48), (1.0, 2.0), 1.0),),
-        ...     sharpness=(Contrast((16, 64), (380.0, 760.0), 1.0),)), stability=38.0)
-        >>> round(law.edge_lr(16), 6), round(law.edge_lr(64), 6)
-        (0.1, 0.05)
-
-    References:
-        Cohen et al. 2022, arXiv:2207.14484, for the edge; docs/learning-rate.md for the line.
-    """
-    law = fit_sign_law(stats)
-    if law is None or not stats.sharpness:
-        return law
-    base = stats.sharpness[-1].sizes[0]
-    # A resumed run may have been given another base.
-    pairs = [pair for pair in stats.sharpness if pair.sizes[0] == base]
-    at_base = float(np.average([pair.values[0] for pair in pairs], weights=[pair.weight for pair in pairs]))
-    if at_base <= 0.0:
-        return law
-    edge_sq = (stability / at_base) ** 2
-    share = _signal_share(pairs)
-    return EdgeLaw(
-        **asdict(law), edge_limit=math.sqrt(share * edge_sq), edge_sq_slope=(1.0 - share) * base * edge_sq
-    )
-
-
-def _signal_share(pairs: Sequence[Contrast]) -> float:
-    """Least-squares share of the signal in `v` at the base; 1, no change with the size, if nothing tells."""
-    # Sizes of a ramp are kept apart: roots and ratios are taken of averages over one size only.
-    by_size: dict[int, list[Contrast]] = {}
-    for pair in pairs:
-        by_size.setdefault(round(2 * math.log2(pair.sizes[1] / pair.sizes[0])), []).append(pair)
-    total = norm = 0.0
-    for group in by_size.values():
-        weights = [pair.weight for pair in group]
-        # Plain numbers: a checkpoint holds no numpy scalars.
-        first, second = np.average([pair.values for pair in group], axis=0, weights=weights).tolist()
-        if first <= 0.0 or second <= 0.0:
-            continue
-        quotient = float(np.average([pair.sizes[0] / pair.sizes[1] for pair in group], weights=weights))
-        spread = sum(weights) * (1.0 - quotient)
-        total += spread * ((first / second) ** 2 - quotient)
-        norm += spread * (1.0 - quotient)
-    return min(max(total / norm, 0.0), 1.0) if norm > 0.0 else 1.0
 
 
 def fit_sgd_law(stats: NoiseStats) -> SGDLaw | None:

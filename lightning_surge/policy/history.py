@@ -77,7 +77,6 @@ class NoiseStats(NamedTuple):
         contrasts: the curvatures measurement by measurement, to fit.
         grad_sq_error: standard error of `grad_sq`, from its scatter.
         coordinate_sums: what the theorems need, if measured.
-        sharpness: of Adam's preconditioned Hessian, pairs of the base and another batch size.
         sizes: examples in the smallest chunk and in the largest batch whose norms were taken.
     """
 
@@ -89,7 +88,6 @@ class NoiseStats(NamedTuple):
     contrasts: tuple[Contrast, ...] = ()
     grad_sq_error: float = 0.0
     coordinate_sums: CoordinateSums | None = None
-    sharpness: tuple[Contrast, ...] = ()
     sizes: tuple[float, float] = (0.0, math.inf)
 
     @property
@@ -151,7 +149,7 @@ class NoiseHistory:
     def add(self, measurement: Measurement) -> None:
         """Append a measurement, or refuse one with a number that is not finite."""
         statistics = measurement.statistics
-        sized = (*statistics.alignments, *measurement.curvatures, *measurement.sharpness)
+        sized = (*statistics.alignments, *measurement.curvatures)
         values = [value for pair in sized for value in pair]
         if not all(map(math.isfinite, (*statistics[:3], *values, *(measurement.coordinate_sums or ())))):
             raise ValueError(
@@ -214,9 +212,6 @@ class NoiseHistory:
             curvatures=_bins((record.curvatures, weight) for record, weight in records),
             contrasts=tuple(_contrast(record, weight) for record, weight in records if record.curvatures),
             coordinate_sums=_mean_sums(records),
-            sharpness=tuple(
-                _pair(record.sharpness, weight) for record, weight in records if record.sharpness
-            ),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,7 +226,6 @@ class NoiseHistory:
                     "passes": record.passes,
                     "num_chunks": record.num_chunks,
                     "coordinate_sums": list(record.coordinate_sums) if record.coordinate_sums else None,
-                    "sharpness": [list(sized) for sized in record.sharpness],
                     "pairs": record.pairs,
                 }
                 for record in self._records
@@ -300,9 +294,7 @@ def _saved(name: str, value: float, smallest: float) -> float:
 def _measurement(record: dict[str, Any]) -> Measurement:
     """One record of `NoiseHistory.state_dict`; `add` then refuses numbers that are not finite."""
     batch_size, grad_sq, trace_cov = record["norms"]
-    sums, sharpness = record["coordinate_sums"], _sized(record["sharpness"])
-    if len(sharpness) not in (0, 2):
-        raise ValueError(f"Expected the sharpness at two batch sizes or none, got {len(sharpness)}.")
+    sums = record["coordinate_sums"]
     return Measurement(
         ChunkStatistics(
             _saved("batch_size", batch_size, SMALLEST), grad_sq, trace_cov, _sized(record["alignments"])
@@ -311,7 +303,6 @@ def _measurement(record: dict[str, Any]) -> Measurement:
         _saved("passes", record["passes"], 0.0),
         int(record["num_chunks"]),
         None if sums is None else CoordinateSums(*sums),
-        sharpness,
         _saved("pairs", record.get("pairs", 0.0), 0.0),
     )
 
@@ -325,13 +316,9 @@ def _precision(record: Measurement) -> float:
     return math.sqrt(record.pairs) or 1.0
 
 
-def _pair(sized: Sequence[SizedValue], weight: float) -> Contrast:
-    first, second = sized
-    return Contrast((first.batch_size, second.batch_size), (first.value, second.value), weight)
-
-
 def _contrast(record: Measurement, weight: float) -> Contrast:
-    return _pair((min(record.curvatures), max(record.curvatures)), weight)
+    first, second = min(record.curvatures), max(record.curvatures)
+    return Contrast((first.batch_size, second.batch_size), (first.value, second.value), weight)
 
 
 def _mean_sums(records: Sequence[tuple[Measurement, float]]) -> CoordinateSums | None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from lightning_surge.checking.arguments import number
 from lightning_surge.checking.state import REMEDY
 from lightning_surge.laws.base import Law
-from lightning_surge.laws.objectives import FOLLOW_LR, OBJECTIVES, step_ratio
+from lightning_surge.laws.objectives import OBJECTIVES, step_ratio
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.reasons import Reason
 
@@ -106,7 +106,6 @@ class Policy:
         self.base_batch_size = base_batch_size
         self.law: EstimatedLaw | None = None
         self._objective = OBJECTIVES[objective]
-        self._follows_lr = objective in FOLLOW_LR
         self.fixed_law = fixed_law
         self._bounds = bounds
         unlimited = max_drift_per_step is None and fixed_law is not None
@@ -117,25 +116,23 @@ class Policy:
         self._at: float | None = None
         # In words and as one of a few; None while the law is followed.
         self._held: tuple[str, Reason] | None = None
-        self._answers: dict[tuple[float, float], _Target] = {}
-        # The latest question and decision, once asking again would decide the same.
-        self._settled: tuple[tuple[float, float], Decision] | None = None
+        self._answers: dict[float, _Target] = {}
+        # The latest batch size and decision, once asking again would decide the same.
+        self._settled: tuple[float, Decision] | None = None
 
-    def update(self, law: EstimatedLaw | None, batch_size: float, lr: float = math.nan) -> None:
-        """Take over the law estimated at a batch size and a scheduled lr; without one hold the last."""
-        if law is None or not self._usable(law, batch_size, lr):
-            no_edge = law is not None and self._follows_lr and math.isnan(law.edge_lr(batch_size))
-            because = Reason.NO_EDGE if no_edge else Reason.NO_LAW
-            self.hold(because.text, because)
+    def update(self, law: EstimatedLaw | None, batch_size: float) -> None:
+        """Take over the law estimated at a batch size; without one hold the last."""
+        if law is None or not self._usable(law, batch_size):
+            self.hold(Reason.NO_LAW.text, Reason.NO_LAW)
             return
-        asked = None if self._at is None else self._target(self._at, lr).used
+        asked = None if self._at is None else self._target(self._at).used
         self._held = None
         self.law = law
         self._ask_again()
         if self._at is not None and asked is not None:
             # Where less is asked for now, what was kept above it comes down with it.
             above = max(self._used_to / asked, 1.0)
-            self._used_to = min(self._used_to, above * self._target(self._at, lr).used)
+            self._used_to = min(self._used_to, above * self._target(self._at).used)
 
     def hold(self, reason: str, because: Reason = Reason.MEASURING_FAILED) -> None:
         """Keep the last law because a new one cannot be had: in words, and as one of a few for logs."""
@@ -146,19 +143,18 @@ class Policy:
         self._answers.clear()
         self._settled = None
 
-    def decide(self, batch_size: float, lr: float = math.nan) -> Decision:
-        """The ratio for a step of so many examples at a scheduled lr. One step of the limit passes."""
-        question = (batch_size, lr if self._follows_lr else 0.0)
-        if self._settled is not None and self._settled[0] == question:
+    def decide(self, batch_size: float) -> Decision:
+        """The ratio for a step of so many examples. One step of the limit passes."""
+        if self._settled is not None and self._settled[0] == batch_size:
             return self._settled[1]
-        target = self._target(batch_size, lr)
+        target = self._target(batch_size)
         self._used_to, used = self._approach(target)
         self._at = batch_size
         rising = used < target.used and not target.because.held
         because = Reason.RISING if rising else target.because
         reason = self._held[0] if self._held is not None and because.held else because.text
         decision = Decision(target.predicted, target.standard_error, used, reason, because)
-        self._settled = (question, decision) if self._used_to == target.used == used else None
+        self._settled = (batch_size, decision) if self._used_to == target.used == used else None
         return decision
 
     def _approach(self, target: _Target) -> tuple[float, float]:
@@ -172,38 +168,37 @@ class Policy:
             used = max(used, self._bounds[0])  # others may have been in force before resuming
         return max(used_to, used), used
 
-    def predicted(self, batch_size: float, lr: float = math.nan) -> tuple[float, float]:
+    def predicted(self, batch_size: float) -> tuple[float, float]:
         """What the objective asks for, and its standard error: before shrinkage, bounds and limit."""
-        target = self._target(batch_size, lr)
+        target = self._target(batch_size)
         return target.predicted, target.standard_error
 
-    def lr_scale(self, batch_size: float, lr: float = math.nan) -> float:
+    def lr_scale(self, batch_size: float) -> float:
         """The ratio that the next step would get at a batch size."""
-        return self._approach(self._target(batch_size, lr))[1]
+        return self._approach(self._target(batch_size))[1]
 
-    def _wanted(self, law: Law, batch_size: float, lr: float) -> float:
-        return self._objective(law, batch_size, self.base_batch_size, lr)
+    def _wanted(self, law: Law, batch_size: float) -> float:
+        return self._objective(law, batch_size, self.base_batch_size)
 
-    def _usable(self, law: EstimatedLaw, batch_size: float, lr: float) -> bool:
+    def _usable(self, law: EstimatedLaw, batch_size: float) -> bool:
         try:
             sizes = (batch_size, self.base_batch_size)
-            ratios = [self._wanted(law, size, lr) for size in sizes]
+            ratios = [self._wanted(law, size) for size in sizes]
             return all(
                 math.isfinite(ratio) and ratio > 0.0 for ratio in (*ratios, law.lr(self.base_batch_size))
             )
         except (ArithmeticError, ValueError):
             return False
 
-    def _target(self, batch_size: float, lr: float) -> _Target:
+    def _target(self, batch_size: float) -> _Target:
         # The law changes every hundred steps, the question is asked at every one.
-        question = (batch_size, lr if self._follows_lr else 0.0)
-        if question not in self._answers:
+        if batch_size not in self._answers:
             if len(self._answers) > MOST_ANSWERS:
                 self._answers.clear()
-            self._answers[question] = self._compute_target(*question)
-        return self._answers[question]
+            self._answers[batch_size] = self._compute_target(batch_size)
+        return self._answers[batch_size]
 
-    def _compute_target(self, batch_size: float, lr: float) -> _Target:
+    def _compute_target(self, batch_size: float) -> _Target:
         quotient = batch_size / self.base_batch_size
         if self.fixed_law is not None:
             predicted = step_ratio(self.fixed_law, batch_size, self.base_batch_size)
@@ -214,14 +209,14 @@ class Policy:
             used, because = self._bounded(math.sqrt(quotient), quotient, Reason.NOTHING_MEASURED)
             return _Target(math.sqrt(quotient), math.inf, used, held or because)
         try:
-            predicted = self._wanted(self.law, batch_size, lr)
+            predicted = self._wanted(self.law, batch_size)
             log_predicted = math.log(predicted)
         except (ArithmeticError, ValueError):
             predicted, log_predicted = math.nan, math.nan
         if not math.isfinite(log_predicted):
             used, because = self._bounded(math.sqrt(quotient), quotient, Reason.NO_LAW_HERE)
             return _Target(math.sqrt(quotient), math.inf, used, because)
-        error = self._log_standard_error(batch_size, lr)
+        error = self._log_standard_error(batch_size)
         log_sqrt = 0.5 * math.log(quotient)
         weight = log_sqrt**2 / (log_sqrt**2 + error**2) if log_sqrt != 0.0 else 1.0
         shrunk = math.exp(weight * log_predicted + (1.0 - weight) * log_sqrt)
@@ -232,10 +227,10 @@ class Policy:
         used, because = self._bounded(shrunk, quotient, because)
         return _Target(predicted, predicted * error, used, held or because)
 
-    def _log_standard_error(self, batch_size: float, lr: float) -> float:
+    def _log_standard_error(self, batch_size: float) -> float:
         if self.law is None or batch_size == self.base_batch_size:
             return 0.0
-        scatter = self.law.standard_error(lambda law: math.log(self._wanted(law, batch_size, lr)))
+        scatter = self.law.standard_error(lambda law: math.log(self._wanted(law, batch_size)))
         return math.hypot(
             scatter,
             self.law.extrapolation_error(batch_size),

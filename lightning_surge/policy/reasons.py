@@ -46,6 +46,7 @@ class Reason(IntEnum):
     NO_LAW_HERE = 7, "sqrt: no law at this batch size"
     UNRESOLVED = 8, "unresolved: the law is at the edge of what can be fitted"
     NO_LAW = 10, "held: the measurements do not determine a law"
+    # 11 and 14 are of objective="edge", and found in old logs alone.
     NO_EDGE = 11, "held: the measurements do not determine an edge of stability"
     MEASURING_FAILED = 12, "held: measuring failed"
     FITTING_FAILED = 13, "held: fitting failed"

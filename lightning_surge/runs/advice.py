@@ -21,7 +21,7 @@ import numpy as np
 
 from lightning_surge.checking.arguments import optional, whole
 from lightning_surge.laws.base import Law, SGDLaw, checked
-from lightning_surge.laws.objectives import OBJECTIVES
+from lightning_surge.laws.objectives import OBJECTIVES, RETIRED
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import steps_needed
 from lightning_surge.policy.reasons import Reason
@@ -146,6 +146,11 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
 
     def one_of(kind: str, known: dict[int, Any]) -> Any:
         if (code := int(value(kind))) not in known:
+            if kind == "objective" and code in RETIRED:
+                raise RunLogError(
+                    f"Expected one of {', '.join(known.values())}, got objective={RETIRED[code]!r}, which is "
+                    "retired: train with objective='progress'."
+                )
             raise RunLogError(f"Expected {kind} to be one of {list(known)}, got {code}: use a newer version.")
         return known[code]
 
@@ -236,7 +241,7 @@ def _option(state: RunState, size: float, critical: Interval) -> Option:
 
 
 def _factor(state: RunState, size: float) -> float:
-    return wanted_factor(state.objective, state.law, size, state.base_batch_size, state.lr_scheduled)
+    return wanted_factor(state.objective, state.law, size, state.base_batch_size)
 
 
 def _relative_error(state: RunState, size: float) -> float:

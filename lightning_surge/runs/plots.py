@@ -239,14 +239,14 @@ def _draw_moment(
     axes: Axes, run: RunLog, group: str | None, step: int, law: Law, sizes: FloatArray, base: float, hue: str
 ) -> None:
     """What the objective asks for at one moment, and what is best for the next step alone."""
-    objective, lr, peak = run.objective_at(step), run.at("lr_scheduled", step, group), law.peak
+    objective, peak = run.objective_at(step), law.peak
     inside = sizes[0] < peak.batch_size < sizes[-1]
     words = f"peak at B = {peak.batch_size:,.0f}" if inside else "no peak in this range"
     # With the peak among the sizes, a curve's summit is the law's.
     at = np.union1d(sizes, [peak.batch_size]) if inside else sizes
     next_step = np.array([law.lr(float(size)) for size in at]) / law.lr(base)
     if objective is not None:
-        factor = np.array([wanted_factor(objective, law, float(size), base, lr) for size in at])
+        factor = np.array([wanted_factor(objective, law, float(size), base) for size in at])
         label = f"step {step:,}: factor for objective={objective!r}" + f", {words}" * (objective == "step")
         axes.plot(at, factor, label=label, color=hue, linewidth=2.0)
     if objective != "step":

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_surge.laws.base import Law, MeasuredLaw, SGDLaw
-from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.runs.log_files import read_files
@@ -123,7 +122,7 @@ class RunLog:
         return law_from_numbers({name: value for name, value in numbers.items() if not math.isnan(value)})
 
     def objective_at(self, step: int) -> str | None:
-        """The objective at a logged step; None if none was logged, or one that a later release brought."""
+        """The objective at a logged step; None if none was logged, or one that this release has not."""
         return dict(enumerate(OBJECTIVES)).get(self.at("objective", step))  # type: ignore[call-overload, no-any-return]
 
     def examples_at(self, steps: ArrayLike) -> FloatArray:
@@ -132,18 +131,17 @@ class RunLog:
         return np.interp(np.asarray(steps, dtype=np.float64), examples.steps, examples.values)
 
 
-def wanted_factor(objective: str, law: Law, batch_size: float, base_batch_size: float, lr: float) -> float:
-    """What an objective asks for at the scheduled learning rate `lr`; NaN if the law cannot tell."""
+def wanted_factor(objective: str, law: Law, batch_size: float, base_batch_size: float) -> float:
+    """What an objective asks for; NaN if the law cannot tell."""
     try:
-        return OBJECTIVES[objective](law, batch_size, base_batch_size, lr)
+        return OBJECTIVES[objective](law, batch_size, base_batch_size)
     except (ArithmeticError, ValueError):
         return math.nan
 
 
 def law_from_numbers(numbers: Mapping[str, float]) -> Law | None:
     """The law that has these parameters, by name; others are ignored. None if no law has them."""
-    # An edge law has all that a measured law has.
-    kinds: tuple[type[Any], ...] = (EdgeLaw, MeasuredLaw, SGDLaw, Theorem3Law)
+    kinds: tuple[type[Any], ...] = (MeasuredLaw, SGDLaw, Theorem3Law)
     for kind in kinds:
         names = {field.name for field in fields(kind)}
         if {field.name for field in fields(kind) if field.default is MISSING} <= numbers.keys():

@@ -390,7 +390,7 @@ def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     page = (tmp_path / "report" / "report.md").read_text()
     assert "25 % (1 of 4)" in page
     assert "0 % (0 of 2)" in page
-    assert "## free\n\nNo cell is finished.\n\n## leave_out" in page
+    assert "## free\n\nNo cell is finished.\n\n## ceilings\n\nNo cell is finished.\n\n## leave_out" in page
     for name in ("one_step", "regret"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert len(read(store)["rules"]) == 3 * 8
@@ -419,14 +419,14 @@ def test_a_workload_judges_what_the_others_choose() -> None:
 
 
 def test_regrets_of_live_runs_are_in_units_of_the_best_fixed_rule() -> None:
-    regrets = {"constant": 0.4, "sqrt": 0.2, "linear": 0.6, "edge, live": 0.1, "step, live": 0.3}
+    regrets = {"constant": 0.4, "sqrt": 0.2, "linear": 0.6, "progress, live": 0.1, "step, live": 0.3}
     change = POINT | {"workload": "a", "batch_size": 64}
     rows = [
         change | {"seed": seed, "rule": rule, "regret": regret}
         for rule, regret in regrets.items()
         for seed in range(2)
     ]
-    assert objective_costs(rows) == {"a": pytest.approx({"edge": 0.5, "step": 1.5})}
+    assert objective_costs(rows) == {"a": pytest.approx({"progress": 0.5, "step": 1.5})}
 
 
 def test_the_page_of_choices() -> None:

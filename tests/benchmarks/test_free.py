@@ -23,7 +23,7 @@ def records(callback: dict[int, float], **changes: Any) -> dict[str, list[dict[s
         for seed, gap in callback.items()
     ]  # fmt: skip
     # A run at another cost is none at the default.
-    return {"free": [cell], "live": [*lives, lives[0] | {"max_overhead": 0.5}]}
+    return {"free": [cell], "ladder": [], "live": [*lives, lives[0] | {"max_overhead": 0.5}]}
 
 
 def test_a_ratio_rises_from_one_by_its_rate_until_it_is_there() -> None:
@@ -71,21 +71,32 @@ def test_only_experiments_that_every_rule_has_are_compared() -> None:
     assert CALLBACK not in gaps(records({1: 0.3}) | {"live": []})
 
 
-def test_the_table_names_the_worst_seed_and_the_worst_change() -> None:
+def test_the_table_names_the_worst_seed() -> None:
     page = bench.free_table(records({0: 0.3, 1: 0.0, 2: 0.0}))
     assert "| rule | 4 x batch, 1 x decay | 16 x batch, 1 x decay |" in page
-    assert f"| {CALLBACK} | 0.100 (0.300) | -0.100 (0.000) |" in page
-    assert "| perceptron | 0.95 | late | 64 | 8192 | 0.100 | 0.300 |" in page
+    assert f"| {CALLBACK} | 0.1000 (0.3000) | -0.1000 (0.0000) |" in page
     assert "measured at abc." in page
     unrun = bench.free_table(records({0: 0.3}) | {"live": []})
     assert "no commit yet" in unrun
-    assert "| linear, at once | 0.100 (0.100) |" in unrun
+    assert "| linear, at once | 0.1000 (0.1000) |" in unrun
 
 
 def test_the_largest_gap_of_a_change_is_a_target() -> None:
     rows = bench.free_targets(records({0: 0.3, 1: 0.0, 2: 0.0}), "make")
     assert [(row["value"], row["bound"], row["met"]) for row in rows] == [
         (0.1, 0.02, False),
+        (0.1, 0.004, False),
         (0.0, 0.0, True),
     ]
-    assert bench.free_targets({"free": [], "live": []}, "make") == []
+    assert bench.free_targets({"free": [], "ladder": [], "live": []}, "make") == []
+
+
+def test_the_ladder_stands_in_where_rules_were_not_run() -> None:
+    ladder = {"64": {"1.0": [3.0], "2.0": [2.0], "4.0": [2.5], "8.0": [9.0]}}
+    short = POINT | {"examples": 65536, "losses": ladder, "commit": "abc"}
+    found = gaps(records({0: 0.3, 1: 0.0, 2: 0.0}) | {"live": [], "ladder": [short]})
+    row = found.loc[found.index.get_level_values("examples") == 65536]
+    assert row["constant"].tolist() == [1.0]
+    assert row["linear, approached"].tolist() == [0.5]
+    assert row["sqrt, at once"].isna().all()
+    assert len(found) == 7

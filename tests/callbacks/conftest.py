@@ -14,8 +14,8 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Decision]]:
     taken: list[tuple[float, Decision]] = []
     decide = Policy.decide
 
-    def noted(self: Policy, batch_size: float, lr: float) -> Decision:
-        decision = decide(self, batch_size, lr)
+    def noted(self: Policy, batch_size: float) -> Decision:
+        decision = decide(self, batch_size)
         taken.append((batch_size, decision))
         return decision
 

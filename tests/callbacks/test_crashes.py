@@ -93,7 +93,7 @@ def train(
     resume: Path | None = None,
 ) -> tuple[Net, SurgeLRCallback]:
     net = Net(dropout, kill_at)
-    surge = SurgeLRCallback(base_batch_size=4, objective="edge", probe_every=2, probe_examples=16)
+    surge = SurgeLRCallback(base_batch_size=4, objective="step", probe_every=2, probe_examples=16)
     callbacks = [surge, ModelCheckpoint(path, "{step}", every_n_train_steps=every, save_top_k=-1)]
     if scheduled:
         callbacks += [BatchSizeScheduler(ConstantSize(8)), ExactResume()]

@@ -21,7 +21,6 @@ from lightning_surge.callbacks.resuming.random_streams import to_portable
 from lightning_surge.laws.base import SGDLaw
 from lightning_surge.measure.budget import ProbeBudget
 from lightning_surge.measure.replay import RandomState
-from lightning_surge.measure.sharpness import Sharpness
 from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
@@ -49,7 +48,7 @@ def surge(**options: Any) -> SurgeLRCallback:
 
 
 OPTIONS: dict[str, State] = {
-    "edge": {"objective": "edge"},
+    "step": {"objective": "step"},
     "first size": {"objective": "alignment", "base_batch_size": None},
     "theorem3": {"law": "theorem3"},
 }
@@ -70,7 +69,6 @@ def whole() -> States:
         make_trainer(callback).fit(net(), batches())
         states[name] = callback.state_dict()
         assert callback.law is not None
-    assert len(states["edge"]["measurer"]["sharpness"]["vector"]) == 4
     return states
 
 
@@ -120,12 +118,11 @@ def loaded(callback: SurgeLRCallback, state: Any) -> list[str]:
 
 def assert_sane(callback: SurgeLRCallback) -> None:
     base = callback.base_batch_size
-    for lr in (None, 0.0, 0.01):
-        for size in SIZES:
-            scale = callback.lr_scale(size, lr)
-            reach = 1.0 if base is None else max(size / base, base / size)
-            # On its way up from a smaller batch it may be below the bounds that go by the size.
-            assert 1e-9 < scale <= reach, (size, lr, scale)
+    for size in SIZES:
+        scale = callback.lr_scale(size)
+        reach = 1.0 if base is None else max(size / base, base / size)
+        # On its way up from a smaller batch it may be below the bounds that go by the size.
+        assert 1e-9 < scale <= reach, (size, scale)
 
 
 def is_fresh(callback: SurgeLRCallback) -> bool:
@@ -136,7 +133,6 @@ def is_fresh(callback: SurgeLRCallback) -> bool:
     return (
         all(state[part] == fresh[part] for part in parts)
         and state["measurer"]["budget"] == fresh["measurer"]["budget"]
-        and state["measurer"]["sharpness"]["vector"] == []
         and (policy is None or (policy["law"] is None and policy["at"] is None))
         and math.isnan(state["scheduled_lr"])
         and callback.law is None
@@ -144,7 +140,7 @@ def is_fresh(callback: SurgeLRCallback) -> bool:
 
 
 class TestAnyDamage:
-    @pytest.mark.parametrize("kind", ["edge", "first size", "theorem3"])
+    @pytest.mark.parametrize("kind", ["step", "first size", "theorem3"])
     @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(chosen=st.data())
     def test_of_one_entry_is_left_out_as_a_whole_or_does_no_harm(
@@ -165,7 +161,7 @@ class TestAnyDamage:
             assert is_fresh(callback)
         callback.state_dict()
 
-    @pytest.mark.parametrize("kind", ["edge", "first size", "theorem3"])
+    @pytest.mark.parametrize("kind", ["step", "first size", "theorem3"])
     def test_nothing_is_wrong_with_a_whole_one(self, whole: States, kind: str) -> None:
         callback = surge(**OPTIONS[kind])
         assert loaded(callback, whole[kind]) == []
@@ -185,7 +181,6 @@ class TestDamage:
             -4.0,
             "Expected batch_size of at least 1e-12, got batch_size=-4.0",
         ),
-        (("history", "records", 0, "sharpness"), [[4.0, 1.0]], "sharpness at two batch sizes or none, got 1"),
         (("history", "records", 0, "passes"), -1.0, "Expected passes of at least 0, got passes=-1.0"),
         (
             ("history", "num_measurements"),
@@ -194,6 +189,7 @@ class TestDamage:
         ),
         (("policy", "law", "kind"), "GoodLaw", "KeyError"),
         (("policy", "law", "law", "kind"), "GoodLaw", "KeyError: 'GoodLaw'"),
+        (("policy", "law", "law", "kind"), "EdgeLaw", "'edge' is retired: use objective='progress'"),
         (("policy", "law", "law", "alignment_scale"), math.nan, "Expected 0 <= alignment_scale < inf, got"),
         (("policy", "law", "law", "alignment_scale"), "48", "got alignment_scale='48'"),
         (("policy", "law", "replicates", 0, 1), 1.5, "Expected shares between 0 and 1"),
@@ -208,12 +204,6 @@ class TestDamage:
         (("measurer", "seen"), [3, 16.0], "hold the 224 trained on, got 3 batches of 16 examples"),
         (("measurer", "seen"), [3, 1e9], "got 3 batches of 1e.09 examples"),
         (("measurer", "largest_lr"), math.nan, "got largest_lr=nan"),
-        (("measurer", "sharpness", "vector", 0), "w", "finite floating-point tensors in the vector, got 'w'"),
-        (
-            ("measurer", "sharpness", "vector", 0),
-            torch.tensor([1.0, math.nan]),
-            r"got torch.float32 of shape \(2,\)",
-        ),
         (("moments", "_betas"), [0.9, 1.0], "Expected 0 <= betas < 1, got betas=1.0: load what"),
         (("moments", "_steps"), 2.5, "MomentsState.steps to be of type int, got 2.5: load what"),
         (("moments", "_second"), math.nan, "MomentsState.second=nan: load what"),
@@ -228,9 +218,9 @@ class TestDamage:
         self, whole: States, path: tuple[Any, ...], value: Any, message: str
     ) -> None:
         # A callback that has seen another run forgets that one too.
-        callback = surge(objective="edge")
-        callback.load_state_dict(whole["edge"])
-        state = whole["edge"]
+        callback = surge(objective="step")
+        callback.load_state_dict(whole["step"])
+        state = whole["step"]
         if path == ("policy", "law", "kind"):
             path, value = ("policy", "law", "law"), {"kind": "GoodLaw"}
         with pytest.warns(UserWarning, match=f"{message}.*starts measuring afresh"):
@@ -254,7 +244,7 @@ class TestDamage:
         self, whole: States, base: Any, kept: float | None
     ) -> None:
         callback = SurgeLRCallback()
-        state = damaged(damaged(whole["edge"], ("policy",), DELETED), ("base_batch_size",), base)
+        state = damaged(damaged(whole["step"], ("policy",), DELETED), ("base_batch_size",), base)
         with pytest.warns(UserWarning, match=r"base_batch_size is (16\.|that of the first step: pass)"):
             callback.load_state_dict(state)
         assert callback.base_batch_size == kept
@@ -271,7 +261,6 @@ class TestRooms:
             (AdamMoments, ("_first",), -1.0),
             (NoiseHistory, ("records",), [{}]),
             (lambda: Policy(base_batch_size=4), ("used_to",), math.nan),
-            (Sharpness, ("vector",), [torch.ones(2), None]),
         ],
     )
     def test_is_untouched(self, make: Callable[[], Any], path: tuple[Any, ...], value: Any) -> None:
@@ -293,7 +282,7 @@ class TestGoingOn:
 
     @pytest.fixture
     def checkpoint(self, tmp_path: Path) -> Path:
-        callback = surge(objective="edge")
+        callback = surge(objective="step")
         trainer = make_trainer(callback)
         trainer.fit(net(), batches())
         trainer.save_checkpoint(tmp_path / "whole.ckpt")
@@ -337,37 +326,13 @@ class TestGoingOn:
         assert module.lrs[0] == 0.0105  # on the way to sqrt(16 / 4) until something is measured
         assert callback.history.num_measurements > 4
 
-    @pytest.mark.parametrize("objective", ["alignment", "progress", "step"])
+    @pytest.mark.parametrize("objective", ["alignment", "progress"])
     def test_with_another_objective_goes_on_with_the_measurements(
         self, checkpoint: Path, objective: str
     ) -> None:
         callback = surge(objective=objective)
         self._resumed(checkpoint, callback)
         assert callback.history.num_measurements > STEPS
-
-    def test_with_the_edge_where_none_was_measured(self, tmp_path: Path) -> None:
-        trainer, before = make_trainer(surge(objective="alignment")), net()
-        trainer.fit(before, batches())
-        trainer.save_checkpoint(tmp_path / "alignment.ckpt")
-        callback = surge(objective="edge")
-        module = self._resumed(tmp_path / "alignment.ckpt", callback)
-        assert module.lrs[0] == pytest.approx(1.05 * before.lrs[-1])  # no edge is known yet
-        assert callback.law is not None
-        assert math.isfinite(callback.law.edge_lr(BATCH))
-
-    def test_with_other_parameters_behind_the_sharpness(self, checkpoint: Path) -> None:
-        for vector in ([torch.ones(3), torch.ones(2, 2)], None):  # None: of the same shapes, in other numbers
-
-            def change(callbacks: State, vector: Any = vector) -> None:
-                (state,) = callbacks.values()
-                sharpness = state["measurer"]["sharpness"]
-                sharpness["vector"] = vector or [w.double() for w in sharpness["vector"]]
-
-            callback = surge(objective="edge")
-            self._resumed(self._with(checkpoint, change), callback)
-            found = callback.state_dict()["measurer"]["sharpness"]["vector"]
-            assert [tuple(w.shape) for w in found] == [(6, 4), (6,), (1, 6), (1,)]
-            assert {w.dtype for w in found} == {torch.float32}
 
     @pytest.mark.parametrize("whole_state", [True, False])
     def test_in_the_middle_of_a_run(self, whole_state: bool) -> None:
@@ -378,11 +343,11 @@ class TestGoingOn:
                     state = copy.deepcopy(callback.state_dict())
                     callback.load_state_dict(state if whole_state else {"version": 2})
 
-        callback = surge(objective="edge")
+        callback = surge(objective="step")
         again = net()
         if whole_state:
             make_trainer(callback, Restoring()).fit(again, batches())
-            plain, without = net(), surge(objective="edge")
+            plain, without = net(), surge(objective="step")
             make_trainer(without).fit(plain, batches())
             assert again.lrs == plain.lrs
             assert repr(callback.state_dict()) == repr(without.state_dict())

@@ -227,13 +227,13 @@ class Steering(Callback):
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "edge": {"options": {"objective": "edge"}},
+    "step": {"options": {"objective": "step"}},
     "theorem3": {"options": {"law": "theorem3"}},
     "sgd": {"options": {"objective": "step"}, "optimizer": "sgd"},
-    "micro-batches": {"options": {"objective": "edge"}, "accumulation": 4},
+    "micro-batches": {"options": {"objective": "step"}, "accumulation": 4},
 }
 # How far apart the events are that are tried; the primes differ, so that together they hit most of them.
-STRIDES = {"edge": 61, "theorem3": 67, "sgd": 31, "micro-batches": 61}
+STRIDES = {"step": 61, "theorem3": 67, "sgd": 31, "micro-batches": 61}
 
 
 def surge(accumulation: int, **options: Any) -> SurgeLRCallback:
@@ -292,7 +292,7 @@ class TestAnywhere:
             inject(injector)
             module = Drawing()
             module.tell = injector.tell
-            callback = surge(1, objective="edge")
+            callback = surge(1, objective="step")
             trainer = make_trainer(callback, Steering(injector), max_epochs=40)
             with pytest.warns(UserWarning, match=f"Measuring failed .* {error.__name__}: CUDA") as told:
                 trainer.fit(module, data(60))
@@ -328,15 +328,15 @@ def _interrupts_stay_possible() -> Iterator[None]:
 @pytest.mark.usefixtures("_interrupts_stay_possible")
 @failing
 class TestInterrupts:
-    # In a probe: slices, a secant, the reference, the sharpness. In a window: secants after the second and
-    # the fourth micro-batch, and the sharpness.
+    # In a probe: slices, a secant, the reference. In a window: secants after the second and
+    # the fourth micro-batch.
     @pytest.mark.parametrize(
         ("case", "stage", "event"),
         [
-            ("edge", "forward", 1),
-            ("edge", "forward", 4),
-            ("edge", "backward", 8),
-            ("edge", "allocation", 150),
+            ("step", "forward", 1),
+            ("step", "forward", 4),
+            ("step", "backward", 8),
+            ("step", "allocation", 150),
             ("theorem3", "forward", 6),
             ("micro-batches", "forward", 1),
             ("micro-batches", "backward", 3),

@@ -13,7 +13,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import SurgeLRCallback
-from lightning_surge.callbacks.checks import rounds_products
 from lightning_surge.measure.records import Measurement
 from lightning_surge.optimizers.moments import AdamMoments
 from tests.drawn import numbers
@@ -97,30 +96,6 @@ def scaled_or(precision: str) -> dict[str, Any]:
     return {"plugins": scaling()} if precision == "16-mixed" else {"precision": precision}
 
 
-def tf32(x: Tensor) -> Tensor:
-    """Rounded to 10 bits of mantissa, ties to even."""
-    bits = x.detach().contiguous().view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return tf32(x) @ tf32(weight).T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return tf32(grads[0]) @ tf32(weight), tf32(grads[0]).T @ tf32(x)
-
-
-class Rounded(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = Product.apply(x, self.weight)
-        return product + self.bias
-
-
 class TestAgainst32Bits:
     @pytest.mark.parametrize("live", [True, False])
     @pytest.mark.parametrize("make_optimizer", [with_lr(torch.optim.Adam, 0.1), with_lr(SGD, 0.1)])
@@ -173,69 +148,12 @@ class TestAgainst32Bits:
         assert ((ratio.mean(dim=0) - 1.0).abs() < 4.0 * error).all()
         assert (error < 0.06).all()
 
-    def test_64_bits_follow_the_edge(self) -> None:
-        callback = SurgeLRCallback(4, objective="edge", probe_every=1, probe_examples=16)
-        make_trainer(callback, precision="64-true").fit(Net(), data(12, dtype=torch.float64))
-        assert callback.law is not None
-        assert callback.law.edge_lr(16.0) > 0.0
-
     @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
     def test_mixed_precision_follows_the_default(self, precision: str) -> None:
         callback = SurgeLRCallback(4, probe_every=1, probe_examples=16)
         make_trainer(callback, **scaled_or(precision)).fit(Net(), data(6))
         assert callback.settings.objective == "progress"
         assert callback.history.num_measurements >= 4
-
-    def test_other_precisions_have_no_edge_either(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        # transformer-engine computes in 8 bits; it is not installed where these tests run.
-        monkeypatch.setattr(pl.Trainer, "precision", property(lambda self: "transformer-engine"))
-        with pytest.raises(MisconfigurationException, match="got 'transformer-engine'"):
-            make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))
-
-
-class TestTF32:
-    @pytest.fixture(autouse=True)
-    def _switches(self) -> Any:
-        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        yield
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-    def test_is_what_rounds_products(self) -> None:
-        linear, convolution = Net(), Net()
-        convolution.extra = nn.Conv1d(1, 1, 1)
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = True
-        assert not rounds_products(linear)
-        assert rounds_products(convolution)
-        torch.backends.cudnn.allow_tf32 = False
-        assert not rounds_products(convolution)
-        torch.set_float32_matmul_precision("high")
-        assert rounds_products(linear)
-
-    def test_has_no_edge(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        torch.set_float32_matmul_precision("high")
-        make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))  # on the CPU there is no TF32
-        monkeypatch.setattr("lightning_surge.callbacks.checks._on_gpu", lambda optimizer: True)
-        make_trainer(SurgeLRCallback(4)).fit(Net(), data(2))
-        with pytest.raises(
-            MisconfigurationException, match=r"got TF32, .*set_float32_matmul_precision\('high"
-        ):
-            make_trainer(SurgeLRCallback(4, objective="edge")).fit(Net(), data(2))
-
-    @pytest.mark.slow
-    def test_would_raise_the_edge_that_is_measured(self) -> None:
-        """With products rounded as a GPU would."""
-        edges = []
-        for kind in (nn.Linear, Rounded):
-            module = Net(with_lr(AdamW, 1e-3))
-            for layer in (module.net[0], module.net[2]):
-                layer.__class__ = kind
-            callback = SurgeLRCallback(4, objective="edge", probe_every=6, probe_examples=32, dry_run=True)
-            make_trainer(callback).fit(module, data(40))
-            assert callback.law is not None
-            edges.append(callback.law.edge_lr(16.0))
-        assert edges[1] > 1.5 * edges[0]
 
 
 class Test16BitParameters:

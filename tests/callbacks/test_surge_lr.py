@@ -109,9 +109,6 @@ class TestDryRun:
             ("micro-batches", 2, 8, "measured", True, sgd),
             ("sliced micro-batches", 4, 2, "measured", False, adamw),
             ("pooled micro-batches", 4, 4, "theorem3", True, adamw),
-            ("pooled", 2, 1, "edge", True, adamw),
-            ("sliced", 16, 1, "edge", False, adamw),
-            ("micro-batches", 4, 4, "edge", True, adamw),
         ],
     )
     def test_is_bit_identical_to_no_callback(
@@ -149,8 +146,8 @@ class TestDryRun:
         base = {"sliced": 4, "falls back": 4}.get(source)
         callback = SurgeLRCallback(
             base,
-            "measured" if law == "edge" else law,
-            "edge" if law == "edge" else "step",
+            law,
+            "step",
             dry_run=True,
             probe_every=1,
             probe_examples=max(16, 4 * batch_size if batch_norm else 4),
@@ -193,7 +190,6 @@ class TestLearningRate:
             (16, 1, sgd, "measured", "step"),
             (16, 1, two_groups, "measured", "progress"),
             (4, 4, two_groups, "measured", "step"),
-            (16, 1, two_groups, "measured", "edge"),
             (16, 1, adamw, "theorem2", "step"),
             (16, 1, adamw, "theorem3", "step"),
         ],

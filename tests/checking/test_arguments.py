@@ -53,7 +53,7 @@ MOMENTS = {"mean": [1.0], "standard_deviation": [4.0], "hessian": [[1.0]]}
 # What is called with which valid arguments; every other one has its default.
 CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     SurgeLRCallback: {"base_batch_size": 16, "probe_every": 4, "probe_examples": 8, "optimizer": 1},
-    SurgeLRCallback(16).lr_scale: {"batch_size": 64, "lr": 0.1},
+    SurgeLRCallback(16).lr_scale: {"batch_size": 64},
     BatchSizeScheduler: {"schedule": SIZE, "micro_batch_size": 4, "max_micro_batch_size": 8},
     lightning_surge.BatchSizeWarmup: {"start": 8, "end": 16, "num_steps": 4, "micro_batch_size": 4},
     FollowPeak: {"start": 8, "maximum": 64, "minimum": 4},
@@ -74,7 +74,6 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     schedules.total_steps: {"schedule": SIZE, "examples": 16},
     schedules.total_examples: {"schedule": SIZE, "steps": 4},
     laws.MeasuredLaw: MEASURED,
-    laws.EdgeLaw: {**MEASURED, "edge_limit": 0.1, "edge_sq_slope": 0.1},
     laws.SGDLaw: {"max_lr": 0.1, "noise_scale": 300},
     laws.Theorem2Law: MOMENTS,
     laws.Theorem3Law: {"noise_scale": 300, "peak_lr": 0.1},
@@ -111,7 +110,7 @@ NO_NUMBERS = {
 ELSEWHERE = {
     "Advice", "Caveat", "Columns", "Estimate", "FittedLaw", "GridFit", "HeldOut", "Interval", "LawFit",
     "Optimum", "Option", "Peak", "Progress", "RunState", "RunTable", "Series", "TradeoffFit",
-    "Unfitted", "Valley", "alignment_ratio", "edge_ratio", "progress_ratio", "step_ratio",
+    "Unfitted", "Valley", "alignment_ratio", "progress_ratio", "step_ratio",
     "describe", "document", "read_table",
 }  # fmt: skip
 

@@ -14,7 +14,6 @@ from scipy.special import erf
 from scipy.stats import multivariate_normal, norm
 from torch import Tensor
 
-from lightning_surge.measure.curvature import Sample
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 from lightning_surge.measure.distributed import ALONE
 from lightning_surge.measure.gradients import debiased_norms
@@ -122,23 +121,6 @@ class TestExact:
         # All once; the reference again in pairs, and if there are several again as a whole.
         secants = 2 if len(sizes) > 2 else 1
         assert got.passes == quadratic.passes == sum(sizes) + secants * sum(sizes[1::2])
-
-    def test_more_secants_get_the_examples_of_both_halves_and_are_counted(self) -> None:
-        quadratic, batches = Quadratic(), noise([3, 1, 8, 2, 5])
-        seen = []
-
-        def more(*halves: Sample) -> tuple[SizedValue, ...]:
-            seen.extend([(half.gradient[0].clone(), half.gradient_now()[0].clone()) for half in halves])
-            return (SizedValue(8.0, 3.0), SizedValue(32.0, 5.0))
-
-        plain = quadratic.measurement().run([chunk(batch) for batch in batches])
-        got = quadratic.measurement().run([chunk(batch) for batch in batches], more)
-        for half, gradients in zip((batches[::2], batches[1::2]), seen, strict=True):
-            expected = quadratic.gradient(torch.cat(half))
-            assert all(torch.allclose(gradient, expected) for gradient in gradients)
-        pair = (SizedValue(8.0, 3.0), SizedValue(32.0, 5.0))
-        assert got == plain._replace(passes=plain.passes + 16 + 3, sharpness=pair)
-        assert quadratic.theta.grad is None
 
     def test_a_chunk_of_several_pieces_is_their_weighted_mean(self) -> None:
         batches = noise([3, 1, 2, 4, 5, 1, 2, 2])
@@ -338,7 +320,6 @@ class TestProperties:
             passes=8.0,
             num_chunks=4,
             coordinate_sums=CoordinateSums(4.0, 8.0, 12.0, 16.0),
-            sharpness=(SizedValue(2.0, 12.0),),
         )
         assert measurement.unscaled(4.0) == Measurement(
             ChunkStatistics(8.0, 1.0, 2.0, (SizedValue(2.0, 1.0),)),
@@ -346,7 +327,6 @@ class TestProperties:
             passes=8.0,
             num_chunks=4,
             coordinate_sums=CoordinateSums(1.0, 2.0, 3.0, 4.0),
-            sharpness=(SizedValue(2.0, 3.0),),
         )
 
     @given(batch_size=st.floats(1, 1e6), base=st.floats(1, 1e6))

@@ -4,25 +4,21 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from lightning_surge.measure import gradients
-from lightning_surge.optimizers.moments import LEAST_BETA_1, AdamMoments
+from lightning_surge.optimizers.moments import AdamMoments
 
 COORDINATES = 4000
 SIGMA = 3.0
 
 
-def feed(
-    optimizer: torch.optim.Optimizer, moments: AdamMoments, sizes: list[int], seed: int = 0, mean: float = 0.5
-) -> None:
+def feed(optimizer: torch.optim.Optimizer, moments: AdamMoments, sizes: list[int], seed: int = 0) -> None:
     """Gradients of batches of given sizes, through an optimizer that does not move."""
     generator = torch.Generator().manual_seed(seed)
     (parameter,) = optimizer.param_groups[0]["params"]
     moments.begin(optimizer)
     for size in sizes:
         noise = torch.randn(COORDINATES, generator=generator) * SIGMA / math.sqrt(size)
-        parameter.grad = mean + noise
+        parameter.grad = 0.5 + noise
         optimizer.step()
         moments.step(size, optimizer.param_groups[0]["betas"])
 
@@ -98,58 +94,7 @@ def test_state_goes_on_where_it_was_and_a_fresh_optimizer_starts_afresh() -> Non
     assert restored.state_dict() == AdamMoments().state_dict()
 
 
-def preconditioner(
-    optimizer: torch.optim.Optimizer, moments: AdamMoments, batch_size: float, scale: float = 1.0
-) -> torch.Tensor:
-    parameters = optimizer.param_groups[0]["params"]
-    walk = moments.inverse_root(optimizer, parameters, [scale] * len(parameters), batch_size)
-    return torch.cat(list(walk)).double() ** -2
-
-
-class TestPreconditioner:
-    @pytest.mark.parametrize("block", [7, 1 << 20])
-    def test_is_the_formula(self, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", block)
-        optimizer, moments = adam(eps=0.5), AdamMoments()
-        feed(optimizer, moments, [8, 16, 16, 32])
-        (parameter,) = optimizer.param_groups[0]["params"]
-        state = optimizer.state[parameter]
-        m = state["exp_avg"].double() / (1 - 0.9**4)
-        v = state["exp_avg_sq"].double() / (1 - 0.99**4)
-        noise = ((v - m**2) / (moments.second - moments.first)).clamp(min=0)
-        square = (m**2 - moments.first * noise).clamp(min=0) + noise / 24
-        one = 0.01 / (1 - 0.99**4)
-        expected = ((square + one * square.mean()).sqrt() + 0.5) / 0.25
-        assert torch.allclose(preconditioner(optimizer, moments, 24, scale=0.25), expected, rtol=1e-4)
-
-    @pytest.mark.parametrize("batch_size", [2, 8, 32])
-    @pytest.mark.parametrize("mean", [0.0, 0.5, 1.5])
-    @pytest.mark.parametrize("sizes", [[8] * 400, [2] * 200 + [8] * 200], ids=["constant", "growing"])
-    def test_predicts_what_adam_would_average_at_other_sizes(
-        self, sizes: list[int], mean: float, batch_size: int
-    ) -> None:
-        optimizer, moments = adam(), AdamMoments()
-        feed(optimizer, moments, sizes, mean=mean)
-        square = preconditioner(optimizer, moments, batch_size) ** 2 / 1.01  # without what damping adds
-        error = float(square.std()) / math.sqrt(COORDINATES)
-        excess = float(square.mean()) - (mean**2 + SIGMA**2 / batch_size)
-        # A mean that is all noise is clipped on one side only: `E max(z^2 - 1, 0) = 2 phi(1)` of it remains.
-        assert -4 * error < excess < 4 * error + 0.484 * moments.first * SIGMA**2
-
-    def test_parameters_without_averages_are_left_alone(self) -> None:
-        used, unused = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
-        optimizer, moments = torch.optim.AdamW([used, unused], lr=0.0), AdamMoments()
-        moments.begin(optimizer)
-        for _ in range(4):
-            used.grad = torch.ones(3)
-            optimizer.step()
-            moments.step(8, (0.9, 0.999))
-        walk = list(moments.inverse_root(optimizer, [unused, used], [1.0, 1.0], 8))
-        assert torch.equal(walk[0], torch.zeros(2))
-        assert torch.allclose(walk[1], torch.full((3,), 0.9457), atol=1e-3)  # (1 + 1/4)^-1/4
-
-
-@pytest.mark.parametrize(("beta_1", "readable"), [(LEAST_BETA_1, False), (LEAST_BETA_1 + 0.02, True)])
+@pytest.mark.parametrize(("beta_1", "readable"), [(1 / 3, False), (1 / 3 + 0.02, True)])
 def test_the_least_momentum_is_that_of_a_long_run(beta_1: float, readable: bool) -> None:
     parameter = torch.nn.Parameter(torch.zeros(COORDINATES))
     optimizer, moments = torch.optim.AdamW([parameter], lr=0.0, betas=(beta_1, 0.99)), AdamMoments()

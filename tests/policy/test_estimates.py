@@ -13,19 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_surge.laws.base import Law, MeasuredLaw, SGDLaw
-from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 from lightning_surge.policy.estimates import (
     EstimatedLaw,
     Fit,
     estimate,
-    fit_edge_law,
     fit_sgd_law,
     fit_sign_law,
     fit_theorem3_law,
 )
-from tests.drawn import BASE, halves, history_of, many, measured_law, noise_alone, within
+from tests.drawn import halves, history_of, many, measured_law, within
 
 TRUE = measured_law(2.0, 150.0, 1.5, 0.9)
 SIZES = (16.0, 64.0)
@@ -339,7 +337,6 @@ class TestEstimatedLaw:
             SGDLaw(max_lr=0.1, noise_scale=300.0, exponent=0.5),
             Theorem3Law(noise_scale=100.0, peak_lr=0.5),
             Theorem3Law(noise_scale=math.inf, peak_lr=math.inf, sqrt_coefficient=0.1),
-            noise_alone(0.1),
         ],
         ids=lambda law: type(law).__name__,
     )
@@ -347,6 +344,12 @@ class TestEstimatedLaw:
         whole = EstimatedLaw(law, ((law, 0.25), (None, 0.75)), 3, (2.0, math.inf), at_edge=True)
         torch.save(whole.state_dict(), tmp_path / "state.pt")
         assert EstimatedLaw.from_state_dict(torch.load(tmp_path / "state.pt", weights_only=True)) == whole
+
+    def test_one_of_the_retired_objective_says_what_to_use(self) -> None:
+        state = self.LAW.state_dict()
+        state["law"] |= {"kind": "EdgeLaw", "edge_limit": 0.1, "edge_sq_slope": 0.2}
+        with pytest.raises(ValueError, match="objective='edge' is retired: use objective='progress'"):
+            EstimatedLaw.from_state_dict(state)
 
     @pytest.mark.parametrize(
         ("fit", "change", "at_edge"),
@@ -385,62 +388,3 @@ class TestEstimatedLaw:
         law = estimate(history_of([noisy(rng, spread=spread) for _ in range(count)]), fit)
         laws = [] if law is None else [law.law, *(one for one, _ in law.replicates if one is not None)]
         assert all(type(value) is float for one in laws for value in dataclasses.asdict(one).values())
-
-
-STABILITY = 38.0
-
-
-def sharp(*pairs: tuple[float, float]) -> Measurement:
-    return measured(TRUE)._replace(sharpness=tuple(SizedValue(*pair) for pair in pairs))
-
-
-def sharpness_at(batch_size: float, share: float, level: float = 380.0) -> tuple[float, float]:
-    """380 at the base, where the signal has a share of `v`."""
-    return batch_size, level / math.sqrt(share + (1.0 - share) * BASE / batch_size)
-
-
-def edge_of(*rows: Measurement) -> MeasuredLaw:
-    law = fit_edge_law(history_of(rows).stats(), STABILITY)
-    assert law is not None
-    return law
-
-
-class TestEdge:
-    @many
-    @given(
-        share=st.floats(0, 1),
-        doublings=st.lists(st.integers(2, 6), min_size=1, max_size=6),
-        seed=st.integers(0, 99),
-    )
-    def test_is_recovered_at_any_size_while_the_level_drifts(
-        self, share: float, doublings: list[int], seed: int
-    ) -> None:
-        levels = np.exp(np.random.default_rng(seed).normal(size=len(doublings)))
-        sizes = [(BASE, BASE * 2.0**doubling) for doubling in doublings]
-        law = edge_of(
-            *(
-                sharp(*(sharpness_at(size, share, level) for size in pair))
-                for pair, level in zip(sizes, levels, strict=True)
-            )
-        )
-        for size in (4.0, BASE, 64.0, 1000.0):
-            wanted = STABILITY / sharpness_at(size, share, float(np.mean(levels)))[1]
-            assert law.edge_lr(size) == pytest.approx(wanted, rel=1e-3)
-
-    @pytest.mark.parametrize(("at_64", "share"), [(100.0, 1.0), (380.0, 1.0), (760.0, 0.0), (3000.0, 0.0)])
-    def test_shares_stay_between_nothing_and_all(self, at_64: float, share: float) -> None:
-        law = edge_of(sharp((BASE, 380.0), (64.0, at_64)))
-        assert law.edge_lr(256.0) == pytest.approx(STABILITY / sharpness_at(256.0, share)[1])
-        # The rest is the sign law; and a checkpoint holds no numpy scalars.
-        assert law.lr(64.0) == pytest.approx(TRUE.lr(64.0))
-        assert {type(number) for number in vars(law).values()} == {float}
-
-    def test_records_of_another_base_or_without_sharpness_are_passed_over(self) -> None:
-        pair = sharp(sharpness_at(BASE, 0.25), sharpness_at(64.0, 0.25))
-        law = edge_of(sharp((32.0, 1.0), (64.0, 1.0)), sharp(), pair, sharp())
-        assert law.edge_lr(64.0) == pytest.approx(STABILITY / sharpness_at(64.0, 0.25)[1])
-
-    @pytest.mark.parametrize("pairs", [(), ((BASE, -3.0), (64.0, 5.0)), ((BASE, 0.0), (64.0, 5.0))])
-    def test_no_positive_sharpness_is_no_edge(self, pairs: tuple[tuple[float, float], ...]) -> None:
-        assert type(edge_of(sharp(*pairs))) is MeasuredLaw
-        assert isinstance(edge_of(sharp((BASE, 3.0), (64.0, 5.0))), EdgeLaw)

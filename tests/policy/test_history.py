@@ -20,7 +20,6 @@ def measured(
     alignments: tuple[tuple[float, float], ...] = (),
     curvatures: tuple[tuple[float, float], ...] = (),
     sums: CoordinateSums | None = None,
-    sharpness: tuple[tuple[float, float], ...] = (),
 ) -> Measurement:
     return Measurement(
         ChunkStatistics(32.0, grad_sq, trace_cov, tuple(SizedValue(*pair) for pair in alignments)),
@@ -28,7 +27,6 @@ def measured(
         passes=64.0,
         num_chunks=4,
         coordinate_sums=sums,
-        sharpness=tuple(SizedValue(*pair) for pair in sharpness),
     )
 
 
@@ -92,11 +90,6 @@ class TestAverages:
         history.add(measured())
         assert history.stats().coordinate_sums is None
 
-    def test_sharpness_keeps_its_order_and_weight_in_the_records_that_have_it(self) -> None:
-        rows = [measured(sharpness=((64.0, 1.0), (8.0, 2.0))), measured()]
-        (pair,) = history_of(rows, half_life=1.0).stats().sharpness
-        assert (pair.sizes, pair.values, pair.weight) == ((64.0, 8.0), (1.0, 2.0), 0.5)
-
     def test_an_empty_history(self) -> None:
         history = NoiseHistory()
         assert history.latest is None
@@ -159,7 +152,6 @@ class TestErrors:
             measured(alignments=((8.0, math.nan),)),
             measured(curvatures=((8.0, -math.inf),)),
             measured(sums=CoordinateSums(1.0, math.nan, 1.0, 1.0)),
-            measured(sharpness=((8.0, 1.0), (32.0, math.nan))),
         ],
     )
     def test_numbers_that_are_not_finite_are_left_out(self, measurement: Measurement) -> None:
@@ -179,7 +171,6 @@ class TestState:
                 alignments=((8.0, 0.3 * k), (16.0, 1.0)),
                 curvatures=((8.0, 1.0), (16.0, 1.0 / (k + 1))),
                 sums=CoordinateSums(1.0 * k, 2.0, 3.0, 4.0) if k % 2 else None,
-                sharpness=((8.0, 1.0 * k), (32.0, 2.0)) if k % 3 else (),
             )
             for k in range(15)
         ]
@@ -190,7 +181,6 @@ class TestState:
         assert other.stats() == history.stats()
         assert other.replicates() == history.replicates()
         assert (len(other), other.num_measurements, other.latest) == (12, 15, rows[-1])
-        assert len(history.stats().sharpness) == 8
         for each in (history, other):
             each.add(measured(5.0))
         assert other.stats() == history.stats()

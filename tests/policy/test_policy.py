@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, SGDLaw, SqrtLaw
-from lightning_surge.laws.objectives import OBJECTIVES, edge_ratio, progress_ratio
+from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, SGDLaw, SqrtLaw
+from lightning_surge.laws.objectives import OBJECTIVES, progress_ratio
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.policy import Policy
@@ -23,7 +23,6 @@ from tests.drawn import (
     many,
     measured_law,
     measured_laws,
-    noise_alone,
     sizes,
 )
 
@@ -404,49 +403,3 @@ class TestState:
         for size in np.random.default_rng(0).uniform(1, 1000, 300):
             assert policy.decide(size).used == pytest.approx(SURGE.lr(size) / SURGE.lr(BASE))
         assert len(policy._answers) < 100
-
-
-class TestEdge:
-    PLAIN = MeasuredLaw(alignment_limit=1.0, alignment_scale=48.0, noise_curvature=1.0, signal_curvature=0.0)
-
-    def policy(self, *updates: Law | EstimatedLaw) -> Policy:
-        policy = following(objective="edge", max_drift_per_step=1e9)
-        for law in updates:
-            policy.update(law if isinstance(law, EstimatedLaw) else halves(law), 64.0, 0.1)
-        return policy
-
-    def test_follows_the_schedule_between_measurements(self) -> None:
-        law = noise_alone(0.1)
-        policy = self.policy(law)
-        for lr in (0.1, 0.05, 0.05, 0.0, 0.1):
-            decision = policy.decide(64.0, lr)
-            assert decision.used == pytest.approx(edge_ratio(law, 64.0, BASE, lr))
-            assert decision.because == Reason.MEASURED
-        assert policy.lr_scale(BASE, 0.1) == 1.0
-        # A learning rate that is not known is no number.
-        assert policy.decide(64.0).because == Reason.NO_LAW_HERE
-
-    @pytest.mark.parametrize(("objective", "most"), [("progress", 1), ("edge", 100)])
-    def test_asks_again_as_the_schedule_moves_only_where_that_counts(self, objective: str, most: int) -> None:
-        policy = following(objective=objective)
-        policy.update(halves(noise_alone(0.1)), 64.0, 0.1)
-        for step in range(500):
-            assert policy.decide(64.0, 0.1 / (1 + step)).because in (Reason.RISING, Reason.MEASURED)
-        assert 1 <= len(policy._answers) <= most
-
-    def test_holds_until_an_edge_is_known_and_says_so(self) -> None:
-        policy = self.policy(self.PLAIN)
-        decision = policy.decide(64.0, 0.1)
-        assert (decision.used, decision.because) == (2.0, Reason.NO_EDGE)
-        policy.update(halves(noise_alone(0.1)), 64.0, 0.1)
-        known = policy.decide(64.0, 0.1)
-        policy.update(halves(self.PLAIN), 64.0, 0.1)
-        assert policy.decide(64.0, 0.1)[:3] == known[:3]
-        assert policy.decide(64.0, 0.1).because == Reason.NO_EDGE
-
-    def test_an_unsure_edge_stays_near_the_square_root(self) -> None:
-        # Half of the groups see an edge far above the learning rate, half far below.
-        law = halves(noise_alone(0.1), noise_alone(1e3), noise_alone(1e-5))
-        decision = self.policy(law).decide(64.0, 0.1)
-        assert decision.predicted == pytest.approx(edge_ratio(law, 64.0, BASE, 0.1))
-        assert decision.predicted < decision.used < 2.0

@@ -119,8 +119,8 @@ def test_dry_run_leaves_the_weights_alone_and_says_what_it_would_do(capsys):
     table = [line.split() for line in printed.splitlines() if re.fullmatch(r"\s*\d+ +[\d.]+ +\S+", line)]
     assert [row[0] for row in table] == ["8", "16", "32", "64", "128", "256"]
     for size, factor, rate in table:
-        assert float(factor) == pytest.approx(surge.lr_scale(int(size), lr=0.004), abs=0.006)
-        assert float(rate) == pytest.approx(0.004 * surge.lr_scale(int(size), lr=0.004), rel=0.01)
+        assert float(factor) == pytest.approx(surge.lr_scale(int(size)), abs=0.006)
+        assert float(rate) == pytest.approx(0.004 * surge.lr_scale(int(size)), rel=0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")

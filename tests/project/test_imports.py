@@ -83,7 +83,6 @@ print(json.dumps(dict(
     norms=surge.history.state_dict()["records"][-1]["norms"],
     order=[type(one).__name__ for one in whole.callbacks if one in (other, surge, warmup)],
     accumulated=accumulated.lrs,
-    clipped=refused(SurgeLRCallback(4, objective="edge"), gradient_clip_val=1.0),
     two_writers=refused(BatchSizeScheduler(lightning_surge.schedules.sizes.ConstantSize(8)), scheduler),
 )))
 """
@@ -188,11 +187,6 @@ class TestTrainerOfPytorchLightning:
         name, message = json.loads(there[0])["two_writers"]
         assert name == "MisconfigurationException"
         assert "BatchSizeScheduler and GradientAccumulationScheduler: remove one" in message
-
-    def test_has_its_module_asked_for_what_it_overrides(self, there: list[str]) -> None:
-        name, message = json.loads(there[0])["clipped"]
-        assert name == "MisconfigurationException"
-        assert message.startswith("Expected no gradient clipping for objective='edge'")
 
 
 @pytest.mark.slow

@@ -55,5 +55,7 @@ def test_the_choices_of_the_callback_are_those_that_there_are() -> None:
 def test_what_is_retired_says_what_to_use_and_what_is_unknown_is_named() -> None:
     with pytest.raises(ValueError, match=r"no anchor, got anchor='law', which is retired: leave it out"):
         SurgeLRCallback(16, anchor="law")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got objective='edge', which is retired: use objective='progress'"):
+        SurgeLRCallback(16, objective="edge")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unexpected keyword argument 'base_batchsize'"):
         SurgeLRCallback(base_batchsize=16)  # type: ignore[arg-type]

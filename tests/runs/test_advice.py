@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_surge.laws.base import MeasuredLaw, SGDLaw
-from lightning_surge.laws.edge import EdgeLaw
-from lightning_surge.laws.objectives import OBJECTIVES, edge_ratio
+from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.advice import Caveat, RunState, advise, run_state
@@ -72,14 +71,6 @@ class TestLearningRate:
         ratio = OBJECTIVES[objective](LAW, 120.0, 60.0)
         assert option(replace(STATE, objective=objective), 120.0).lr.value == pytest.approx(1e-3 * ratio)
 
-    def test_follows_the_scheduled_rate_for_the_edge(self):
-        law = EdgeLaw(
-            alignment_limit=2.0, alignment_scale=300.0, noise_curvature=1.0, signal_curvature=1.0,
-            edge_limit=0.001, edge_sq_slope=0.001,
-        )  # fmt: skip
-        state = replace(STATE, law=law, objective="edge")
-        assert option(state, 120.0).lr_scale.value == pytest.approx(edge_ratio(law, 120.0, 60.0, 1e-3))
-
     def test_is_relative_to_what_was_logged(self):
         assert option(replace(STATE, lr_scale=3.0), 120.0).lr.value == pytest.approx(
             3.0 * option(STATE, 120.0).lr.value
@@ -103,9 +94,6 @@ class TestLearningRate:
         state = replace(STATE, objective="progress", law=critical_at(240.0))
         assert Caveat.APPROACH in advise(state).caveats
         assert Caveat.APPROACH not in advise(replace(state, lr_used=1.0)).caveats
-
-    def test_a_law_without_an_edge_cannot_tell(self):
-        assert math.isnan(option(replace(STATE, objective="edge"), 120.0).lr.value)
 
 
 class TestSuggestion:
@@ -204,3 +192,7 @@ class TestRunState:
     def test_codes_of_a_later_version(self, name):
         with pytest.raises(RunLogError, match=rf"Expected {name} to be one of \[0, .*, got 99: use a newer"):
             run_state(as_log(rows(**{name: 99.0})))
+
+    def test_the_code_of_a_retired_objective(self):
+        with pytest.raises(RunLogError, match="got objective='edge', which is retired: train with"):
+            run_state(as_log(rows(objective=3.0)))

@@ -183,7 +183,7 @@ class TestLaw:
         axes = panel(run, "law")
         found = lines(axes)
         sizes, factor = found[f"step 10: factor for objective={objective!r}"]
-        np.testing.assert_allclose(factor, [OBJECTIVES[objective](LAW, size, 60.0, 1e-3) for size in sizes])
+        np.testing.assert_allclose(factor, [OBJECTIVES[objective](LAW, size, 60.0) for size in sizes])
         sizes, law = found["step 10: law of the next step, peak at B = 100"]
         np.testing.assert_allclose(law, [LAW.lr(size) / LAW.lr(60.0) for size in sizes])
         assert found["factor used in these steps"].tolist() == [[60.0], [1.25]]

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_surge.laws.base import SGDLaw
-from lightning_surge.laws.edge import EdgeLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.runs.run_log import RunLog, RunLogError, Series, law_from_numbers, read_run
 from lightning_surge.runs.series import joined
@@ -271,7 +270,6 @@ class TestLaws:
         "law",
         [
             LAW,
-            EdgeLaw(**asdict(LAW), edge_limit=0.1, edge_sq_slope=0.2),
             SGDLaw(max_lr=0.1, noise_scale=30.0),
             Theorem3Law(noise_scale=30.0, peak_lr=0.5),
             Theorem3Law(noise_scale=math.inf, peak_lr=math.inf, sqrt_coefficient=0.25),
@@ -280,6 +278,9 @@ class TestLaws:
     def test_every_kind_is_known_by_its_numbers(self, law):
         logged = {name: value for name, value in asdict(law).items() if value is not None}
         assert law_from_numbers(logged | {"smallest_measured": 4.0}) == law
+
+    def test_of_the_retired_objective_loses_its_edge(self):
+        assert law_from_numbers(asdict(LAW) | {"edge_limit": 0.1, "edge_sq_slope": 0.2}) == LAW
 
     @pytest.mark.parametrize(
         "broken", [{}, {"alignment_limit": 1.0}, {**asdict(LAW), "alignment_limit": 0.0}]

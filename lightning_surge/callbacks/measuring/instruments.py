@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,13 @@ from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.checking.arguments import number
 from lightning_surge.checking.state import REMEDY
 from lightning_surge.measure.coordinates import CoordinateMeasurement
-from lightning_surge.measure.curvature import Sample, probe_distance
+from lightning_surge.measure.curvature import probe_distance
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.distributed import ALONE
-from lightning_surge.measure.measurement import LawMeasurement, MoreSecants, NormMeasurement
+from lightning_surge.measure.measurement import LawMeasurement, NormMeasurement
 from lightning_surge.measure.probing import Prober
-from lightning_surge.measure.records import Measurement, SizedValue
+from lightning_surge.measure.records import Measurement
 from lightning_surge.measure.replay import Chunk
-from lightning_surge.measure.sharpness import Sharpness, SharpnessError
 from lightning_surge.optimizers.families import lr_scales, parameter_scales
 from lightning_surge.optimizers.lr_writer import learning_rates
 from lightning_surge.optimizers.moments import AdamMoments
@@ -31,14 +30,6 @@ __all__ = ["Instruments"]
 SMALLEST_DELTA = 0.03
 # The curvature wanted is that over the optimal step. Until it is known, this share of the learning rate.
 FIRST_DELTA = 0.125
-
-# A second batch size for the sharpness: the one in force if it is far enough from the base, else this
-# multiple of the base.
-FAR_ENOUGH = 2.0
-FAR = 4.0
-# The edge is about curvature at the point itself. A search for the largest over longer moves finds cliffs
-# nearby: on the demo it told up to twice the limit at the secants' distance, and at this share the limit.
-SHARPNESS_DELTA = 0.03
 
 
 class Instruments:
@@ -61,7 +52,6 @@ class Instruments:
         self.optimal_lr: float | None = None
         self._ranks = ALONE
         self.largest_lr = 0.0
-        self._sharpness = Sharpness()
         self.end()
 
     def begin(self, optimizer: Optimizer, direction: Direction, prober: Prober) -> None:
@@ -98,11 +88,11 @@ class Instruments:
         """Whether all parameters move at the same learning rate, so that directions are plain signs."""
         return len(set(self._scales)) == 1
 
-    def _delta(self, share: float = 1.0) -> float:
+    def _delta(self) -> float:
         """Distance of the secants: the optimal step as far as it is known, within the schedule's scale."""
         lr = max(*learning_rates(self._optimizer), SMALLEST_DELTA * self.largest_lr)
         wanted = FIRST_DELTA * lr if self.optimal_lr is None else self.optimal_lr
-        return probe_distance(self.parameters, share * min(max(wanted, SMALLEST_DELTA * lr), lr))
+        return probe_distance(self.parameters, min(max(wanted, SMALLEST_DELTA * lr), lr))
 
     # ------------------------------------------------------------------ instruments
 
@@ -143,38 +133,6 @@ class Instruments:
         variance = moments.variance(self._optimizer, parameter)
         return None if variance is None else variance.mul_(self._prober.loss_scale**2)
 
-    @property
-    def secants(self) -> int:
-        """Gradients of half of the examples that the next sharpness will take."""
-        return self._sharpness.secants
-
-    def sharpness(self, moments: AdamMoments | None, base: float, batch_size: float) -> MoreSecants | None:
-        """For Adam's edge, if it is asked for and can be told; runs within the measurement of the law."""
-        if moments is None or not self._settings.follows_edge:
-            return None
-        far = max(batch_size / base, base / batch_size) >= FAR_ENOUGH
-        sizes = (base, batch_size if far else FAR * base)
-
-        def follow(search: Sample, judge: Sample) -> tuple[SizedValue, ...]:
-            def inverse_root(size: float) -> Iterator[Tensor]:
-                averages = self._optimizer, self.parameters, self._scales
-                return moments.inverse_root(*averages, size, damping[size])
-
-            try:
-                damping = {size: moments.damping(self._optimizer, self.parameters, size) for size in sizes}
-                return self._sharpness.measure(
-                    self.parameters,
-                    sizes=sizes,
-                    inverse_root=inverse_root,
-                    search=search,
-                    judge=judge,
-                    delta=self._delta(SHARPNESS_DELTA),
-                )
-            except SharpnessError:
-                return ()  # gradients of zero; the rest of the measurement is good
-
-        return follow
-
     def unscaled(self, measurement: Measurement) -> Measurement:
         """What a measurement says of the loss itself, without the factor that it was taken with."""
         return measurement.unscaled(self._prober.loss_scale, direction=self._direction)
@@ -182,11 +140,9 @@ class Instruments:
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """A plain number, and the tensors of the sharpness."""
-        return {"largest_lr": self.largest_lr, "sharpness": self._sharpness.state_dict()}
+        """A plain number."""
+        return {"largest_lr": self.largest_lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`."""
         self.largest_lr = number("largest_lr", state["largest_lr"], REMEDY, least=0)
-        if self._settings.follows_edge and "sharpness" in state:
-            self._sharpness.load_state_dict(state["sharpness"])

@@ -28,7 +28,7 @@ from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch, shared_copy
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.distributed import ALONE, RankError
-from lightning_surge.measure.measurement import MIN_SLICES, MoreSecants, Whole
+from lightning_surge.measure.measurement import MIN_SLICES, Whole
 from lightning_surge.measure.norms import WindowNorms
 from lightning_surge.measure.probing import REPEATS, Prober
 from lightning_surge.measure.records import Measurement
@@ -217,7 +217,7 @@ class Measurer:
     @property
     def _windows_tell(self) -> bool:
         """Whether norms of windows tell the noise: they have several chunks, with factors that are known."""
-        if self._pace is not None or self._settings.law.startswith("theorem") or self._settings.follows_edge:
+        if self._pace is not None or self._settings.law.startswith("theorem"):
             return False
         chunks = self._trainer.accumulate_grad_batches
         return chunks * (1 if self._ranks.sharded else self._ranks.count) > 1
@@ -237,7 +237,6 @@ class Measurer:
             # Directions smaller than the base batch are of no use to the ratio, and mostly zeros where
             # gradients are sparse.
             smallest = max(base or whole, smallest)
-        secants = self._instruments.secants if self._settings.follows_edge else 0
         # If random numbers hide what the comparison is about.
         check = (2 + REPEATS) * (min(size, COMPARED_EXAMPLES) if at_hand else size) * self._ranks.count
         return self._plan.next_probe(
@@ -246,7 +245,6 @@ class Measurer:
             smallest,
             at_hand=at_hand,
             kind=kind,
-            secants=secants,
             check=0.0 if self._cutting.checked or not self._cutting.allowed else check,
             size_ahead=self._size_ahead or (lambda examples: whole),
         )
@@ -257,8 +255,6 @@ class Measurer:
             return None
         if self._settings.law.startswith("theorem"):
             return Kind.COORDINATES
-        if self._settings.follows_edge:
-            return Kind.LAW
         if not self._plan.curvature:
             return None if free else Kind.NORMS
         # The greedy step is one over the curvature, and needs all of it: from three readings of twelve it
@@ -341,9 +337,7 @@ class Measurer:
         """Whether the window that ends has a measurement to finish, so that `collect` has something to do."""
         return self._windows_done or self._measured is not None or self._pool.full
 
-    def collect(
-        self, base: float, batch_size: float, moments: AdamMoments | None, law: Law | None
-    ) -> list[Measurement]:
+    def collect(self, base: float, moments: AdamMoments | None, law: Law | None) -> list[Measurement]:
         """Finish the measurements at the end of a window, as far as they are complete."""
         found, self._measured = self._measured, None
         measurements = [] if found is None else [found]
@@ -354,16 +348,13 @@ class Measurer:
                 measurements.append(windows)
         if self._pool.full:
             self._refresh_parameters(law, base)
-            sharpness = self._instruments.sharpness(moments, base, batch_size)
-            probe = partial(self._probe, base, moments, sharpness)
+            probe = partial(self._probe, base, moments)
             found = self._attempts.without_trace(probe, self._instruments.parameters)
             if found is not None:
                 measurements.append(self._finished(found))
         return measurements
 
-    def _probe(
-        self, base: float, moments: AdamMoments | None, sharpness: MoreSecants | None
-    ) -> Measurement | None:
+    def _probe(self, base: float, moments: AdamMoments | None) -> Measurement | None:
         """Measure from pooled batches, after making sure once that cutting them changes nothing."""
         prober, pieces, kind = self._prober, self._pool.pieces, self._kind
         fewest = MIN_SLICES if kind is not Kind.COORDINATES else 2 * MIN_SLICES
@@ -381,7 +372,7 @@ class Measurer:
             seed = self._trainer.global_step
             return self._instruments.coordinates(chunks, base, moments, seed).run(chunks)
         if kind is Kind.LAW:
-            return self._instruments.law().run(chunks, sharpness)
+            return self._instruments.law().run(chunks)
         return self._instruments.norms().run(chunks)
 
     def _measure_at_hand(self, piece: Piece, probe: Probe, weight: float) -> None:
@@ -461,7 +452,7 @@ class Measurer:
         self._pool.drop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, and the tensors of the sharpness."""
+        """Plain numbers."""
         parts = self._plan, self._cutting, self._instruments
         state = {name: value for part in parts for name, value in part.state_dict().items()}
         return {**state, "off": self.off, "windows": self._norms.state_dict()}

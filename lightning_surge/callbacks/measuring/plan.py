@@ -18,7 +18,6 @@ from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.distributed import Ranks
 from lightning_surge.measure.measurement import MAX_SLICES, MIN_SLICES
 from lightning_surge.measure.norms import WindowNorms
-from lightning_surge.measure.sharpness import SECANTS
 
 __all__ = ["Kind", "MeasuringPlan", "Pace", "Probe"]
 
@@ -153,16 +152,15 @@ class MeasuringPlan:
         *,
         at_hand: bool,
         kind: Kind,
-        secants: int,
         check: float,
         size_ahead: Callable[[float], float],
     ) -> Probe | None:
         """The probe that starts with this window, if one is due."""
-        question = size, base, smallest, at_hand, kind, secants, check, self._planned
+        question = size, base, smallest, at_hand, kind, check, self._planned
         if question != self._asked:
             # The same at every step of a batch size that stays.
             self._asked, self._answer = question, self._options(size, base, smallest, at_hand, kind)
-            self._costs = [probe_cost(check) + self._cost(probe, secants) for probe in self._answer]
+            self._costs = [probe_cost(check) + self._cost(probe) for probe in self._answer]
             self._tell_of_a_short_run(min(self._costs), smallest)
         changed = self._is_new(size)
         probe, cost = self._answer[changed], self._costs[changed]
@@ -200,21 +198,20 @@ class MeasuringPlan:
         while examples < NEARLY * chunks * smallest:
             examples *= 2
         while True:
-            number = self.budget.affordable(self._cost(Probe(kind, 2 * examples), 0), self._planned)
+            number = self.budget.affordable(self._cost(Probe(kind, 2 * examples)), self._planned)
             few = kind is Kind.NORMS and 2 * examples <= POOLED and number >= FEW_PROBES
             many = 2 * examples <= MAX_SLICES * base and number >= ENOUGH_PROBES
             if not (few or many):
                 return examples
             examples *= 2
 
-    def _cost(self, probe: Probe, secants: int = SECANTS) -> float:
+    def _cost(self, probe: Probe) -> float:
         """Passes: every slice once, and half of them for each of two sizes of direction."""
         passes = probe.examples
         if probe.kind is Kind.COORDINATES:
             passes = CoordinateMeasurement.cost(passes, self._settings.law)
         elif probe.kind is Kind.LAW:
-            more = 0.5 * (secants or SECANTS) if self._settings.follows_edge else 0.0
-            passes *= 2.0 + more
+            passes *= 2.0
         return probe_cost(passes)
 
     def _tell_of_a_short_run(self, cost: float, smallest: float) -> None:
