@@ -94,13 +94,11 @@ class SurgeLRCallback(Callback):
         law: `"measured"` (Lemma 1 with measured terms; for SGD the gradient-noise law), `"theorem2"` or
             `"theorem3"` (the paper's closed forms, which assume independent noise), or a rule that
             measures nothing: `"sqrt"`, `"linear"`, `"constant"`.
-        objective: `"progress"` keeps the expected progress per example. A larger batch raises the factor at
-            once as far as a measured `"alignment"` does; the rest is approached by `max_drift_per_step`,
-            which gives curvature time to adapt. `"alignment"` is sqrt scaling that saturates where the noise
-            does.
-            `"step"` is the paper's: the best next step, which
-            can fall with the batch size. None takes `"progress"`, `"alignment"` with SGD, whose steps
-            progress would scale linearly, and `"step"` with a law that is not measured.
+        objective: `"progress"` keeps the expected progress per example: sqrt scaling far below the noise
+            scale, linear scaling beyond it. `"alignment"` is sqrt scaling that saturates where the noise
+            does. `"step"` is the paper's: the best next step, which can fall with the batch size. None takes
+            `"progress"`, `"alignment"` with SGD, whose steps progress would scale linearly, and `"step"` with
+            a law that is not measured.
         dry_run: Whether to measure and log, and leave the learning rate alone.
         max_overhead: Largest share of extra passes, in examples through probes per example trained.
         probe_every: Optimizer steps between measurements, whatever they cost; None keeps to `max_overhead`.
@@ -109,9 +107,9 @@ class SurgeLRCallback(Callback):
         log_peak: Whether to measure curvature too where the objective needs none: then the peak of the
             learning rate, the critical batch size, alignment and curvature are measured and logged.
         lr_scale_bounds: Smallest and largest factor; None for `[1/r, r]` with `r = max(B/base, base/B)`.
-        max_drift_per_step: Largest relative rise of the factor per step, beyond what measurements allow at
-            once. None takes 0.05 with laws that are measured, and follows a rule to the letter; with a number
-            a rule is approached, too.
+        max_drift_per_step: Largest relative rise of the factor per step, which gives curvature time to adapt.
+            None takes 0.05 with laws that are measured, and follows a rule to the letter; with a number a
+            rule is approached, too.
         half_life: Measurements after which an old one counts half.
         scale_weight_decay: Whether decoupled weight decay, which torch multiplies with the learning rate,
             scales with the factor too. False keeps `lr * weight_decay` per step as scheduled;
