@@ -7,8 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-__all__ = ["aligned", "plain"]
-
 
 def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> list[str]:
     """Columns of equal width, to the right but for those named."""

@@ -12,8 +12,6 @@ from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-__all__ = ["choice", "function", "number", "optional", "shown", "store", "switch", "whole"]
-
 T = TypeVar("T")
 
 # Longest text of a value in a message.

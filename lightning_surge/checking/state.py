@@ -16,8 +16,6 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 from lightning_surge.checking.arguments import number, shown
 
-__all__ = ["REMEDY", "AnyFloat", "DamagedStateError", "restore", "save"]
-
 T = TypeVar("T")
 
 AnyFloat = Annotated[float, "NaN and infinities, too"]

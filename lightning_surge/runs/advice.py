@@ -27,8 +27,6 @@ from lightning_surge.laws.tradeoff import steps_needed
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.run_log import RunLog, RunLogError, wanted_factor
 
-__all__ = ["Advice", "Caveat", "Interval", "Option", "RunState", "advise", "run_state"]
-
 # Largest factor of a suggested move: the law was measured on the way that training took, and moves on.
 LARGEST_MOVE = 4.0
 # Thresholds of the caveats: measurements; relative standard error; factor beyond the measured sizes; share of

@@ -8,13 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.series import Series
-
-__all__ = [
-    "XAxis", "aligned", "changes", "coarse", "finite_or_gap", "number", "positive", "rate_top",
-    "reason_colour", "size_range", "spans", "thinned",
-]  # fmt: skip
 
 FloatArray = NDArray[np.float64]
 XAxis = Literal["steps", "examples"]
@@ -33,13 +27,6 @@ ROOM = 1.5
 def number(value: float) -> str:
     """A number for an axis or a legend."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def reason_colour(reason: Reason) -> str:
-    """Green where the measurements are followed, red where the last law was held, orange in between."""
-    if reason in (Reason.MEASURED, Reason.RULE):
-        return GREEN
-    return VERMILION if reason.held else ORANGE
 
 
 def thinned(series: Series) -> Series:
@@ -74,22 +61,9 @@ def spans(steps: NDArray[np.int64], flags: NDArray[np.bool_]) -> FloatArray:
     return np.column_stack([edges[turns == 1], edges[turns == -1]])
 
 
-def aligned(series: Series, steps: NDArray[np.int64]) -> FloatArray:
-    """The series' values at the given steps, NaN where it has none."""
-    if not series.steps.size:
-        return np.full(steps.shape, np.nan)
-    index = np.minimum(np.searchsorted(series.steps, steps), series.steps.size - 1)
-    return np.where(series.steps[index] == steps, series.values[index], np.nan)
-
-
 def positive(values: FloatArray) -> FloatArray:
     """The values that a log axis can show."""
     return values[np.isfinite(values) & (values > 0)]
-
-
-def finite_or_gap(values: FloatArray) -> FloatArray:
-    """The same with NaN, a gap in a line, for the others."""
-    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 
 def changes(batch: Series, places: FloatArray) -> list[tuple[float, str]]:

@@ -19,8 +19,6 @@ from pathlib import Path
 
 from lightning_surge.runs.series import Points, progress
 
-__all__ = ["read_events"]
-
 # Read at a time; and where a record is longer, its length is taken for damage.
 BLOCK_BYTES, LONGEST = 1 << 24, 1 << 26
 # A record follows its length (8 bytes) and the length's checksum (4), and is followed by its own (4).
@@ -42,7 +40,6 @@ def read_events(path: Path, points: Points) -> str | None:
             "Reading event files needs tensorboard: pip install 'lightning-surge[tensorboard]'."
         ) from error
 
-    found: dict[str, tuple[array[int], array[float]]] = {}
     # By what scalars of a key have in common: where their points go, None if nobody wants them.
     known: dict[bytes, tuple[array[int], array[float]] | None] = {}
 
@@ -58,9 +55,7 @@ def read_events(path: Path, points: Points) -> str | None:
             else:
                 continue
             if points.wants(key):
-                steps, values = found.setdefault(key, (array("q"), array("d")))
-                steps.append(event.step)
-                values.append(number)
+                points.add(key, event.step, number)
         return key if len(event.summary.value) == 1 else ""
 
     def take_whole(data: bytes) -> int:
@@ -81,7 +76,7 @@ def read_events(path: Path, points: Points) -> str | None:
                 if common not in known:
                     key = take(data[begin:end])
                     if key and common[-1:] == SINGLE:
-                        known[common] = found.get(key)
+                        known[common] = points.found.get(key)
                 elif (series := known[common]) is not None:
                     series[0].append(step | digit << shift)
                     series[1].append(*VALUE(data, end - 4))
@@ -95,8 +90,6 @@ def read_events(path: Path, points: Points) -> str | None:
             rest += block
             end = take_whole(rest)
             read, rest = read + end, rest[end:]
-    for key, (steps, values) in found.items():
-        points.add(key, steps, values)
     if read == size:
         return None
     return f"{path} is damaged, or still being written: read {read:,} of its {size:,} bytes"

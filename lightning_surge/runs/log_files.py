@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import csv
 import re
-from array import array
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from lightning_surge.runs.event_files import read_events
 from lightning_surge.runs.series import MOST_NAMED, PREFIX, Points, RunLogError, Series, joined, progress
 from lightning_surge.runs.trackers import MLFLOW_SUFFIXES, WANDB_SUFFIX, read_mlflow, read_wandb
-
-__all__ = ["read_files"]
 
 KINDS = "an event file (*tfevents*), a metrics.csv, a .wandb file or a store of MLflow"
 # How far below a directory its runs are looked for.
@@ -56,11 +53,8 @@ def read_files(path: Path, also: Collection[str] = ()) -> tuple[Path, dict[str, 
 
 
 def _read(path: Path, points: Points) -> str | None:
-    if path.suffix == ".csv":
-        return _read_table(path, points)
-    if path.suffix == WANDB_SUFFIX:
-        return read_wandb(path, points)
-    return read_events(path, points) if "tfevents" in path.name else read_mlflow(path, points)
+    known = {".csv": _read_table, WANDB_SUFFIX: read_wandb}
+    return known.get(path.suffix, read_events if "tfevents" in path.name else read_mlflow)(path, points)
 
 
 def _is_log(path: Path) -> bool:
@@ -140,26 +134,23 @@ def _read_table(path: Path, points: Points) -> str | None:
         rows = csv.reader(lines())
         try:
             header = next(rows, [])
-            step_column = next((name for name in STEP_COLUMNS if name in header), None)
-            if step_column is None:
+            step_at = next((header.index(name) for name in STEP_COLUMNS if name in header), None)
+            if step_at is None:
                 raise RunLogError(
                     "Expected a metrics.csv of Lightning's CSVLogger, with a column 'step', got "
                     f"{str(path)!r} with the columns {header[:MOST_NAMED]}: pass what CSVLogger wrote."
                 )
-            step_at = header.index(step_column)
             kept = [at for at, key in enumerate(header) if at != step_at and points.wants(key)]
-            columns = {at: (array("q"), array("d")) for at in kept}
-            for row in rows:
-                if not any(row):
-                    continue
+            for row in filter(any, rows):
                 if len(row) != len(header) or not row[step_at]:
                     left_out += 1
                     continue
-                step = _whole_number(row[step_at])
+                # Other programs than CSVLogger write steps as `9.0`.
+                if not (step := float(row[step_at])).is_integer():
+                    raise ValueError(f"a step of {row[step_at]!r}")
                 for at in kept:
                     if cell := row[at]:
-                        columns[at][1].append(float(cell))
-                        columns[at][0].append(step)
+                        points.add(header[at], int(step), float(cell))
         except RunLogError:
             raise
         except (UnicodeDecodeError, csv.Error) as error:
@@ -170,20 +161,5 @@ def _read_table(path: Path, points: Points) -> str | None:
             raise RunLogError(
                 f"Expected numbers in {str(path)!r}, got {error} in line {rows.line_num:,}: take it out."
             ) from error
-    for at in kept:
-        if columns[at][0]:
-            points.add(header[at], *columns.pop(at))
-    return (
-        f"{path} is damaged, or still being written: {left_out:,} incomplete lines were left out"
-        if left_out
-        else None
-    )
-
-
-def _whole_number(text: str) -> int:
-    """A step; other programs than CSVLogger write it as `9.0`."""
-    if text.isdecimal():
-        return int(text)
-    if not (number := float(text)).is_integer():
-        raise ValueError(f"a step of {text!r}")
-    return int(number)
+    damaged = f"{path} is damaged, or still being written: {left_out:,} incomplete lines were left out"
+    return damaged if left_out else None

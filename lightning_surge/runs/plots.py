@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from lightning_surge.laws.base import Law
 
-__all__ = ["plot_run"]
-
 Place = Callable[[NDArray[Any]], FloatArray]
 """From optimizer steps to the x axis."""
 X_LABELS: dict[XAxis, str] = {"steps": "optimizer step", "examples": "examples trained"}
@@ -171,8 +169,10 @@ def _draw_sizes(axes: Axes, run: RunLog, place: Place) -> None:
     for name, look in SIZES.items():
         shown = thinned(logged[name])
         if shown.steps.size:
-            at, values = place(shown.steps), charts.finite_or_gap(shown.values)
-            error = charts.aligned(run.get(f"{name}_batch_size_standard_error"), shown.steps)
+            # NaN is a gap in a line.
+            drawable = np.isfinite(shown.values) & (shown.values > 0)
+            at, values = place(shown.steps), np.where(drawable, shown.values, np.nan)
+            error = run.get(f"{name}_batch_size_standard_error").at(shown.steps)
             # An unknown error next to a known value is drawn as the widest band there is, not as certainty.
             error = np.where(np.isnan(error), np.inf, error)
             low_end, high_end = (np.clip(values + sign * error, low, high) for sign in (-1, 1))
@@ -189,7 +189,10 @@ def _draw_reasons(axes: Axes, codes: Series, reasons: list[Reason], place: Place
     """One row for each reason: where the law was followed, and where and why it was not."""
     for row, reason in enumerate(reasons):
         bars = _bars(place(charts.spans(codes.steps, codes.values == reason)))
-        axes.broken_barh(bars, (row - 0.4, 0.8), facecolor=charts.reason_colour(reason), linewidth=0)
+        # Measurements followed, the last law held, and in between.
+        followed = reason in (Reason.MEASURED, Reason.RULE)
+        colour = charts.GREEN if followed else charts.VERMILION if reason.held else charts.ORANGE
+        axes.broken_barh(bars, (row - 0.4, 0.8), facecolor=colour, linewidth=0)
     axes.set_yticks(range(len(reasons)), [reason.label for reason in reasons], fontsize=8)
     axes.set_ylim(max(len(reasons), 1) - 0.4, -0.6)
     axes.set_title("What decided the factor on the learning rate", loc="left", fontsize=11, fontweight="bold")

@@ -8,8 +8,6 @@ from typing import Any
 from lightning_surge.checking.answers import aligned, plain
 from lightning_surge.runs.advice import Advice, Caveat, Interval, Option
 
-__all__ = ["caveat_text", "describe", "document"]
-
 
 def describe(advice: Advice) -> str:
     """The answer in words: what to go on with, what doubling costs, and why not to trust it."""

@@ -81,9 +81,7 @@ class RunLog:
 
     def at(self, name: str, step: int, group: str | None = None) -> float:
         """The value logged at a step, NaN if there is none."""
-        steps, values = self.get(name, group)
-        index = int(np.searchsorted(steps, step))
-        return float(values[index]) if index < steps.size and steps[index] == step else math.nan
+        return float(self.get(name, group).at(np.array(step)))
 
     @property
     def last_step(self) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-__all__ = ["NOTHING", "PREFIX", "Points", "RunLogError", "Series", "joined", "progress"]
+from numpy.typing import NDArray
 
 PREFIX = "surge/"
 # An error gives so many names of what it found instead.
@@ -33,6 +33,13 @@ class Series(NamedTuple):
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
 
+    def at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The values at some steps, NaN where there is none."""
+        if not self.steps.size:
+            return np.full(steps.shape, np.nan)
+        index = np.minimum(np.searchsorted(self.steps, steps), self.steps.size - 1)
+        return np.where(self.steps[index] == steps, self.values[index], np.nan)
+
 
 NOTHING = Series(np.array([], dtype=np.int64), np.array([], dtype=np.float64))
 
@@ -45,7 +52,7 @@ class Points:
 
     def __init__(self, also: Collection[str] = ()) -> None:
         self._also = frozenset(also)
-        self._parts: dict[str, list[Series]] = {}
+        self.found: dict[str, tuple[array[int], array[float]]] = defaultdict(lambda: (array("q"), array("d")))
         self.others: set[str] = set()
 
     def wants(self, key: str) -> bool:
@@ -55,18 +62,17 @@ class Points:
             self.others.add(key)
         return wanted
 
-    def add(self, key: str, steps: ArrayLike, values: ArrayLike) -> None:
-        """Append points of one key, two sequences of one length."""
-        part = Series(np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64))
-        self._parts.setdefault(key, []).append(part)
+    def add(self, key: str, step: int, value: float) -> None:
+        """Append a point of one key."""
+        steps, values = self.found[key]
+        steps.append(step)
+        values.append(value)
 
     def series(self) -> dict[str, Series]:
-        """All points of every key; nothing is left, so that a long run is in memory once."""
-        return {key: _concatenated(self._parts.pop(key)) for key in list(self._parts)}
-
-
-def _concatenated(parts: Sequence[Series]) -> Series:
-    return parts[0] if len(parts) == 1 else Series(*map(np.concatenate, zip(*parts, strict=True)))
+        """All points of every key, in the memory that they were gathered in."""
+        return {
+            key: Series(np.frombuffer(x, np.int64), np.frombuffer(y)) for key, (x, y) in self.found.items()
+        }
 
 
 def joined(files: Sequence[dict[str, Series]]) -> dict[str, Series]:
@@ -79,18 +85,16 @@ def joined(files: Sequence[dict[str, Series]]) -> dict[str, Series]:
             if key.startswith(PREFIX):
                 run[key] = Series(steps[steps < begin], values[steps < begin])
         for key, one in part.items():
-            run[key] = _increasing(_concatenated([run[key], one]) if key in run else one)
+            steps, values = run.get(key, NOTHING)
+            run[key] = _increasing(np.append(steps, one.steps), np.append(values, one.values))
     return {key: one for key, one in run.items() if one.steps.size}
 
 
-def _increasing(series: Series) -> Series:
+def _increasing(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Series:
     """Without the points that a later one with the same or an earlier step takes back."""
-    steps = series.steps
-    if (steps[1:] > steps[:-1]).all():
-        return series
     earliest_after = np.minimum.accumulate(steps[::-1])[::-1][1:]
     kept = np.append(steps[:-1] < earliest_after, True)
-    return Series(steps[kept], series.values[kept])
+    return Series(steps[kept], values[kept])
 
 
 def progress(path: Path, size: int) -> Any:

@@ -19,8 +19,6 @@ from typing import Any, BinaryIO
 
 from lightning_surge.runs.series import PREFIX, Points, RunLogError, progress
 
-__all__ = ["MLFLOW_SUFFIXES", "WANDB_SUFFIX", "read_mlflow", "read_wandb"]
-
 WANDB_SUFFIX = ".wandb"
 MLFLOW_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 # What WandbLogger logs beside W&B's own count of rows, and that count.
@@ -55,7 +53,7 @@ def read_wandb(path: Path, points: Points) -> str | None:
             step = next((float(row[key]) for key in STEP_KEYS if key in row), float(history.step.num))
             for key in filter(points.wants, row):
                 # Infinity and NaN are words of Python's JSON, or strings.
-                points.add(key, [int(step)], [float(json.loads(row[key]))])
+                points.add(key, int(step), float(json.loads(row[key])))
         read = file.tell()
     return None if read == size else f"{path} is damaged: read {read:,} of its {size:,} bytes"
 
@@ -102,8 +100,10 @@ def read_mlflow(path: Path, points: Points) -> str | None:
         client = MlflowClient(tracking_uri=f"sqlite:///{database}" if database else str(path.parents[1]))
         run, note = _newest(client, path) if path == database else (client.get_run(path.name), None)
         for key in filter(points.wants, run.data.metrics):
-            history = client.get_metric_history(run.info.run_id, key)
-            points.add(key, [one.step for one in history], [_number(one.value) for one in history])
+            for one in client.get_metric_history(run.info.run_id, key):
+                # Databases keep infinity as the largest float.
+                largest = abs(one.value) == sys.float_info.max
+                points.add(key, one.step, math.copysign(math.inf, one.value) if largest else one.value)
     except MlflowException as error:
         why = str(error).partition("\n")[0].rstrip(".")
         raise RunLogError(
@@ -134,8 +134,3 @@ def _newest(client: Any, path: Path) -> tuple[Any, str]:
     newest, *others = (f"{path}/{run.info.run_id}" for run in ours)
     more = f", the newest of {len(ours):,} runs; the one before is {others[0]}" if others else ""
     return ours[0], f"reading {newest}{more}"
-
-
-def _number(value: float) -> float:
-    """MLflow's databases keep infinity as the largest float."""
-    return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else float(value)

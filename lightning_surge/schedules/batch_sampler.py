@@ -16,8 +16,6 @@ from lightning_surge.checking.state import REMEDY, restore, save
 from lightning_surge.schedules.sizes import Progress, Schedule
 from lightning_surge.schedules.windows import Window, plan_windows
 
-__all__ = ["Itinerary", "ScheduledBatchSampler", "follow", "unfollow"]
-
 
 @dataclass
 class Itinerary:

@@ -21,8 +21,6 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from lightning_surge.checking.arguments import number
 from lightning_surge.checking.state import restore, save
 
-__all__ = ["ExamplesClock", "by_examples"]
-
 # Sizes like 0.1 and the quotient below are off by half a unit in the last place each; the slack keeps a
 # tick that came out as 6.9999999999999991 from being a step late. Whole numbers below 1e15 need none,
 # and are too coarse to be moved by it.

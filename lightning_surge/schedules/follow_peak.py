@@ -11,8 +11,6 @@ from lightning_surge.laws.base import Law
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.schedules.sizes import BatchSizeRule
 
-__all__ = ["FollowPeak"]
-
 Target = Literal["critical", "peak"]
 
 

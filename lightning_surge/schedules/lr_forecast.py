@@ -14,8 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_surge.schedules.by_examples import ExamplesClock
 
-__all__ = ["replayed", "share_of_peak"]
-
 # Replaying takes about ten microseconds a step.
 MOST_STEPS = 100_000
 
@@ -68,12 +66,8 @@ def replayed(scheduler: LRScheduler, shared: Iterable[object] = ()) -> Iterator[
     memo = {id(one): one for one in shared} | {id(optimizer): stand_in}
     replay = copy.deepcopy(scheduler, memo)
     while True:
-        yield _largest(stand_in)
+        yield max(float(group["lr"]) for group in stand_in.param_groups)
         if not isinstance(replay, ExamplesClock):
             replay.step()
         elif not replay._is_over():
             replay._tick()
-
-
-def _largest(optimizer: SGD) -> float:
-    return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -15,8 +15,6 @@ from lightning_surge.schedules.by_examples import ExamplesClock, ticks_due
 from lightning_surge.schedules.lr_forecast import MOST_STEPS, replayed
 from lightning_surge.schedules.sizes import BatchSizeRule, ConstantSize, Progress, Schedule, Unit
 
-__all__ = ["Seesaw", "SeesawSchedule"]
-
 # Steps of the learning-rate schedule that are replayed at a time: about ten milliseconds.
 CHUNK = 1_000
 

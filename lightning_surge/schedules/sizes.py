@@ -14,11 +14,6 @@ from typing import Literal, NamedTuple, get_args
 
 from lightning_surge.checking.arguments import choice, number, optional, shown, store, whole
 
-__all__ = [
-    "BatchSizeRule", "ConstantSize", "CosineRamp", "GeometricRamp", "LinearRamp", "Milestones", "Phase",
-    "Phases", "Progress", "Schedule", "Unit",
-]  # fmt: skip
-
 Unit = Literal["steps", "examples", "epochs"]
 
 _SIZE = "count examples per optimizer step"

@@ -17,11 +17,6 @@ from itertools import chain, repeat
 from lightning_surge.checking.arguments import shown, store, switch, whole
 from lightning_surge.schedules.sizes import Progress, Schedule
 
-__all__ = [
-    "AccumulatedSchedule", "SampledSchedule", "Window", "accumulation_for", "aligned_accumulation",
-    "plan_windows", "total_examples", "total_steps",
-]  # fmt: skip
-
 Window = tuple[int, ...]
 """Examples in each micro-batch behind one optimizer step, on one replica."""
 

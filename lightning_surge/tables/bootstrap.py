@@ -20,8 +20,6 @@ from lightning_surge.laws.tradeoff import TradeoffFit
 from lightning_surge.tables.law_fits import LAWS, LawFit, Optima, fit_law
 from lightning_surge.tables.optima import Valley
 
-__all__ = ["CONFIDENCE", "Estimate", "Repetitions", "repeat"]
-
 FloatArray = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95

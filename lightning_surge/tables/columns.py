@@ -17,8 +17,6 @@ from lightning_surge.tables.values import WORDS
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Columns", "as_text", "find_column", "find_columns", "settings_within", "shown"]
-
 
 class Columns(NamedTuple):
     """Names of a table's columns; a column that is None is found by the usual names of its role."""

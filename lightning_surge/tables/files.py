@@ -21,7 +21,6 @@ from lightning_surge.tables.values import WORDS
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["read_frame"]
 
 EXPORT = "export the runs as CSV or Parquet"
 

@@ -23,8 +23,6 @@ from lightning_surge.tables.law_fits import LAWS, HeldOut, LawFit, Optima, fit_l
 from lightning_surge.tables.optima import Valley, valleys
 from lightning_surge.tables.read import Measure, RunTable
 
-__all__ = ["FittedLaw", "GridFit", "Unfitted", "fit_grid", "remedy", "split_targets"]
-
 FEWEST = 3
 """Batch sizes with an optimum inside their grid."""
 MAX_SIZES = 200
@@ -191,13 +189,15 @@ def fit_grid(
     # What cannot be held out comes last.
     fitted.sort(key=lambda each: math.inf if each.held_out is None else each.held_out.error)
     best, ties = _ranking(fitted)
+    columns = iter(np.exp(drawn.logs).T.tolist())
+    lrs = (estimate("lr", each.optimum.lr, next(columns) if each.optimum.found else []) for each in grid)
     return GridFit(
         measure=table.measure,
         target=None if table.targets is None else float(table.targets[0]),
         group=table.group,
         runs=table.lrs.size,
         valleys=tuple(grid),
-        lrs=_learning_rates(grid, drawn),
+        lrs=tuple(lrs),
         tradeoff=_tradeoff(optima, drawn),
         laws=tuple(fitted),
         best=best,
@@ -226,13 +226,6 @@ def _fitted(
         limited=fit.limited,
         residual=float(np.sqrt(np.mean(fit.residuals**2)) / math.log(2)),
         held_out=held_out,
-    )
-
-
-def _learning_rates(grid: Sequence[Valley], drawn: Repetitions) -> tuple[Estimate, ...]:
-    columns = iter(np.exp(drawn.logs).T.tolist())
-    return tuple(
-        estimate("lr", valley.optimum.lr, next(columns) if valley.optimum.found else []) for valley in grid
     )
 
 

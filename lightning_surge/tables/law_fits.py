@@ -23,9 +23,6 @@ from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, 
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import TradeoffFit, fit_tradeoff
 
-__all__ = ["LAWS", "Family", "HeldOut", "LawFit", "Optima", "fit_law", "hold_out"]
-
-
 FloatArray = npt.NDArray[np.float64]
 
 RESIDUAL_SCALE = 0.2

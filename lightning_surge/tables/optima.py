@@ -17,8 +17,6 @@ import numpy.typing as npt
 from lightning_surge.checking.arguments import switch
 from lightning_surge.tables.read import RunTable
 
-__all__ = ["Optimum", "Status", "Valley", "valleys"]
-
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Status = Literal["inside", "bracketed", "tuned", "edge_low", "edge_high", "flat", "few", "failed"]
@@ -100,13 +98,14 @@ class Valley:
         scatter = noise * generator.standard_normal(self.means.size) / np.sqrt(self.counts)
         means = self.means + factor * (scatter + shift)
         bottom = _bottom(self.log_lrs, means, self.reach)
+        log_lr = bottom.x
         if self.means.size > 1 and math.isnan(bottom.curvature):
             # Without a parabola the optimum is anywhere nearer to the best one tried than to its neighbours.
             best = int(np.argmin(means))
             steps = np.diff(self.log_lrs) / 2
             below, above = steps[max(best - 1, 0)], steps[min(best, steps.size - 1)]
-            return bottom.x + float(generator.uniform(-below, above)), _outcome(bottom.y, self.logarithmic)
-        return bottom.x, _outcome(bottom.y, self.logarithmic)
+            log_lr += float(generator.uniform(-below, above))
+        return log_lr, _outcome(bottom.y, self.logarithmic)
 
 
 def valleys(table: RunTable, *, tuned: bool = False) -> list[Valley]:

@@ -14,8 +14,6 @@ from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, remedy
 from lightning_surge.tables.law_fits import LAWS
 from lightning_surge.tables.read import MIXED
 
-__all__ = ["describe", "document"]
-
 VERSION = 1
 """Of the keys: raised when one changes its meaning or goes."""
 BEYOND = 4.0

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from optuna.trial import FrozenTrial
 
-__all__ = ["is_study", "local_file", "read_study", "shown", "study_rows", "write_study"]
 
 COLUMNS = ("batch_size", "lr", "loss", "steps", "examples", "seed", "target", "status", "seconds")
 

@@ -19,7 +19,6 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["WORDS", "has_decimal_commas", "number", "numbers"]
 
 WORDS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 """How other programs name what a table holds."""

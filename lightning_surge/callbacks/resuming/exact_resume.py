@@ -270,7 +270,16 @@ class ExactResume(Callback):
         saved = ranks[trainer.global_rank]
         own = None if saved is None else restore(RankState, saved)
         if own is not None:
-            _check_states(own, generators_of(_training_loaders(trainer)))
+            # Tried on streams nobody uses, so that none is set to half of it.
+            streams = from_portable(own.streams)
+            random.Random().setstate(streams.python)
+            np.random.RandomState().set_state(streams.numpy)
+            torch.Generator().set_state(streams.torch)
+            generators = generators_of(_training_loaders(trainer))
+            for generator, state_of_it in zip(generators, own.generators, strict=False):
+                generator.clone_state().set_state(state_of_it)
+            if not all(isinstance(one, Tensor) and one.dtype == torch.uint8 for one in streams.cuda):
+                raise ValueError("Expected bytes as the states of CUDA devices.")
         if len(state.get("loaders", ranks)) != len(ranks):
             raise ValueError(f"Expected the loaders' states of {len(ranks)} ranks, got {state['loaders']}.")
         return own
@@ -300,18 +309,6 @@ def _validates_while_training(trainer: pl.Trainer) -> bool:
 def _training_loaders(trainer: pl.Trainer) -> list[Any]:
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else list(combined.flattened)
-
-
-def _check_states(own: RankState, generators: list[torch.Generator]) -> None:
-    """Try what one rank saved on streams nobody uses, so that none is set to half of it."""
-    streams = from_portable(own.streams)
-    random.Random().setstate(streams.python)
-    np.random.RandomState().set_state(streams.numpy)
-    torch.Generator().set_state(streams.torch)
-    for generator, saved in zip(generators, own.generators, strict=False):
-        generator.clone_state().set_state(saved)
-    if not all(isinstance(state, Tensor) and state.dtype == torch.uint8 for state in streams.cuda):
-        raise ValueError("Expected bytes as the states of CUDA devices.")
 
 
 def _gather(trainer: pl.Trainer, own: Any) -> list[Any]:
