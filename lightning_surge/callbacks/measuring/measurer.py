@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -79,7 +80,7 @@ class Measurer:
         self._norms = WindowNorms(ALONE)
         self._ranks = ALONE
         self._first_window = True
-        self._told_of_first = False
+        self._told_of_first = self._told_of_failure = False
         # For good: a repeated step leaves traces in training. Norms of windows are still taken.
         self.off = False
         self.budget = self._plan.budget
@@ -317,6 +318,7 @@ class Measurer:
             norms.end(message, total)
             self._plan.charge_windows(total)
             self._windows_done = self._plan.windows_are_due(norms, total)
+            self._tell_of_failure(norms.take_failure())
         if failures:
             self.fail(pool.broken or RankError("Another process could not keep its batches"))
             pool.broken = None
@@ -418,6 +420,15 @@ class Measurer:
             rank_zero_info(
                 f"First measurement of gradient noise: from {source}, "
                 f"{measurement.statistics.batch_size:g} examples in {measurement.num_chunks} chunks."
+            )
+
+    def _tell_of_failure(self, failure: str | None) -> None:
+        if failure is not None and not self._told_of_failure:
+            self._told_of_failure = True
+            warn(
+                "The norms of an accumulation window could not be taken, and it says nothing of the noise; "
+                f"training goes on unchanged. {failure}.",
+                by=warnings.warn,  # every process by itself: the others only learn that the window is silent
             )
 
     def fail(self, error: Exception) -> None:
