@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from lightning_surge.callbacks.checks import served_optimizer, trained_optimizers
 from lightning_surge.laws.base import Law
-from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
@@ -32,28 +31,6 @@ def _group_suffixes(optimizer: Optimizer, suffix: str) -> list[str]:
     if len(groups) == 1:
         return [suffix]
     return [f"{suffix}/{group.get('name', index)}" for index, group in enumerate(groups)]
-
-
-def run_metrics(
-    *,
-    batch_size: float,
-    base_batch_size: float,
-    examples: float,
-    objective: str,
-    doubled: tuple[float, float],
-) -> dict[str, float]:
-    """Where the run is and what it follows; `doubled` is the predicted factor at twice the batch size."""
-    ratio, error = doubled
-    metrics = {
-        f"{PREFIX}batch_size": batch_size,
-        f"{PREFIX}base_batch_size": base_batch_size,
-        f"{PREFIX}examples": examples,
-        f"{PREFIX}objective": float(list(OBJECTIVES).index(objective)),
-        f"{PREFIX}lr_scale_doubled": ratio,
-    }
-    if math.isfinite(error):
-        metrics[f"{PREFIX}lr_scale_doubled_standard_error"] = error
-    return metrics
 
 
 def law_metrics(history: NoiseHistory, law: EstimatedLaw | None, batch_size: float) -> dict[str, float]:

@@ -25,22 +25,8 @@ class StepExamples:
         passes: micro-batches whose backward pass is behind the step, empty ones too.
         manual: whether the user calls the optimizer's steps.
         batch: the current micro-batch; None between batches.
-        batch_idx: its index in the epoch.
-        size: examples in it.
         open: whether an accumulation window has begun.
-        pace: pace of the optimizer's steps in manual optimization.
-
-    Example:
-        The first of two micro-batches behind a step, and a second backward pass of it.
-
-        >>> behind = StepExamples()
-        >>> behind.begin_batch([3, 1, 4], 0, size=3.0)
-        >>> behind.foreseen
-        3.0
-        >>> behind.after_backward(), behind.after_backward()
-        (3.0, 0.0)
-        >>> behind.examples, behind.foreseen
-        (3.0, 3.0)
+        pace: of the optimizer's steps in manual optimization.
     """
 
     def __init__(self) -> None:
@@ -140,16 +126,7 @@ class StepExamples:
 
 
 class MicroBatchTracker:
-    """Watches what micro-batches leave in the gradients of one optimizer's parameters.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> tracker = MicroBatchTracker(torch.optim.SGD([weight], lr=0.1))
-        >>> tracker.are_zeroed()
-        True
-        >>> weight.sum().backward(); tracker.have_come(), tracker.are_zeroed()
-        (True, False)
-    """
+    """Watches what micro-batches leave in the gradients of one optimizer's parameters."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer

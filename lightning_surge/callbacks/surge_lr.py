@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, Never
 
 import lightning.pytorch as pl
@@ -49,6 +48,7 @@ from lightning_surge.callbacks.settings import (
 )
 from lightning_surge.callbacks.step_examples import StepExamples
 from lightning_surge.checking.arguments import function, number, optional
+from lightning_surge.checking.state import save
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch
 from lightning_surge.measure.direction import SIGN, Direction
@@ -374,7 +374,10 @@ class SurgeLRCallback(Callback):
             self._factor_for_update,
             after=self._after_step,
             decay_factor=None if self.settings.scale_weight_decay is True else self._decay_for_update,
-            tell=partial(self._tell_of_early_reader, type(optimizer).__name__),
+            tell=lambda: rank_zero_info(
+                f"{type(optimizer).__name__} reads its learning rate before it asks for gradients: {name} "
+                "puts the factor on before, and training_step sees the scheduled learning rate all the same."
+            ),
             watch=self._stopwatch,
         )
         self._may_be_capped = math.isfinite(largest_lr(optimizer))
@@ -393,12 +396,6 @@ class SurgeLRCallback(Callback):
         drawn = [one for one in callbacks_of(trainer, SurgeLRCallback) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them
             add_layout(trainer, pl_module, name, [one.settings.optimizer for one in drawn])
-
-    def _tell_of_early_reader(self, optimizer: str) -> None:
-        rank_zero_info(
-            f"{optimizer} reads its learning rate before it asks for gradients: {type(self).__name__} puts "
-            "the factor on before, and training_step sees the scheduled learning rate all the same."
-        )
 
     # ------------------------------------------------------------------ one optimizer step
 
@@ -584,20 +581,14 @@ class SurgeLRCallback(Callback):
 
     # ------------------------------------------------------------------ the end, and state
 
-    def on_train_end(self, *args: Any) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Leave the optimizer as it was found."""
         if self._factor is not None:
             self._ended = time.perf_counter()
             self._factor.remove()
         self._forget_run()
 
-    def on_exception(self, *args: Any) -> None:
-        """Leave the optimizer as it was found."""
-        self.on_train_end()
-
-    def teardown(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the optimizer as it was found."""
-        self.on_train_end()
+    on_exception = teardown = on_train_end
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -608,8 +599,8 @@ class SurgeLRCallback(Callback):
         return {
             "version": STATE_VERSION,
             **self._learner.state_dict(),
-            "measurer": self._measurer.state_dict(),
-            "pace": self._behind_step.pace.state_dict(),
+            "measurer": save(self._measurer.state),
+            "pace": save(self._behind_step.pace),
         }
 
     def on_load_checkpoint(
@@ -631,9 +622,9 @@ class SurgeLRCallback(Callback):
         self._start_over()
         try:
             state = SurgeState.of(state_dict)
-            self._measurer.load_state_dict(state.measurer)
+            self._measurer.load(state.measurer)
             self._learner.load(state)
-            self._behind_step.pace.load_state_dict(state.pace)
+            vars(self._behind_step.pace).update(vars(state.pace))
         except Exception as error:
             found = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
             what = f"Expected whole state in the checkpoint, got what cannot be read: {found}"

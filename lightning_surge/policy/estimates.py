@@ -182,19 +182,7 @@ def _attempt(fit: Fit, stats: NoiseStats) -> Law | None:
 
 
 def law_of(direction: Direction, *, curvature: bool = True) -> Fit:
-    """The measured law of an optimizer that steps along a direction.
-
-    Args:
-        direction: one of `measure.direction`.
-        curvature: whether a law without measured curvature is of no use.
-
-    Returns:
-        Fits the law to averaged statistics of that direction.
-
-    Example:
-        >>> law_of(SIGN).__name__, law_of(GRADIENT).__name__
-        ('fit_sign_law', 'fit_sgd_law')
-    """
+    """Fits the measured law of a direction; `curvature` if one without measured curvature is of no use."""
     measured: Fit = {SIGN: fit_sign_law, GRADIENT: fit_sgd_law}[direction]
     return measured if curvature else lambda stats: measured(stats) or fit_noise_law(stats, direction)
 

@@ -156,7 +156,7 @@ class TestErrors:
     )
     def test_numbers_that_are_not_finite_are_left_out(self, measurement: Measurement) -> None:
         history = history_of([measured()])
-        with pytest.raises(ValueError, match="finite gradient statistics"):
+        with pytest.raises(ValueError, match="finite gradient statistics and sizes"):
             history.add(measurement)
         assert (len(history), history.num_measurements) == (1, 1)
         assert history.latest == measured()
