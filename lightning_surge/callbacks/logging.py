@@ -117,14 +117,7 @@ def _layouts_in(experiment: Any) -> bytes:
 
 
 class StepRecord(NamedTuple):
-    """What is logged of one optimizer step.
-
-    Attributes:
-        decision: of the policy.
-        batch_size: examples behind the step.
-        scheduled: learning rate of each parameter group as the update found it, a float or a tensor.
-        used: learning rate of each group that the update read, likewise.
-    """
+    """What is logged of one optimizer step; learning rates of each group are floats or tensors."""
 
     decision: Decision
     batch_size: float
@@ -133,13 +126,7 @@ class StepRecord(NamedTuple):
 
 
 class StepLog:
-    """Keeps the latest step until it can be logged.
-
-    Attributes:
-        optimizer: the one that is served.
-        suffix: of the optimizer, with which keys end.
-        unlogged: the latest step; None once it has been logged.
-    """
+    """Keeps the latest step until it can be logged, and is `unlogged` no more."""
 
     def __init__(self, optimizer: Optimizer, suffix: str, *, prog_bar: bool) -> None:
         self.optimizer = optimizer

@@ -17,7 +17,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_surge.callbacks.checks import check_accumulated_sizes, check_sampled_sizes
 from lightning_surge.callbacks.lightning_host import (
-    batches_per_epoch,
     loader_batch_size,
     refuse_scheduled_validation,
     scheduled_sampler,
@@ -76,7 +75,9 @@ class TrainingLoader:
     @classmethod
     def read(cls, trainer: pl.Trainer, micro: MicroBatches, *, samples: bool) -> TrainingLoader:
         """Read the loader that the Trainer has now."""
-        loader, batches = trainer.train_dataloader, batches_per_epoch(trainer)
+        loader, count = trainer.train_dataloader, trainer.num_training_batches
+        # An IterableDataset without a length counts as infinitely many.
+        batches = count if isinstance(count, int) else None
         sampler = scheduled_sampler(loader, micro.owner) if samples else None
         if sampler is not None:
             return cls(loader, sampler, sampler.largest_micro_batch, batches, None)

@@ -145,11 +145,6 @@ def optimizer_family(optimizer: Optimizer) -> Family:
     Subclasses count as what they derive from; quantised and fused variants (`AdamW8bit`, `FusedAdam`) are
     recognised by the name they contain.
 
-    Example:
-        >>> import torch
-        >>> optimizer_family(torch.optim.Rprop([torch.nn.Parameter(torch.ones(1))])).why
-        'takes its learning rate for the sizes of its first steps only'
-
     References:
         Li et al. 2024, arXiv:2405.14578, section 2, for Adam-style updates as sign updates; Bernstein and
         Newhouse 2024, arXiv:2409.20325, for Muon's and Shampoo's as the same in the spectral norm.

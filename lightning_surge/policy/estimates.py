@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_surge.checking.arguments import number
-from lightning_surge.checking.state import REMEDY
+from lightning_surge.checking.state import REMEDY, AnyFloat, restore, save
 from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
@@ -64,8 +63,16 @@ class EstimatedLaw(Law):
     law: Law
     replicates: tuple[tuple[Law | None, float], ...]
     num_measurements: int
-    reach: tuple[float, float] = (0.0, math.inf)
+    reach: tuple[AnyFloat, AnyFloat] = (0.0, math.inf)
     at_edge: bool = False
+
+    def __post_init__(self) -> None:
+        (low, high), shares = self.reach, [share for _, share in self.replicates]
+        if not (all(0.0 < share <= 1.0 for share in shares) and 0.0 <= low <= high and high > 0.0):
+            raise ValueError(
+                f"Expected shares between 0 and 1 and a reach from low to high, got {shares} and "
+                f"{self.reach}: {REMEDY}."
+            )
 
     @property
     def peak(self) -> Peak:
@@ -88,14 +95,10 @@ class EstimatedLaw(Law):
         return self.law.gain(batch_size)
 
     def standard_error(self, quantity: Callable[[Law], float]) -> float:
-        """Standard error of anything a law can be asked, see `history.jackknife_error`.
+        """Standard error of anything a law can be asked, in its unit; see `history.jackknife_error`.
 
-        Args:
-            quantity: function of a law, for example `lambda law: law.lr(64)`.
-
-        Returns:
-            The standard error in the quantity's unit; infinite with fewer than two measurements, or if the
-            quantity is infinite or undefined without some group.
+        It is infinite with fewer than two measurements, or if the quantity is infinite or undefined without
+        some group.
         """
         # A replicate decides by its law alone; a failed fit is as unsure as can be.
         values = [math.nan if law is None else _evaluate(quantity, law) for law, _ in self.replicates]
@@ -109,30 +112,14 @@ class EstimatedLaw(Law):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, from which `from_state_dict` makes an equal law."""
-        return {
-            "law": _law_state(self.law),
-            "replicates": [
-                [None if law is None else _law_state(law), share] for law, share in self.replicates
-            ],
-            "num_measurements": self.num_measurements,
-            "reach": list(self.reach),
-            "at_edge": self.at_edge,
-        }
+        replicates = [[law and _law_state(law), share] for law, share in self.replicates]
+        return {**save(self), "law": _law_state(self.law), "replicates": replicates}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> EstimatedLaw:
         """The law that `state_dict` described; an error if a value is missing or out of range."""
-        replicates = tuple(
-            (None if law is None else _law_from_state(law), share) for law, share in state["replicates"]
-        )
-        low, high = state["reach"]
-        if not (all(0.0 < share <= 1.0 for _, share in replicates) and 0.0 <= low <= high and high > 0.0):
-            raise ValueError(
-                f"Expected shares between 0 and 1 and a reach from low to high, got "
-                f"{[share for _, share in replicates]} and {(low, high)}: {REMEDY}."
-            )
-        count = number("num_measurements", state["num_measurements"], "count them", least=0)
-        return cls(_law_from_state(state["law"]), replicates, int(count), (low, high), bool(state["at_edge"]))
+        replicates = [(law and _law_from_state(law), share) for law, share in state["replicates"]]
+        return restore(cls, {**state, "law": _law_from_state(state["law"]), "replicates": replicates})
 
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MeasuredLaw, SGDLaw, Theorem3Law)}

@@ -210,7 +210,12 @@ class NoiseHistory:
             ),
             alignments=_bins((record.statistics.alignments, weight) for record, weight in records),
             curvatures=_bins((record.curvatures, weight) for record, weight in records),
-            contrasts=tuple(_contrast(record, weight) for record, weight in records if record.curvatures),
+            contrasts=tuple(
+                Contrast((low.batch_size, high.batch_size), (low.value, high.value), weight)
+                for record, weight in records
+                if record.curvatures
+                for low, high in [(min(record.curvatures), max(record.curvatures))]
+            ),
             coordinate_sums=_mean_sums(records),
         )
 
@@ -246,20 +251,9 @@ def jackknife_error(whole: float, without: Sequence[float], shares: Sequence[flo
     standard error holds for 68 % of the truths, as a Gaussian's does. Its degrees of freedom are
     `1 / sum_g w_g^2 - 1`.
 
-    Args:
-        whole: the answer with all measurements.
-        without: the answer without each group.
-        shares: of the groups in the weight.
-
     Returns:
         The standard error in the answer's unit; infinite with fewer than two groups, or if an answer is
         infinite or undefined.
-
-    Example:
-        Two measurements, 1 and 3: the mean's error is 1, and Student's factor for one degree of freedom 1.84.
-
-        >>> round(jackknife_error(2.0, [3.0, 1.0], [0.5, 0.5]), 2)
-        1.84
 
     References:
         Busing, Meijer and van der Leeden 1999, *Statistics and Computing* 9, for pseudo-values of unequal
@@ -284,11 +278,6 @@ def _precision(record: Measurement) -> float:
     signal does. The root is right for the latter, and leaves others a say in how sure the average is.
     """
     return math.sqrt(record.pairs) or 1.0
-
-
-def _contrast(record: Measurement, weight: float) -> Contrast:
-    first, second = min(record.curvatures), max(record.curvatures)
-    return Contrast((first.batch_size, second.batch_size), (first.value, second.value), weight)
 
 
 def _mean_sums(records: Sequence[tuple[Measurement, float]]) -> CoordinateSums | None:

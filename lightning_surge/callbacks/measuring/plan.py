@@ -248,16 +248,6 @@ class Pace:
     Attributes:
         steps: of this optimizer.
         batches_per_step: batches behind its latest step; 1 before the first.
-
-    Example:
-        A critic takes every batch of 8, and five steps to one of the other optimizer.
-
-        >>> pace = Pace()
-        >>> for steps_of_all in (0, 1, 2, 3, 4):
-        ...     pace.begin_batch(steps_of_all)
-        ...     pace.step(1)
-        >>> pace.examples_per_batch(40.0), pace.examples_per_step(40.0, global_step=6)
-        (8.0, 6.666666666666667)
     """
 
     steps: int = 0
