@@ -203,6 +203,7 @@ class SurgeLRCallback(Callback):
         self._split_batch = split_batch
         self._state_key = self._key_of(law)
         self._behind_step = StepExamples()
+        self._trainer: pl.Trainer | None = None
         self._reset()
         self._stopwatch = Stopwatch()
         self._started = 0.0
@@ -210,7 +211,10 @@ class SurgeLRCallback(Callback):
         self._forget_run()
 
     def _reset(self) -> None:
-        """Drop what was learned, as a new training with the same callback does."""
+        """Drop what was learned, as a new training with the same callback does.
+
+        Even in mid-run, where a learning-rate finder may restore a checkpoint.
+        """
         self._learner = Learner(self.settings)
         self._measurer = Measurer(
             self.settings,
@@ -220,9 +224,11 @@ class SurgeLRCallback(Callback):
         )
         self._behind_step.pace = Pace()
         self.decision: Decision | None = None
+        if self._trainer is not None and self._factor is not None:
+            self._attach(self._trainer, self._factor.optimizer)
 
     def _forget_run(self) -> None:
-        self._trainer: pl.Trainer | None = None
+        self._trainer = None
         self._factor: FactorInUpdate | None = None
         self._direction: Direction = SIGN
         self._step_log: StepLog | None = None
@@ -381,21 +387,22 @@ class SurgeLRCallback(Callback):
             watch=self._stopwatch,
         )
         self._may_be_capped = math.isfinite(largest_lr(optimizer))
-        pace = behind.pace if behind.manual else None
-        self._measurer.attach(
-            trainer,
-            pl_module,
-            optimizer,
-            self._direction,
-            pace,
-            None if self._scheduler is None else self._scheduler.size_ahead,
-            curvature=self._needs_curvature(trainer),
-        )
+        self._attach(trainer, optimizer)
         self._stopwatch.seconds = 0.0
         self._started, self._ended = time.perf_counter(), 0.0
         drawn = [one for one in callbacks_of(trainer, SurgeLRCallback) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them
             add_layout(trainer, pl_module, name, [one.settings.optimizer for one in drawn])
+
+    def _attach(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        self._measurer.attach(
+            trainer,
+            optimizer,
+            self._direction,
+            pace=self._behind_step.pace if self._behind_step.manual else None,
+            size_ahead=None if self._scheduler is None else self._scheduler.size_ahead,
+            curvature=self._needs_curvature(trainer),
+        )
 
     # ------------------------------------------------------------------ one optimizer step
 
@@ -619,7 +626,7 @@ class SurgeLRCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; unusable state is dropped as a whole, with a warning."""
-        self._start_over()
+        self._reset()
         try:
             state = SurgeState.of(state_dict)
             self._measurer.load(state.measurer)
@@ -637,15 +644,9 @@ class SurgeLRCallback(Callback):
                 "the learning rate changes."
             )
 
-    def _start_over(self) -> None:
-        """Begin afresh, even in mid-run, where a learning-rate finder may restore a checkpoint."""
-        measurer = self._measurer
-        self._reset()
-        self._measurer.take_over(measurer, self._behind_step.pace)
-
     def _lose_state(self, what: str, state: Any) -> None:
         """Start measuring afresh and say why; only the base batch size is kept of what was found."""
-        self._start_over()
+        self._reset()
         if self.base_batch_size is None and isinstance(state, dict):
             with suppress(KeyError, ValueError):
                 self._learner.fix_base(check_base("base_batch_size", state["base_batch_size"]))

@@ -91,7 +91,6 @@ class Measurer:
     """
 
     # Of the run in hand; absent between runs.
-    _run: tuple[pl.Trainer, pl.LightningModule, Optimizer, Direction]
     _trainer: pl.Trainer
     _loss: RepeatedLoss
     _prober: Prober
@@ -126,20 +125,18 @@ class Measurer:
     def attach(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
         optimizer: Optimizer,
         direction: Direction,
-        pace: Pace | None = None,
-        size_ahead: Callable[[float], float] | None = None,
         *,
-        curvature: bool = False,
+        pace: Pace | None,
+        size_ahead: Callable[[float], float] | None,
+        curvature: bool,
     ) -> None:
         """Take hold of a run that starts."""
         self.detach()
-        self._run = trainer, pl_module, optimizer, direction
-        self._trainer, self._pace = trainer, pace
-        self._size_ahead, self._curvature_asked = size_ahead, curvature
-        self._plan.curvature = self._settings.needs_curvature or curvature
+        pl_module = trainer.lightning_module
+        self._trainer, self._pace, self._size_ahead = trainer, pace, size_ahead
+        self._plan.curvature = curvature
         self._ranks = ranks_of(trainer)
         self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks, self.fail)
         self._norms.attach(self._ranks)
@@ -155,19 +152,11 @@ class Measurer:
         )
         self._instruments.begin(optimizer, direction, self._prober)
 
-    def take_over(self, other: Measurer, pace: Pace) -> None:
-        """Take hold of the run that another one has in hand, if it has one; `pace` takes the place of its."""
-        if "_run" in vars(other):
-            own_pace = None if other._pace is None else pace
-            self.attach(*other._run, own_pace, other._size_ahead, curvature=other._curvature_asked)
-
     def detach(self) -> None:
         """Let go of the run, and of every batch."""
-        for name in ("_run", "_trainer", "_loss", "_prober"):
+        for name in ("_trainer", "_loss", "_prober"):
             vars(self).pop(name, None)
-        self._pace = None
-        self._size_ahead = None
-        self._curvature_asked = False
+        self._pace = self._size_ahead = None
         self._instruments.end()
         # Of the batch in hand, which can see several windows where optimization is manual.
         self._versions = Versions()
