@@ -438,7 +438,7 @@ class BatchSizeScheduler(Callback):
 
     # ------------------------------------------------------------------ the end, and state
 
-    def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Give the Trainer its own accumulation back."""
         # self._accumulation stays: a checkpoint may still be written in on_train_end or on_exception.
         if self._original_accumulation is not None:
@@ -446,9 +446,7 @@ class BatchSizeScheduler(Callback):
         if self._itinerary is not None:
             unfollow(self._itinerary)
 
-    def on_exception(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Give the Trainer its own accumulation back."""
-        self.on_train_end(trainer)
+    on_exception = on_train_end
 
     def teardown(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Give the Trainer its own accumulation back, whatever other callbacks wrote at the end."""

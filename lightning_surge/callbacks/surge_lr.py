@@ -43,7 +43,6 @@ from lightning_surge.callbacks.settings import (
     LAWS,
     SurgeSettings,
     check_base,
-    default_objective,
     refuse_retired,
 )
 from lightning_surge.callbacks.step_examples import StepExamples
@@ -171,10 +170,13 @@ class SurgeLRCallback(Callback):
         **retired: Never,
     ) -> None:
         refuse_retired(retired)
+        # Adam's for the measured law, replaced in training by that of the optimizer's direction; the paper's
+        # closed forms, and fixed rules, are followed to the letter.
+        default = SIGN.objective if law == "measured" else "step"
         self.settings = SurgeSettings(
             base_batch_size=base_batch_size,
             law=law,
-            objective=default_objective(law) if objective is None else objective,
+            objective=default if objective is None else objective,
             dry_run=dry_run,
             max_overhead=max_overhead,
             probe_every=probe_every,

@@ -113,7 +113,7 @@ class RepeatedLoss:
         try:
             with no_trace(list(self._module.modules()), named, others=others, copies=first):
                 # Instance attributes hide the methods; they vanish with every other trace.
-                vars(self._module)["log"] = vars(self._module)["log_dict"] = _log_nothing
+                vars(self._module)["log"] = vars(self._module)["log_dict"] = lambda *args, **kwargs: None
                 self._trainer.loggers = [DummyLogger() for _ in loggers]
                 yield
             self._clean = True
@@ -140,7 +140,3 @@ class RepeatedLoss:
         window = max(mean_batch, largest) * self._trainer.accumulate_grad_batches
         share = min(chunk.size for chunk in chunks) / window
         return scale * 2.0 ** min(math.floor(math.log2(share)), 0)
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    return None
