@@ -105,15 +105,10 @@ class ProbeBudget(BudgetState):
         """Double the spacing after a probe failed; every one that succeeds halves it again."""
         self._spacing *= WIDENING
 
-    @property
-    def step_is_due(self) -> bool:
-        """Whether `probe_every` asks for a measurement."""
-        return self.probe_every is not None and self._steps_since_last >= self.probe_every * self._spacing
-
     def due(self, cost: float, planned_examples: float = math.inf, *, urgent: bool = False) -> bool:
         """Whether a probe of this cost may start."""
         if self.probe_every is not None:
-            return self.step_is_due
+            return self._steps_since_last >= self.probe_every * self._spacing
         total = self.max_overhead * planned_examples
         left = planned_examples - self.trained
         known = math.isfinite(planned_examples)

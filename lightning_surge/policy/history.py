@@ -119,6 +119,7 @@ class NoiseHistory:
     Example:
         Two measurements, the older one worth half with `half_life=1`: (1 * 6 + 0.5 * 3) / 1.5 = 5.
 
+        >>> from lightning_surge.measure.records import ChunkStatistics
         >>> history = NoiseHistory(half_life=1)
         >>> for grad_sq in (3.0, 6.0):
         ...     history.add(Measurement(ChunkStatistics(8.0, grad_sq, 10.0, ()), (), passes=16.0))

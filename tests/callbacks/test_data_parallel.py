@@ -111,7 +111,7 @@ class Net(pl.LightningModule):
             said["stats"] = repr(callback.history.stats())
             said["measured"] = callback.history.num_measurements
             said["numbers"] = numbers(callback)
-            said["budget"] = callback._measurer.budget.state_dict()
+            said["budget"] = dict(vars(callback._measurer.budget))
         torch.save(said, self.path / f"{self.trainer.global_rank}.pt")
 
 

@@ -47,6 +47,7 @@ class TestChunks:
             # One batch is cut into slices, a few are cut each, many are grouped.
             ((32,), 4.0, True, [[4]] * 8),
             ((16, 16), 4.0, True, [[4]] * 8),
+            ((8, 8, 8), 4.0, True, [[2], [3], [3]] * 3),
             ((2,) * 10, 100.0, True, [[2, 2], [2, 2, 2]] * 2),
             ((8, 8), 1.0, False, [[8], [8]]),
         ],
