@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.fidelity.analysis import POINT, Record
 from benchmarks.fidelity.ensemble import EPS
-from benchmarks.fidelity.free import LARGER, REFERENCE, approached
+from benchmarks.fidelity.free import DECAYS, LARGER, REFERENCE, approached
 from benchmarks.fidelity.markdown import number, table
 from benchmarks.fidelity.one_step import gradient_of
 from benchmarks.fidelity.regrets import loss_of_run, mccandlish
@@ -29,9 +29,11 @@ from benchmarks.fidelity.training import PHASES, Study, before, train_to
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, draw
 from lightning_surge.policy.policy import MAX_DRIFT
 
-__all__ = ["ceilings", "ladder", "rule_gaps", "rules_at", "state"]
+__all__ = ["LONGEST", "ceilings", "ladder", "rule_gaps", "rules_at", "state"]
 
-RATIOS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0)
+RATIOS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0)
+LONGEST = 8 * DECAYS[-1]
+"""Examples after the change that are enough for a ladder up to 256 times the batch size."""
 # Batches of the base size behind the exact statistics, and examples behind the curvature.
 BATCHES = 512
 EXAMPLES = 1024
@@ -178,7 +180,7 @@ def rule_gaps(records: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
     rows = []
     for cell in records["ladder"]:
         at = states.get(tuple(cell[name] for name in POINT))
-        if at is None:
+        if at is None or cell["examples"] not in DECAYS:
             continue
         workload = WORKLOADS[cell["workload"]]
         lr = workload.lr * before(PHASES[cell["phase"]])

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from benchmarks.fidelity.analysis import CHANGE, Record, Row, groups, mean, pick, quantile
+from benchmarks.fidelity.best_ratio import best_ratios
+from benchmarks.fidelity.free import DECAYS
 from benchmarks.fidelity.held import LAWS, one_step_rows
 from benchmarks.fidelity.one_step import SIZES
 from benchmarks.fidelity.rules import at_default, of_unit
@@ -23,6 +26,7 @@ BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
 )  # fmt: skip
 LAW_COLOURS = dict(zip(LAWS, (VERMILION, ORANGE, BLACK, BLUE, GREEN), strict=True))
 RULE_COLOURS = {"alignment": SKY, "step": VERMILION, "progress": BLUE}
+PHASE_COLOURS = {"early": ORANGE, "late": BLUE, "cooled": GREEN}
 REGRETS = {"tuned": "at the best base lr", "regret": "as run"}
 
 
@@ -32,6 +36,9 @@ def draw(records: Records, directory: Path) -> None:
         draw_one_step(records).savefig(directory / "one_step.png", metadata={"Software": None})
     if records["rules"]:
         draw_regret(records).savefig(directory / "regret.png", metadata={"Software": None})
+    longer = [row for row in best_ratios(records["ladder"]) if row["examples"] != DECAYS[0]]
+    if longer:
+        draw_best_ratio(longer).savefig(directory / "best_ratio.png", metadata={"Software": None})
 
 
 def draw_one_step(records: Records) -> Figure:
@@ -66,6 +73,51 @@ def draw_one_step(records: Records) -> Figure:
     handles, labels = grid[0, 0].get_legend_handles_labels()
     columns = min(int(figure.get_figwidth() / 1.7), len(labels))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_best_ratio(rows: Sequence[Row]) -> Figure:
+    """The best ratio approached by growth of the batch: a row for each decay, a panel for each workload."""
+    rows = pick(rows, beta_2=0.95)
+    decays = sorted({row["examples"] for row in rows})
+    workloads = list(groups(rows, "workload"))
+    growths = sorted({row["growth"] for row in rows})
+    figure = Figure(figsize=(2.9 * len(workloads), 2.9 * len(decays) + 0.4), dpi=90, layout="constrained")
+    grid = figure.subplots(len(decays), len(workloads), squeeze=False, sharex=True, sharey=True)
+    for line, examples in zip(grid, decays, strict=True):
+        for axes, (workload,) in zip(line, workloads, strict=True):
+            axes.plot(growths, np.sqrt(growths), "--", color=GREY, label="sqrt scaling")
+            for index, (phase, colour) in enumerate(PHASE_COLOURS.items()):
+                found = pick(rows, workload=workload, examples=examples, phase=phase)
+                # Next to one another, so that the ranges of one growth can be told apart.
+                x = np.array([row["growth"] * 2.0 ** (0.16 * (index - 1)) for row in found])
+                best = np.array([row["best"] for row in found])
+                ends = (
+                    np.array([(min(row["of_seeds"]), max(row["of_seeds"])) for row in found]).reshape(-1, 2).T
+                )
+                bars = np.maximum([best - ends[0], ends[1] - best], 0.0)
+                axes.errorbar(x, best, bars, color=colour, capsize=2, linewidth=1.2, label=phase)
+                for point, row in zip(x, found, strict=True):
+                    inside = "white" if row["open"] else colour
+                    axes.plot(point, row["best"], "o", color=colour, markerfacecolor=inside, markersize=5)
+            axes.set_title(f"{workload}, {examples:,} examples", fontsize=9)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            axes.set_xticks(growths, [str(growth) for growth in growths])
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        line[0].set_ylabel("best ratio of learning rates\n(approached at 5 % a step)", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("batch size after / before the change", fontsize=9)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    hollow = Line2D([], [], color=BLACK, marker="o", markerfacecolor="white", linestyle="none")
+    figure.legend(
+        [*handles, hollow],
+        [*labels, "at least so much: the ladder, or the time to rise, ends"],
+        loc="outside lower center",
+        ncols=len(labels) + 1,
+        frameon=False,
+        fontsize=9,
+    )
     return figure
 
 
