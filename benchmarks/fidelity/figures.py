@@ -7,16 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.fidelity.analysis import CHANGE, Record, Row, groups, mean, pick, quantile
+from benchmarks.fidelity.analysis import Record, Row, groups, pick, quantile
 from benchmarks.fidelity.best_ratio import best_ratios
 from benchmarks.fidelity.free import DECAYS
 from benchmarks.fidelity.held import LAWS, one_step_rows
 from benchmarks.fidelity.one_step import SIZES
-from benchmarks.fidelity.rules import at_default, of_unit
 
 __all__ = ["draw"]
 
@@ -25,17 +23,13 @@ BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#000000", "#8c8c8c", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 LAW_COLOURS = dict(zip(LAWS, (VERMILION, ORANGE, BLACK, BLUE, GREEN), strict=True))
-RULE_COLOURS = {"alignment": SKY, "step": VERMILION, "progress": BLUE}
 PHASE_COLOURS = {"early": ORANGE, "late": BLUE, "cooled": GREEN}
-REGRETS = {"tuned": "at the best base lr", "regret": "as run"}
 
 
 def draw(records: Records, directory: Path) -> None:
     """Draw what there are records for."""
     if records["one_step"]:
         draw_one_step(records).savefig(directory / "one_step.png", metadata={"Software": None})
-    if records["rules"]:
-        draw_regret(records).savefig(directory / "regret.png", metadata={"Software": None})
     longer = [row for row in best_ratios(records["ladder"]) if row["examples"] != DECAYS[0]]
     if longer:
         draw_best_ratio(longer).savefig(directory / "best_ratio.png", metadata={"Software": None})
@@ -119,48 +113,3 @@ def draw_best_ratio(rows: Sequence[Row]) -> Figure:
         fontsize=9,
     )
     return figure
-
-
-def draw_regret(records: Records) -> Figure:
-    """Mean regret by rule with 95 % half-widths, at the best base lr and as run."""
-    every = at_default(records["rules"])
-    units = {"nats": of_unit(every, nats=True), "%": of_unit(every, nats=False)}
-    shown = {unit: found for unit, found in units.items() if found}
-    # A rule that has not been run at a base lr has no bar there, and no line.
-    rules = {field: [rule for (rule,) in groups(_known(every, field), "rule")] for field in REGRETS}
-    heights = [0.26 * max(len(names), 1) + 1.0 for names in rules.values()]
-    figure = Figure(figsize=(4.6 * len(shown), sum(heights)), dpi=90, layout="constrained")
-    grid = figure.subplots(len(rules), len(shown), squeeze=False, sharey="row", height_ratios=heights)
-    for line, (field, base) in zip(grid, REGRETS.items(), strict=True):
-        for axes, (unit, found) in zip(line, shown.items(), strict=True):
-            known = _known(found, field)
-            _regret_bars(axes, known, field, rules[field], unit)
-            name = "cross-entropy" if unit == "nats" else "autoencoder"
-            axes.set_title(f"{name}, {base}, {len(groups(known, *CHANGE))} changes of B", fontsize=10)
-        line[0].invert_yaxis()
-    return figure
-
-
-def _known(rows: Sequence[Row], field: str) -> list[Row]:
-    return [row for row in rows if row[field] is not None]
-
-
-def _regret_bars(axes: Axes, rows: Sequence[Row], field: str, rules: Sequence[str], unit: str) -> None:
-    means = np.array([mean(row[field] for row in pick(rows, rule=rule))[:2] for rule in rules])
-    values, widths = np.where(np.isfinite(means), means, 0.0).reshape(-1, 2).T
-    colours = [RULE_COLOURS.get(rule.partition(",")[0], GREY) for rule in rules]
-    linear = 0.01 if unit == "nats" else 1.0
-    # A mean that one ruinous change makes says nothing on the other side of zero.
-    below = np.where(values > linear, np.minimum(widths, values + linear), widths)
-    axes.barh(rules, values, xerr=(below, widths), color=colours, error_kw={"capsize": 2, "linewidth": 1})
-    axes.set_xscale("symlog", linthresh=linear)
-    highest = math.log10(max(values.max(initial=0.0), linear) / linear)
-    decades = [linear * 10.0**power for power in range(0, math.ceil(highest) + 1, 1 + round(highest / 4))]
-    axes.set_xticks([-linear, 0.0, *decades])
-    axes.set_xlim(left=-2 * linear, right=decades[-1] * 3)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.axvline(0.0, color=BLACK, linewidth=0.8)
-    axes.grid(axis="x", color=GREY, alpha=0.3, linewidth=0.6)
-    axes.set_axisbelow(True)
-    name = "nats" if unit == "nats" else "% of the best loss"
-    axes.set_xlabel(f"mean regret ({name}, linear below {linear:g})")
