@@ -23,6 +23,7 @@ from benchmarks.fidelity.betas import betas
 from benchmarks.fidelity.ceilings import LONGEST, ladder, state
 from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
 from benchmarks.fidelity.live import live, live_at_best_base
+from benchmarks.fidelity.muon import muon
 from benchmarks.fidelity.one_step import laws, truths
 from benchmarks.fidelity.regrets import DEFAULT
 from benchmarks.fidelity.switch import BATCH_SIZES, SEEDS, sweep
@@ -72,6 +73,8 @@ def grid() -> list[Cell]:
         cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), 2 + unusual(key)))
     for key in product(beta_2=BETAS, phase=PHASES, workload=WORKLOADS):
         cells.append(Cell("state", key, state, unusual(key) + (key["workload"] == "transformer")))
+    for key in product(phase=PHASES[::2], seed=SEEDS, workload=SWEPT[3:]):
+        cells.append(Cell("muon", key, muon, 3))
     return cells
 
 

@@ -27,6 +27,7 @@ from benchmarks.fidelity.betas import betas_table
 from benchmarks.fidelity.ceilings import ceilings
 from benchmarks.fidelity.free import AS_SHIPPED, free_table, free_targets
 from benchmarks.fidelity.markdown import share, table, targets_table
+from benchmarks.fidelity.muon import muon_table
 from benchmarks.fidelity.one_step import COUNTS
 from benchmarks.fidelity.regrets import DEFAULT, FIXED, all_rows, best_fixed, shared
 from benchmarks.fidelity.rules import at_default, leave_out, of_unit, rules
@@ -48,6 +49,7 @@ KEYS = {
     "ladder": (*POINT, "examples"),
     "betas": (*POINT, "examples"),
     "state": POINT,
+    "muon": ("workload", "phase", "seed"),
 }
 """What tells the cells of a kind apart."""
 Records = Mapping[str, Sequence[Record]]
@@ -58,6 +60,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "best_ratio": ("ladder", best_ratio_table),
     "ceilings": ("ladder", ceilings),
     "betas": ("betas", betas_table),
+    "muon": ("muon", muon_table),
     "leave_out": ("rules", leave_out),
 }
 """By heading of the page: the records without which there is nothing to show, and what makes the section."""
