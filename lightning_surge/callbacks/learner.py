@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.lightning_host import warn
-from lightning_surge.callbacks.logging import PREFIX, law_metrics
+from lightning_surge.callbacks.logging import PREFIX, law_metrics, with_error
 from lightning_surge.callbacks.measuring.measurer import MeasurerState
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings, check_base
@@ -155,17 +155,13 @@ class Learner:
     def metrics(self, batch_size: float, examples: float) -> dict[str, float]:
         """What is logged of the law and of where the run is."""
         assert self.policy is not None
-        ratio, error = self.policy.predicted(2.0 * batch_size)
         metrics = self._law_metrics | {
             f"{PREFIX}batch_size": batch_size,
             f"{PREFIX}base_batch_size": self.policy.base_batch_size,
             f"{PREFIX}examples": examples,
             f"{PREFIX}objective": float(list(OBJECTIVES).index(self._settings.objective)),
-            f"{PREFIX}lr_scale_doubled": ratio,
         }
-        if math.isfinite(error):
-            metrics[f"{PREFIX}lr_scale_doubled_standard_error"] = error
-        return metrics
+        return metrics | with_error("lr_scale_doubled", *self.policy.predicted(2.0 * batch_size))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""

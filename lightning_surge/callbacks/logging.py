@@ -33,6 +33,12 @@ def _group_suffixes(optimizer: Optimizer, suffix: str) -> list[str]:
     return [f"{suffix}/{group.get('name', index)}" for index, group in enumerate(groups)]
 
 
+def with_error(name: str, value: float, error: float) -> dict[str, float]:
+    """A number to log, and its standard error where that is finite."""
+    known = {f"{PREFIX}{name}_standard_error": error} if math.isfinite(error) else {}
+    return {f"{PREFIX}{name}": value} | known
+
+
 def law_metrics(history: NoiseHistory, law: EstimatedLaw | None, batch_size: float) -> dict[str, float]:
     """What the measurements say, each with its standard error where it is finite.
 
@@ -47,10 +53,8 @@ def law_metrics(history: NoiseHistory, law: EstimatedLaw | None, batch_size: flo
         f"{PREFIX}num_measurements": float(history.num_measurements),
     }
     if math.isfinite(stats.noise_scale):
-        metrics[f"{PREFIX}noise_scale"] = stats.noise_scale
         error = history.standard_error(lambda stats: stats.noise_scale)
-        if math.isfinite(error):
-            metrics[f"{PREFIX}noise_scale_standard_error"] = error
+        metrics |= with_error("noise_scale", stats.noise_scale, error)
     if law is None:
         return metrics
     quantities: dict[str, Callable[[Law], float]] = {
@@ -65,12 +69,8 @@ def law_metrics(history: NoiseHistory, law: EstimatedLaw | None, batch_size: flo
         quantities = {"critical_batch_size": quantities["critical_batch_size"]}
     for name, quantity in quantities.items():
         value = quantity(law)
-        if law.at_edge and not 0.0 < value < math.inf:
-            continue
-        metrics[f"{PREFIX}{name}"] = value
-        error = law.standard_error(quantity)
-        if math.isfinite(error):
-            metrics[f"{PREFIX}{name}_standard_error"] = error
+        if not law.at_edge or 0.0 < value < math.inf:
+            metrics |= with_error(name, value, law.standard_error(quantity))
     # By their names a reader of the logs knows which law it is, and makes it again.
     numbers: dict[str, float | None] = asdict(law.law)  # type: ignore[call-overload]
     metrics |= {f"{PREFIX}law/{name}": value for name, value in numbers.items() if value is not None}

@@ -116,16 +116,6 @@ class TrainingLoader:
                 f"{micro.size} was given, got one of batch_size={self.stated} in mid-run: keep the batch size"
                 " of the loader, or leave micro_batch_size= out."
             )
-        self._admit_accumulation(trainer, rule, micro)
-
-    def _key(self, rule: BatchSizeRule, micro: MicroBatches) -> tuple[Any, ...]:
-        """What the checks depend on."""
-        if self.sampler is not None:
-            return (self.micro_batch_size, len(self.sampler.sampler), self.sampler.drop_last)  # type: ignore[arg-type]
-        longest = accumulation_for(max(rule.named_sizes.values()), self.micro_batch_size * micro.replicas)
-        return (self.micro_batch_size, self.stated, min(self.batches or longest, longest))
-
-    def _admit_accumulation(self, trainer: pl.Trainer, rule: BatchSizeRule, micro: MicroBatches) -> None:
         check_accumulated_sizes(rule, self.micro_batch_size, micro.replicas)
         if self.batches is None and isinstance(rule, Schedule) and rule.unit == "epochs":
             raise MisconfigurationException(
@@ -146,6 +136,13 @@ class TrainingLoader:
             f"Batch sizes are set by accumulation, in powers of two of micro-batch {self.micro_batch_size} x"
             f" replicas {micro.replicas}."
         )
+
+    def _key(self, rule: BatchSizeRule, micro: MicroBatches) -> tuple[Any, ...]:
+        """What the checks depend on."""
+        if self.sampler is not None:
+            return (self.micro_batch_size, len(self.sampler.sampler), self.sampler.drop_last)  # type: ignore[arg-type]
+        longest = accumulation_for(max(rule.named_sizes.values()), self.micro_batch_size * micro.replicas)
+        return (self.micro_batch_size, self.stated, min(self.batches or longest, longest))
 
     def replay(self, rule: BatchSizeRule, replicas: int) -> AccumulatedSchedule | SampledSchedule | None:
         """The sizes that steps will have; None if an epoch cannot be counted beforehand."""

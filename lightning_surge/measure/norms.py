@@ -52,13 +52,6 @@ class NormSums:
         examples: in all windows.
         chunks: in all windows.
         windows: how many there were.
-
-    Example:
-        Two one-example chunks with gradients (3, 0) and (1, 0), and their mean (2, 0):
-
-        >>> rows = [Row(9 / 4, size=1, factor=0.5), Row(1 / 4, size=1, factor=0.5)]
-        >>> NormSums.of_window(4.0, rows).measurement().statistics
-        ChunkStatistics(batch_size=2.0, grad_sq=3.0, trace_cov=2.0, alignments=())
     """
 
     cross: float = 0.0
@@ -343,13 +336,10 @@ class WindowNorms:
         self._norms.begin(self._parameters)
 
     def after_backward(self, size: float, factor: float, scale: float, *, last: bool) -> None:
-        """A micro-batch's backward pass has ended.
+        """A micro-batch's backward pass has ended; `last` if no other one comes before the step.
 
-        Args:
-            size: examples in it, of this process; 0 for one that weighs nothing.
-            factor: by which its mean gradient is multiplied in the step's, on this process.
-            scale: factor on the loss in every micro-batch of the window besides.
-            last: whether no other one comes before the step.
+        It has `size` examples of this process, whose mean gradient enters the step's times `factor`. `scale`
+        is a factor on the loss in every micro-batch of the window besides.
         """
         window = self._window
         assert window is not None

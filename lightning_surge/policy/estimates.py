@@ -180,15 +180,6 @@ def fit_noise_law(stats: NoiseStats, direction: Direction) -> Law | None:
     Its ratios are those of `isotropic_lr`; its level has no meaning, and its peak is not measured. Along the
     gradient the noise scale then is `tr Sigma / |G|^2`.
 
-    Args:
-        stats: averaged statistics.
-        direction: of the optimizer's steps.
-
-    Example:
-        >>> stats = NoiseStats(2, 1.0, 48.0, (), (), sizes=(4.0, 16.0))
-        >>> fit_noise_law(stats, SIGN).isotropic_lr(16) == 0.5  # 1 / sqrt(1 + 48 / 16)
-        True
-
     References:
         McCandlish et al. 2018, arXiv:1812.06162, section 2.2.
     """
@@ -205,18 +196,6 @@ def fit_sign_law(stats: NoiseStats) -> MeasuredLaw | None:
     """Lemma 1 with measured terms, for updates along the sign of the gradient.
 
     None if the curvature is not positive at any size, or nothing was measured.
-
-    Example:
-        Alignments `2 h(b)` and curvatures `1 + 3 h(b)^2` with a noise scale of 48 examples, seen at
-        16 examples (`h^2 = 1/4`) and at 48 (`h^2 = 1/2`):
-
-        >>> law = fit_sign_law(NoiseStats(2, 1.0, 48.0,
-        ...     alignments=(Bin(16, 1.0, 1.0, 0.0), Bin(48, 2.0**0.5, 1.0, 0.0)),
-        ...     curvatures=(), contrasts=(Contrast((16, 48), (1.75, 2.5), 1.0),)))
-        >>> [round(value, 6) for value in (law.alignment_limit, law.alignment_scale, law.noise_curvature)]
-        [2.0, 48.0, 1.0]
-        >>> round(law.signal_curvature * law.alignment_limit**2, 6)
-        3.0
 
     References:
         Li et al. 2024, arXiv:2405.14578, Lemma 1 (Eq. 6, 7) and the form of Eq. 11.

@@ -34,11 +34,7 @@ SMALLEST = 1e-12
 class Bin(NamedTuple):
     """A weighted mean over measurements with directions of about the same size.
 
-    Attributes:
-        batch_size: geometric mean of the sizes, examples.
-        value: weighted mean.
-        weight: sum of the weights.
-        variance: of `value`, from the scatter; 0 with a single one.
+    `batch_size` is the geometric mean of theirs; `variance` is that of `value`, from the scatter.
     """
 
     batch_size: float
@@ -48,13 +44,7 @@ class Bin(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """Two curvatures of one measurement, for two batch sizes at one point of training.
-
-    Attributes:
-        sizes: examples; of directions, the smaller one first.
-        values: the curvatures.
-        weight: of the measurement.
-    """
+    """Two curvatures of one measurement, along directions of two sizes, the smaller one first."""
 
     sizes: tuple[float, float]
     values: tuple[float, float]

@@ -58,11 +58,6 @@ def share_samplers(loaders: list[Any]) -> list[Any]:
     return [sampler for sampler in epoch_samplers(loaders) if is_sampler_wrapper(sampler)]
 
 
-def order_of(sampler: Any) -> Tensor:
-    """The indices of the present epoch, of all ranks."""
-    return torch.tensor(sampler.dataset._sampler_list or [])
-
-
 @contextmanager
 def in_order(samplers: list[Any], orders: list[Tensor]) -> Iterator[None]:
     """Let samplers begin an epoch with the indices that were saved."""
