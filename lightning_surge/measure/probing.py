@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_surge.measure.batches import SplitBatch, TooFewExamplesError, group_evenly
 from lightning_surge.measure.distributed import ALONE, Ranks
-from lightning_surge.measure.gradients import squared_norm
+from lightning_surge.measure.gradients import dense
 from lightning_surge.measure.measurement import MIN_SLICES, slices_for
 from lightning_surge.measure.replay import Chunk, Piece, RandomState
 
@@ -158,8 +158,12 @@ class Prober:
 
     def _relative_difference(self, reference: Sequence[Tensor | None]) -> float:
         """`|g - reference|^2 / |reference|^2` of the gradient at hand, which is dropped."""
-        pairs = zip(self._take(), reference, strict=True)
-        # Of a parameter that only one of the two reaches, all of the gradient.
-        difference = [b if a is None else a if b is None else a - b for a, b in pairs]
-        change, length = float(squared_norm(difference)), float(squared_norm(reference))
+        change, length = 0.0, 0.0
+        for gradient, other in zip(self._take(), reference, strict=True):
+            if other is not None:
+                length += float(torch.linalg.vector_norm(dense(other)).square())
+                difference = other if gradient is None else gradient - other
+                change += float(torch.linalg.vector_norm(dense(difference)).square())
+            elif gradient is not None:
+                change += float(torch.linalg.vector_norm(dense(gradient)).square())
         return change / length if length > 0.0 else float(change > 0.0)
