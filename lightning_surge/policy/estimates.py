@@ -66,14 +66,6 @@ class EstimatedLaw(Law):
     reach: tuple[AnyFloat, AnyFloat] = (0.0, math.inf)
     at_edge: bool = False
 
-    def __post_init__(self) -> None:
-        (low, high), shares = self.reach, [share for _, share in self.replicates]
-        if not (all(0.0 < share <= 1.0 for share in shares) and 0.0 <= low <= high and high > 0.0):
-            raise ValueError(
-                f"Expected shares between 0 and 1 and a reach from low to high, got {shares} and "
-                f"{self.reach}: {REMEDY}."
-            )
-
     @property
     def peak(self) -> Peak:
         """Of the law."""
@@ -119,7 +111,14 @@ class EstimatedLaw(Law):
     def from_state_dict(cls, state: dict[str, Any]) -> EstimatedLaw:
         """The law that `state_dict` described; an error if a value is missing or out of range."""
         replicates = [(law and _law_from_state(law), share) for law, share in state["replicates"]]
-        return restore(cls, {**state, "law": _law_from_state(state["law"]), "replicates": replicates})
+        estimated = restore(cls, {**state, "law": _law_from_state(state["law"]), "replicates": replicates})
+        (low, high), shares = estimated.reach, [share for _, share in estimated.replicates]
+        if not (all(0.0 < share <= 1.0 for share in shares) and 0.0 <= low <= high and high > 0.0):
+            raise ValueError(
+                f"Expected shares between 0 and 1 and a reach from low to high, got {shares} and "
+                f"{estimated.reach}: {REMEDY}."
+            )
+        return estimated
 
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MeasuredLaw, SGDLaw, Theorem3Law)}
