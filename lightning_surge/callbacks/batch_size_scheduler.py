@@ -480,12 +480,7 @@ class BatchSizeScheduler(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; state that cannot be used is dropped, with a warning."""
         try:
-            version = state_dict.get("version")
-            if version not in (1, STATE_VERSION):
-                raise ValueError(
-                    f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}."
-                )
-            state = restore(SchedulerState, state_dict)
+            state = restore(SchedulerState, state_dict, versions=(1, STATE_VERSION))
         except Exception as error:
             warn(
                 f"Expected whole state in the checkpoint, got what cannot be read: {type(error).__name__}:"

@@ -17,7 +17,7 @@ from lightning_surge.callbacks.measuring.measurer import MeasurerState
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings, check_base
 from lightning_surge.checking.arguments import number, optional
-from lightning_surge.checking.state import REMEDY, AnyFloat, restore
+from lightning_surge.checking.state import REMEDY, AnyFloat
 from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.records import Measurement
@@ -203,11 +203,3 @@ class SurgeState:
         optional(check_base, "base_batch_size", self.base_batch_size)
         if not math.isnan(self.scheduled_lr):
             number("scheduled_lr", self.scheduled_lr, REMEDY, least=0)
-
-    @classmethod
-    def of(cls, state: Any) -> SurgeState:
-        """What a checkpoint holds, if this release has written it and nothing is damaged."""
-        version = state.get("version") if isinstance(state, dict) else None
-        if type(version) is not int or version != STATE_VERSION:
-            raise ValueError(f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}.")
-        return restore(cls, state)

@@ -47,7 +47,7 @@ from lightning_surge.callbacks.settings import (
 )
 from lightning_surge.callbacks.step_examples import StepExamples
 from lightning_surge.checking.arguments import function, number, optional
-from lightning_surge.checking.state import save
+from lightning_surge.checking.state import restore, save
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch
 from lightning_surge.measure.direction import SIGN, Direction
@@ -630,7 +630,7 @@ class SurgeLRCallback(Callback):
         """Go on where `state_dict` was taken; unusable state is dropped as a whole, with a warning."""
         self._reset()
         try:
-            state = SurgeState.of(state_dict)
+            state = restore(SurgeState, state_dict, versions=(STATE_VERSION,))
             self._measurer.load(state.measurer)
             self._learner.load(state)
             vars(self._behind_step.pace).update(vars(state.pace))
