@@ -57,10 +57,6 @@ class StepExamples:
         self.batches = self.passes = 0
         self._counted_batch: int | None = None
 
-    def steps(self, global_step: int) -> int:
-        """Steps of this optimizer; `global_step` counts those of all optimizers."""
-        return self.pace.steps if self.manual else global_step
-
     # ------------------------------------------------------------------ a batch
 
     def begin_batch(self, batch: Any, batch_idx: int, *, size: float) -> None:
@@ -71,10 +67,6 @@ class StepExamples:
     def foreseen(self) -> float:
         """Examples behind the step if it is taken with the current batch, as well as those before."""
         return self.examples if self.counts_batch or self.batch is None else self.examples + self.size
-
-    def end_batch(self) -> None:
-        """Forget the current batch."""
-        self.batch = None
 
     def before_backward(self) -> None:
         """Forget the batches whose gradients have been zeroed."""
@@ -112,10 +104,6 @@ class StepExamples:
                 "learning rate of such steps as it is: call self.manual_backward(loss) instead of "
                 "loss.backward()."
             )
-
-    def end_step(self) -> None:
-        """Count the step that was just taken."""
-        self.pace.step(self.batches)
 
     def interrupt(self) -> bool:
         """Prepare for a checkpoint; whether an accumulation window is still open."""

@@ -473,9 +473,9 @@ class SurgeLRCallback(Callback):
             return
         if learner.policy is None:
             learner.fix_base(examples)
-        step = self._step = StepToCome(
-            optimizer, self._direction, behind.steps(trainer.global_step), examples
-        )
+        # The Trainer counts the steps of all optimizers.
+        steps = behind.pace.steps if behind.manual else trainer.global_step
+        step = self._step = StepToCome(optimizer, self._direction, steps, examples)
         if self.settings.measures and (measurer.ready or measurer.failure is not None):
             self._measure(step)
         measurer.budget.train(examples)
@@ -559,7 +559,7 @@ class SurgeLRCallback(Callback):
         behind, factor, log_, trainer = self._behind_step, self._factor, self._step_log, self._trainer
         step, decision = self._step, self._step_decision
         if step is not None and factor is not None and log_ is not None and trainer is not None:
-            behind.end_step()
+            behind.pace.step(behind.batches)
             # Where Lightning calls the steps, what is logged in other batches is dropped.
             if decision is not None and (behind.manual or logs_now(trainer)):
                 log_.unlogged = StepRecord(decision, step.batch_size, factor.scheduled, factor.used)
@@ -581,7 +581,7 @@ class SurgeLRCallback(Callback):
         """Log the latest step where Lightning keeps what is logged."""
         if self._factor is not None:
             self._factor.restore()
-        self._behind_step.end_batch()
+        self._behind_step.batch = None
         if self._step_log is not None and self._step_log.unlogged is not None and logs_now(trainer):
             examples = self._measurer.budget.trained
             metrics = self._learner.metrics(self._step_log.unlogged.batch_size, examples)

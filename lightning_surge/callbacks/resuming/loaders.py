@@ -149,7 +149,10 @@ def _order_obstacle(loader: DataLoader[Any]) -> Obstacle | None:
         )
     sampler: Any = loader.sampler
     if loader.batch_sampler is not None:
-        if not _counts_only(loader.batch_sampler) and _saves_iteration(loader.batch_sampler):
+        # torch's and torchdata's know how many indices were used, and not which.
+        home = type(loader.batch_sampler).__module__
+        counts_only = home in ("torch.utils.data.sampler", "torchdata.stateful_dataloader.sampler")
+        if not counts_only and _saves_iteration(loader.batch_sampler):
             return None
         sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
@@ -171,8 +174,3 @@ def _order_obstacle(loader: DataLoader[Any]) -> Obstacle | None:
 def _saves_iteration(iterable: Any) -> bool:
     """Whether an iterable, or (for all that can be told) its iterator, has a state."""
     return is_stateful(iterable) or not inspect.isgeneratorfunction(getattr(type(iterable), "__iter__", None))
-
-
-def _counts_only(batches: Any) -> bool:
-    """Whether a batch sampler is torch's or torchdata's, which know how many indices were used, not which."""
-    return type(batches).__module__ in ("torch.utils.data.sampler", "torchdata.stateful_dataloader.sampler")
