@@ -146,17 +146,6 @@ class TestExact:
             assert measurement.coordinate_sums.trace_hessian == pytest.approx(15.0)
             assert measurement.coordinate_sums.coherent_curvature == pytest.approx(0.0, abs=1e-9)
 
-    def test_memory_formats_do_not_matter(self) -> None:
-        rng = np.random.default_rng(0)
-        root = rng.normal(size=(8, 8))
-        batches = [torch.from_numpy(rng.normal(size=(2, 8)) + 1.0) for _ in range(8)]
-        results = []
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            quadratic = Quadratic((1, 2, 2, 2), hessian=root @ root.T)
-            quadratic.theta = quadratic.theta.contiguous(memory_format=memory_format)
-            results.append(quadratic.measure(batches, "theorem3").coordinate_sums)
-        assert results[1] == pytest.approx(results[0], rel=1e-9)
-
     def test_random_numbers_repeat_at_the_displaced_point(self) -> None:
         """Loss `sum_i m_i theta_i^2 / 2` with a mask per pass: fresh masks would swamp the curvature."""
         theta = torch.ones(50, dtype=torch.float64)

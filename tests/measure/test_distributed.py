@@ -22,17 +22,6 @@ def ranks(rank: int, count: int) -> Ranks:
     return Ranks(count=count, rank=rank)
 
 
-class TestAlone:
-    def test_everything_is_free(self) -> None:
-        parameter = torch.ones(2, requires_grad=True)
-        alone = Ranks()
-        assert alone.total(1.0, 2.0) == alone.least(1.0, 2.0) == (1.0, 2.0)
-        alone.meet()
-        alone.sum_gradients([parameter])
-        assert parameter.grad is None
-        assert alone.first("anything") == "anything"
-
-
 class TestTogether:
     def test_numbers(self) -> None:
         def work(rank: int, count: int) -> Any:
