@@ -30,15 +30,14 @@ CHUNKS, EXAMPLES = 16, 64.0
 class Quadratic:
     """Loss `theta' H theta / 2 + x . theta` at theta = 0, so that an example's gradient is x."""
 
-    def __init__(self, shape: tuple[int, ...] = (5,), hessian: np.ndarray = HESSIAN) -> None:
+    def __init__(self, hessian: np.ndarray = HESSIAN) -> None:
         self.hessian = torch.from_numpy(hessian)
-        self.theta = torch.zeros(shape, dtype=torch.float64)
+        self.theta = torch.zeros(5, dtype=torch.float64)
         self.passes = 0.0
 
     def replay(self, piece: Piece, weight: float) -> None:
         self.passes += piece.size
-        flat = self.hessian @ self.theta.reshape(-1) + piece.batch.mean(0)
-        gradient = weight * flat.reshape(self.theta.shape)
+        gradient = weight * (self.hessian @ self.theta + piece.batch.mean(0))
         self.theta.grad = gradient if self.theta.grad is None else self.theta.grad + gradient
 
     def measure(
