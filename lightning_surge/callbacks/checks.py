@@ -121,6 +121,12 @@ def check_optimizer(
             f"law={law!r} is about sign-like updates, got {type(optimizer).__name__}: use "
             "law='measured', which takes the gradient-noise law for it."
         )
+    if curvature and direction.of is None:
+        raise MisconfigurationException(
+            "Expected an optimizer along whose step curvature can be measured, got "
+            f"{type(optimizer).__name__}, which {why}: use objective='progress' or "
+            "'alignment', without log_peak=True or FollowPeak."
+        )
     clips = trainer.gradient_clip_val or overrides(pl_module, "configure_gradient_clipping")
     if direction.loss_power and clips:
         warn(

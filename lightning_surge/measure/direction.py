@@ -23,7 +23,7 @@ class Direction:
     Attributes:
         name: one word, as docs/support.md writes it.
         of: elementwise map from a mean gradient to `V`. It sees flat blocks of a parameter
-            (`gradients.blocks`), so a map of whole matrices needs a walk of its own.
+            (`gradients.blocks`). None for a map of whole matrices, along which no curvature is measured.
         loss_power: exponent with which `V` grows when the loss is multiplied by a number.
         objective: key of `OBJECTIVES` that a measured law is followed for by default.
 
@@ -33,7 +33,7 @@ class Direction:
     """
 
     name: str
-    of: Callable[[Tensor], Tensor]
+    of: Callable[[Tensor], Tensor] | None
     loss_power: int
     objective: str
 
@@ -50,3 +50,5 @@ def _itself(gradient: Tensor) -> Tensor:
 SIGN = Direction("sign", _sign, loss_power=0, objective="progress")
 # SGD. Equal progress per example is linear scaling here, whatever is measured; `alignment` is its own law.
 GRADIENT = Direction("gradient", _itself, loss_power=1, objective="alignment")
+# Muon: singular values become 1. What a step gains saturates at the noise scale of the norms, as the sign's.
+ORTHOGONAL = Direction("orthogonal", None, loss_power=0, objective="progress")

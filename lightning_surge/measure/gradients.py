@@ -82,7 +82,8 @@ class ChunkStream:
         direction: Direction = SIGN,
     ) -> None:
         self.scales = [1.0] * len(parameters) if scales is None else list(scales)
-        self.direction = direction
+        assert direction.of is not None, "refused where training is set up"
+        self._step = direction.of
         self.prefix = [zeros(parameter) for parameter in parameters]
         self.reference = [zeros(parameter) for parameter in parameters]
         self.prefix_size = self.reference_size = 0.0
@@ -126,7 +127,7 @@ class ChunkStream:
     def _walk(self, total: Sequence[Tensor], size: float) -> Iterator[Tensor]:
         for tensor, scale in zip(total, self.scales, strict=True):
             for (block,) in blocks(tensor):
-                yield self.direction.of(block / size).mul(scale)
+                yield self._step(block / size).mul(scale)
 
     def _along(self, total: Sequence[Tensor], other: Sequence[Tensor | None], size: float) -> Tensor:
         """`sum_i scale_i V_i . other_i` with the direction `V` of a sum over `size` examples."""
@@ -134,7 +135,7 @@ class ChunkStream:
         for tensor, gradient, scale in zip(total, other, self.scales, strict=True):
             if gradient is not None:
                 for block, grad_block in blocks(tensor, dense(gradient)):
-                    result += scale * torch.dot(self.direction.of(block / size), grad_block.to(block.dtype))
+                    result += scale * torch.dot(self._step(block / size), grad_block.to(block.dtype))
         return result
 
     def statistics(self) -> ChunkStatistics:

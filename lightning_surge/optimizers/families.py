@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
+from lightning_surge.measure.direction import GRADIENT, ORTHOGONAL, SIGN, Direction
 
 DECOUPLED = ("adamw", "adafactor", "lion", "muon", "sgdw")
 
@@ -101,10 +101,11 @@ FAMILIES = (
         names="asgd",
         scalable=False,
     ),
+    Family("evens out the singular values of whole matrices", ORTHOGONAL, fragments=("muon",)),
     Family(
         "steps by whole matrices, evening out their singular values or axes, not coordinate by coordinate",
         names="soap dion scion scionlight kron psgd splus spectralsphere adago conda racs alice fira apollo",
-        fragments=("muon", "shampoo", "galore"),
+        fragments=("shampoo", "galore"),
     ),
     Family(
         "finds the size of its steps itself, so its learning rate is no distance",

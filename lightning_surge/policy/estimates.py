@@ -23,7 +23,7 @@ import numpy as np
 from lightning_surge.checking.state import REMEDY, AnyFloat, restore, save
 from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw
 from lightning_surge.laws.theorems import Theorem3Law
-from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
+from lightning_surge.measure.direction import GRADIENT, ORTHOGONAL, SIGN, Direction
 from lightning_surge.policy.history import Bin, Contrast, NoiseHistory, NoiseStats, jackknife_error
 
 Fit = Callable[[NoiseStats], Law | None]
@@ -169,6 +169,8 @@ def _attempt(fit: Fit, stats: NoiseStats) -> Law | None:
 
 def law_of(direction: Direction, *, curvature: bool = True) -> Fit:
     """Fits the measured law of a direction; `curvature` if one without measured curvature is of no use."""
+    if direction is ORTHOGONAL:
+        return lambda stats: fit_noise_law(stats, direction)
     measured: Fit = {SIGN: fit_sign_law, GRADIENT: fit_sgd_law}[direction]
     return measured if curvature else lambda stats: measured(stats) or fit_noise_law(stats, direction)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_surge.measure.direction import GRADIENT, SIGN
+from lightning_surge.measure.direction import GRADIENT, ORTHOGONAL, SIGN
 from lightning_surge.optimizers.families import (
     decay_follows_lr,
     direction_of,
@@ -51,10 +51,13 @@ class TestKind:
     def test_gradient_updates_of_other_packages(self, name: str) -> None:
         assert direction_of(foreign(name)) is GRADIENT
 
+    @pytest.mark.parametrize("name", ["Muon", "MuonWithAuxAdam", "AdaMuon", "DistributedMuon"])
+    def test_orthogonalised_updates(self, name: str) -> None:
+        assert direction_of(foreign(name)) is ORTHOGONAL
+
     @pytest.mark.parametrize(
         ("name", "why"),
         [
-            *[(name, "whole matrices") for name in ("Muon", "MuonWithAuxAdam", "AdaMuon", "DistributedMuon")],
             *[
                 (name, "whole matrices")
                 for name in ("Shampoo", "SOAP", "Dion", "SCION", "Kron", "GaLoreAdamW")

@@ -151,6 +151,16 @@ def test_what_is_measured_gives_a_law(name: str) -> None:
     assert callback.law is not None
 
 
+@pytest.mark.parametrize("options", [{"objective": "step"}, {"log_peak": True}], ids=str)
+def test_curvature_is_not_measured_along_whole_matrices(options: dict[str, Any]) -> None:
+    module = Linear("Muon")
+    with pytest.raises(
+        MisconfigurationException, match=r"got Muon, which evens out .*: use objective='progress'"
+    ):
+        make_trainer(SurgeLRCallback(4, **options)).fit(module, data())
+    assert module.calls == 0
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_the_length_of_an_update_grows_with_the_gradient_where_the_law_says_so(name: str) -> None:
     def moved(factor: float) -> Tensor:
