@@ -20,8 +20,8 @@ import torch
 from benchmarks.cells import Cell, Store, chosen, run_cells
 from benchmarks.fidelity import report
 from benchmarks.fidelity.betas import betas
-from benchmarks.fidelity.ceilings import LONGEST, ladder, state
 from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
+from benchmarks.fidelity.ladder import LONGEST, ladder
 from benchmarks.fidelity.live import live
 from benchmarks.fidelity.muon import muon
 from benchmarks.fidelity.one_step import laws, truths
@@ -60,8 +60,6 @@ def grid() -> list[Cell]:
     sizes = (*LARGER, 4 * LARGER[-1])
     for key in product(beta_2=BETAS[:1], examples=[LONGEST], phase=PHASES, workload=HELD[:3]):
         cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), 2 + unusual(key)))
-    for key in product(beta_2=BETAS, phase=PHASES, workload=WORKLOADS):
-        cells.append(Cell("state", key, state, unusual(key) + (key["workload"] == "transformer")))
     for key in product(phase=PHASES[::2], seed=SEEDS, workload=HELD[3:]):
         cells.append(Cell("muon", key, muon, 3))
     return cells

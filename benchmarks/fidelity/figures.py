@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.fidelity.analysis import Record, Row, groups, pick, quantile
-from benchmarks.fidelity.best_ratio import best_ratios
 from benchmarks.fidelity.free import DECAYS
 from benchmarks.fidelity.held import LAWS, one_step_rows
+from benchmarks.fidelity.ladder import best_ratios
 from benchmarks.fidelity.one_step import SIZES
 
 __all__ = ["draw"]
