@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.cells import Cell, Store, chosen, run_cells
 from benchmarks.fidelity import report
+from benchmarks.fidelity.betas import betas
 from benchmarks.fidelity.ceilings import ladder, state
 from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
 from benchmarks.fidelity.live import live, live_at_best_base
@@ -64,6 +65,8 @@ def grid() -> list[Cell]:
         cells.append(Cell("free", key, free, later + 4 * (key["examples"] != DECAYS[0])))
         cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), later))
         cells += [Cell("live", key | AS_SHIPPED | {"seed": seed}, shipped, later) for seed in SEEDS]
+        if key["workload"] != "transformer":
+            cells.append(Cell("betas", key, betas, later))
     for key in product(beta_2=BETAS, phase=PHASES, workload=WORKLOADS):
         cells.append(Cell("state", key, state, unusual(key) + (key["workload"] == "transformer")))
     return cells
@@ -84,6 +87,7 @@ def quick() -> list[Cell]:
         Cell("sweep", short | {"batch_size": LARGER[-1]}, sweep),
         Cell("free", short, free),
         Cell("ladder", short, ladder),
+        Cell("betas", short, betas),
         Cell("live", short | AS_SHIPPED | {"seed": 0}, partial(live, batch_sizes=LARGER)),
     ]
 

@@ -22,6 +22,7 @@ from benchmarks.fidelity.analysis import (
     summary,
     unique,
 )
+from benchmarks.fidelity.betas import betas_table
 from benchmarks.fidelity.ceilings import ceilings
 from benchmarks.fidelity.free import AS_SHIPPED, free_table, free_targets
 from benchmarks.fidelity.markdown import share, table, targets_table
@@ -44,6 +45,7 @@ KEYS = {
     "best_base": RUN,
     "free": (*POINT, "examples"),
     "ladder": (*POINT, "examples"),
+    "betas": (*POINT, "examples"),
     "state": POINT,
 }
 """What tells the cells of a kind apart."""
@@ -53,6 +55,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "rules": ("rules", rules),
     "free": ("ladder", free_table),
     "ceilings": ("ladder", ceilings),
+    "betas": ("betas", betas_table),
     "leave_out": ("rules", leave_out),
 }
 """By heading of the page: the records without which there is nothing to show, and what makes the section."""

@@ -100,6 +100,7 @@ def final_losses(
     batch_size: int,
     multipliers_at: Callable[[int], Tensor],
     examples: int = CONTINUED_EXAMPLES,
+    betas: Sequence[tuple[float, float]] | None = None,
 ) -> list[list[float]]:
     """Final losses by seed and run, of runs that go on after a change of the batch size at a phase.
 
@@ -111,11 +112,14 @@ def final_losses(
         multipliers_at: Gives the multipliers of the base learning rate, one for each run of a seed, by step
             since the change.
         examples: Number of examples to train after the change.
+        betas: Adam's decay rates from the change on, for each run of a seed; None keeps those before it.
     """
     what = WORKLOADS[workload]
     runs = len(multipliers_at(0))
     snapshots = [snapshot(workload, beta_2, phase, seed) for seed in SEEDS]
     ensemble = Ensemble(what, [s for s in snapshots for _ in range(runs)], (0.9, beta_2))
+    if betas is not None:
+        ensemble.use_betas(*torch.tensor(betas).repeat(len(SEEDS), 1).T)
     steps = examples // batch_size
     lr_of = schedule(phase, steps)
     generators = [torch.Generator().manual_seed(continuation_seed(seed, batch_size)) for seed in SEEDS]
