@@ -20,7 +20,7 @@ import torch
 from benchmarks.cells import Cell, Store, chosen, run_cells
 from benchmarks.fidelity import report
 from benchmarks.fidelity.betas import betas
-from benchmarks.fidelity.ceilings import ladder, state
+from benchmarks.fidelity.ceilings import LONGEST, ladder, state
 from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
 from benchmarks.fidelity.live import live, live_at_best_base
 from benchmarks.fidelity.one_step import laws, truths
@@ -67,6 +67,9 @@ def grid() -> list[Cell]:
         cells += [Cell("live", key | AS_SHIPPED | {"seed": seed}, shipped, later) for seed in SEEDS]
         if key["workload"] != "transformer":
             cells.append(Cell("betas", key, betas, later))
+    sizes = (*LARGER, 4 * LARGER[-1])
+    for key in product(beta_2=BETAS[:1], examples=[LONGEST], phase=PHASES, workload=SWEPT[:3]):
+        cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), 2 + unusual(key)))
     for key in product(beta_2=BETAS, phase=PHASES, workload=WORKLOADS):
         cells.append(Cell("state", key, state, unusual(key) + (key["workload"] == "transformer")))
     return cells

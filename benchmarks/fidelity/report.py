@@ -22,6 +22,7 @@ from benchmarks.fidelity.analysis import (
     summary,
     unique,
 )
+from benchmarks.fidelity.best_ratio import best_ratio_table
 from benchmarks.fidelity.betas import betas_table
 from benchmarks.fidelity.ceilings import ceilings
 from benchmarks.fidelity.free import AS_SHIPPED, free_table, free_targets
@@ -54,6 +55,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "laws": ("one_step", held.laws),
     "rules": ("rules", rules),
     "free": ("ladder", free_table),
+    "best_ratio": ("ladder", best_ratio_table),
     "ceilings": ("ladder", ceilings),
     "betas": ("betas", betas_table),
     "leave_out": ("rules", leave_out),

@@ -390,9 +390,9 @@ def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     page = (tmp_path / "report" / "report.md").read_text()
     assert "25 % (1 of 4)" in page
     assert "0 % (0 of 2)" in page
-    assert "## free\n\nNo cell is finished.\n\n## ceilings\n\nNo cell is finished.\n\n## leave_out" in page
-    for name in ("one_step", "regret"):
-        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for kind in ("free", "best_ratio", "ceilings", "betas"):
+        assert f"## {kind}\n\nNo cell is finished.\n\n##" in page
+    assert (tmp_path / "report" / "one_step.png").read_bytes().startswith(b"\x89PNG")
     assert len(read(store)["rules"]) == 3 * 8
 
 
