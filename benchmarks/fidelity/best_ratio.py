@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.fidelity.analysis import POINT, Record, Row, groups
+from benchmarks.fidelity.analysis import POINT, Array, Record, Row, groups, loss_of_run
 from benchmarks.fidelity.ceilings import LEAST_STEPS
 from benchmarks.fidelity.free import DECAYS, approached
 from benchmarks.fidelity.markdown import number, table
-from benchmarks.fidelity.regrets import loss_of_run, vertex
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE
 from lightning_surge.policy.policy import MAX_DRIFT
 
@@ -42,10 +41,31 @@ def best_ratios(records: Sequence[Record]) -> list[Row]:
     return rows
 
 
-def lowest(x: np.ndarray, losses: np.ndarray) -> float:
+def lowest(x: Array, losses: Array) -> float:
     """The ratio of the lowest loss between those of the ladder."""
     finite = np.isfinite(losses)
     return float(2.0 ** vertex(x[finite], losses[finite]))
+
+
+def vertex(x: Array, losses: Array) -> float:
+    """Minimum of the least-squares parabola through five points around the lowest, fewer at an end.
+
+    Through three points where the two differ by more than half a step of the grid, as they do beside a wall
+    of runs that almost diverged. The lowest point itself if nothing turns inside.
+    """
+    low = int(np.argmin(losses))
+    left, right = x[max(low - 1, 0)], x[min(low + 1, len(x) - 1)]
+    found = []
+    for reach in (1, 2):
+        near = slice(max(low - reach, 0), low + reach + 1)
+        if len(x[near]) >= 3:
+            square, linear, _ = np.polyfit(x[near] - x[low], losses[near] - losses[low], 2)
+            if square > 0.0 and left <= x[low] - linear / (2 * square) <= right:
+                found.append(float(x[low] - linear / (2 * square)))
+    if not found:
+        return float(x[low])
+    step = (right - left) / (2 if 0 < low < len(x) - 1 else 1)
+    return found[-1] if abs(found[-1] - found[0]) <= step / 2 else found[0]
 
 
 def best_ratio_table(records: Mapping[str, Sequence[Record]]) -> str:

@@ -14,11 +14,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks.fidelity.analysis import POINT, Record, mean_over_seeds
+from benchmarks.fidelity.analysis import POINT, Record, chosen_elsewhere, loss_of_run, mean_over_seeds
 from benchmarks.fidelity.free import approached
 from benchmarks.fidelity.markdown import average, number, table
-from benchmarks.fidelity.regrets import loss_of_run
-from benchmarks.fidelity.rules import chosen_elsewhere
 from benchmarks.fidelity.switch import SEEDS, final_losses
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS

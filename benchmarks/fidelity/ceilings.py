@@ -17,13 +17,11 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.fidelity.analysis import POINT, Record
+from benchmarks.fidelity.analysis import POINT, Record, chosen_elsewhere, loss_of_run
 from benchmarks.fidelity.ensemble import EPS
 from benchmarks.fidelity.free import DECAYS, LARGER, REFERENCE, approached
 from benchmarks.fidelity.markdown import number, table
 from benchmarks.fidelity.one_step import gradient_of
-from benchmarks.fidelity.regrets import loss_of_run, mccandlish
-from benchmarks.fidelity.rules import chosen_elsewhere
 from benchmarks.fidelity.switch import SEEDS, final_losses, fixed_sample
 from benchmarks.fidelity.training import PHASES, Study, before, train_to
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, draw
@@ -137,6 +135,13 @@ def edge_lrs(
         values, vectors = eigsh(operator, k=1, which="LA", v0=start, tol=0.02, ncv=10)
         found[str(size)], start = STABLE / float(values[0]), vectors[:, 0]
     return found
+
+
+def mccandlish(noise_scale: float, batch_size: int) -> float:
+    """log2 of sqrt((1 + B_s / base) / (1 + B_s / B)): square-root scaling where the scale is infinite."""
+    if math.isinf(noise_scale):
+        return 0.5 * math.log2(batch_size / BASE_BATCH_SIZE)
+    return 0.5 * math.log2((1 + noise_scale / BASE_BATCH_SIZE) / (1 + noise_scale / batch_size))
 
 
 def mixed(scale: float, size: float, power: float) -> float:

@@ -18,8 +18,6 @@ from lightning_surge.cli.fit import FIT
 from lightning_surge.cli.runs import ADVISE, PLOT
 from lightning_surge.cli.sweep import SWEEP
 
-__all__ = ["COMMANDS", "main"]
-
 COMMANDS: tuple[Command, ...] = (SWEEP, FIT, PLOT, ADVISE)
 
 

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Command", "CommandError", "Parser", "save_figure"]
-
 
 class CommandError(Exception):
     """The question cannot be answered: rule, value, remedy. Shown without a traceback."""

@@ -9,14 +9,13 @@ from pathlib import Path
 from tqdm import tqdm  # a dependency of Lightning
 
 from lightning_surge.cli.command import Command, CommandError, save_figure
+from lightning_surge.tables.columns import Columns
 from lightning_surge.tables.figure import draw_fits
 from lightning_surge.tables.fit import GridFit, Unfitted, fit_grid, split_targets
 from lightning_surge.tables.law_fits import LAWS
-from lightning_surge.tables.read import MIXED, Columns, read_tables
+from lightning_surge.tables.read import MIXED, read_tables
 from lightning_surge.tables.report import describe, document
 from lightning_surge.tables.values import number
-
-__all__ = ["FIT"]
 
 FIGURES = (".png", ".svg", ".pdf")
 MAX_FITS = 64

@@ -13,8 +13,6 @@ from lightning_surge.runs.plots import plot_run
 from lightning_surge.runs.report import describe, document
 from lightning_surge.runs.run_log import RunLog, read_run
 
-__all__ = ["ADVISE", "PLOT"]
-
 FORMATS = (".png", ".svg")
 
 

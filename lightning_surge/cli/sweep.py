@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from lightning_surge.sweep.run import CellProcess
     from lightning_surge.sweep.study import SweepStudy
 
-__all__ = ["SWEEP", "Progress"]
-
 # Learning rates that --refine without a number may add to a batch size.
 REFINEMENTS = 4
 # Validations per cell: with targets, what is between two of them is interpolated.

@@ -1,16 +1,10 @@
 """Laws of the optimal learning rate, objectives and trade-offs between steps and examples: floats only."""
 
 from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, Peak, SGDLaw, SqrtLaw
-from lightning_surge.laws.objectives import (
-    OBJECTIVES,
-    alignment_ratio,
-    progress_ratio,
-    step_ratio,
-)
-from lightning_surge.laws.theorems import Theorem2Law, Theorem3Law, large_batch_limit
+from lightning_surge.laws.objectives import OBJECTIVES, alignment_ratio, progress_ratio, step_ratio
+from lightning_surge.laws.theorems import Theorem2Law, Theorem3Law
 from lightning_surge.laws.tradeoff import (
     TradeoffFit,
-    examples_at_steps,
     examples_needed,
     fit_tradeoff,
     gain_fraction,
@@ -19,7 +13,6 @@ from lightning_surge.laws.tradeoff import (
 
 __all__ = [
     "OBJECTIVES", "ConstantLaw", "Law", "LinearLaw", "MeasuredLaw", "Peak", "SGDLaw", "SqrtLaw",
-    "Theorem2Law", "Theorem3Law", "TradeoffFit", "alignment_ratio",
-    "examples_at_steps", "examples_needed", "fit_tradeoff", "gain_fraction", "large_batch_limit",
-    "progress_ratio", "step_ratio", "steps_needed",
+    "Theorem2Law", "Theorem3Law", "TradeoffFit", "alignment_ratio", "examples_needed", "fit_tradeoff",
+    "gain_fraction", "progress_ratio", "step_ratio", "steps_needed",
 ]  # fmt: skip

@@ -25,11 +25,6 @@ from typing import ClassVar, NamedTuple
 
 from lightning_surge.checking.arguments import number, store
 
-__all__ = [
-    "ConstantLaw", "Law", "LinearLaw", "MeasuredLaw", "Peak", "SGDLaw", "SqrtLaw", "checked",
-    "store_numbers",
-]  # fmt: skip
-
 
 class Peak(NamedTuple):
     """Where a law's learning rate is largest.

@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 from lightning_surge.laws.base import Law
 
-__all__ = ["OBJECTIVES", "RETIRED", "Objective", "alignment_ratio", "progress_ratio", "step_ratio"]
-
 Objective = Callable[[Law, float, float], float]
 """Maps a law, a batch size and the base batch size to the wanted ratio."""
 

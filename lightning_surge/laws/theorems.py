@@ -1,10 +1,10 @@
 """The paper's theorems as laws: exact consequences of assumptions that real networks break.
 
-Theorems 2 to 4 assume Gaussian gradients and noise that is independent across coordinates. They are
+Theorems 2 and 3 assume Gaussian gradients and noise that is independent across coordinates. They are
 kept beside `MeasuredLaw`, which assumes neither, as selectable laws and as limits it must reproduce.
 
 References:
-    Li et al. 2024, arXiv:2405.14578, Theorems 2 to 4.
+    Li et al. 2024, arXiv:2405.14578, Theorems 2 and 3.
 """
 
 import math
@@ -20,8 +20,6 @@ from scipy.special import erf, logsumexp
 
 from lightning_surge.checking.arguments import choice, number, store
 from lightning_surge.laws.base import Law, Peak, checked, store_numbers
-
-__all__ = ["Theorem2Law", "Theorem3Law", "large_batch_limit"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -303,28 +301,6 @@ class Theorem2Law(Law):
 
 def _gain_of(alignment: FloatArray, curvature: FloatArray) -> FloatArray:
     return alignment * alignment / (2 * curvature)
-
-
-def large_batch_limit(*, mean: npt.ArrayLike, hessian: npt.ArrayLike) -> float:
-    """Best learning rate of sign updates as B -> inf, a constant above 0.
-
-        lr(inf) = sum_i |mu_i| / (sign(mu)' H sign(mu))
-
-    Args:
-        mean: mu, shape (n,), one example's expected gradient, not all 0; coordinates at 0 do not move.
-        hessian: H, shape (n, n), with a positive curvature along sign(mu).
-
-    Example:
-        >>> large_batch_limit(mean=[3.0, -4.0], hessian=[[2.0, 1.0], [1.0, 7.0]])
-        1.0
-
-    References:
-        arXiv:2405.14578, Theorem 4, Eq. 17.
-    """
-    mu, _, h = _statistics(mean, np.zeros(np.shape(mean)), hessian)
-    signs = np.sign(mu)
-    remedy = "damp the Hessian or use its positive part"
-    return float(np.abs(mu).sum()) / number("hessian along sign(mean)", float(signs @ h @ signs), remedy)
 
 
 def _statistics(

@@ -24,15 +24,6 @@ from scipy.stats import linregress
 from lightning_surge.checking.arguments import number
 from lightning_surge.laws.base import checked
 
-__all__ = [
-    "TradeoffFit",
-    "examples_at_steps",
-    "examples_needed",
-    "fit_tradeoff",
-    "gain_fraction",
-    "steps_needed",
-]
-
 Counts = Sequence[float] | npt.NDArray[np.float64]
 
 _CRITICAL = "pass a law's critical_batch_size if it is finite and positive"
@@ -100,31 +91,6 @@ def examples_needed(batch_size: float, *, critical_batch_size: float, min_exampl
     batch_size = checked(batch_size)
     critical_batch_size = number("critical_batch_size", critical_batch_size, _CRITICAL)
     return number("min_examples", min_examples, _SCALE) * (1 + batch_size / critical_batch_size)
-
-
-def examples_at_steps(steps: float, *, min_steps: float, min_examples: float) -> float:
-    """Examples to the loss for a run of given length, from (S / S_min - 1) (E / E_min - 1) = 1.
-
-    Args:
-        steps: S, above ``min_steps``.
-        min_steps: S_min, positive.
-        min_examples: E_min, positive.
-
-    Example:
-        Four times the fewest steps leave 1 / 3 above the fewest examples.
-
-        >>> examples_at_steps(4000, min_steps=1000, min_examples=300_000)
-        400000.0
-    """
-    steps = number("steps", steps, "count optimizer steps")
-    min_steps = number("min_steps", min_steps, _SCALE)
-    min_examples = number("min_examples", min_examples, _SCALE)
-    if steps <= min_steps:
-        raise ValueError(
-            f"Expected steps > min_steps, got steps={steps}, min_steps={min_steps}: "
-            "no batch size reaches the loss in fewer steps than min_steps."
-        )
-    return min_examples * (1 + min_steps / (steps - min_steps))
 
 
 def fit_tradeoff(steps: Counts, examples: Counts) -> TradeoffFit:

@@ -3,7 +3,8 @@
 from lightning_surge.runs.advice import Advice, Caveat, Interval, Option, RunState, advise, run_state
 from lightning_surge.runs.plots import plot_run
 from lightning_surge.runs.report import describe, document
-from lightning_surge.runs.run_log import RunLog, RunLogError, Series, read_run
+from lightning_surge.runs.run_log import RunLog, read_run
+from lightning_surge.runs.series import RunLogError, Series
 
 __all__ = [
     "Advice", "Caveat", "Interval", "Option", "RunLog", "RunLogError", "RunState", "Series", "advise",

@@ -15,7 +15,8 @@ import lightning_surge.runs.charts as charts
 from lightning_surge.checking import arguments
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.charts import ROOM, FloatArray, XAxis, number, positive, thinned
-from lightning_surge.runs.run_log import RunLog, Series, wanted_factor
+from lightning_surge.runs.run_log import RunLog, wanted_factor
+from lightning_surge.runs.series import Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,8 +21,6 @@ from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.runs.log_files import read_files
 from lightning_surge.runs.series import NOTHING, PREFIX, RunLogError, Series
 
-__all__ = ["RunLog", "RunLogError", "Series", "law_from_numbers", "read_run", "wanted_factor"]
-
 FloatArray = NDArray[np.float64]
 
 LAW_PREFIX = f"{PREFIX}law/"

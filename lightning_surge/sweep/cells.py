@@ -11,11 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 from lightning_surge.checking.state import save
 
-__all__ = [
-    "Best", "Cell", "Grid", "Outcome", "Reached", "SweepError", "SweepSettings", "accumulation_for",
-    "best_lr", "parse_numbers", "planned",
-]  # fmt: skip
-
 # Between a learning rate and the next one where the grid has only one.
 RATIO = math.sqrt(10)
 WORST = (math.inf, math.inf)

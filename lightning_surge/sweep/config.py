@@ -21,8 +21,6 @@ from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.callbacks.surge_lr import SurgeLRCallback
 from lightning_surge.sweep.cells import Cell, Grid, SweepError, SweepSettings, accumulation_for
 
-__all__ = ["cell_cli", "files_digest", "imported", "read_config"]
-
 # Where configurations hold them, best guess first. An `optimizer` beside the model replaces the model's own.
 LR_OWNERS = (
     "optimizer.init_args", "optimizer", "model.init_args", "model",

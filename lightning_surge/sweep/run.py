@@ -19,8 +19,6 @@ from optuna.trial import FrozenTrial
 from lightning_surge.sweep.cells import Cell, Outcome, SweepError
 from lightning_surge.sweep.study import BEAT, SweepStudy, patiently
 
-__all__ = ["CellProcess", "run_cells"]
-
 PROGRAM = "lightning_surge.sweep.worker"
 # Seconds between two looks at the processes, and at the study, where others may have written.
 PAUSE, LOOK = 0.1, 2.0

@@ -23,8 +23,6 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_surge.sweep.cells import Cell, Outcome, Reached, SweepError, SweepSettings
 from lightning_surge.tables.study import shown
 
-__all__ = ["SweepStudy", "patiently"]
-
 T = TypeVar("T")
 # Wide enough for every grid: a study may be extended.
 RANGES: dict[str, Any] = {

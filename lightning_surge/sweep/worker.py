@@ -29,8 +29,6 @@ from lightning_surge.sweep.cells import Cell, Outcome, Reached, SweepError, Swee
 from lightning_surge.sweep.config import cell_cli, files_digest, imported
 from lightning_surge.sweep.study import SweepStudy, patiently
 
-__all__ = ["LossRecorder", "first_reached", "run_cell"]
-
 # The name of what `training_step` returns; any other name is one that the module logs.
 TRAINING_LOSS = "loss"
 # A training loss is averaged over this share of a cell unless `smoothing` says otherwise.

@@ -35,8 +35,6 @@ from lightning_surge.tables.values import WORDS, has_decimal_commas, numbers
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Columns", "Measure", "RunTable", "read_table", "read_tables"]
-
 FloatArray = npt.NDArray[np.float64]
 Measure = Literal["loss", "steps"]
 

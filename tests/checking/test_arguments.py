@@ -83,7 +83,6 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     laws.gain_fraction: {"batch_size": 16, "critical_batch_size": 300},
     laws.steps_needed: {"batch_size": 16, "critical_batch_size": 300, "min_steps": 10},
     laws.examples_needed: {"batch_size": 16, "critical_batch_size": 300, "min_examples": 3000},
-    laws.examples_at_steps: {"steps": 20, "min_steps": 10, "min_examples": 3000},
     **{getattr(law, name): {"batch_size": 16}
        for law in (SGD, laws.MeasuredLaw(**MEASURED), laws.Theorem2Law(**MOMENTS))
        for name in ("lr", "gain", "alignment", "isotropic_lr")},
@@ -103,7 +102,6 @@ NO_NUMBERS = {
     "advise",
     "draw_fits",
     "fit_tradeoff",
-    "large_batch_limit",
     "read_run",
 }
 # Records that are returned, and functions that hand all their arguments on to one of the above.

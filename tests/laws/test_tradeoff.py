@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from lightning_surge.laws.tradeoff import (
     TradeoffFit,
-    examples_at_steps,
     examples_needed,
     fit_tradeoff,
     gain_fraction,
@@ -28,8 +27,6 @@ def test_steps_and_examples_lie_on_the_hyperbola(
     examples = examples_needed(batch_size, critical_batch_size=critical, min_examples=min_examples)
     assert examples == pytest.approx(batch_size * steps, rel=1e-9)
     assert (steps / min_steps - 1) * (examples / min_examples - 1) == pytest.approx(1, rel=1e-6)
-    at_steps = examples_at_steps(steps, min_steps=min_steps, min_examples=min_examples)
-    assert at_steps == pytest.approx(examples, rel=1e-6)
     fraction = gain_fraction(batch_size, critical_batch_size=critical)
     assert fraction == pytest.approx(min_steps / steps, rel=1e-12)
 
@@ -86,11 +83,6 @@ def test_fit_refuses_data_without_a_tradeoff(steps: list[float], examples: list[
             lambda: examples_needed(1, critical_batch_size=0, min_examples=1),
             "got critical_batch_size=0: pass",
         ),
-        (
-            lambda: examples_at_steps(10, min_steps=10, min_examples=1),
-            "Expected steps > min_steps, got steps=10, min_steps=10: no batch size",
-        ),
-        (lambda: examples_at_steps(math.nan, min_steps=10, min_examples=1), "got steps=nan: count"),
     ],
 )
 def test_values_are_checked(call, message: str) -> None:
