@@ -94,6 +94,7 @@ def draw_best_ratio(rows: Sequence[Row]) -> Figure:
                 for point, row in zip(x, found, strict=True):
                     inside = "white" if row["open"] else colour
                     axes.plot(point, row["best"], "o", color=colour, markerfacecolor=inside, markersize=5)
+            axes.set_visible(bool(pick(rows, workload=workload, examples=examples)))
             axes.set_title(f"{workload}, {examples:,} examples", fontsize=9)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
