@@ -58,12 +58,6 @@ class ExamplesClock(LRScheduler):
           ``OneCycleLR`` raises after ``total_steps``, and extrapolates beyond its minimum just before. The
           clock rests at ``total_steps - 1``, where the minimum is, and warns once if a further step is made.
           A ``OneCycleLR`` inside another scheduler raises.
-
-    Attributes:
-        scheduler: The wrapped scheduler.
-        examples_per_step: Examples (or tokens) per step of the wrapped scheduler.
-        examples: Examples (or tokens) consumed so far, over all data-parallel replicas.
-        ticks: Steps that the clock has moved the wrapped scheduler.
     """
 
     def __init__(self, scheduler: LRScheduler, examples_per_step: float) -> None:
@@ -88,21 +82,18 @@ class ExamplesClock(LRScheduler):
         self.examples_per_step = float(number("examples_per_step", examples_per_step, remedy))
         self.optimizer = scheduler.optimizer
         self.scheduler = scheduler
-        # The exact sum is the sum of the two: a running float alone drifts, by 1e-6 over a million 0.1s.
+        # Consumed so far, over all data-parallel replicas; the exact sum is the sum of the two: a running
+        # float alone drifts, by 1e-6 over a million 0.1s.
         self.examples, self._rounding = 0.0, 0.0
-        self.ticks = 0
+        self.ticks = 0  # steps that the clock has moved the wrapped scheduler
         self._fed = False
         self._warned = False
 
     def advance(self, examples: float) -> None:
-        """Announces an optimizer step. Called before it; the learning rate moves in ``step``.
+        """Announces an optimizer step and the examples behind it, over all data-parallel replicas.
 
-        May be called several times before a ``step``: a scheduler with ``frequency=2`` catches up when
-        Lightning calls it.
-
-        Args:
-            examples: Examples (or tokens) behind this step, over all data-parallel replicas. 0 only tells
-                the clock that somebody counts.
+        Called before it, perhaps several times; the learning rate moves in ``step``, where a scheduler with
+        ``frequency=2`` catches up. 0 only tells the clock that somebody counts.
         """
         examples = float(number("examples", examples, "pass what this step consumes", least=0))
         if examples > 0 and self._due() > self.ticks and self._is_over() and not self._warned:
@@ -149,11 +140,7 @@ class ExamplesClock(LRScheduler):
         return {**save(counts), "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where ``state_dict`` was taken.
-
-        Raises:
-            ValueError: If the state is another scheduler's, counts in other steps, or is damaged.
-        """
+        """Continues where ``state_dict`` was taken; a ValueError for any other state."""
         if "scheduler" not in state_dict:
             raise ValueError(
                 f"Expected the state of an ExamplesClock, got that of a bare scheduler, {sorted(state_dict)}:"

@@ -23,14 +23,9 @@ def share_of_peak(
 ) -> float | None:
     """The learning rate at which a schedule is left, as a share of its peak.
 
-    A copy of the schedule is replayed on an optimizer without a model. None if the schedule loses nothing
-    (its peak is behind, and it would fall no further), or cannot be replayed.
-
-    Args:
-        scheduler: A torch scheduler, before its first step.
-        planned: Steps that it was made for.
-        taken: Steps that it will make.
-        shared: What the copy may refer to without copying it, such as the model.
+    A copy of the schedule, before its first step, is replayed for the steps that it was ``planned`` for, of
+    which so many will be ``taken``, on an optimizer without a model; it may refer to what is ``shared``. None
+    if the schedule loses nothing (its peak is behind, and it would fall no further), or cannot be replayed.
 
     Example:
         >>> optimizer = SGD([torch.zeros(1)], lr=0.1)

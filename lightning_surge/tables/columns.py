@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_surge.tables.values import WORDS
@@ -36,7 +36,7 @@ NAMES = {role: names.split() for role, names in WORDS["roles"].items()}
 FALLBACKS = {role: names.split() for role, names in WORDS["fallbacks"].items()}
 PREFIXES, ACCURACIES = frozenset(WORDS["prefixes"].split()), frozenset(WORDS["accuracies"].split())
 RESULTS = ACCURACIES | frozenset(WORDS["results"].split())
-SIMILAR = 0.7
+SIMILAR = 0.6
 """Share of equal letters from which a name is a close match."""
 FEWEST_LRS = 3
 """Learning rates of a batch size among which a best one can be told."""
@@ -67,11 +67,8 @@ def shown(names: Sequence[Any], most: int = 12) -> str:
 
 def as_text(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
     """Columns as text, empty where a value is missing."""
-    text = {}
-    for name in names:
-        pairs = zip(frame[name].tolist(), frame[name].isna().tolist(), strict=True)
-        text[name] = ["" if missing else str(value).strip() for value, missing in pairs]
-    return type(frame)(text, index=frame.index, dtype=object)
+    found = frame[list(names)].astype(object)
+    return found.map(lambda value: str(value).strip()).where(found.notna(), "")
 
 
 def find_column(frame: pd.DataFrame, name: str, option: str) -> str:
@@ -84,22 +81,16 @@ def find_column(frame: pd.DataFrame, name: str, option: str) -> str:
     found = fits[0] or fits[1]
     if len(found) == 1:
         return found[0]
-    close = f" (close: {shown(closest)})" if (closest := _close(columns, [_plain(name)])) else ""
     raise ValueError(
-        f"Expected {option} to name one column of {shown(columns)}, got {name!r}{close}: write it in full."
+        f"Expected {option} to name one column of {shown(columns)}, got {name!r}"
+        f"{_close(columns, [_plain(name)])}: write it in full."
     )
 
 
-def _close(columns: Sequence[str], wanted: Sequence[str], most: int = 4) -> list[str]:
-    """Columns whose names resemble one of those wanted, or hold all of its words; the best first."""
-
-    def similarity(column: str) -> float:
-        plain = _plain(column)
-        held = any(set(name.split("_")) <= set(plain.split("_")) for name in wanted)
-        return 1.0 if held else max(SequenceMatcher(None, plain, name).ratio() for name in wanted)
-
-    best = sorted(columns, key=similarity, reverse=True)[:most]
-    return [column for column in best if similarity(column) > SIMILAR]
+def _close(columns: Sequence[str], wanted: Sequence[str]) -> str:
+    """Which columns have names that resemble one of those wanted, in brackets; nothing if none."""
+    found = [name for name in columns if get_close_matches(_plain(name), wanted, cutoff=SIMILAR)]
+    return f" (close: {shown(found, 4)})" if found else ""
 
 
 def find_columns(
@@ -144,7 +135,7 @@ def find_columns(
             wanted = [*NAMES[role], *(ACCURACIES if role == "loss" else ())]
             close = _close([name for name in free if name not in found.values()], wanted)
             what = " or ".join(outcomes) if role in OUTCOMES else role
-            problems[role] = f"{what} has no column" + (f" (close: {shown(close)})" if close else "")
+            problems[role] = f"{what} has no column{close}"
     if problems:
         options = " ".join(f"--{role.replace('_', '-')}-column NAME" for role in problems)
         larger = " (and --maximize if larger is better)" if "loss" in problems and not maximize else ""

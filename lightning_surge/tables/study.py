@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterable
@@ -114,12 +113,11 @@ def _rows_of(values: dict[str, Any], targets: list[float]) -> Iterable[dict[str,
 
 def write_study(trials: Iterable[FrozenTrial], path: Path) -> None:
     """Write the table of a sweep; whoever reads it meanwhile sees the old one or the new one."""
+    import pandas
+
     rows = study_rows(trials)
     columns = [name for name in COLUMNS if name != "target" or (rows and name in rows[0])]
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.parent.mkdir(parents=True, exist_ok=True)
-    with draft.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pandas.DataFrame(rows, columns=columns, dtype=object).to_csv(draft, index=False)
     os.replace(draft, path)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -104,8 +103,3 @@ class TestRefusing:
         out, error = capsys.readouterr()
         assert (out, error.startswith("lightning-surge: Expected")) == ("", True)
         assert message in error
-
-    def test_without_the_extra(self, run, capsys, monkeypatch):
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        assert main(["plot", str(run)]) == 2
-        assert "pip install 'lightning-surge[plot]'" in capsys.readouterr().err

@@ -121,19 +121,6 @@ class TestMeasuredLaw:
         law = measured_law(1, 100, 1, share)
         assert law.peak.batch_size == expected
 
-    # Below 1 by more than the rounding of the drawn share.
-    @many
-    @given(measured_laws(st.floats(0, 1 - 1e-9)))
-    def test_no_surge_is_reported_as_infinite_and_critical_batch_size_stays_finite(
-        self, law: MeasuredLaw
-    ) -> None:
-        rates = [law.lr(law.alignment_scale * x) for x in np.geomspace(1e-3, 1e3, 25)]
-        assert all(np.diff(rates) > 0)
-        assert law.peak.batch_size == math.inf
-        assert law.peak.lr == pytest.approx(law.lr(1e15 * law.alignment_scale), rel=1e-9)
-        assert rates[-1] < law.peak.lr
-        assert 0 < law.critical_batch_size <= law.alignment_scale
-
     @many
     @given(measured_laws(decades(-4, 4)), decades(-4, 8))
     def test_gain_is_exactly_of_eq_18_form(self, law: MeasuredLaw, batch_size: float) -> None:

@@ -197,12 +197,6 @@ class TestDamaged:
 
 
 class TestRunLog:
-    def test_a_value_at_a_step(self):
-        run = as_log({10: {"surge/batch_size": 8.0}, 20: {"surge/batch_size": 16.0}})
-        assert [run.at("batch_size", step) for step in (10, 20)] == [8.0, 16.0]
-        assert all(math.isnan(run.at("batch_size", step)) for step in (5, 15, 25))
-        assert math.isnan(run.at("absent", 10))
-
     def test_a_missing_key_is_named_with_those_found(self):
         run = as_log({10: {"surge/batch_size": 8.0, "val_loss": 1.0}})
         with pytest.raises(

@@ -76,15 +76,6 @@ class TestOrdinaryBatchSampler:
         assert len(mine) == len(torchs) == len(list(mine))
         assert mine.windows() is None
 
-    @pytest.mark.parametrize("drop_last", [True, False])
-    @pytest.mark.parametrize("own", [True, False])
-    def test_is_torchs_for_a_random_order(self, own: bool, drop_last: bool) -> None:
-        def epoch(kind: type[BatchSampler]) -> Batches:
-            torch.manual_seed(7)
-            return list(kind(RandomSampler(range(23), generator=generator() if own else None), 4, drop_last))
-
-        assert epoch(ScheduledBatchSampler) == epoch(BatchSampler)
-
     @pytest.mark.parametrize("own", [True, False])
     def test_nothing_is_drawn_before_the_first_index(self, own: bool) -> None:
         source = generator() if own else torch.default_generator
