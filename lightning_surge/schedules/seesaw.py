@@ -11,8 +11,7 @@ from functools import cached_property
 from itertools import islice
 
 from lightning_surge.checking.arguments import store, whole
-from lightning_surge.schedules.by_examples import ExamplesClock, ticks_due
-from lightning_surge.schedules.lr_forecast import MOST_STEPS, replayed
+from lightning_surge.schedules.by_examples import MOST_STEPS, ExamplesClock, replayed, ticks_due
 from lightning_surge.schedules.sizes import BatchSizeRule, ConstantSize, Progress, Schedule, Unit
 
 # Steps of the learning-rate schedule that are replayed at a time: about ten milliseconds.

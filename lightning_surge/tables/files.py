@@ -15,8 +15,8 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_surge.tables.columns import WORDS
 from lightning_surge.tables.study import is_study, read_study
-from lightning_surge.tables.values import WORDS
 
 if TYPE_CHECKING:
     import pandas as pd

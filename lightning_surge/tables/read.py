@@ -5,7 +5,7 @@ infinities and words such as `None` or `diverged` stand for a run that diverged 
 so does a `status` of `diverged` or `not_reached`. Runs that were killed, ran out of memory, failed or are not
 done yet say nothing about their learning rate and are left out.
 
-Sources become DataFrames in `files`, columns get their roles in `columns`, cells become numbers in `values`.
+Sources become DataFrames in `files`; columns get their roles, and cells become numbers, in `columns`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ import numpy.typing as npt
 from lightning_surge.checking.arguments import choice, optional, switch
 from lightning_surge.tables.columns import (
     OUTCOMES,
+    WORDS,
     Columns,
     as_text,
     find_column,
     find_columns,
+    has_decimal_commas,
+    numbers,
     settings_within,
     shown,
 )
 from lightning_surge.tables.files import read_frame
-from lightning_surge.tables.values import WORDS, has_decimal_commas, numbers
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -29,15 +29,10 @@ from lightning_surge.schedules.windows import (
     total_examples,
     total_steps,
 )
+from tests.schedules.test_sizes import ramps
 
 UNITS = ["steps", "examples", "epochs"]
-
-
-@st.composite
-def ramps(draw: st.DrawFn) -> GeometricRamp:
-    start = draw(st.integers(1, 300))
-    end = draw(st.integers(start, 5000))
-    return GeometricRamp(start, end, draw(st.integers(1, 200)))
+in_steps = ramps(unit="steps")
 
 
 @st.composite
@@ -62,7 +57,7 @@ def schedules(draw: st.DrawFn, units: list[Any] = UNITS) -> Schedule:
 @st.composite
 def accumulated(draw: st.DrawFn) -> AccumulatedSchedule:
     return AccumulatedSchedule(
-        draw(schedules() | ramps()),
+        draw(schedules() | in_steps),
         micro_batch_size=draw(st.integers(1, 20)),
         replicas=draw(st.integers(1, 3)),
         examples_per_epoch=draw(st.none() | st.integers(1, 2000)),
@@ -293,7 +288,10 @@ class TestTotals:
             total_examples(schedule, 100)
         assert total_steps(SampledSchedule(schedule, 8, 16), 100) == 25
 
-    @given(ramps() | schedules(["steps", "examples"]) | accumulated() | sampled(), st.integers(1, 100))
+    @given(
+        in_steps | schedules(["steps", "examples"]) | accumulated() | sampled(),
+        st.integers(1, 100),
+    )
     def test_are_inverse_to_each_other(self, schedule: Schedule | Replay, steps: int) -> None:
         examples = total_examples(schedule, steps)
         assert total_steps(schedule, examples) == steps

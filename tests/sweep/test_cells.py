@@ -99,12 +99,10 @@ def test_the_best_is_over_seeds_and_a_divergence_spoils_it() -> None:
         | done(8, 0.001, 0.9) | done(16, 0.1, 0.0) | done(8, 1.0, None, status="out_of_memory")
     )  # fmt: skip
     best = best_lr(records, 8)
-    assert best is not None
     assert (best.lr, best.loss, best.edge, best.steps) == (0.01, pytest.approx(0.6), None, None)
     assert best_lr(records, 32) is None
     assert best_lr(done(8, 0.1, None), 8) is None
     largest = best_lr(records, 8, maximize=True)
-    assert largest is not None
     assert (largest.lr, largest.loss, largest.edge) == (0.001, 0.9, "lowest")
 
 
@@ -116,7 +114,6 @@ def test_the_best_for_a_target_takes_the_fewest_steps() -> None:
     # Nobody reached the other one: the loss decides.
     for target, expected in ((1.0, (0.1, 20, None)), (0.1, (0.01, None, "lowest"))):
         best = best_lr(records, 8, target)
-        assert best is not None
         assert (best.lr, best.steps, best.edge) == expected
 
 

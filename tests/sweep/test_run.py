@@ -80,7 +80,6 @@ def test_cells_run_some_at_a_time_and_once(study: SweepStudy, slots: int) -> Non
         return Pretence(study, trial, 3 if slot else 2, Outcome("finished", 1.0), log)
 
     first = study.claim()
-    assert first is not None
     study.tell(first._trial_id, Outcome("finished", 2.0))
     records = run(study, start, slots=slots)
     assert [records[cell].loss for cell in CELLS] == [2.0, 1.0, 1.0, 1.0]
@@ -92,7 +91,6 @@ def test_cells_run_some_at_a_time_and_once(study: SweepStudy, slots: int) -> Non
 def test_cells_that_run_elsewhere_are_waited_for(study: SweepStudy) -> None:
     log: list[tuple[str, Cell]] = []
     elsewhere = study.claim()
-    assert elsewhere is not None
     looks = []
 
     def look(records: dict[Cell, Outcome], trials: Any) -> None:

@@ -91,8 +91,6 @@ class TestExact:
         assert not found.limited
         # Laws that hold the true one as a limit tie with it; the others do not.
         assert fit.best == name or name in fit.ties
-        assert found.held_out is not None
-        assert other.held_out is not None
         assert found.held_out.error < 1e-5
         assert other.held_out.error > 0.1
         assert fit.tradeoff == ()
@@ -118,7 +116,6 @@ class TestExact:
         logs = np.log([law.lr(size) for size in SIZES])
         logs[2] += math.log(8)
         robust = fit_law("adam", Optima(np.array(SIZES), logs))
-        assert robust is not None
         # Least squares in the amplitude alone would be off by 8^(1/6).
         assert robust.law.lr(4) == pytest.approx(law.lr(4), rel=0.25)
         assert robust.law.peak.lr == pytest.approx(0.01, rel=0.25)
@@ -206,8 +203,6 @@ class TestProperties:
         for law in before.laws:
             scaled = only(after, law.name)
             assert scaled.law.lr(100) == pytest.approx(law.law.lr(100) * factor, rel=1e-6)
-            assert scaled.held_out is not None
-            assert law.held_out is not None
             assert scaled.held_out.error == pytest.approx(law.held_out.error, rel=1e-5)
         assert [each.value for each in after.tradeoff] == pytest.approx(
             [each.value for each in before.tradeoff]
@@ -226,7 +221,6 @@ class TestProperties:
     def test_the_order_of_the_rows_changes_nothing(self, seed: int) -> None:
         table = grid(MEASURED, sizes=SIZES[:4], seeds=3, noise=0.02)
         rows = np.random.default_rng(seed).permutation(table.lrs.size)
-        assert table.seeds is not None
         shuffled = RunTable(
             "loss", table.batch_sizes[rows], table.lrs[rows], table.outcomes[rows], table.seeds[rows]
         )

@@ -10,7 +10,6 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +18,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_surge.tables.columns import NAMES, Columns, find_columns
+from lightning_surge.tables.columns import NAMES, WORDS, Columns, find_columns, numbers
 from lightning_surge.tables.read import MIXED, read_table, read_tables
-from lightning_surge.tables.values import WORDS, numbers
 
 HEADER = "batch_size,lr,loss,seed\n"
 RUNS = pd.DataFrame(
@@ -81,7 +79,6 @@ class TestFiles:
     )
     def test_the_same_runs_in_other_forms(self, tmp_path: Path, content: str | bytes) -> None:
         table = read_table(written(tmp_path, content, "runs.txt"))
-        assert table.seeds is not None
         found = (table.batch_sizes, table.lrs, table.outcomes, table.seeds)
         for values, name in zip(found, RUNS, strict=True):
             np.testing.assert_allclose(values, RUNS[name], rtol=1e-9, err_msg=name)
@@ -115,7 +112,7 @@ class TestFiles:
             ("[" * 100_000, "Expected JSON with one object per run"),
             (pickle.dumps(1), "Expected a table, got a pickle, .*: save it with DataFrame.to_csv"),
             (b"PK\x03\x04\x00", "got a ZIP archive, as Excel files"),
-            (b"SQLite format 3\0", "got an SQLite database, .*: name an Optuna study sqlite:///FILE"),
+            (b"SQLite format 3\0", "got an SQLite database, .*: name the study of a sweep sqlite:///FILE"),
             ("<!DOCTYPE html>", "got HTML or XML"),
         ],
     )  # fmt: skip
@@ -136,10 +133,10 @@ class TestFiles:
 
     @pytest.mark.parametrize("package", ["pandas", "pyarrow"])
     def test_without_its_library_the_extra_is_named(
-        self, tmp_path: Path, without: Callable[[str], None], package: str
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
     ) -> None:
         path = written(tmp_path, parquet(RUNS) if package == "pyarrow" else CSV)
-        without(package)
+        monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[fit\]'"):
             read_table(path)
 
@@ -269,7 +266,6 @@ class TestOutcomes:
     def test_steps_from_examples(self, tmp_path: Path) -> None:
         table = read_table(written(tmp_path, "batch_size,lr,examples,target\n8,0.1,800,2.5\n16,0.1,,1.5\n"))
         assert (table.measure, table.outcomes.tolist()) == ("steps", [100, math.inf])
-        assert table.targets is not None
         assert table.targets.tolist() == [2.5, 1.5]
 
     def test_a_loss_counts_before_steps_unless_asked(self, tmp_path: Path) -> None:
