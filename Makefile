@@ -8,7 +8,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo digits test test-fast test-matrix wheel-check docs docs-output docs-pictures lint format bench \
-	bench-gpu bench-demo bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick field clean
+	bench-gpu bench-batch-warmup bench-batch-warmup-quick soak fidelity fidelity-quick field clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -69,10 +69,6 @@ bench: $(STAMP)  ## measure overhead and memory; writes benchmarks/overhead/resu
 
 bench-gpu: $(STAMP)  ## the same at 124 million parameters on one CUDA GPU, at most eight minutes; writes benchmarks/gpu/results
 	$(BIN)/python -m benchmarks.gpu
-
-bench-demo: $(STAMP)  ## the demo with every rule, two seeds: half an hour
-	$(BIN)/python -m benchmarks.demo
-	$(BIN)/python -m benchmarks.publish
 
 bench-batch-warmup: $(STAMP)  ## ramps against tuned constant batch sizes: goes on for BUDGET minutes (60)
 	$(BIN)/python -m benchmarks.batch_warmup --budget $(or $(BUDGET),60)

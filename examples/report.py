@@ -146,7 +146,7 @@ def summary(run: RunLog, rows: Sequence[Stage]) -> str:
             f"Batches far above {critical[-1]:,.0f} examples (the critical batch size) would save few steps."
         )
     if not math.isnan(last.overhead):
-        lines.append(f"Measuring this took {last.overhead:.1%} more passes.")
+        lines.append(f"Measuring this cost as much as {last.overhead:.1%} more passes, arithmetic included.")
     return "\n".join(lines)
 
 

@@ -27,8 +27,7 @@ FOLLOW = "FollowPeak"
 SEESAW = "Seesaw"
 APPROACHED = ", approached"
 FIXED_RULES = ("constant", "sqrt", "linear", f"sqrt{APPROACHED}", f"linear{APPROACHED}")
-"""They measure nothing; an approached one rises from 1 by at most `DRIFT` a step."""
-DRIFT = 0.05
+"""They measure nothing; an approached one rises from 1 by at most `MAX_DRIFT` a step."""
 DEFAULT = SurgeLRCallback().settings.objective
 DEFAULT_OVERHEAD = SurgeLRCallback().settings.max_overhead
 # These runs are short: at the default cost a probe comes too rarely to follow them.

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from benchmarks.batch_warmup.rules import (
     APPROACHED,
     BASE_BATCH_SIZE,
-    DRIFT,
     FIXED_RULES,
     FOLLOW,
     LARGE_BATCH_SIZE,
@@ -23,6 +22,7 @@ from benchmarks.batch_warmup.workloads import WORKLOADS
 from benchmarks.trainer import quiet_trainer
 from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks import BatchSizeScheduler
+from lightning_surge.policy.policy import MAX_DRIFT
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.seesaw import Seesaw
@@ -76,7 +76,7 @@ def ramp(
     settings: dict[str, Any] = {"objective": rule, "max_overhead": max_overhead}
     if rule in FIXED_RULES:
         settings = {"law": rule.removesuffix(APPROACHED)}
-        settings |= {"max_drift_per_step": DRIFT} if rule.endswith(APPROACHED) else {}
+        settings |= {"max_drift_per_step": MAX_DRIFT} if rule.endswith(APPROACHED) else {}
     # The rule that leaves the learning rate alone is what there is without the callback.
     surge = None if rule == "constant" else SurgeLRCallback(BASE_BATCH_SIZE, **settings)
     return _run(workload, budget, multiplier, seed, loader, scheduler, surge)

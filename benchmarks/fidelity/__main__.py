@@ -19,22 +19,20 @@ import torch
 
 from benchmarks.cells import Cell, Store, chosen, run_cells
 from benchmarks.fidelity import report
-from benchmarks.fidelity.ceilings import ladder, state
+from benchmarks.fidelity.betas import betas
+from benchmarks.fidelity.ceilings import LONGEST, ladder, state
 from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
-from benchmarks.fidelity.live import live, live_at_best_base
+from benchmarks.fidelity.live import live
+from benchmarks.fidelity.muon import muon
 from benchmarks.fidelity.one_step import laws, truths
-from benchmarks.fidelity.regrets import DEFAULT
-from benchmarks.fidelity.switch import BATCH_SIZES, SEEDS, sweep
-from benchmarks.fidelity.training import CONTINUED_EXAMPLES
+from benchmarks.fidelity.switch import SEEDS
 from benchmarks.fidelity.workloads import WORKLOADS
-from lightning_surge.laws.objectives import OBJECTIVES
 
 RESULTS = Path(__file__).parent / "results"
 BETAS = (0.95, 0.999)
 PHASES = ("late", "cooled", "early")
-EXAMPLES = {"examples": CONTINUED_EXAMPLES}
-SWEPT = ("perceptron", "convnet", "autoencoder", "transformer")
-"""Workloads with sweeps; the larger transformer is for rules that are compared directly."""
+HELD = ("perceptron", "convnet", "autoencoder", "transformer")
+"""Workloads of one step; the larger transformer is for rules that are compared directly."""
 
 
 def product(**axes: Any) -> list[dict[str, Any]]:
@@ -44,28 +42,28 @@ def product(**axes: Any) -> list[dict[str, Any]]:
 
 def grid() -> list[Cell]:
     """Every cell of the study, the most telling first."""
-    store, cells = Store(RESULTS), []
-    for key in product(seed=SEEDS, phase=("start", *PHASES), beta_2=BETAS, workload=SWEPT):
+    cells = []
+    for key in product(seed=SEEDS, phase=("start", *PHASES), beta_2=BETAS, workload=HELD):
         later = key["seed"] + (key["beta_2"] != BETAS[0])
         cells += [Cell("truths", key, truths, 3 + later), Cell("laws", key, laws, 3 + later)]
-    for key in product(phase=PHASES, beta_2=BETAS, batch_size=BATCH_SIZES, workload=SWEPT):
-        cells.append(Cell("sweep", key | EXAMPLES, sweep, 3 + unusual(key)))
-    for key in product(phase=PHASES, beta_2=BETAS, seed=SEEDS, objective=OBJECTIVES, workload=SWEPT):
-        key |= {"max_overhead": DEFAULT["max_overhead"]} | EXAMPLES
-        cells.append(Cell("live", key, live, 3 + unusual(key)))
-        if key["objective"] == DEFAULT["objective"]:
-            cells.append(Cell("best_base", key, partial(live_at_best_base, store), 4 + unusual(key)))
     for key in product(beta_2=BETAS, examples=DECAYS, phase=PHASES, workload=WORKLOADS):
         later = unusual(key) + (key["workload"] == "transformer")
         sizes = LARGER
-        if key["workload"] not in SWEPT:  # a minute for a run of the longer decay
+        if key["workload"] not in HELD:  # a minute for a run of the longer decay
             sizes = LARGER[:2] if key["examples"] == DECAYS[0] else LARGER[1:2]
         shipped = partial(live, batch_sizes=sizes)
         cells.append(Cell("free", key, free, later + 4 * (key["examples"] != DECAYS[0])))
         cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), later))
         cells += [Cell("live", key | AS_SHIPPED | {"seed": seed}, shipped, later) for seed in SEEDS]
+        if key["workload"] != "transformer":
+            cells.append(Cell("betas", key, betas, later))
+    sizes = (*LARGER, 4 * LARGER[-1])
+    for key in product(beta_2=BETAS[:1], examples=[LONGEST], phase=PHASES, workload=HELD[:3]):
+        cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), 2 + unusual(key)))
     for key in product(beta_2=BETAS, phase=PHASES, workload=WORKLOADS):
         cells.append(Cell("state", key, state, unusual(key) + (key["workload"] == "transformer")))
+    for key in product(phase=PHASES[::2], seed=SEEDS, workload=HELD[3:]):
+        cells.append(Cell("muon", key, muon, 3))
     return cells
 
 
@@ -81,9 +79,9 @@ def quick() -> list[Cell]:
     return [
         Cell("truths", point | {"seed": 0}, truths),
         Cell("laws", point | {"seed": 0}, laws),
-        Cell("sweep", short | {"batch_size": LARGER[-1]}, sweep),
         Cell("free", short, free),
         Cell("ladder", short, ladder),
+        Cell("betas", short, betas),
         Cell("live", short | AS_SHIPPED | {"seed": 0}, partial(live, batch_sizes=LARGER)),
     ]
 

@@ -8,7 +8,7 @@ where no truth exists there is no error, None; so that neither can get lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,9 @@ Row = dict[str, Any]
 
 POINT = ("workload", "beta_2", "phase")
 CHANGE = (*POINT, "batch_size")
+
+Costs = Mapping[str, Mapping[str, float]]
+"""By workload and choice; smaller is better, and comparable between workloads."""
 
 
 class Summary(NamedTuple):
@@ -129,3 +132,27 @@ def log2(value: float | None) -> float | None:
 def difference(left: float | None, right: float | None) -> float | None:
     """None where either is."""
     return None if left is None or right is None else left - right
+
+
+def loss_of_run(loss: float | None) -> float:
+    """JSON has no number for a run that has diverged."""
+    return math.inf if loss is None else loss
+
+
+def chosen_elsewhere(costs: Costs, default: str) -> list[list[object]]:
+    """For each workload: what the others choose by their mean cost, what that costs here, and what is best.
+
+    Only choices that every workload has are compared. The cost of the default comes last.
+    """
+    choices = [
+        choice for choice in next(iter(costs.values()), {}) if all(choice in by for by in costs.values())
+    ]
+    if len(costs) < 2 or not choices:
+        return []
+    rows: list[list[object]] = []
+    for workload, here in costs.items():
+        others = [by for name, by in costs.items() if name != workload]
+        chosen = min(choices, key=lambda choice: sum(by[choice] for by in others))
+        best = min(choices, key=lambda choice: here[choice])
+        rows.append([workload, chosen, here[chosen], best, here[best], here.get(default, math.nan)])
+    return rows

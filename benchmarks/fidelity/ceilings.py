@@ -17,24 +17,26 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.fidelity.analysis import POINT, Record
-from benchmarks.fidelity.free import DRIFT, LARGER, REFERENCE, approached
+from benchmarks.fidelity.analysis import POINT, Record, chosen_elsewhere, loss_of_run
+from benchmarks.fidelity.ensemble import EPS
+from benchmarks.fidelity.free import DECAYS, LARGER, REFERENCE, approached
 from benchmarks.fidelity.markdown import number, table
 from benchmarks.fidelity.one_step import gradient_of
-from benchmarks.fidelity.regrets import loss_of_run
 from benchmarks.fidelity.switch import SEEDS, final_losses, fixed_sample
 from benchmarks.fidelity.training import PHASES, Study, before, train_to
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, draw
+from lightning_surge.policy.policy import MAX_DRIFT
 
-__all__ = ["ceilings", "ladder", "rule_gaps", "rules_at", "state"]
+__all__ = ["LONGEST", "ceilings", "ladder", "rule_gaps", "rules_at", "state"]
 
-RATIOS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0)
+RATIOS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0)
+LONGEST = 8 * DECAYS[-1]
+"""Examples after the change that are enough for a ladder up to 256 times the batch size."""
 # Batches of the base size behind the exact statistics, and examples behind the curvature.
 BATCHES = 512
 EXAMPLES = 1024
 # Steps of Adam with beta_1 = 0.9 and a preconditioner held still diverge above this over the sharpness.
 STABLE = 38.0
-EPS = 1e-8
 CAPS = (1, 2, 4, 8, 16)
 POWERS = (-0.5, 0.5, 1.0)
 EDGES = (2.0, 3.0, 4.5, 6.0, 9.0)
@@ -51,7 +53,7 @@ def ladder(
         ends = [ratio for ratio in RATIOS if ratio <= max(size / BASE_BATCH_SIZE, 8.0)]
 
         def multipliers_at(step: int, ends: Sequence[float] = ends) -> torch.Tensor:
-            return torch.tensor([approached(end, DRIFT, step) for end in ends])
+            return torch.tensor([approached(end, MAX_DRIFT, step) for end in ends])
 
         found = final_losses(workload, beta_2, phase, size, multipliers_at, examples)
         losses[str(size)] = dict(zip(map(str, ends), map(list, zip(*found, strict=True)), strict=True))
@@ -135,11 +137,17 @@ def edge_lrs(
     return found
 
 
+def mccandlish(noise_scale: float, batch_size: int) -> float:
+    """log2 of sqrt((1 + B_s / base) / (1 + B_s / B)): square-root scaling where the scale is infinite."""
+    if math.isinf(noise_scale):
+        return 0.5 * math.log2(batch_size / BASE_BATCH_SIZE)
+    return 0.5 * math.log2((1 + noise_scale / BASE_BATCH_SIZE) / (1 + noise_scale / batch_size))
+
+
 def mixed(scale: float, size: float, power: float) -> float:
-    """log2 of `sqrt(B / base)^(1 - g) R_progress^g`; g = -1 is the alignment ratio, 0 sqrt, 1 progress."""
+    """log2 of `sqrt(B / base)^(1 - g) R_progress^g`; g = 0 is sqrt, 1 progress."""
     octaves = math.log2(size / BASE_BATCH_SIZE)
-    alignment = 0.5 * math.log2((1 + scale / BASE_BATCH_SIZE) / (1 + scale / size))
-    return 0.5 * octaves * (1.0 - power) + power * (octaves - alignment)
+    return 0.5 * octaves * (1.0 - power) + power * (octaves - mccandlish(scale, size))
 
 
 def rules_at(scale: float, edge: Mapping[str, float], lr: float, size: int) -> dict[str, float]:
@@ -155,12 +163,11 @@ def rules_at(scale: float, edge: Mapping[str, float], lr: float, size: int) -> d
     octaves = math.log2(size / BASE_BATCH_SIZE)
     found = {"constant": 0.0, REFERENCE: octaves / 2, "linear, approached": octaves}
     for count in CAPS:
-        flat = count * min(scale, 1e12)
         name = "alignment" if count == 1 else f"sqrt up to {count} noise scales"
-        found[name] = mixed(flat, size, -1.0)
+        found[name] = mccandlish(count * scale, size)
     for power in POWERS:
         name = "progress" if power == 1.0 else f"sqrt and progress, g = {power:g}"
-        found[name] = mixed(min(scale, 1e12), size, power)
+        found[name] = mixed(scale, size, power)
     for hot in (REFERENCE, "progress"):
         for multiple in EDGES:
             under = math.log2(multiple * edge[str(size)] / lr)
@@ -178,7 +185,7 @@ def rule_gaps(records: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
     rows = []
     for cell in records["ladder"]:
         at = states.get(tuple(cell[name] for name in POINT))
-        if at is None:
+        if at is None or cell["examples"] not in DECAYS:
             continue
         workload = WORKLOADS[cell["workload"]]
         lr = workload.lr * before(PHASES[cell["phase"]])
@@ -204,19 +211,13 @@ def chosen(found: pd.DataFrame) -> list[list[object]]:
     """For each workload: the rule that the others choose, on the mean and on the worst seed, and its gaps."""
     rules = found[found["rule"] != BEST]
     scale = rules[rules["rule"] == "constant"].groupby("workload")["gap"].apply(lambda gap: gap.abs().mean())
-    costs = {
-        "mean": rules.groupby(["rule", "workload"])["gap"].mean().unstack() / scale,
-        "worst seed": rules.groupby(["rule", "workload", "seed"])["gap"].mean().groupby(level=[0, 1]).max()
-        .unstack() / scale,
-    }  # fmt: skip
+    of_seed = rules.groupby(["workload", "rule", "seed"])["gap"].mean()
+    means = rules.groupby(["workload", "rule"])["gap"].mean()
     lines: list[list[object]] = []
-    if scale.size < 2:
-        return lines
-    for how, table_of in costs.items():
-        for workload in table_of:
-            rule = table_of.drop(columns=workload).mean(axis=1).idxmin()
-            here = rules[(rules["rule"] == rule) & (rules["workload"] == workload)]["gap"]
-            lines.append([workload, how, rule, number(here.mean(), 4)])
+    for how, costs in (("mean", means), ("worst seed", of_seed.groupby(level=[0, 1]).max())):
+        shares = {name: (costs[name] / scale[name]).to_dict() for name in scale.index}
+        for workload, rule, *_ in chosen_elsewhere(shares, REFERENCE):
+            lines.append([workload, how, rule, number(means[workload, rule], 4)])
     return lines
 
 
@@ -238,7 +239,7 @@ def ceilings(records: Mapping[str, Sequence[Record]]) -> str:
     note = (
         f"{changes} changes of the batch size of at least {LEAST_STEPS} steps: final loss minus that of sqrt "
         "approached (mean of the worst seed), nats, for the autoencoder percent. Every rule decides once, at "
-        f"the change, from exact statistics, and is approached at {100 * DRIFT:g} % a step."
+        f"the change, from exact statistics, and is approached at {100 * MAX_DRIFT:g} % a step."
     )
     headers = ["rule", *names]
     choice = table(["left out", "by the", "the others choose", "which costs here"], chosen(found))

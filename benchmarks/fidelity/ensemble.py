@@ -39,7 +39,6 @@ class Ensemble:
 
     def __init__(self, workload: Workload, snapshots: Sequence[Snapshot], betas: tuple[float, float]) -> None:
         self.workload = workload
-        self.betas = betas
         self.copies = len(snapshots)
         self._skeleton = copy.deepcopy(workload.network()).to("meta")
         networks = []
@@ -52,8 +51,15 @@ class Ensemble:
         self._names = list(self.parameters)
         self._exp_avg = [torch.stack([s.exp_avg[name] for s in snapshots]) for name in self._names]
         self._exp_avg_sq = [torch.stack([s.exp_avg_sq[name] for s in snapshots]) for name in self._names]
-        self._step = torch.tensor([float(snapshot.step) for snapshot in snapshots])
+        steps = torch.tensor([snapshot.step for snapshot in snapshots], dtype=torch.float64)
+        # What is left in each average of the zeros that it began with: the product of the betas of its steps.
+        self._left = [beta**steps for beta in betas]
+        self.use_betas(*(torch.full_like(steps, beta) for beta in betas))
         self._gradient = vmap(grad(self._loss), randomness="error")
+
+    def use_betas(self, beta_1: Tensor, beta_2: Tensor) -> None:
+        """Adam's decay rates of every copy from the next step on."""
+        self._betas = (beta_1.double(), beta_2.double())
 
     def _loss(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch) -> Tensor:
         def network(*inputs: Tensor) -> Tensor:
@@ -81,17 +87,18 @@ class Ensemble:
 
     @torch.no_grad()
     def _adam(self, gradients: list[Tensor], lr: Tensor) -> None:
-        beta_1, beta_2 = self.betas
-        self._step += 1
-        torch._foreach_lerp_(self._exp_avg, gradients, 1.0 - beta_1)
-        torch._foreach_mul_(self._exp_avg_sq, beta_2)
-        torch._foreach_addcmul_(self._exp_avg_sq, gradients, gradients, value=1.0 - beta_2)
-        step_size = lr / (1.0 - beta_1**self._step)
-        root = (1.0 - beta_2**self._step).sqrt()
-        for name, first, second in zip(self._names, self._exp_avg, self._exp_avg_sq, strict=True):
+        self._left = [left * beta for left, beta in zip(self._left, self._betas, strict=True)]
+        of_copy = (1.0 - self._betas[0], self._betas[1], 1.0 - self._betas[1])
+        of_copy += (lr / (1.0 - self._left[0]), (1.0 - self._left[1]).sqrt())
+        for name, gradient, first, second in zip(
+            self._names, gradients, self._exp_avg, self._exp_avg_sq, strict=True
+        ):
             shape = (-1, *[1] * (first.dim() - 1))
-            divisor = second.sqrt().div_(root.view(shape)).add_(EPS)
-            self.parameters[name].sub_(first.div(divisor).mul_(step_size.view(shape)))
+            new_1, beta_2, new_2, step_size, root = (value.to(first.dtype).view(shape) for value in of_copy)
+            first.lerp_(gradient, new_1)
+            second.mul_(beta_2).addcmul_(gradient, gradient * new_2)
+            divisor = second.sqrt().div_(root).add_(EPS)
+            self.parameters[name].sub_(first.div(divisor).mul_(step_size))
 
     @torch.no_grad()
     def losses(self, sample: Batch, chunk: int = 1024) -> Tensor:

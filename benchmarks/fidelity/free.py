@@ -16,29 +16,31 @@ import torch
 
 from benchmarks.fidelity.analysis import CHANGE, Record, mean_over_seeds
 from benchmarks.fidelity.markdown import number, table
-from benchmarks.fidelity.regrets import DEFAULT
 from benchmarks.fidelity.switch import SEEDS, final_losses
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from benchmarks.results import target
 from lightning_surge import SurgeLRCallback
+from lightning_surge.policy.policy import MAX_DRIFT
 
 __all__ = ["AS_SHIPPED", "DECAYS", "LARGER", "approached", "free", "free_table", "free_targets", "gaps"]
 
 LARGER = tuple(BASE_BATCH_SIZE * factor for factor in (4, 16, 64))
 DECAYS = (CONTINUED_EXAMPLES, 8 * CONTINUED_EXAMPLES)
 """Examples after the change, over which the learning rate decays to zero."""
-DRIFT = 0.05  # largest relative rise per step, that of the callback
-AS_SHIPPED = {"objective": DEFAULT["objective"], "max_overhead": SurgeLRCallback().settings.max_overhead}
+AS_SHIPPED = {
+    "objective": SurgeLRCallback().settings.objective,
+    "max_overhead": SurgeLRCallback().settings.max_overhead,
+}
 """The callback at its default cost."""
 CALLBACK = f"callback, {100 * AS_SHIPPED['max_overhead']:g} %"
 REFERENCE = "sqrt, approached"
 RULES: dict[str, tuple[float, float]] = {
     "constant": (0.0, math.inf),
     "sqrt, at once": (0.5, math.inf),
-    REFERENCE: (0.5, DRIFT),
+    REFERENCE: (0.5, MAX_DRIFT),
     "linear, at once": (1.0, math.inf),
-    "linear, approached": (1.0, DRIFT),
+    "linear, approached": (1.0, MAX_DRIFT),
 }
 """By name: the power of the batch size, and the largest relative rise per step."""
 EXPERIMENT = (*CHANGE, "examples", "seed")
@@ -75,7 +77,7 @@ def of_rules(records: Mapping[str, Sequence[Record]]) -> list[Record]:
             size: {
                 rule: by_ratio[str((int(size) / BASE_BATCH_SIZE) ** power)]
                 for rule, (power, rate) in RULES.items()
-                if rate == DRIFT or power == 0.0
+                if rate == MAX_DRIFT or power == 0.0
             }
             for size, by_ratio in cell["losses"].items()
         }
@@ -138,9 +140,9 @@ def free_table(records: Mapping[str, Sequence[Record]]) -> str:
     found = gaps(records)
     commits = sorted({cell["commit"] for cell in records["live"] if cell.items() >= AS_SHIPPED.items()})
     parts = [
-        f"Final loss minus that of sqrt scaling approached from 1 at {100 * DRIFT:g} % a step, at the base "
-        "learning rate of the study: mean over changes of the batch size and seeds (mean of the worst seed). "
-        "At once: over the shorter decay, without the larger transformer. "
+        f"Final loss minus that of sqrt scaling approached from 1 at {100 * MAX_DRIFT:g} % a step, at the "
+        "base learning rate of the study: mean over changes of the batch size and seeds (mean of the worst "
+        "seed). At once: over the shorter decay, without the larger transformer. "
         f"The callback was measured at {', '.join(commits) or 'no commit yet'}."
     ]
     for unit in ("nats", "% of the loss"):

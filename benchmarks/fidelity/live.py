@@ -10,18 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from benchmarks.cells import Store
-from benchmarks.fidelity.analysis import POINT, pick
-from benchmarks.fidelity.regrets import sweeps_of
-from benchmarks.fidelity.switch import BATCH_SIZES, fixed_sample
+from benchmarks.fidelity.switch import fixed_sample
 from benchmarks.fidelity.training import CONTINUED_EXAMPLES, Study, continue_run, train_to
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS
 from lightning_surge import SurgeLRCallback
 from lightning_surge.policy.policy import Decision
 
-__all__ = ["best_multiplier", "live", "live_at_best_base", "loss_of"]
-
-CHANGED_SIZES = tuple(size for size in BATCH_SIZES if size != BASE_BATCH_SIZE)
+__all__ = ["live", "loss_of"]
 
 
 class Decisions(pl.Callback):
@@ -50,13 +45,12 @@ def live(
     seed: int,
     max_overhead: float,
     objective: str,
-    multiplier: float = 1.0,
-    batch_sizes: Sequence[int] = CHANGED_SIZES,
+    batch_sizes: Sequence[int],
     examples: int = CONTINUED_EXAMPLES,
 ) -> dict[str, Any]:
     """One training up to the change of the batch size, and one continuation for each size.
 
-    From the change on, learning rates get the multiplier and so many examples are trained.
+    From the change on, so many examples are trained.
 
     Returns:
         Measurements before the change; by batch size, the ratio predicted at the change and the one used in
@@ -65,8 +59,7 @@ def live(
     what = WORKLOADS[workload]
     settings: dict[str, Any] = {"objective": objective, "max_overhead": max_overhead}
     callback = SurgeLRCallback(BASE_BATCH_SIZE, **settings)
-    point: dict[str, Any] = {"beta_2": beta_2, "phase": phase, "seed": seed}
-    point |= {"multiplier": multiplier, "examples": examples}
+    point: dict[str, Any] = {"beta_2": beta_2, "phase": phase, "seed": seed, "examples": examples}
     _, trainer = train_to(what, **point, callback=callback)
     result: dict[str, Any] = {"measurements": callback.history.num_measurements, "by_batch_size": {}}
     if result["measurements"]:
@@ -85,25 +78,3 @@ def live(
             "overhead": after.overhead,
         }
     return result
-
-
-def best_multiplier(store: Store, **point: Any) -> float:
-    """The best multiple of the base learning rate for the rest of a run that keeps its batch size.
-
-    Raises:
-        LookupError: If the sweep at the base batch size is not finished at the point.
-    """
-    sweeps = sweeps_of(pick(store.records("sweep"), batch_size=BASE_BATCH_SIZE, **point))
-    if not sweeps:
-        raise LookupError(f"A sweep at the base batch size has to come first, none is finished at {point}.")
-    return float(2.0 ** next(iter(sweeps.values())).best)
-
-
-def live_at_best_base(store: Store, **key: Any) -> dict[str, Any]:
-    """`live` at the base learning rate that is best from the change on.
-
-    A rule for ratios can only be as good as the learning rate that it carries over; this takes that error
-    away. For a ratio without a callback the sweep does it.
-    """
-    multiplier = best_multiplier(store, **{name: key[name] for name in (*POINT, "examples")})
-    return {"multiplier": multiplier} | live(**key, multiplier=multiplier)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,49 +9,45 @@ from typing import Any
 from benchmarks.cells import Store
 from benchmarks.fidelity import figures, held
 from benchmarks.fidelity.analysis import (
-    CHANGE,
     POINT,
     Record,
-    groups,
     joined,
     mean,
-    mean_over_seeds,
     pick,
     summary,
     unique,
 )
+from benchmarks.fidelity.best_ratio import best_ratio_table
+from benchmarks.fidelity.betas import betas_table
 from benchmarks.fidelity.ceilings import ceilings
-from benchmarks.fidelity.free import AS_SHIPPED, free_table, free_targets
+from benchmarks.fidelity.free import free_table, free_targets
 from benchmarks.fidelity.markdown import share, table, targets_table
+from benchmarks.fidelity.muon import muon_table
 from benchmarks.fidelity.one_step import COUNTS
-from benchmarks.fidelity.regrets import DEFAULT, FIXED, all_rows, best_fixed, shared
-from benchmarks.fidelity.rules import at_default, leave_out, of_unit, rules
-from benchmarks.fidelity.switch import SEEDS
 from benchmarks.results import target, write, write_page
-from lightning_surge.laws.objectives import RETIRED
 
 __all__ = ["read", "targets", "write_report"]
 
 COMMAND = "make fidelity"
-RUN = (*POINT, "seed", "objective", "max_overhead", "examples")
 KEYS = {
     "truths": (*POINT, "seed"),
     "laws": (*POINT, "seed"),
-    "sweep": (*CHANGE, "examples"),
-    "live": RUN,
-    "best_base": RUN,
+    "live": (*POINT, "seed", "objective", "max_overhead", "examples"),
     "free": (*POINT, "examples"),
     "ladder": (*POINT, "examples"),
+    "betas": (*POINT, "examples"),
     "state": POINT,
+    "muon": ("workload", "phase", "seed"),
 }
 """What tells the cells of a kind apart."""
 Records = Mapping[str, Sequence[Record]]
 SECTIONS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "laws": ("one_step", held.laws),
-    "rules": ("rules", rules),
     "free": ("ladder", free_table),
+    "best_ratio": ("ladder", best_ratio_table),
     "ceilings": ("ladder", ceilings),
-    "leave_out": ("rules", leave_out),
+    "betas": ("betas", betas_table),
+    "muon": ("muon", muon_table),
 }
 """By heading of the page: the records without which there is nothing to show, and what makes the section."""
 
@@ -63,7 +57,7 @@ def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> No
     records = read(store)
     results.mkdir(parents=True, exist_ok=True)
     found = targets(records)
-    note = "After a mean regret: its 95 % half-width, from the means over all changes of each seed."
+    note = "After a mean: its 95 % half-width, from the means over all changes of each seed."
     sections = {"targets": f"{targets_table(found)}\n\n{note}"}
     for name, (needed, section) in SECTIONS.items():
         sections[name] = section(records) if records[needed] else "No cell is finished."
@@ -78,29 +72,14 @@ def write_report(store: Store, results: Path, expected: Mapping[str, int]) -> No
 
 
 def read(store: Store) -> dict[str, list[Record]]:
-    """The records of each kind, the points with both a truth and laws, and the rows of every rule.
-
-    Those of retired objectives are left out.
-    """
-    records = {
-        kind: [r for r in unique(store.records(kind), keys) if r.get("objective") not in RETIRED.values()]
-        for kind, keys in KEYS.items()
-    }
-    one_step = joined(records["truths"], records["laws"], KEYS["truths"])
-    return records | {"one_step": one_step, "rules": all_rows(records)}
+    """The records of each kind, and the points with both a truth and laws."""
+    records = {kind: unique(store.records(kind), keys) for kind, keys in KEYS.items()}
+    return records | {"one_step": joined(records["truths"], records["laws"], KEYS["truths"])}
 
 
 def targets(records: Records) -> list[dict[str, Any]]:
     """Every target of which something is measured."""
-    of_rules = [*held_targets(records["one_step"]), *switch_targets(records["rules"])]
-    return [*of_rules, *shipped_targets(records["rules"]), *free_targets(records, COMMAND)]
-
-
-def with_every_seed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of changes that have been run at every seed."""
-    changes = groups(rows, *CHANGE).items()
-    complete = {key for key, part in changes if {row["seed"] for row in part} == set(SEEDS)}
-    return [row for row in rows if tuple(row[name] for name in CHANGE) in complete]
+    return [*held_targets(records["one_step"]), *free_targets(records, COMMAND)]
 
 
 def held_targets(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
@@ -120,46 +99,3 @@ def held_targets(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
         for bound, better in ((0.55, "higher"), (0.8, "lower")):
             title = f"share of true {name} inside the 68 % interval"
             yield target(title, part, bound, COMMAND, better=better)
-
-
-def switch_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Those after a change of the batch size, with the default objective."""
-    for how, name in (("used", "frozen"), ("live", "live")):
-        rule = f"{DEFAULT['objective']}, {how}"
-        compared, default = (*FIXED, rule), at_default(rows)
-        same = shared(default, compared)
-        if not same:
-            continue
-        title = f"change of the batch size, {name} ratio"
-        errors = mean(abs(row["error"]) for row in pick(same, rule=rule))
-        yield target(f"{title}, mean |log2(R / R_true)|", errors.value, 0.25, COMMAND)
-        for (field, base), (nats, unit) in itertools.product(
-            {"regret": "", "tuned": ", at the best base lr"}.items(),
-            ((True, "cross-entropy"), (False, "autoencoder")),
-        ):
-            part = of_unit(with_every_seed(shared(default, compared, field)), nats=nats)
-            best = best_fixed(part, field)
-            if best is None:
-                continue
-            own = pick(part, rule=rule)
-            # A fixed rule that loses nothing leaves nothing to be a quarter of.
-            quotient = mean_over_seeds(own, field).value / best[1] if best[1] > 0.0 else math.inf
-            yield target(f"{title}, regret over that of {best[0]}, {unit}{base}", quotient, 0.25, COMMAND)
-            bound, scale = (0.005, "nats") if nats else (0.5, "% of the loss")
-            yield regret_target(f"{title}, mean regret{base} ({scale})", own, field, bound)
-
-
-def shipped_targets(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """The callback at its default cost loses no more than it lost at five times the cost."""
-    own = pick(rows, rule=f"{AS_SHIPPED['objective']}, live", overhead=AS_SHIPPED["max_overhead"])
-    title = "change to a larger batch size, live ratio, default overhead, mean regret"
-    for nats, scale, bound in ((True, "nats", 0.017), (False, "% of the loss", 0.1)):
-        if part := of_unit(with_every_seed(own), nats=nats):
-            yield regret_target(f"{title} ({scale})", part, "regret", bound)
-
-
-def regret_target(name: str, rows: Sequence[dict[str, Any]], field: str, bound: float) -> dict[str, Any]:
-    """A mean with its half-width over seeds."""
-    found = mean_over_seeds(rows, field)
-    width = {"half_width": round(found.half_width, 4)} if math.isfinite(found.half_width) else {}
-    return target(name, found.value, bound, COMMAND, **width)

@@ -37,17 +37,14 @@ def before(step: int) -> float:
     return 1.0 - (1.0 - COOLED_TO) * min((step - HOT_STEPS) / (PHASES["cooled"] - HOT_STEPS), 1.0)
 
 
-def schedule(phase: str, steps_after: int, multiplier: float = 1.0) -> Factor:
-    """The factor of a run that changes its batch size at a phase and decays to zero in the steps after it.
-
-    From the change on, all learning rates get the multiplier.
-    """
+def schedule(phase: str, steps_after: int) -> Factor:
+    """The factor of a run that changes its batch size at a phase and decays to zero in the steps after it."""
     change = PHASES[phase]
 
     def factor(step: int) -> float:
         if step < change:
             return before(step)
-        return multiplier * before(change) * max(1.0 - (step - change) / steps_after, 0.0)
+        return before(change) * max(1.0 - (step - change) / steps_after, 0.0)
 
     return factor
 
@@ -144,16 +141,12 @@ def train_to(
     phase: str,
     seed: int,
     callback: SurgeLRCallback | None = None,
-    multiplier: float = 1.0,
     examples: int = CONTINUED_EXAMPLES,
 ) -> tuple[Study, pl.Trainer]:
-    """Train at the base batch size to a phase, from which on learning rates get a multiplier.
-
-    `examples` are those that will be trained after it.
-    """
+    """Train at the base batch size to a phase, after which so many examples will be trained."""
     pl.seed_everything(seed, verbose=False)
     rest = examples // BASE_BATCH_SIZE
-    study = Study(workload, (0.9, beta_2), schedule(phase, rest, multiplier))
+    study = Study(workload, (0.9, beta_2), schedule(phase, rest))
     # The callback plans its probes for the whole run, of which the rest comes after the change.
     steps = PHASES[phase] + rest
     batches = Batches(workload.data(), BASE_BATCH_SIZE, steps, seed)
@@ -170,16 +163,12 @@ def continue_run(
     seed: int,
     batch_size: int,
     callbacks: Sequence[pl.Callback],
-    multiplier: float = 1.0,
     examples: int = CONTINUED_EXAMPLES,
 ) -> Study:
-    """Go on from a phase at another batch size over equal examples, with a decay to zero.
-
-    `multiplier` and `examples` are those of `train_to`.
-    """
+    """Go on from a phase at another batch size over equal examples, with a decay to zero."""
     steps = examples // batch_size
     change = PHASES[phase]
-    study = Study(workload, (0.9, beta_2), schedule(phase, steps, multiplier))
+    study = Study(workload, (0.9, beta_2), schedule(phase, steps))
     batches = Batches(workload.data(), batch_size, steps, continuation_seed(seed, batch_size), used=change)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "change.ckpt"

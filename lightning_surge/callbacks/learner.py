@@ -18,7 +18,6 @@ from lightning_surge.checking.arguments import number, optional
 from lightning_surge.checking.state import REMEDY, AnyFloat, restore
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.records import Measurement
-from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.estimates import (
     EstimatedLaw,
     Fit,
@@ -60,7 +59,6 @@ class Learner:
         history: the measurements.
         law_history: the laws fitted to them, with the optimizer steps.
         policy: decides at the base batch size; None before the first step fixes that.
-        moments: what Adam's averages hold, followed from step to step.
         scheduled_lr: latest scheduled learning rate of the group where it is largest.
     """
 
@@ -69,7 +67,6 @@ class Learner:
         self.history = NoiseHistory(settings.half_life)
         self.law_history: deque[LawRecord] = deque(maxlen=LAW_HISTORY)
         self.policy: Policy | None = None
-        self.moments = AdamMoments()
         self.scheduled_lr = math.nan
         self._law_metrics: dict[str, float] = {}
         if settings.base_batch_size is not None:
@@ -124,9 +121,6 @@ class Learner:
         self,
         step: StepToCome,
         measurement: Measurement,
-        *,
-        one_lr: bool,
-        moments: AdamMoments | None,
         tell: Callable[[EstimatedLaw], None] | None,
     ) -> None:
         """Fit the law again with a new measurement, and `tell` it; failures do not end the training."""
@@ -135,25 +129,12 @@ class Learner:
             return
         try:
             self.history.add(measurement)
-            self._fit_again(step, self._deviation_l1(step.optimizer, one_lr, moments), tell)
+            self._fit_again(step, tell)
         except Exception as error:
             self.hold(Reason.FITTING_FAILED, f"fitting failed with {type(error).__name__}")
             warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
 
-    def _deviation_l1(self, optimizer: Optimizer, one_lr: bool, moments: AdamMoments | None) -> float:
-        """`sum_i sigma_i` from the measurements or Adam's averages; NaN if learning rates weight `|mu|_1`."""
-        if not one_lr:
-            return math.nan
-        sums = self.history.stats().coordinate_sums
-        if sums is not None:
-            return sums.deviation_l1
-        if moments is None or not self.history.stats().alignments:
-            return math.nan
-        return moments.deviation_l1(optimizer)
-
-    def _fit_again(
-        self, step: StepToCome, deviation_l1: float, tell: Callable[[EstimatedLaw], None] | None
-    ) -> None:
+    def _fit_again(self, step: StepToCome, tell: Callable[[EstimatedLaw], None] | None) -> None:
         policy = self.policy
         assert policy is not None
         law = estimate(self.history, self._fit(step))
@@ -162,7 +143,7 @@ class Learner:
             if tell is not None and self.history.stats().knows_curvature:
                 tell(law)
             self.law_history.append(LawRecord(step.number, law, self.history.stats()))
-        self._law_metrics = law_metrics(self.history, law, step.batch_size, deviation_l1)
+        self._law_metrics = law_metrics(self.history, law, step.batch_size)
 
     def _fit(self, step: StepToCome) -> Fit:
         """Which law the measurements are fitted with."""
@@ -170,12 +151,6 @@ class Learner:
             return fit_theorem3_law
         needed = self._settings.objective == "step" or self._settings.law == "theorem2"
         return law_of(step.direction, curvature=needed)
-
-    def step(self, optimizer: Optimizer, batch_size: float) -> None:
-        """Count a step just taken, for what Adam's averages hold."""
-        betas = optimizer.param_groups[0].get("betas", ())
-        if len(betas) >= 2:
-            self.moments.step(batch_size, (float(betas[0]), float(betas[1])))
 
     def metrics(self, batch_size: float, examples: float) -> dict[str, float]:
         """What is logged of the law and of where the run is."""
@@ -194,7 +169,6 @@ class Learner:
             "base_batch_size": self.base_batch_size,
             "history": self.history.state_dict(),
             "policy": None if self.policy is None else self.policy.state_dict(),
-            "moments": self.moments.state_dict(),
             "scheduled_lr": self.scheduled_lr,
             "law_metrics": dict(self._law_metrics),
         }
@@ -207,7 +181,6 @@ class Learner:
             policy = self.fix_base(base)
             if state.policy is not None:
                 policy.load_state_dict(state.policy)
-        self.moments.load_state_dict(state.moments)
         self.scheduled_lr, self._law_metrics = state.scheduled_lr, state.law_metrics
 
 
@@ -221,7 +194,6 @@ class SurgeState:
     base_batch_size: float | None
     history: dict[str, Any]
     policy: dict[str, Any] | None
-    moments: dict[str, Any]
     law_metrics: dict[str, AnyFloat]
     measurer: dict[str, Any]
     scheduled_lr: AnyFloat = math.nan

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,10 +39,10 @@ else:
         """A callback to both packages."""
 
 
-def warn(message: str) -> None:
+def warn(message: str, *, by: Callable[..., None] = rank_zero_warn) -> None:
     """Warn, on rank zero. Where warnings are errors (`python -W error`) log instead: training goes on."""
     try:
-        rank_zero_warn(message, stacklevel=5)
+        by(message, stacklevel=5)
     except Warning:
         log.warning(message)
 

@@ -14,7 +14,7 @@ from lightning.fabric.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.checks import served_optimizer, trained_optimizers
-from lightning_surge.laws.base import Law, MeasuredLaw
+from lightning_surge.laws.base import Law
 from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
@@ -56,9 +56,7 @@ def run_metrics(
     return metrics
 
 
-def law_metrics(
-    history: NoiseHistory, law: EstimatedLaw | None, batch_size: float, deviation_l1: float = math.nan
-) -> dict[str, float]:
+def law_metrics(history: NoiseHistory, law: EstimatedLaw | None, batch_size: float) -> dict[str, float]:
     """What the measurements say, each with its standard error where it is finite.
 
     An infinite noise scale, and whatever is 0 or infinite in a law at the edge of what can be fitted, was not
@@ -100,9 +98,6 @@ def law_metrics(
     numbers: dict[str, float | None] = asdict(law.law)  # type: ignore[call-overload]
     metrics |= {f"{PREFIX}law/{name}": value for name, value in numbers.items() if value is not None}
     metrics[f"{PREFIX}law/smallest_measured"], metrics[f"{PREFIX}law/largest_measured"] = law.reach
-    if isinstance(law.law, MeasuredLaw) and math.isfinite(deviation_l1) and stats.alignments:
-        # |sigma|_1^2 / |mu|_1^2; the alignment of an infinite batch is |mu|_1.
-        metrics[f"{PREFIX}noise_scale_l1"] = (deviation_l1 / law.law.alignment_limit) ** 2
     return metrics
 
 
@@ -119,7 +114,7 @@ def tensorboard_layout(groups: Mapping[str, Sequence[str]]) -> dict[str, dict[st
     }
     others = {
         "batch size against peak": "batch_size|peak_batch_size|critical_batch_size",
-        "noise": "noise_scale|noise_scale_l1",
+        "noise": "noise_scale",
         "overhead": "overhead|overhead_time",
     }
     for title, names in others.items():

@@ -12,15 +12,6 @@ from lightning_surge.laws.base import ConstantLaw, LinearLaw, SqrtLaw
 from lightning_surge.laws.objectives import OBJECTIVES, RETIRED
 from lightning_surge.measure.direction import SIGN
 
-__all__ = [
-    "LAWS",
-    "REFERENCE_RULES",
-    "SurgeSettings",
-    "check_base",
-    "default_objective",
-    "refuse_retired",
-]
-
 REFERENCE_RULES: dict[str, type[ConstantLaw] | type[SqrtLaw] | type[LinearLaw]] = {
     "sqrt": SqrtLaw,
     "linear": LinearLaw,

@@ -28,7 +28,6 @@ class StepExamples:
         batch_idx: its index in the epoch.
         size: examples in it.
         open: whether an accumulation window has begun.
-        clipped: in manual optimization, whether gradients were changed after a backward pass.
         pace: pace of the optimizer's steps in manual optimization.
 
     Example:
@@ -55,7 +54,7 @@ class StepExamples:
         self.batch: Any = None
         self.batch_idx = 0
         self.size = 0.0
-        self.clipped = self._told_of_backward = False
+        self._told_of_backward = False
         self.close()
 
     def follow(self, optimizer: Optimizer) -> None:
@@ -115,11 +114,11 @@ class StepExamples:
 
     # ------------------------------------------------------------------ the step
 
-    def look_at_gradients(self, optimizer: Optimizer, name: str, *, scaled: bool) -> None:
-        """Note whether `training_step` changes gradients, as by clipping."""
+    def look_at_gradients(self, optimizer: Optimizer, name: str) -> None:
+        """Warn, once, if they have come from no pass that was seen."""
         if self._tracker is None:
             return
-        changed = self._tracker.have_come()
+        self._tracker.have_come()  # what clipping by hand has changed is no news to the next pass
         if self.passes == 0 and not self._told_of_backward and self._tracker.exist():
             self._told_of_backward = True
             warn(
@@ -127,7 +126,6 @@ class StepExamples:
                 "learning rate of such steps as it is: call self.manual_backward(loss) instead of "
                 "loss.backward()."
             )
-        self.clipped |= self.passes > 0 and changed and not scaled
 
     def end_step(self) -> None:
         """Count the step that was just taken."""

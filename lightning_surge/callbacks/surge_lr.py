@@ -25,7 +25,6 @@ from lightning_surge.callbacks.checks import (
     check_optimizer,
     check_trainer,
     check_weight_decay,
-    clips_gradients,
     served_optimizer,
 )
 from lightning_surge.callbacks.learner import STATE_VERSION, LawRecord, Learner, StepToCome, SurgeState
@@ -38,8 +37,9 @@ from lightning_surge.callbacks.lightning_host import (
     warn,
 )
 from lightning_surge.callbacks.logging import StepLog, StepRecord, add_layout, logs_now, optimizer_suffix
-from lightning_surge.callbacks.measuring.measurer import LossFn, Measurer
+from lightning_surge.callbacks.measuring.measurer import Measurer
 from lightning_surge.callbacks.measuring.plan import Pace
+from lightning_surge.callbacks.measuring.repeated_loss import LossFn
 from lightning_surge.callbacks.settings import (
     LAWS,
     SurgeSettings,
@@ -378,7 +378,6 @@ class SurgeLRCallback(Callback):
             watch=self._stopwatch,
         )
         self._may_be_capped = math.isfinite(largest_lr(optimizer))
-        self._learner.moments.begin(optimizer)
         pace = behind.pace if behind.manual else None
         self._measurer.attach(
             trainer,
@@ -452,7 +451,7 @@ class SurgeLRCallback(Callback):
             factor.come_last()
         name = type(self).__name__
         if behind.manual:
-            behind.look_at_gradients(optimizer, name, scaled=scaled)
+            behind.look_at_gradients(optimizer, name)
         if scaled and skips_step(trainer, optimizer, has_loss=behind.manual or behind.counts_batch):
             self._measurer.drop_window()
             self._skipped = True
@@ -472,19 +471,16 @@ class SurgeLRCallback(Callback):
             optimizer, self._direction, behind.steps(trainer.global_step), examples
         )
         if self.settings.measures and (measurer.ready or measurer.failure is not None):
-            self._measure(trainer, step)
+            self._measure(step)
         measurer.budget.train(examples)
 
-    def _measure(self, trainer: pl.Trainer, step: StepToCome) -> None:
+    def _measure(self, step: StepToCome) -> None:
         """Finish the window's measurement, and fit the law again."""
         learner, measurer = self._learner, self._measurer
-        clipped = self._behind_step.clipped or clips_gradients(trainer, trainer.lightning_module)
-        readable = not clipped and learner.moments.readable(step.optimizer)
-        moments = learner.moments if readable else None
         base = learner.base_batch_size
         assert base is not None
         learner.scheduled_lr = max(learning_rates(step.optimizer))
-        measurements = measurer.collect(base, moments, learner.law)
+        measurements = measurer.collect(base, learner.law)
         if measurer.parameters_changed():
             learner.forget()
         if measurer.failure is not None:
@@ -492,7 +488,7 @@ class SurgeLRCallback(Callback):
             measurer.failure = None
         tell = None if self._scheduler is None else self._scheduler.learn
         for measurement in measurements:
-            learner.learn(step, measurement, one_lr=measurer.one_lr, moments=moments, tell=tell)
+            learner.learn(step, measurement, tell)
 
     def _factor_for_update(self, *, early: bool) -> float | None:
         """The factor for the update about to be made; by now everybody else has written the learning rate."""
@@ -557,7 +553,6 @@ class SurgeLRCallback(Callback):
         behind, factor, log_, trainer = self._behind_step, self._factor, self._step_log, self._trainer
         step, decision = self._step, self._step_decision
         if step is not None and factor is not None and log_ is not None and trainer is not None:
-            self._learner.step(factor.optimizer, step.batch_size)
             behind.end_step()
             # Where Lightning calls the steps, what is logged in other batches is dropped.
             if decision is not None and (behind.manual or logs_now(trainer)):

@@ -12,17 +12,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = [
-    "BatchError",
-    "SplitBatch",
-    "TooFewExamplesError",
-    "group_evenly",
-    "leaves",
-    "shared_copy",
-    "split_leading_dimension",
-    "tensors_in",
-]
-
 SplitBatch = Callable[[Any, int], Sequence[Any]]
 """Cuts a batch into so many slices of about equal size, each a batch that a training step takes."""
 

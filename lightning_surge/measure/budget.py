@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["ProbeBudget", "norms_cost", "probe_cost"]
-
 # Small slices and whole-gradient arithmetic make a probe's pass dearer than training's.
 SAFETY = 1.25
 # Norms of gradients that training computes anyway, in passes over their examples.

@@ -22,8 +22,6 @@ from lightning_surge.measure.measurement import Passes, Replay
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk
 
-__all__ = ["CoordinateMeasurement"]
-
 # Secants that each law takes, two passes of the first half each.
 SECANTS = {"theorem2": 4, "theorem3": 3}
 
@@ -49,7 +47,6 @@ class CoordinateMeasurement(Passes):
         sizes: Sequence[float],
         law: str,
         seed: int,
-        variance_of: Callable[[Tensor], Tensor | None] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(parameters, replay, ranks)
@@ -58,7 +55,6 @@ class CoordinateMeasurement(Passes):
         self._sizes = tuple(sizes)
         self._law = law
         self._seed = seed
-        self._variance_of = variance_of
         self._halves: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._evaluation: list[Chunk] = []
 
@@ -93,7 +89,7 @@ class CoordinateMeasurement(Passes):
                 f"sizes={self._sizes}: a half's own noise is that of a batch of its size, and only smaller "
                 "batches can be imitated."
             )
-        norms, alignment_slope, deviation_l1, alignments = self._moments(first, second)
+        norms, alignment_slope, alignments = self._moments(first, second)
         curvatures: tuple[SizedValue, ...] = ()
         trace_hessian = coherent = math.nan
         if self._law == "theorem2":
@@ -111,16 +107,16 @@ class CoordinateMeasurement(Passes):
             curvatures,
             self._passes,
             len(chunks),
-            CoordinateSums(trace_hessian, coherent, alignment_slope, deviation_l1),
+            CoordinateSums(trace_hessian, coherent, alignment_slope),
             pairs=sum(self._half_sizes) ** 2 - sum(chunk.size**2 for chunk in chunks),
         )
 
     def _moments(
         self, first: Sequence[Chunk], second: Sequence[Chunk]
-    ) -> tuple[tuple[float, float], float, float, tuple[SizedValue, ...]]:
+    ) -> tuple[tuple[float, float], float, tuple[SizedValue, ...]]:
         """One pass over both halves; leaves `u` of each half in `self._halves`."""
         sums = tuple([zeros(p) for p in self._parameters] for _ in range(2))
-        squares = [] if self._variance_of else [zeros(p) for p in self._parameters]
+        squares = [zeros(p) for p in self._parameters]
         self._evaluation = []
         for index, chunks in enumerate((first, second)):
             for chunk in chunks:
@@ -133,29 +129,25 @@ class CoordinateMeasurement(Passes):
                         total = sums[index][position]
                         gradient = dense(parameter.grad).to(total.dtype)
                         total.add_(gradient, alpha=chunk.size)
-                        if squares:
-                            squares[position].addcmul_(gradient, gradient, value=chunk.size)
+                        squares[position].addcmul_(gradient, gradient, value=chunk.size)
                         parameter.grad = None
         size_a, size_b = self._half_sizes
         size = size_a + size_b
         # Scatter within the halves, so that a difference between them does not shrink their common u.
         freedom = len(first) + len(second) - 2
-        grad_sq = trace = slope = deviation_l1 = 0.0
+        grad_sq = trace = slope = 0.0
         products = dict.fromkeys(self._sizes, 0.0)
-        root, inverse = (_root_bias(freedom), _inverse_bias(freedom)) if squares else (1.0, 1.0)
-        for position, (left, right, scale) in enumerate(zip(*sums, self._scales, strict=True)):
-            known = None if self._variance_of is None else self._variance_of(self._parameters[position])
-            source = squares[position] if squares else zeros(left) if known is None else known
-            for a, b, s in blocks(left, right, source):
+        inverse = _inverse_bias(freedom)
+        for left, right, square, scale in zip(*sums, squares, self._scales, strict=True):
+            for a, b, s in blocks(left, right, square):
                 mean, mu_a, mu_b = (a + b) / size, a / size_a, b / size_b
-                variance = ((s - a * mu_a - b * mu_b) / freedom).clamp_(min=0.0) if squares else s.clone()
+                variance = ((s - a * mu_a - b * mu_b) / freedom).clamp_(min=0.0)
                 # The traces have no halves, so they take all degrees of freedom.
-                total = (s - size * mean * mean) / (freedom + 1) if squares else s
+                total = (s - size * mean * mean) / (freedom + 1)
                 mean_sq, spread = float(torch.dot(mean, mean)), float(total.sum())
                 grad_sq += mean_sq - spread / size
                 trace += spread
                 deviation = variance.sqrt_()
-                deviation_l1 += float(deviation.sum()) / root
                 noisy = deviation > 0
                 a.copy_(torch.where(noisy, mu_a / (deviation * inverse), 0.0))
                 b.copy_(torch.where(noisy, mu_b / (deviation * inverse), 0.0))
@@ -166,7 +158,7 @@ class CoordinateMeasurement(Passes):
                     products[batch_size] += 0.5 * scale * float(both)
         self._halves = (sums[0], sums[1])
         alignments = tuple(SizedValue(float(b), value) for b, value in products.items())
-        return (grad_sq, trace), slope, deviation_l1, alignments
+        return (grad_sq, trace), slope, alignments
 
     def _mean_sign(self, u: Tensor, half: int, batch_size: float) -> Tensor:
         """Estimate of `erf(sqrt(B / 2) u)` from one half's noisy `u`.
@@ -232,12 +224,7 @@ def _same(u: Tensor) -> Tensor:
     return u
 
 
-def _root_bias(freedom: int) -> float:
-    """`E[sample deviation] / deviation` for Gaussian samples with so many degrees of freedom."""
-    return math.sqrt(2.0 / freedom) * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
-
-
 def _inverse_bias(freedom: int) -> float:
-    """`deviation * E[1 / sample deviation]`, likewise; it needs at least two degrees of freedom."""
+    """`deviation * E[1 / sample deviation]` for Gaussian samples with two or more degrees of freedom."""
     log_ratio = math.lgamma((freedom - 1) / 2) - math.lgamma(freedom / 2)
     return math.sqrt(freedom / 2.0) * math.exp(log_ratio)

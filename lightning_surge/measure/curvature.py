@@ -17,8 +17,6 @@ from torch import Tensor
 from lightning_surge.measure.distributed import local
 from lightning_surge.measure.gradients import blocks, dense
 
-__all__ = ["Displacement", "displaced", "probe_distance", "realised_slope", "secant_curvature"]
-
 Displacement = Callable[[], Iterator[Tensor]]
 """Yields the direction `V` in the flat blocks of `gradients.blocks`, parameter by parameter, on each call.
 

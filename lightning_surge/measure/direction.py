@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GRADIENT", "SIGN", "Direction"]
-
 
 @dataclass(frozen=True)
 class Direction:

@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["ALONE", "RankError", "Ranks", "local"]
-
-
 T = TypeVar("T")
 
 # Gradients are summed in buffers of about this many elements: one message each.

@@ -26,19 +26,6 @@ from lightning_surge.measure.direction import SIGN, Direction
 from lightning_surge.measure.distributed import local
 from lightning_surge.measure.records import ChunkStatistics, SizedValue
 
-__all__ = [
-    "ChunkStream",
-    "add_scaled",
-    "blocks",
-    "debiased_norms",
-    "dense",
-    "pairs_of",
-    "require_size",
-    "squared_norm",
-    "weighted_mean",
-    "zeros",
-]
-
 # Elementwise arithmetic on whole gradients works through blocks of this many elements, so that its
 # temporaries stay small beside a gradient even where one parameter holds most of the model.
 BLOCK_ELEMENTS = 1 << 20

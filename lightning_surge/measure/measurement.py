@@ -41,16 +41,6 @@ from lightning_surge.measure.gradients import (
 from lightning_surge.measure.records import Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk, Piece, RandomState
 
-__all__ = [
-    "LawMeasurement",
-    "NormMeasurement",
-    "Passes",
-    "Replay",
-    "Whole",
-    "pass_chunk",
-    "slices_for",
-]
-
 Replay = Callable[[Piece, float], None]
 """Adds `weight` times the mean gradient of a piece, at the parameters as they are, to `.grad`."""
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ from lightning_surge.measure.records import ChunkStatistics, Measurement
 
 __all__ = ["HookedNorms", "NormSums", "Row", "ShardedNorms", "StashedNorms", "WindowNorms", "gradient_norms"]
 
+T = TypeVar("T")
+
+# In place of a norm that could not be taken.
+UNKNOWN = torch.tensor(math.nan, dtype=torch.float64)
 # Windows whose norms are left on the device before they are read, which waits for it.
 UNREAD_WINDOWS = 64
 
@@ -111,16 +115,16 @@ class Window:
         self.scale = 1.0  # factor on the loss beyond that of each row
 
     def read(self, share: float) -> tuple[float, list[Row]]:
-        """The numbers, of the loss itself; those of no window where they are not complete.
+        """The numbers, of the loss itself; NaN, which says nothing, where they are not complete.
 
         A share of a process is taken off the total, and off the factors.
         """
         # An optimizer that asks for the same gradients again has overwritten what was summed.
         if self.total is None or len(self.own) > self.micro_batches:
-            return 0.0, []
+            return math.nan, []
         device = self.total.device
-        values = torch.stack([self.total, *(square.to(device) for square, _, _ in self.own)]).tolist()
-        total, *own = (value / self.scale**2 for value in values)
+        squares = [self.total, *(square.to(device) for square, _, _ in self.own)]
+        total, *own = (value / self.scale**2 for value in torch.stack(squares).tolist())
         rows = [
             Row(square * share**2, size, factor * share)
             for square, (_, size, factor) in zip(own, self.own, strict=True)
@@ -129,10 +133,16 @@ class Window:
 
 
 class GradientNorms(ABC):
-    """How a strategy hands out gradients: one subclass for each way."""
+    """How a strategy hands out gradients: one subclass for each way.
+
+    Attributes:
+        failure: what prevented a norm from being taken, if something did. Such a norm is NaN, so that its
+            window says nothing, and processes still send each other messages of one length.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self.failure: str | None = None
         self._parameters: Sequence[Tensor] = ()
 
     @abstractmethod
@@ -149,11 +159,24 @@ class GradientNorms(ABC):
 
     def total(self) -> Tensor:
         """`|g|^2` of what has accumulated."""
-        return squared_norm([parameter.grad for parameter in self._parameters])
+        return self._tried(lambda: squared_norm([parameter.grad for parameter in self._parameters]), UNKNOWN)
+
+    def _tried(self, work: Callable[[], T], otherwise: T) -> T:
+        """What the work returns, or something else where it fails, of too little memory perhaps."""
+        try:
+            return work()
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return otherwise
 
     def message(self, window: Window) -> tuple[float, ...]:
         """Numbers of a window of which the processes send each other the sum."""
-        return message_of(*window.read(1.0 / self.ranks.count))
+        return message_of(*self.read(window, 1.0 / self.ranks.count))
+
+    def read(self, window: Window, share: float = 1.0) -> tuple[float, list[Row]]:
+        """`Window.read`, or what says nothing where it fails."""
+        nothing: tuple[float, list[Row]] = math.nan, []
+        return self._tried(lambda: window.read(share), nothing)
 
     def sums(self, message: Sequence[float]) -> NormSums:
         """What a summed message says of the window."""
@@ -229,11 +252,12 @@ class ShardedNorms(StashedNorms):
 
     def total(self) -> Tensor:
         """`|g|^2` of the piece, as far as it is this process's share."""
-        return squared_norm([parameter.grad for parameter in self._parameters], self._shares)
+        gradients = [parameter.grad for parameter in self._parameters]
+        return self._tried(lambda: squared_norm(gradients, self._shares), UNKNOWN)
 
     def message(self, window: Window) -> tuple[float, ...]:
         """Of every micro-batch its own numbers, since they enter nonlinearly."""
-        total, rows = window.read(1.0)
+        total, rows = self.read(window)
         rows = [row._replace(factor=row.factor / self.ranks.count) for row in rows]
         rows += [Row(0.0, 0.0, 0.0)] * (window.micro_batches - len(rows))
         return total, *(value for row in rows for value in row)
@@ -272,9 +296,9 @@ class HookedNorms(GradientNorms):
 
     def _hook(self, index: int) -> Any:
         def see(gradient: Tensor) -> None:
-            square = squared_norm([gradient])
+            square = self._tried(lambda: squared_norm([gradient]), UNKNOWN)
             # Under reentrant checkpointing a tied weight's gradient comes in parts: their norms say nothing.
-            self._squares[index] = square if index not in self._squares else square * math.nan
+            self._squares[index] = UNKNOWN if index in self._squares else square
 
         return see
 
@@ -282,7 +306,8 @@ class HookedNorms(GradientNorms):
         """What has passed by."""
         squares = list(self._squares.values()) or [torch.zeros((), dtype=torch.float64)]
         self.release()
-        return torch.stack([square.to(squares[0].device) for square in squares]).sum()
+        device = squares[0].device
+        return self._tried(lambda: torch.stack([square.to(device) for square in squares]).sum(), UNKNOWN)
 
     def release(self) -> None:
         """Take the hooks off."""
@@ -331,6 +356,11 @@ class WindowNorms:
             self._begin_afresh()
         self._parameters = parameters
         self._norms = gradient_norms(self._ranks, parameters)
+
+    def take_failure(self) -> str | None:
+        """What has prevented a norm from being taken since the last call, if something has."""
+        failure, self._norms.failure = self._norms.failure, None
+        return failure
 
     @property
     def is_open(self) -> bool:
@@ -387,7 +417,7 @@ class WindowNorms:
 
     def _read(self) -> None:
         for window in self._unread:
-            self._sums += NormSums.of_window(*window.read(1.0))
+            self._sums += NormSums.of_window(*self._norms.read(window))
         self._unread = []
 
     def take(self) -> Measurement | None:

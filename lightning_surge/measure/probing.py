@@ -20,8 +20,6 @@ from lightning_surge.measure.gradients import dense
 from lightning_surge.measure.measurement import MIN_SLICES, slices_for
 from lightning_surge.measure.replay import Chunk, Piece, RandomState
 
-__all__ = ["Agreement", "ComputeLoss", "Prober"]
-
 ComputeLoss = Callable[[Any, int], Tensor]
 """Mean loss of a batch, given the batch and its index."""
 

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 from lightning_surge.measure.direction import SIGN, Direction
 
-__all__ = ["ChunkStatistics", "CoordinateSums", "Measurement", "SizedValue"]
-
 
 class SizedValue(NamedTuple):
     """A quantity measured for directions made of `batch_size` examples."""
@@ -39,13 +37,11 @@ class CoordinateSums(NamedTuple):
         trace_hessian: `sum_i H_ii`.
         coherent_curvature: `sum_{i != j} u_i u_j H_ij`.
         alignment_slope: `sum_i mu_i^2 / sigma_i`.
-        deviation_l1: `sum_i sigma_i`.
     """
 
     trace_hessian: float
     coherent_curvature: float
     alignment_slope: float
-    deviation_l1: float
 
 
 class Measurement(NamedTuple):

@@ -38,8 +38,6 @@ from torchmetrics import Metric
 
 from lightning_surge.measure.distributed import local
 
-__all__ = ["ChangedBatchError", "Chunk", "Piece", "RandomState", "TraceError", "no_trace"]
-
 # Plain tensor attributes up to this many elements are copied; a change of a larger one cannot be
 # undone and is reported instead. Buffers and metric states are always copied.
 COPIED_ELEMENTS = 1 << 20

@@ -1,4 +1,4 @@
-"""What an optimizer steps along and how far, how its weight decay enters, and what its state knows."""
+"""What an optimizer steps along and how far, and how its weight decay enters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ from torch.optim import Optimizer
 
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 
-__all__ = [
-    "Family", "decay_follows_lr", "direction_of", "has_coupled_decay", "has_plain_averages", "largest_lr",
-    "lr_scales", "optimizer_family", "parameter_scales",
-]  # fmt: skip
-
-
-# Adam's own averages `exp_avg` and `exp_avg_sq`, moved at every step. (SparseAdam leaves rows out.)
-PLAIN_AVERAGES = frozenset({"Adam", "AdamW", "NAdam", "RAdam"})
 DECOUPLED = ("adamw", "adafactor", "lion", "muon", "sgdw")
 
 
@@ -73,20 +65,6 @@ def decay_follows_lr(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     if any(name.startswith("sgd") for name in names) and group.get("momentum", 0.0) == 0.0:
         return True
     return any(part in name for name in names for part in DECOUPLED)
-
-
-def has_coupled_decay(optimizer: Optimizer) -> bool:
-    """Whether weight decay goes through the gradient in any group, and so through Adam's averages."""
-    return any(
-        group.get("weight_decay", 0.0) != 0.0 and not decay_follows_lr(optimizer, group)
-        for group in optimizer.param_groups
-    )
-
-
-def has_plain_averages(optimizer: Optimizer) -> bool:
-    """Whether its state holds averages of gradients and of their squares, as Adam keeps them."""
-    known = any(kind.__name__ in PLAIN_AVERAGES for kind in type(optimizer).__mro__)
-    return known and not has_coupled_decay(optimizer)
 
 
 class Family(NamedTuple):

@@ -19,8 +19,6 @@ from torch.optim import Optimizer
 
 from lightning_surge.optimizers.stopwatch import Stopwatch, timed
 
-__all__ = ["FactorInUpdate", "learning_rates"]
-
 DecayFactor = Callable[[Mapping[str, Any]], float | None]
 """The factor on a parameter group's `lr * weight_decay`; None for the learning rate's own."""
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-__all__ = ["Stopwatch", "timed"]
-
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 

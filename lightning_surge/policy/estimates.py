@@ -27,17 +27,6 @@ from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 from lightning_surge.policy.history import Bin, Contrast, NoiseHistory, NoiseStats, jackknife_error
 
-__all__ = [
-    "EstimatedLaw",
-    "Fit",
-    "estimate",
-    "fit_noise_law",
-    "fit_sgd_law",
-    "fit_sign_law",
-    "fit_theorem3_law",
-    "law_of",
-]
-
 Fit = Callable[[NoiseStats], Law | None]
 """Turns averaged statistics into a law, or None where they do not determine one."""
 

@@ -23,9 +23,6 @@ from lightning_surge.checking.arguments import number
 from lightning_surge.checking.state import REMEDY
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 
-__all__ = ["Bin", "NoiseHistory", "NoiseStats", "jackknife_error"]
-
-
 # A size that a ramp has left behind weighs less and less; below this share of the heaviest bin's weight it
 # tells of another time, and is left out.
 STALE = 0.25
@@ -302,7 +299,7 @@ def _measurement(record: dict[str, Any]) -> Measurement:
         _sized(record["curvatures"]),
         _saved("passes", record["passes"], 0.0),
         int(record["num_chunks"]),
-        None if sums is None else CoordinateSums(*sums),
+        None if sums is None else CoordinateSums(*sums[:3]),  # 0.2.0 had a fourth
         _saved("pairs", record.get("pairs", 0.0), 0.0),
     )
 

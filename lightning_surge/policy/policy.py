@@ -26,8 +26,6 @@ from lightning_surge.laws.objectives import OBJECTIVES, step_ratio
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.reasons import Reason
 
-__all__ = ["Decision", "Policy"]
-
 # What training is used to is forgotten ten times more slowly than it is gained: batches counted in tokens
 # have another size at every step, and the larger ones would never get what is asked for.
 FORGETTING = 0.1

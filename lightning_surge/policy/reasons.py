@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["Reason"]
-
 # Codes from here on mean that the last law was kept because a new one could not be had.
 FIRST_HELD = 10
 

@@ -249,9 +249,7 @@ def share_of_peak(
     if not 0 < taken < planned <= MOST_STEPS:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of steps that no optimizer step came before
-            rates = list(islice(replayed(scheduler, shared), planned + 1))
+        rates = upcoming(replayed(scheduler, shared), planned + 1)
     except Exception:
         return None  # somebody's own scheduler, which needs more than an optimizer
     peak, last = max(rates), rates[taken]
@@ -260,6 +258,13 @@ def share_of_peak(
     if not 0.0 < peak < math.inf or not (falls_further or peaks_later):
         return None
     return round(last / peak, 6)
+
+
+def upcoming(rates: Iterator[float], count: int) -> list[float]:
+    """The next learning rates of a schedule that is being replayed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of steps that no optimizer step came before
+        return list(islice(rates, count))
 
 
 def replayed(scheduler: LRScheduler, shared: Iterable[object] = ()) -> Iterator[float]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 
 from lightning_surge.checking.arguments import store, whole
-from lightning_surge.schedules.by_examples import MOST_STEPS, ExamplesClock, replayed, ticks_due
+from lightning_surge.schedules.by_examples import MOST_STEPS, ExamplesClock, replayed, ticks_due, upcoming
 from lightning_surge.schedules.sizes import BatchSizeRule, ConstantSize, Progress, Schedule, Unit
 
 # Steps of the learning-rate schedule that are replayed at a time: about ten milliseconds.
@@ -165,10 +163,7 @@ class SeesawSchedule(Schedule):
                     f"Expected a learning-rate schedule of at most {self._most} steps to be counted, got one"
                     " that is longer: count a shorter training, or use a larger examples_per_step."
                 )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of steps that no optimizer step came before
-                rates = list(islice(self._rates, CHUNK))
-            for step_of_lr, rate in enumerate(rates, start=self._known):
+            for step_of_lr, rate in enumerate(upcoming(self._rates, CHUNK), start=self._known):
                 self._peak = max(self._peak, rate)
                 size = self._rule.size(rate / self._peak if self._peak > 0.0 else 1.0)
                 if size != self._sizes[-1]:

@@ -19,7 +19,6 @@ from benchmarks.batch_warmup.rules import (
     CANDIDATES,
     DEFAULT,
     DEFAULT_OVERHEAD,
-    DRIFT,
     FIXED_RULES,
     FOLLOW,
     LARGE_BATCH_SIZE,
@@ -37,6 +36,7 @@ from benchmarks.batch_warmup.workloads import WORKLOADS, lr_factor
 from benchmarks.cells import Store, run_cells
 from benchmarks.fidelity.analysis import pick
 from benchmarks.fidelity.markdown import targets_table
+from lightning_surge.policy.policy import MAX_DRIFT
 
 SEED_NOISE = (-0.01, 0.0, 0.01)
 T_975_OF_2 = 4.302653  # Student's t with two degrees of freedom
@@ -390,7 +390,7 @@ def test_an_approached_rule_is_that_law_with_a_limit(monkeypatch: pytest.MonkeyP
         training.ramp("digits", "quick", "fast", rule, 0.0, 1.0, 0)
     exact, approached = (callback.settings for callback in given)
     assert exact.law == approached.law == "linear"
-    assert approached.max_drift_per_step == DRIFT
+    assert approached.max_drift_per_step == MAX_DRIFT
 
 
 @pytest.mark.slow

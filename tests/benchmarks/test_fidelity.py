@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks.cells import Cell, Store, run_cells
-from benchmarks.fidelity import regrets
 from benchmarks.fidelity.analysis import (
     Mean,
+    chosen_elsewhere,
     mean,
     mean_over_seeds,
     paired,
@@ -19,6 +19,7 @@ from benchmarks.fidelity.analysis import (
     quantile,
     summary,
 )
+from benchmarks.fidelity.best_ratio import vertex
 from benchmarks.fidelity.held import (
     calibration_rows,
     exact_law,
@@ -28,13 +29,10 @@ from benchmarks.fidelity.held import (
 from benchmarks.fidelity.markdown import average, number
 from benchmarks.fidelity.one_step import COUNTS, SIZES
 from benchmarks.fidelity.report import read, write_report
-from benchmarks.fidelity.rules import chosen_elsewhere, leave_out, objective_costs
-from benchmarks.fidelity.training import CONTINUED_EXAMPLES
 from benchmarks.results import target
 from lightning_surge.laws.base import MeasuredLaw
-from lightning_surge.laws.theorems import Theorem3Law
+from tests.benchmarks.test_betas import cell as beta_cell
 
-OBJECTIVE = regrets.DEFAULT["objective"]
 LAW = MeasuredLaw(alignment_limit=2.0, alignment_scale=48.0, noise_curvature=100.0, signal_curvature=150.0)
 POINT = {"workload": "perceptron", "beta_2": 0.95, "phase": "late"}
 GRID = [2.0 ** (index / 2) for index in range(-6, 7)]
@@ -52,25 +50,6 @@ def one_step_record(**changes: Any) -> dict[str, Any]:
     record = POINT | {"seed": 0, "seconds": 60.0, "sign": step, "theorem2": right, "theorem3": right}
     record |= {"measured": {str(count): measured for count in COUNTS}}
     record |= {"grad_sq_of_batches": {str(size): 1.0 + 48.0 / size for size in SIZES}}
-    return record | changes
-
-
-def sweep_record(batch_size: int, best: float, level: float = 1.0, **changes: Any) -> dict[str, Any]:
-    """Parabolas in log2 of the multiplier: three seeds, whose levels and bests are spread evenly."""
-    losses = [
-        [level + 0.1 * seed + 0.05 * (math.log2(m) - best - 0.1 * (seed - 1)) ** 2 for m in GRID]
-        for seed in range(3)
-    ]
-    record = {**POINT, "batch_size": batch_size, "multipliers": GRID, "seeds": [0, 1, 2], "losses": losses}
-    return record | {"examples": CONTINUED_EXAMPLES, "seconds": 60.0} | changes
-
-
-def live_record(seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """A run that uses a ratio of 2 at every size and ends 0.02 above the best of the parabola."""
-    run = {"predicted": 4.0, "used": 2.0, "loss": 1.0 + 0.1 * seed + 0.02, "mean_log2_ratio": 1.5}
-    runs = {str(size): dict(run) for size in (2, 64, 256)}
-    record = {**POINT, "seed": seed, "max_overhead": 0.05, "objective": OBJECTIVE, "by_batch_size": runs}
-    record |= {"examples": CONTINUED_EXAMPLES, "noise_scale": 48.0, "seconds": 60.0, "commit": "abc"}
     return record | changes
 
 
@@ -209,143 +188,18 @@ def test_extrapolation_widens_the_interval_at_both_ends_of_a_ratio() -> None:
 @pytest.mark.parametrize("best", [-1.7, 0.0, 0.3, 2.9])
 def test_vertex_of_a_parabola_is_exact(best: float) -> None:
     x = np.log2(GRID)
-    assert regrets.vertex(x, 3.0 + 0.2 * (x - best) ** 2) == pytest.approx(best, abs=1e-9)
+    assert vertex(x, 3.0 + 0.2 * (x - best) ** 2) == pytest.approx(best, abs=1e-9)
 
 
 def test_vertex_stays_next_to_the_lowest_point() -> None:
     """A wall two points off would draw the parabola through five points away from it."""
     x = np.arange(7.0)
-    found = regrets.vertex(x, np.array([0.3, 0.2, 0.1, 0.0, 0.1, 50.0, 90.0]))
+    found = vertex(x, np.array([0.3, 0.2, 0.1, 0.0, 0.1, 50.0, 90.0]))
     assert found == pytest.approx(3.0)
-    assert regrets.vertex(x, -x) == 6.0
+    assert vertex(x, -x) == 6.0
     # A mild bend is averaged: over five points the slope is 0.08 / 10 and half the curvature 0.4 / 14.
-    found = regrets.vertex(x, np.array([1.0, 0.10, 0.04, 0.0, 0.04, 0.14, 1.0]))
+    found = vertex(x, np.array([1.0, 0.10, 0.04, 0.0, 0.04, 0.14, 1.0]))
     assert found == pytest.approx(3.0 - (0.08 / 10) / (2 * 0.4 / 14))
-
-
-def test_true_ratio_is_that_of_the_two_best_multipliers() -> None:
-    sweeps = regrets.sweeps_of([sweep_record(16, 0.3), sweep_record(64, 1.3)])
-    (row,) = regrets.truth_rows(sweeps)
-    assert row["ratio"] == pytest.approx(1.0)
-    assert row["base"] == pytest.approx(0.3)
-    assert regrets.truth_rows(regrets.sweeps_of([sweep_record(64, 1.0)])) == []
-
-
-def test_multipliers_at_which_a_seed_diverged_are_left_out() -> None:
-    record = sweep_record(64, 0.0)
-    record["losses"][1][-1] = None
-    found = regrets.Sweep.of(record)
-    assert len(found.x) == len(GRID) - 1
-    assert found.best == pytest.approx(0.0, abs=1e-9)
-    record["losses"][2][: len(GRID) - 3] = [None] * (len(GRID) - 3)
-    assert regrets.sweeps_of([record]) == {}
-
-
-def test_fixed_ratios() -> None:
-    law = Theorem3Law(noise_scale=100.0, peak_lr=0.01)
-    one_step = one_step_record(theorem3={"lr": [law.lr(size) for size in SIZES]})
-    ratios = regrets.fixed_ratios(2, [live_record()], [one_step])
-    assert ratios["constant"] == 0.0
-    assert (ratios["sqrt"], ratios["linear"]) == (-1.5, -3.0)
-    assert ratios["McCandlish"] == pytest.approx(0.5 * math.log2((1 + 3) / (1 + 24)))
-    assert ratios["theorem 3"] == pytest.approx(math.log2(law.lr(2) / law.lr(16)))
-    unresolved = regrets.fixed_ratios(64, [live_record(noise_scale=None)], [])
-    assert unresolved["McCandlish"] == unresolved["sqrt"] == 1.0
-    assert set(regrets.fixed_ratios(64, [], [])) == {"constant", "sqrt", "linear"}
-
-
-def test_regrets_of_rules_frozen_and_live_runs() -> None:
-    sweeps = regrets.sweeps_of([sweep_record(16, 0.5), sweep_record(64, 1.0)])
-    rows = regrets.switch_rows(sweeps, [live_record(seed=1)], [])
-
-    def of(rule: str) -> dict[str, Any]:
-        (row,) = pick(rows, rule=rule, seed=1)
-        return row
-
-    # Multipliers 1, 2 and 4 are of the grid, where interpolation is exact; 2 is best, and R_true sqrt(2).
-    assert of("constant")["error"] == pytest.approx(-0.5)
-    assert of("constant")["regret"] == pytest.approx(0.05)
-    assert of("sqrt")["regret"] == pytest.approx(0.0, abs=1e-12)
-    assert of("linear")["regret"] == pytest.approx(0.05)
-    assert of("sqrt")["tuned"] == pytest.approx(0.05 * 0.25)
-    assert of(f"{OBJECTIVE}, predicted")["regret"] == pytest.approx(0.05)
-    assert of(f"{OBJECTIVE}, used")["regret"] == pytest.approx(0.0, abs=1e-12)
-    assert of(f"{OBJECTIVE}, live")["regret"] == pytest.approx(0.02)
-    assert of(f"{OBJECTIVE}, live")["error"] == pytest.approx(1.0)
-    assert of(f"{OBJECTIVE}, live")["tuned"] is None
-    assert pick(rows, rule=f"{OBJECTIVE}, live", seed=0) == []
-
-
-def test_regret_of_a_live_run_at_the_best_base_lr_is_that_runs_own() -> None:
-    sweeps = regrets.sweeps_of([sweep_record(16, 0.5), sweep_record(64, 1.0)])
-    better = live_record(seed=1, multiplier=1.4)
-    better["by_batch_size"]["64"]["loss"] = 1.0 + 0.1 + 0.004
-    others = [live_record(seed=1, **{name: 0.25}) for name in ("max_overhead", "beta_2")]
-    rows = regrets.switch_rows(sweeps, [live_record(seed) for seed in range(3)], [], [better, *others])
-    tuned = {row["seed"]: row["tuned"] for row in pick(rows, rule=f"{OBJECTIVE}, live")}
-    assert tuned == {0: None, 1: pytest.approx(0.004), 2: None}
-    (row,) = pick(rows, rule=f"{OBJECTIVE}, live", seed=1)
-    assert row["regret"] == pytest.approx(0.02)
-    better["by_batch_size"]["64"]["loss"] = None
-    rows = regrets.switch_rows(sweeps, [live_record(seed=1)], [], [better])
-    assert pick(rows, rule=f"{OBJECTIVE}, live")[0]["tuned"] == math.inf
-    rules = (*regrets.FIXED, f"{OBJECTIVE}, live")
-    assert regrets.shared(rows, rules) != []
-    assert {row["seed"] for row in regrets.shared(rows, rules, "tuned")} == {1}
-
-
-def test_regret_is_against_the_common_best_and_not_each_seeds_luck() -> None:
-    record = sweep_record(64, 1.0)
-    slope = [0.04 * math.log2(multiplier) for multiplier in GRID]
-    record["losses"][0] = [loss + more for loss, more in zip(record["losses"][0], slope, strict=True)]
-    found = regrets.Sweep.of(record)
-    # The mean is lowest at 2, the first seed half an octave before.
-    assert found.regret(0, 1.0) == 0.0
-    assert found.regret(0, 0.5) == pytest.approx(0.05 * (0.4**2 - 0.1**2) - 0.5 * 0.04)
-    assert found.regret(0, 0.5) < 0.0
-
-
-def test_regret_of_no_cross_entropy_is_a_percentage() -> None:
-    other = {"workload": "autoencoder"}
-    records = [sweep_record(size, 0.0, level=3.9, **other) for size in (16, 64)]
-    rows = regrets.switch_rows(regrets.sweeps_of(records), [], [])
-    best = 3.9 + 0.1 + 0.05 * 0.02 / 3
-    (row,) = pick(rows, rule="sqrt", seed=1)
-    assert row["regret"] == pytest.approx(100 * 0.05 / best)
-
-
-def test_an_lr_beyond_the_sweep_takes_the_loss_of_its_end() -> None:
-    records = [sweep_record(16, 0.0), sweep_record(256, 0.0)]
-    rows = regrets.switch_rows(regrets.sweeps_of(records), [], [])
-    (row,) = pick(rows, rule="linear", seed=1)
-    assert row["regret"] == pytest.approx(0.05 * 9)
-
-
-def test_what_sweeps_found_elsewhere_is_a_ratio_of_its_own() -> None:
-    def records(workload: str, ratio: float) -> list[dict[str, Any]]:
-        return [sweep_record(16, 0.5, workload=workload), sweep_record(64, 0.5 + ratio, workload=workload)]
-
-    ratios = {"perceptron": 0.5, "convnet": 0.0, "transformer": 0.3}
-    sweeps = regrets.sweeps_of(line for name, ratio in ratios.items() for line in records(name, ratio))
-    rows = pick(regrets.switch_rows(sweeps, [], []), rule=regrets.ELSEWHERE, seed=0)
-    assert {row["workload"]: row["ratio"] for row in rows} == pytest.approx(
-        {"perceptron": 0.15, "convnet": 0.4, "transformer": 0.25}
-    )
-    # One workload alone has no others.
-    alone = regrets.sweeps_of(records("perceptron", 0.5))
-    assert not pick(regrets.switch_rows(alone, [], []), rule=regrets.ELSEWHERE)
-
-
-def test_only_cells_that_all_rules_share_are_compared() -> None:
-    sweeps = regrets.sweeps_of([sweep_record(16, 0.5), sweep_record(64, 1.0)])
-    rows = regrets.switch_rows(sweeps, [live_record(seed=1)], [])
-    same = regrets.shared(rows, (*regrets.FIXED, f"{OBJECTIVE}, live"))
-    assert {row["seed"] for row in same} == {1}
-    assert len(same) == 4
-    found = regrets.best_fixed(same)
-    assert found is not None
-    assert found == ("sqrt", pytest.approx(0.0, abs=1e-12))
-    assert regrets.best_fixed([]) is None
 
 
 # ---------------------------------------------------------------------- report
@@ -364,9 +218,7 @@ def fill(directory: Path) -> Store:
     records = {
         "truths": [one_step_record()],
         "laws": [one_step_record(), one_step_record(seed=1)],
-        "sweep": [sweep_record(16, 0.5), sweep_record(64, 1.0)],
-        "live": [live_record(seed) for seed in range(3)],
-        "best_base": [live_record(seed, multiplier=1.4) for seed in range(3)],
+        "betas": [beta_cell("perceptron", "0.5, 0") | {"seconds": 60.0}],
     }
     store = Store(directory)
     for kind, lines in records.items():
@@ -377,23 +229,19 @@ def fill(directory: Path) -> Store:
 
 def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     store = fill(tmp_path / "results")
-    write_report(store, tmp_path / "report", {"truths": 4, "live": 3, "free": 2})
+    write_report(store, tmp_path / "report", {"truths": 4, "free": 2})
     rows = json.loads((tmp_path / "report" / "summary.json").read_text())["targets"]
     by_name = {row["name"]: row for row in rows}
-    # 0.02, less 0.05 * 0.1^2 in the two seeds whose own best is a tenth of an octave off the common one.
-    regret = by_name["change of the batch size, live ratio, mean regret (nats)"]
-    assert (regret["value"], regret["bound"], regret["met"]) == (0.0197, 0.005, False)
-    at_best_base = by_name["change of the batch size, live ratio, mean regret, at the best base lr (nats)"]
-    assert (at_best_base["value"], at_best_base["met"]) == (0.0197, False)
-    frozen = by_name["change of the batch size, frozen ratio, mean |log2(R / R_true)|"]
-    assert (frozen["value"], frozen["met"]) == (0.5, False)
+    title = "one step, |log2| of R within 16 times the active batch size, measured law, median"
+    assert (by_name[title]["value"], by_name[title]["met"]) == (0.0, True)
     page = (tmp_path / "report" / "report.md").read_text()
     assert "25 % (1 of 4)" in page
     assert "0 % (0 of 2)" in page
-    assert "## free\n\nNo cell is finished.\n\n## ceilings\n\nNo cell is finished.\n\n## leave_out" in page
-    for name in ("one_step", "regret"):
-        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert len(read(store)["rules"]) == 3 * 8
+    for kind in ("free", "best_ratio", "ceilings", "muon"):
+        assert f"## {kind}\n\nNo cell is finished.\n\n##" in page
+    assert "| 0.5, 0 | -0.1333 (-0.1000) |" in page
+    assert (tmp_path / "report" / "one_step.png").read_bytes().startswith(b"\x89PNG")
+    assert len(read(store)["one_step"]) == 1
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
@@ -416,29 +264,6 @@ def test_a_workload_judges_what_the_others_choose() -> None:
     assert [row[1] for row in (a, b, c)] == ["y", "x", "x"]
     assert a == ["a", "y", 3.0, "x", 1.0, 3.0]
     assert chosen_elsewhere({"a": {"x": 1.0}}, "x") == []
-
-
-def test_regrets_of_live_runs_are_in_units_of_the_best_fixed_rule() -> None:
-    regrets = {"constant": 0.4, "sqrt": 0.2, "linear": 0.6, "progress, live": 0.1, "step, live": 0.3}
-    change = POINT | {"workload": "a", "batch_size": 64}
-    rows = [
-        change | {"seed": seed, "rule": rule, "regret": regret}
-        for rule, regret in regrets.items()
-        for seed in range(2)
-    ]
-    assert objective_costs(rows) == {"a": pytest.approx({"progress": 0.5, "step": 1.5})}
-
-
-def test_the_page_of_choices() -> None:
-    other = {"workload": "autoencoder"}
-    sweeps = [
-        sweep_record(size, best, **change) for change in ({}, other) for size, best in ((16, 0.5), (64, 1.5))
-    ]
-    lives = [live_record(seed, **change) for change in ({}, other) for seed in range(3)]
-    rows = regrets.all_rows({"laws": [], "sweep": sweeps, "live": lives, "best_base": []})
-    page = leave_out({"rules": rows})
-    assert f"| perceptron | {OBJECTIVE} |" in page
-    assert "6 cells." in page
 
 
 # ---------------------------------------------------------------------- cells

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.fidelity import one_step
-from benchmarks.fidelity.__main__ import SWEPT
+from benchmarks.fidelity.__main__ import HELD
 from benchmarks.fidelity.one_step import ACTIVE, best_step, fresh_directions, measure, truths
 from benchmarks.fidelity.switch import fixed_sample
 from benchmarks.fidelity.training import train_to
@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["early", "cooled"])
-@pytest.mark.parametrize("workload", SWEPT)
+@pytest.mark.parametrize("workload", HELD)
 def test_measured_law_agrees_with_a_line_search(workload: str, phase: str) -> None:
     """Within a factor of 1.6 at the active batch size."""
     torch.set_num_threads(1)

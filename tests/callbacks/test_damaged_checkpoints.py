@@ -21,7 +21,6 @@ from lightning_surge.callbacks.resuming.random_streams import to_portable
 from lightning_surge.laws.base import SGDLaw
 from lightning_surge.measure.budget import ProbeBudget
 from lightning_surge.measure.replay import RandomState
-from lightning_surge.optimizers.moments import AdamMoments
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Policy
@@ -128,7 +127,7 @@ def assert_sane(callback: SurgeLRCallback) -> None:
 def is_fresh(callback: SurgeLRCallback) -> bool:
     """Whether nothing of a run is left but the base batch size."""
     state, fresh = callback.state_dict(), surge().state_dict()
-    parts = ("history", "moments", "law_metrics")
+    parts = ("history", "law_metrics")
     policy = state["policy"]
     return (
         all(state[part] == fresh[part] for part in parts)
@@ -204,9 +203,6 @@ class TestDamage:
         (("measurer", "seen"), [3, 16.0], "hold the 224 trained on, got 3 batches of 16 examples"),
         (("measurer", "seen"), [3, 1e9], "got 3 batches of 1e.09 examples"),
         (("measurer", "largest_lr"), math.nan, "got largest_lr=nan"),
-        (("moments", "_betas"), [0.9, 1.0], "Expected 0 <= betas < 1, got betas=1.0: load what"),
-        (("moments", "_steps"), 2.5, "MomentsState.steps to be of type int, got 2.5: load what"),
-        (("moments", "_second"), math.nan, "MomentsState.second=nan: load what"),
         (("scheduled_lr",), -0.1, "Expected 0 <= scheduled_lr < inf, got scheduled_lr=-0.1"),
         (("law_metrics",), {"surge/a": None}, "law_metrics.*got .*None"),
         (("version",), 0, "state of version 2 in the checkpoint, got 0: "),
@@ -258,7 +254,6 @@ class TestRooms:
         ("make", "path", "value"),
         [
             (lambda: ProbeBudget(0.01), ("spent",), math.nan),
-            (AdamMoments, ("_first",), -1.0),
             (NoiseHistory, ("records",), [{}]),
             (lambda: Policy(base_batch_size=4), ("used_to",), math.nan),
         ],

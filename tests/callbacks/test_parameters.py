@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
-from lightning_surge.optimizers.moments import AdamMoments
 from tests.drawn import numbers
 from tests.trainings import make_trainer
 
@@ -308,32 +307,3 @@ class TestUnfrozenLater:
         assert seen[first][1] == "held: the trained parameters have changed"
         assert seen[first][2] == seen[first - 1][2]
         assert seen[-1][1] != seen[first][1]
-
-
-class TestAverages:
-    def test_of_parameters_that_joined_later_are_not_read_yet(self) -> None:
-        old, new = (nn.Parameter(torch.zeros(4)) for _ in range(2))
-        optimizer, moments = AdamW([old, new], lr=0.0, betas=(0.9, 0.875)), AdamMoments()
-        readable = []
-        for step in range(60):
-            old.grad = torch.randn(4, generator=torch.Generator().manual_seed(step))
-            new.grad = old.grad.clone() if step >= 20 else None
-            optimizer.step()
-            moments.step(4.0, (0.9, 0.875))
-            readable.append(moments.readable(optimizer))
-        # Before it joins, and from nine tenths of three memories of 8 steps: its own 22nd.
-        assert readable[19]
-        assert not any(readable[20:41])
-        assert all(readable[41:])
-
-    def test_of_frozen_parameters_do_not_matter(self) -> None:
-        old, frozen = (nn.Parameter(torch.zeros(4)) for _ in range(2))
-        optimizer, moments = AdamW([old, frozen], lr=0.0, betas=(0.9, 0.999)), AdamMoments()
-        for step in range(40):
-            old.grad = torch.randn(4, generator=torch.Generator().manual_seed(step))
-            frozen.grad = old.grad.clone() if step < 5 else None
-            optimizer.step()
-            moments.step(4.0, (0.9, 0.999))
-        assert not moments.readable(optimizer)
-        frozen.requires_grad_(False)
-        assert moments.readable(optimizer)

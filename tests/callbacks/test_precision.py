@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.measure.records import Measurement
-from lightning_surge.optimizers.moments import AdamMoments
 from tests.drawn import numbers
 from tests.trainings import MakeOptimizer, flat, make_trainer, scaling, with_lr
 
@@ -223,7 +222,6 @@ class TestScaler:
         measure(module, live=live, batches=6, dry_run=False, plugins=scaling())
         callback = measure.callback
         assert callback._measurer.budget.trained == 5 * 16
-        assert callback._learner.moments.state_dict()["_steps"] == 5
         # Nothing is left of the skipped window in the next one, and its learning rate is restored.
         assert callback.decision is not None
         assert measure.trainer.optimizers[0].param_groups[0]["lr"] == 0.01
@@ -243,31 +241,15 @@ class TestScaler:
         assert torch.equal(run(0.01, SurgeLRCallback(4, "sqrt")), run(0.02))
 
     @pytest.mark.parametrize("law", ["theorem2", "theorem3"])
-    def test_theorems_do_not_depend_on_the_scale(
-        self, measurements: list[Measurement], monkeypatch: pytest.MonkeyPatch, law: Any
-    ) -> None:
-        """Their variances come from Adam's averages, which are those of unscaled gradients."""
-        variances: list[float] = []
-        variance = AdamMoments.variance
-
-        def noted(self: AdamMoments, optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
-            result = variance(self, optimizer, parameter)
-            assert result is not None
-            variances.append(float(result.sum()))
-            return result
-
-        monkeypatch.setattr(AdamMoments, "variance", noted)
-
+    def test_theorems_do_not_depend_on_the_scale(self, measurements: list[Measurement], law: Any) -> None:
         def measured(**options: Any) -> list[float]:
             measurements.clear()
-            variances.clear()
             callback = SurgeLRCallback(2, law, probe_every=8, probe_examples=32, dry_run=True)
             make_trainer(callback, **options).fit(Net(with_lr(torch.optim.Adam, 1e-4)), data(12))
             (measurement,) = measurements
-            assert measurement.statistics.trace_cov == pytest.approx(sum(variances), rel=1e-4)
             norms, sums = measurement.statistics, measurement.coordinate_sums
             assert sums is not None
-            first = [norms.trace_cov, sums.alignment_slope, sums.deviation_l1]
+            first = [norms.grad_sq, norms.trace_cov, sums.alignment_slope]
             curvatures = [value for _, value in measurement.curvatures]
             return [*first, *(value for _, value in norms.alignments), *curvatures, *sums[:2]]
 

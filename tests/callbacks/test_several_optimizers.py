@@ -400,23 +400,6 @@ class TestScaler:
 
 
 class TestObjective:
-    @pytest.mark.parametrize("clips", [False, True])
-    def test_clipping_by_hand_is_noticed(self, clips: bool) -> None:
-        # Adam's averages are then of other gradients than those that are measured.
-        class Clipping(Gan):
-            def turn(self, index: int, batch: Any) -> None:
-                optimizer: Any = self.optimizers()[index]  # type: ignore[index]
-                optimizer.zero_grad()
-                self.manual_backward(self.losses()[index](batch))
-                if clips:
-                    self.clip_gradients(optimizer, 0.1, "norm")
-                optimizer.step()
-
-        trainer = make_trainer(pair(objective="step", probe_every=1)[0])
-        trainer.fit(Clipping(), data(160, 16))
-        assert "surge/alignment/opt0" in trainer.callback_metrics
-        assert ("surge/noise_scale_l1/opt0" in trainer.callback_metrics) is not clips
-
     def test_each_follows_the_default_of_its_optimizer(self) -> None:
         class Mixed(Gan):
             def configure_optimizers(self) -> Any:

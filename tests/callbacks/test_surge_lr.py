@@ -656,8 +656,7 @@ class TestLogging:
         groups = ["/0", "/1"] if make_optimizer is two_groups else [""]
         expected = {f"learning rates{group}": {f"{name}{group}" for name in SUFFIXED} for group in groups}
         expected["batch size against peak"] = {"batch_size", "peak_batch_size", "critical_batch_size"}
-        # That of absolute values is measured where all parameters have one learning rate.
-        expected["noise"] = {"noise_scale"} if groups[1:] else {"noise_scale", "noise_scale_l1"}
+        expected["noise"] = {"noise_scale"}
         expected["overhead"] = {"overhead", "overhead_time"}
         charts = {title: {f"surge/{name}" for name in names} for title, names in expected.items()}
         assert layout == {"surge": charts}

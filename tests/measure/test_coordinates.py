@@ -81,7 +81,7 @@ class TestTheorem3:
         within([m.statistics.grad_sq for m in theorem3], float(MEAN @ MEAN))
         within([m.statistics.trace_cov for m in theorem3], float(DEVIATION @ DEVIATION))
         coherent = u @ (HESSIAN - np.diag(np.diag(HESSIAN))) @ u
-        truths = CoordinateSums(np.trace(HESSIAN), coherent, u @ MEAN, DEVIATION.sum())
+        truths = CoordinateSums(np.trace(HESSIAN), coherent, u @ MEAN)
         for name, truth in truths._asdict().items():
             within([getattr(m.coordinate_sums, name) for m in theorem3], float(truth))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_surge.measure.distributed import ALONE, Ranks
+from lightning_surge.measure.gradients import squared_norm
 from lightning_surge.measure.norms import (
     HookedNorms,
     NormSums,
@@ -166,6 +167,42 @@ class TestWindows:
         assert weight.grad is before
         assert torch.equal(weight.grad, kept)
 
+    @pytest.mark.parametrize("watched", [False, True])
+    def test_that_cannot_be_taken_say_nothing_and_leave_gradients_alone(
+        self, monkeypatch: pytest.MonkeyPatch, watched: bool
+    ) -> None:
+        """A failure at each of the norms of a window in turn, and where they are read."""
+        weight, plain, rows = weight_of(watched=watched), weight_of(), batches(SIZES)
+        for batch, factor in zip(rows, FACTORS, strict=True):
+            (8.0 * factor * own_loss(plain, batch)).backward()
+        norms = WindowNorms(ALONE)
+        norms.follow([weight], afresh=False)
+        told = []
+        for failing in (1, 3, 5, "stack", None):
+            calls = []
+
+            def norm(*args: Any, failing: Any = failing, calls: list[int] = calls) -> Tensor:
+                calls.append(1)
+                if len(calls) == failing:
+                    raise torch.OutOfMemoryError("not enough\nmemory")
+                return squared_norm(*args)
+
+            def stack(*args: Any) -> Any:
+                raise RuntimeError("no stack")
+
+            with monkeypatch.context() as patch:
+                patch.setattr("lightning_surge.measure.norms.squared_norm", norm)
+                window(norms, weight, rows, FACTORS)
+                if failing == "stack":
+                    patch.setattr(torch, "stack", stack)
+                assert (norms.take() is None) == (failing is not None)
+            told.append(norms.take_failure())
+            assert plain.grad is not None
+            assert weight.grad is not None
+            assert torch.equal(weight.grad, plain.grad)
+            weight.grad = None
+        assert told == [*["OutOfMemoryError: not enough"] * 3, "RuntimeError: no stack", None]
+
     def test_go_on_where_their_state_was_taken(self) -> None:
         weight, rows = weight_of(), batches(SIZES)
         whole, first, second = (WindowNorms(ALONE) for _ in range(3))
@@ -180,6 +217,30 @@ class TestWindows:
         weight.grad = None
         with pytest.raises(ValueError, match="Expected finite sums over windows"):
             second.load_state_dict({"sums": [math.nan] * 6, "windows": 1, "examples": 3.0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_norm_that_one_process_cannot_take_says_nothing_on_all(sharded: bool) -> None:
+    def work(rank: int, count: int) -> Any:
+        weight = weight_of()
+        norms = WindowNorms(Ranks(count=count, rank=rank, sharded=sharded))
+        norms.follow([weight], afresh=False)
+        found = []
+        for fails in (True, False):
+            norms.open(2)
+            for index, batch in enumerate(batches(SIZES)[rank::2]):
+                norms.before_backward()
+                (0.5 * own_loss(weight, batch)).backward()
+                with pytest.MonkeyPatch.context() as patch:
+                    if fails and rank and index:
+                        patch.setattr("lightning_surge.measure.norms.squared_norm", None)
+                    norms.after_backward(len(batch), 0.5, 1.0, last=index == 1)
+            norms.end(norms._ranks.total(*norms.message()), 14.0)
+            found.append(norms.take())
+        return [one is None for one in found]
+
+    assert on_ranks(work, 2) == [[True, False]] * 2
 
 
 @pytest.mark.slow

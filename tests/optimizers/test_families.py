@@ -13,8 +13,6 @@ from lightning_surge.measure.direction import GRADIENT, SIGN
 from lightning_surge.optimizers.families import (
     decay_follows_lr,
     direction_of,
-    has_coupled_decay,
-    has_plain_averages,
     largest_lr,
     lr_scales,
     optimizer_family,
@@ -156,18 +154,3 @@ class TestDecay:
         ):
             optimizer = foreign("Custom", weight_decay=0.1, **options)
             assert decay_follows_lr(optimizer, optimizer.param_groups[0]) is follows
-            assert has_coupled_decay(optimizer) is not follows
-
-    def test_is_coupled_in_any_group(self) -> None:
-        def groups() -> list[dict[str, object]]:
-            return [{"params": [nn.Parameter(torch.ones(1))], "weight_decay": d} for d in (0.0, 0.1)]
-
-        assert has_coupled_decay(torch.optim.Adam(groups()))
-        assert not has_coupled_decay(torch.optim.NAdam(groups(), decoupled_weight_decay=True))
-
-    def test_plain_averages_are_adams_own(self) -> None:
-        weights = [nn.Parameter(torch.ones(1))]
-        assert has_plain_averages(torch.optim.Adam(weights))
-        assert not has_plain_averages(torch.optim.Adam(weights, weight_decay=0.1))
-        assert not has_plain_averages(torch.optim.SparseAdam(weights))
-        assert not has_plain_averages(foreign("Adan"))

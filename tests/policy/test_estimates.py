@@ -111,7 +111,6 @@ class TestExactData:
                 float(np.trace(h)),
                 float(u @ (h - np.diag(np.diag(h))) @ u),
                 float(u @ mean),
-                float(deviation.sum()),
             )
             fitted = fit_theorem3_law(history_of([measured(TRUE)._replace(coordinate_sums=sums)] * 2).stats())
             law = Theorem3Law.from_moments(mean=mean, standard_deviation=deviation, hessian=h)
@@ -164,7 +163,7 @@ class TestDegenerate:
                     (SizedValue(16.0, d_1 * scale), SizedValue(32.0, d_2 * scale)),
                     passes=128.0,
                     num_chunks=4,
-                    coordinate_sums=CoordinateSums(d_1 * scale, d_2 * scale, n_1 * scale, n_2 * scale),
+                    coordinate_sums=CoordinateSums(d_1 * scale, d_2 * scale, n_1 * scale),
                 )
                 for grad_sq, trace, n_1, n_2, d_1, d_2 in rows
             ],
@@ -364,8 +363,8 @@ class TestEstimatedLaw:
             # More curvature where there is less noise.
             (fit_sgd_law, {}, True),
             (fit_sgd_law, {"curvatures": (SizedValue(16.0, 3.0), SizedValue(64.0, 2.0))}, False),
-            (fit_theorem3_law, {"coordinate_sums": CoordinateSums(1.0, 1.0, 1.0, 1.0)}, False),
-            (fit_theorem3_law, {"coordinate_sums": CoordinateSums(1.0, -1.0, 1.0, 1.0)}, True),
+            (fit_theorem3_law, {"coordinate_sums": CoordinateSums(1.0, 1.0, 1.0)}, False),
+            (fit_theorem3_law, {"coordinate_sums": CoordinateSums(1.0, -1.0, 1.0)}, True),
         ],
     )
     def test_a_law_that_a_clamp_made_is_at_the_edge(

@@ -84,7 +84,7 @@ class TestAverages:
         assert alone.variance == 0.0
 
     def test_coordinate_sums_are_averaged_if_every_record_has_them(self) -> None:
-        first, second = CoordinateSums(1.0, 2.0, 3.0, 4.0), CoordinateSums(3.0, 6.0, 9.0, 12.0)
+        first, second = CoordinateSums(1.0, 2.0, 3.0), CoordinateSums(3.0, 6.0, 9.0)
         history = history_of([measured(sums=first), measured(sums=second)], half_life=1.0)
         assert history.stats().coordinate_sums == pytest.approx([(0.5 * v + 3 * v) / 1.5 for v in first])
         history.add(measured())
@@ -151,7 +151,7 @@ class TestErrors:
             measured(1.0, math.inf),
             measured(alignments=((8.0, math.nan),)),
             measured(curvatures=((8.0, -math.inf),)),
-            measured(sums=CoordinateSums(1.0, math.nan, 1.0, 1.0)),
+            measured(sums=CoordinateSums(1.0, math.nan, 1.0)),
         ],
     )
     def test_numbers_that_are_not_finite_are_left_out(self, measurement: Measurement) -> None:
@@ -170,7 +170,7 @@ class TestState:
                 2.0,
                 alignments=((8.0, 0.3 * k), (16.0, 1.0)),
                 curvatures=((8.0, 1.0), (16.0, 1.0 / (k + 1))),
-                sums=CoordinateSums(1.0 * k, 2.0, 3.0, 4.0) if k % 2 else None,
+                sums=CoordinateSums(1.0 * k, 2.0, 3.0) if k % 2 else None,
             )
             for k in range(15)
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -22,9 +21,6 @@ from lightning_surge.measure.records import Measurement
 from lightning_surge.measure.replay import Chunk
 from lightning_surge.optimizers.families import lr_scales, parameter_scales
 from lightning_surge.optimizers.lr_writer import learning_rates
-from lightning_surge.optimizers.moments import AdamMoments
-
-__all__ = ["Instruments"]
 
 # Where the schedule's learning rate is (nearly) zero, curvature is measured over this share of its largest.
 SMALLEST_DELTA = 0.03
@@ -83,11 +79,6 @@ class Instruments:
             self.parameters_changed = True
         self._scales = [scale for _, scale in rows]
 
-    @property
-    def one_lr(self) -> bool:
-        """Whether all parameters move at the same learning rate, so that directions are plain signs."""
-        return len(set(self._scales)) == 1
-
     def _delta(self) -> float:
         """Distance of the secants: the optimal step as far as it is known, within the schedule's scale."""
         lr = max(*learning_rates(self._optimizer), SMALLEST_DELTA * self.largest_lr)
@@ -112,9 +103,7 @@ class Instruments:
             ranks=self._ranks,
         )
 
-    def coordinates(
-        self, chunks: Sequence[Chunk], base: float, moments: AdamMoments | None, seed: int
-    ) -> CoordinateMeasurement:
+    def coordinates(self, chunks: Sequence[Chunk], base: float, seed: int) -> CoordinateMeasurement:
         """For the theorems."""
         return CoordinateMeasurement(
             self.parameters,
@@ -124,14 +113,8 @@ class Instruments:
             sizes=CoordinateMeasurement.sizes_for(chunks, base),
             law=self._settings.law,
             seed=seed,
-            variance_of=None if moments is None else partial(self._variance, moments),
             ranks=self._ranks,
         )
-
-    def _variance(self, moments: AdamMoments, parameter: Tensor) -> Tensor | None:
-        """Adam's averages are of unscaled gradients, those of the probe carry its loss scale."""
-        variance = moments.variance(self._optimizer, parameter)
-        return None if variance is None else variance.mul_(self._prober.loss_scale**2)
 
     def unscaled(self, measurement: Measurement) -> Measurement:
         """What a measurement says of the loss itself, without the factor that it was taken with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -33,9 +34,6 @@ from lightning_surge.measure.norms import WindowNorms
 from lightning_surge.measure.probing import REPEATS, Prober
 from lightning_surge.measure.records import Measurement
 from lightning_surge.measure.replay import Chunk, Piece, TraceError
-from lightning_surge.optimizers.moments import AdamMoments
-
-__all__ = ["LossFn", "Measurer"]
 
 # Examples of a batch whose slices are compared with it, where only a part of it is measured.
 COMPARED_EXAMPLES = 16.0
@@ -82,7 +80,7 @@ class Measurer:
         self._norms = WindowNorms(ALONE)
         self._ranks = ALONE
         self._first_window = True
-        self._told_of_first = False
+        self._told_of_first = self._told_of_failure = False
         # For good: a repeated step leaves traces in training. Norms of windows are still taken.
         self.off = False
         self.budget = self._plan.budget
@@ -149,11 +147,6 @@ class Measurer:
         self._at_hand: Probe | None = None
         self._measured: Measurement | None = None
         self._windows_done = False
-
-    @property
-    def one_lr(self) -> bool:
-        """Whether all parameters move at the same learning rate, so that directions are plain signs."""
-        return self._instruments.one_lr
 
     def parameters_changed(self, *, look: bool = False) -> bool:
         """Whether other parameters are trained than at the last call, as far as it is known."""
@@ -325,6 +318,7 @@ class Measurer:
             norms.end(message, total)
             self._plan.charge_windows(total)
             self._windows_done = self._plan.windows_are_due(norms, total)
+            self._tell_of_failure(norms.take_failure())
         if failures:
             self.fail(pool.broken or RankError("Another process could not keep its batches"))
             pool.broken = None
@@ -337,7 +331,7 @@ class Measurer:
         """Whether the window that ends has a measurement to finish, so that `collect` has something to do."""
         return self._windows_done or self._measured is not None or self._pool.full
 
-    def collect(self, base: float, moments: AdamMoments | None, law: Law | None) -> list[Measurement]:
+    def collect(self, base: float, law: Law | None) -> list[Measurement]:
         """Finish the measurements at the end of a window, as far as they are complete."""
         found, self._measured = self._measured, None
         measurements = [] if found is None else [found]
@@ -348,13 +342,13 @@ class Measurer:
                 measurements.append(windows)
         if self._pool.full:
             self._refresh_parameters(law, base)
-            probe = partial(self._probe, base, moments)
+            probe = partial(self._probe, base)
             found = self._attempts.without_trace(probe, self._instruments.parameters)
             if found is not None:
                 measurements.append(self._finished(found))
         return measurements
 
-    def _probe(self, base: float, moments: AdamMoments | None) -> Measurement | None:
+    def _probe(self, base: float) -> Measurement | None:
         """Measure from pooled batches, after making sure once that cutting them changes nothing."""
         prober, pieces, kind = self._prober, self._pool.pieces, self._kind
         fewest = MIN_SLICES if kind is not Kind.COORDINATES else 2 * MIN_SLICES
@@ -370,7 +364,7 @@ class Measurer:
             return None
         if kind is Kind.COORDINATES:
             seed = self._trainer.global_step
-            return self._instruments.coordinates(chunks, base, moments, seed).run(chunks)
+            return self._instruments.coordinates(chunks, base, seed).run(chunks)
         if kind is Kind.LAW:
             return self._instruments.law().run(chunks)
         return self._instruments.norms().run(chunks)
@@ -426,6 +420,15 @@ class Measurer:
             rank_zero_info(
                 f"First measurement of gradient noise: from {source}, "
                 f"{measurement.statistics.batch_size:g} examples in {measurement.num_chunks} chunks."
+            )
+
+    def _tell_of_failure(self, failure: str | None) -> None:
+        if failure is not None and not self._told_of_failure:
+            self._told_of_failure = True
+            warn(
+                "The norms of an accumulation window could not be taken, and it says nothing of the noise; "
+                f"training goes on unchanged. {failure}.",
+                by=warnings.warn,  # every process by itself: the others only learn that the window is silent
             )
 
     def fail(self, error: Exception) -> None:

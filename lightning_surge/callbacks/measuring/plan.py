@@ -19,9 +19,6 @@ from lightning_surge.measure.distributed import Ranks
 from lightning_surge.measure.measurement import MAX_SLICES, MIN_SLICES
 from lightning_surge.measure.norms import WindowNorms
 
-__all__ = ["Kind", "MeasuringPlan", "Pace", "Probe"]
-
-
 # What the two counts of examples in a checkpoint may differ by: sums of fractions, and skipped steps.
 ROUNDING = 1e-9
 MOST_SKIPPED = 1e3

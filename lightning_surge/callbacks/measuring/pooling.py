@@ -13,9 +13,6 @@ from lightning_surge.measure.budget import ProbeBudget, probe_cost
 from lightning_surge.measure.probing import Prober
 from lightning_surge.measure.replay import ChangedBatchError, Piece
 
-__all__ = ["Cutting", "Pool", "Versions"]
-
-
 # Checkpoints in a row that may interrupt a measurement before the user is told.
 PATIENCE = 3
 # Slices that a batch is compared with.

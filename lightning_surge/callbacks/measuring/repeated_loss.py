@@ -17,9 +17,6 @@ from lightning_surge.measure.batches import shared_copy
 from lightning_surge.measure.distributed import RankError, Ranks
 from lightning_surge.measure.replay import Chunk, TraceError, no_trace
 
-__all__ = ["Attempts", "LossFn", "RepeatedLoss"]
-
-
 LossFn = Callable[[pl.LightningModule, Any], Tensor]
 """Mean loss of a batch, given the module and the batch."""
 

@@ -1,1 +1,0 @@
-"""The demo's ramp with every rule for the learning rate, on equal examples and seeds."""

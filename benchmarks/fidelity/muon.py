@@ -1,0 +1,125 @@
+"""Whether the measured law would serve Muon: one step along the orthogonalised gradient of a batch.
+
+Muon's step is the orthogonalised momentum of every weight matrix, whose length does not grow with the
+gradient. A step gains `N(B) = <G, orth(g_B)>`, at most the nuclear norm of `G`. The law's form is fitted to
+two batch sizes, as the callback could measure them, and judged by line searches at the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, _zeropower_via_newtonschulz
+
+from benchmarks.fidelity.analysis import Record, Row, difference, log2, pick, summary
+from benchmarks.fidelity.held import law_through
+from benchmarks.fidelity.markdown import number, table
+from benchmarks.fidelity.one_step import DIRECTIONS, gradient_of, searched
+from benchmarks.fidelity.switch import fixed_sample
+from benchmarks.fidelity.training import PHASES, Study
+from benchmarks.fidelity.workloads import BASE_BATCH_SIZE, WORKLOADS, draw
+
+MUON_SIZES = (4, 16, 64, 256, 1024)
+FITTED = (BASE_BATCH_SIZE, 16 * BASE_BATCH_SIZE)
+
+
+def matrices(study: Study) -> list[bool]:
+    """Which parameters Muon serves: matrices within the network, neither embeddings nor the output."""
+    return [
+        parameter.ndim == 2 and name.startswith("blocks")
+        for name, parameter in study.network.named_parameters()
+    ]
+
+
+def orthogonal(gradient: Tensor) -> Tensor:
+    """The step of torch's Muon with `adjust_lr_fn="match_rms_adamw"`, over its 0.2: entries of about 1."""
+    step = _zeropower_via_newtonschulz(gradient, (DEFAULT_A, DEFAULT_B, DEFAULT_C), 5, 1e-7)
+    return step.to(gradient.dtype) * math.sqrt(max(gradient.shape))
+
+
+def trained(workload: str, phase: str, seed: int) -> Study:
+    """The base batch size to a phase with Muon, and AdamW for what is no matrix, at one learning rate."""
+    torch.manual_seed(seed)
+    study = Study(WORKLOADS[workload], (0.9, 0.95))
+    parameters, served, lr = list(study.network.parameters()), matrices(study), study.workload.lr
+    inner = list(itertools.compress(parameters, served))
+    others = list(itertools.compress(parameters, (not yes for yes in served)))
+    optimizers = [
+        torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(PHASES[phase]):
+        batch = draw(study.workload.data(), BASE_BATCH_SIZE, generator)
+        for parameter, gradient in zip(parameters, gradient_of(study, batch), strict=True):
+            parameter.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    return study
+
+
+def muon(workload: str, phase: str, seed: int) -> dict[str, Any]:
+    """By batch size: the best step along orthogonalised gradients, and their share of the nuclear norm."""
+    study = trained(workload, phase, seed)
+    served = matrices(study)
+
+    def direction(gradient: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(gradient, served, strict=True)
+        return [orthogonal(one) if yes else torch.zeros_like(one) for one, yes in pairs]
+
+    sample = fixed_sample(study.workload)
+    full = gradient_of(study, sample)
+    inner = itertools.compress(full, served)
+    most = sum(float(torch.linalg.matrix_norm(one, "nuc")) * math.sqrt(max(one.shape)) for one in inner)
+    generator = torch.Generator().manual_seed(88_000 + seed)
+    steps = {}
+    for size in MUON_SIZES:
+        batches = [draw(study.workload.data(), size, generator) for _ in range(DIRECTIONS[size])]
+        found = searched(study, [direction(gradient_of(study, one)) for one in batches], sample, full)
+        steps[str(size)] = found | {"share": found["alignment"] / most}
+    return {"orthogonal": steps}
+
+
+def fitted_scale(steps: Mapping[str, Any]) -> float:
+    """B_phi of `N(B) = limit / sqrt(1 + B_phi / B)` through two sizes; 0 where N does not grow."""
+    small, large = FITTED
+    quotient = (steps[str(small)]["alignment"] / steps[str(large)]["alignment"]) ** 2
+    return max(1.0 - quotient, 0.0) / max(quotient / small - 1 / large, 1e-9)
+
+
+def judged(steps: Mapping[str, Any]) -> list[Row]:
+    """By size, log2 of what the fitted law says over what is true, of `N` and of the lr, over the base's."""
+    scale, base, rows = fitted_scale(steps), steps[str(BASE_BATCH_SIZE)], []
+    law = law_through(steps, FITTED, scale)
+    for size in MUON_SIZES if law is not None else ():
+        step = steps[str(size)]
+        row: Row = {"batch_size": size, "scale": scale, "share": step["share"]}
+        for field, said in (("alignment", law.alignment), ("lr", law.lr)):
+            row[f"true {field}"] = difference(log2(step[field]), log2(base[field]))
+            row[field] = difference(math.log2(said(size) / said(BASE_BATCH_SIZE)), row[f"true {field}"])
+        rows.append(row)
+    return rows
+
+
+def muon_table(records: Mapping[str, Sequence[Record]]) -> str:
+    """What a step gains by batch size, and how far the fitted law misses it and the best step."""
+    rows = [row for record in records["muon"] for row in judged(record["orthogonal"])]
+
+    def median(field: str, sizes: tuple[int, ...], digits: int = 2) -> str:
+        return number(summary(row[field] for row in pick(rows, batch_size=sizes)).median, digits)
+
+    fields = ("share", "true lr", "alignment", "lr")
+    lines = [[size, *(median(field, (size,)) for field in fields)] for size in MUON_SIZES]
+    others = tuple(size for size in MUON_SIZES if size not in FITTED)
+    note = (
+        f"{len(records['muon'])} points of training with Muon; medians. The law is fitted at B = {FITTED[0]} "
+        f"and {FITTED[1]}; its noise scale is {median('scale', FITTED, 0)} examples. At the other sizes it "
+        f"misses N by {median('alignment', others)} octaves and R by {median('lr', others)}."
+    )
+    headers = ["B", "N(B) over the nuclear norm", "|log2| of R, true", "error of N(B) / N(16)", "error of R"]
+    return f"{note}\n\n{table(headers, lines)}"
