@@ -77,6 +77,11 @@ class TestDecisions:
         rule = FollowPeak(16, 256, minimum=8, growth_only=False)
         assert sizes_until_rest(rule, sure(critical(target)), 128) == sizes
 
+    @pytest.mark.parametrize(("hysteresis", "size"), [(1.5, 16), (2.0, 16), (4.1, 64)])
+    def test_hysteresis_is_how_far_too_large_a_size_may_be(self, hysteresis: float, size: int) -> None:
+        rule = FollowPeak(1, 256, growth_only=False, hysteresis=hysteresis)
+        assert sizes_until_rest(rule, sure(critical(16.0)), 64)[-1] == size
+
     def test_target_is_the_peak_or_the_critical_batch_size(self) -> None:
         law = sure(peaked(96.0))
         assert math.isclose(law.critical_batch_size, 32.0)
