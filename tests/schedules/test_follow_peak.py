@@ -169,6 +169,7 @@ class TestDoubt:
         rule = FollowPeak(16, 256, **FREE)
         assert rule.reciprocal(law) == math.inf
         assert rule.next_size(16, sure(law)) == 16
+        assert replace(rule, confidence=0.0).next_size(16, sure(law)) == 16
 
     def test_reciprocals_overflow_to_no_decision(self) -> None:
         rule = FollowPeak(16, 256, factor=1e-200)
