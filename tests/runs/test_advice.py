@@ -95,7 +95,7 @@ class TestSuggestion:
         answer = advise(replace(STATE, law=critical_at(critical)))
         assert answer.suggested == suggested
         # A whole number of examples, and one at least.
-        assert advise(replace(STATE, batch_size=3.0, law=critical_at(0.01))).suggested == 1.0
+        assert advise(replace(STATE, batch_size=1.0, law=critical_at(0.01))).suggested == 1.0
         assert (Caveat.LIMITED_MOVE in answer.caveats) == (critical in (1e6, 0.001))
 
     def test_is_among_the_options_in_order(self):
