@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     TQDMProgressBar,
 )
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader, Sampler
@@ -38,7 +37,7 @@ from lightning_surge.schedules.sizes import (
 )
 from lightning_surge.schedules.windows import AccumulatedSchedule, SampledSchedule
 from tests.processes import Reporting
-from tests.trainings import OneHot, columns, make_trainer, one_hot, sampled, scheduled_lr, trained
+from tests.trainings import OneHot, make_trainer, one_hot, sampled, scheduled_lr, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -182,14 +181,6 @@ class TestEpochs:
             assert model.sizes == [*[4] * 12, 2, 16, 16, 16, 16, 16, 2]
             assert model.epochs == [0] * 13 + [1] * 2 + [2] * 4
 
-    def test_a_callback_serves_a_second_training(self) -> None:
-        scheduler = BatchSizeScheduler(SCHEDULES["shorter"])
-        sizes = []
-        for _ in range(2):
-            model = trained(Noting(), loader(), scheduler, max_epochs=2)
-            sizes.append(model.sizes)
-        assert sizes[0] == sizes[1]
-
     def test_a_constant_size_is_plain_training_bit_for_bit(self) -> None:
         class Order(Noting):
             def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -282,15 +273,6 @@ class TestTrainerOptions:
             Bar(), BatchSizeScheduler(SCHEDULES["up and down"]), max_epochs=4, enable_progress_bar=True
         ).fit(model, loader())
         assert totals == model.epoch_lengths
-
-    def test_requested_and_scheduled_sizes_are_logged(self, tmp_path: Path) -> None:
-        schedule = SCHEDULES["up and down"]
-        logger = CSVLogger(tmp_path)
-        model = trained(Noting(), loader(), BatchSizeScheduler(schedule), logger=logger, max_epochs=4)
-        logged = columns(logger)
-        assert logged["surge/batch_size_scheduled"] == model.sizes
-        # A step gets less where a larger window has to wait, and at the end of an epoch.
-        assert logged["surge/batch_size_requested"] == [*[3] * 7, 11, 11, 40, 40, 40, *[5] * 20]
 
 
 class TestLoaders:

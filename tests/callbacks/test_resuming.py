@@ -284,11 +284,6 @@ class TestOneProcess:
             resumed = run(Net, lambda: shuffled(shuffle=False), ExactResume(), resume=path)
             assert resumed.taken == whole.taken[taken:], path.name
 
-    def test_validation_leaves_training_alone(self) -> None:
-        without = run(Net, shuffled, ExactResume())
-        validated = run(ValidatedNet, shuffled, ExactResume(), val_check_interval=1)
-        assert validated.same_as(without)
-
     def test_a_checkpoint_in_the_midst_of_validation(self, tmp_path: Path) -> None:
         def save(trainer: pl.Trainer, *args: Any) -> None:
             trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt", weights_only=False)
