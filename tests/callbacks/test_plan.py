@@ -76,18 +76,18 @@ class TestChoice:
 
 
 @pytest.mark.parametrize(
-    ("options", "batch"),
+    ("options", "batch", "cut"),
     [
-        ({}, 8),
-        ({}, 64),
-        ({"log_peak": True}, 16),
-        ({"law": "theorem2"}, 16),
-        ({"law": "theorem3"}, 16),
-        ({"probe_examples": 64}, 16),
+        ({}, 8, False),  # 32 batches are chunks enough
+        ({}, 64, True),
+        ({"log_peak": True}, 16, True),
+        ({"law": "theorem2"}, 16, True),
+        ({"law": "theorem3"}, 16, True),
+        ({"probe_examples": 64}, 16, True),
     ],
 )
 def test_what_is_charged_was_planned(
-    options: dict[str, Any], batch: int, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], batch: int, cut: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: list[float] = []
     charged: list[float] = []
@@ -107,8 +107,7 @@ def test_what_is_charged_was_planned(
     callback = SurgeLRCallback(8, max_overhead=2.0, **options)
     make_trainer(callback).fit(Regression(), regression_data(1024, batch))
     assert callback.history.num_measurements == len(charged) >= 3
-    # The first one is planned with the comparison of slices, too; and so are others while none was cut.
-    comparison = probe_cost((2 + REPEATS) * min(batch, 16))
-    assert planned[0] == charged[0] + comparison
-    later = 0.0 if callback._measurer._cutting.checked else comparison
-    assert [cost - later for cost in planned[1 : len(charged)]] == charged[1:]
+    # The first one is planned with the comparison of slices, too, where any batch is cut.
+    comparison = probe_cost((2 + REPEATS) * min(batch, 16)) if callback._measurer._cutting.checked else 0.0
+    assert callback._measurer._cutting.checked == cut
+    assert planned[: len(charged)] == [charged[0] + comparison, *charged[1:]]

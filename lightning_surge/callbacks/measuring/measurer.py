@@ -21,6 +21,7 @@ from lightning_surge.callbacks.measuring.plan import (
     MeasuringPlan,
     Pace,
     Probe,
+    arrangement,
 )
 from lightning_surge.callbacks.measuring.pooling import Cutting, Pool, Versions
 from lightning_surge.callbacks.measuring.repeated_loss import Attempts, LossFn, RepeatedLoss
@@ -29,7 +30,7 @@ from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch, shared_copy
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.distributed import ALONE, RankError
-from lightning_surge.measure.measurement import MIN_SLICES, Whole
+from lightning_surge.measure.measurement import Whole
 from lightning_surge.measure.norms import WindowNorms
 from lightning_surge.measure.probing import REPEATS, Prober
 from lightning_surge.measure.records import Measurement
@@ -238,6 +239,7 @@ class Measurer:
             smallest,
             at_hand=at_hand,
             kind=kind,
+            batch=typical,
             check=0.0 if self._cutting.checked or not self._cutting.allowed else check,
             size_ahead=self._size_ahead or (lambda examples: whole),
         )
@@ -351,8 +353,7 @@ class Measurer:
     def _probe(self, base: float) -> Measurement | None:
         """Measure from pooled batches, after making sure once that cutting them changes nothing."""
         prober, pieces, kind = self._prober, self._pool.pieces, self._kind
-        fewest = MIN_SLICES if kind is not Kind.COORDINATES else 2 * MIN_SLICES
-        finest = base if kind is not Kind.NORMS else SMALLEST_SLICE
+        finest, fewest = arrangement(kind, base)
         chunks = prober.chunks(pieces, finest, fewest)
         if len(chunks) < (2 if kind is Kind.NORMS else fewest):
             return None  # too few whole batches, or examples: go on pooling

@@ -16,7 +16,7 @@ from lightning_surge.checking.state import REMEDY
 from lightning_surge.measure.budget import ProbeBudget, norms_cost, probe_cost
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.distributed import Ranks
-from lightning_surge.measure.measurement import MAX_SLICES, MIN_SLICES
+from lightning_surge.measure.measurement import MAX_SLICES, MIN_SLICES, slices_for
 from lightning_surge.measure.norms import WindowNorms
 
 # What the two counts of examples in a checkpoint may differ by: sums of fractions, and skipped steps.
@@ -59,6 +59,12 @@ class Probe(NamedTuple):
     kind: Kind
     examples: float
     at_hand: bool = False
+
+
+def arrangement(kind: Kind, base: float) -> tuple[float, int]:
+    """Examples in the chunks that a pool is to be made of, and how many chunks at least."""
+    fewest = 2 * MIN_SLICES if kind is Kind.COORDINATES else MIN_SLICES
+    return SMALLEST_SLICE if kind is Kind.NORMS else base, fewest
 
 
 class MeasuringPlan:
@@ -149,15 +155,23 @@ class MeasuringPlan:
         *,
         at_hand: bool,
         kind: Kind,
+        batch: float,
         check: float,
         size_ahead: Callable[[float], float],
     ) -> Probe | None:
-        """The probe that starts with this window, if one is due."""
-        question = size, base, smallest, at_hand, kind, check, self._planned
+        """The probe that starts with this window, if one is due.
+
+        If it will cut batches of so many examples, it is to afford the passes of a check of slices, too.
+        """
+        question = size, base, smallest, at_hand, kind, batch, check, self._planned
         if question != self._asked:
             # The same at every step of a batch size that stays.
             self._asked, self._answer = question, self._options(size, base, smallest, at_hand, kind)
-            self._costs = [probe_cost(check) + self._cost(probe) for probe in self._answer]
+            checks = [check * self._cuts(probe, base, batch) for probe in self._answer]
+            self._costs = [
+                probe_cost(passes) + self._cost(probe)
+                for passes, probe in zip(checks, self._answer, strict=True)
+            ]
             self._tell_of_a_short_run(min(self._costs), smallest)
         changed = self._is_new(size)
         probe, cost = self._answer[changed], self._costs[changed]
@@ -210,6 +224,12 @@ class MeasuringPlan:
         elif probe.kind is Kind.LAW:
             passes *= 2.0
         return probe_cost(passes)
+
+    def _cuts(self, probe: Probe, base: float, batch: float) -> bool:
+        """Whether a probe cuts batches of so many examples into slices."""
+        return probe.at_hand or probe.examples < batch * slices_for(
+            probe.examples, *arrangement(probe.kind, base)
+        )
 
     def _tell_of_a_short_run(self, cost: float, smallest: float) -> None:
         if self._told_of_short_run or not math.isfinite(self._planned) or self._settings.probe_every:
