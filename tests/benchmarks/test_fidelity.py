@@ -19,13 +19,13 @@ from benchmarks.fidelity.analysis import (
     quantile,
     summary,
 )
-from benchmarks.fidelity.best_ratio import vertex
 from benchmarks.fidelity.held import (
     calibration_rows,
     exact_law,
     exact_noise_scale,
     one_step_rows,
 )
+from benchmarks.fidelity.ladder import vertex
 from benchmarks.fidelity.markdown import average, number
 from benchmarks.fidelity.one_step import COUNTS, SIZES
 from benchmarks.fidelity.report import read, write_report
@@ -237,7 +237,7 @@ def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     page = (tmp_path / "report" / "report.md").read_text()
     assert "25 % (1 of 4)" in page
     assert "0 % (0 of 2)" in page
-    for kind in ("free", "best_ratio", "ceilings", "muon"):
+    for kind in ("free", "best_ratio", "muon"):
         assert f"## {kind}\n\nNo cell is finished.\n\n##" in page
     assert "| 0.5, 0 | -0.1333 (-0.1000) |" in page
     assert (tmp_path / "report" / "one_step.png").read_bytes().startswith(b"\x89PNG")

@@ -1,20 +1,47 @@
-"""Whether the best ratio of learning rates rises and falls with the batch size, read off the ladder."""
+"""A ladder of ratios after a change of the batch size, each approached from 1; and the best of them.
+
+Whether the best ratio rises and falls with the batch size is what the paper says of one step, asked of whole
+runs.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.fidelity.analysis import POINT, Array, Record, Row, groups, loss_of_run
-from benchmarks.fidelity.ceilings import LEAST_STEPS
-from benchmarks.fidelity.free import DECAYS, approached
+from benchmarks.fidelity.free import DECAYS, LARGER, approached
 from benchmarks.fidelity.markdown import number, table
+from benchmarks.fidelity.switch import SEEDS, final_losses
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE
 from lightning_surge.policy.policy import MAX_DRIFT
 
-__all__ = ["best_ratio_table", "best_ratios"]
+__all__ = ["LONGEST", "best_ratio_table", "best_ratios", "ladder"]
+
+RATIOS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0)
+LONGEST = 8 * DECAYS[-1]
+"""Examples after the change that are enough for a ladder up to 256 times the batch size."""
+LEAST_STEPS = 32
+
+
+def ladder(
+    workload: str, beta_2: float, phase: str, examples: int, sizes: Sequence[int] = LARGER
+) -> dict[str, Any]:
+    """Final losses after a change at a phase: by batch size and ratio approached, one for each seed."""
+    losses = {}
+    for size in sizes:
+        ends = [ratio for ratio in RATIOS if ratio <= max(size / BASE_BATCH_SIZE, 8.0)]
+
+        def multipliers_at(step: int, ends: Sequence[float] = ends) -> torch.Tensor:
+            return torch.tensor([approached(end, MAX_DRIFT, step) for end in ends])
+
+        found = final_losses(workload, beta_2, phase, size, multipliers_at, examples)
+        losses[str(size)] = dict(zip(map(str, ends), map(list, zip(*found, strict=True)), strict=True))
+    return {"seeds": list(SEEDS), "losses": losses}
 
 
 def best_ratios(records: Sequence[Record]) -> list[Row]:
