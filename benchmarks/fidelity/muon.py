@@ -1,8 +1,9 @@
 """Whether the measured law would serve Muon: one step along the orthogonalised gradient of a batch.
 
 Muon's step is the orthogonalised momentum of every weight matrix, whose length does not grow with the
-gradient. A step gains `N(B) = <G, orth(g_B)>`, at most the nuclear norm of `G`. The law's form is fitted to
-two batch sizes, as the callback could measure them, and judged by line searches at the others.
+gradient. A step gains `N(B) = <G, orth(g_B)>`, at most the nuclear norm of `G`. Does it saturate at the noise
+scale `tr Sigma / |G|^2` of the matrices, which the callback measures? The factor of the default follows `N`
+alone. Where curvature is known too, the law is fitted to two batch sizes and judged by line searches.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def trained(workload: str, phase: str, seed: int) -> Study:
 
 
 def muon(workload: str, phase: str, seed: int) -> dict[str, Any]:
-    """By batch size: the best step along orthogonalised gradients, and their share of the nuclear norm."""
+    """By batch size: the best step along orthogonalised gradients, and their share of the nuclear norm.
+
+    Besides, the noise scale of the matrices' gradients.
+    """
     study = trained(workload, phase, seed)
     served = matrices(study)
 
@@ -77,12 +81,26 @@ def muon(workload: str, phase: str, seed: int) -> dict[str, Any]:
     inner = itertools.compress(full, served)
     most = sum(float(torch.linalg.matrix_norm(one, "nuc")) * math.sqrt(max(one.shape)) for one in inner)
     generator = torch.Generator().manual_seed(88_000 + seed)
-    steps = {}
+    steps, scale = {}, math.nan
     for size in MUON_SIZES:
         batches = [draw(study.workload.data(), size, generator) for _ in range(DIRECTIONS[size])]
-        found = searched(study, [direction(gradient_of(study, one)) for one in batches], sample, full)
+        gradients = [gradient_of(study, one) for one in batches]
+        found = searched(study, [direction(gradient) for gradient in gradients], sample, full)
         steps[str(size)] = found | {"share": found["alignment"] / most}
-    return {"orthogonal": steps}
+        if size == BASE_BATCH_SIZE:
+            inner = [list(itertools.compress(gradient, served)) for gradient in gradients]
+            scale = noise_scale(inner, list(itertools.compress(full, served)), size, len(sample[0]))
+    return {"orthogonal": steps, "noise_scale": scale}
+
+
+def noise_scale(
+    gradients: Sequence[Sequence[Tensor]], full: Sequence[Tensor], size: int, examples: int
+) -> float:
+    """`tr Sigma / |G|^2`, from gradients of batches and one of so many other examples."""
+    distances = [[one - other for one, other in zip(gradient, full, strict=True)] for gradient in gradients]
+    spread = sum(float(one.square().sum()) for distance in distances for one in distance) / len(gradients)
+    trace = spread / (1 / size + 1 / examples)
+    return trace / (sum(float(one.square().sum()) for one in full) - trace / examples)
 
 
 def fitted_scale(steps: Mapping[str, Any]) -> float:
@@ -92,34 +110,51 @@ def fitted_scale(steps: Mapping[str, Any]) -> float:
     return max(1.0 - quotient, 0.0) / max(quotient / small - 1 / large, 1e-9)
 
 
-def judged(steps: Mapping[str, Any]) -> list[Row]:
-    """By size, log2 of what the fitted law says over what is true, of `N` and of the lr, over the base's."""
+def judged(record: Mapping[str, Any]) -> list[Row]:
+    """By size, log2 of what a law says over what is true, of `N` and of the lr, over the base's.
+
+    Of `N` by the noise scale, too.
+    """
+    steps, known = record["orthogonal"], record["noise_scale"]
     scale, base, rows = fitted_scale(steps), steps[str(BASE_BATCH_SIZE)], []
     law = law_through(steps, FITTED, scale)
     for size in MUON_SIZES if law is not None else ():
         step = steps[str(size)]
-        row: Row = {"batch_size": size, "scale": scale, "share": step["share"]}
+        row: Row = {"batch_size": size, "scale": scale, "known": known, "share": step["share"]}
         for field, said in (("alignment", law.alignment), ("lr", law.lr)):
             row[f"true {field}"] = difference(log2(step[field]), log2(base[field]))
             row[field] = difference(math.log2(said(size) / said(BASE_BATCH_SIZE)), row[f"true {field}"])
+        saturation = 0.5 * math.log2((1 + known / BASE_BATCH_SIZE) / (1 + known / size))
+        row["by norms"] = difference(saturation, row["true alignment"])
         rows.append(row)
     return rows
 
 
 def muon_table(records: Mapping[str, Sequence[Record]]) -> str:
     """What a step gains by batch size, and how far the fitted law misses it and the best step."""
-    rows = [row for record in records["muon"] for row in judged(record["orthogonal"])]
+    rows = [row for record in records["muon"] for row in judged(record)]
 
     def median(field: str, sizes: tuple[int, ...], digits: int = 2) -> str:
         return number(summary(row[field] for row in pick(rows, batch_size=sizes)).median, digits)
 
-    fields = ("share", "true lr", "alignment", "lr")
+    fields = ("share", "by norms", "alignment", "true lr", "lr")
     lines = [[size, *(median(field, (size,)) for field in fields)] for size in MUON_SIZES]
     others = tuple(size for size in MUON_SIZES if size not in FITTED)
+    beyond = tuple(size for size in MUON_SIZES if size != BASE_BATCH_SIZE)
+    by_norms, small, large = median("by norms", beyond), *FITTED
     note = (
-        f"{len(records['muon'])} points of training with Muon; medians. The law is fitted at B = {FITTED[0]} "
-        f"and {FITTED[1]}; its noise scale is {median('scale', FITTED, 0)} examples. At the other sizes it "
-        f"misses N by {median('alignment', others)} octaves and R by {median('lr', others)}."
+        f"{len(records['muon'])} points of training with Muon; medians. With the noise scale of the matrices, "
+        f"{median('known', FITTED, 0)} examples, the law misses N(B) / N({small}), which the default's factor "
+        f"follows, by {by_norms} octaves. Fitted at B = {small} and {large}, with curvature, it has a scale of "
+        f"{median('scale', FITTED, 0)} and misses N by {median('alignment', others)} and the ratio of the best "
+        f"steps by {median('lr', others)} elsewhere."
     )
-    headers = ["B", "N(B) over the nuclear norm", "|log2| of R, true", "error of N(B) / N(16)", "error of R"]
+    headers = [
+        "B",
+        "N(B) over the nuclear norm",
+        "error of N(B) / N(16), by norms",
+        "error, fitted",
+        "|log2| of the ratio of the best steps",
+        "error, fitted",
+    ]
     return f"{note}\n\n{table(headers, lines)}"
