@@ -143,11 +143,11 @@ def muon_table(records: Mapping[str, Sequence[Record]]) -> str:
     beyond = tuple(size for size in MUON_SIZES if size != BASE_BATCH_SIZE)
     by_norms, small, large = median("by norms", beyond), *FITTED
     note = (
-        f"{len(records['muon'])} points of training with Muon; medians. With the noise scale of the matrices, "
-        f"{median('known', FITTED, 0)} examples, the law misses N(B) / N({small}), which the default's factor "
-        f"follows, by {by_norms} octaves. Fitted at B = {small} and {large}, with curvature, it has a scale of "
-        f"{median('scale', FITTED, 0)} and misses N by {median('alignment', others)} and the ratio of the best "
-        f"steps by {median('lr', others)} elsewhere."
+        f"{len(records['muon'])} points of training with Muon; medians. With the noise scale of the "
+        f"matrices, {median('known', FITTED, 0)} examples, the law misses N(B) / N({small}), which the "
+        f"default's factor follows, by {by_norms} octaves. Fitted at B = {small} and {large}, with "
+        f"curvature, it has a scale of {median('scale', FITTED, 0)} and misses N by "
+        f"{median('alignment', others)} and the ratio of the best steps by {median('lr', others)} elsewhere."
     )
     headers = [
         "B",
