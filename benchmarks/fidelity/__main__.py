@@ -1,4 +1,4 @@
-"""Fidelity of the predicted learning rate: run what is not finished yet, then write tables and figures.
+"""One step, and rules after a change of the batch size: run what is not finished, then write tables.
 
 python -m benchmarks.fidelity --budget 60        # minutes; goes on where the last run stopped
 python -m benchmarks.fidelity --only free live --run-only    # no report; also --workload perceptron
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 BETAS = (0.95, 0.999)
 PHASES = ("late", "cooled", "early")
 HELD = ("perceptron", "convnet", "autoencoder", "transformer")
-"""Workloads of one step; the larger transformer is for rules that are compared directly."""
+"""Workloads of one step; the larger transformer is for rules after a change of the batch size."""
 
 
 def product(**axes: Any) -> list[dict[str, Any]]:
