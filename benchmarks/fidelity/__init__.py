@@ -1,1 +1,1 @@
-"""Is the predicted learning rate right for one step, and what is it worth after a change of the batch size?"""
+"""Is a predicted learning rate right for one step, and what is it worth after a change of the batch size?"""
