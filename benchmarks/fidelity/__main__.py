@@ -22,7 +22,6 @@ from benchmarks.fidelity.betas import betas
 from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
 from benchmarks.fidelity.ladder import LONGEST, ladder
 from benchmarks.fidelity.live import live
-from benchmarks.fidelity.muon import muon
 from benchmarks.fidelity.one_step import laws, truths
 from benchmarks.fidelity.switch import SEEDS
 from benchmarks.fidelity.workloads import WORKLOADS
@@ -59,8 +58,6 @@ def grid() -> list[Cell]:
     sizes = (*LARGER, 4 * LARGER[-1])
     for key in product(beta_2=BETAS[:1], examples=[LONGEST], phase=PHASES, workload=HELD[:3]):
         cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), 2 + unusual(key)))
-    for key in product(phase=PHASES[::2], seed=SEEDS, workload=HELD[3:]):
-        cells.append(Cell("muon", key, muon, 3))
     return cells
 
 
