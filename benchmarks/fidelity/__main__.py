@@ -1,4 +1,4 @@
-"""Fidelity of the predicted learning rate: run what is not finished yet, then write tables and figures.
+"""One step, and rules after a change of the batch size: run what is not finished, then write tables.
 
 python -m benchmarks.fidelity --budget 60        # minutes; goes on where the last run stopped
 python -m benchmarks.fidelity --only free live --run-only    # no report; also --workload perceptron
@@ -22,7 +22,6 @@ from benchmarks.fidelity.betas import betas
 from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
 from benchmarks.fidelity.ladder import LONGEST, ladder
 from benchmarks.fidelity.live import live
-from benchmarks.fidelity.muon import muon
 from benchmarks.fidelity.one_step import laws, truths
 from benchmarks.fidelity.switch import SEEDS
 from benchmarks.fidelity.workloads import WORKLOADS
@@ -31,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 BETAS = (0.95, 0.999)
 PHASES = ("late", "cooled", "early")
 HELD = ("perceptron", "convnet", "autoencoder", "transformer")
-"""Workloads of one step; the larger transformer is for rules that are compared directly."""
+"""Workloads of one step; the larger transformer is for rules after a change of the batch size."""
 
 
 def product(**axes: Any) -> list[dict[str, Any]]:
@@ -59,8 +58,6 @@ def grid() -> list[Cell]:
     sizes = (*LARGER, 4 * LARGER[-1])
     for key in product(beta_2=BETAS[:1], examples=[LONGEST], phase=PHASES, workload=HELD[:3]):
         cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), 2 + unusual(key)))
-    for key in product(phase=PHASES[::2], seed=SEEDS, workload=HELD[3:]):
-        cells.append(Cell("muon", key, muon, 3))
     return cells
 
 

@@ -237,7 +237,7 @@ def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     page = (tmp_path / "report" / "report.md").read_text()
     assert "25 % (1 of 4)" in page
     assert "0 % (0 of 2)" in page
-    for kind in ("free", "best_ratio", "muon"):
+    for kind in ("free", "best_ratio"):
         assert f"## {kind}\n\nNo cell is finished.\n\n##" in page
     assert "| 0.5, 0 | -0.1333 (-0.1000) |" in page
     assert (tmp_path / "report" / "one_step.png").read_bytes().startswith(b"\x89PNG")
