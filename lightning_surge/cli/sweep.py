@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lightning_surge.checking.answers import aligned
@@ -68,7 +67,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps per cell instead")
     add("--metric", default="val_loss", help="logged name, or 'loss' for what training_step returns")
     add("--maximize", action="store_true", help="larger is better, as for an accuracy")
-    add("--target-loss", dest="targets", type=losses, nargs="+", default=[], metavar="L",
+    add("--target-loss", dest="targets", type=float, nargs="+", default=[], metavar="L",
         help="record when it is reached")  # fmt: skip
     add("--stop-at-target", action="store_true", help="end a cell when it has reached all of them")
     add("--checks", type=int, metavar="N", help="validations per cell (10; 50 with targets)")
@@ -96,14 +95,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--retry-failed", action="store_true", help="run again what was killed, failed or out of memory")
     add("--dry-run", action="store_true", help="say what would run")
     add("--json", action="store_true", help="the result as JSON")
-
-
-def losses(text: str) -> list[float]:
-    """Targets, separated by commas; argparse names this function where they are none."""
-    found = [float(part) for part in text.rstrip(",").split(",")]
-    if not all(map(math.isfinite, found)):
-        raise ValueError(text)
-    return found
 
 
 def _run(options: argparse.Namespace) -> int | None:
@@ -155,9 +146,9 @@ def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
             raise ValueError(f"Expected --{name.replace('_', '-')} of at least {least}, got {value:g}.")
     if options.stop_at_target and not options.targets:
         raise ValueError("Expected --target-loss with --stop-at-target, got none.")
-    options.targets = sorted(
-        {loss for each in options.targets for loss in each}, reverse=not options.maximize
-    )
+    if wrong := [loss for loss in options.targets if not math.isfinite(loss)]:
+        raise ValueError(f"Expected --target-loss to be finite, got {wrong[0]}: name a loss.")
+    options.targets = sorted(set(options.targets), reverse=not options.maximize)
     options.examples = None if options.examples is None else round(options.examples)
     sizes = tuple(int(size) for size in parse_numbers(options.batch_sizes, "--batch-sizes", whole=True))
     for size in sizes:
@@ -286,7 +277,7 @@ def _print_result(options: argparse.Namespace, records: Mapping[Cell, Outcome]) 
 
 
 class Progress:
-    """A line for every cell that ends besides those `ended`, with the time left; and the table."""
+    """A line for every cell that ends besides those `ended`; and the table."""
 
     def __init__(self, table: Path, ended: Collection[Cell]) -> None:
         self._table = table
@@ -305,22 +296,13 @@ class Progress:
         if new or not self._written:
             write_study(trials.values(), self._table)
         left = sum(not trial.state.is_finished() for trial in trials.values())
-        running = sum(trial.state.name == "RUNNING" for trial in trials.values())
-        spent = [outcome.seconds for outcome in records.values() if outcome.status == "finished"]
-        about = f", about {_duration(fmean(spent) * left / max(1, running))}" if spent and left else ""
         for cell in new:
             outcome = records[cell]
             said = outcome.status.replace("_", " ") if outcome.loss is None else f"loss {outcome.loss:.5g}"
             said += f" ({outcome.message})" if outcome.message else ""
-            done = f"{len(records)} done, {left or 'none'} left{about}"
-            self.say(f"{cell}: {said}, {_duration(outcome.seconds)}; {done}")
+            done = f"{len(records)} done, {left or 'none'} left"
+            self.say(f"{cell}: {said}, {outcome.seconds:.0f} s; {done}")
         self._ended, self._written = set(records), True
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 SUMMARY = "Train a grid of batch sizes and learning rates from a LightningCLI configuration."
