@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_surge.tables.columns import NAMES, WORDS, Columns, find_columns, numbers
+from lightning_surge.tables.columns import NAMES, WORDS, Columns, as_text, find_columns, numbers
 from lightning_surge.tables.read import MIXED, read_table, read_tables
 
 HEADER = "batch_size,lr,loss,seed\n"
@@ -198,6 +198,10 @@ class TestColumns:
     def test_a_name_that_fits_no_column(self) -> None:
         with pytest.raises(ValueError, match=r"Expected --lr-column to name one column of .*, got 'eta'"):
             find_columns(RUNS, Columns(lr="eta"), "")
+
+    def test_what_is_missing_is_empty_text(self) -> None:
+        frame = pd.DataFrame({"width": [64.5, None, " x "]}, dtype=object)
+        assert as_text(frame, "width")["width"].tolist() == ["64.5", "", "x"]
 
     def test_every_role_has_its_names_in_the_list(self) -> None:
         assert tuple(NAMES) == Columns._fields
