@@ -75,24 +75,16 @@ def lowest(x: Array, losses: Array) -> float:
 
 
 def vertex(x: Array, losses: Array) -> float:
-    """Minimum of the least-squares parabola through five points around the lowest, fewer at an end.
+    """Minimum of the parabola through the lowest point and its neighbours; the point itself at an end.
 
-    Through three points where the two differ by more than half a step of the grid, as they do beside a wall
-    of runs that almost diverged. The lowest point itself if nothing turns inside.
+    No more points: beside a wall of runs that almost diverged they would draw it away.
     """
     low = int(np.argmin(losses))
-    left, right = x[max(low - 1, 0)], x[min(low + 1, len(x) - 1)]
-    found = []
-    for reach in (1, 2):
-        near = slice(max(low - reach, 0), low + reach + 1)
-        if len(x[near]) >= 3:
-            square, linear, _ = np.polyfit(x[near] - x[low], losses[near] - losses[low], 2)
-            if square > 0.0 and left <= x[low] - linear / (2 * square) <= right:
-                found.append(float(x[low] - linear / (2 * square)))
-    if not found:
+    if low in (0, len(x) - 1):
         return float(x[low])
-    step = (right - left) / (2 if 0 < low < len(x) - 1 else 1)
-    return found[-1] if abs(found[-1] - found[0]) <= step / 2 else found[0]
+    near = slice(low - 1, low + 2)
+    square, linear, _ = np.polyfit(x[near] - x[low], losses[near] - losses[low], 2)
+    return float(x[low] - linear / (2 * square)) if square > 0.0 else float(x[low])
 
 
 def best_ratio_table(records: Mapping[str, Sequence[Record]]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lightning_surge.checking.answers import aligned
@@ -277,7 +278,7 @@ def _print_result(options: argparse.Namespace, records: Mapping[Cell, Outcome]) 
 
 
 class Progress:
-    """A line for every cell that ends besides those `ended`; and the table."""
+    """A line for every cell that ends besides those `ended`, with the time left; and the table."""
 
     def __init__(self, table: Path, ended: Collection[Cell]) -> None:
         self._table = table
@@ -296,13 +297,22 @@ class Progress:
         if new or not self._written:
             write_study(trials.values(), self._table)
         left = sum(not trial.state.is_finished() for trial in trials.values())
+        running = sum(trial.state.name == "RUNNING" for trial in trials.values())
+        spent = [outcome.seconds for outcome in records.values() if outcome.status == "finished"]
+        about = f", about {_duration(fmean(spent) * left / max(1, running))}" if spent and left else ""
         for cell in new:
             outcome = records[cell]
             said = outcome.status.replace("_", " ") if outcome.loss is None else f"loss {outcome.loss:.5g}"
             said += f" ({outcome.message})" if outcome.message else ""
-            done = f"{len(records)} done, {left or 'none'} left"
-            self.say(f"{cell}: {said}, {outcome.seconds:.0f} s; {done}")
+            done = f"{len(records)} done, {left or 'none'} left{about}"
+            self.say(f"{cell}: {said}, {_duration(outcome.seconds)}; {done}")
         self._ended, self._written = set(records), True
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 SUMMARY = "Train a grid of batch sizes and learning rates from a LightningCLI configuration."

@@ -214,14 +214,17 @@ def accumulation_for(batch_size: int, *, largest: int | None, replicas: int = 1)
 
 
 def parse_numbers(words: Sequence[str], name: str, *, whole: bool = False) -> tuple[float, ...]:
-    """Numbers, and ranges `first:last:count` in equal ratios; increasing.
+    """Numbers, and ranges `first:last:count` in equal ratios, separated by spaces or commas; increasing.
 
     Those of ranges are rounded to six digits, or `whole` numbers, so that two sweeps mean the same number.
     """
     numbers: set[float] = set()
     for word in words:
         try:
-            numbers.update(_numbers_in(word, whole))
+            for part in word.rstrip(",").split(","):
+                if whole and part.startswith("0"):
+                    raise ValueError(word)  # 1,024 is one number with a separator, not two
+                numbers.update(_numbers_in(part, whole))
         except (ValueError, OverflowError) as error:
             kind, example = ("whole ", "16:1024:4") if whole else ("", "1e-4:1e-1:7")
             raise ValueError(

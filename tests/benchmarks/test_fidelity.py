@@ -185,21 +185,18 @@ def test_extrapolation_widens_the_interval_at_both_ends_of_a_ratio() -> None:
 # ---------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("best", [-1.7, 0.0, 0.3, 2.9])
+@pytest.mark.parametrize("best", [-1.7, 0.0, 0.3, 2.7])
 def test_vertex_of_a_parabola_is_exact(best: float) -> None:
     x = np.log2(GRID)
     assert vertex(x, 3.0 + 0.2 * (x - best) ** 2) == pytest.approx(best, abs=1e-9)
 
 
 def test_vertex_stays_next_to_the_lowest_point() -> None:
-    """A wall two points off would draw the parabola through five points away from it."""
+    """A wall two points off says nothing of it, and an end is no minimum to be moved."""
     x = np.arange(7.0)
     found = vertex(x, np.array([0.3, 0.2, 0.1, 0.0, 0.1, 50.0, 90.0]))
     assert found == pytest.approx(3.0)
     assert vertex(x, -x) == 6.0
-    # A mild bend is averaged: over five points the slope is 0.08 / 10 and half the curvature 0.4 / 14.
-    found = vertex(x, np.array([1.0, 0.10, 0.04, 0.0, 0.04, 0.14, 1.0]))
-    assert found == pytest.approx(3.0 - (0.08 / 10) / (2 * 0.4 / 14))
 
 
 # ---------------------------------------------------------------------- report

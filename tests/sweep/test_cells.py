@@ -37,6 +37,8 @@ def done(batch_size: int, lr: float, loss: float | None, seed: int = 0, **rest: 
     ("words", "whole", "expected"),
     [
         (["16", "4", "16"], True, (4, 16)),
+        (["16,4,", "64,8"], True, (4, 8, 16, 64)),
+        (["1e-2:1:3,0.05"], False, (0.01, 0.05, 0.1, 1.0)),
         (["16:1024:4"], True, (16, 64, 256, 1024)),
         (["10:20:3"], True, (10, 14, 20)),
         (["1e-4:1e-1:4"], False, (1e-4, 1e-3, 1e-2, 1e-1)),
@@ -48,12 +50,12 @@ def test_grids_as_they_are_typed(words: list[str], whole: bool, expected: tuple[
 
 
 WRONG = [
-    "", "a", "0", "-1", "inf", "nan", "1:2", "2:1:3", "1:2:1", "0:1:3", "1:2:3:4", "1:inf:3", "1,024",
+    "", "a", "0", "-1", "inf", "nan", "1:2", "2:1:3", "1:2:1", "0:1:3", "1:2:3:4", "1:inf:3", "2,,3", ",",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("word", "whole"), [(word, whole) for word in WRONG for whole in (0, 1)] + [("1.5", 1)]
+    ("word", "whole"), [(word, whole) for word in WRONG for whole in (0, 1)] + [("1.5", 1), ("1,024", 1)]
 )
 def test_what_is_no_grid_is_named(word: str, whole: bool) -> None:
     with pytest.raises(ValueError, match=r"Expected --lrs to be positive .*numbers") as caught:

@@ -175,8 +175,8 @@ def test_a_line_for_every_cell_that_ends(
     for _ in range(2):
         progress.say("waiting")
     assert stream.getvalue().splitlines() == [
-        "batch_size=8 lr=0.01 seed=0: loss 0.5, 90 s; 2 done, 3 left",
-        "batch_size=8 lr=0.1 seed=0: out of memory (too large), 120 s; 3 done, 2 left",
+        "batch_size=8 lr=0.01 seed=0: loss 0.5, 90 s; 2 done, 3 left, about 3 min",
+        "batch_size=8 lr=0.1 seed=0: out of memory (too large), 2 min; 3 done, 2 left, about 2 min",
         "waiting",
     ]
     assert len((tmp_path / "new" / "sweep.csv").read_text().splitlines()) == 3
