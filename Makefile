@@ -81,7 +81,7 @@ soak: $(STAMP)  ## 20,000 steps through bad times, and 150 random dry runs; 15 m
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.soak.dry_runs
 
-fidelity: $(STAMP)  ## predicted learning rates against sweeps: goes on for BUDGET minutes (60) where it stopped
+fidelity: $(STAMP)  ## one step against line searches, rules after a change of the batch size: goes on for BUDGET minutes (60)
 	$(BIN)/python -m benchmarks.fidelity --budget $(or $(BUDGET),60)
 	$(BIN)/python -m benchmarks.publish
 

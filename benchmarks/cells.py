@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,19 @@ from typing import Any
 
 from benchmarks.results import commit, finite
 
-__all__ = ["Cell", "Store", "chosen", "run_cells"]
+__all__ = ["Cell", "Store", "chosen", "command_line", "run_cells"]
+
+
+def command_line(description: str, kinds: Collection[str], workloads: Collection[str]) -> ArgumentParser:
+    """The options of a bench that goes on where it stopped."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=60.0, help="minutes after which no cell is started")
+    parser.add_argument("--quick", action="store_true", help="some cells of each kind, nothing is written")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--run-only", action="store_true", help="leave tables and figures as they are")
+    parser.add_argument("--only", nargs="*", choices=kinds, help="kinds of cells to run")
+    parser.add_argument("--workload", nargs="*", choices=workloads, help="workloads to run")
+    return parser
 
 
 @dataclass(frozen=True)

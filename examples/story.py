@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_surge.runs.charts import BLACK, BLUE, ORANGE, number
+from lightning_surge.runs.plots import BLACK, BLUE, ORANGE, number
 from lightning_surge.runs.run_log import RunLog, wanted_factor
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 # Processes are forked from one that has used its thread pool, which would deadlock in the child.
@@ -77,6 +78,20 @@ def is_running(pid: int) -> bool:
         return False
     status = Path(f"/proc/{pid}/stat")
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+class Reporting(pl.Callback):
+    """Writes at the end of a training what a forked process cannot bring back."""
+
+    def __init__(self, folder: Path, look: Callable[[pl.Trainer, Any], Any]) -> None:
+        self.folder, self.look = folder, look
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        torch.save(self.look(trainer, pl_module), self.folder / f"{trainer.global_rank}.pt")
+
+    def read(self, count: int = 2) -> list[Any]:
+        """What each process wrote, in the order of their ranks."""
+        return [torch.load(self.folder / f"{rank}.pt") for rank in range(count)]
 
 
 class _Failure:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import csv
+import random
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
+from lightning_surge import ScheduledBatchSampler, SurgeLRCallback
 from lightning_surge.runs.run_log import read_run
 
 MakeOptimizer = Callable[[Any], Any]
+Module = TypeVar("Module", bound=pl.LightningModule)
 
 
 def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -39,10 +44,55 @@ def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
 
 
+def trained(module: Module, data: Any, *callbacks: pl.Callback, **options: Any) -> Module:
+    """The module, after `make_trainer(*callbacks, **options)` has trained it."""
+    make_trainer(*callbacks, **options).fit(module, data)
+    return module
+
+
 def scaling(init_scale: float = 256.0, **options: Any) -> MixedPrecision:
     """`precision="16-mixed"` on the CPU, with a scaler that overflows only where a test makes it."""
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, **options)  # type: ignore[attr-defined]
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+
+def probing(**options: Any) -> SurgeLRCallback:
+    """Measures 16 examples in a probe at every step, for a base batch size of 4."""
+    settings: dict[str, Any] = {"base_batch_size": 4, "probe_every": 1, "probe_examples": 16}
+    return SurgeLRCallback(**(settings | options))
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What is warned of meanwhile; warnings are errors elsewhere."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    said += [str(warning.message) for warning in caught]
+
+
+def every_step(path: Path, every: int = 1) -> ModelCheckpoint:
+    """Keeps a checkpoint of every so many optimizer steps."""
+    return ModelCheckpoint(path, "{step}", every_n_train_steps=every, save_top_k=-1)
+
+
+def saved_steps(path: Path) -> list[Path]:
+    """What `every_step` has left, in order."""
+    return sorted(path.glob("step=*.ckpt"), key=lambda file: int(file.stem.removeprefix("step=")))
+
+
+def entries(optimizer: Optimizer) -> list[tuple[float, float | None]]:
+    """Learning rate and weight decay of each group, as they are now."""
+    return [
+        (float(group["lr"]), None if "weight_decay" not in group else float(group["weight_decay"]))
+        for group in optimizer.param_groups
+    ]
+
+
+def scheduled_lr(trainer: pl.Trainer) -> float:
+    """The learning rate that everybody sees but the update."""
+    return float(trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def at_update(optimizer: Optimizer, look: Callable[[Optimizer], object]) -> None:
@@ -95,7 +145,7 @@ def flat(tensors: Any) -> Tensor:
 
 
 class Regression(pl.LightningModule):
-    """A small network of four inputs that notes the learning rates which each update reads."""
+    """A small network that notes the learning rates and weight decays which each update reads."""
 
     def __init__(
         self,
@@ -103,12 +153,13 @@ class Regression(pl.LightningModule):
         make_schedule: Callable[[Optimizer], Any] | None = None,
         interval: str = "step",
         width: int = 8,
+        features: int = 4,
     ) -> None:
         super().__init__()
         pl.seed_everything(0, verbose=False)
-        self.net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
+        self.net = nn.Sequential(nn.Linear(features, width), nn.Tanh(), nn.Linear(width, 1))
         self.make_optimizer, self.make_schedule, self.interval = make_optimizer, make_schedule, interval
-        self.group_lrs: list[list[float]] = []
+        self.read: list[list[tuple[float, float | None]]] = []
         self.calls = 0
 
     def loss(self, batch: Any) -> Tensor:
@@ -122,11 +173,15 @@ class Regression(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self)
         if isinstance(optimizer, Optimizer):
-            at_update(optimizer, lambda o: self.group_lrs.append([float(g["lr"]) for g in o.param_groups]))
+            at_update(optimizer, lambda o: self.read.append(entries(o)))
         if self.make_schedule is None:
             return optimizer
         schedule = {"scheduler": self.make_schedule(optimizer), "interval": self.interval}
         return {"optimizer": optimizer, "lr_scheduler": schedule | {"monitor": "metric"}}
+
+    @property
+    def group_lrs(self) -> list[list[float]]:
+        return [[lr for lr, _ in groups] for groups in self.read]
 
     @property
     def lrs(self) -> list[float]:
@@ -206,6 +261,39 @@ class OneHot(pl.LightningModule):
         return [len(examples) for examples in self.examples]
 
 
+def one_hot(size: int, batch_size: int, **options: Any) -> DataLoader[Any]:
+    """Examples for `OneHot`."""
+    return DataLoader(torch.eye(size), batch_size=batch_size, **options)  # type: ignore[arg-type]
+
+
+def sampled(
+    data: Any,
+    largest: int,
+    *,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    kind: type[DataLoader[Any]] = DataLoader,
+    **options: Any,
+) -> DataLoader[Any]:
+    """Batches that a schedule sizes, of at most so many examples."""
+    sampler = RandomSampler(data) if shuffle else SequentialSampler(data)
+    return kind(data, batch_sampler=ScheduledBatchSampler(sampler, largest, drop_last), **options)
+
+
+class Noisy(Dataset[Any]):
+    """Its examples differ whenever they are read, by numbers from every random stream."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        noise = torch.randn(3) + np.random.normal() + random.random()  # noqa: NPY002
+        return index, index / self.size + 0.1 * noise
+
+
 class Ragged(list[Any]):
     """A loader of batches of any size, which says that they have four examples."""
 
@@ -221,6 +309,18 @@ class Outside:
 
     def __new__(cls) -> Any:
         return type("Outside", (), {"training": False, "notes": []})
+
+
+class Sizes(pl.Callback):
+    """The batch size of every step of each optimizer, as a callback for each has counted it."""
+
+    def __init__(self, callbacks: Sequence[SurgeLRCallback]) -> None:
+        self.sizes: list[list[float]] = [[] for _ in callbacks]
+        self.callbacks = callbacks
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+        index = trainer.optimizers.index(optimizer)
+        self.sizes[index].append(self.callbacks[index]._behind_step.examples)
 
 
 class CrashAt(pl.Callback):

@@ -20,7 +20,7 @@ from benchmarks.batch_warmup import grid
 from benchmarks.batch_warmup.report import write_report
 from benchmarks.batch_warmup.rules import BASE_BATCH_SIZE, BUDGETS, LARGE_BATCH_SIZE
 from benchmarks.batch_warmup.workloads import WORKLOADS
-from benchmarks.cells import Cell, Store, chosen, run_cells
+from benchmarks.cells import Cell, Store, chosen, command_line, run_cells
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,15 +45,7 @@ def run(store: Store, options: argparse.Namespace) -> str:
 
 def main() -> None:
     """Run, then report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--budget", type=float, default=60.0, help="minutes after which no cell is started")
-    parser.add_argument("--quick", action="store_true", help="some cells of each kind, nothing is written")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--run-only", action="store_true", help="leave tables and figure as they are")
-    parser.add_argument("--only", nargs="*", choices=list(grid.sizes()), help="kinds of cells to run")
-    parser.add_argument("--workload", nargs="*", choices=list(WORKLOADS), help="workloads to run")
+    parser = command_line(__doc__ or "", list(grid.sizes()), list(WORKLOADS))
     parser.add_argument("--length", nargs="*", choices=BUDGETS, help="short or long runs only")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -75,26 +75,11 @@ def adamw(module: pl.LightningModule, lr: float, examples: int) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": clock, "interval": "step"}}
 
 
-class Text(ByteTransformer):
-    """The demo's network on a schedule of examples."""
-
-    def __init__(self, lr: float, examples: int) -> None:
-        super().__init__(1, 1, lr, context=CONTEXT)
-        self.examples = examples
-
-    def configure_optimizers(self) -> Any:
-        return adamw(self, self.lr, self.examples)
-
-
-class Images(ConvolutionalClassifier):
-    """The example's network on a schedule of examples."""
-
-    def __init__(self, lr: float, examples: int) -> None:
-        super().__init__(1, 1, lr)
-        self.examples = examples
-
-    def configure_optimizers(self) -> Any:
-        return adamw(self, self.lr, self.examples)
+def on_schedule(network: Callable[[float], Any], lr: float, examples: int) -> pl.LightningModule:
+    """An example's network on a schedule of examples."""
+    module: pl.LightningModule = network(lr)
+    module.configure_optimizers = partial(adamw, module, lr, examples)  # type: ignore[method-assign]
+    return module
 
 
 @cache
@@ -123,7 +108,7 @@ WORKLOADS = {
             stdlib_transformer.BASE_LR,
             {"short": 16_384, "long": 65_536, "quick": 1_024},
             None,
-            Text,
+            partial(on_schedule, partial(ByteTransformer, 1, 1, context=CONTEXT)),
             text,
         ),
         Workload(
@@ -132,7 +117,7 @@ WORKLOADS = {
             digits.BASE_LR,
             {"short": 8 * EPOCH, "long": 32 * EPOCH, "quick": EPOCH},
             EPOCH,
-            Images,
+            partial(on_schedule, partial(ConvolutionalClassifier, 1, 1)),
             images,
         ),
     )

@@ -1,1 +1,1 @@
-"""Is the learning rate that the callback predicts the one that a sweep would have found?"""
+"""Is a predicted learning rate right for one step, and what is it worth after a change of the batch size?"""

@@ -1,4 +1,4 @@
-"""Fidelity of the predicted learning rate: run what is not finished yet, then write tables and figures.
+"""One step, and rules after a change of the batch size: run what is not finished, then write tables.
 
 python -m benchmarks.fidelity --budget 60        # minutes; goes on where the last run stopped
 python -m benchmarks.fidelity --only free live --run-only    # no report; also --workload perceptron
@@ -8,7 +8,6 @@ python -m benchmarks.fidelity --report           # tables and figures from what 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections import Counter
 from functools import partial
@@ -17,13 +16,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import Cell, Store, chosen, run_cells
+from benchmarks.cells import Cell, Store, chosen, command_line, run_cells
 from benchmarks.fidelity import report
 from benchmarks.fidelity.betas import betas
-from benchmarks.fidelity.ceilings import LONGEST, ladder, state
 from benchmarks.fidelity.free import AS_SHIPPED, DECAYS, LARGER, free
+from benchmarks.fidelity.ladder import LONGEST, ladder
 from benchmarks.fidelity.live import live
-from benchmarks.fidelity.muon import muon
 from benchmarks.fidelity.one_step import laws, truths
 from benchmarks.fidelity.switch import SEEDS
 from benchmarks.fidelity.workloads import WORKLOADS
@@ -32,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 BETAS = (0.95, 0.999)
 PHASES = ("late", "cooled", "early")
 HELD = ("perceptron", "convnet", "autoencoder", "transformer")
-"""Workloads of one step; the larger transformer is for rules that are compared directly."""
+"""Workloads of one step; the larger transformer is for rules after a change of the batch size."""
 
 
 def product(**axes: Any) -> list[dict[str, Any]]:
@@ -60,10 +58,6 @@ def grid() -> list[Cell]:
     sizes = (*LARGER, 4 * LARGER[-1])
     for key in product(beta_2=BETAS[:1], examples=[LONGEST], phase=PHASES, workload=HELD[:3]):
         cells.append(Cell("ladder", key, partial(ladder, sizes=sizes), 2 + unusual(key)))
-    for key in product(beta_2=BETAS, phase=PHASES, workload=WORKLOADS):
-        cells.append(Cell("state", key, state, unusual(key) + (key["workload"] == "transformer")))
-    for key in product(phase=PHASES[::2], seed=SEEDS, workload=HELD[3:]):
-        cells.append(Cell("muon", key, muon, 3))
     return cells
 
 
@@ -88,16 +82,7 @@ def quick() -> list[Cell]:
 
 def main() -> None:
     """Run, then report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--budget", type=float, default=60.0, help="minutes after which no cell is started")
-    parser.add_argument("--quick", action="store_true", help="one cell of each kind, nothing is written")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--only", nargs="*", help="kinds of cells to run")
-    parser.add_argument("--workload", nargs="*", help="workloads to run")
-    parser.add_argument("--run-only", action="store_true", help="leave tables and figures as they are")
-    options = parser.parse_args()
+    options = command_line(__doc__ or "", list(report.KEYS), list(WORKLOADS)).parse_args()
     torch.set_num_threads(1)
     if options.quick:
         run_cells(quick(), None, options.budget * 60, strict=True)

@@ -1,6 +1,6 @@
 """Many copies of one network trained at once, each with a learning rate and batches of its own.
 
-A sweep of small models is bound by the cost of calling operators, so copies that differ only in their numbers
+A grid of small models is bound by the cost of calling operators, so copies that differ only in their numbers
 are stacked and share the calls (`torch.func.vmap`). Adam is elementwise: on the stack it is Adam for each
 copy.
 """

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.fidelity.analysis import Record, Row, groups, pick, quantile
-from benchmarks.fidelity.best_ratio import best_ratios
 from benchmarks.fidelity.free import DECAYS
 from benchmarks.fidelity.held import LAWS, one_step_rows
+from benchmarks.fidelity.ladder import LONGEST, best_ratios
 from benchmarks.fidelity.one_step import SIZES
 
 __all__ = ["draw"]
@@ -30,7 +30,7 @@ def draw(records: Records, directory: Path) -> None:
     """Draw what there are records for."""
     if records["one_step"]:
         draw_one_step(records).savefig(directory / "one_step.png", metadata={"Software": None})
-    longer = [row for row in best_ratios(records["ladder"]) if row["examples"] != DECAYS[0]]
+    longer = pick(best_ratios(records["ladder"]), beta_2=0.95, examples=(DECAYS[1], LONGEST))
     if longer:
         draw_best_ratio(longer).savefig(directory / "best_ratio.png", metadata={"Software": None})
 
@@ -71,45 +71,34 @@ def draw_one_step(records: Records) -> Figure:
 
 
 def draw_best_ratio(rows: Sequence[Row]) -> Figure:
-    """The best ratio approached by growth of the batch: a row for each decay, a panel for each workload."""
-    rows = pick(rows, beta_2=0.95)
-    decays = sorted({row["examples"] for row in rows})
-    workloads = list(groups(rows, "workload"))
+    """The best ratio approached by growth of the batch, a panel for each decay and workload."""
+    panels = groups(rows, "examples", "workload")
+    panels = {key: found for key, found in sorted(panels.items()) if len(groups(found, "growth")) > 1}
     growths = sorted({row["growth"] for row in rows})
-    figure = Figure(figsize=(2.9 * len(workloads), 2.9 * len(decays) + 0.4), dpi=90, layout="constrained")
-    grid = figure.subplots(len(decays), len(workloads), squeeze=False, sharex=True, sharey=True)
-    for line, examples in zip(grid, decays, strict=True):
-        for axes, (workload,) in zip(line, workloads, strict=True):
-            axes.plot(growths, np.sqrt(growths), "--", color=GREY, label="sqrt scaling")
-            for index, (phase, colour) in enumerate(PHASE_COLOURS.items()):
-                found = pick(rows, workload=workload, examples=examples, phase=phase)
+    figure = Figure(figsize=(9.6, 3.0 * math.ceil(len(panels) / 3) + 0.4), dpi=90, layout="constrained")
+    grid = figure.subplots(math.ceil(len(panels) / 3), 3, squeeze=False, sharey=True)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, ((examples, workload), found) in zip(grid.flat, panels.items(), strict=False):
+        axes.plot(growths, np.sqrt(growths), "--", color=GREY, label="sqrt scaling")
+        for index, (phase, colour) in enumerate(PHASE_COLOURS.items()):
+            for row in (here := pick(found, phase=phase)):
                 # Next to one another, so that the ranges of one growth can be told apart.
-                x = np.array([row["growth"] * 2.0 ** (0.16 * (index - 1)) for row in found])
-                best = np.array([row["best"] for row in found])
-                ends = (
-                    np.array([(min(row["of_seeds"]), max(row["of_seeds"])) for row in found]).reshape(-1, 2).T
-                )
-                bars = np.maximum([best - ends[0], ends[1] - best], 0.0)
-                axes.errorbar(x, best, bars, color=colour, capsize=2, linewidth=1.2, label=phase)
-                for point, row in zip(x, found, strict=True):
-                    inside = "white" if row["open"] else colour
-                    axes.plot(point, row["best"], "o", color=colour, markerfacecolor=inside, markersize=5)
-            axes.set_title(f"{workload}, {examples:,} examples", fontsize=9)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
-            axes.set_xticks(growths, [str(growth) for growth in growths])
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        line[0].set_ylabel("best ratio of learning rates\n(approached at 5 % a step)", fontsize=9)
-    for axes in grid[-1]:
+                x, inside = row["growth"] * 2.0 ** (0.16 * (index - 1)), "white" if row["open"] else colour
+                axes.vlines(x, min(row["of_seeds"]), max(row["of_seeds"]), color=colour, linewidth=1.2)
+                axes.plot(x, row["best"], "o", color=colour, markerfacecolor=inside, markersize=5)
+            x = np.array([row["growth"] for row in here]) * 2.0 ** (0.16 * (index - 1))
+            axes.plot(x, [row["best"] for row in here], color=colour, linewidth=1.2, label=phase)
+        axes.set_title(f"{workload}, decay over {examples:,} examples", fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(growths, [str(growth) for growth in growths])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("batch size after / before the change", fontsize=9)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("best ratio of learning rates\n(approached at 5 % a step)", fontsize=9)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    hollow = Line2D([], [], color=BLACK, marker="o", markerfacecolor="white", linestyle="none")
-    figure.legend(
-        [*handles, hollow],
-        [*labels, "at least so much: the ladder, or the time to rise, ends"],
-        loc="outside lower center",
-        ncols=len(labels) + 1,
-        frameon=False,
-        fontsize=9,
-    )
+    handles.append(Line2D([], [], color=BLACK, marker="o", markerfacecolor="white", linestyle="none"))
+    labels.append("at least so much: the ladder, or the time to rise, ends")
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure

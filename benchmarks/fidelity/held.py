@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -39,18 +38,10 @@ def exact_noise_scale(record: Record) -> float | None:
 
 
 def exact_law(record: Record) -> MeasuredLaw | None:
-    """The measured law's form from exact statistics at 16 and 64."""
+    """The measured law's form from exact N at 16 and 64, D = N / lr_true there, and the exact noise scale."""
     scale, sizes = exact_noise_scale(record), (BASE_BATCH_SIZE, 4 * BASE_BATCH_SIZE)
-    return None if scale is None else law_through(record["sign"], sizes, scale)
-
-
-def law_through(steps: Mapping[str, Any], sizes: tuple[int, int], scale: float) -> MeasuredLaw | None:
-    """The measured law's form from N at two sizes, D = N / lr_true there, and a noise scale.
-
-    None where one of the two gains nothing.
-    """
-    truths = [steps[str(size)] for size in sizes]
-    if any(truth["lr"] is None or truth["alignment"] <= 0.0 for truth in truths):
+    truths = [record["sign"][str(size)] for size in sizes]
+    if scale is None or any(truth["lr"] is None or truth["alignment"] <= 0.0 for truth in truths):
         return None
     n = np.array([truth["alignment"] for truth in truths])
     d = n / np.array([truth["lr"] for truth in truths])

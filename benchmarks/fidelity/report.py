@@ -17,12 +17,10 @@ from benchmarks.fidelity.analysis import (
     summary,
     unique,
 )
-from benchmarks.fidelity.best_ratio import best_ratio_table
 from benchmarks.fidelity.betas import betas_table
-from benchmarks.fidelity.ceilings import ceilings
 from benchmarks.fidelity.free import free_table, free_targets
+from benchmarks.fidelity.ladder import best_ratio_table
 from benchmarks.fidelity.markdown import share, table, targets_table
-from benchmarks.fidelity.muon import muon_table
 from benchmarks.fidelity.one_step import COUNTS
 from benchmarks.results import target, write, write_page
 
@@ -36,8 +34,6 @@ KEYS = {
     "free": (*POINT, "examples"),
     "ladder": (*POINT, "examples"),
     "betas": (*POINT, "examples"),
-    "state": POINT,
-    "muon": ("workload", "phase", "seed"),
 }
 """What tells the cells of a kind apart."""
 Records = Mapping[str, Sequence[Record]]
@@ -45,9 +41,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "laws": ("one_step", held.laws),
     "free": ("ladder", free_table),
     "best_ratio": ("ladder", best_ratio_table),
-    "ceilings": ("ladder", ceilings),
     "betas": ("betas", betas_table),
-    "muon": ("muon", muon_table),
 }
 """By heading of the page: the records without which there is nothing to show, and what makes the section."""
 

@@ -1,12 +1,11 @@
 """Measure how soon the noise scale is known, and how well for one percent of the passes.
 
-    python -m benchmarks.noise_supply                      # ten minutes on one core
-    python -m benchmarks.noise_supply --only "two processes, 62"
+    python -m benchmarks.noise_supply                # ten minutes on one core
+    python -m benchmarks.noise_supply --streams 2    # to see that it works; writes nothing
 
 Every stream is a training through Lightning whose noise is known: the loss is linear, so the gradient of an
 example is the example, `mu + x` with `|mu| = 1` and the eigenvalues of x's covariance in proportion to 1/i.
-Such noise has the effective dimension 34, where a real network's has some tens. A cell that is run again
-replaces its records; the others stay.
+Such noise has the effective dimension 34, where a real network's has some tens.
 """
 
 from __future__ import annotations
@@ -176,25 +175,19 @@ def summarised(streams: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=list(CELLS), default=list(CELLS), metavar="CELL")
     parser.add_argument("--streams", type=int, default=STREAMS, help="fewer write nothing")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    file = RESULTS / "summary.json"
-    streams: dict[str, list[dict[str, Any]]] = (
-        json.loads(file.read_text())["streams"] if file.exists() else {}
-    )
-    now = {"commit": commit()}
-    for name in options.only:
+    now, streams = {"commit": commit()}, {}
+    for name in CELLS:
         streams[name] = [record | now for record in measured(name, range(options.streams))]
         (row,) = summarised({name: streams[name]})
         print(f"{row['value']:.3f} (at most {row['bound']}), {row['name']}", flush=True)
     if options.streams >= STREAMS:
-        ordered = {name: streams[name] for name in CELLS if name in streams}
-        summary = summarised(ordered)
-        write(RESULTS, summary, streams=ordered)
-        page = f"{targets_table(summary)}\n\n{measured_at(itertools.chain(*ordered.values()))}\n"
+        summary = summarised(streams)
+        write(RESULTS, summary, streams=streams)
+        page = f"{targets_table(summary)}\n\n{measured_at(itertools.chain(*streams.values()))}\n"
         (RESULTS / "table.md").write_text(page)
 
 

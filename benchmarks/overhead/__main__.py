@@ -1,7 +1,6 @@
 """Measure what the callback costs, in time and in memory.
 
     python -m benchmarks.overhead                   # about ten minutes on one core
-    python -m benchmarks.overhead --only 200        # one model of the three, beside the records of the others
     python -m benchmarks.overhead --quick           # under a minute, to see that it works
 
 Time: processor seconds of the same steps with and without the callback, in turns in one process; the ratio is
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 import warnings
@@ -206,23 +204,15 @@ def main() -> None:
     """Run both, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few steps, nothing written")
-    parser.add_argument("--only", choices=[*(str(size.tensors) for size in SIZES), "memory"])
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    memory, times = [], []
+    pairs = 1 if options.quick else PAIRS
+    sizes = [size._replace(steps=10) if options.quick else size for size in SIZES]
+    memory = measure_memory()
+    times = [record for size in sizes for record in measure_time(size, pairs)]
     now = {"commit": commit()}
-    if options.only in (None, "memory"):
-        memory = measure_memory()
-    for size in SIZES:
-        if options.only in (None, str(size.tensors)):
-            chosen = size._replace(steps=10) if options.quick else size
-            times += measure_time(chosen, pairs=1 if options.quick else PAIRS)
     memory, times = ([record | now for record in records] for records in (memory, times))
-    if options.only and (RESULTS / "summary.json").exists():
-        known = json.loads((RESULTS / "summary.json").read_text())
-        memory = memory or known["memory"]
-        times += [one for one in known["time"] if str(one["tensors"]) != options.only]
     summary = summarised(memory, times)
     if not options.quick:
         write(RESULTS, summary, time=times, memory=memory)

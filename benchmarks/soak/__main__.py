@@ -23,13 +23,12 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.fidelity.markdown import table, targets_table
+from benchmarks.fidelity.markdown import targets_table
 from benchmarks.results import target, write
 from benchmarks.trainer import quiet_trainer
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback
@@ -198,20 +197,11 @@ def slope(steps: ArrayLike, values: ArrayLike) -> tuple[float, float]:
     return float(growth), float(math.sqrt(covariance[0, 0]))
 
 
-def tenths(records: pd.DataFrame, steps: int) -> pd.DataFrame:
-    """Cost in each tenth of the run, in passes per example and as a share of time."""
-    edges = [0, *(index * len(records) // 10 - 1 for index in range(1, 11))]
-    numbers = records.drop(columns=["reason", "factor"]).iloc[edges]
-    change = numbers.diff().iloc[1:]
-    return pd.DataFrame(
-        {
-            "until": numbers["step"].iloc[1:] / steps,
-            "passes": change["passes"] / change["examples"],
-            "time": change["measuring"] / change["seconds"],
-            "measurements": change["measurements"],
-            "ms per step": 1e3 * change["seconds"] / change["step"],
-        }
-    )
+def costs(records: list[dict[str, Any]], begin: float, end: float) -> tuple[float, float]:
+    """Between two shares of the run: passes of measuring per example, and its share of the time."""
+    first, last = (records[max(round(share * len(records)) - 1, 0)] for share in (begin, end))
+    change = {name: last[name] - first[name] for name in ("passes", "examples", "measuring", "seconds")}
+    return change["passes"] / change["examples"], change["measuring"] / change["seconds"]
 
 
 def recovery(records: list[dict[str, Any]], steps: int) -> dict[str, float]:
@@ -224,16 +214,14 @@ def recovery(records: list[dict[str, Any]], steps: int) -> dict[str, float]:
     return found
 
 
-def summarised(watch: Watch, steps: int) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """The cost by tenth of the run, and one row per target."""
-    records = pd.DataFrame(watch.records)
-    late = records[records["step"] >= SETTLED * steps]
-    rates = tenths(records, steps)
+def summarised(watch: Watch, steps: int) -> list[dict[str, Any]]:
+    """One row per target."""
+    late = [record for record in watch.records if record["step"] >= SETTLED * steps]
     # Where every tenth should cost the same.
-    settled = rates[rates["until"] > SETTLED + 0.05]
-    drift = settled.iloc[-1] / settled.iloc[0]
-    last = records.iloc[-1]
-    growth = {name: slope(late["step"], late[name]) for name in ("resident", "objects")}
+    seventh, tenth = costs(watch.records, 0.6, 0.7), costs(watch.records, 0.9, 1.0)
+    last = watch.records[-1]
+    of_late = {name: [record[name] for record in late] for name in ("step", "resident", "objects")}
+    growth = {name: slope(of_late["step"], of_late[name]) for name in ("resident", "objects")}
     errors = {name: {"standard_error": round(error, 4)} for name, (_, error) in growth.items()}
     title, per = "in the last 40 %", "per 10,000 steps"
     longest = max(recovery(watch.records, steps).values())
@@ -241,20 +229,13 @@ def summarised(watch: Watch, steps: int) -> tuple[pd.DataFrame, list[dict[str, A
         (f"growth of memory {title}, MiB {per}", growth["resident"][0], 4.0, errors["resident"]),
         (f"growth of collectable objects {title}, {per}", growth["objects"][0], 200.0, errors["objects"]),
         ("passes of all measuring, per example", last["passes"] / last["examples"], OVERHEAD, {}),
-        ("passes in the last tenth, over those in the seventh", drift["passes"], 1.2, {}),
-        ("share of time in the last tenth, over that in the seventh", drift["time"], 1.2, {}),
+        ("passes in the last tenth, over those in the seventh", tenth[0] / seventh[0], 1.2, {}),
+        ("share of time in the last tenth, over that in the seventh", tenth[1] / seventh[1], 1.2, {}),
         ("steps with a factor outside its bounds, or none", watch.bad_factors, 0.0, {}),
         ("windows at whose end a weight was not finite", watch.bad_weights, 0.0, {}),
         ("longest time without a good measurement after a phase, share of the run", longest, 0.05, {}),
     ]
-    return rates, [target(name, float(value), bound, COMMAND, **more) for name, value, bound, more in found]
-
-
-def page(summary: list[dict[str, Any]], rates: pd.DataFrame) -> str:
-    """Markdown: one row per target, then one per tenth."""
-    form = dict(zip(rates, ("{:.0%}", "{:.3f}", "{:.3f}", "{:.0f}", "{:.2f}"), strict=True))
-    lines = [[form[str(name)].format(value) for name, value in row.items()] for _, row in rates.iterrows()]
-    return f"{targets_table(summary)}\n\n{table(list(rates), lines)}"
+    return [target(name, float(value), bound, COMMAND, **more) for name, value, bound, more in found]
 
 
 def main() -> None:
@@ -266,12 +247,12 @@ def main() -> None:
     torch.set_num_threads(1)
     steps = 600 if options.quick else STEPS
     _, watch = run(steps)
-    rates, summary = summarised(watch, steps)
-    text = page(summary, rates)
+    summary = summarised(watch, steps)
+    text = targets_table(summary)
     print(text)
     if not options.quick:
         raw = {"steps": steps, "seed": SEED, "reasons": watch.reasons, "records": watch.records}
-        write(RESULTS, summary, tenths=rates.to_dict("records"), **raw)
+        write(RESULTS, summary, **raw)
         (RESULTS / "summary.md").write_text(text + "\n")
 
 

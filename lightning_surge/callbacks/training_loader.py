@@ -23,8 +23,7 @@ from lightning_surge.callbacks.lightning_host import (
     warn,
 )
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
-from lightning_surge.schedules.by_examples import ExamplesClock
-from lightning_surge.schedules.lr_forecast import share_of_peak
+from lightning_surge.schedules.by_examples import ExamplesClock, share_of_peak
 from lightning_surge.schedules.seesaw import Seesaw, SeesawSchedule
 from lightning_surge.schedules.sizes import BatchSizeRule, ConstantSize, Schedule
 from lightning_surge.schedules.windows import (

@@ -17,13 +17,7 @@ class CommandError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads options by their whole names, since scripts outlive abbreviations, and complains in one line.
-
-    Example:
-        >>> Parser(prog="lightning-surge").parse_args(["--red"])
-        Traceback (most recent call last):
-        lightning_surge.cli.command.CommandError: unrecognized arguments: --red; see lightning-surge --help
-    """
+    """Reads options by their whole names, since scripts outlive abbreviations, and complains in one line."""
 
     __init__ = partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
 

@@ -15,7 +15,6 @@ from lightning_surge.tables.fit import GridFit, Unfitted, fit_grid, split_target
 from lightning_surge.tables.law_fits import LAWS
 from lightning_surge.tables.read import MIXED, read_tables
 from lightning_surge.tables.report import describe, document
-from lightning_surge.tables.values import number
 
 FIGURES = (".png", ".svg", ".pdf")
 MAX_FITS = 64
@@ -56,10 +55,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--law", action="append", choices=tuple(LAWS), metavar="NAME",
         help=f"fit only this law; may be repeated; one of {', '.join(LAWS)}")  # fmt: skip
     add("--tuned", action="store_true", help="a batch size's one learning rate is its best, tuned before")
-    add("--at", action="append", default=[], type=_batch_size, metavar="BATCH_SIZE",
+    add("--at", action="append", default=[], type=float, metavar="BATCH_SIZE",
         help="say the learning rate at this batch size; may be repeated")  # fmt: skip
-    add("--bootstrap", type=_count, default=200, metavar="N", help="repetitions for the intervals (200)")
-    add("--seed", type=_count, default=0, help="seed of the repetitions (0)")
+    add("--bootstrap", type=int, default=200, metavar="N", help="repetitions for the intervals (200)")
+    add("--seed", type=int, default=0, help="seed of the repetitions (0)")
     add("--json", action="store_true", help="print JSON (docs/fitting.md lists the keys)")
     add("--figure", type=Path, metavar="FILE", help=f"draw it; *{', *'.join(FIGURES)}")
 
@@ -69,19 +68,6 @@ def _condition(text: str) -> tuple[str, str]:
     if not column.strip() or not equals:
         raise argparse.ArgumentTypeError(f"expected COLUMN=VALUE, got {text!r}")
     return column.strip(), value
-
-
-def _batch_size(text: str) -> float:
-    value = number(text)
-    if value is None or not 1 <= value < 1e30:
-        raise argparse.ArgumentTypeError(f"expected a batch size >= 1, got {text!r}")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 0, got {text!r}")
-    return int(text)
 
 
 def _run(options: argparse.Namespace) -> None:

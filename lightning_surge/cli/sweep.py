@@ -68,7 +68,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps per cell instead")
     add("--metric", default="val_loss", help="logged name, or 'loss' for what training_step returns")
     add("--maximize", action="store_true", help="larger is better, as for an accuracy")
-    add("--target-loss", dest="targets", type=losses, nargs="+", default=[], metavar="L",
+    add("--target-loss", dest="targets", type=float, nargs="+", default=[], metavar="L",
         help="record when it is reached")  # fmt: skip
     add("--stop-at-target", action="store_true", help="end a cell when it has reached all of them")
     add("--checks", type=int, metavar="N", help="validations per cell (10; 50 with targets)")
@@ -96,14 +96,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--retry-failed", action="store_true", help="run again what was killed, failed or out of memory")
     add("--dry-run", action="store_true", help="say what would run")
     add("--json", action="store_true", help="the result as JSON")
-
-
-def losses(text: str) -> list[float]:
-    """Targets, separated by commas; argparse names this function where they are none."""
-    found = [float(part) for part in text.rstrip(",").split(",")]
-    if not all(map(math.isfinite, found)):
-        raise ValueError(text)
-    return found
 
 
 def _run(options: argparse.Namespace) -> int | None:
@@ -155,9 +147,9 @@ def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
             raise ValueError(f"Expected --{name.replace('_', '-')} of at least {least}, got {value:g}.")
     if options.stop_at_target and not options.targets:
         raise ValueError("Expected --target-loss with --stop-at-target, got none.")
-    options.targets = sorted(
-        {loss for each in options.targets for loss in each}, reverse=not options.maximize
-    )
+    if wrong := [loss for loss in options.targets if not math.isfinite(loss)]:
+        raise ValueError(f"Expected --target-loss to be finite, got {wrong[0]}: name a loss.")
+    options.targets = sorted(set(options.targets), reverse=not options.maximize)
     options.examples = None if options.examples is None else round(options.examples)
     sizes = tuple(int(size) for size in parse_numbers(options.batch_sizes, "--batch-sizes", whole=True))
     for size in sizes:

@@ -7,12 +7,11 @@ from lightning_surge.laws.tradeoff import (
     TradeoffFit,
     examples_needed,
     fit_tradeoff,
-    gain_fraction,
     steps_needed,
 )
 
 __all__ = [
     "OBJECTIVES", "ConstantLaw", "Law", "LinearLaw", "MeasuredLaw", "Peak", "SGDLaw", "SqrtLaw",
     "Theorem2Law", "Theorem3Law", "TradeoffFit", "alignment_ratio", "examples_needed", "fit_tradeoff",
-    "gain_fraction", "progress_ratio", "step_ratio", "steps_needed",
+    "progress_ratio", "step_ratio", "steps_needed",
 ]  # fmt: skip

@@ -44,22 +44,6 @@ class TradeoffFit(NamedTuple):
     min_examples: float
 
 
-def gain_fraction(batch_size: float, *, critical_batch_size: float) -> float:
-    """Gain of a step over the gain of a noiseless step, 1 / (1 + B_crit / B).
-
-    Args:
-        batch_size: examples, positive.
-        critical_batch_size: examples, positive.
-
-    Example:
-        >>> gain_fraction(100, critical_batch_size=300)
-        0.25
-    """
-    batch_size = checked(batch_size)
-    critical_batch_size = number("critical_batch_size", critical_batch_size, _CRITICAL)
-    return 1 / (1 + critical_batch_size / batch_size)
-
-
 def steps_needed(batch_size: float, *, critical_batch_size: float, min_steps: float) -> float:
     """Steps to the loss at a constant batch size, S_min (1 + B_crit / B).
 
@@ -72,8 +56,9 @@ def steps_needed(batch_size: float, *, critical_batch_size: float, min_steps: fl
         >>> steps_needed(100, critical_batch_size=300, min_steps=1000)
         4000.0
     """
-    fraction = gain_fraction(batch_size, critical_batch_size=critical_batch_size)
-    return number("min_steps", min_steps, _SCALE) / fraction
+    batch_size = checked(batch_size)
+    critical_batch_size = number("critical_batch_size", critical_batch_size, _CRITICAL)
+    return number("min_steps", min_steps, _SCALE) * (1 + critical_batch_size / batch_size)
 
 
 def examples_needed(batch_size: float, *, critical_batch_size: float, min_examples: float) -> float:

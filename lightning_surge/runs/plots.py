@@ -5,16 +5,15 @@ Built without pyplot: no window, no global state, any backend. Nothing is smooth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-import lightning_surge.runs.charts as charts
 from lightning_surge.checking import arguments
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.charts import ROOM, FloatArray, XAxis, number, positive, thinned
 from lightning_surge.runs.run_log import RunLog, wanted_factor
 from lightning_surge.runs.series import Series
 
@@ -24,21 +23,32 @@ if TYPE_CHECKING:
 
     from lightning_surge.laws.base import Law
 
+FloatArray = NDArray[np.float64]
+XAxis = Literal["steps", "examples"]
 Place = Callable[[NDArray[Any]], FloatArray]
 """From optimizer steps to the x axis."""
 X_LABELS: dict[XAxis, str] = {"steps": "optimizer step", "examples": "examples trained"}
+# Okabe and Ito's palette, which stays apart under the common forms of colour blindness.
+BLACK, GREY, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    "#000000", "#8c8c8c", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+# Points per line, spans per row and marks of a changed batch size that a chart can show; the share of its
+# width that a letter beside a mark takes.
+MOST_POINTS, MOST_MARKS, LETTER_WIDTH = 2000, 40, 0.014
+# Room around what a logarithmic axis shows: so that there is a power of two.
+ROOM = 1.5
 DASHES, DOTS = (0, (4, 2)), (0, (1, 1.5))
 RATES: dict[str, dict[str, Any]] = {
-    "predicted": {"label": "predicted by the law", "color": charts.ORANGE, "linewidth": 1.0},
-    "used": {"label": "used", "color": charts.BLUE, "linewidth": 1.8},
-    "scheduled": {"label": "scheduled", "color": charts.BLACK, "linewidth": 1.2, "linestyle": DASHES},
+    "predicted": {"label": "predicted by the law", "color": ORANGE, "linewidth": 1.0},
+    "used": {"label": "used", "color": BLUE, "linewidth": 1.8},
+    "scheduled": {"label": "scheduled", "color": BLACK, "linewidth": 1.2, "linestyle": DASHES},
 }
 SIZES: dict[str, dict[str, Any]] = {
-    "peak": {"color": charts.VERMILION},
-    "critical": {"color": charts.GREEN, "linestyle": DASHES},
+    "peak": {"color": VERMILION},
+    "critical": {"color": GREEN, "linestyle": DASHES},
 }
 # Moments at which the law is drawn: more of them hide each other. Points of its curve.
-LAW_COLOURS, CURVE_POINTS = (charts.SKY, charts.VERMILION, charts.PURPLE), 121
+LAW_COLOURS, CURVE_POINTS = (SKY, VERMILION, PURPLE), 121
 # The strip at the top of the batch-size panel, as fractions of the panel's height.
 STRIP_BOTTOM, STRIP_HEIGHT = 0.92, 0.08
 # Height of a reason's row, where the panels above are 3 high.
@@ -101,7 +111,7 @@ def plot_run(
     def place(steps: NDArray[Any]) -> FloatArray:
         return run.examples_at(steps) if x == "examples" else np.asarray(steps, dtype=np.float64)
 
-    codes = charts.coarse(run.get("held_because"))
+    codes = coarse(run.get("held_because"))
     reasons = [reason for reason in Reason if (codes.values == reason).any()]
     figure = Figure(figsize=(11.6, 8.2), dpi=150, layout="constrained")
     # Two figures side by side, so that the legend under one makes no gap in the other.
@@ -114,7 +124,7 @@ def plot_run(
     _draw_reasons(panels["why"], codes, reasons, place)
     _draw_law(panels["law"], run, group, base)
     batch = run.require("batch_size")
-    marks = charts.changes(batch, place(batch.steps))
+    marks = changes(batch, place(batch.steps))
     for name in ("lr", "batch"):
         _mark_changes(panels[name], marks, labelled=name == "lr")
         panels[name].sharex(panels["why"])
@@ -150,7 +160,7 @@ def _draw_rates(axes: Axes, run: RunLog, group: str | None, place: Place) -> Non
     for name, series in rates.items():
         shown = thinned(series)
         axes.plot(place(shown.steps), shown.values, **RATES[name])
-    axes.set_ylim(0.0, charts.rate_top(*(series.values for series in rates.values())))
+    axes.set_ylim(0.0, rate_top(*(series.values for series in rates.values())))
     _finish(axes, "Learning rate", "learning rate (per step)", columns=3, pad=16)
 
 
@@ -158,13 +168,13 @@ def _draw_sizes(axes: Axes, run: RunLog, place: Place) -> None:
     """Batch size in force, peak and critical batch size with their bands; infinite peaks as a strip."""
     axes.set_yscale("log", base=2)
     batch, logged = run.require("batch_size"), {name: run.get(f"{name}_batch_size") for name in SIZES}
-    low, high = charts.size_range(batch.values, *(series.values for series in logged.values()))
+    low, high = size_range(batch.values, *(series.values for series in logged.values()))
     peak = logged["peak"]
-    infinite = charts.coarse(Series(peak.steps, np.isposinf(peak.values).astype(np.float64)))
-    if strips := _bars(place(charts.spans(infinite.steps, infinite.values > 0.0))):
+    infinite = coarse(Series(peak.steps, np.isposinf(peak.values).astype(np.float64)))
+    if strips := _bars(place(spans(infinite.steps, infinite.values > 0.0))):
         axes.broken_barh(
             strips, (STRIP_BOTTOM, STRIP_HEIGHT), transform=axes.get_xaxis_transform(),
-            facecolor="#fbe3d3", edgecolor=charts.VERMILION, hatch="////", linewidth=0,
+            facecolor="#fbe3d3", edgecolor=VERMILION, hatch="////", linewidth=0,
             label="no peak in reach (infinite)",
         )  # fmt: skip
     for name, look in SIZES.items():
@@ -180,7 +190,7 @@ def _draw_sizes(axes: Axes, run: RunLog, place: Place) -> None:
             axes.fill_between(at, low_end, high_end, color=look["color"], alpha=0.14, linewidth=0)
             axes.plot(at, values, label=f"{name} batch size ± 1 standard error", **look)
     shown = thinned(batch)
-    look = {"color": charts.BLACK, "linewidth": 1.8, "drawstyle": "steps-post"}
+    look = {"color": BLACK, "linewidth": 1.8, "drawstyle": "steps-post"}
     axes.plot(place(shown.steps), shown.values, label="batch size in force", **look)
     axes.set_ylim(low, low * (high / low) ** (1.0 / (STRIP_BOTTOM - 0.03)))
     _finish(axes, "Batch size against the peak", "batch size (examples)", columns=2)
@@ -189,10 +199,10 @@ def _draw_sizes(axes: Axes, run: RunLog, place: Place) -> None:
 def _draw_reasons(axes: Axes, codes: Series, reasons: list[Reason], place: Place) -> None:
     """One row for each reason: where the law was followed, and where and why it was not."""
     for row, reason in enumerate(reasons):
-        bars = _bars(place(charts.spans(codes.steps, codes.values == reason)))
+        bars = _bars(place(spans(codes.steps, codes.values == reason)))
         # Measurements followed, the last law held, and in between.
         followed = reason in (Reason.MEASURED, Reason.RULE)
-        colour = charts.GREEN if followed else charts.VERMILION if reason.held else charts.ORANGE
+        colour = GREEN if followed else VERMILION if reason.held else ORANGE
         axes.broken_barh(bars, (row - 0.4, 0.8), facecolor=colour, linewidth=0)
     axes.set_yticks(range(len(reasons)), [reason.label for reason in reasons], fontsize=8)
     axes.set_ylim(max(len(reasons), 1) - 0.4, -0.6)
@@ -216,16 +226,14 @@ def _draw_law(axes: Axes, run: RunLog, group: str | None, base: float) -> None:
     sizes = np.union1d(np.geomspace(*ends, CURVE_POINTS), [base])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.plot(
-        sizes, np.sqrt(sizes / base), label="sqrt scaling", color=charts.GREY, linewidth=1.1, linestyle=DOTS
-    )
+    axes.plot(sizes, np.sqrt(sizes / base), label="sqrt scaling", color=GREY, linewidth=1.1, linestyle=DOTS)
     for colour, (step, law) in zip(LAW_COLOURS, laws.items(), strict=False):
         _draw_moment(axes, run, group, step, law, sizes, base, colour)
     label = f"base batch size, B = {number(base)}"
-    axes.plot([base], [1.0], "D", label=label, color=charts.BLACK, markersize=5)
+    axes.plot([base], [1.0], "D", label=label, color=BLACK, markersize=5)
     used = np.array([(run.at("batch_size", step), run.at("lr_scale", step)) for step in steps]).T
     if np.isfinite(used).all():
-        look: dict[str, Any] = {"color": charts.BLACK, "markerfacecolor": "none", "markersize": 10}
+        look: dict[str, Any] = {"color": BLACK, "markerfacecolor": "none", "markersize": 10}
         axes.plot(*used, "o", label="factor used in these steps", **look)
     # Square roots go where they go; the panel is around what was asked for.
     heights = positive(np.concatenate([np.asarray(line.get_ydata()) for line in axes.get_lines()[1:]]))
@@ -267,3 +275,73 @@ def _mark_changes(axes: Axes, marks: list[tuple[float, str]], *, labelled: bool)
                 place, 1.015, words, transform=axes.get_xaxis_transform(), fontsize=7.5, color="#606060",
                 horizontalalignment="center", verticalalignment="bottom",
             )  # fmt: skip
+
+
+def number(value: float) -> str:
+    """A number for an axis or a legend."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def thinned(series: Series) -> Series:
+    """As many points as a chart shows: of each bucket the first, smallest and largest one, the first gap."""
+    size = series.steps.size
+    if size <= MOST_POINTS:
+        return series
+    width = -(-size * 4 // MOST_POINTS)
+    kept = {size - 1}
+    for begin in range(0, size, width):
+        part = series.values[begin : begin + width]
+        finite = np.isfinite(part)
+        low, high = np.where(finite, part, np.inf), np.where(finite, part, -np.inf)
+        kept |= {begin, *(begin + int(at) for at in (np.argmin(finite), np.argmin(low), np.argmax(high)))}
+    index = np.array(sorted(kept))
+    return Series(series.steps[index], series.values[index])
+
+
+def coarse(series: Series) -> Series:
+    """The largest value of each bucket, at its first step: a short hold stays visible."""
+    size = series.steps.size
+    begins = np.arange(0, size, max(1, -(-size // MOST_POINTS)))
+    return Series(series.steps[begins], np.maximum.reduceat(series.values, begins)) if size else series
+
+
+def spans(steps: NDArray[np.int64], flags: NDArray[np.bool_]) -> FloatArray:
+    """Begin and end of each run of set flags, shape `(n, 2)`; a sample reaches half way to its neighbours."""
+    if not flags.any():
+        return np.empty((0, 2))
+    edges = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
+    turns = np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))
+    return np.column_stack([edges[turns == 1], edges[turns == -1]])
+
+
+def positive(values: FloatArray) -> FloatArray:
+    """The values that a log axis can show."""
+    return values[np.isfinite(values) & (values > 0)]
+
+
+def changes(batch: Series, places: FloatArray) -> list[tuple[float, str]]:
+    """Where the batch size changed, and to what as long as the words do not run into each other."""
+    changed = np.flatnonzero(np.diff(batch.values)) + 1
+    letter, free, marks = LETTER_WIDTH * (places[-1] - places[0]), -math.inf, []
+    for index in changed if changed.size <= MOST_MARKS else ():
+        place, words = float(places[index]), number(batch.values[index])
+        half = letter * (len(words) + 1) / 2
+        words = words if place - half >= free else ""
+        free = place + half if words else free
+        marks.append((place, words))
+    return marks
+
+
+def rate_top(predicted: FloatArray, *others: FloatArray) -> float:
+    """Room for ordinary excursions of the prediction; one wild value must not flatten everything else."""
+    kept, asked = positive(np.concatenate(others)), positive(predicted)
+    top = float(kept.max()) if kept.size else 1.0
+    return 1.12 * max(top, min(float(asked.max()) if asked.size else top, 1.5 * top))
+
+
+def size_range(batch: FloatArray, *others: FloatArray) -> tuple[float, float]:
+    """Ends of a log axis; decades above the largest batch size say nothing a reader can use."""
+    shown = positive(np.concatenate([batch, *others]))
+    largest = float(np.nanmax(batch, initial=1.0))
+    low, high = (float(shown.min()), float(shown.max())) if shown.size else (1.0, 2.0)
+    return max(low, largest / 1e4) / ROOM, min(high, 100.0 * largest) * ROOM

@@ -5,17 +5,23 @@ ends too late or too early. It is not rewritten here but given another clock: it
 steps whenever a fixed number of examples has been consumed, however many optimizer steps that took.
 
 The two halves of a step arrive separately. ``BatchSizeScheduler`` knows how many examples are behind a
-step and says so before it (``advance``); Lightning calls ``step`` after it, as for any scheduler.
+step and says so before it (``advance``); Lightning calls ``step`` after it, as for any scheduler. What a
+schedule will be is known from a copy of it that is replayed (``replayed``).
 """
 
+import copy
 import math
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from lightning_surge.checking.arguments import number
@@ -25,6 +31,8 @@ from lightning_surge.checking.state import restore, save
 # tick that came out as 6.9999999999999991 from being a step late. Whole numbers below 1e15 need none,
 # and are too coarse to be moved by it.
 _SLACK = 1 + 4 * sys.float_info.epsilon
+# Replaying takes about ten microseconds a step.
+MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,6 @@ class ExamplesClock(LRScheduler):
           ``OneCycleLR`` raises after ``total_steps``, and extrapolates beyond its minimum just before. The
           clock rests at ``total_steps - 1``, where the minimum is, and warns once if a further step is made.
           A ``OneCycleLR`` inside another scheduler raises.
-
-    Attributes:
-        scheduler: The wrapped scheduler.
-        examples_per_step: Examples (or tokens) per step of the wrapped scheduler.
-        examples: Examples (or tokens) consumed so far, over all data-parallel replicas.
-        ticks: Steps that the clock has moved the wrapped scheduler.
     """
 
     def __init__(self, scheduler: LRScheduler, examples_per_step: float) -> None:
@@ -88,21 +90,18 @@ class ExamplesClock(LRScheduler):
         self.examples_per_step = float(number("examples_per_step", examples_per_step, remedy))
         self.optimizer = scheduler.optimizer
         self.scheduler = scheduler
-        # The exact sum is the sum of the two: a running float alone drifts, by 1e-6 over a million 0.1s.
+        # Consumed so far, over all data-parallel replicas; the exact sum is the sum of the two: a running
+        # float alone drifts, by 1e-6 over a million 0.1s.
         self.examples, self._rounding = 0.0, 0.0
-        self.ticks = 0
+        self.ticks = 0  # steps that the clock has moved the wrapped scheduler
         self._fed = False
         self._warned = False
 
     def advance(self, examples: float) -> None:
-        """Announces an optimizer step. Called before it; the learning rate moves in ``step``.
+        """Announces an optimizer step and the examples behind it, over all data-parallel replicas.
 
-        May be called several times before a ``step``: a scheduler with ``frequency=2`` catches up when
-        Lightning calls it.
-
-        Args:
-            examples: Examples (or tokens) behind this step, over all data-parallel replicas. 0 only tells
-                the clock that somebody counts.
+        Called before it, perhaps several times; the learning rate moves in ``step``, where a scheduler with
+        ``frequency=2`` catches up. 0 only tells the clock that somebody counts.
         """
         examples = float(number("examples", examples, "pass what this step consumes", least=0))
         if examples > 0 and self._due() > self.ticks and self._is_over() and not self._warned:
@@ -149,11 +148,7 @@ class ExamplesClock(LRScheduler):
         return {**save(counts), "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where ``state_dict`` was taken.
-
-        Raises:
-            ValueError: If the state is another scheduler's, counts in other steps, or is damaged.
-        """
+        """Continues where ``state_dict`` was taken; a ValueError for any other state."""
         if "scheduler" not in state_dict:
             raise ValueError(
                 f"Expected the state of an ExamplesClock, got that of a bare scheduler, {sorted(state_dict)}:"
@@ -232,3 +227,58 @@ def by_examples(scheduler: LRScheduler, examples_per_step: float) -> ExamplesClo
         64.0 4 0.0
     """
     return ExamplesClock(scheduler, examples_per_step)
+
+
+def share_of_peak(
+    scheduler: LRScheduler, *, planned: int, taken: int, shared: Iterable[object] = ()
+) -> float | None:
+    """The learning rate at which a schedule is left, as a share of its peak.
+
+    A copy of the schedule, before its first step, is replayed for the steps that it was ``planned`` for, of
+    which so many will be ``taken``, on an optimizer without a model; it may refer to what is ``shared``. None
+    if the schedule loses nothing (its peak is behind, and it would fall no further), or cannot be replayed.
+
+    Example:
+        >>> optimizer = SGD([torch.zeros(1)], lr=0.1)
+        >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+        >>> share_of_peak(cosine, planned=100, taken=50)
+        0.5
+        >>> share_of_peak(cosine, planned=150, taken=100) is None
+        True
+    """
+    if not 0 < taken < planned <= MOST_STEPS:
+        return None
+    try:
+        rates = upcoming(replayed(scheduler, shared), planned + 1)
+    except Exception:
+        return None  # somebody's own scheduler, which needs more than an optimizer
+    peak, last = max(rates), rates[taken]
+    falls_further = min(rates[taken:]) < 0.99 * last
+    peaks_later = max(rates[: taken + 1]) < 0.99 * peak
+    if not 0.0 < peak < math.inf or not (falls_further or peaks_later):
+        return None
+    return round(last / peak, 6)
+
+
+def upcoming(rates: Iterator[float], count: int) -> list[float]:
+    """The next learning rates of a schedule that is being replayed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of steps that no optimizer step came before
+        return list(islice(rates, count))
+
+
+def replayed(scheduler: LRScheduler, shared: Iterable[object] = ()) -> Iterator[float]:
+    """The largest learning rate of all groups, before the first step and after each, without end."""
+    optimizer = scheduler.optimizer
+    stand_in = SGD([{"params": [torch.zeros(1)]} for _ in optimizer.param_groups], lr=0.0)
+    for group, original in zip(stand_in.param_groups, optimizer.param_groups, strict=True):
+        group |= {name: copy.deepcopy(value) for name, value in original.items() if name != "params"}
+    # What the memo holds counts as copied: every scheduler within finds the stand-in where the optimizer was.
+    memo = {id(one): one for one in shared} | {id(optimizer): stand_in}
+    replay = copy.deepcopy(scheduler, memo)
+    while True:
+        yield max(float(group["lr"]) for group in stand_in.param_groups)
+        if not isinstance(replay, ExamplesClock):
+            replay.step()
+        elif not replay._is_over():
+            replay._tick()

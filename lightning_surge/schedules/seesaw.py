@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lightning_surge.checking.arguments import store, whole
-from lightning_surge.schedules.by_examples import ExamplesClock, ticks_due
-from lightning_surge.schedules.lr_forecast import MOST_STEPS, replayed, upcoming
+from lightning_surge.schedules.by_examples import MOST_STEPS, ExamplesClock, replayed, ticks_due, upcoming
 from lightning_surge.schedules.sizes import BatchSizeRule, ConstantSize, Progress, Schedule, Unit
 
 # Steps of the learning-rate schedule that are replayed at a time: about ten milliseconds.

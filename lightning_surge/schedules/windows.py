@@ -30,18 +30,11 @@ MOST_EVALUATIONS = 80_000
 
 
 def accumulation_for(requested: int, micro_batch_size: int, *, limit: int | None = None) -> int:
-    """The largest power of two of micro-batches that does not exceed the requested size.
+    """The largest power of two of micro-batches, over all replicas, that does not exceed the requested size.
 
     Powers of two, because any of them can follow a smaller one after at most one extra window (see
-    ``aligned_accumulation``); a change from 7 to 8 could wait for dozens of micro-batches.
-
-    Args:
-        requested: Examples per optimizer step.
-        micro_batch_size: Examples per micro-batch, summed over data-parallel replicas.
-        limit: Micro-batches in an epoch, at whose end Lightning steps; None where that is not known.
-
-    Returns:
-        The accumulation, at least 1 even where a single micro-batch exceeds the request.
+    ``aligned_accumulation``); a change from 7 to 8 could wait for dozens of micro-batches. At least 1, even
+    where one exceeds the request, and at most those of an epoch (``limit``), at whose end Lightning steps.
 
     Example:
         >>> [accumulation_for(size, micro_batch_size=8) for size in (4, 8, 31, 32, 100)]

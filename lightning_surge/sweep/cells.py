@@ -222,7 +222,9 @@ def parse_numbers(words: Sequence[str], name: str, *, whole: bool = False) -> tu
     for word in words:
         try:
             for part in word.rstrip(",").split(","):
-                numbers.update(_numbers_in(part.strip(), whole))
+                if whole and part.startswith("0"):
+                    raise ValueError(word)  # 1,024 is one number with a separator, not two
+                numbers.update(_numbers_in(part, whole))
         except (ValueError, OverflowError) as error:
             kind, example = ("whole ", "16:1024:4") if whole else ("", "1e-4:1e-1:7")
             raise ValueError(
@@ -235,8 +237,6 @@ def parse_numbers(words: Sequence[str], name: str, *, whole: bool = False) -> tu
 def _numbers_in(word: str, whole: bool) -> list[float]:
     ends = word.split(":")
     if len(ends) == 1:
-        if whole and word.startswith("0"):
-            raise ValueError(word)  # 1,024 is one number with a separator, not two
         numbers: list[float] = [int(word) if whole else float(word)]
     else:
         first, last, count = float(ends[0]), float(ends[1]), int(ends[2] if len(ends) == 3 else 0)

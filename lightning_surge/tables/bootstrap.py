@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -89,11 +90,11 @@ def repeat(
                 for valley in used
             ]
             steps = None if optima.steps is None else np.array([outcome for _, outcome in bottoms])
-            drawn = optima._replace(steps=steps)
-            if (line := drawn.line()) is not None:
-                lines.append(line)
+            drawn = replace(optima, steps=steps)
+            if drawn.line is not None:
+                lines.append(drawn.line)
         if from_seeds:
-            drawn = drawn._replace(logs=np.array([x for x, _ in bottoms]))
+            drawn = replace(drawn, logs=np.array([x for x, _ in bottoms]))
             rows.append(drawn.logs)
             found = {name: fit_law(name, drawn, precise=False) for name in fits}
         else:
@@ -114,4 +115,4 @@ def _from_residuals(name: str, fit: LawFit, optima: Optima, generator: np.random
         return None
     # A fit leaves residuals smaller than the errors: by the share of what it had to spare.
     drawn = generator.choice(fit.residuals, count) * math.sqrt(count / spare)
-    return fit_law(name, optima._replace(logs=optima.logs + fit.residuals + drawn), precise=False)
+    return fit_law(name, replace(optima, logs=optima.logs + fit.residuals + drawn), precise=False)

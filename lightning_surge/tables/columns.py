@@ -1,18 +1,26 @@
-"""Which column of a table is the batch size, the learning rate, and so on.
+"""Which column of a table is the batch size, the learning rate, and so on, and the numbers in its cells.
 
 Names are compared without case, separators, units in brackets and the prefixes of loggers and configuration
 files, so that `Batch Size`, `params.lr`, `config/optimizer.lr` and `val/loss` are known. A role goes to the
 one column that can have it; where none or several can, all such roles are told at once.
+
+Numbers are written as `16K`, `1,024`, `0,001` or `3e-4`. What a comma means is decided for a whole column,
+since `1,024` alone does not tell.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import tomllib
 from collections.abc import Sequence
-from difflib import SequenceMatcher
+from decimal import Decimal
+from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_surge.tables.values import WORDS
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,12 +39,18 @@ class Columns(NamedTuple):
     status: str | None = None  # how the run ended, in a word
 
 
+WORDS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
+"""How other programs name what a table holds."""
+FAILED = frozenset(WORDS["failed"].split()) | {"", "not reached"}
+"""What stands, in lower case, for a number that a failed run does not have."""
+UNITS = {"k": 1e3, "K": 1e3, "M": 1e6}
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 OUTCOMES = ("loss", "steps", "examples")
 NAMES = {role: names.split() for role, names in WORDS["roles"].items()}
 FALLBACKS = {role: names.split() for role, names in WORDS["fallbacks"].items()}
 PREFIXES, ACCURACIES = frozenset(WORDS["prefixes"].split()), frozenset(WORDS["accuracies"].split())
 RESULTS = ACCURACIES | frozenset(WORDS["results"].split())
-SIMILAR = 0.7
+SIMILAR = 0.6
 """Share of equal letters from which a name is a close match."""
 FEWEST_LRS = 3
 """Learning rates of a batch size among which a best one can be told."""
@@ -67,11 +81,8 @@ def shown(names: Sequence[Any], most: int = 12) -> str:
 
 def as_text(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
     """Columns as text, empty where a value is missing."""
-    text = {}
-    for name in names:
-        pairs = zip(frame[name].tolist(), frame[name].isna().tolist(), strict=True)
-        text[name] = ["" if missing else str(value).strip() for value, missing in pairs]
-    return type(frame)(text, index=frame.index, dtype=object)
+    found = frame[list(names)].astype(object)
+    return found.map(lambda value: str(value).strip()).where(found.notna(), "")
 
 
 def find_column(frame: pd.DataFrame, name: str, option: str) -> str:
@@ -84,22 +95,16 @@ def find_column(frame: pd.DataFrame, name: str, option: str) -> str:
     found = fits[0] or fits[1]
     if len(found) == 1:
         return found[0]
-    close = f" (close: {shown(closest)})" if (closest := _close(columns, [_plain(name)])) else ""
     raise ValueError(
-        f"Expected {option} to name one column of {shown(columns)}, got {name!r}{close}: write it in full."
+        f"Expected {option} to name one column of {shown(columns)}, got {name!r}"
+        f"{_close(columns, [_plain(name)])}: write it in full."
     )
 
 
-def _close(columns: Sequence[str], wanted: Sequence[str], most: int = 4) -> list[str]:
-    """Columns whose names resemble one of those wanted, or hold all of its words; the best first."""
-
-    def similarity(column: str) -> float:
-        plain = _plain(column)
-        held = any(set(name.split("_")) <= set(plain.split("_")) for name in wanted)
-        return 1.0 if held else max(SequenceMatcher(None, plain, name).ratio() for name in wanted)
-
-    best = sorted(columns, key=similarity, reverse=True)[:most]
-    return [column for column in best if similarity(column) > SIMILAR]
+def _close(columns: Sequence[str], wanted: Sequence[str]) -> str:
+    """Which columns have names that resemble one of those wanted, in brackets; nothing if none."""
+    found = [name for name in columns if get_close_matches(_plain(name), wanted, cutoff=SIMILAR)]
+    return f" (close: {shown(found, 4)})" if found else ""
 
 
 def find_columns(
@@ -144,7 +149,7 @@ def find_columns(
             wanted = [*NAMES[role], *(ACCURACIES if role == "loss" else ())]
             close = _close([name for name in free if name not in found.values()], wanted)
             what = " or ".join(outcomes) if role in OUTCOMES else role
-            problems[role] = f"{what} has no column" + (f" (close: {shown(close)})" if close else "")
+            problems[role] = f"{what} has no column{close}"
     if problems:
         options = " ".join(f"--{role.replace('_', '-')}-column NAME" for role in problems)
         larger = " (and --maximize if larger is better)" if "loss" in problems and not maximize else ""
@@ -211,3 +216,44 @@ def settings_within(
             max(left, key=lambda name: (told_apart(cell[:1], [*apart, name]), -text[name].nunique()))
         )
     return differing, apart
+
+
+def has_decimal_commas(column: pd.Series[Any]) -> bool:
+    """Whether some comma of a column can only stand in front of a fraction."""
+    texts = [value.strip() for value in column.tolist() if isinstance(value, str) and "," in value]
+    return any(re.fullmatch(r"[\d.,eE+-]+", text) and not THOUSANDS.fullmatch(text) for text in texts)
+
+
+def numbers(
+    column: pd.Series[Any], *, commas: bool = False
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """The numbers of a column, NaN for blanks and the words of a failed run; and where there is neither.
+
+    With `commas`, one that may stand for thousands or in front of a fraction does the latter.
+    """
+    decimal = commas or has_decimal_commas(column)
+    cells = zip(column.tolist(), column.isna().tolist(), strict=True)
+    read = [math.nan if missing else _number(value, decimal) for value, missing in cells]
+    unread = np.array([value is None for value in read], dtype=bool)
+    return np.array(read, dtype=np.float64), unread
+
+
+def _number(value: Any, decimal: bool) -> float | None:
+    """One cell; None if it is no number."""
+    unit = 1.0
+    if isinstance(value, str):
+        value = value.strip()
+        if value.lower() in FAILED:
+            return math.nan
+        if decimal and value.count(",") == 1:
+            value = value.replace(".", "").replace(",", ".")
+        elif THOUSANDS.fullmatch(value):
+            value = value.replace(",", "")
+        if (last := value[-1]) in UNITS:
+            value, unit = value[:-1], UNITS[last]
+    elif isinstance(value, bool) or not isinstance(value, (int, float, Decimal, np.number)):
+        return None
+    try:
+        return float(value) * unit
+    except (ValueError, OverflowError):
+        return None

@@ -121,7 +121,7 @@ def _thinned(values: FloatArray, low: float, high: float) -> list[float]:
 
 def _draw_laws(axes: Axes, fit: GridFit, across: FloatArray) -> None:
     used = [valley.optimum for valley in fit.valleys if valley.optimum.found]
-    optima = Optima(np.array([each.batch_size for each in used]), np.log([each.lr for each in used]), None)
+    optima = Optima(np.array([each.batch_size for each in used]), np.log([each.lr for each in used]))
     laws = {law.name: law.law for law in fit.laws}
     best = fit.winner.name
     curves: list[tuple[str, str, Any, float, str]] = [

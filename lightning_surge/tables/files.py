@@ -15,8 +15,8 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_surge.tables.columns import WORDS
 from lightning_surge.tables.study import is_study, read_study
-from lightning_surge.tables.values import WORDS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,9 +74,7 @@ def _parse(data: bytes, name: str) -> pd.DataFrame:
         if data.startswith(bytes.fromhex(magic)):
             raise ValueError(f"Expected a table, got {kind}, {name}: {remedy}.")
     text = _text(data, name)
-    if not text.strip():
-        raise ValueError(f"Expected a header and rows, got the empty file {name}: write the table again.")
-    return _json(text, name) if text.lstrip()[0] in "[{" else _delimited(text, name)
+    return _json(text, name) if text.lstrip().startswith(("[", "{")) else _delimited(text, name)
 
 
 def _text(data: bytes, name: str) -> str:
@@ -109,7 +107,7 @@ def _in_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _json(text: str, name: str) -> pd.DataFrame:
-    """A list of runs, a run per line or name, or columns as in pandas; deeper values get dotted names."""
+    """A list of runs, a run per line, or columns as in pandas; deeper values get dotted names."""
     import pandas
 
     try:
@@ -118,13 +116,7 @@ def _json(text: str, name: str) -> pd.DataFrame:
         except json.JSONDecodeError:
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
         if isinstance(found, dict):
-            lists = [
-                value for value in found.values() if isinstance(value, list) and isinstance(value[0], dict)
-            ]
-            table = pandas.DataFrame(lists[0] if len(lists) == 1 else found)
-            if table.shape[1] > table.shape[0] and not table.index.astype(str).str.isdecimal().all():
-                table = table.T  # by the names of runs, and not of columns
-            found = table.to_dict("records")
+            found = pandas.DataFrame(found).to_dict("records")
         return _in_rows(pandas.json_normalize(found))
     except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError) as error:
         raise ValueError(f"Expected JSON with one object per run, got {name}: {error}; {EXPORT}.") from error
@@ -134,15 +126,12 @@ def _delimited(text: str, name: str) -> pd.DataFrame:
     """CSV by whatever separates the names in the header; comments may stand above it."""
     import pandas
 
-    # Comments, Excel's `sep=;` and Markdown's rules are emptied and not removed: lines keep their numbers.
-    lines = re.split(r"\r\n|\r|\n", text)
-    lines = ["" if re.match(r"#|sep=.\s*$|[|\s:-]*--[|\s:-]*$", line) else line for line in lines]
+    # Comments are emptied and not removed: lines keep their numbers.
+    lines = ["" if line.startswith("#") else line for line in text.splitlines()]
     first = next((place for place, line in enumerate(lines) if line.strip()), None)
     if first is None:
         raise ValueError(f"Expected a header and rows, got the empty file {name}: write the table again.")
-    separator = max(",;\t|", key=lines[first].count)
-    if separator == "|":
-        lines = [line.strip().removeprefix("|").removesuffix("|") for line in lines]
+    separator = max(",;\t", key=lines[first].count)
     try:
         frame = pandas.read_csv(
             io.StringIO("\n".join(lines[first:])),
@@ -154,19 +143,13 @@ def _delimited(text: str, name: str) -> pd.DataFrame:
             engine="python",  # the other one fills short rows without a word
         )
     except ValueError as error:  # pandas' own are of this kind
-        reason = re.sub(
-            r".*Expected (\d+) fields in line (\d+), saw (\d+)",
-            lambda found: f"{found[3]} fields on line {int(found[2]) + first}, {found[1]} in the header",
-            str(error).strip(),
-        )
+        reason = f"{str(error).strip()}, counted from the header on"
         raise ValueError(f"Expected CSV, got {name}: {reason}; correct or remove the line.") from error
-    texts = {name: [text and text.strip() for text in column] for name, column in frame.items()}
-    cells = pandas.DataFrame(texts, index=range(first + 1, first + 1 + len(frame)), dtype=object).rename_axis(
-        "line"
-    )
-    cells = cells[(cells.fillna("") != "").any(axis=1)]
+    frame.index = pandas.RangeIndex(first + 1, first + 1 + len(frame), name="line")
+    cells = frame.map(str.strip, na_action="ignore")
     header = cells.iloc[0]
-    cells = cells[cells.ne(header).any(axis=1)]  # files that were joined repeat their header
+    # Files that were joined repeat their header.
+    cells = cells[(cells.fillna("") != "").any(axis=1) & cells.ne(header).any(axis=1)]
     missing = cells.isna().sum(axis=1)
     if missing.any():
         raise ValueError(

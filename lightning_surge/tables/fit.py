@@ -89,15 +89,7 @@ class Unfitted(NamedTuple):
 def split_targets(
     table: RunTable, wanted: Sequence[float] | None = None
 ) -> list[tuple[float | None, RunTable]]:
-    """One table for each target, from the highest loss to the lowest.
-
-    Args:
-        table: runs to several targets.
-        wanted: only these; a value need not have all the digits of the table's. None takes all.
-
-    Raises:
-        ValueError: if there is no such target, or none at all.
-    """
+    """One table for each target, or those `wanted`, in fewer digits perhaps, from the highest loss down."""
     if table.targets is None:
         if wanted is not None:
             raise ValueError(
@@ -175,7 +167,7 @@ def fit_grid(
         steps=np.array([valley.optimum.outcome for valley in used]) if table.measure == "steps" else None,
     )
     notes = list(table.notes)
-    if optima.steps is not None and optima.line() is None:
+    if optima.steps is not None and optima.line is None:
         notes.append("Eq. 22 gives no scale: steps do not fall towards a limit as examples grow")
     names = [name for name in LAWS if name in laws and LAWS[name].size <= len(used)]
     fits = {name: fit for name in names if (fit := fit_law(name, optima)) is not None}
@@ -230,7 +222,7 @@ def _fitted(
 
 
 def _tradeoff(optima: Optima, drawn: Repetitions) -> tuple[Estimate, ...]:
-    if (line := optima.line()) is None:
+    if (line := optima.line) is None:
         return ()
     columns = zip(*drawn.lines, strict=True) if drawn.lines else [()] * len(line)
     return tuple(map(estimate, line._fields, line, map(list, columns)))

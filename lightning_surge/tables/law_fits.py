@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -48,18 +49,26 @@ class HeldOut(NamedTuple):
     by_batch_size: tuple[tuple[float, float], ...]  # batch size, and log2 of predicted over found there
 
 
-class Optima(NamedTuple):
+@dataclass(frozen=True)
+class Optima:
     """Batch sizes, the logs of their best learning rates, and the steps to the target there if counted."""
 
     sizes: FloatArray
     logs: FloatArray
-    steps: FloatArray | None
+    steps: FloatArray | None = None
 
+    @cached_property
     def line(self) -> TradeoffFit | None:
         """Eq. 22; None without steps, or where they do not fall towards a limit as examples grow."""
-        if self.steps is None:
+        try:
+            return None if self.steps is None else fit_tradeoff(self.steps, self.sizes * self.steps)
+        except ValueError:
             return None
-        return _line(tuple(self.steps.tolist()), tuple((self.sizes * self.steps).tolist()))
+
+    def without(self, index: int) -> Optima:
+        """The same but for one batch size."""
+        steps = None if self.steps is None else np.delete(self.steps, index)
+        return Optima(np.delete(self.sizes, index), np.delete(self.logs, index), steps)
 
 
 class LawFit(NamedTuple):
@@ -80,10 +89,9 @@ def fit_law(name: str, optima: Optima, *, precise: bool = True) -> LawFit | None
     base = float(sizes[0])
     given: tuple[float, ...] = ()
     if family.given_scale:
-        line = optima.line()
-        if line is None:
+        if optima.line is None:
             return None
-        given = (line.critical_batch_size,)
+        given = (optima.line.critical_batch_size,)
 
     def curve(shape: npt.ArrayLike) -> FloatArray:
         law = family.build(1.0, given or tuple(np.exp(shape).tolist()), base)
@@ -129,15 +137,6 @@ def _starts(name: str, sizes: tuple[float, ...]) -> tuple[FloatArray, FloatArray
     return shapes, curves - curves.mean(axis=1, keepdims=True), low, high
 
 
-# Several laws of one repetition ask for the same line.
-@lru_cache(maxsize=8)
-def _line(steps: tuple[float, ...], examples: tuple[float, ...]) -> TradeoffFit | None:
-    try:
-        return fit_tradeoff(steps, examples)
-    except ValueError:
-        return None
-
-
 def hold_out(name: str, optima: Optima) -> HeldOut | None:
     """Predict the best learning rate of every batch size from the others.
 
@@ -147,9 +146,7 @@ def hold_out(name: str, optima: Optima) -> HeldOut | None:
         return None
     errors = []
     for index, size in enumerate(optima.sizes.tolist()):
-        rest = Optima(*(None if values is None else np.delete(values, index) for values in optima))  # type: ignore[arg-type]
-        fit = fit_law(name, rest)
-        if fit is None:
+        if (fit := fit_law(name, optima.without(index))) is None:
             return None
         errors.append((size, (math.log(fit.law.lr(size)) - float(optima.logs[index])) / math.log(2)))
     return HeldOut(float(np.mean([abs(error) for _, error in errors])), tuple(errors))

@@ -23,8 +23,6 @@ Status = Literal["inside", "bracketed", "tuned", "edge_low", "edge_high", "flat"
 
 SAME_LR = 1e-6
 """Relative difference up to which two learning rates are one, written with different digits."""
-MAX_CELLS = 200
-"""Learning rates told apart at one batch size: a random search of thousands is put into so many bins."""
 MIN_REACH = math.log(1.5)
 """A parabola reaches at least so far to both sides: on a fine grid the next neighbours differ by noise."""
 CLEAR = 2.0
@@ -144,9 +142,6 @@ def _valley(
     table: RunTable, size: float, x: FloatArray, y: FloatArray, seeds: IntArray | None, tuned: bool
 ) -> Valley:
     cell = np.concatenate([[0], np.cumsum(np.diff(x) > SAME_LR)])
-    if cell[-1] >= MAX_CELLS:
-        bins = np.minimum((x - x[0]) // ((x[-1] - x[0]) / MAX_CELLS), MAX_CELLS - 1).astype(np.int64)
-        cell = np.unique(bins, return_inverse=True)[1]
     if seeds is not None:
         pairs, inverse = np.unique(cell * (seeds.max() + 1) + seeds, return_inverse=True)
         share = np.bincount(inverse)

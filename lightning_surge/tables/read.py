@@ -5,7 +5,7 @@ infinities and words such as `None` or `diverged` stand for a run that diverged 
 so does a `status` of `diverged` or `not_reached`. Runs that were killed, ran out of memory, failed or are not
 done yet say nothing about their learning rate and are left out.
 
-Sources become DataFrames in `files`, columns get their roles in `columns`, cells become numbers in `values`.
+Sources become DataFrames in `files`; columns get their roles, and cells become numbers, in `columns`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ import numpy.typing as npt
 from lightning_surge.checking.arguments import choice, optional, switch
 from lightning_surge.tables.columns import (
     OUTCOMES,
+    WORDS,
     Columns,
     as_text,
     find_column,
     find_columns,
+    has_decimal_commas,
+    numbers,
     settings_within,
     shown,
 )
 from lightning_surge.tables.files import read_frame
-from lightning_surge.tables.values import WORDS, has_decimal_commas, numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,9 +165,7 @@ def _selected(frame: pd.DataFrame, where: Sequence[tuple[str, str]]) -> pd.DataF
         wanted.setdefault(find_column(frame, column, "--where"), []).append(value.strip())
     for column, values in wanted.items():
         text = as_text(frame, column)[column]
-        kept = text.isin(values) | text.map(_order).isin(
-            [each for each in map(_order, values) if not each[1]]
-        )
+        kept = text.map(_order).isin(list(map(_order, values)))
         if not kept.any():
             there = shown(sorted(text.unique(), key=_order))
             raise ValueError(
@@ -209,22 +209,15 @@ def _runs(
         # A target says what steps and examples are for, and then losses repeat for each of them.
         measure = "loss" if "loss" in roles and not (counted and "target" in roles) else "steps"
     maximize = maximize and measure == "loss"
-    notes, commas = list(said), has_decimal_commas(frame[roles["lr"]])
-    batch_sizes = _read(frame, roles, "batch_size", commas, notes, low=1.0)
-    lrs = _read(frame, roles, "lr", commas, notes, low=1 / LIMIT)
+    notes = list(said)
+    batch_sizes = _read(frame, roles, "batch_size", low=1.0)
+    lrs = _read(frame, roles, "lr", low=1 / LIMIT)
     if measure == "loss":
-        outcomes = _read(frame, roles, "loss", commas, notes)
+        outcomes = _read(frame, roles, "loss")
         if counted and "status" not in roles:
             notes.append("the table has steps as well as losses: --measure steps fits those")
     else:
-        every = {role: _read(frame, roles, role, commas, notes, batch_sizes=batch_sizes) for role in counted}
-        outcomes = every[counted[0]]
-        with np.errstate(invalid="ignore"):
-            ratio = every[counted[-1]] / outcomes
-        typical = float(np.median(ratio[np.isfinite(ratio)])) if np.isfinite(ratio).any() else 1.0
-        if not 0.9 < typical < 1.1:
-            unit = f"examples are {typical:.3g} times steps x batch_size: count both in one unit"
-            notes.append(f"{unit}; only the steps are used")
+        outcomes = _read(frame, roles, counted[0], batch_sizes=batch_sizes)
     with np.errstate(invalid="ignore"):
         outcomes = np.where(np.abs(outcomes) < LIMIT, outcomes * (-1 if maximize else 1), np.inf)
     if "status" in roles:
@@ -247,7 +240,7 @@ def _runs(
         # Codes by the sorted labels, so that the order of the rows does not matter.
         seeds = np.unique(as_text(frame, roles["seed"]), return_inverse=True)[1].ravel().astype(np.int64)
     if "target" in roles and measure == "steps":
-        targets = _read(frame, roles, "target", commas, notes, low=-LIMIT)
+        targets = _read(frame, roles, "target", low=-LIMIT)
     table = RunTable(measure, batch_sizes, lrs, outcomes, seeds, targets, tuple(notes), maximize)
     if measure == "loss" and "target" in roles:
         # The loss of a run stands there once for each target.
@@ -261,19 +254,15 @@ def _read(
     frame: pd.DataFrame,
     roles: Mapping[str, str],
     role: str,
-    commas: bool,
-    notes: list[str],
     *,
     low: float | None = None,
     batch_sizes: FloatArray | None = None,
 ) -> FloatArray:
     """A column as numbers: at least `low` and finite, or else steps, if need be from examples."""
     name, remedy = roles[role], REMEDIES.get(role, "leave the field blank for a run that failed")
-    column, count = frame[name], batch_sizes is not None or role == "batch_size"
-    if count and commas:
-        # A comma in front of fractions goes with a dot for thousands.
-        column = column.replace(r"^(\d{1,3})\.(\d{3})$", r"\1\2", regex=True)
-    values, wrong = numbers(column, commas=commas and not count)
+    # Commas stand in front of fractions as they do in the learning rates, but for counts.
+    commas = role != "batch_size" and batch_sizes is None and has_decimal_commas(frame[roles["lr"]])
+    values, wrong = numbers(frame[name], commas=commas)
     rule = f"numbers in column {name!r}"
     if not wrong.any() and low is not None:
         wrong, rule = ~((values >= low) & (values < LIMIT)), f"{low:g} <= {name} < {LIMIT:g}"
@@ -285,12 +274,9 @@ def _read(
             remedy = "count in the unit of the batch size, and not in epochs or thousands"
     if wrong.any():
         place = int(np.argmax(wrong))
-        text = str(column.iloc[place])
+        text = str(frame[name].iloc[place])
         raise ValueError(
             f"Expected {rule}, got {text[:40] + '...' if len(text) > 40 else text!r} on {frame.index.name} "
             f"{frame.index[place]}: {remedy}."
         )
-    thousand = next((each for each in column.tolist() if str(each)[-1:] in ("k", "K")), None)
-    if thousand is not None:
-        notes.append(f"K is 1,000 in column {name!r}, as in {thousand!r}")
     return values

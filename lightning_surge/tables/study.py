@@ -1,8 +1,7 @@
-"""An Optuna study as a table of runs: one that `lightning-surge sweep` keeps, or any other."""
+"""The Optuna study that `lightning-surge sweep` keeps, as a table of runs."""
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterable
@@ -81,23 +80,19 @@ def read_study(where: str) -> pd.DataFrame:
 
 
 def study_rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
-    """Rows of the trials that have ended.
+    """Rows of the cells that have ended, sorted.
 
-    Trials of a sweep have the columns of its table, sorted, with one row for each target loss, whose steps
-    and examples are those until it was reached, and empty where it never was. Others have a column for each
-    parameter and for the value, `loss`; of those, trials that were pruned say nothing comparable.
+    There is one row for each target loss, whose steps and examples are those until it was reached, and empty
+    where it never was.
     """
-    ended, others = {}, []
+    ended = {}
     for trial in trials:
         if (outcome := trial.user_attrs.get("outcome")) is not None:
             seconds = trial.duration.total_seconds() if trial.duration else 0.0
             # A cell that was run again has several trials: the last one counts.
             ended[tuple(trial.params.values())] = {**trial.params, **outcome, "seconds": round(seconds, 2)}
-        elif trial.state.name in ("COMPLETE", "FAIL") and "worker" not in trial.user_attrs:
-            status = "finished" if trial.state.name == "COMPLETE" else "failed"
-            others.append({**trial.params, "loss": trial.value, "status": status})
     targets = sorted({entry[0] for row in ended.values() for entry in row["reached"]}, reverse=True)
-    return others + [row for _, values in sorted(ended.items()) for row in _rows_of(values, targets)]
+    return [row for _, values in sorted(ended.items()) for row in _rows_of(values, targets)]
 
 
 def _rows_of(values: dict[str, Any], targets: list[float]) -> Iterable[dict[str, Any]]:
@@ -114,12 +109,11 @@ def _rows_of(values: dict[str, Any], targets: list[float]) -> Iterable[dict[str,
 
 def write_study(trials: Iterable[FrozenTrial], path: Path) -> None:
     """Write the table of a sweep; whoever reads it meanwhile sees the old one or the new one."""
+    import pandas
+
     rows = study_rows(trials)
     columns = [name for name in COLUMNS if name != "target" or (rows and name in rows[0])]
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.parent.mkdir(parents=True, exist_ok=True)
-    with draft.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pandas.DataFrame(rows, columns=columns, dtype=object).to_csv(draft, index=False)
     os.replace(draft, path)

@@ -19,13 +19,13 @@ from benchmarks.fidelity.analysis import (
     quantile,
     summary,
 )
-from benchmarks.fidelity.best_ratio import vertex
 from benchmarks.fidelity.held import (
     calibration_rows,
     exact_law,
     exact_noise_scale,
     one_step_rows,
 )
+from benchmarks.fidelity.ladder import vertex
 from benchmarks.fidelity.markdown import average, number
 from benchmarks.fidelity.one_step import COUNTS, SIZES
 from benchmarks.fidelity.report import read, write_report
@@ -185,21 +185,18 @@ def test_extrapolation_widens_the_interval_at_both_ends_of_a_ratio() -> None:
 # ---------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("best", [-1.7, 0.0, 0.3, 2.9])
+@pytest.mark.parametrize("best", [-1.7, 0.0, 0.3, 2.7])
 def test_vertex_of_a_parabola_is_exact(best: float) -> None:
     x = np.log2(GRID)
     assert vertex(x, 3.0 + 0.2 * (x - best) ** 2) == pytest.approx(best, abs=1e-9)
 
 
 def test_vertex_stays_next_to_the_lowest_point() -> None:
-    """A wall two points off would draw the parabola through five points away from it."""
+    """A wall two points off says nothing of it, and an end is no minimum to be moved."""
     x = np.arange(7.0)
     found = vertex(x, np.array([0.3, 0.2, 0.1, 0.0, 0.1, 50.0, 90.0]))
     assert found == pytest.approx(3.0)
     assert vertex(x, -x) == 6.0
-    # A mild bend is averaged: over five points the slope is 0.08 / 10 and half the curvature 0.4 / 14.
-    found = vertex(x, np.array([1.0, 0.10, 0.04, 0.0, 0.04, 0.14, 1.0]))
-    assert found == pytest.approx(3.0 - (0.08 / 10) / (2 * 0.4 / 14))
 
 
 # ---------------------------------------------------------------------- report
@@ -237,7 +234,7 @@ def test_report_of_a_partial_grid(tmp_path: Path) -> None:
     page = (tmp_path / "report" / "report.md").read_text()
     assert "25 % (1 of 4)" in page
     assert "0 % (0 of 2)" in page
-    for kind in ("free", "best_ratio", "ceilings", "muon"):
+    for kind in ("free", "best_ratio"):
         assert f"## {kind}\n\nNo cell is finished.\n\n##" in page
     assert "| 0.5, 0 | -0.1333 (-0.1000) |" in page
     assert (tmp_path / "report" / "one_step.png").read_bytes().startswith(b"\x89PNG")

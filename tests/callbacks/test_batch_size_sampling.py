@@ -1,6 +1,5 @@
 """Batch sizes that a ScheduledBatchSampler sets: real fits, in one process and in two."""
 
-import json
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -19,10 +18,9 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     TQDMProgressBar,
 )
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler, BatchSizeWarmup
@@ -38,7 +36,8 @@ from lightning_surge.schedules.sizes import (
     Schedule,
 )
 from lightning_surge.schedules.windows import AccumulatedSchedule, SampledSchedule
-from tests.trainings import OneHot, columns, make_trainer
+from tests.processes import Reporting
+from tests.trainings import OneHot, make_trainer, one_hot, sampled, scheduled_lr, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -95,19 +94,15 @@ class Noting(OneHot):
 
 class Validated(Noting):
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(torch.eye(4, SIZE), batch_size=2)  # type: ignore[arg-type]
+        return plain(25)
 
 
-def sampled(
-    size: int = SIZE, largest: int = LARGEST, *, shuffle: bool = True, drop_last: bool = False, **options: Any
-) -> DataLoader[Any]:
-    data: Any = torch.eye(size)
-    sampler = RandomSampler(data) if shuffle else SequentialSampler(data)
-    return DataLoader(data, batch_sampler=ScheduledBatchSampler(sampler, largest, drop_last), **options)
+def loader(size: int = SIZE, largest: int = LARGEST, **options: Any) -> DataLoader[Any]:
+    return sampled(torch.eye(size), largest, **options)
 
 
-def plain(batch_size: int) -> Any:
-    return DataLoader(torch.eye(SIZE), batch_size=batch_size)  # type: ignore[arg-type]
+def plain(batch_size: int) -> DataLoader[Any]:
+    return one_hot(SIZE, batch_size)
 
 
 def replayed(schedule: Schedule, steps: int, *, size: int = SIZE, **options: Any) -> list[int]:
@@ -124,7 +119,7 @@ class TestEpochs:
         model = Validated(make_scheduler=lambda optimizer: StepLR(optimizer, 1))  # by epochs
         scheduler = BatchSizeScheduler(schedule)
         trainer = make_trainer(scheduler, max_epochs=4)
-        trainer.fit(model, sampled(num_workers=workers))
+        trainer.fit(model, loader(num_workers=workers))
         assert model.sizes == replayed(schedule, len(model.sizes))
         assert [model.seen(epoch) for epoch in range(4)] == [list(range(SIZE))] * 4
         assert scheduler.examples == 4 * SIZE
@@ -159,7 +154,7 @@ class TestEpochs:
             barebones=True,  # the fastest, and one that may not log
             callbacks=[BatchSizeScheduler(schedule)],
         )
-        trainer.fit(model, sampled(size, largest))
+        trainer.fit(model, loader(size, largest))
         expected = SampledSchedule(schedule, largest, size).sizes()
         assert model.sizes == list(islice(expected, len(model.sizes)))
         assert [model.seen(epoch) for epoch in range(epochs)] == [list(range(size))] * epochs
@@ -167,9 +162,8 @@ class TestEpochs:
 
     def test_drop_last_leaves_out_what_fills_no_step(self) -> None:
         schedule = SCHEDULES["up and down"]
-        model = Noting()
         scheduler = BatchSizeScheduler(schedule)
-        make_trainer(scheduler, max_epochs=4).fit(model, sampled(drop_last=True))
+        model = trained(Noting(), loader(drop_last=True), scheduler, max_epochs=4)
         assert model.sizes == [*[3] * 7, 8, 11, 40, 40, 40, 5, 5]
         assert model.sizes == replayed(schedule, 14, drop_last=True)
         assert scheduler.examples == sum(model.sizes)
@@ -182,19 +176,10 @@ class TestEpochs:
         for workers in (0, 2):
             model = Skips()
             trainer = make_trainer(BatchSizeScheduler(Milestones({0: 4, 13: 16})), max_epochs=3)
-            trainer.fit(model, sampled(num_workers=workers))
+            trainer.fit(model, loader(num_workers=workers))
             # The second epoch ends within a window, whose gradients are zeroed by the next.
             assert model.sizes == [*[4] * 12, 2, 16, 16, 16, 16, 16, 2]
             assert model.epochs == [0] * 13 + [1] * 2 + [2] * 4
-
-    def test_a_callback_serves_a_second_training(self) -> None:
-        scheduler = BatchSizeScheduler(SCHEDULES["shorter"])
-        sizes = []
-        for _ in range(2):
-            model = Noting()
-            make_trainer(scheduler, max_epochs=2).fit(model, sampled())
-            sizes.append(model.sizes)
-        assert sizes[0] == sizes[1]
 
     def test_a_constant_size_is_plain_training_bit_for_bit(self) -> None:
         class Order(Noting):
@@ -202,39 +187,33 @@ class TestEpochs:
                 return super().training_step(batch, batch_idx).sin()
 
         weights = []
-        for callbacks, loader in (
-            ([], DataLoader(torch.eye(SIZE), LARGEST, shuffle=True)),  # type: ignore[arg-type]
-            ([BatchSizeScheduler(ConstantSize(LARGEST))], sampled()),
+        for callbacks, data in (
+            ([], one_hot(SIZE, LARGEST, shuffle=True)),
+            ([BatchSizeScheduler(ConstantSize(LARGEST))], loader()),
         ):
             pl.seed_everything(0, verbose=False)
-            model = Order()
-            make_trainer(*callbacks, max_epochs=3).fit(model, loader)
+            model = trained(Order(), data, *callbacks, max_epochs=3)
             weights.append(model.weight)
         assert torch.equal(*weights)
 
     def test_outside_a_training_the_sampler_is_an_ordinary_one(self) -> None:
-        loader = sampled(shuffle=False)
-        model = Noting()
+        data, model = loader(shuffle=False), Noting()
         trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]))
-        trainer.fit(model, loader)
-        assert [len(batch) for batch in loader] == [8] * 6 + [2]
-        trainer.validate(model, loader, verbose=False)
+        trainer.fit(model, data)
+        assert [len(batch) for batch in data] == [8] * 6 + [2]
+        trainer.validate(model, data, verbose=False)
         assert trainer.num_val_batches == [7]
 
     @pytest.mark.parametrize("where", ["setup", "on_train_epoch_end"])
     def test_also_after_an_exception(self, where: str) -> None:
-        class Fails(pl.Callback):
-            pass
-
         def fail(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError("the machine was switched off")
 
-        setattr(Fails, where, fail)
-        loader = sampled()
-        trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), Fails())
+        data = loader()
+        trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), LambdaCallback(**{where: fail}))
         with pytest.raises(RuntimeError, match="switched off"):
-            trainer.fit(Noting(), loader)
-        assert len(loader) == 7
+            trainer.fit(Noting(), data)
+        assert len(data) == 7
         assert trainer.accumulate_grad_batches == 1
 
 
@@ -248,7 +227,7 @@ class TestTrainerOptions:
         )
         model, scheduler = Validated(), BatchSizeScheduler(schedule)
         trainer = make_trainer(scheduler, look, max_epochs=4, limit_train_batches=limit)
-        trainer.fit(model, sampled())
+        trainer.fit(model, loader())
         assert trainer.global_step == len(model.sizes)
         assert scheduler.examples == sum(model.sizes) == sum(size for _, size in model.micro_batches)
         assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2, 3]
@@ -262,7 +241,7 @@ class TestTrainerOptions:
         trainer = make_trainer(
             BatchSizeScheduler(schedule), max_epochs=4, val_check_interval=interval, num_sanity_val_steps=0
         )
-        trainer.fit(model, sampled())
+        trainer.fit(model, loader())
         assert model.sizes == replayed(schedule, len(model.sizes))
         validations = [
             length // (min(interval, length) if isinstance(interval, int) else int(length * interval))
@@ -275,9 +254,8 @@ class TestTrainerOptions:
             {"val_check_interval": 5, "check_val_every_n_epoch": None},
             {"check_val_every_n_epoch": 2},
         ):
-            model = Validated()
             scheduler = BatchSizeScheduler(SCHEDULES["up and down"])
-            make_trainer(scheduler, max_epochs=4, num_sanity_val_steps=0, **options).fit(model, sampled())
+            model = trained(Validated(), loader(), scheduler, max_epochs=4, num_sanity_val_steps=0, **options)
             by_batches = len(model.micro_batches) // 5
             epochs = [epoch for epoch, _ in model.validated]
             assert len(epochs) == by_batches if "val_check_interval" in options else epochs == [1, 3]
@@ -293,26 +271,15 @@ class TestTrainerOptions:
         model = Noting()
         make_trainer(
             Bar(), BatchSizeScheduler(SCHEDULES["up and down"]), max_epochs=4, enable_progress_bar=True
-        ).fit(model, sampled())
+        ).fit(model, loader())
         assert totals == model.epoch_lengths
-
-    def test_requested_and_scheduled_sizes_are_logged(self, tmp_path: Path) -> None:
-        schedule = SCHEDULES["up and down"]
-        logger = CSVLogger(tmp_path)
-        model = Noting()
-        make_trainer(BatchSizeScheduler(schedule), logger=logger, max_epochs=4).fit(model, sampled())
-        logged = columns(logger)
-        assert logged["surge/batch_size_scheduled"] == model.sizes
-        # A step gets less where a larger window has to wait, and at the end of an epoch.
-        assert logged["surge/batch_size_requested"] == [*[3] * 7, 11, 11, 40, 40, 40, *[5] * 20]
 
 
 class TestLoaders:
     def test_reloaded_every_epoch_with_another_length(self) -> None:
         class Grows(Validated):
             def train_dataloader(self) -> DataLoader[Any]:
-                data: Any = torch.eye(SIZE)[: 20 + 15 * self.trainer.current_epoch]
-                return DataLoader(data, batch_sampler=ScheduledBatchSampler(RandomSampler(data), LARGEST))
+                return sampled(torch.eye(SIZE)[: 20 + 15 * self.trainer.current_epoch], LARGEST)
 
         model = Grows()
         scheduler = BatchSizeScheduler(Milestones({0: 3, 7: 12, 12: 16}))
@@ -334,27 +301,21 @@ class TestLoaders:
                 return 48
 
         for indices in (45, 50):
-            model = Noting()
-            loader: Any = DataLoader(
-                torch.eye(SIZE),  # type: ignore[arg-type]
-                batch_sampler=ScheduledBatchSampler(Vague(indices), LARGEST),
-            )
-            make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3).fit(model, loader)
+            model, batches = Noting(), ScheduledBatchSampler(Vague(indices), LARGEST)
+            trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3)
+            trainer.fit(model, DataLoader(torch.eye(SIZE), batch_sampler=batches))  # type: ignore[arg-type]
             assert [len(model.seen(epoch)) for epoch in range(3)] == [min(indices, 48)] * 3
 
     def test_validation_with_the_same_kind_of_sampler_is_refused(self) -> None:
         # It would be cut like an epoch of training, and Lightning would read its length only once.
         trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]))
-        with pytest.raises(
-            MisconfigurationException, match=r"in the training DataLoader only, got one for v"
-        ):
-            trainer.fit(Noting(), sampled(), sampled(shuffle=False))
+        with pytest.raises(MisconfigurationException, match="in the training DataLoader only, got one for v"):
+            trainer.fit(Noting(), loader(), loader(shuffle=False))
 
     def test_several_loaders(self) -> None:
-        for loaders in ([plain(2), sampled()], {"a": sampled(), "b": plain(2)}):
-            with pytest.raises(
-                MisconfigurationException, match=r"one training DataLoader with a Sch.* got 2 loaders.*Use D"
-            ):
+        message = r"one training DataLoader with a Sch.* got 2 loaders.*Use D"
+        for loaders in ([plain(2), loader()], {"a": loader(), "b": plain(2)}):
+            with pytest.raises(MisconfigurationException, match=message):
                 make_trainer(BatchSizeScheduler(ConstantSize(4))).fit(Noting(), loaders)
 
 
@@ -363,7 +324,7 @@ class TestFinders:
         finder = LearningRateFinder(num_training_steps=12, max_lr=1e-2, early_stop_threshold=None)
         model, scheduler = Noting(), BatchSizeScheduler(SCHEDULES["shorter"])
         trainer = make_trainer(finder, scheduler, max_epochs=3, default_root_dir=tmp_path)
-        trainer.fit(model, sampled())
+        trainer.fit(model, loader())
         tried = len(model.gradients) - trainer.global_step
         assert tried == 12
         del model.gradients[:tried], model.epochs[:tried]
@@ -378,11 +339,12 @@ class TestFinders:
             def train_dataloader(self) -> DataLoader[Any]:
                 return plain(self.batch_size)
 
+        ramp = GeometricRamp(8, 32, 6)
         finder = BatchSizeFinder(steps_per_trial=1, max_trials=2, init_val=1)
-        model, scheduler = Sized(), BatchSizeScheduler(GeometricRamp(8, 32, 6))
+        model, scheduler = Sized(), BatchSizeScheduler(ramp)
         make_trainer(finder, scheduler, max_epochs=2, default_root_dir=tmp_path).fit(model)
         assert model.batch_size == 2
-        replay = AccumulatedSchedule(GeometricRamp(8, 32, 6), 2, examples_per_epoch=SIZE).sizes()
+        replay = AccumulatedSchedule(ramp, 2, examples_per_epoch=SIZE).sizes()
         steps = model.trainer.global_step
         assert model.sizes[-steps:] == list(islice(replay, steps))
         assert scheduler.examples == 2 * SIZE
@@ -401,7 +363,7 @@ class TestFinders:
         averaging = StochasticWeightAveraging(0.1, swa_epoch_start=2)
         trainer = make_trainer(averaging, BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3)
         with pytest.warns(UserWarning, match="expected accumulate_grad_batches=2, got 1.: another callback"):
-            trainer.fit(model, sampled())
+            trainer.fit(model, loader())
         # The fourth pass recomputes the statistics of BatchNorm.
         assert sum(size for epoch, size in model.micro_batches if epoch == 3) == SIZE
         assert model.epochs[-1] == 3
@@ -419,11 +381,9 @@ class TestMaxMicroBatchSize:
                 self.micro_batches.append((self.trainer.global_step, len(batch)))
                 return batch.mean() * self.weight.sum()
 
-        size = 60_000
-        data: Any = torch.ones(size, 1)
+        size = 30_000
         model, scheduler = Sum(1), BatchSizeScheduler(GeometricRamp(16, 4096, 30), **options)
-        loader: Any = DataLoader(data, batch_sampler=ScheduledBatchSampler(RandomSampler(data), largest))
-        make_trainer(scheduler).fit(model, loader)
+        make_trainer(scheduler).fit(model, sampled(torch.ones(size, 1), largest))
         windows = [
             [n for _, n in group] for _, group in groupby(model.micro_batches, key=lambda pair: pair[0])
         ]
@@ -451,16 +411,27 @@ class TestReports:
         ):
             model = Noting()
             with pytest.raises(MisconfigurationException, match=message):
-                make_trainer(BatchSizeScheduler(schedule)).fit(model, sampled())
+                make_trainer(BatchSizeScheduler(schedule)).fit(model, loader())
             assert model.gradients == []
 
-    def test_a_sampler_cannot_count_tokens(self) -> None:
-        schedule = LinearRamp(4, 16, 1000, unit="examples")
-        trainer = make_trainer(BatchSizeScheduler(schedule, batch_size_fn=torch.numel))
-        with pytest.raises(
-            MisconfigurationException, match=r"in steps or epochs .* batch_size_fn=, got unit='examples'"
-        ):
-            trainer.fit(Noting(), sampled())
+    @pytest.mark.parametrize(
+        ("schedule", "count", "drop_last", "message"),
+        [
+            (
+                LinearRamp(4, 16, 90, unit="examples"),
+                torch.numel,
+                False,
+                "batch_size_fn=, got unit='examples'",
+            ),
+            (LinearRamp(4, 64, 90), None, True, "at most the 50 examples of an epoch, .* got end=64"),
+        ],
+    )
+    def test_what_a_sampler_cannot_do(
+        self, schedule: Schedule, count: Any, drop_last: bool, message: str
+    ) -> None:
+        trainer = make_trainer(BatchSizeScheduler(schedule, batch_size_fn=count))
+        with pytest.raises(MisconfigurationException, match=message):
+            trainer.fit(Noting(), loader(drop_last=drop_last))
 
 
 def clock(total: int) -> Callable[[torch.optim.Optimizer], dict[str, Any]]:
@@ -479,8 +450,8 @@ class TestClocks:
         model = Validated(make_scheduler=clock(4 * SIZE))
         scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 8))
         trainer = make_trainer(scheduler, max_epochs=4)
-        trainer.fit(model, sampled() if mechanism == "sampler" else plain(4))
-        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+        trainer.fit(model, loader() if mechanism == "sampler" else plain(4))
+        assert scheduled_lr(trainer) == 0.0
         # Before the last step it was where the examples before it had brought it.
         done = (4 * SIZE - model.sizes[-1]) // 5
         cosine = CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), 4 * SIZE // 5)
@@ -496,7 +467,7 @@ class TestOtherRuns:
     @pytest.mark.parametrize("first", ["sampler", "accumulation"])
     @pytest.mark.parametrize("second", ["sampler", "accumulation"])
     def test_with_another_schedule_and_mechanism(self, tmp_path: Path, first: str, second: str) -> None:
-        loaders: dict[str, Any] = {"sampler": sampled(), "accumulation": plain(2)}
+        loaders = {"sampler": loader(), "accumulation": plain(2)}
         trainer = make_trainer(BatchSizeScheduler(GeometricRamp(4, 16, 9)), max_epochs=2)
         trainer.fit(Noting(), loaders[first])
         trainer.save_checkpoint(tmp_path / "other.ckpt")
@@ -522,29 +493,9 @@ class TestOtherRuns:
         trainer.save_checkpoint(tmp_path / "plain.ckpt")
         model = Noting()
         trainer = make_trainer(BatchSizeScheduler(schedule), max_epochs=4)
-        loader = sampled() if mechanism == "sampler" else plain(4)
-        trainer.fit(model, loader, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+        data = loader() if mechanism == "sampler" else plain(4)
+        trainer.fit(model, data, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
         assert model.sizes == [8, 8, 8, 8, 8, 8, 2] * 2
-
-
-class Reports(Validated):
-    """Writes down what a forked process cannot bring back."""
-
-    path: Path
-
-    def on_train_end(self) -> None:
-        (scheduler,) = (c for c in self.trainer.callbacks if isinstance(c, BatchSizeScheduler))  # type: ignore[attr-defined]
-        report = {
-            "sizes": self.sizes,
-            "examples": self.examples,
-            "seen": [self.seen(epoch) for epoch in range(3)],
-            "micro_batches": self.micro_batches,
-            "validated": [epoch for epoch, _ in self.validated],
-            "counted": scheduler.examples,
-            "steps": self.trainer.global_step,
-            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
-        }
-        (self.path / f"{self.trainer.global_rank}.json").write_text(json.dumps(report))
 
 
 @pytest.mark.slow
@@ -554,20 +505,32 @@ class TestTwoProcesses:
 
     RAMP = LinearRamp(2, 40, 10)
 
-    @staticmethod
     def fit(
-        model: Reports, path: Path, *data: Any, scheduler: BatchSizeScheduler | None = None, **options: Any
+        self,
+        model: Noting,
+        path: Path,
+        *data: Any,
+        scheduler: BatchSizeScheduler | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
-        model.path = path
-        trainer = make_trainer(
-            scheduler or BatchSizeScheduler(TestTwoProcesses.RAMP),
-            strategy="ddp_fork",
-            devices=2,
-            max_epochs=3,
-            **options,
-        )
-        trainer.fit(model, *data)
-        first, second = (json.loads((path / f"{rank}.json").read_text()) for rank in range(2))
+        scheduler = scheduler or BatchSizeScheduler(self.RAMP)
+
+        def report(trainer: pl.Trainer, model: Noting) -> dict[str, Any]:
+            return {
+                "sizes": model.sizes,
+                "examples": model.examples,
+                "seen": [model.seen(epoch) for epoch in range(3)],
+                "micro_batches": model.micro_batches,
+                "validated": [epoch for epoch, _ in model.validated],
+                "counted": scheduler.examples,
+                "steps": trainer.global_step,
+                "lr": scheduled_lr(trainer),
+            }
+
+        reporting = Reporting(path, report)
+        options |= {"strategy": "ddp_fork", "devices": 2, "max_epochs": 3}
+        make_trainer(scheduler, reporting, **options).fit(model, *data)
+        first, second = reporting.read()
         shared = ["sizes", "examples", "counted", "steps", "lr"]
         assert [first[key] for key in shared] == [second[key] for key in shared]
         assert first["steps"] == len(first["sizes"])
@@ -575,7 +538,7 @@ class TestTwoProcesses:
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_loader_passed_to_fit(self, tmp_path: Path, workers: int) -> None:
-        report = self.fit(Reports(), tmp_path, sampled(num_workers=workers))
+        report = self.fit(Validated(), tmp_path, loader(num_workers=workers))
         assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2)
         assert report["seen"] == [list(range(SIZE))] * 3
         assert report["counted"] == 3 * SIZE
@@ -583,15 +546,15 @@ class TestTwoProcesses:
         assert max(size for _, size in report["micro_batches"]) <= LARGEST
 
     def test_a_loader_from_a_hook_that_is_reloaded(self, tmp_path: Path) -> None:
-        class Own(Reports):
+        class Own(Validated):
             def train_dataloader(self) -> DataLoader[Any]:
-                return sampled(drop_last=True)
+                return loader(drop_last=True)
 
         report = self.fit(Own(), tmp_path, reload_dataloaders_every_n_epochs=1)
         assert report["sizes"] == replayed(self.RAMP, report["steps"], replicas=2, drop_last=True)
 
     def test_an_own_distributed_sampler(self, tmp_path: Path) -> None:
-        class Own(Reports):
+        class Own(Validated):
             def train_dataloader(self) -> DataLoader[Any]:
                 data: Any = torch.eye(SIZE)
                 own = DistributedSampler(data, num_replicas=2, rank=self.trainer.global_rank)
@@ -602,7 +565,7 @@ class TestTwoProcesses:
         assert report["seen"] == [list(range(SIZE))] * 3
 
     def test_micro_batches_that_differ_between_processes(self, tmp_path: Path) -> None:
-        class Ragged(Reports):
+        class Ragged(Validated):
             def train_dataloader(self) -> DataLoader[Any]:
                 rank = self.trainer.global_rank
                 sizes = [[4, 1, 3, 4, 2, 4, 4, 3], [2, 4, 4, 4, 4, 1, 4, 2]][rank]
@@ -617,8 +580,8 @@ class TestTwoProcesses:
 
     @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
     def test_a_clock(self, tmp_path: Path, mechanism: str) -> None:
-        loader = sampled() if mechanism == "sampler" else plain(2)
-        model = Reports(make_scheduler=clock(3 * SIZE))
-        report = self.fit(model, tmp_path, loader, scheduler=BatchSizeWarmup(4, 16, 8))
+        data = loader() if mechanism == "sampler" else plain(2)
+        model = Validated(make_scheduler=clock(3 * SIZE))
+        report = self.fit(model, tmp_path, data, scheduler=BatchSizeWarmup(4, 16, 8))
         assert report["lr"] == 0.0
         assert report["counted"] == 3 * SIZE

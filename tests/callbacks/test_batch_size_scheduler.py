@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
@@ -17,7 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeWarmup
 from lightning_surge.schedules.windows import AccumulatedSchedule, total_steps
-from tests.trainings import OneHot, columns, make_trainer
+from tests.trainings import OneHot, columns, make_trainer, one_hot, trained
 
 # 13 micro-batches of 2. Requests 2 2 4 5 8 8 ..., windows begin at micro-batches 0 1 2 4 6 8 12 of
 # the first epoch; the window of 4 requested at 6 waits for 8, and the one at 12 gets a single one.
@@ -57,14 +57,17 @@ class Noting(OneHot):
                 self.told.append((callback.requested_batch_size, callback.scheduled_batch_size))
 
 
-def loader(size: int, batch_size: int = 2, **options: Any) -> DataLoader[Tensor]:
-    return DataLoader(torch.eye(size), batch_size=batch_size, **options)  # type: ignore[arg-type]
-
-
 def fit(warmup: BatchSizeWarmup, size: int, batch_size: int = 2, **options: Any) -> Noting:
-    model = Noting(size)
-    make_trainer(warmup, **options).fit(model, loader(size, batch_size))
-    return model
+    return trained(Noting(size), one_hot(size, batch_size), warmup, **options)
+
+
+def refused(message: str, *others: pl.Callback, model: OneHot | None = None, **options: Any) -> pl.Trainer:
+    """A ramp that cannot be: the error says why, and nothing was trained."""
+    trainer, model = make_trainer(BatchSizeWarmup(2, 4, 1), *others, **options), model or Noting(4)
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(model, one_hot(4, 2))
+    assert model.gradients == []
+    return trainer
 
 
 class Endless(IterableDataset[Tensor]):
@@ -120,9 +123,8 @@ class TestWindows:
 
     def test_an_epoch_shorter_than_the_last_window_caps_it(self) -> None:
         warmup = BatchSizeWarmup(2, 16, 3)
-        with pytest.warns(
-            UserWarning, match=r"end=16 needs 8 micro-batches .* got an epoch of 3: .* at 4 or"
-        ):
+        message = "end=16 needs 8 micro-batches .* got an epoch of 3: .* at 4 or"
+        with pytest.warns(UserWarning, match=message):
             model = fit(warmup, size=26, limit_train_batches=3, max_epochs=4)
         assert [scheduled for _, scheduled in model.told] == [2, 2] + [4] * 7
         assert [len(window) for window in model.examples] == [2, 2, 2] + [4, 2] * 3
@@ -132,8 +134,7 @@ class TestMicroBatchSize:
     def test_is_read_from_the_batch_sampler(self) -> None:
         data: Any = torch.eye(26)
         sampled = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, drop_last=False))
-        model = Noting(26)
-        make_trainer(BatchSizeWarmup(2, 8, 4), max_epochs=2).fit(model, sampled)
+        model = trained(Noting(26), sampled, BatchSizeWarmup(2, 8, 4), max_epochs=2)
         assert [scheduled for _, scheduled in model.told] == HAND["scheduled"]
 
     def test_argument_overrides_the_loader(self) -> None:
@@ -143,15 +144,13 @@ class TestMicroBatchSize:
         assert [len(window) for window in model.examples] == HAND["actual"]
 
     def test_error_when_it_cannot_be_told(self) -> None:
-        data = [torch.eye(4)[:2], torch.eye(4)[2:]]
-        trainer = make_trainer(BatchSizeWarmup(2, 4, 1))
-        with pytest.raises(
-            MisconfigurationException, match=r"got batch_size=None from DataLoader: pass micro_b"
-        ):
-            trainer.fit(Noting(4), DataLoader(data, batch_size=None))  # type: ignore[arg-type]
-        assert trainer.accumulate_grad_batches == 1
-        with pytest.raises(MisconfigurationException, match=r"from list: pass micro_batch_size="):
-            make_trainer(BatchSizeWarmup(2, 4, 1)).fit(Noting(4), data)
+        data: Any = [torch.eye(4)[:2], torch.eye(4)[2:]]
+        for loader, name in ((DataLoader(data, batch_size=None), "DataLoader"), (data, "list")):
+            trainer = make_trainer(BatchSizeWarmup(2, 4, 1))
+            message = f"got batch_size=None from {name}: pass micro_batch_size="
+            with pytest.raises(MisconfigurationException, match=message):
+                trainer.fit(Noting(4), loader)
+            assert trainer.accumulate_grad_batches == 1
 
     @pytest.mark.parametrize(
         ("start", "end", "message"),
@@ -179,32 +178,21 @@ class TestErrors:
     def test_manual_optimization(self) -> None:
         model = Noting(4)
         model.automatic_optimization = False
-        with pytest.raises(
-            MisconfigurationException, match=r"automatic_optimization=False in Noting.* Remove"
-        ):
-            make_trainer(BatchSizeWarmup(2, 4, 1)).fit(model, loader(4))
+        refused("automatic_optimization=False in Noting.* Remove", model=model)
 
     def test_trainer_that_accumulates(self) -> None:
-        trainer = make_trainer(BatchSizeWarmup(2, 4, 1), accumulate_grad_batches=4)
-        with pytest.raises(MisconfigurationException, match="got accumulate_grad_batches=4: remove it"):
-            trainer.fit(Noting(4), loader(4))
+        trainer = refused("got accumulate_grad_batches=4: remove it", accumulate_grad_batches=4)
         assert trainer.accumulate_grad_batches == 4
 
     def test_two_callbacks_for_one_job(self) -> None:
-        with pytest.raises(MisconfigurationException, match="and GradientAccumulationScheduler: remove one"):
-            make_trainer(BatchSizeWarmup(2, 4, 1), GradientAccumulationScheduler({0: 2})).fit(
-                Noting(4), loader(4)
-            )
+        refused("and GradientAccumulationScheduler: remove one", GradientAccumulationScheduler({0: 2}))
 
     def test_strategy_that_accumulates_by_itself(self) -> None:
         class LikeDeepSpeed(SingleDeviceStrategy):
             handles_gradient_accumulation = True  # as DeepSpeedStrategy says
 
-        trainer = make_trainer(BatchSizeWarmup(2, 4, 1), accelerator="auto", strategy=LikeDeepSpeed("cpu"))
-        with pytest.raises(
-            MisconfigurationException, match=r"got strategy=LikeDeepSpeed, .*: use strategy='ddp'"
-        ):
-            trainer.fit(Noting(4), loader(4))
+        options = {"accelerator": "auto", "strategy": LikeDeepSpeed("cpu")}
+        refused("got strategy=LikeDeepSpeed, .*: use strategy='ddp'", **options)
 
     @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
     def test_step_that_takes_the_iterator(self) -> None:
@@ -212,10 +200,7 @@ class TestErrors:
             def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
                 return super().training_step(*next(dataloader_iter)[:2])
 
-        with pytest.raises(
-            MisconfigurationException, match=r"got training_step\(dataloader_iter\) in Iterates"
-        ):
-            make_trainer(BatchSizeWarmup(2, 4, 1)).fit(Iterates(4), loader(4))
+        refused(r"got training_step\(dataloader_iter\) in Iterates", model=Iterates(4))
 
     def test_other_stages_are_left_alone(self) -> None:
         class Tested(Noting):
@@ -223,7 +208,7 @@ class TestErrors:
                 self.log("loss", batch.sum())
 
         trainer = make_trainer(BatchSizeWarmup(2, 4, 1), accumulate_grad_batches=4)
-        trainer.test(Tested(4), loader(4), verbose=False)
+        trainer.test(Tested(4), one_hot(4, 2), verbose=False)
         assert trainer.accumulate_grad_batches == 4
 
 
@@ -233,7 +218,7 @@ class TestManners:
         warmup = BatchSizeWarmup(2, 8, 4)
         trainer = make_trainer(warmup)
         with pytest.raises(RuntimeError, match="switched off"):
-            trainer.fit(Noting(26, fail_at=10), loader(26))
+            trainer.fit(Noting(26, fail_at=10), one_hot(26, 2))
         assert trainer.accumulate_grad_batches == 1
         assert warmup.state_dict()["accumulation"] == 4
 
@@ -252,7 +237,7 @@ class TestManners:
         model = Noting(26)
         trainer = make_trainer(BatchSizeWarmup(2, 8, 4), OneWindow(), max_epochs=3)
         with pytest.warns(UserWarning, match="expected accumulate_grad_batches=4, got 13: another") as caught:
-            trainer.fit(model, loader(26))
+            trainer.fit(model, one_hot(26, 2))
         assert len([warning for warning in caught if "another" in str(warning.message)]) == 1
         assert [len(window) for window in model.examples] == [*HAND["actual"][:7], 26, *HAND["actual"][7:]]
         assert model.told[7] == (8, 26)
@@ -261,7 +246,7 @@ class TestManners:
     def test_logs_both_sizes_at_every_step(self, tmp_path: Path) -> None:
         logger = CSVLogger(tmp_path)
         trainer = make_trainer(BatchSizeWarmup(2, 8, 4), logger=logger, max_epochs=2)
-        trainer.fit(Noting(26), loader(26))
+        trainer.fit(Noting(26), one_hot(26, 2))
         logged = columns(logger)
         assert logged["step"] == list(range(11))
         assert logged["surge/batch_size_requested"] == HAND["requested"]
@@ -273,18 +258,14 @@ class TestResume:
     """Micro-batches of 2 in epochs of 13, three epochs: 15 steps, every one of them checkpointed."""
 
     def test_a_window_cut_in_two_is_finished_with_what_is_left(self, tmp_path: Path) -> None:
-        class SaveWithin(pl.Callback):
-            def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-                if args[-1] == 9:  # the second micro-batch of the window 8 9 10 11
-                    trainer.save_checkpoint(tmp_path / "within.ckpt")
+        def save(trainer: pl.Trainer, *args: Any) -> None:
+            if args[-1] == 9:  # the second micro-batch of the window 8 9 10 11
+                trainer.save_checkpoint(path)
 
-        model, data = Noting(26), torch.eye(26)
-        make_trainer(BatchSizeWarmup(2, 8, 4), SaveWithin()).fit(Noting(26), StatefulDataLoader(data, 2))  # type: ignore[arg-type]
-        make_trainer(BatchSizeWarmup(2, 8, 4)).fit(
-            model,
-            StatefulDataLoader(data, 2),  # type: ignore[arg-type]
-            ckpt_path=tmp_path / "within.ckpt",
-            weights_only=True,
-        )
+        model, path, data = Noting(26), tmp_path / "within.ckpt", torch.eye(26)
+        saving = LambdaCallback(on_train_batch_end=save)
+        make_trainer(BatchSizeWarmup(2, 8, 4), saving).fit(Noting(26), StatefulDataLoader(data, 2))  # type: ignore[arg-type]
+        trainer = make_trainer(BatchSizeWarmup(2, 8, 4))
+        trainer.fit(model, StatefulDataLoader(data, 2), ckpt_path=path, weights_only=True)  # type: ignore[arg-type]
         assert model.examples == [[20, 21, 22, 23], [24, 25]]
         assert [scheduled for _, scheduled in model.told] == [8, 8]

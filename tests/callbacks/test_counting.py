@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks.batch_counter import BatchCounter
-from tests.trainings import make_trainer
+from tests.trainings import Memory, make_trainer
 
 Fields = namedtuple("Fields", ["x", "y"])
 
@@ -90,9 +90,8 @@ def test_what_is_certain_is_counted(kind: str) -> None:
 @pytest.mark.parametrize("kind", UNCERTAIN)
 def test_what_is_not_is_refused(kind: str) -> None:
     batch, source, found = UNCERTAIN[kind]
-    with pytest.raises(
-        MisconfigurationException, match=f"Owner cannot tell how many .*{found}.*batch_size_fn="
-    ):
+    message = f"Owner cannot tell how many .*{found}.*batch_size_fn="
+    with pytest.raises(MisconfigurationException, match=message):
         BatchCounter(None, "Owner").first(batch, source)
 
 
@@ -180,12 +179,8 @@ def test_a_batch_of_nothing_weighs_nothing() -> None:
 
 @pytest.mark.parametrize(("bounds", "last"), [(None, 0.5), ((1.0, 1.0), 1.0)])
 def test_a_constant_size_at_the_base_leaves_full_batches_alone(bounds: Any, last: float) -> None:
-    used = []
-
-    class Watch(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            used.append(float(trainer.callback_metrics["surge/lr_scale"]))
-
+    memory = Memory()
+    callback = SurgeLRCallback(8, "sqrt", lr_scale_bounds=bounds)
     data = DataLoader(torch.randn(18, 3), 8)  # type: ignore[arg-type]
-    make_trainer(SurgeLRCallback(8, "sqrt", lr_scale_bounds=bounds), Watch()).fit(Rows(), data)
-    assert used == [1.0, 1.0, last]  # the last batch holds two
+    make_trainer(callback, logger=memory).fit(Rows(), data)
+    assert memory.of("surge/lr_scale") == [1.0, 1.0, last]  # the last batch holds two

@@ -11,20 +11,19 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import ProcessRaisedException
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback, by_examples
 from lightning_surge.callbacks.checks import check_processes
 from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import GeometricRamp
-from tests.processes import environment, on_ranks
-from tests.trainings import assert_same, at_update, make_trainer
+from tests.processes import Reporting, environment, on_ranks
+from tests.trainings import assert_same, at_update, every_step, make_trainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,27 +33,19 @@ pytestmark = [
 GLOBAL, SLICES, STEPS = 16, 4, 6
 
 
-class Rows(Dataset[tuple[Tensor, Tensor]]):
-    """Examples of a noisy regression, each the same whoever asks for it."""
-
-    def __init__(self, size: int = GLOBAL * STEPS) -> None:
-        generator = torch.Generator().manual_seed(5)
-        self.x = torch.randn(size, 6, generator=generator)
-        noise = torch.randn(size, 1, generator=generator)
-        self.y = self.x[:, :1] - 0.5 * self.x[:, 1:2] + noise
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.x[index], self.y[index]
+def rows() -> TensorDataset:
+    """A noisy regression."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(GLOBAL * STEPS, 6, generator=generator)
+    noise = torch.randn(GLOBAL * STEPS, 1, generator=generator)
+    return TensorDataset(x, x[:, :1] - 0.5 * x[:, 1:2] + noise)
 
 
 class Portions:
     """Of each global batch, the part of one process; the whole, slice by slice, for a process alone."""
 
-    def __init__(self, rank: int, parts: Sequence[int], size: int, micro: int, slices: int) -> None:
-        self.rank, self.parts, self.size, self.micro, self.slices = rank, parts, size, micro, slices
+    def __init__(self, rank: int, parts: Sequence[int], size: int, slices: int) -> None:
+        self.rank, self.parts, self.size, self.slices = rank, parts, size, slices
 
     def __len__(self) -> int:
         return self.size // sum(self.parts)
@@ -73,15 +64,13 @@ class Portions:
 
 
 class Net(pl.LightningModule):
-    def __init__(
-        self, path: Path, parts: Sequence[int] = (8, 8), *, alone: bool = False, shard: bool = False
-    ) -> None:
+    def __init__(self, parts: Sequence[int] = (8, 8), *, alone: bool = False, shard: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 1))
         self.unused = nn.Linear(2, 2)
         self.unused.requires_grad_(False)
-        self.path, self.parts, self.alone, self.shard = path, parts, alone, shard
+        self.parts, self.alone, self.shard = parts, alone, shard
         self.lrs: list[float] = []
 
     def configure_model(self) -> None:
@@ -99,20 +88,21 @@ class Net(pl.LightningModule):
         return optimizer
 
     def train_dataloader(self) -> Any:
-        data = Rows()
+        data = rows()
         rank = -1 if self.alone else self.trainer.global_rank
-        return DataLoader(data, batch_sampler=Portions(rank, self.parts, len(data), 1, SLICES))  # type: ignore[arg-type]
+        return DataLoader(data, batch_sampler=Portions(rank, self.parts, len(data), SLICES))  # type: ignore[arg-type]
 
-    def on_train_end(self) -> None:
-        callback = next((c for c in self.trainer.callbacks if isinstance(c, SurgeLRCallback)), None)  # type: ignore[attr-defined]
-        weights = [p.full_tensor() if self.shard else p for p in self.net.parameters()]
-        said: dict[str, Any] = {"lrs": self.lrs, "weights": [weight.detach().clone() for weight in weights]}
-        if callback is not None:
-            said["stats"] = repr(callback.history.stats())
-            said["measured"] = callback.history.num_measurements
-            said["numbers"] = numbers(callback)
-            said["budget"] = dict(vars(callback._measurer.budget))
-        torch.save(said, self.path / f"{self.trainer.global_rank}.pt")
+
+def report(trainer: pl.Trainer, module: Net) -> dict[str, Any]:
+    callback = next((c for c in trainer.callbacks if isinstance(c, SurgeLRCallback)), None)  # type: ignore[attr-defined]
+    weights = [p.full_tensor() if module.shard else p for p in module.net.parameters()]
+    said: dict[str, Any] = {"lrs": module.lrs, "weights": [weight.detach().clone() for weight in weights]}
+    if callback is not None:
+        said["stats"] = repr(callback.history.stats())
+        said["measured"] = callback.history.num_measurements
+        said["numbers"] = numbers(callback)
+        said["budget"] = dict(vars(callback._measurer.budget))
+    return said
 
 
 def numbers(callback: SurgeLRCallback) -> list[float]:
@@ -143,17 +133,15 @@ def train(
 ) -> list[Run]:
     path.mkdir(parents=True, exist_ok=True)
     options |= {"devices": devices, "strategy": strategy if devices > 1 else "auto"}
-    trainer = make_trainer(*callbacks, use_distributed_sampler=False, **options)
-    net = make(path, **({"alone": devices == 1} | (module or {})))
+    trainer = make_trainer(*callbacks, Reporting(path, report), use_distributed_sampler=False, **options)
+    net = make(**({"alone": devices == 1} | (module or {})))
     trainer.fit(net, ckpt_path=None if resume is None else str(resume), weights_only=True)
-    if os.environ.get("LOCAL_RANK"):
-        return []  # one of several processes, of which others may still be at work
-    return [loaded(path, rank) for rank in range(devices)]
+    # One of several processes that were started from outside leaves others at work.
+    return [] if os.environ.get("LOCAL_RANK") else runs_in(path, devices)
 
 
-def loaded(path: Path, rank: int) -> Run:
-    said = torch.load(path / f"{rank}.pt")
-    return Run(said["lrs"], said["weights"], said)
+def runs_in(path: Path, count: int) -> list[Run]:
+    return [Run(said["lrs"], said["weights"], said) for said in Reporting(path, report).read(count)]
 
 
 def surge(**options: Any) -> SurgeLRCallback:
@@ -182,17 +170,22 @@ def assert_alike(left: Run, right: Run, **tolerance: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def assert_as_one(several: list[Run], alone: list[Run]) -> None:
+    """All processes are equal, and measured what one does on the same examples."""
+    for other in several[1:]:
+        assert_equal(several[0], other)
+    assert_alike(several[0], alone[0])
+
+
 PROBED: dict[str, Any] = {"law": "theorem2", "probe_examples": 32}
 
 
 @pytest.mark.parametrize("law", ["theorem2", "theorem3"])
 def test_two_processes_probe_what_one_does(tmp_path: Path, law: str) -> None:
     options = PROBED | {"law": law}
-    first, second = train(tmp_path / "two", surge(**options))
-    (alone,) = train(tmp_path / "one", surge(**options), devices=1)
-    assert_equal(first, second)
-    assert first.said["stats"] == second.said["stats"]
-    assert_alike(first, alone)
+    two = train(tmp_path / "two", surge(**options))
+    assert_as_one(two, train(tmp_path / "one", surge(**options), devices=1))
+    assert two[0].said["stats"] == two[1].said["stats"]
 
 
 class TestWindows:
@@ -207,45 +200,64 @@ class TestWindows:
         options: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": accumulation}
         strategy = DDPStrategy(start_method="fork", gradient_as_bucket_view=view)
         parts = {"parts": (4,) * devices}
-        first, *others = train(
-            tmp_path / "many", surge(), devices=devices, strategy=strategy, module=parts, **options
-        )
+        many = train(tmp_path / "many", surge(), devices=devices, strategy=strategy, module=parts, **options)
         options["accumulate_grad_batches"] = accumulation * devices
-        (alone,) = train(tmp_path / "one", surge(), devices=1, module={"parts": (4,)}, **options)
-        for other in others:
-            assert_equal(first, other)
-        assert_alike(first, alone)
-        assert first.said["budget"]["spent"] == 0.0
+        assert_as_one(many, train(tmp_path / "one", surge(), devices=1, module={"parts": (4,)}, **options))
+        assert many[0].said["budget"]["spent"] == 0.0
 
 
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "unused": {"find_unused_parameters": True},
-    "views": {"gradient_as_bucket_view": True},
-}
+class BatchNormNet(Net):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.net = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 1))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+class EverySecond(Net):
+    """A layer that only every second step uses."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.net.append(nn.Linear(1, 1))
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return (self.net[: 4 - batch_idx % 2](x) - y).square().mean()
+
+
+UNUSED, VIEWS = {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}
+
+
+@pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices is not")
 @pytest.mark.parametrize(
-    ("accumulation", "options"), [(1, {"objective": "step"}), (4, {}), (2, {"objective": "step"})]
+    ("make", "strategy", "accumulation", "objective"),
+    [
+        (Net, {}, 1, "step"),
+        (Net, UNUSED, 2, "step"),
+        (Net, VIEWS, 1, "step"),
+        (Net, VIEWS, 2, "step"),
+        (Net, {}, 4, "progress"),
+        (Net, UNUSED, 4, "progress"),
+        (BatchNormNet, {}, 1, "step"),  # whose batches are left whole
+        (EverySecond, UNUSED, 1, "step"),
+        (EverySecond, UNUSED, 2, "step"),
+    ],
 )
 def test_a_dry_run_leaves_no_trace(
-    tmp_path: Path, strategy: str, accumulation: int, options: dict[str, Any]
+    tmp_path: Path, make: Any, strategy: dict[str, bool], accumulation: int, objective: Any
 ) -> None:
     def run(path: Path, *callbacks: pl.Callback) -> list[Run]:
-        ddp = DDPStrategy(start_method="fork", **STRATEGIES[strategy])
-        return train(path, *callbacks, strategy=ddp, max_epochs=2, accumulate_grad_batches=accumulation)
+        ddp = DDPStrategy(start_method="fork", **strategy)
+        options = {"max_epochs": 2, "accumulate_grad_batches": accumulation}
+        return train(path, *callbacks, make=make, strategy=ddp, **options)
 
-    assert_traceless(tmp_path, run, surge(dry_run=True, probe_every=1, **options))
+    assert_traceless(tmp_path, run, surge(dry_run=True, probe_every=1, objective=objective))
 
 
 def test_a_process_with_shorter_batches_counts_by_its_examples(tmp_path: Path) -> None:
     parts = {"parts": (12, 4)}
     scheduler = BatchSizeScheduler(GeometricRamp(16, 16, 1), micro_batch_size=8)
-    first, second = train(tmp_path / "two", scheduler, surge(**PROBED), module=parts)
-    (alone,) = train(tmp_path / "one", surge(**PROBED), devices=1, module=parts)
-    assert_equal(first, second)
-    assert_alike(first, alone)
+    two = train(tmp_path / "two", scheduler, surge(**PROBED), module=parts)
+    assert_as_one(two, train(tmp_path / "one", surge(**PROBED), devices=1, module=parts))
 
 
 class Messages(pl.Callback):
@@ -301,8 +313,7 @@ class Fails(SurgeLRCallback):
         self._measurer._prober._compute_loss = compute_loss
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "accumulation"), [(0, 1), (1, 1), (1, 4)])
 @pytest.mark.filterwarnings("ignore:Measuring failed")
 def test_one_process_runs_out_of_memory(tmp_path: Path, rank: int, accumulation: int) -> None:
     options: dict[str, Any] = {"max_epochs": 2 * accumulation, "accumulate_grad_batches": accumulation}
@@ -359,62 +370,22 @@ def test_seesaw_grows_alike_on_all_processes(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_resumed_on_two_processes(tmp_path: Path) -> None:
-    def saving(name: str) -> ModelCheckpoint:
-        return ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1)
+    def run(name: str, resume: Path | None = None) -> list[Run]:
+        callbacks = [surge(probe_examples=GLOBAL), every_step(tmp_path / name)]
+        return train(tmp_path / f"{name} said", *callbacks, max_epochs=3, resume=resume)
 
-    def callbacks(name: str) -> list[pl.Callback]:
-        return [surge(probe_examples=GLOBAL), saving(name)]
-
-    whole = train(tmp_path / "a", *callbacks("whole"), max_epochs=3)
-    middle = tmp_path / "whole" / f"step={STEPS}.ckpt"
-    again = train(tmp_path / "b", *callbacks("again"), max_epochs=3, resume=middle)
+    whole = run("whole")
+    again = run("again", tmp_path / "whole" / f"step={STEPS}.ckpt")
     for left, right in zip(whole, again, strict=True):
         assert left.said["numbers"] == right.said["numbers"]
         assert_equal(left._replace(lrs=left.lrs[STEPS:]), right)
 
 
-class BatchNormNet(Net):
-    def __init__(self, path: Path, **options: Any) -> None:
-        super().__init__(path, **options)
-        self.net = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 1))
-
-
-@pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices is not")
-def test_batch_norm_leaves_batches_whole_and_buffers_alone(tmp_path: Path) -> None:
-    run = partial(train, make=BatchNormNet, max_epochs=3)
-    assert_traceless(tmp_path, run, surge(dry_run=True, objective="step", probe_every=1))
-
-
-class EverySecond(Net):
-    """A layer that only every second step uses."""
-
-    def __init__(self, path: Path, **options: Any) -> None:
-        super().__init__(path, **options)
-        self.net.append(nn.Linear(1, 1))
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        return (self.net[: 4 - batch_idx % 2](x) - y).square().mean()
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_layer_that_every_second_step_uses(tmp_path: Path, accumulation: int) -> None:
-    def runs(name: str, *callbacks: pl.Callback) -> list[Run]:
-        ddp = DDPStrategy(start_method="fork", find_unused_parameters=True)
-        options = {"max_epochs": 2, "accumulate_grad_batches": accumulation}
-        return train(tmp_path / name, *callbacks, make=EverySecond, strategy=ddp, **options)
-
-    measured = runs("measured", surge(dry_run=True, objective="step", probe_every=1))
-    assert measured[0].said["measured"] > 4
-    for with_callback, without in zip(measured, runs("plain"), strict=True):
-        assert_equal(with_callback, without)
-
-
 class TwoPlayers(Net):
     """Two optimizers that the user steps, each with a loss of its own."""
 
-    def __init__(self, path: Path, **options: Any) -> None:
-        super().__init__(path, **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.automatic_optimization = False
         self.other = nn.Linear(6, 1)
 
@@ -443,10 +414,8 @@ def test_two_optimizers_on_two_processes_measure_what_one_does(tmp_path: Path) -
         ddp = DDPStrategy(start_method="fork", find_unused_parameters=True)
         return train(path, *callbacks, make=TwoPlayers, strategy=ddp)
 
-    first, second = two(tmp_path / "two", *players())
-    (alone,) = train(tmp_path / "one", *players(), make=TwoPlayers, devices=1)
-    assert_equal(first, second)
-    assert_alike(first, alone)
+    alone = train(tmp_path / "one", *players(), make=TwoPlayers, devices=1)
+    assert_as_one(two(tmp_path / "two", *players()), alone)
     assert_traceless(tmp_path, two, *players(dry_run=True))
 
 
@@ -491,14 +460,12 @@ class TestSharded:
 
         with environment(count):
             on_ranks(work, count, talk=False)
-        return [loaded(path, rank) for rank in range(count)]
+        return runs_in(path, count)
 
     def test_accumulation(self, tmp_path: Path) -> None:
         options: dict[str, Any] = {"accumulate_grad_batches": 4, "max_epochs": 4}
-        first, second = self.runs(tmp_path / "two", surge(), **options)
-        (alone,) = train(tmp_path / "one", surge(), devices=1, **options)
-        assert_equal(first, second)
-        assert_alike(first, alone)
+        two = self.runs(tmp_path / "two", surge(), **options)
+        assert_as_one(two, train(tmp_path / "one", surge(), devices=1, **options))
 
     @pytest.mark.parametrize("accumulation", [1, 4])
     def test_a_dry_run_leaves_no_trace(self, tmp_path: Path, accumulation: int) -> None:

@@ -13,14 +13,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
-from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.sizes import GeometricRamp, LinearRamp, Milestones, Schedule
-from tests.trainings import Ragged, columns, make_trainer
+from tests.trainings import Ragged, columns, make_trainer, sampled
 
 FEATURES = 8
 BASE_LR = 0.01
@@ -35,9 +34,8 @@ def ragged(times: int = 1) -> Ragged:
     return Ragged(times * RAGGED, FEATURES)
 
 
-def sampled(size: int = 100) -> DataLoader[Any]:
-    data: Any = examples(size)
-    return DataLoader(data, batch_sampler=ScheduledBatchSampler(SequentialSampler(data), 8))
+def flexible() -> DataLoader[Any]:
+    return sampled(examples(100), 8, shuffle=False)
 
 
 def plain(size: int = 100) -> DataLoader[Any]:
@@ -84,7 +82,7 @@ class Still(SGD):
 
 
 MECHANISMS = {
-    "sampler": (sampled, LinearRamp(2, 60, 8)),
+    "sampler": (flexible, LinearRamp(2, 60, 8)),
     "accumulation": (plain, GeometricRamp(4, 32, 8)),
     "ragged": (ragged, Milestones({0: 4, 3: 16, 6: 32})),
 }
@@ -146,18 +144,6 @@ class TestBeside:
         # In a valley it is known: 4 times the variance of every coordinate of an example.
         assert surge.history.stats().trace_cov == pytest.approx(4 * FEATURES, rel=0.2)
 
-    def test_of_tokens_both_must_be_told(self, tmp_path: Path) -> None:
-        logger = CSVLogger(tmp_path)
-        model = Valley()
-        surge = SurgeLRCallback(4 * FEATURES, law="sqrt", batch_size_fn=torch.numel)
-        scheduler = BatchSizeScheduler(
-            Milestones({0: 4 * FEATURES, 4: 16 * FEATURES}),
-            micro_batch_size=4 * FEATURES,
-            batch_size_fn=torch.numel,
-        )
-        make_trainer(surge, scheduler, logger=logger).fit(model, ragged())
-        assert columns(logger)["surge/batch_size"] == [FEATURES * size for size in model.sizes]
-
 
 adam = partial(Adam, lr=0.1)
 RULE = FollowPeak(start=4, maximum=16)
@@ -218,10 +204,8 @@ class TestFollowPeak:
     def test_it_needs_somebody_who_measures(self) -> None:
         for callbacks in ([], [SurgeLRCallback(4, law="sqrt")]):
             trainer = make_trainer(BatchSizeScheduler(RULE), *callbacks)
-            with pytest.raises(
-                MisconfigurationException,
-                match=r"SurgeLRCallback that measures .*SurgeLRCallback\(base_batch",
-            ):
+            message = r"SurgeLRCallback that measures .*SurgeLRCallback\(base_batch"
+            with pytest.raises(MisconfigurationException, match=message):
                 trainer.fit(Valley(), plain())
             assert trainer.global_step == 0
 
@@ -236,7 +220,7 @@ class TestFollowPeak:
         model = Valley(adam)
         trainer = make_trainer(SurgeLRCallback(8), BatchSizeScheduler(FollowPeak(start=8, maximum=32)))
         with caplog.at_level(logging.INFO, "lightning.pytorch"):
-            trainer.fit(model, sampled())
+            trainer.fit(model, flexible())
         assert "set by accumulation, in powers of two of micro-batch 8" in caplog.text
         assert model.sizes == [8] * 12 + [4]
 

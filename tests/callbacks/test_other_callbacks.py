@@ -6,6 +6,7 @@ alone, whatever another callback does with it; and a dry run that measures must 
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +17,15 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     Callback,
-    DeviceStatsMonitor,
     EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
-    ModelSummary,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
     Timer,
-    TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -49,10 +47,11 @@ pytestmark = [
 ]
 
 LR = 0.03125
-ORDERS = [
-    pytest.param(lambda ours, other: [ours, other], id="ours first"),
-    pytest.param(lambda ours, other: [other, ours], id="ours last"),
-]
+ORDERS: dict[str, Arrange] = {
+    "ours first": lambda ours, other: [ours, other],
+    "ours last": lambda ours, other: [other, ours],
+}
+every_order = pytest.mark.parametrize("arrange", ORDERS.values(), ids=list(ORDERS))
 
 
 class Net(pl.LightningModule):
@@ -66,7 +65,6 @@ class Net(pl.LightningModule):
         self.backbone = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5) if norm else nn.Tanh())
         self.head = nn.Linear(5, 1)
         self.lr, self.batch_size, self.scheduled = lr, batch_size, scheduled
-        self.calls = 0
         self.used: list[list[float]] = []
 
     def loss(self, batch: Any) -> Tensor:
@@ -74,7 +72,6 @@ class Net(pl.LightningModule):
         return nn.functional.mse_loss(self.head(torch.tanh(self.backbone(x))), y)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.calls += 1
         loss = self.loss(batch)
         self.log("loss", loss, on_epoch=True)
         return loss
@@ -111,10 +108,6 @@ def data(batch_size: int) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(48, 3, generator=generator)
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).sin()), batch_size)
-
-
-def loss_of(module: Any, batch: Any) -> Tensor:
-    return module.loss(batch)
 
 
 def doubling() -> SurgeLRCallback:
@@ -186,14 +179,10 @@ CASES = {
         lambda callback, trainer: len(trainer.optimizers[0].param_groups),
         norm=False,  # batch norms are not frozen
     ),
-    "Timer": Case(lambda lr, path: Timer(timedelta(hours=1))),
-    "ModelSummary": Case(lambda lr, path: ModelSummary(), options={"enable_model_summary": True}),
-    "TQDMProgressBar": Case(lambda lr, path: TQDMProgressBar(), options={"enable_progress_bar": True}),
-    "DeviceStatsMonitor": Case(
-        lambda lr, path: DeviceStatsMonitor(cpu_stats=False), options={"logger": True}
-    ),
-    "OnExceptionCheckpoint": Case(
-        lambda lr, path: OnExceptionCheckpoint(path), options={"enable_checkpointing": True}
+    # None of these is asked for a learning rate: all at once.
+    "Timer and what shows the run": Case(
+        lambda lr, path: Timer(timedelta(hours=1)),
+        options={"enable_model_summary": True, "enable_progress_bar": True},
     ),
     "LearningRateMonitor": Case(
         lambda lr, path: LearningRateMonitor("step"), lambda callback, _: None, {"logger": True}
@@ -202,14 +191,11 @@ CASES = {
 
 
 @pytest.fixture
-def fitted(tmp_path: Path) -> Callable[..., Any]:
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Trains with another callback, alone or beside ours; what it led to."""
-    count = 0
 
     def fit(case: Case, lr: float, ours: Callback | None, arrange: Arrange | None = None) -> Any:
-        nonlocal count
-        count += 1
-        path = tmp_path / str(count)
+        path = tmp_path_factory.mktemp("fitted")
         other = case.make(lr, path)
         callbacks = [other] if ours is None or arrange is None else arrange(ours, other)
         options = {"max_epochs": 3, "default_root_dir": path} | case.options
@@ -227,23 +213,27 @@ def fitted(tmp_path: Path) -> Callable[..., Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arrange", ORDERS)
 @pytest.mark.parametrize("name", CASES)
 class TestBeside:
     def test_twice_the_learning_rate_is_twice_the_learning_rate(
-        self, fitted: Callable[..., Any], name: str, arrange: Arrange
+        self, fitted: Callable[..., Any], name: str
     ) -> None:
         case = CASES[name]
-        assert fitted(case, LR, doubling(), arrange) == fitted(case, 2.0 * LR, None)
+        twice = fitted(case, 2.0 * LR, None)
+        for arrange in ORDERS.values():
+            assert fitted(case, LR, doubling(), arrange) == twice
 
     @pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices is not")
-    def test_a_dry_run_leaves_no_trace(self, fitted: Callable[..., Any], name: str, arrange: Arrange) -> None:
-        case, ours = CASES[name], dry()
-        assert fitted(case, LR, ours, arrange) == fitted(case, LR, None)
-        assert ours.history.num_measurements >= 2
+    def test_a_dry_run_leaves_no_trace(self, fitted: Callable[..., Any], name: str) -> None:
+        case = CASES[name]
+        alone = fitted(case, LR, None)
+        for arrange in ORDERS.values():
+            ours = dry()
+            assert fitted(case, LR, ours, arrange) == alone
+            assert ours.history.num_measurements >= 2
 
 
-@pytest.mark.parametrize("arrange", ORDERS)
+@every_order
 def test_a_run_saved_at_its_exception_goes_on(tmp_path: Path, arrange: Arrange) -> None:
     class Crash(Net):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -269,7 +259,7 @@ def test_a_run_saved_at_its_exception_goes_on(tmp_path: Path, arrange: Arrange) 
     assert again.history.state_dict() == measured.history.state_dict()
 
 
-@pytest.mark.parametrize("arrange", ORDERS)
+@every_order
 def test_lightnings_accumulation_schedule_is_followed(arrange: Arrange) -> None:
     module = Net(scheduled=False)
     other = GradientAccumulationScheduler({0: 1, 1: 2})
@@ -290,35 +280,31 @@ class TestLearningRateFinder:
         """An epoch of 24 steps, which ends no sooner than the finder."""
         return Net(batch_size=2, norm=False, scheduled=False)
 
-    def suggested(self, path: Path, *ours: Callback) -> tuple[Net, Any]:
-        finder = LearningRateFinder(**self.OPTIONS)
+    def suggested(self, path: Path, *callbacks: Callback) -> tuple[Net, Any]:
         module = self.net()
-        make_trainer(*ours, finder, default_root_dir=path).fit(module)
+        trainer = make_trainer(*callbacks, default_root_dir=path)
+        trainer.fit(module)
+        (finder,) = (c for c in callbacks if isinstance(c, LearningRateFinder))
         return module, finder.optimal_lr
 
-    @pytest.mark.parametrize("arrange", ORDERS)
-    def test_finds_the_same_and_its_learning_rate_is_the_base(self, tmp_path: Path, arrange: Arrange) -> None:
-        alone, reference = self.suggested(tmp_path)
-        finder, ours = LearningRateFinder(**self.OPTIONS), SurgeLRCallback(1, "linear")
-        module = self.net()
-        make_trainer(*arrange(ours, finder), default_root_dir=tmp_path).fit(module)
-        assert finder.optimal_lr.results == reference.results
+    def test_finds_the_same_and_its_learning_rate_is_the_base(self, tmp_path: Path) -> None:
+        alone, reference = self.suggested(tmp_path, LearningRateFinder(**self.OPTIONS))
         lr = reference.suggestion()
         assert alone.used[20:] == [[lr]] * 24
-        assert module.used[:20] == alone.used[:20]
-        assert module.used[20:] == [[2 * lr]] * 24
-        assert ours._measurer.budget.trained == 48
+        for arrange in ORDERS.values():
+            rule = SurgeLRCallback(1, "linear")
+            measuring = SurgeLRCallback(1, dry_run=True, probe_every=1, probe_examples=8)
+            for ours, factor in ((rule, 2.0), (measuring, 1.0)):
+                callbacks = arrange(ours, LearningRateFinder(**self.OPTIONS))
+                module, found = self.suggested(tmp_path, *callbacks)
+                assert found.results == reference.results
+                assert module.used[:20] == alone.used[:20]
+                assert module.used[20:] == [[factor * lr]] * 24
+                assert ours._measurer.budget.trained == 48
+            assert measuring.history.num_measurements >= 2
+            assert all(record.step < 24 for record in measuring.law_history)
 
-    def test_is_not_measured(self, tmp_path: Path) -> None:
-        _, reference = self.suggested(tmp_path)
-        ours = SurgeLRCallback(1, dry_run=True, probe_every=1, probe_examples=8)
-        _, found = self.suggested(tmp_path, ours)
-        assert found.results == reference.results
-        assert ours.history.num_measurements >= 2
-        assert all(record.step < 24 for record in ours.law_history)
-        assert ours._measurer.budget.trained == 48
-
-    @pytest.mark.parametrize("arrange", ORDERS)
+    @every_order
     def test_in_the_midst_of_training(self, tmp_path: Path, arrange: Arrange) -> None:
         """At the start of an epoch, as Lightning's documentation shows it: our hook is installed by then."""
 
@@ -348,9 +334,11 @@ class TestLearningRateFinder:
 
 
 class TestBatchSizeFinder:
-    @pytest.mark.parametrize("arrange", ORDERS)
+    FINDER = partial(BatchSizeFinder, steps_per_trial=2, init_val=2, max_trials=2)
+
+    @every_order
     def test_its_size_is_the_batch_size(self, tmp_path: Path, arrange: Arrange) -> None:
-        finder = BatchSizeFinder(steps_per_trial=2, init_val=2, max_trials=2)
+        finder = self.FINDER()
         module, ours = Net(scheduled=False), SurgeLRCallback(law="linear")
         trainer = make_trainer(*arrange(ours, finder), default_root_dir=tmp_path)
         trainer.fit(module)
@@ -363,8 +351,7 @@ class TestBatchSizeFinder:
         modules = []
         for ours in ([], [dry()]):
             module = Net(norm=False, scheduled=False)
-            finder = BatchSizeFinder(steps_per_trial=2, init_val=2, max_trials=2)
-            make_trainer(*ours, finder, default_root_dir=tmp_path).fit(module)
+            make_trainer(*ours, self.FINDER(), default_root_dir=tmp_path).fit(module)
             modules.append(module)
         assert modules[0].used == modules[1].used
         assert torch.equal(modules[0].weights, modules[1].weights)
@@ -376,21 +363,12 @@ class TestBatchSizeScheduler:
     """Ours for the batch size, beside those that look at the weights or at the steps."""
 
     @pytest.mark.filterwarnings("ignore:Expected a training loader with state_dict")
-    @pytest.mark.parametrize("arrange", ORDERS)
     @pytest.mark.parametrize(
-        "name",
-        [
-            "EMAWeightAveraging",
-            "EarlyStopping",
-            "ModelCheckpoint at steps",
-            "BackboneFinetuning",
-            "LearningRateMonitor",
-        ],
+        "name", ["EMAWeightAveraging", "EarlyStopping", "ModelCheckpoint at steps", "BackboneFinetuning"]
     )
-    def test_is_the_accumulation_it_sets(
-        self, fitted: Callable[..., Any], name: str, arrange: Arrange
-    ) -> None:
+    def test_is_the_accumulation_it_sets(self, fitted: Callable[..., Any], name: str) -> None:
         case = CASES[name]
         reference = case._replace(options={**case.options, "accumulate_grad_batches": 2})
-        ours = BatchSizeScheduler(ConstantSize(16))
-        assert fitted(case, LR, ours, arrange) == fitted(reference, LR, None)
+        accumulated = fitted(reference, LR, None)
+        for arrange in ORDERS.values():
+            assert fitted(case, LR, BatchSizeScheduler(ConstantSize(16)), arrange) == accumulated

@@ -10,14 +10,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, StepLR
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
-from lightning_surge import BatchSizeScheduler, ScheduledBatchSampler, SurgeLRCallback, by_examples
+from lightning_surge import BatchSizeScheduler, SurgeLRCallback, by_examples
 from lightning_surge.schedules import Milestones, Progress, SampledSchedule, Seesaw
-from tests.trainings import OneHot, at_update, make_trainer
+from tests.trainings import OneHot, at_update, every_step, make_trainer, one_hot, sampled
 
 SIZE, EPOCHS, START, LARGEST = 64, 3, 4, 8
 TICKS = SIZE * EPOCHS // START  # of the schedule, over the training
@@ -63,14 +63,8 @@ class Decaying(OneHot):
         return [optimizer], [{"scheduler": clock, "interval": "step"}]
 
 
-def sampled(workers: int = 0, largest: int = LARGEST) -> DataLoader[Any]:
-    data: Any = torch.eye(SIZE)
-    batches = ScheduledBatchSampler(RandomSampler(data), largest)
-    return DataLoader(data, batch_sampler=batches, num_workers=workers)
-
-
 def plain() -> DataLoader[Any]:
-    return DataLoader(torch.eye(SIZE), batch_size=START)  # type: ignore[arg-type]
+    return one_hot(SIZE, START)
 
 
 def fit(model: OneHot, loader: Any, rule: Seesaw, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -105,14 +99,14 @@ def steps_of(requests: list[int]) -> list[int]:
 
 
 class TestSampler:
-    @pytest.mark.slow
-    @pytest.mark.parametrize("make", [cosine, wsd, halving])
-    @pytest.mark.parametrize("workers", [0, 2])
-    @pytest.mark.parametrize("estimates", [False, True])
+    @pytest.mark.parametrize(
+        ("make", "workers", "estimates"),
+        [(cosine, 0, True), (halving, 0, False), pytest.param(wsd, 2, True, marks=pytest.mark.slow)],
+    )
     def test_sizes_are_exact(self, make: Any, workers: int, estimates: bool) -> None:
         """Also where Lightning has asked for the loader's length before there was a schedule."""
         rule, model = Seesaw(START, 32), Decaying(make, estimates=estimates)
-        trainer = fit(model, sampled(workers), rule)
+        trainer = fit(model, sampled(torch.eye(SIZE), LARGEST, num_workers=workers), rule)
         assert model.sizes == steps_of(by_hand(make, rule))
         assert sorted(chain.from_iterable(model.examples)) == sorted(list(range(SIZE)) * EPOCHS)
         assert trainer.global_step < SIZE * EPOCHS / START
@@ -121,7 +115,7 @@ class TestSampler:
     @pytest.mark.parametrize("make", [cosine, wsd])
     def test_the_rate_used_falls_by_the_root_of_the_schedule(self, make: Any) -> None:
         model = Decaying(make)
-        fit(model, sampled(largest=32), Seesaw(START, 32))
+        fit(model, sampled(torch.eye(SIZE), 32), Seesaw(START, 32))
         exact, peak = 0, 0.0
         for size, asked, used, scheduled in zip(
             model.sizes, model.requested, model.used, model.scheduled, strict=True
@@ -183,8 +177,7 @@ class TestResuming:
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
     def test_a_changed_schedule_is_followed(self, tmp_path: Path) -> None:
         """The checkpoint holds no size: 64 examples on, another decay finds the size that it has there."""
-        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=12, save_top_k=-1)
-        fit(Decaying(halving), plain(), Seesaw(START, 32), saving)
+        fit(Decaying(halving), plain(), Seesaw(START, 32), every_step(tmp_path, 12))
         path = tmp_path / "step=12.ckpt"
         state = torch.load(path, weights_only=True)["callbacks"]["BatchSizeScheduler"]
         assert state.keys() == {"version", "accumulation", "examples", "epoch_begin", "followed"}
@@ -265,13 +258,11 @@ class TestRefusals:
 
 def test_the_size_ahead_is_the_schedules() -> None:
     seen: list[float] = []
-
-    class Look(pl.Callback):
-        def on_before_optimizer_step(self, *args: Any) -> None:
-            seen.append(scheduler.size_ahead(32.0 - scheduler.examples))
-
     scheduler = BatchSizeScheduler(Seesaw(START, 32))
-    make_trainer(scheduler, Look()).fit(Decaying(halving), plain())
+    look = LambdaCallback(
+        on_before_optimizer_step=lambda *_: seen.append(scheduler.size_ahead(32.0 - scheduler.examples))
+    )
+    make_trainer(scheduler, look).fit(Decaying(halving), plain())
     assert seen[:8] == [8.0] * 8
     assert scheduler.schedule.first_size == Seesaw(START, 32).along(
         by_examples(halving(torch.optim.SGD([torch.zeros(1)], lr=1.0)), START)

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.step_examples import MicroBatchTracker
 from lightning_surge.checking.state import restore, save
-from tests.trainings import at_update, columns, flat, layouts_in, make_trainer, scaling
+from tests.trainings import Sizes, at_update, columns, flat, layouts_in, make_trainer, scaling, trained
 
 LATENT = 2
 
@@ -108,41 +108,25 @@ def data(examples: int, batch_size: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(1.0 + torch.randn(examples, 3, generator=generator)), batch_size)
 
 
-class Sizes(Callback):
-    """The batch size of every step of each optimizer, as the callbacks have counted it."""
-
-    def __init__(self, callbacks: Sequence[SurgeLRCallback]) -> None:
-        self.sizes: list[list[float]] = [[] for _ in callbacks]
-        self.callbacks = callbacks
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        index = trainer.optimizers.index(optimizer)
-        self.sizes[index].append(self.callbacks[index]._behind_step.examples)
-
-
 class TestGan:
     @pytest.mark.parametrize("toggled", [False, True])
     def test_dry_runs_are_bit_identical_to_none(self, toggled: bool) -> None:
-        plain = Gan(toggled=toggled)
-        make_trainer().fit(plain, data(192, 16))
-        watched = Gan(toggled=toggled)
+        plain = trained(Gan(toggled=toggled), data(192, 16))
         callbacks = pair(4, dry_run=True, probe_every=1)
-        make_trainer(*callbacks).fit(watched, data(192, 16))
+        watched = trained(Gan(toggled=toggled), data(192, 16), *callbacks)
         assert [callback.history.num_measurements for callback in callbacks] == [11, 11]
         assert torch.equal(watched.weights, plain.weights)
         assert watched.used == plain.used
 
-    def test_every_step_of_each_gets_the_factor_of_its_own_decision(self) -> None:
+    @pytest.mark.parametrize(("served", "first"), [((0, 1), [0.02, 0.02, 0.01]), ((1,), [0.01] * 3)])
+    def test_every_step_of_those_served_gets_the_factor_of_its_own_decision(
+        self, served: Sequence[int], first: list[float]
+    ) -> None:
         module, callbacks = Gan(), pair(4, "linear")
-        make_trainer(*callbacks).fit(module, data(20, 8))
-        assert module.used == [[0.02, 0.02, 0.01], [0.04, 0.04, 0.02]]
+        make_trainer(*(callbacks[index] for index in served)).fit(module, data(20, 8))
+        assert module.used == [first, [0.04, 0.04, 0.02]]
         # And it is off again before anything else of the user's code runs.
         assert module.scheduled == [[0.01] * 3, [0.02] * 3]
-
-    def test_one_may_be_served_and_the_other_not(self) -> None:
-        module = Gan()
-        make_trainer(pair(4, "linear")[1]).fit(module, data(16, 8))
-        assert module.used == [[0.01] * 2, [0.04] * 2]
 
     @pytest.mark.parametrize("still", [0, 1])
     def test_statistics_are_those_of_the_network_trained_alone(self, still: int) -> None:
@@ -166,18 +150,11 @@ class TestGan:
             def configure_optimizers(self) -> Any:
                 return super().configure_optimizers()[moving]
 
-        def both(rates: tuple[float, float]) -> tuple[Gan, SurgeLRCallback]:
-            module, callbacks = Gan(lrs=rates), pair(probe_every=2, probe_examples=16)
-            make_trainer(*callbacks).fit(module, data(256, 16))
-            return module, callbacks[moving]
-
-        rates = [0.01, 0.02]
-        rates[still] = 0.0
-        module, callback = both((rates[0], rates[1]))
-        alone, reference = (
-            Alone(),
-            SurgeLRCallback(8, probe_every=2, probe_examples=16, loss_fn=LOSSES[moving]),
-        )
+        options: dict[str, Any] = {"probe_every": 2, "probe_examples": 16}
+        module, callbacks = Gan(lrs=(0.0, 0.02) if moving else (0.01, 0.0)), pair(**options)
+        make_trainer(*callbacks).fit(module, data(256, 16))
+        callback = callbacks[moving]
+        alone, reference = Alone(), SurgeLRCallback(8, loss_fn=LOSSES[moving], **options)
         make_trainer(reference).fit(alone, data(256, 16))
         assert reference.history.num_measurements >= 6
         assert callback.history.state_dict() == reference.history.state_dict()
@@ -192,11 +169,9 @@ class TestGan:
             fake = module.generator(torch.randn(len(batch[0]), LATENT))
             return nn.functional.softplus(module.critic(fake)).mean()
 
-        plain = Gan()
-        make_trainer().fit(plain, data(128, 16))
-        watched = Gan()
+        plain = trained(Gan(), data(128, 16))
         callback = SurgeLRCallback(4, optimizer=0, loss_fn=careless, dry_run=True, probe_every=1)
-        make_trainer(callback).fit(watched, data(128, 16))
+        watched = trained(Gan(), data(128, 16), callback)
         assert callback.history.num_measurements == 7
         assert torch.equal(watched.weights, plain.weights)
         for one, other in zip(watched.parameters(), plain.parameters(), strict=True):
@@ -242,37 +217,37 @@ class Accumulating(Gan):
                 self.untoggle_optimizer(optimizer)
 
 
+def sizes_of(module: Gan, examples: int) -> list[list[float]]:
+    """The batch size of every step of each, in batches of 8."""
+    callbacks = pair(8, "sqrt")
+    sizes = Sizes(callbacks)
+    make_trainer(*callbacks, sizes).fit(module, data(examples, 8))
+    return sizes.sizes
+
+
 class TestBatchSize:
-    @pytest.mark.parametrize("toggled", [False, True])
     @pytest.mark.parametrize(
-        ("turns", "expected"),
+        ("turns", "expected", "toggled"),
         [
-            (lambda i: (0, 1), [[8, 8, 8, 8, 8, 4], [8, 8, 8, 8, 8, 4]]),
-            (lambda i: (0, 1) if i % 3 == 2 else (0,), [[8, 8, 8, 8, 8, 4], [8, 4]]),
-            (lambda i: (i % 2,), [[8, 8, 8], [8, 8, 4]]),
-            (lambda i: (0, 0, 0, 1), [[8] * 15 + [4] * 3, [8] * 5 + [4]]),
-            (lambda i: (1, 0), [[8, 8, 8, 8, 8, 4], [8, 8, 8, 8, 8, 4]]),
+            (lambda i: (0, 1) if i % 3 == 2 else (0,), [[8, 8, 8, 8, 8, 4], [8, 4]], False),
+            (lambda i: (i % 2,), [[8, 8, 8], [8, 8, 4]], True),
+            (lambda i: (0, 0, 0, 1), [[8] * 15 + [4] * 3, [8] * 5 + [4]], True),
+            (lambda i: (1, 0), [[8, 8, 8, 8, 8, 4], [8, 8, 8, 8, 8, 4]], False),
         ],
-        ids=["together", "more critic", "alternating", "several on one batch", "generator first"],
+        ids=["more critic", "alternating", "several on one batch", "generator first"],
     )
     def test_is_that_of_the_batches_behind_the_step(
         self, turns: Any, expected: list[list[float]], toggled: bool
     ) -> None:
-        callbacks = pair(8, "sqrt")
-        sizes = Sizes(callbacks)
-        make_trainer(*callbacks, sizes).fit(Turns(turns, toggled=toggled), data(44, 8))
-        assert sizes.sizes == expected
+        assert sizes_of(Turns(turns, toggled=toggled), 44) == expected
 
     @pytest.mark.parametrize(
         ("to_none", "zero_after", "toggled"),
         [(True, False, False), (False, False, True), (True, True, True), (False, True, True)],
     )
     def test_accumulated_by_hand_is_the_sum(self, to_none: bool, zero_after: bool, toggled: bool) -> None:
-        callbacks = pair(8, "sqrt")
-        sizes = Sizes(callbacks)
         module = Accumulating(to_none=to_none, zero_after=zero_after, toggled=toggled)
-        make_trainer(*callbacks, sizes).fit(module, data(44, 8))
-        assert sizes.sizes == [[16, 16, 12], [24, 20]]
+        assert sizes_of(module, 44) == [[16, 16, 12], [24, 20]]
 
     def test_gradients_that_nobody_zeroes_count_with_what_they_hold(self) -> None:
         """Half of a window is thrown away: only the other half is behind the step."""
@@ -286,10 +261,7 @@ class TestBatchSize:
                 if batch_idx == 2:
                     critic.step()
 
-        callbacks = pair(8, "sqrt")
-        sizes = Sizes(callbacks)
-        make_trainer(*callbacks, sizes).fit(Forgetful(), data(24, 8))
-        assert sizes.sizes == [[16], []]
+        assert sizes_of(Forgetful(), 24) == [[16], []]
 
     def test_without_manual_backward_is_told_once_and_the_schedule_kept(self) -> None:
         class Plain(Gan):
@@ -297,9 +269,9 @@ class TestBatchSize:
                 loss.backward()  # type: ignore[no-untyped-call]
 
         module = Plain()
-        with pytest.warns(UserWarning, match="saw no manual_backward behind a step of AdamW") as warnings:
+        with pytest.warns(UserWarning, match="saw no manual_backward behind a step of AdamW") as told:
             make_trainer(pair(4, "linear")[0]).fit(module, data(24, 8))
-        assert sum("saw no manual_backward" in str(warning.message) for warning in warnings) == 1
+        assert sum("saw no manual_backward" in str(warning.message) for warning in told) == 1
         assert module.used == [[0.01] * 3, [0.02] * 3]
 
 
@@ -347,8 +319,7 @@ class Scheduled(Turns):
 class TestSchedules:
     @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
     def test_that_the_user_steps_keep_their_trajectory(self) -> None:
-        module = Scheduled(lambda i: (0, 1) if i % 2 else (0,))
-        make_trainer(*pair(4, "linear")).fit(module, data(32, 8))
+        module = trained(Scheduled(lambda i: (0, 1) if i % 2 else (0,)), data(32, 8), *pair(4, "linear"))
         assert module.used == [
             [0.02, 0.01, 0.005, 0.0025],
             [pytest.approx(0.04 * 0.25), pytest.approx(0.04 * 0.0625)],
@@ -375,8 +346,7 @@ class TestSchedules:
             def configure_optimizers(self) -> Optimizer:
                 return LBFGS(self.parameters(), lr=0.25, max_iter=1)
 
-        module = Early()
-        make_trainer(SurgeLRCallback(4, "linear")).fit(module, data(8, 8))
+        module = trained(Early(), data(8, 8), SurgeLRCallback(4, "linear"))
         assert module.weight.item() == -0.5
 
 
@@ -414,57 +384,50 @@ class TestObjective:
 
 class TestBudget:
     @pytest.mark.slow
-    @pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_steps": 180, "max_epochs": -1}])
+    @pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_steps": 72, "max_epochs": -1}])
     def test_is_kept_of_the_examples_of_each(self, limit: dict[str, int]) -> None:
         """Five steps of the critic to one of the generator, and the Trainer counts all six."""
         callbacks = pair(max_overhead=2.0, probe_examples=32, objective="alignment")
-        module = Turns(lambda i: (0, 1) if i % 5 == 4 else (0,))
-        make_trainer(*callbacks, **limit).fit(module, data(1200, 8))
+        trained(Turns(lambda i: (0, 1) if i % 5 == 4 else (0,)), data(480, 8), *callbacks, **limit)
         for callback in callbacks:
             assert callback.history.num_measurements >= 2
             assert 1.0 < callback.overhead <= 2.0
-        assert [callback._measurer.budget.trained for callback in callbacks] == [1200, 240]
-        assert [callback._behind_step.pace.steps for callback in callbacks] == [150, 30]
-        assert callbacks[1].law_history[-1].step < 30
+        assert [callback._measurer.budget.trained for callback in callbacks] == [480, 96]
+        assert [callback._behind_step.pace.steps for callback in callbacks] == [60, 12]
+        assert callbacks[1].law_history[-1].step < 12
 
     def test_a_batch_is_pooled_once(self) -> None:
         """Copies of an example would be taken for examples that agree."""
         callback = SurgeLRCallback(8, optimizer=0, loss_fn=critic_loss, probe_every=1, probe_examples=32)
         seen: list[list[float]] = []
 
-        class Pools(Callback):
-            def on_train_batch_end(self, *args: Any) -> None:
-                pool = callback._measurer._pool.pieces
-                seen.append([float(piece.batch[0].sum()) for piece in pool])
+        def note(*args: Any) -> None:
+            seen.append([float(piece.batch[0].sum()) for piece in callback._measurer._pool.pieces])
 
-        make_trainer(callback, Pools()).fit(Turns(lambda i: (0, 0, 1)), data(96, 8))
+        pools = LambdaCallback(on_train_batch_end=note)
+        make_trainer(callback, pools).fit(Turns(lambda i: (0, 0, 1)), data(96, 8))
         assert callback.history.num_measurements >= 2
         assert any(len(sums) > 1 for sums in seen)
         assert all(len(set(sums)) == len(sums) for sums in seen)
 
 
-@pytest.mark.slow
 class TestResume:
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-    @pytest.mark.parametrize("crash", [3, 4])
-    def test_gives_the_same_learning_rates_and_weights(self, tmp_path: Path, crash: int) -> None:
-        def turns(batch_idx: int) -> Sequence[int]:
-            return (0, 1) if batch_idx % 3 == 2 else (0,)
+    @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+    def test_gives_the_same_learning_rates_and_weights(self, tmp_path: Path) -> None:
+        def run(resume: Path | None = None) -> tuple[Turns, list[SurgeLRCallback]]:
+            module = Turns(lambda i: (0, 1) if i % 3 == 2 else (0,), draws=False)
+            callbacks = pair(4, probe_every=2)
+            folder = tmp_path / ("again" if resume else "whole")
+            checkpoint = ModelCheckpoint(folder, "{epoch}", every_n_epochs=1, save_top_k=-1)
+            make_trainer(*callbacks, checkpoint, max_epochs=4).fit(module, data(64, 8), ckpt_path=resume)
+            return module, callbacks
 
-        def callbacks() -> list[SurgeLRCallback]:
-            return pair(4, probe_every=2)
-
-        whole, measured = Turns(turns, draws=False), callbacks()
-        checkpoint = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)
-        make_trainer(*measured, checkpoint, max_epochs=crash + 1).fit(whole, data(64, 8))
-        resumed, again = Turns(turns, draws=False), callbacks()
-        path = tmp_path / f"epoch={crash - 1}.ckpt"
-        make_trainer(*again, max_epochs=crash + 1).fit(resumed, data(64, 8), ckpt_path=path)
-        taken = len(resumed.used[1])
-        assert taken > 0
-        assert resumed.used[0] == whole.used[0][-len(resumed.used[0]) :]
-        assert resumed.used[1] == whole.used[1][-taken:]
-        assert torch.equal(resumed.critic[0].weight, whole.critic[0].weight)
+        whole, measured = run()
+        resumed, again = run(tmp_path / "whole" / "epoch=2.ckpt")
+        assert [len(lrs) for lrs in resumed.used] == [8, 2]
+        assert resumed.used == [whole.used[0][-8:], whole.used[1][-2:]]
+        assert torch.equal(resumed.weights, whole.weights)
         for one, other in zip(again, measured, strict=True):
             assert one.history.state_dict() == other.history.state_dict()
 
@@ -495,10 +458,11 @@ class TestLogging:
     def test_of_an_optimizer_that_rests_where_lightning_logs(self, tmp_path: Path) -> None:
         """The critic steps in even batches, and Lightning logs in odd ones."""
         logger = CSVLogger(tmp_path)
-        trainer = make_trainer(*pair(4, "linear"), logger=logger, log_every_n_steps=2)
+        trainer = make_trainer(*pair(4, "linear", prog_bar=True), logger=logger, log_every_n_steps=2)
         trainer.fit(Turns(lambda i: (i % 2,)), data(32, 8))
-        assert columns(logger)["surge/lr_used/opt0"] == pytest.approx([0.02] * 2)
-        assert columns(logger)["surge/lr_used/opt1"] == pytest.approx([0.04] * 2)
+        for index, lr in ((0, 0.02), (1, 0.04)):
+            assert columns(logger)[f"surge/lr_used/opt{index}"] == pytest.approx([lr] * 2)
+            assert trainer.progress_bar_metrics[f"lr_used/opt{index}"] == pytest.approx(lr)
 
     def test_to_tensorboard_is_one_layout_with_all_optimizers(self, tmp_path: Path) -> None:
         logger = TensorBoardLogger(tmp_path)
@@ -517,13 +481,6 @@ class TestLogging:
                 for chart, names in charts.items()
             }
         }
-
-    def test_to_the_progress_bar(self) -> None:
-        trainer = make_trainer(*pair(4, "linear", prog_bar=True))
-        trainer.fit(Gan(), data(16, 8))
-        shown = trainer.progress_bar_metrics
-        assert shown["lr_used/opt0"] == pytest.approx(0.02)
-        assert shown["lr_used/opt1"] == pytest.approx(0.04)
 
 
 class TestErrors:

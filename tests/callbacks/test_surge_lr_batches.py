@@ -3,32 +3,28 @@
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.policy.reasons import Reason
-from tests.trainings import make_trainer
+from tests.trainings import Regression, Sizes, make_trainer, with_lr
 
 
-class Linear(pl.LightningModule):
+class Linear(Regression):
     """A regression whose step does to its batch what `spoil` does."""
 
     def __init__(self, spoil: Callable[[Any], Any] = lambda batch: batch) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(4, 1)
+        super().__init__(with_lr(AdamW, 1e-3))
+        self.net = nn.Sequential(nn.Linear(4, 1))
         self.spoil = spoil
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def loss(self, batch: Any) -> Tensor:
         inputs = self.spoil(batch)
-        return (self.layer(inputs).squeeze(-1) - inputs.sum(-1)).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return (self.net(inputs).squeeze(-1) - inputs.sum(-1)).square().mean()
 
 
 def batches(sizes: list[int], wrap: Callable[[Tensor], Any] = lambda x: x) -> DataLoader[Any]:
@@ -55,15 +51,15 @@ def test_a_step_that_overwrites_its_batch_is_told_and_trains_on(accumulation: in
     make_trainer(accumulate_grad_batches=accumulation).fit(plain, batches([16] * 12))
     # Norms of windows need no second pass.
     assert (callback.history.num_measurements > 0) == (accumulation > 1)
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+    assert torch.equal(module.weights, plain.weights)
 
 
 @pytest.mark.slow
 def test_the_budget_holds_where_sizes_vary_a_lot() -> None:
     # One batch in ten has a hundred times the examples of the others: a plan made from it would be far off.
-    sizes = ([4] * 9 + [400]) * 30
+    sizes = ([4] * 9 + [400]) * 40
     callback = SurgeLRCallback(4, objective="alignment", max_overhead=0.05)
-    make_trainer(callback, max_epochs=2).fit(Linear(), batches(sizes))
+    make_trainer(callback).fit(Linear(), batches(sizes))
     assert 0.02 < callback.overhead <= 0.06
 
 
@@ -72,7 +68,7 @@ def test_a_second_training_is_measured_as_the_first_was() -> None:
     callback = SurgeLRCallback(8, objective="alignment", max_overhead=0.2, probe_examples=16)
     counts = []
     for _ in range(2):
-        make_trainer(callback).fit(Linear(), batches([16] * 100))
+        make_trainer(callback).fit(Linear(), batches([16] * 40))
         counts.append((callback.history.num_measurements, callback.lr_scale(64)))
     assert counts[0][0] >= 3
     assert counts[0] == counts[1]
@@ -90,13 +86,10 @@ def test_several_steps_on_one_batch_while_batches_are_pooled() -> None:
             optimizer = self.optimizers()
             for _ in range(2):
                 optimizer.zero_grad()
-                self.manual_backward(loss_of(self, batch))
+                self.manual_backward(self.loss(batch))
                 optimizer.step()
 
-    def loss_of(module: Any, batch: Tensor) -> Tensor:
-        return (module.layer(batch).squeeze(-1) - batch.sum(-1)).square().mean()
-
-    callback = SurgeLRCallback(8, probe_every=1, probe_examples=64, loss_fn=loss_of)
+    callback = SurgeLRCallback(8, probe_every=1, probe_examples=64, loss_fn=Manual.loss)
     make_trainer(callback).fit(Manual(), batches([16] * 12))
     assert callback.history.num_measurements >= 2
 
@@ -108,12 +101,12 @@ def test_a_loss_without_any_gradient_trains_on() -> None:
 
     callback = SurgeLRCallback(8, probe_every=1)
     module = Flat()
-    before = module.layer.weight.clone()
+    before = module.weights
     make_trainer(callback).fit(module, batches([32] * 40))
     assert callback.decision is not None
     assert callback.decision.reason == "held: the gradients are zero"
     assert callback.decision.because is Reason.GRADIENTS_ZERO
-    assert torch.allclose(module.layer.weight, before, rtol=0.01)  # weight decay alone
+    assert torch.allclose(module.weights, before, rtol=0.01)  # weight decay alone
     # No law follows from nothing: the factor stays at the square root.
     assert callback.lr_scale(32) == 2.0
 
@@ -131,15 +124,9 @@ def test_a_batch_that_cannot_be_cut_does_not_vouch_for_those_that_can() -> None:
 
 @pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
 def test_a_window_that_a_batch_of_none_leaves_without_a_step_is_forgotten() -> None:
-    class Sizes(pl.Callback):
-        def __init__(self) -> None:
-            self.seen: list[float] = []
-
-        def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
-            self.seen.append(trainer.callbacks[0]._behind_step.examples)  # type: ignore[attr-defined]
-
     given = [torch.ones(4, 4)] * 3 + [None] + [torch.ones(4, 4)] * 4
     loader = DataLoader(given, batch_size=None)  # type: ignore[arg-type]
-    sizes = Sizes()
-    make_trainer(SurgeLRCallback(4), sizes, accumulate_grad_batches=2).fit(Linear(), loader)
-    assert sizes.seen == [8.0, 8.0, 8.0]
+    callback = SurgeLRCallback(4)
+    sizes = Sizes([callback])
+    make_trainer(callback, sizes, accumulate_grad_batches=2).fit(Linear(), loader)
+    assert sizes.sizes == [[8.0, 8.0, 8.0]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, StepLR
 from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
-from tests.trainings import make_trainer
+from tests.trainings import heard, make_trainer
 
 
 class Net(pl.LightningModule):
@@ -47,23 +46,8 @@ class Net(pl.LightningModule):
 
 @dataclass
 class Counter:
-    seen: int = 0
+    inner: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(seen=0))
     rows: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class SlottedRows:
-    rows: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class SlottedCounter(SlottedRows):
-    seen: int = 0
-
-
-class Box:
-    def __init__(self) -> None:
-        self.inner = SimpleNamespace(count=0)
 
 
 def average(module: Any) -> None:
@@ -89,33 +73,18 @@ def write(key: str, factor: float) -> Callable[[Any], None]:
     return write_entry
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        yield
-
-
 def count(module: Any) -> int:
-    module.counter.seen += 1
-    module.counter.rows.append(module.counter.seen)
-    return int(module.counter.seen)
+    module.counter.inner.seen += 1
+    module.counter.rows.append(module.counter.inner.seen)
+    return len(module.counter.rows)
 
 
-def count_inside(module: Any) -> int:
-    module.box.inner.count += 1
-    return int(module.box.inner.count)
-
-
+# Whatever else a module may hold: tests of measure/replay.py.
 UNDONE: dict[str, tuple[Callable[[Any], object], Callable[[], dict[str, Any]]]] = {
     "weight decay": (write("weight_decay", 1.01), dict),
     "learning rate": (write("lr", 0.99), dict),
     "own scheduler": (lambda module: module.own.step(), dict),
-    "counter in a dataclass": (count, lambda: {"counter": Counter()}),
-    "counter in a namespace": (count, lambda: {"counter": SimpleNamespace(seen=0, rows=[])}),
-    "counter in an object": (count_inside, lambda: {"box": Box()}),
-    "counter in slots": (count, lambda: {"counter": SlottedCounter()}),
-    "itertools.count": (lambda module: next(module.ticks), lambda: {"ticks": itertools.count()}),
+    "counter": (count, lambda: {"counter": Counter()}),
     "iterator of a list": (lambda module: next(module.ticks), lambda: {"ticks": iter(list(range(500)))}),
     "iterator in a list": (lambda module: next(module.ticks[0]), lambda: {"ticks": [itertools.count()]}),
 }
@@ -136,7 +105,7 @@ def data() -> DataLoader[Any]:
 
 
 def outcome(module: Net, *callbacks: pl.Callback, **options: Any) -> list[Any]:
-    trainer = make_trainer(*callbacks, max_epochs=2, **options)
+    trainer = make_trainer(*callbacks, **options)
     trainer.fit(module, data())
     group = trainer.optimizers[0].param_groups[0]
     own = {name: value for name, value in vars(module.own).items() if isinstance(value, (int, float))}
@@ -149,7 +118,7 @@ def outcome(module: Net, *callbacks: pl.Callback, **options: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("accumulation", [1, 4])
 class TestDryRuns:
     @pytest.mark.parametrize("kind", UNDONE)
@@ -167,10 +136,9 @@ class TestDryRuns:
         callback = SurgeLRCallback(2, objective="step", dry_run=True, probe_every=1)
         options = {"accumulate_grad_batches": accumulation}
         plain = outcome(Net(touch, **attributes()), **options)
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
+        with heard() as told:
             assert outcome(Net(touch, **attributes()), callback, **options) == plain
-        said = [str(one.message) for one in told if "Measuring is off from now on" in str(one.message)]
+        said = [text for text in told if "Measuring is off from now on" in text]
         # Normalised once per micro-batch, prototypes are as they will be: to repeat it changes nothing.
         idle = kind == "prototypes" and accumulation > 1
         assert len(said) == 1 - idle
@@ -187,4 +155,4 @@ def test_a_loss_function_measures_where_the_step_cannot_be_repeated() -> None:
     plain = outcome(Net(average))
     callback = SurgeLRCallback(2, dry_run=True, probe_every=1, loss_fn=loss)
     assert outcome(Net(average), callback) == plain
-    assert callback.history.num_measurements > 5
+    assert callback.history.num_measurements > 2

@@ -1,6 +1,5 @@
 """Loaders that change in mid-run, and learning-rate schedules that stop short of their end."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 
 from benchmarks.step_trace import trace
-from lightning_surge import BatchSizeScheduler, BatchSizeWarmup, ScheduledBatchSampler, by_examples
+from lightning_surge import BatchSizeScheduler, BatchSizeWarmup, by_examples
 from lightning_surge.callbacks.lightning_host import loader_batch_size, replicas_of
 from lightning_surge.schedules import (
     AccumulatedSchedule,
@@ -22,7 +22,7 @@ from lightning_surge.schedules import (
     LinearRamp,
     total_steps,
 )
-from tests.trainings import OneHot, make_trainer
+from tests.trainings import OneHot, heard, make_trainer, one_hot, sampled, scheduled_lr
 
 SIZE = 64
 
@@ -42,36 +42,29 @@ class Mean(OneHot):
 
 
 def plain(batch_size: int) -> DataLoader[Any]:
-    return DataLoader(torch.eye(SIZE), batch_size=batch_size)  # type: ignore[arg-type]
+    return one_hot(SIZE, batch_size)
 
 
-def sampled(largest: int = 8) -> DataLoader[Any]:
-    data: Any = torch.eye(SIZE)
-    return DataLoader(data, batch_sampler=ScheduledBatchSampler(SequentialSampler(data), largest))
+def flexible(largest: int = 8) -> DataLoader[Any]:
+    return sampled(torch.eye(SIZE), largest, shuffle=False)
 
 
 def scheduled(size: int, **options: Any) -> BatchSizeScheduler:
     return BatchSizeScheduler(ConstantSize(size), **options)
 
 
-class SetUpAgain(pl.Callback):
-    """Asks for another loader as users do who want other batches, at one of the hooks."""
-
-    def __init__(self, hook: str) -> None:
-        setattr(self, hook, self._again)
-
-    @staticmethod
-    def _again(trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.current_epoch + (trainer.fit_loop.epoch_loop.batch_progress.is_last_batch) >= 1:
-            trainer.fit_loop._combined_loader = None
-            trainer.fit_loop.setup_data()
+def set_up_again(trainer: pl.Trainer, *args: Any) -> None:
+    """Ask for another loader as users do who want other batches."""
+    if trainer.current_epoch >= 1:
+        trainer.fit_loop._combined_loader = None
+        trainer.fit_loop.setup_data()
 
 
 @pytest.mark.parametrize(
     ("loader", "size"),
     [
         (plain(3), 3),
-        (sampled(4), 4),
+        (flexible(4), 4),
         (type("Loader", (), {"batch_size": True})(), "True from Loader"),
         (type("Loader", (), {"batch_size": 2.0})(), "2.0 from Loader"),
         ({"a": plain(3)}, "None from dict"),
@@ -87,36 +80,35 @@ def test_the_batch_size_of_a_loader_is_what_it_says(loader: Any, size: Any) -> N
 
 
 class TestLoadersThatChange:
-    @pytest.mark.parametrize("hook", ["reload", "on_train_epoch_start"])
+    @pytest.mark.parametrize("reloads", [True, False])
     @pytest.mark.parametrize(
         ("loaders", "schedule", "sizes"),
         [
             ([plain(16), plain(8), plain(4)], ConstantSize(32), [32] * 6),
             ([plain(4), plain(16), plain(8)], ConstantSize(32), [32] * 6),
-            ([plain(8), sampled(), plain(4)], ConstantSize(16), [16] * 12),
-            ([sampled(), plain(8), sampled()], ConstantSize(32), [32] * 6),
+            ([plain(8), flexible(), plain(4)], ConstantSize(16), [16] * 12),
+            ([flexible(), plain(8), flexible()], ConstantSize(32), [32] * 6),
             ([plain(16), plain(8), plain(4)], GeometricRamp(16, 64, 6), [16, 16, 16, 16, 32, 32, 64]),
         ],
     )
     def test_steps_keep_the_sizes_of_the_schedule(
-        self, hook: str, loaders: Any, schedule: Any, sizes: list[int]
+        self, reloads: bool, loaders: Any, schedule: Any, sizes: list[int]
     ) -> None:
         model = Mean(loaders)
-        options = {"reload_dataloaders_every_n_epochs": 1} if hook == "reload" else {}
-        callbacks = [] if hook == "reload" else [SetUpAgain(hook)]
+        options = {"reload_dataloaders_every_n_epochs": 1} if reloads else {}
+        callbacks = [] if reloads else [LambdaCallback(on_train_epoch_start=set_up_again)]
         make_trainer(BatchSizeScheduler(schedule), *callbacks, max_epochs=3, **options).fit(model)
         assert sum(model.sizes) == 3 * SIZE
         assert model.sizes == sizes
 
     @pytest.mark.filterwarnings("ignore:size=32 needs 8 micro-batches per optimizer step, got an epoch of 4")
     def test_a_batch_sampler_whose_size_is_written(self) -> None:
-        class Halves(pl.Callback):
-            def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-                sampler: Any = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
-                sampler.batch_size //= 2
+        def halve(trainer: pl.Trainer, *args: Any) -> None:
+            sampler: Any = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
+            sampler.batch_size //= 2
 
         model = Mean([plain(16)] * 3)
-        make_trainer(scheduled(32), Halves(), max_epochs=3).fit(model)
+        make_trainer(scheduled(32), LambdaCallback(on_train_epoch_end=halve), max_epochs=3).fit(model)
         assert model.sizes == [32, 32, 32, 16]  # Lightning takes four batches from every epoch
 
     @pytest.mark.parametrize(
@@ -128,13 +120,13 @@ class TestLoadersThatChange:
             (scheduled(64, micro_batch_size=32), plain(4), "micro_batch_size=32 was given, .* batch_size=4"),
             (BatchSizeWarmup(8, 32, 4), plain(12), r"Expected start .* \(12 x 1\) times a power of two"),
             (BatchSizeWarmup(8, 32, 4), [torch.eye(SIZE)], "pass micro_batch_size= to BatchSizeWarmup"),
-            (BatchSizeWarmup(8, 32, 4), [plain(8), sampled()], "micro_batch_size= to BatchSizeWarmup"),
+            (BatchSizeWarmup(8, 32, 4), [plain(8), flexible()], "micro_batch_size= to BatchSizeWarmup"),
         ],
     )
     def test_what_cannot_be_is_an_error_as_at_the_start(
         self, scheduler: BatchSizeScheduler, later: Any, message: str
     ) -> None:
-        first = sampled() if "size=10" in message else plain(8)
+        first = flexible() if "size=10" in message else plain(8)
         trainer = make_trainer(scheduler, max_epochs=2, reload_dataloaders_every_n_epochs=1)
         with pytest.raises(MisconfigurationException, match=message):
             trainer.fit(Mean([first, later]))
@@ -142,9 +134,7 @@ class TestLoadersThatChange:
 
     def test_one_that_is_no_different_is_not_reported_again(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level("INFO", "lightning.pytorch"):
-            trainer = make_trainer(
-                BatchSizeScheduler(ConstantSize(8)), max_epochs=3, reload_dataloaders_every_n_epochs=1
-            )
+            trainer = make_trainer(scheduled(8), max_epochs=3, reload_dataloaders_every_n_epochs=1)
             trainer.fit(Mean([lambda: plain(8)] * 3))
         assert caplog.text.count("Batch sizes are set by accumulation") == 1
 
@@ -176,11 +166,10 @@ SHORT = "Expected a learning-rate schedule that reaches its end"
 
 def warned(model: Mean, callback: Any, **options: Any) -> list[str]:
     data, resume = options.pop("loader", None) or plain(2), options.pop("ckpt_path", None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as said:
         trainer = make_trainer(callback, **{"max_epochs": 4} | options)
         trainer.fit(model, data, ckpt_path=resume, weights_only=True if resume else None)
-    return [str(warning.message) for warning in caught if str(warning.message).startswith(SHORT)]
+    return [text for text in said if text.startswith(SHORT)]
 
 
 def by_the_clock(optimizer: Any, module: Any) -> dict[str, Any]:
@@ -200,7 +189,7 @@ class TestSchedulesCutShort:
     def test_the_end_that_is_told_is_the_end_that_comes(self, callback: Any) -> None:
         model = Mean(schedule=cosine(estimated))
         (message,) = warned(model, callback)
-        share = model.trainer.optimizers[0].param_groups[0]["lr"] / 0.1
+        share = scheduled_lr(model.trainer) / 0.1
         assert 0.3 < share < 0.9
         assert message.removeprefix(SHORT) == (
             f", got CosineAnnealingLR, which counts optimizer steps: under {type(callback).__name__} the"
@@ -213,7 +202,7 @@ class TestSchedulesCutShort:
         ("schedule", "rule", "options", "count"),
         [
             (cosine(estimated), ConstantSize(8), {}, 1),
-            (cosine(estimated), LinearRamp(2, 20, 30), {"loader": sampled()}, 1),
+            (cosine(estimated), LinearRamp(2, 20, 30), {"loader": flexible()}, 1),
             (cosine(estimated), ConstantSize(2), {}, 0),
             (cosine(estimated), RAMP, {"max_epochs": -1, "max_steps": 40}, 0),
             (cosine(after_ramp), RAMP, {}, 0),
@@ -237,14 +226,10 @@ class TestSchedulesCutShort:
                 return 1 / (1 + step)
 
         model = Own(schedule=lambda optimizer, module: {"scheduler": LambdaLR(optimizer, module.scale)})
-        lrs = []
-
-        class Look(pl.Callback):
-            def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-                lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
-
+        lrs: list[float] = []
+        look = LambdaCallback(on_train_batch_start=lambda trainer, *_: lrs.append(scheduled_lr(trainer)))
         with pytest.warns(UserWarning, match="got LambdaLR, which counts"):
-            make_trainer(BatchSizeScheduler(ConstantSize(16)), Look()).fit(model, plain(8))
+            make_trainer(scheduled(16), look).fit(model, plain(8))
         assert lrs == [0.1] * 2 + [0.1 / 2] * 2 + [0.1 / 3] * 2 + [0.1 / 4] * 2
 
     def test_not_when_a_run_is_resumed(self, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ExponentialLR
@@ -18,43 +18,33 @@ from torch.utils.data import DataLoader
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback
 from lightning_surge.optimizers.lr_writer import FactorInUpdate
 from lightning_surge.schedules import Milestones
-from tests.trainings import MakeOptimizer, at_update, make_trainer, with_lr
+from tests.trainings import (
+    CrashAt,
+    MakeOptimizer,
+    Regression,
+    at_update,
+    entries,
+    every_step,
+    make_trainer,
+    regression_data,
+    saved_steps,
+    trained,
+    with_lr,
+)
 
 adamw = with_lr(AdamW, 0.01, weight_decay=0.1)
 
 
-class Decayed(pl.LightningModule):
-    """Notes learning rate and weight decay of every step at the moment it is taken."""
+class Decayed(Regression):
+    """One matrix, whose learning rate falls at every step."""
 
     def __init__(self, make_optimizer: MakeOptimizer = adamw, gamma: float = 0.8) -> None:
-        super().__init__()
-        pl.seed_everything(0, verbose=False)
-        self.layer = nn.Linear(4, 4, bias=False)
-        self.make_optimizer, self.gamma = make_optimizer, gamma
-        self.used: list[list[tuple[float, float | None]]] = []
-        self.calls = 0
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.calls += 1
-        return (self.layer(batch) - batch.sum()).square().mean()
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self)
-        at_update(optimizer, lambda o: self.used.append(entries(o)))
-        schedule = {"scheduler": ExponentialLR(optimizer, self.gamma), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-
-def entries(optimizer: Optimizer) -> list[tuple[float, float | None]]:
-    return [
-        (float(group["lr"]), None if "weight_decay" not in group else float(group["weight_decay"]))
-        for group in optimizer.param_groups
-    ]
+        super().__init__(make_optimizer, lambda optimizer: ExponentialLR(optimizer, gamma))
+        self.net = nn.Linear(4, 1, bias=False)  # type: ignore[assignment]
 
 
 def data(count: int = 22, batch_size: int = 4) -> DataLoader[Any]:
-    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(1))
-    return DataLoader(x, batch_size=batch_size)  # type: ignore[arg-type]
+    return regression_data(count, batch_size)
 
 
 def per_example(law: Any = "sqrt") -> SurgeLRCallback:
@@ -63,10 +53,6 @@ def per_example(law: Any = "sqrt") -> SurgeLRCallback:
 
 def keeping(**options: Any) -> SurgeLRCallback:
     return SurgeLRCallback(3, "linear", scale_weight_decay=False, **options)
-
-
-def optimizer_of(trainer: pl.Trainer) -> Optimizer:
-    return trainer.optimizers[0]
 
 
 class TestProducts:
@@ -88,18 +74,17 @@ class TestProducts:
         trainer.fit(kept, data())
         # 22 examples: five batches of 4 and one of 2.
         sizes = [4, 4, 4, 4, 4, 2] if accumulation == 1 else [8, 8, 6]
-        for size, [(lr, decay)], [(used, written)] in zip(sizes, plain.used, kept.used, strict=True):
+        for size, [(lr, decay)], [(used, written)] in zip(sizes, plain.read, kept.read, strict=True):
             assert decay is not None
             assert written is not None
             assert used == pytest.approx(lr * size / 3, rel=1e-7)
             assert used * written == pytest.approx(lr * decay, rel=1e-15)
             assert written != decay
-        assert entries(optimizer_of(trainer))[0][1] == 0.1
+        assert entries(trainer.optimizers[0])[0][1] == 0.1
 
     def test_scale_with_the_learning_rate_otherwise(self) -> None:
-        module = Decayed()
-        make_trainer(SurgeLRCallback(3, "linear")).fit(module, data())
-        assert [decay for [(_, decay)] in module.used] == [0.1] * 6
+        module = trained(Decayed(), data(), SurgeLRCallback(3, "linear"))
+        assert [decay for [(_, decay)] in module.read] == [0.1] * 6
 
     def test_are_what_decays_the_weights(self) -> None:
         """Without a gradient nothing but decay moves them."""
@@ -109,12 +94,12 @@ class TestProducts:
                 return 0.0 * super().training_step(batch, batch_idx)
 
         plain, kept, scaled = Still(), Still(), Still()
-        start = plain.layer.weight.detach().clone()
+        start = plain.weights.clone()
         make_trainer().fit(plain, data())
         make_trainer(keeping()).fit(kept, data())
         make_trainer(SurgeLRCallback(3, "linear")).fit(scaled, data())
-        assert torch.allclose(kept.layer.weight, plain.layer.weight, rtol=1e-6)
-        lost, lost_scaled = ((start - m.layer.weight.detach()).norm() for m in (plain, scaled))
+        assert torch.allclose(kept.weights, plain.weights, rtol=1e-6)
+        lost, lost_scaled = ((start - m.weights).norm() for m in (plain, scaled))
         assert float(lost_scaled) > 1.2 * float(lost) > 0.0
 
     def test_of_groups_are_kept_apart(self) -> None:
@@ -131,13 +116,13 @@ class TestProducts:
         module = Decayed(make, gamma=1.0)
         trainer = make_trainer(keeping())
         trainer.fit(module, data(12))
-        assert module.used[0] == [(0.01 * (4 / 3), pytest.approx(0.3)), (0.05 * (4 / 3), 0.0)]
-        groups = optimizer_of(trainer).param_groups
+        assert module.read[0] == [(0.01 * (4 / 3), pytest.approx(0.3)), (0.05 * (4 / 3), 0.0)]
+        groups = trainer.optimizers[0].param_groups
         assert [group["weight_decay"] for group in groups] == [0.4, 0]
         assert type(groups[1]["weight_decay"]) is int
 
     def test_of_optimizers_without_decay_are_no_obstacle(self) -> None:
-        module = Decayed(lambda m: torch.optim.LBFGS(m.parameters(), lr=0.01), gamma=1.0)
+        module = Decayed(with_lr(torch.optim.LBFGS, 0.01), gamma=1.0)
         trainer = make_trainer(keeping())
         trainer.fit(module, data(12))
         assert trainer.callback_metrics["surge/lr_used"] == pytest.approx(0.01 * (4 / 3))
@@ -155,14 +140,13 @@ class TestDecayPerExample:
             lr: Any = torch.tensor(0.01, dtype=torch.float64) if tensor else 0.01
             return AdamW(module.parameters(), lr=lr, weight_decay=0.5, **form)
 
-        trained, by_hand = Decayed(make).double(), Decayed(make).double()
-        x = torch.randn(44, 4, generator=torch.Generator().manual_seed(1)).double()
+        trained, by_hand = Decayed(make), Decayed(make)
         ramp = BatchSizeScheduler(Milestones({0: 4, 2: 8, 3: 16}))
         trainer = make_trainer(ramp, per_example())
-        trainer.fit(trained, DataLoader(x, batch_size=4))  # type: ignore[arg-type]
+        trainer.fit(trained, data(44))
         assert "a learning-rate schedule that reaches its end" in unraised.pop()
 
-        optimizer, micro = make(by_hand), list(x.split(4))
+        optimizer, micro = make(by_hand), list(data(44))
         for step, parts in enumerate([1, 1, 2, 4, 3]):
             for batch in [micro.pop(0) for _ in range(parts)]:
                 (by_hand.training_step(batch, 0) / parts).backward()
@@ -171,19 +155,17 @@ class TestDecayPerExample:
             optimizer.step()
             optimizer.zero_grad()
         assert micro == []
-        assert torch.allclose(trained.layer.weight, by_hand.layer.weight, rtol=1e-12, atol=0.0)
-        assert entries(optimizer_of(trainer)) == [(pytest.approx(0.01 * 0.8**5), 0.5)]
+        assert torch.allclose(trained.weights, by_hand.weights, rtol=2e-6, atol=0.0)
+        assert entries(trainer.optimizers[0]) == [(pytest.approx(0.01 * 0.8**5), 0.5)]
 
     def test_grows_where_the_learning_rate_does_not(self) -> None:
-        module = Decayed(gamma=1.0)
-        make_trainer(per_example("constant"), accumulate_grad_batches=2).fit(module, data())
-        assert module.used == [[(0.01, pytest.approx(0.1 * size / 4))] for size in (8, 8, 6)]
+        module = trained(Decayed(gamma=1.0), data(), per_example("constant"), accumulate_grad_batches=2)
+        assert module.read == [[(0.01, pytest.approx(0.1 * size / 4))] for size in (8, 8, 6)]
 
     def test_is_left_alone_by_a_dry_run(self) -> None:
-        module = Decayed(gamma=1.0)
         callback = SurgeLRCallback(2, "sqrt", dry_run=True, scale_weight_decay="per_example")
-        make_trainer(callback).fit(module, data())
-        assert module.used == [[(0.01, 0.1)]] * 6
+        module = trained(Decayed(gamma=1.0), data(), callback)
+        assert module.read == [[(0.01, 0.1)]] * 6
 
 
 class TestWriter:
@@ -222,42 +204,30 @@ class TestWriter:
 
 class TestRestoring:
     def test_schedules_of_the_decay_are_followed(self) -> None:
-        class Growing(Callback):
-            def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-                optimizer_of(trainer).param_groups[0]["weight_decay"] *= 2.0
+        def grow(trainer: pl.Trainer, *args: Any) -> None:
+            trainer.optimizers[0].param_groups[0]["weight_decay"] *= 2.0
 
         module = Decayed(gamma=1.0)
-        trainer = make_trainer(Growing(), keeping())
+        trainer = make_trainer(LambdaCallback(on_train_batch_end=grow), keeping())
         trainer.fit(module, data(12))
-        products = [lr * (decay or 0.0) for [(lr, decay)] in module.used]
+        products = [lr * (decay or 0.0) for [(lr, decay)] in module.read]
         assert products == pytest.approx([0.001, 0.002, 0.004], rel=1e-15)
-        assert entries(optimizer_of(trainer))[0] == (0.01, 0.8)
+        assert entries(trainer.optimizers[0])[0] == (0.01, 0.8)
 
     def test_after_an_exception(self) -> None:
-        class Breaking(Decayed):
-            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-                if batch_idx == 2:
-                    [(self.lr, self.decay)] = entries(self.optimizers().optimizer)  # type: ignore[union-attr]
-                    raise RuntimeError("broken")
-                return super().training_step(batch, batch_idx)
-
-        module = Breaking(gamma=1.0)
-        trainer = make_trainer(keeping())
-        with pytest.raises(RuntimeError, match="broken"):
-            trainer.fit(module, data())
-        assert (module.lr, module.decay) == (0.01, 0.1)
-        assert entries(optimizer_of(trainer)) == [(0.01, 0.1)]
+        trainer = make_trainer(keeping(), CrashAt(2))
+        with pytest.raises(RuntimeError, match="switched off"):
+            trainer.fit(Decayed(gamma=1.0), data())
+        assert entries(trainer.optimizers[0]) == [(0.01, 0.1)]
 
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_in_checkpoints_and_in_the_run_that_goes_on_from_them(
         self, tmp_path: Path, accumulation: int
     ) -> None:
-        saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
-        module = Decayed()
         options: dict[str, Any] = {"accumulate_grad_batches": accumulation, "max_epochs": 2}
-        make_trainer(keeping(), saving, **options).fit(module, data(24))
-        paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.partition("step=")[2]))
+        module = trained(Decayed(), data(24), keeping(), every_step(tmp_path), **options)
+        paths = saved_steps(tmp_path)
         assert len(paths) == 12 // accumulation
         for step, path in enumerate(paths, start=1):
             (group,) = torch.load(path, weights_only=True)["optimizer_states"][0]["param_groups"]
@@ -267,32 +237,28 @@ class TestRestoring:
         make_trainer(keeping(), **options).fit(
             resumed, data(24), ckpt_path=str(paths[half - 1]), weights_only=True
         )
-        assert resumed.used == module.used[half:]
-        assert torch.equal(resumed.layer.weight, module.layer.weight)
+        assert resumed.read == module.read[half:]
+        assert torch.equal(resumed.weights, module.weights)
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("make_optimizer", "name"),
+        ("kind", "options", "law", "setting"),
         [
-            (lambda m: Adam(m.parameters(), weight_decay=0.1), "Adam"),
-            (lambda m: NAdam(m.parameters(), weight_decay=0.1), "NAdam"),
-            (lambda m: RMSprop(m.parameters(), weight_decay=0.1), "RMSprop"),
-            (lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1), "SGD"),
+            (Adam, {}, "measured", False),
+            (NAdam, {}, "sqrt", False),
+            (RMSprop, {}, "sqrt", "per_example"),
+            (SGD, {"momentum": 0.9}, "measured", "per_example"),
         ],
     )
-    @pytest.mark.parametrize(
-        ("law", "setting"), [("measured", False), ("sqrt", False), ("sqrt", "per_example")]
-    )
-    def test_of_coupled_decay(self, make_optimizer: MakeOptimizer, name: str, law: Any, setting: Any) -> None:
-        module = Decayed(make_optimizer)
+    def test_of_coupled_decay(self, kind: Any, options: dict[str, float], law: Any, setting: Any) -> None:
+        module = Decayed(with_lr(kind, 0.1, weight_decay=0.1, **options))
         callback = SurgeLRCallback(3, law, scale_weight_decay=setting)
-        message = f"scale_weight_decay={setting!r} .* got parameter group 0 of {name} with weight_decay=0.1"
+        message = f"{setting!r} .* got parameter group 0 of {kind.__name__} with weight_decay=0.1"
         with pytest.raises(MisconfigurationException, match=message):
             make_trainer(callback).fit(module, data())
         assert module.calls == 0
 
     def test_not_of_a_decay_of_zero(self) -> None:
-        module = Decayed(lambda m: Adam(m.parameters(), lr=0.01), gamma=1.0)
-        make_trainer(keeping()).fit(module, data(8))
-        assert module.used == [[(0.01 * (4 / 3), 0.0)]] * 2
+        module = trained(Decayed(with_lr(Adam, 0.01), gamma=1.0), data(8), keeping())
+        assert module.read == [[(0.01 * (4 / 3), 0.0)]] * 2

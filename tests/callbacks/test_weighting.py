@@ -6,15 +6,15 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
-from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Schedule
-from tests.trainings import Ragged, flat, make_trainer
+from tests.trainings import Ragged, flat, make_trainer, sampled, trained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
@@ -80,24 +80,27 @@ class Net(pl.LightningModule):
             assert (found - expected).norm() <= rtol * expected.norm()
 
 
+def weighted(
+    model: Net, schedule: Schedule, loader: Any = None, *, max_epochs: int = 2, **options: Any
+) -> BatchSizeScheduler:
+    """Trains, and makes sure that the gradient of every step is the mean over its examples."""
+    scheduler = BatchSizeScheduler(schedule, **options)
+    trained(model, ragged() if loader is None else loader, scheduler, max_epochs=max_epochs)
+    model.assert_means()
+    return scheduler
+
+
 class TestOneBigBatch:
     @pytest.mark.parametrize(
         "schedule", [ConstantSize(4), ConstantSize(16), Milestones({0: 4, 3: 16}), Milestones({0: 32, 2: 4})]
     )
     def test_ragged_batches(self, schedule: Schedule) -> None:
-        model, scheduler = Net(), BatchSizeScheduler(schedule)
-        make_trainer(scheduler, max_epochs=2).fit(model, ragged())
-        model.assert_means()
-        assert scheduler.examples == 2 * sum(RAGGED)
+        assert weighted(Net(), schedule).examples == 2 * sum(RAGGED)
 
     def test_tokens(self) -> None:
         # A batch of n examples has n x 5 numbers in it.
-        model = Net()
-        scheduler = BatchSizeScheduler(
-            Milestones({0: 20, 3: 80}), micro_batch_size=20, batch_size_fn=torch.numel
-        )
-        make_trainer(scheduler, max_epochs=2).fit(model, ragged())
-        model.assert_means()
+        tokens = Milestones({0: 20, 3: 80})
+        scheduler = weighted(Net(), tokens, micro_batch_size=20, batch_size_fn=torch.numel)
         assert scheduler.examples == 2 * FEATURES * sum(RAGGED)
         assert scheduler.scheduled_batch_size == 80
 
@@ -112,13 +115,12 @@ class TestOneBigBatch:
         data = examples(50)
         data[::4, 0] = data[::4, 0].abs() + 0.1
         data[1::4, 0] = data[1::4, 0].abs() + 0.1
-        model = Padded()
-        scheduler = BatchSizeScheduler(
-            LinearRamp(8, 30, 6), batch_size_fn=lambda batch: float((batch[:, 0] > 0).sum())
-        )
-        sampler = ScheduledBatchSampler(RandomSampler(data), 8)
-        make_trainer(scheduler, max_epochs=3).fit(model, DataLoader(data, batch_sampler=sampler))
-        model.assert_means()
+
+        def count(batch: Tensor) -> float:
+            return float((batch[:, 0] > 0).sum())
+
+        loader = sampled(data, 8)
+        scheduler = weighted(Padded(), LinearRamp(8, 30, 6), loader, max_epochs=3, batch_size_fn=count)
         assert scheduler.examples == 3 * (data[:, 0] > 0).sum()
 
     def test_micro_batches_without_a_loss(self) -> None:
@@ -130,11 +132,9 @@ class TestOneBigBatch:
                     return None
                 return loss
 
-        model, scheduler = Skips(), BatchSizeScheduler(Milestones({0: 4, 3: 16}))
-        trainer = make_trainer(scheduler, max_epochs=2)
-        trainer.fit(model, ragged())
-        model.assert_means()
-        assert len(model.gradients) == trainer.global_step - 1  # one step had no gradient at all
+        model = Skips()
+        scheduler = weighted(model, Milestones({0: 4, 3: 16}))
+        assert len(model.gradients) == model.trainer.global_step - 1  # one step had no gradient at all
         assert scheduler.examples == 2 * sum(RAGGED)  # consumed all the same
 
     def test_micro_batches_that_count_for_nothing(self) -> None:
@@ -155,18 +155,14 @@ class TestOneBigBatch:
         # Lightning leaves out the step at a window's end; the next window zeroes what was accumulated.
         loader = ragged()
         loader[missing] = None
-        model = Net()
-        make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=2).fit(model, loader)
-        model.assert_means()
+        weighted(Net(), Milestones({0: 4, 2: 16}), loader)
 
     def test_an_epoch_cut_short(self) -> None:
         class Stops(Net):
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
                 return -1 if self.trainer.current_epoch == 1 and batch_idx == 6 else None
 
-        model = Stops()
-        make_trainer(BatchSizeScheduler(Milestones({0: 4, 2: 16})), max_epochs=3).fit(model, ragged())
-        model.assert_means()
+        weighted(Stops(), Milestones({0: 4, 2: 16}), max_epochs=3)
 
     def test_parameters_that_are_frozen_or_not_used(self) -> None:
         model = Net()
@@ -179,8 +175,7 @@ class TestOneBigBatch:
             self.whole.append(flat(torch.autograd.grad(self.loss(torch.cat(self.window)), used)))
 
         model.on_before_optimizer_step = means.__get__(model)  # type: ignore[method-assign]
-        make_trainer(BatchSizeScheduler(ConstantSize(16)), max_epochs=2).fit(model, ragged())
-        model.assert_means()
+        weighted(model, ConstantSize(16))
         assert model.unused.weight.grad is None
 
 
@@ -190,9 +185,8 @@ class TestBitForBit:
     @staticmethod
     def pair(scheduler: BatchSizeScheduler, loader: Callable[[], Any], **options: Any) -> tuple[Net, Net]:
         make_optimizer = options.pop("make_optimizer", None)
-        accumulation = options.pop("accumulation", 4)
         plain, scheduled = Net(make_optimizer), Net(make_optimizer)
-        make_trainer(accumulate_grad_batches=accumulation, max_epochs=3, **options).fit(plain, loader())
+        make_trainer(accumulate_grad_batches=4, max_epochs=3, **options).fit(plain, loader())
         make_trainer(scheduler, max_epochs=3, **options).fit(scheduled, loader())
         return plain, scheduled
 
@@ -221,10 +215,6 @@ class TestBitForBit:
             )
             assert same(plain.gradients, scheduled.gradients)
 
-    def test_steps_of_one_micro_batch_need_no_weights(self) -> None:
-        plain, scheduled = self.pair(BatchSizeScheduler(ConstantSize(4)), ragged, accumulation=1)
-        assert same(plain.gradients, scheduled.gradients)
-
     def test_without_weights(self) -> None:
         scheduler = BatchSizeScheduler(ConstantSize(16), weight_micro_batches=False)
         plain, scheduled = self.pair(scheduler, ragged)
@@ -235,21 +225,16 @@ class TestBitForBit:
         assert scheduler.examples == 3 * sum(RAGGED)
 
     def test_the_logged_loss_is_not_touched(self) -> None:
-        seen: list[tuple[Tensor, Tensor]] = []
-
-        class Look(pl.Callback):
-            def on_train_batch_end(
-                self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-            ) -> None:
-                # Lightning has divided what it hands out here by the accumulation.
-                seen.append((outputs["loss"] * trainer.accumulate_grad_batches, pl_module.losses[-1]))
-                assert trainer.callback_metrics["train_loss_step"] == pl_module.losses[-1]
+        def look(trainer: pl.Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
+            # Lightning has divided what it hands out here by the accumulation.
+            handed_out = outputs["loss"] * trainer.accumulate_grad_batches
+            torch.testing.assert_close(handed_out, pl_module.losses[-1], rtol=1e-6, atol=0)
+            assert trainer.callback_metrics["train_loss_step"] == pl_module.losses[-1]
 
         model = Net()
-        trainer = make_trainer(Look(), BatchSizeScheduler(ConstantSize(16)))
+        trainer = make_trainer(LambdaCallback(on_train_batch_end=look), BatchSizeScheduler(ConstantSize(16)))
         trainer.fit(model, ragged())
-        for handed_out, loss in seen:
-            torch.testing.assert_close(handed_out, loss, rtol=1e-6, atol=0)
+        assert len(model.losses) == len(RAGGED)
         mean = sum(size * loss for size, loss in zip(RAGGED, model.losses, strict=True)) / sum(RAGGED)
         torch.testing.assert_close(trainer.callback_metrics["train_loss_epoch"], mean)
 
@@ -260,9 +245,8 @@ def same(found: Any, expected: Any) -> bool:
 
 class TestOtherParts:
     def test_gradients_are_clipped_after_the_correction(self) -> None:
-        model = Net()
         # The last window has 6 + 2 of 16 examples: uncorrected, its gradient would be half as large.
-        make_trainer(BatchSizeScheduler(ConstantSize(16)), gradient_clip_val=0.5).fit(model, ragged())
+        model = trained(Net(), ragged(), BatchSizeScheduler(ConstantSize(16)), gradient_clip_val=0.5)
         model.assert_means()
         for clipped, gradient in zip(model.clipped, model.gradients, strict=True):
             assert gradient.norm() > 0.5
@@ -317,14 +301,13 @@ class TestOtherParts:
         def make_optimizer(parameters: Any) -> Optimizer:
             return LBFGS(parameters, lr=0.1, max_iter=4, line_search_fn=line_search)
 
-        plain = Net(make_optimizer)
-        make_trainer(max_epochs=2).fit(plain, ragged())
+        plain = trained(Net(make_optimizer), ragged())
         model, scheduler = Net(make_optimizer), BatchSizeScheduler(ConstantSize(4))
-        trainer = make_trainer(scheduler, max_epochs=2)
+        trainer = make_trainer(scheduler)
         trainer.fit(model, ragged())
         assert len(model.gradients) > 2 * trainer.global_step
         assert same(plain.parameters(), model.parameters())
-        assert scheduler.examples == 2 * sum(RAGGED)
+        assert scheduler.examples == sum(RAGGED)
 
     def test_batches_in_containers(self) -> None:
         class Wrapped(Net):
@@ -333,6 +316,4 @@ class TestOtherParts:
 
         loader = ragged()
         loader[:] = [{"name": "batch", "inputs": (batch,)} for batch in loader]
-        model = Wrapped()
-        make_trainer(BatchSizeScheduler(ConstantSize(16))).fit(model, loader)
-        model.assert_means()
+        weighted(Wrapped(), ConstantSize(16), loader)

@@ -80,7 +80,6 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     laws.ConstantLaw: RULE,
     laws.SqrtLaw: RULE,
     laws.LinearLaw: RULE,
-    laws.gain_fraction: {"batch_size": 16, "critical_batch_size": 300},
     laws.steps_needed: {"batch_size": 16, "critical_batch_size": 300, "min_steps": 10},
     laws.examples_needed: {"batch_size": 16, "critical_batch_size": 300, "min_examples": 3000},
     **{getattr(law, name): {"batch_size": 16}

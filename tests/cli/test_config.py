@@ -10,10 +10,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback, schedules
+from lightning_surge import ExactResume, SurgeLRCallback, schedules
 from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import (
@@ -33,89 +31,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Linear(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 2)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.layer(batch).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=1e-3)
-
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(torch.randn(64, 4), batch_size=4)  # type: ignore[arg-type]
-
-
-HEAD = """
-seed_everything: 0
-trainer:
-  max_epochs: 1
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  accelerator: cpu
-  callbacks:
-    - class_path: lightning_surge.SurgeLRCallback
-      init_args: {base_batch_size: 4}
-    - class_path: lightning_surge.BatchSizeScheduler
-      init_args:
-        schedule:
-"""
-
-PHASES = """
-          class_path: Phases
-          init_args:
-            unit: steps
-            phases:
-              - {begin: 0, end: 3, schedule: {class_path: ConstantSize, init_args: {size: 4}}}
-              - begin: 3
-                end: null
-                schedule:
-                  class_path: lightning_surge.schedules.sizes.GeometricRamp
-                  init_args: {start: 4, end: 16, duration: 4}
-"""
+    pass
 
 
 @pytest.fixture(autouse=True)
 def _no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train.py"])
-
-
-def run(tmp_path: Path, schedule: str, subcommand: str = "fit") -> LightningCLI:
-    config = tmp_path / "config.yaml"
-    config.write_text(HEAD + schedule)
-    arguments = [subcommand, "--config", str(config)]
-    return LightningCLI(Linear, args=arguments, save_config_callback=None)
-
-
-def test_phases_train(tmp_path: Path) -> None:
-    trainer = run(tmp_path, PHASES).trainer
-    (scheduler,) = [one for one in trainer.callbacks if isinstance(one, BatchSizeScheduler)]  # type: ignore[attr-defined]
-    assert scheduler.schedule == Phases(
-        [Phase(0, 3, ConstantSize(4)), Phase(3, None, GeometricRamp(4, 16, 4))]
-    )
-    # 3 steps of 4, then requests of 4, 5, 8, 11, 16, 16: windows begin at micro-batches 3, 4, 5, 6, 8, 12.
-    assert trainer.global_step == 9
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (PHASES.replace("begin: 3\n", "begin: 5\n"), "a gap before phases[1], end=3.0"),
-        (PHASES.replace("begin: 3\n", "begin: 2\n"), "an overlap before phases[1], end=3.0"),
-        (PHASES.replace("{size: 4}", "{size: 0}"), "Expected a whole number size >= 1"),
-        (PHASES.replace("ConstantSize", "ConstantSise"), "ConstantSise"),
-    ],
-)
-def test_mistakes_are_named_before_training(
-    tmp_path: Path, wrong: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # A wrong value is found when the object is made, a wrong name already when the file is parsed.
-    with pytest.raises((SystemExit, ValueError)) as caught:
-        run(tmp_path, wrong)
-    assert message in " ".join((str(caught.value) + capsys.readouterr().err).split())
 
 
 class _Parsed(Exception):
@@ -132,7 +53,7 @@ class ParsingCLI(LightningCLI):
 def parse(tmp_path: Path, callbacks: str) -> tuple[list[Any], str]:
     """The callbacks that a file makes, and the configuration printed with all defaults."""
     config = tmp_path / "config.yaml"
-    config.write_text("trainer:\n  callbacks:\n" + callbacks)
+    config.write_text("seed_everything: 0\ntrainer:\n  callbacks:\n" + callbacks)
     with pytest.raises(_Parsed) as caught:
         ParsingCLI(
             Linear,
@@ -211,24 +132,23 @@ def test_every_kind_of_argument_of_the_callback(tmp_path: Path, functions: Any) 
     assert again.parser.dump(again.config, skip_none=False) == printed
 
 
-@pytest.mark.parametrize("split", ["false", "null"])
-def test_a_callback_that_never_cuts(tmp_path: Path, split: str) -> None:
-    (callback,), _ = parse(
-        tmp_path,
-        f"    - {{class_path: lightning_surge.SurgeLRCallback, init_args: {{split_batch: {split}}}}}\n",
-    )
-    assert callback._split_batch is (False if split == "false" else None)
-
-
 @pytest.mark.parametrize(
-    ("written", "meant"), [("false", False), ("true", True), ("per_example", "per_example")]
+    ("name", "written", "meant"),
+    [
+        ("split_batch", "false", False),
+        ("split_batch", "null", None),
+        ("scale_weight_decay", "false", False),
+        ("scale_weight_decay", "true", True),
+        ("scale_weight_decay", "per_example", "per_example"),
+    ],
 )
-def test_each_choice_of_the_weight_decay(tmp_path: Path, written: str, meant: bool | str) -> None:
+def test_switches_that_are_also_something_else(tmp_path: Path, name: str, written: str, meant: Any) -> None:
     (callback,), printed = parse(
-        tmp_path, f"    - {{class_path: SurgeLRCallback, init_args: {{scale_weight_decay: {written}}}}}\n"
+        tmp_path, f"    - {{class_path: SurgeLRCallback, init_args: {{{name}: {written}}}}}\n"
     )
-    assert callback.settings.scale_weight_decay == meant
-    assert f"scale_weight_decay: {written}" in printed
+    found = {"split_batch": callback._split_batch, "scale_weight_decay": callback.settings.scale_weight_decay}
+    assert found[name] is meant or found[name] == meant == "per_example"
+    assert f"{name}: {written}" in printed
 
 
 @pytest.mark.parametrize(
@@ -291,6 +211,21 @@ def test_every_schedule_by_both_names(tmp_path: Path, names: str, written: str, 
         tmp_path, f"    - {{class_path: {callback}, init_args: {{schedule: {written}}}}}\n"
     )
     assert scheduler.schedule == meant
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("{class_path: ConstantSize, init_args: {size: 0}}", "Expected a whole number size >= 1"),
+        ("{class_path: ConstantSise, init_args: {size: 8}}", "ConstantSise"),
+        (SCHEDULES[5][0].replace("begin: 0", "begin: 5"), "a gap before phases[0], end=0 and begin=5.0"),
+    ],
+)
+def test_mistakes_in_schedules_are_named(tmp_path: Path, wrong: str, message: str) -> None:
+    # A wrong value is found when the object is made, a wrong name already when the file is parsed.
+    with pytest.raises((ArgumentError, ValueError)) as caught:
+        parse(tmp_path, f"    - {{class_path: BatchSizeScheduler, init_args: {{schedule: {wrong}}}}}\n")
+    assert message in " ".join(str(caught.value).split())
 
 
 def test_all_schedules_are_tried_here() -> None:

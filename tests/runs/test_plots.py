@@ -16,20 +16,19 @@ from matplotlib.colors import to_rgba
 
 from lightning_surge.laws.objectives import OBJECTIVES, progress_ratio
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.charts import (
+from lightning_surge.runs.plots import (
     GREEN,
     MOST_MARKS,
     MOST_POINTS,
     ORANGE,
     VERMILION,
     changes,
-    number,
+    plot_run,
     size_range,
     thinned,
 )
-from lightning_surge.runs.plots import plot_run
 from lightning_surge.runs.run_log import RunLog, RunLogError, Series
-from tests.logged_runs import LAW, as_log, lawless, rows, several_optimizers
+from tests.logged_runs import LAW, as_log, lawless, rows
 
 STEPS = np.array([10, 20, 30, 40, 50])
 
@@ -102,16 +101,6 @@ class TestRates:
         np.testing.assert_array_equal(found[0], 60.0 * STEPS)
         with pytest.raises(RunLogError, match="'surge/examples'"):
             plot_run(as_log(rows(examples=None)), x="examples")
-
-    @pytest.mark.parametrize("name", ["lr_scheduled", "lr_predicted", "lr_used", "batch_size"])
-    def test_a_missing_key_is_named_with_those_found(self, name):
-        with pytest.raises(RunLogError, match=f"'surge/{name}', got these surge keys: .*SurgeLRCallback"):
-            plot_run(as_log(rows(**{name: None})))
-
-    @pytest.mark.parametrize("base", [0, -8, math.nan, math.inf])
-    def test_a_base_that_is_no_size_is_refused(self, base):
-        with pytest.raises(ValueError, match=f"0 < base_batch_size < inf, got base_batch_size={base}: pass"):
-            plot_run(as_log(rows()), base_batch_size=base)
 
 
 class TestChanges:
@@ -222,26 +211,6 @@ class TestLaw:
         low, high = axes.get_xlim()
         assert axes.get_ylim()[1] == pytest.approx(1.5 * progress_ratio(LAW, high, 60.0))
         assert low < 30 / 3 < 120 * 3 < high
-
-
-class TestSeveralOptimizers:
-    @pytest.mark.parametrize(("group", "size", "lr"), [("opt0", 60, 1e-3), ("opt1", 120, 2e-3)])
-    def test_each_has_its_charts(self, group, size, lr):
-        rates, sizes, *_ = plot_run(as_log(several_optimizers()), group=group).axes
-        assert set(lines(sizes)["batch size in force"][1]) == {size}
-        assert set(lines(rates)["used"][1]) == {lr}
-
-    def test_without_a_name_the_base_is_not_known(self):
-        with pytest.raises(ValueError, match="base_batch_size=nan"):
-            plot_run(as_log(several_optimizers()))
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [(1024.0, "1,024"), (16384.0, "16,384"), (1e6, "1,000,000"), (0.25, "0.25"), (0.0, "0")],
-)
-def test_thousands_have_separators(value, words):
-    assert number(value) == words
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,6 @@ def distributed(rank: int = 1, size: int = 27, replicas: int = 2) -> Distributed
 def move_on(itinerary: Itinerary, sampler: ScheduledBatchSampler) -> None:
     """What `BatchSizeScheduler` does at the end of an epoch."""
     windows = sampler.windows()
-    assert windows is not None
     examples = sum(map(sum, windows)) * itinerary.replicas
     step, before, epoch = itinerary.begin
     itinerary.begin = Progress(step + len(windows), before + examples, epoch + 1)
@@ -75,15 +74,6 @@ class TestOrdinaryBatchSampler:
         assert list(mine) == list(torchs)
         assert len(mine) == len(torchs) == len(list(mine))
         assert mine.windows() is None
-
-    @pytest.mark.parametrize("drop_last", [True, False])
-    @pytest.mark.parametrize("own", [True, False])
-    def test_is_torchs_for_a_random_order(self, own: bool, drop_last: bool) -> None:
-        def epoch(kind: type[BatchSampler]) -> Batches:
-            torch.manual_seed(7)
-            return list(kind(RandomSampler(range(23), generator=generator() if own else None), 4, drop_last))
-
-        assert epoch(ScheduledBatchSampler) == epoch(BatchSampler)
 
     @pytest.mark.parametrize("own", [True, False])
     def test_nothing_is_drawn_before_the_first_index(self, own: bool) -> None:
@@ -291,13 +281,6 @@ class TestResuming:
                 resumed.load_state_dict(state)
                 assert batches_of(resumed) == batches[position:]
                 assert batches_of(resumed) == later or name not in WITH_OWN_STREAM
-
-    def test_when_nothing_is_followed(self) -> None:
-        batches, states = epoch_with_states(stateful(SAMPLERS["random"]))
-        for position, state in enumerate(states):
-            resumed = stateful(SAMPLERS["random"])
-            resumed.load_state_dict(state)
-            assert batches_of(resumed) == batches[position:]
 
     def test_leaves_the_global_random_stream_alone(self) -> None:
         for name in ("random", "subset", "weighted"):

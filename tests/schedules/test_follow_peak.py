@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, SGDLaw
+from lightning_surge.laws.base import ConstantLaw, Law, MeasuredLaw, SGDLaw
 from lightning_surge.measure.records import ChunkStatistics
 from lightning_surge.policy.estimates import EstimatedLaw, estimate
 from lightning_surge.policy.history import Measurement, NoiseHistory, NoiseStats
@@ -77,24 +77,10 @@ class TestDecisions:
         rule = FollowPeak(16, 256, minimum=8, growth_only=False)
         assert sizes_until_rest(rule, sure(critical(target)), 128) == sizes
 
-    def test_a_step_is_no_larger_than_max_change(self) -> None:
-        rule = FollowPeak(10, 100, max_change=1.5, growth_only=False)
-        assert sizes_until_rest(rule, sure(critical(1e9)), 10) == [10, 15, 22, 33, 49, 73, 100]
-        assert sizes_until_rest(rule, sure(critical(1e-9)), 100) == [100, 67, 45, 30, 20, 14, 10]
-
-    def test_factor_is_a_share_of_the_target(self) -> None:
-        law = sure(critical(100.0))
-        by_factor = {
-            factor: sizes_until_rest(FollowPeak(1, 256, factor=factor), law, 1)[-1] for factor in (0.25, 1, 2)
-        }
-        assert by_factor == {0.25: 16, 1: 64, 2: 128}
-
-    def test_hysteresis_is_how_far_too_large_a_size_may_be(self) -> None:
-        law = sure(critical(16.0))
-        rules = [
-            FollowPeak(1, 256, growth_only=False, hysteresis=hysteresis) for hysteresis in (1.5, 2.0, 4.1)
-        ]
-        assert [sizes_until_rest(rule, law, 64)[-1] for rule in rules] == [16, 16, 64]
+    @pytest.mark.parametrize(("hysteresis", "size"), [(1.5, 16), (2.0, 16), (4.1, 64)])
+    def test_hysteresis_is_how_far_too_large_a_size_may_be(self, hysteresis: float, size: int) -> None:
+        rule = FollowPeak(1, 256, growth_only=False, hysteresis=hysteresis)
+        assert sizes_until_rest(rule, sure(critical(16.0)), 64)[-1] == size
 
     def test_target_is_the_peak_or_the_critical_batch_size(self) -> None:
         law = sure(peaked(96.0))
@@ -183,14 +169,7 @@ class TestDoubt:
         rule = FollowPeak(16, 256, **FREE)
         assert rule.reciprocal(law) == math.inf
         assert rule.next_size(16, sure(law)) == 16
-
-    def test_nor_is_one_that_is_no_number(self) -> None:
-        class Undefined(LinearLaw):
-            critical_batch_size = math.nan  # type: ignore[assignment]
-
-        law = Undefined(base_lr=1.0, base_batch_size=16)
-        assert FollowPeak(16, 256, **FREE).next_size(16, sure(law)) == 16
-        assert FollowPeak(16, 256, confidence=0.0, **FREE).next_size(16, sure(law)) == 16
+        assert replace(rule, confidence=0.0).next_size(16, sure(law)) == 16
 
     def test_reciprocals_overflow_to_no_decision(self) -> None:
         rule = FollowPeak(16, 256, factor=1e-200)
@@ -250,7 +229,6 @@ class TestNoisyMeasurements:
             grad_sq = 1.0 + 0.5 * float(rng.standard_normal())
             history.add(Measurement(ChunkStatistics(8.0, grad_sq, 100.0, ()), (), passes=16.0))
             law = estimate(history, noise_law)
-            assert law is not None
             if len(history) < 2:
                 assert rule.next_size(size, law) == size
             size = rule.next_size(size, law)
@@ -280,15 +258,6 @@ class TestRule:
         )
         with pytest.raises(ValueError, match=message):
             FollowPeak(start, maximum, minimum=minimum)
-
-    @pytest.mark.parametrize(
-        ("name", "low", "usual"), [("factor", 0.0, 1), ("max_change", 1.0, 2), ("hysteresis", 1.0, 2)]
-    )
-    def test_refuses_factors_out_of_range(self, name: str, low: float, usual: int) -> None:
-        for value in (low, low - 1, math.nan, math.inf):
-            message = rf"Expected {low:g} < {name} < inf, got {name}={value}: the default is {usual}"
-            with pytest.raises(ValueError, match=message):
-                FollowPeak(16, 256, **{name: value})  # type: ignore[arg-type]
 
     def test_refuses_a_change_too_small_to_add_an_example(self) -> None:
         with pytest.raises(ValueError, match=r"smallest size, 4, got max_change=1\.2: it could never grow"):

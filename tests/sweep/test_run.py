@@ -13,7 +13,7 @@ import pytest
 
 from lightning_surge.cli.sweep import Progress
 from lightning_surge.sweep import run as module
-from lightning_surge.sweep.cells import Cell, Grid, Outcome, SweepError, SweepSettings, planned
+from lightning_surge.sweep.cells import Cell, Grid, Outcome, SweepSettings, planned
 from lightning_surge.sweep.run import CellProcess, run_cells
 from lightning_surge.sweep.study import SweepStudy
 from tests.processes import is_running, wait
@@ -80,7 +80,6 @@ def test_cells_run_some_at_a_time_and_once(study: SweepStudy, slots: int) -> Non
         return Pretence(study, trial, 3 if slot else 2, Outcome("finished", 1.0), log)
 
     first = study.claim()
-    assert first is not None
     study.tell(first._trial_id, Outcome("finished", 2.0))
     records = run(study, start, slots=slots)
     assert [records[cell].loss for cell in CELLS] == [2.0, 1.0, 1.0, 1.0]
@@ -89,52 +88,9 @@ def test_cells_run_some_at_a_time_and_once(study: SweepStudy, slots: int) -> Non
     assert max(running) == min(slots, 3)
 
 
-def test_a_crash_costs_a_cell_and_can_be_tried_again(study: SweepStudy) -> None:
-    log: list[tuple[str, Cell]] = []
-
-    def start(trial: Any, slot: int) -> Any:
-        crashes = trial.number == 1
-        return Pretence(study, trial, 1, "crash" if crashes else Outcome("finished", 1.0), log)
-
-    records = run(study, start)
-    assert [records[cell].status for cell in CELLS] == ["finished", "killed", "finished", "finished"]
-    assert ("stop", CELLS[1]) in log  # the log stays
-    assert run(study, start) == records
-    again = run(study, start, again=[CELLS[1]])
-    assert again[CELLS[1]].status == "finished"
-    assert sum(what == "start" for what, _ in log) == 5
-
-
-def test_what_no_cell_can_do_ends_the_sweep(study: SweepStudy) -> None:
-    with pytest.raises(SweepError, match="no cell can run"):
-        run(study, lambda trial, slot: Pretence(study, trial, 1, "no cell can run", []), slots=2)
-    assert study.records() == {}
-
-
-def test_an_interrupt_stops_what_runs_and_keeps_what_has_finished(study: SweepStudy) -> None:
-    log: list[tuple[str, Cell]] = []
-
-    def interrupt(records: dict[Cell, Outcome], trials: Any) -> None:
-        if records:
-            raise KeyboardInterrupt
-
-    def start(trial: Any, slot: int) -> Any:
-        return Pretence(study, trial, 99 if slot else 1, Outcome("finished", 1.0), log)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(study, start, slots=3, look=interrupt)
-    assert list(study.records()) == CELLS[:1]
-    assert [trial.state.name for trial in study.study.trials] == ["COMPLETE", "FAIL", "FAIL", "FAIL"]
-    # The same command goes on.
-    records = run(study, lambda trial, slot: Pretence(study, trial, 1, Outcome("finished", 1.0), log))
-    assert set(records) == set(CELLS)
-    assert sum(cell == CELLS[0] for what, cell in log if what == "start") == 1
-
-
 def test_cells_that_run_elsewhere_are_waited_for(study: SweepStudy) -> None:
     log: list[tuple[str, Cell]] = []
     elsewhere = study.claim()
-    assert elsewhere is not None
     looks = []
 
     def look(records: dict[Cell, Outcome], trials: Any) -> None:

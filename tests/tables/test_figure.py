@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import sys
 from typing import Any
 
 import numpy as np
@@ -148,10 +148,10 @@ def test_one_panel_per_target(fit: GridFit) -> None:
     assert [axes.get_visible() for axes in figure.axes[:6]] == [True] * 4 + [False] * 2
 
 
-def test_nothing_to_draw_and_nothing_to_draw_with(fit: GridFit, without: Callable[[str], None]) -> None:
+def test_nothing_to_draw_and_nothing_to_draw_with(fit: GridFit, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="Expected at least one fit, got none"):
         draw_fits([])
-    without("matplotlib")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[plot\]'"):
         draw_fits([fit])
 

@@ -91,8 +91,6 @@ class TestExact:
         assert not found.limited
         # Laws that hold the true one as a limit tie with it; the others do not.
         assert fit.best == name or name in fit.ties
-        assert found.held_out is not None
-        assert other.held_out is not None
         assert found.held_out.error < 1e-5
         assert other.held_out.error > 0.1
         assert fit.tradeoff == ()
@@ -117,8 +115,7 @@ class TestExact:
         law = TRUE["adam"][0]
         logs = np.log([law.lr(size) for size in SIZES])
         logs[2] += math.log(8)
-        robust = fit_law("adam", Optima(np.array(SIZES), logs, None))
-        assert robust is not None
+        robust = fit_law("adam", Optima(np.array(SIZES), logs))
         # Least squares in the amplitude alone would be off by 8^(1/6).
         assert robust.law.lr(4) == pytest.approx(law.lr(4), rel=0.25)
         assert robust.law.peak.lr == pytest.approx(0.01, rel=0.25)
@@ -183,23 +180,14 @@ class TestOptima:
         assert valley.seed_noise == pytest.approx(1)
         assert valleys(table._replace(seeds=None))[0].optimum.status == "flat"
 
-    def test_a_finer_grid_has_a_wider_parabola(self) -> None:
-        """Neighbours 2 % apart differ by noise; the parabola spans a factor of 1.5 to both sides."""
-        generator = np.random.default_rng(1)
-        lrs = np.geomspace(0.1, 10, 200)
-        losses = 0.5 * np.log(lrs) ** 2 + 0.01 * generator.standard_normal(200)
-        status, lr = self.one(lrs.tolist(), losses.tolist())
-        assert status == "inside"
-        assert abs(math.log(lr)) < 0.02
-
-    def test_a_random_search_of_thousands_is_put_into_bins(self) -> None:
+    def test_a_random_search_of_thousands_has_a_wide_parabola(self) -> None:
+        """Neighbours differ by noise; the parabola spans a factor of 1.5 to both sides."""
         generator = np.random.default_rng(2)
         lrs = np.exp(generator.uniform(-3, 3, 5000))
         losses = 0.5 * np.log(lrs / 1.2) ** 2 + 0.1 * generator.standard_normal(5000)
         valley = valleys(RunTable("loss", np.full(5000, 8.0), lrs, losses))[0]
-        assert valley.means.size <= 200
-        assert valley.counts.sum() == 5000
-        assert math.log(valley.optimum.lr / 1.2) == pytest.approx(0, abs=0.05)
+        assert valley.optimum.status == "inside"
+        assert math.log(valley.optimum.lr / 1.2) == pytest.approx(0, abs=0.02)
 
 
 class TestProperties:
@@ -215,8 +203,6 @@ class TestProperties:
         for law in before.laws:
             scaled = only(after, law.name)
             assert scaled.law.lr(100) == pytest.approx(law.law.lr(100) * factor, rel=1e-6)
-            assert scaled.held_out is not None
-            assert law.held_out is not None
             assert scaled.held_out.error == pytest.approx(law.held_out.error, rel=1e-5)
         assert [each.value for each in after.tradeoff] == pytest.approx(
             [each.value for each in before.tradeoff]
@@ -235,7 +221,6 @@ class TestProperties:
     def test_the_order_of_the_rows_changes_nothing(self, seed: int) -> None:
         table = grid(MEASURED, sizes=SIZES[:4], seeds=3, noise=0.02)
         rows = np.random.default_rng(seed).permutation(table.lrs.size)
-        assert table.seeds is not None
         shuffled = RunTable(
             "loss", table.batch_sizes[rows], table.lrs[rows], table.outcomes[rows], table.seeds[rows]
         )
@@ -294,21 +279,6 @@ class TestStatistics:
         # A law that misses its optima is uncertain by as much.
         assert width["linear"] > 3 * width["adam"] > 0
 
-    @pytest.mark.parametrize(
-        ("name", "wrong"),
-        [
-            ("measured", "linear"),
-            ("adam", "linear"),
-            ("sgd", "linear"),
-            ("constant", "sqrt"),
-            ("linear", "constant"),
-        ],
-    )
-    def test_the_generating_law_predicts_best_or_ties_with_noise(self, name: str, wrong: str) -> None:
-        fit = fit_grid(grid(TRUE[name][0], seeds=4, noise=0.01, seed=3), laws=list(TRUE), bootstrap=0)
-        assert name in (fit.best, *fit.ties)
-        assert wrong not in (fit.best, *fit.ties)
-
     def test_an_interval_may_have_no_end(self) -> None:
         drawn = [1.0] * 10 + [math.inf] * 10
         assert estimate("peak", 2.0, drawn)[2:] == (1.0, math.inf)
@@ -335,7 +305,7 @@ class TestTooLittle:
         fit = fit_grid(grid(MEASURED, sizes=SIZES[:3]), laws=["measured", "adam"], bootstrap=0)
         assert only(fit, "measured").held_out is None
         assert fit.best == "adam"
-        assert hold_out("measured", Optima(np.array(SIZES[:3]), np.zeros(3), None)) is None
+        assert hold_out("measured", Optima(np.array(SIZES[:3]), np.zeros(3))) is None
 
     def test_edges_take_no_part(self) -> None:
         table = grid(MEASURED)
@@ -359,32 +329,8 @@ class TestTooLittle:
             with pytest.raises(ValueError, match=message):
                 fit_grid(table, **arguments)  # type: ignore[arg-type]
 
-    def test_targets_are_fitted_one_by_one(self) -> None:
-        table = grid(MEASURED, critical=20.0)
-        both = RunTable(
-            "steps",
-            np.tile(table.batch_sizes, 2),
-            np.tile(table.lrs, 2),
-            np.concatenate([table.outcomes, 3 * table.outcomes]),
-            None,
-            np.repeat([2.5, 1.5], table.lrs.size),
-        )
-        (high, first), (low, second) = split_targets(both)
-        assert (high, low) == (2.5, 1.5)
-        steps = [fit_grid(part, laws=["adam"], bootstrap=0).tradeoff[1].value for part in (first, second)]
-        assert steps == pytest.approx([1000, 3000])
-
 
 class TestCommittedTables:
-    def test_signs_on_the_perceptron_surge(self) -> None:
-        """The optimum rises from B = 4 to 64 and falls to 1024, and Adam's form has its peak between."""
-        _, table = split_targets(read_table(TABLES / "perceptron_sign.csv"))[0]
-        fit = fit_grid(table, bootstrap=0)
-        lrs = [lr.value for lr in fit.lrs]
-        assert lrs[0] < lrs[1] < lrs[2] > lrs[3] > lrs[4]
-        assert 64 < only(fit, "adam").peak_batch_size.value < 256
-        assert fit.best in ("adam", "adam_eq22", "measured")
-
     def test_with_adam_the_optima_level_off(self) -> None:
         """The page says at how many of the targets the form of SGD predicts best."""
         best = [

@@ -1,20 +1,47 @@
-"""Whether the best ratio of learning rates rises and falls with the batch size, read off the ladder."""
+"""A ladder of ratios after a change of the batch size, each approached from 1; and the best of them.
+
+Whether the best ratio rises and falls with the batch size is what the paper says of one step, asked of whole
+runs.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.fidelity.analysis import POINT, Array, Record, Row, groups, loss_of_run
-from benchmarks.fidelity.ceilings import LEAST_STEPS
-from benchmarks.fidelity.free import DECAYS, approached
+from benchmarks.fidelity.free import DECAYS, LARGER, approached
 from benchmarks.fidelity.markdown import number, table
+from benchmarks.fidelity.switch import SEEDS, final_losses
 from benchmarks.fidelity.workloads import BASE_BATCH_SIZE
 from lightning_surge.policy.policy import MAX_DRIFT
 
-__all__ = ["best_ratio_table", "best_ratios"]
+__all__ = ["LONGEST", "best_ratio_table", "best_ratios", "ladder"]
+
+RATIOS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0)
+LONGEST = 8 * DECAYS[-1]
+"""Examples after the change that are enough for a ladder up to 256 times the batch size."""
+LEAST_STEPS = 32
+
+
+def ladder(
+    workload: str, beta_2: float, phase: str, examples: int, sizes: Sequence[int] = LARGER
+) -> dict[str, Any]:
+    """Final losses after a change at a phase: by batch size and ratio approached, one for each seed."""
+    losses = {}
+    for size in sizes:
+        ends = [ratio for ratio in RATIOS if ratio <= max(size / BASE_BATCH_SIZE, 8.0)]
+
+        def multipliers_at(step: int, ends: Sequence[float] = ends) -> torch.Tensor:
+            return torch.tensor([approached(end, MAX_DRIFT, step) for end in ends])
+
+        found = final_losses(workload, beta_2, phase, size, multipliers_at, examples)
+        losses[str(size)] = dict(zip(map(str, ends), map(list, zip(*found, strict=True)), strict=True))
+    return {"seeds": list(SEEDS), "losses": losses}
 
 
 def best_ratios(records: Sequence[Record]) -> list[Row]:
@@ -48,24 +75,16 @@ def lowest(x: Array, losses: Array) -> float:
 
 
 def vertex(x: Array, losses: Array) -> float:
-    """Minimum of the least-squares parabola through five points around the lowest, fewer at an end.
+    """Minimum of the parabola through the lowest point and its neighbours; the point itself at an end.
 
-    Through three points where the two differ by more than half a step of the grid, as they do beside a wall
-    of runs that almost diverged. The lowest point itself if nothing turns inside.
+    No more points: beside a wall of runs that almost diverged they would draw it away.
     """
     low = int(np.argmin(losses))
-    left, right = x[max(low - 1, 0)], x[min(low + 1, len(x) - 1)]
-    found = []
-    for reach in (1, 2):
-        near = slice(max(low - reach, 0), low + reach + 1)
-        if len(x[near]) >= 3:
-            square, linear, _ = np.polyfit(x[near] - x[low], losses[near] - losses[low], 2)
-            if square > 0.0 and left <= x[low] - linear / (2 * square) <= right:
-                found.append(float(x[low] - linear / (2 * square)))
-    if not found:
+    if low in (0, len(x) - 1):
         return float(x[low])
-    step = (right - left) / (2 if 0 < low < len(x) - 1 else 1)
-    return found[-1] if abs(found[-1] - found[0]) <= step / 2 else found[0]
+    near = slice(low - 1, low + 2)
+    square, linear, _ = np.polyfit(x[near] - x[low], losses[near] - losses[low], 2)
+    return float(x[low] - linear / (2 * square)) if square > 0.0 else float(x[low])
 
 
 def best_ratio_table(records: Mapping[str, Sequence[Record]]) -> str:

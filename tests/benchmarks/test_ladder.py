@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fidelity.best_ratio import best_ratio_table, best_ratios
+from benchmarks.fidelity.ladder import best_ratio_table, best_ratios
 
 POINT: dict[str, Any] = {"workload": "perceptron", "beta_2": 0.95, "phase": "late", "examples": 65536}
 
