@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lightning_surge.laws.base import Law, MeasuredLaw, SGDLaw
 from lightning_surge.laws.theorems import Theorem3Law
+from lightning_surge.measure.direction import ORTHOGONAL
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 from lightning_surge.policy.estimates import (
     EstimatedLaw,
@@ -22,6 +23,7 @@ from lightning_surge.policy.estimates import (
     fit_sgd_law,
     fit_sign_law,
     fit_theorem3_law,
+    law_of,
 )
 from tests.drawn import halves, history_of, many, measured_law, within
 
@@ -100,6 +102,13 @@ class TestExactData:
         fitted = fit_sgd_law(history_of([measured(SGDLaw(max_lr=max_lr, noise_scale=scale))] * 2).stats())
         assert fitted.max_lr == pytest.approx(max_lr, rel=1e-6)
         assert fitted.noise_scale == pytest.approx(scale, rel=1e-6)
+
+    def test_along_whole_matrices_the_noise_scale_is_all_that_is_taken(self) -> None:
+        fitted = law_of(ORTHOGONAL)(history_of([measured(TRUE)._replace(curvatures=())] * 2).stats())
+        for b in (1.0, 30.0, 1000.0):
+            assert fitted.isotropic_lr(b) / fitted.isotropic_lr(16.0) == pytest.approx(
+                TRUE.alignment(b) / TRUE.alignment(16.0), rel=1e-9
+            )
 
     def test_theorem_3_from_its_sums(self) -> None:
         mean, deviation = np.array([0.5, -0.3, 0.8]), np.array([2.0, 1.5, 3.0])
