@@ -62,7 +62,7 @@ class BatchCounter:
     def _choose(self, batch: Any, loader: object) -> Rule:
         """Which of the rules is certain."""
         if isinstance(getattr(batch, "num_graphs", None), int):
-            return _graphs
+            return lambda batch: float(batch.num_graphs)
         loaded, full = _loaded(loader)
         found = list(_lengths(batch))
         lengths = {length for _, length in found}
@@ -90,10 +90,6 @@ def _leading(batch: Any) -> float:
     if type(batch) in (list, tuple) and set(map(type, batch)) == {Tensor} and batch[0].ndim:
         return int(batch[0].shape[0])  # the usual batch, at every step
     return next(_lengths(batch))[1]
-
-
-def _graphs(batch: Any) -> float:
-    return float(batch.num_graphs)
 
 
 def _lengths(batch: Any) -> Iterator[tuple[str, int]]:

@@ -438,7 +438,7 @@ class BatchSizeScheduler(Callback):
 
     # ------------------------------------------------------------------ the end, and state
 
-    def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Give the Trainer its own accumulation back."""
         # self._accumulation stays: a checkpoint may still be written in on_train_end or on_exception.
         if self._original_accumulation is not None:
@@ -446,9 +446,7 @@ class BatchSizeScheduler(Callback):
         if self._itinerary is not None:
             unfollow(self._itinerary)
 
-    def on_exception(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Give the Trainer its own accumulation back."""
-        self.on_train_end(trainer)
+    on_exception = on_train_end
 
     def teardown(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Give the Trainer its own accumulation back, whatever other callbacks wrote at the end."""
@@ -482,12 +480,7 @@ class BatchSizeScheduler(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; state that cannot be used is dropped, with a warning."""
         try:
-            version = state_dict.get("version")
-            if version not in (1, STATE_VERSION):
-                raise ValueError(
-                    f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}."
-                )
-            state = restore(SchedulerState, state_dict)
+            state = restore(SchedulerState, state_dict, versions=(1, STATE_VERSION))
         except Exception as error:
             warn(
                 f"Expected whole state in the checkpoint, got what cannot be read: {type(error).__name__}:"

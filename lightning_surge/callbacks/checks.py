@@ -90,7 +90,14 @@ def check_optimizer(
     """Refuse optimizers that the law does not describe, and name one that is not known."""
     family = optimizer_family(optimizer)
     direction, why = family.direction, family.why
-    _check_lr(optimizer, name)
+    for index, group in enumerate(optimizer.param_groups):
+        if group.get("relative_step", False) or group.get("lr") is None:
+            raise MisconfigurationException(
+                f"{name} multiplies the learning rate, got parameter group {index} of "
+                f"{type(optimizer).__name__} with lr={group.get('lr')} and relative_step="
+                f"{group.get('relative_step', False)}, which leaves it to the optimizer: pass lr= (and "
+                "relative_step=False, warmup_init=False) and a scheduler."
+            )
     if not family.scalable:
         raise MisconfigurationException(
             f"{name} writes a learning rate for one step, got {type(optimizer).__name__}, which {why}: use "
@@ -114,25 +121,14 @@ def check_optimizer(
             f"law={law!r} is about sign-like updates, got {type(optimizer).__name__}: use "
             "law='measured', which takes the gradient-noise law for it."
         )
-    if direction.loss_power and clips_gradients(trainer, pl_module):
+    clips = trainer.gradient_clip_val or overrides(pl_module, "configure_gradient_clipping")
+    if direction.loss_power and clips:
         warn(
             f"law={law!r} takes the steps of {type(optimizer).__name__} to be the gradient's, got clipping: "
             "while most steps are clipped their length is the same at every batch size, and the factor too "
             "large. Pass law='sqrt' if they are."
         )
     _check_parameters(optimizer, name, curvature=curvature)
-
-
-def _check_lr(optimizer: Optimizer, name: str) -> None:
-    """Refuse optimizers that have no learning rate to multiply."""
-    kind = type(optimizer).__name__
-    for index, group in enumerate(optimizer.param_groups):
-        if group.get("relative_step", False) or group.get("lr") is None:
-            raise MisconfigurationException(
-                f"{name} multiplies the learning rate, got parameter group {index} of {kind} with "
-                f"lr={group.get('lr')} and relative_step={group.get('relative_step', False)}, which leaves "
-                "it to the optimizer: pass lr= (and relative_step=False, warmup_init=False) and a scheduler."
-            )
 
 
 def check_weight_decay(optimizer: Optimizer, name: str, setting: bool | str) -> None:
@@ -148,11 +144,6 @@ def check_weight_decay(optimizer: Optimizer, name: str, setting: bool | str) -> 
             "after averages, momentum or a division. Use AdamW, SGD without momentum, or an option such as "
             "decoupled_weight_decay=True, or leave scale_weight_decay=True."
         )
-
-
-def clips_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """Whether the optimizer sees other gradients than the loss's."""
-    return bool(trainer.gradient_clip_val) or overrides(pl_module, "configure_gradient_clipping")
 
 
 def _check_parameters(optimizer: Optimizer, name: str, *, curvature: bool) -> None:

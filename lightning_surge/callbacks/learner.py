@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.lightning_host import warn
-from lightning_surge.callbacks.logging import law_metrics, run_metrics
+from lightning_surge.callbacks.logging import PREFIX, law_metrics, with_error
+from lightning_surge.callbacks.measuring.measurer import MeasurerState
+from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings, check_base
 from lightning_surge.checking.arguments import number, optional
-from lightning_surge.checking.state import REMEDY, AnyFloat, restore
+from lightning_surge.checking.state import REMEDY, AnyFloat
+from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.records import Measurement
 from lightning_surge.policy.estimates import (
@@ -127,23 +130,20 @@ class Learner:
         if not any(measurement.statistics[1:3]):
             self.hold(Reason.GRADIENTS_ZERO)
             return
+        policy = self.policy
+        assert policy is not None
         try:
             self.history.add(measurement)
-            self._fit_again(step, tell)
+            law = estimate(self.history, self._fit(step))
+            policy.update(law, step.batch_size)
+            if law is not None:
+                if tell is not None and self.history.stats().knows_curvature:
+                    tell(law)
+                self.law_history.append(LawRecord(step.number, law, self.history.stats()))
+            self._law_metrics = law_metrics(self.history, law, step.batch_size)
         except Exception as error:
             self.hold(Reason.FITTING_FAILED, f"fitting failed with {type(error).__name__}")
             warn(f"No law was fitted to a measurement: {type(error).__name__}: {error}")
-
-    def _fit_again(self, step: StepToCome, tell: Callable[[EstimatedLaw], None] | None) -> None:
-        policy = self.policy
-        assert policy is not None
-        law = estimate(self.history, self._fit(step))
-        policy.update(law, step.batch_size)
-        if law is not None:
-            if tell is not None and self.history.stats().knows_curvature:
-                tell(law)
-            self.law_history.append(LawRecord(step.number, law, self.history.stats()))
-        self._law_metrics = law_metrics(self.history, law, step.batch_size)
 
     def _fit(self, step: StepToCome) -> Fit:
         """Which law the measurements are fitted with."""
@@ -155,13 +155,13 @@ class Learner:
     def metrics(self, batch_size: float, examples: float) -> dict[str, float]:
         """What is logged of the law and of where the run is."""
         assert self.policy is not None
-        return self._law_metrics | run_metrics(
-            batch_size=batch_size,
-            base_batch_size=self.policy.base_batch_size,
-            examples=examples,
-            objective=self._settings.objective,
-            doubled=self.policy.predicted(2.0 * batch_size),
-        )
+        metrics = self._law_metrics | {
+            f"{PREFIX}batch_size": batch_size,
+            f"{PREFIX}base_batch_size": self.policy.base_batch_size,
+            f"{PREFIX}examples": examples,
+            f"{PREFIX}objective": float(list(OBJECTIVES).index(self._settings.objective)),
+        }
+        return metrics | with_error("lr_scale_doubled", *self.policy.predicted(2.0 * batch_size))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
@@ -195,19 +195,11 @@ class SurgeState:
     history: dict[str, Any]
     policy: dict[str, Any] | None
     law_metrics: dict[str, AnyFloat]
-    measurer: dict[str, Any]
+    measurer: MeasurerState
     scheduled_lr: AnyFloat = math.nan
-    pace: dict[str, Any] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         optional(check_base, "base_batch_size", self.base_batch_size)
         if not math.isnan(self.scheduled_lr):
             number("scheduled_lr", self.scheduled_lr, REMEDY, least=0)
-
-    @classmethod
-    def of(cls, state: Any) -> SurgeState:
-        """What a checkpoint holds, if this release has written it and nothing is damaged."""
-        version = state.get("version") if isinstance(state, dict) else None
-        if type(version) is not int or version != STATE_VERSION:
-            raise ValueError(f"Expected state of version {STATE_VERSION} in the checkpoint, got {version!r}.")
-        return restore(cls, state)

@@ -109,13 +109,6 @@ def _classes(path: str, name: str) -> tuple[type[Any], ...]:
     return tuple(getattr(module, name) for module in modules if module is not None)
 
 
-def batches_per_epoch(trainer: pl.Trainer) -> int | None:
-    """Micro-batches of the present epoch; None if it has no end that is known."""
-    # An IterableDataset without a length counts as infinitely many.
-    batches = trainer.num_training_batches
-    return batches if isinstance(batches, int) else None
-
-
 def replicas_of(trainer: pl.Trainer) -> int:
     """Number of data-parallel replicas, which all see different examples."""
     # Not world_size: under tensor parallelism several ranks share one replica's examples.

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from lightning_surge.callbacks.checks import served_optimizer, trained_optimizers
 from lightning_surge.laws.base import Law
-from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.policy import Decision
@@ -34,26 +33,10 @@ def _group_suffixes(optimizer: Optimizer, suffix: str) -> list[str]:
     return [f"{suffix}/{group.get('name', index)}" for index, group in enumerate(groups)]
 
 
-def run_metrics(
-    *,
-    batch_size: float,
-    base_batch_size: float,
-    examples: float,
-    objective: str,
-    doubled: tuple[float, float],
-) -> dict[str, float]:
-    """Where the run is and what it follows; `doubled` is the predicted factor at twice the batch size."""
-    ratio, error = doubled
-    metrics = {
-        f"{PREFIX}batch_size": batch_size,
-        f"{PREFIX}base_batch_size": base_batch_size,
-        f"{PREFIX}examples": examples,
-        f"{PREFIX}objective": float(list(OBJECTIVES).index(objective)),
-        f"{PREFIX}lr_scale_doubled": ratio,
-    }
-    if math.isfinite(error):
-        metrics[f"{PREFIX}lr_scale_doubled_standard_error"] = error
-    return metrics
+def with_error(name: str, value: float, error: float) -> dict[str, float]:
+    """A number to log, and its standard error where that is finite."""
+    known = {f"{PREFIX}{name}_standard_error": error} if math.isfinite(error) else {}
+    return {f"{PREFIX}{name}": value} | known
 
 
 def law_metrics(history: NoiseHistory, law: EstimatedLaw | None, batch_size: float) -> dict[str, float]:
@@ -70,10 +53,8 @@ def law_metrics(history: NoiseHistory, law: EstimatedLaw | None, batch_size: flo
         f"{PREFIX}num_measurements": float(history.num_measurements),
     }
     if math.isfinite(stats.noise_scale):
-        metrics[f"{PREFIX}noise_scale"] = stats.noise_scale
         error = history.standard_error(lambda stats: stats.noise_scale)
-        if math.isfinite(error):
-            metrics[f"{PREFIX}noise_scale_standard_error"] = error
+        metrics |= with_error("noise_scale", stats.noise_scale, error)
     if law is None:
         return metrics
     quantities: dict[str, Callable[[Law], float]] = {
@@ -88,12 +69,8 @@ def law_metrics(history: NoiseHistory, law: EstimatedLaw | None, batch_size: flo
         quantities = {"critical_batch_size": quantities["critical_batch_size"]}
     for name, quantity in quantities.items():
         value = quantity(law)
-        if law.at_edge and not 0.0 < value < math.inf:
-            continue
-        metrics[f"{PREFIX}{name}"] = value
-        error = law.standard_error(quantity)
-        if math.isfinite(error):
-            metrics[f"{PREFIX}{name}_standard_error"] = error
+        if not law.at_edge or 0.0 < value < math.inf:
+            metrics |= with_error(name, value, law.standard_error(quantity))
     # By their names a reader of the logs knows which law it is, and makes it again.
     numbers: dict[str, float | None] = asdict(law.law)  # type: ignore[call-overload]
     metrics |= {f"{PREFIX}law/{name}": value for name, value in numbers.items() if value is not None}
@@ -140,14 +117,7 @@ def _layouts_in(experiment: Any) -> bytes:
 
 
 class StepRecord(NamedTuple):
-    """What is logged of one optimizer step.
-
-    Attributes:
-        decision: of the policy.
-        batch_size: examples behind the step.
-        scheduled: learning rate of each parameter group as the update found it, a float or a tensor.
-        used: learning rate of each group that the update read, likewise.
-    """
+    """What is logged of one optimizer step; learning rates of each group are floats or tensors."""
 
     decision: Decision
     batch_size: float
@@ -156,13 +126,7 @@ class StepRecord(NamedTuple):
 
 
 class StepLog:
-    """Keeps the latest step until it can be logged.
-
-    Attributes:
-        optimizer: the one that is served.
-        suffix: of the optimizer, with which keys end.
-        unlogged: the latest step; None once it has been logged.
-    """
+    """Keeps the latest step until it can be logged, and is `unlogged` no more."""
 
     def __init__(self, optimizer: Optimizer, suffix: str, *, prog_bar: bool) -> None:
         self.optimizer = optimizer

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from lightning_surge.checking.arguments import choice, number, optional, shown, store, switch, whole
 from lightning_surge.laws.base import ConstantLaw, LinearLaw, SqrtLaw
 from lightning_surge.laws.objectives import OBJECTIVES, RETIRED
-from lightning_surge.measure.direction import SIGN
 
 REFERENCE_RULES: dict[str, type[ConstantLaw] | type[SqrtLaw] | type[LinearLaw]] = {
     "sqrt": SqrtLaw,
@@ -21,15 +20,6 @@ LAWS = ("measured", "theorem2", "theorem3", *REFERENCE_RULES)
 
 # Nobody counts more examples or measurements; a number beyond is a mistake, and would overflow in training.
 LARGEST_NUMBER = 1e12
-
-
-def default_objective(law: str) -> str:
-    """What a law is followed for unless the user says otherwise.
-
-    Adam's for the measured law, replaced in training by that of the optimizer's direction; `"step"` for the
-    paper's closed forms and for fixed rules, which are followed to the letter.
-    """
-    return SIGN.objective if law == "measured" else "step"
 
 
 @dataclass(frozen=True, kw_only=True)

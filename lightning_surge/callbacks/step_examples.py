@@ -25,22 +25,8 @@ class StepExamples:
         passes: micro-batches whose backward pass is behind the step, empty ones too.
         manual: whether the user calls the optimizer's steps.
         batch: the current micro-batch; None between batches.
-        batch_idx: its index in the epoch.
-        size: examples in it.
         open: whether an accumulation window has begun.
-        pace: pace of the optimizer's steps in manual optimization.
-
-    Example:
-        The first of two micro-batches behind a step, and a second backward pass of it.
-
-        >>> behind = StepExamples()
-        >>> behind.begin_batch([3, 1, 4], 0, size=3.0)
-        >>> behind.foreseen
-        3.0
-        >>> behind.after_backward(), behind.after_backward()
-        (3.0, 0.0)
-        >>> behind.examples, behind.foreseen
-        (3.0, 3.0)
+        pace: of the optimizer's steps in manual optimization.
     """
 
     def __init__(self) -> None:
@@ -71,10 +57,6 @@ class StepExamples:
         self.batches = self.passes = 0
         self._counted_batch: int | None = None
 
-    def steps(self, global_step: int) -> int:
-        """Steps of this optimizer; `global_step` counts those of all optimizers."""
-        return self.pace.steps if self.manual else global_step
-
     # ------------------------------------------------------------------ a batch
 
     def begin_batch(self, batch: Any, batch_idx: int, *, size: float) -> None:
@@ -85,10 +67,6 @@ class StepExamples:
     def foreseen(self) -> float:
         """Examples behind the step if it is taken with the current batch, as well as those before."""
         return self.examples if self.counts_batch or self.batch is None else self.examples + self.size
-
-    def end_batch(self) -> None:
-        """Forget the current batch."""
-        self.batch = None
 
     def before_backward(self) -> None:
         """Forget the batches whose gradients have been zeroed."""
@@ -127,10 +105,6 @@ class StepExamples:
                 "loss.backward()."
             )
 
-    def end_step(self) -> None:
-        """Count the step that was just taken."""
-        self.pace.step(self.batches)
-
     def interrupt(self) -> bool:
         """Prepare for a checkpoint; whether an accumulation window is still open."""
         if self.manual and self.batch is None:
@@ -140,16 +114,7 @@ class StepExamples:
 
 
 class MicroBatchTracker:
-    """Watches what micro-batches leave in the gradients of one optimizer's parameters.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> tracker = MicroBatchTracker(torch.optim.SGD([weight], lr=0.1))
-        >>> tracker.are_zeroed()
-        True
-        >>> weight.sum().backward(); tracker.have_come(), tracker.are_zeroed()
-        (True, False)
-    """
+    """Watches what micro-batches leave in the gradients of one optimizer's parameters."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer

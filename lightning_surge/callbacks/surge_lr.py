@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, Never
 
 import lightning.pytorch as pl
@@ -44,11 +43,11 @@ from lightning_surge.callbacks.settings import (
     LAWS,
     SurgeSettings,
     check_base,
-    default_objective,
     refuse_retired,
 )
 from lightning_surge.callbacks.step_examples import StepExamples
 from lightning_surge.checking.arguments import function, number, optional
+from lightning_surge.checking.state import restore, save
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch
 from lightning_surge.measure.direction import SIGN, Direction
@@ -171,10 +170,13 @@ class SurgeLRCallback(Callback):
         **retired: Never,
     ) -> None:
         refuse_retired(retired)
+        # Adam's for the measured law, replaced in training by that of the optimizer's direction; the paper's
+        # closed forms, and fixed rules, are followed to the letter.
+        default = SIGN.objective if law == "measured" else "step"
         self.settings = SurgeSettings(
             base_batch_size=base_batch_size,
             law=law,
-            objective=default_objective(law) if objective is None else objective,
+            objective=default if objective is None else objective,
             dry_run=dry_run,
             max_overhead=max_overhead,
             probe_every=probe_every,
@@ -203,6 +205,7 @@ class SurgeLRCallback(Callback):
         self._split_batch = split_batch
         self._state_key = self._key_of(law)
         self._behind_step = StepExamples()
+        self._trainer: pl.Trainer | None = None
         self._reset()
         self._stopwatch = Stopwatch()
         self._started = 0.0
@@ -210,7 +213,10 @@ class SurgeLRCallback(Callback):
         self._forget_run()
 
     def _reset(self) -> None:
-        """Drop what was learned, as a new training with the same callback does."""
+        """Drop what was learned, as a new training with the same callback does.
+
+        Even in mid-run, where a learning-rate finder may restore a checkpoint.
+        """
         self._learner = Learner(self.settings)
         self._measurer = Measurer(
             self.settings,
@@ -220,9 +226,11 @@ class SurgeLRCallback(Callback):
         )
         self._behind_step.pace = Pace()
         self.decision: Decision | None = None
+        if self._trainer is not None and self._factor is not None:
+            self._attach(self._trainer, self._factor.optimizer)
 
     def _forget_run(self) -> None:
-        self._trainer: pl.Trainer | None = None
+        self._trainer = None
         self._factor: FactorInUpdate | None = None
         self._direction: Direction = SIGN
         self._step_log: StepLog | None = None
@@ -374,30 +382,28 @@ class SurgeLRCallback(Callback):
             self._factor_for_update,
             after=self._after_step,
             decay_factor=None if self.settings.scale_weight_decay is True else self._decay_for_update,
-            tell=partial(self._tell_of_early_reader, type(optimizer).__name__),
+            tell=lambda: rank_zero_info(
+                f"{type(optimizer).__name__} reads its learning rate before it asks for gradients: {name} "
+                "puts the factor on before, and training_step sees the scheduled learning rate all the same."
+            ),
             watch=self._stopwatch,
         )
         self._may_be_capped = math.isfinite(largest_lr(optimizer))
-        pace = behind.pace if behind.manual else None
-        self._measurer.attach(
-            trainer,
-            pl_module,
-            optimizer,
-            self._direction,
-            pace,
-            None if self._scheduler is None else self._scheduler.size_ahead,
-            curvature=self._needs_curvature(trainer),
-        )
+        self._attach(trainer, optimizer)
         self._stopwatch.seconds = 0.0
         self._started, self._ended = time.perf_counter(), 0.0
         drawn = [one for one in callbacks_of(trainer, SurgeLRCallback) if one.settings.custom_scalars]
         if drawn and drawn[0] is self:  # for all of them
             add_layout(trainer, pl_module, name, [one.settings.optimizer for one in drawn])
 
-    def _tell_of_early_reader(self, optimizer: str) -> None:
-        rank_zero_info(
-            f"{optimizer} reads its learning rate before it asks for gradients: {type(self).__name__} puts "
-            "the factor on before, and training_step sees the scheduled learning rate all the same."
+    def _attach(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        self._measurer.attach(
+            trainer,
+            optimizer,
+            self._direction,
+            pace=self._behind_step.pace if self._behind_step.manual else None,
+            size_ahead=None if self._scheduler is None else self._scheduler.size_ahead,
+            curvature=self._needs_curvature(trainer),
         )
 
     # ------------------------------------------------------------------ one optimizer step
@@ -467,9 +473,9 @@ class SurgeLRCallback(Callback):
             return
         if learner.policy is None:
             learner.fix_base(examples)
-        step = self._step = StepToCome(
-            optimizer, self._direction, behind.steps(trainer.global_step), examples
-        )
+        # The Trainer counts the steps of all optimizers.
+        steps = behind.pace.steps if behind.manual else trainer.global_step
+        step = self._step = StepToCome(optimizer, self._direction, steps, examples)
         if self.settings.measures and (measurer.ready or measurer.failure is not None):
             self._measure(step)
         measurer.budget.train(examples)
@@ -553,7 +559,7 @@ class SurgeLRCallback(Callback):
         behind, factor, log_, trainer = self._behind_step, self._factor, self._step_log, self._trainer
         step, decision = self._step, self._step_decision
         if step is not None and factor is not None and log_ is not None and trainer is not None:
-            behind.end_step()
+            behind.pace.step(behind.batches)
             # Where Lightning calls the steps, what is logged in other batches is dropped.
             if decision is not None and (behind.manual or logs_now(trainer)):
                 log_.unlogged = StepRecord(decision, step.batch_size, factor.scheduled, factor.used)
@@ -575,7 +581,7 @@ class SurgeLRCallback(Callback):
         """Log the latest step where Lightning keeps what is logged."""
         if self._factor is not None:
             self._factor.restore()
-        self._behind_step.end_batch()
+        self._behind_step.batch = None
         if self._step_log is not None and self._step_log.unlogged is not None and logs_now(trainer):
             examples = self._measurer.budget.trained
             metrics = self._learner.metrics(self._step_log.unlogged.batch_size, examples)
@@ -584,20 +590,14 @@ class SurgeLRCallback(Callback):
 
     # ------------------------------------------------------------------ the end, and state
 
-    def on_train_end(self, *args: Any) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Leave the optimizer as it was found."""
         if self._factor is not None:
             self._ended = time.perf_counter()
             self._factor.remove()
         self._forget_run()
 
-    def on_exception(self, *args: Any) -> None:
-        """Leave the optimizer as it was found."""
-        self.on_train_end()
-
-    def teardown(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the optimizer as it was found."""
-        self.on_train_end()
+    on_exception = teardown = on_train_end
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -608,8 +608,8 @@ class SurgeLRCallback(Callback):
         return {
             "version": STATE_VERSION,
             **self._learner.state_dict(),
-            "measurer": self._measurer.state_dict(),
-            "pace": self._behind_step.pace.state_dict(),
+            "measurer": save(self._measurer.state),
+            "pace": save(self._behind_step.pace),
         }
 
     def on_load_checkpoint(
@@ -628,12 +628,12 @@ class SurgeLRCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; unusable state is dropped as a whole, with a warning."""
-        self._start_over()
+        self._reset()
         try:
-            state = SurgeState.of(state_dict)
-            self._measurer.load_state_dict(state.measurer)
+            state = restore(SurgeState, state_dict, versions=(STATE_VERSION,))
+            self._measurer.load(state.measurer)
             self._learner.load(state)
-            self._behind_step.pace.load_state_dict(state.pace)
+            vars(self._behind_step.pace).update(vars(state.pace))
         except Exception as error:
             found = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
             what = f"Expected whole state in the checkpoint, got what cannot be read: {found}"
@@ -646,15 +646,9 @@ class SurgeLRCallback(Callback):
                 "the learning rate changes."
             )
 
-    def _start_over(self) -> None:
-        """Begin afresh, even in mid-run, where a learning-rate finder may restore a checkpoint."""
-        measurer = self._measurer
-        self._reset()
-        self._measurer.take_over(measurer, self._behind_step.pace)
-
     def _lose_state(self, what: str, state: Any) -> None:
         """Start measuring afresh and say why; only the base batch size is kept of what was found."""
-        self._start_over()
+        self._reset()
         if self.base_batch_size is None and isinstance(state, dict):
             with suppress(KeyError, ValueError):
                 self._learner.fix_base(check_base("base_batch_size", state["base_batch_size"]))

@@ -17,7 +17,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_surge.callbacks.checks import check_accumulated_sizes, check_sampled_sizes
 from lightning_surge.callbacks.lightning_host import (
-    batches_per_epoch,
     loader_batch_size,
     refuse_scheduled_validation,
     scheduled_sampler,
@@ -75,7 +74,9 @@ class TrainingLoader:
     @classmethod
     def read(cls, trainer: pl.Trainer, micro: MicroBatches, *, samples: bool) -> TrainingLoader:
         """Read the loader that the Trainer has now."""
-        loader, batches = trainer.train_dataloader, batches_per_epoch(trainer)
+        loader, count = trainer.train_dataloader, trainer.num_training_batches
+        # An IterableDataset without a length counts as infinitely many.
+        batches = count if isinstance(count, int) else None
         sampler = scheduled_sampler(loader, micro.owner) if samples else None
         if sampler is not None:
             return cls(loader, sampler, sampler.largest_micro_batch, batches, None)
@@ -114,16 +115,6 @@ class TrainingLoader:
                 f"{micro.size} was given, got one of batch_size={self.stated} in mid-run: keep the batch size"
                 " of the loader, or leave micro_batch_size= out."
             )
-        self._admit_accumulation(trainer, rule, micro)
-
-    def _key(self, rule: BatchSizeRule, micro: MicroBatches) -> tuple[Any, ...]:
-        """What the checks depend on."""
-        if self.sampler is not None:
-            return (self.micro_batch_size, len(self.sampler.sampler), self.sampler.drop_last)  # type: ignore[arg-type]
-        longest = accumulation_for(max(rule.named_sizes.values()), self.micro_batch_size * micro.replicas)
-        return (self.micro_batch_size, self.stated, min(self.batches or longest, longest))
-
-    def _admit_accumulation(self, trainer: pl.Trainer, rule: BatchSizeRule, micro: MicroBatches) -> None:
         check_accumulated_sizes(rule, self.micro_batch_size, micro.replicas)
         if self.batches is None and isinstance(rule, Schedule) and rule.unit == "epochs":
             raise MisconfigurationException(
@@ -144,6 +135,13 @@ class TrainingLoader:
             f"Batch sizes are set by accumulation, in powers of two of micro-batch {self.micro_batch_size} x"
             f" replicas {micro.replicas}."
         )
+
+    def _key(self, rule: BatchSizeRule, micro: MicroBatches) -> tuple[Any, ...]:
+        """What the checks depend on."""
+        if self.sampler is not None:
+            return (self.micro_batch_size, len(self.sampler.sampler), self.sampler.drop_last)  # type: ignore[arg-type]
+        longest = accumulation_for(max(rule.named_sizes.values()), self.micro_batch_size * micro.replicas)
+        return (self.micro_batch_size, self.stated, min(self.batches or longest, longest))
 
     def replay(self, rule: BatchSizeRule, replicas: int) -> AccumulatedSchedule | SampledSchedule | None:
         """The sizes that steps will have; None if an epoch cannot be counted beforehand."""

@@ -32,14 +32,8 @@ def number(
 ) -> float:
     """A finite number between bounds, as a plain `int` or `float`.
 
-    Args:
-        name: the argument's name, for the message.
-        value: what was passed; `bool`, NaN and integers that no float can hold are refused.
-        remedy: what to pass instead, for the message.
-        above: open lower bound.
-        least: closed lower bound, instead of `above`.
-        below: open upper bound.
-        most: closed upper bound, instead of `below`.
+    The lower bound is `above` it, or `least` itself, the upper one likewise. `bool`, NaN and integers that no
+    float can hold are refused. `name` and `remedy`, what to pass instead, are for the message.
 
     Raises:
         ValueError: if the value is not a number, or out of bounds.
@@ -65,14 +59,6 @@ def whole(name: str, value: Any, remedy: str, *, least: int = 1) -> int:
     """A whole number of at least `least`, as a plain `int`.
 
     A float is refused even if it is integral: a size computed in floats has often lost its rounding.
-
-    Raises:
-        ValueError: if the value is not an integer, or out of bounds.
-
-    Example:
-        >>> whole("probe_every", 0, "count optimizer steps")
-        Traceback (most recent call last):
-        ValueError: Expected a whole number probe_every >= 1, got probe_every=0: count optimizer steps.
     """
     found = _plain(value)
     if isinstance(found, int) and least <= found <= LARGEST:

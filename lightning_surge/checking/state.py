@@ -8,7 +8,7 @@ numbers have bounds, a `__post_init__` that checks them. The two functions here 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
@@ -55,7 +55,7 @@ def save(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def restore(kind: type[T], state: object) -> T:
+def restore(kind: type[T], state: object, versions: Collection[int] = ()) -> T:
     """A dataclass or named tuple made of what `save` returned, every value checked against its type hint.
 
     Hints may be `int`, `float` (finite, unless it is `AnyFloat`), `bool`, `str`, enumerations, a union of one
@@ -66,10 +66,16 @@ def restore(kind: type[T], state: object) -> T:
     Args:
         kind: the dataclass or named tuple.
         state: from a checkpoint.
+        versions: those that its entry "version" may have; none if it has no such entry.
 
     Raises:
         DamagedStateError: if an entry is missing, of another type, or refused by the dataclass.
     """
+    found = state.get("version") if isinstance(state, Mapping) else None
+    if versions and (type(found) is not int or found not in versions):
+        raise DamagedStateError(
+            f"Expected state of version {max(versions)} in the checkpoint, got {found!r}."
+        )
     try:
         restored: T = _record(kind, state, kind.__name__)
     except (ValueError, ArithmeticError) as error:

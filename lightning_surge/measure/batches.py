@@ -72,12 +72,7 @@ def _parts(batch: Any) -> Iterable[Any] | None:
 
 
 def leaves(batch: Any) -> Iterator[Any]:
-    """Tensors, arrays, lists of examples, and whatever else a batch holds, in order. Nothing is rebuilt.
-
-    Example:
-        >>> list(leaves({"x": (1, 2), "y": [3, 4]}))
-        [1, 2, [3, 4]]
-    """
+    """Tensors, arrays, lists of examples, and whatever else a batch holds, in order. Nothing is rebuilt."""
     parts = _parts(batch)
     if parts is None:
         yield batch
@@ -117,14 +112,7 @@ def _map(batch: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def shared_copy(batch: Any) -> Any:
-    """The same data in new containers, so that taking something out of one leaves the other whole.
-
-    Example:
-        >>> batch = {"x": [1, 2]}
-        >>> copied = shared_copy(batch)
-        >>> _ = batch.pop("x"); copied
-        {'x': [1, 2]}
-    """
+    """The same data in new containers, so that taking something out of one leaves the other whole."""
     try:
         return _map(batch, lambda data: list(data) if isinstance(data, list) else data)
     except Exception:
@@ -137,12 +125,7 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 
 def group_evenly(items: Sequence[Any], num_groups: int) -> list[list[Any]]:
-    """Deal consecutive items into groups whose numbers differ by at most one.
-
-    Example:
-        >>> group_evenly([1, 2, 3, 4, 5], 2)
-        [[1, 2], [3, 4, 5]]
-    """
+    """Deal consecutive items into groups whose numbers differ by at most one."""
     if not 1 <= num_groups <= len(items):
         raise ValueError(
             f"Expected 1 <= num_groups <= {len(items)} items, got num_groups={num_groups}: make as many"

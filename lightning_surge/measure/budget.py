@@ -7,7 +7,10 @@ equal on every rank, repeats from run to run, and is part of the checkpoint.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+
+from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import REMEDY
 
 # Small slices and whole-gradient arithmetic make a probe's pass dearer than training's.
 SAFETY = 1.25
@@ -29,12 +32,27 @@ def probe_cost(passes: float) -> float:
     return SAFETY * passes
 
 
-def norms_cost(examples: float) -> float:
-    """The same for the norms of an accumulation window with so many examples."""
-    return ARITHMETIC * examples
+@dataclass
+class BudgetState:
+    """What a checkpoint holds of a `ProbeBudget`: all but the settings."""
+
+    trained: float
+    spent: float
+    arithmetic: float
+    urgent: float
+    measurements: int
+    _trained_at_last: float
+    _steps_since_last: int
+    _spacing: float
+    _is_urgent: bool
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "_is_urgent":
+                number(name.lstrip("_"), value, REMEDY, least=float(name == "_spacing"))
 
 
-class ProbeBudget:
+class ProbeBudget(BudgetState):
     """Spends at most `max_overhead` of the examples of a run on probes.
 
     The early measurements run ahead of the budget and are charged to the whole run: what is left is
@@ -57,15 +75,9 @@ class ProbeBudget:
     """
 
     def __init__(self, max_overhead: float, probe_every: int | None = None) -> None:
+        super().__init__(0.0, 0.0, 0.0, 0.0, 0, 0.0, 0, 1.0, False)
         self.max_overhead = max_overhead
         self.probe_every = probe_every
-        self.trained = 0.0
-        self.spent = self.arithmetic = self.urgent = 0.0
-        self.measurements = 0
-        self._trained_at_last = 0.0
-        self._steps_since_last = 0
-        self._spacing = 1.0
-        self._is_urgent = False
 
     def train(self, examples: float) -> None:
         """Count one optimizer step of so many examples."""
@@ -81,9 +93,9 @@ class ProbeBudget:
         if measured:
             self._spacing = max(1.0, self._spacing / WIDENING)
 
-    def charge_norms(self, cost: float) -> None:
-        """Pay for arithmetic beside training's own passes, which is no pass and delays no probe."""
-        self.arithmetic += cost
+    def charge_norms(self, examples: float) -> None:
+        """Pay for the norms of a window with so many examples: no pass, which delays no probe."""
+        self.arithmetic += ARITHMETIC * examples
 
     def start(self, *, urgent: bool = False) -> None:
         """A probe starts to gather its batches: `probe_every` counts from here."""
@@ -93,15 +105,10 @@ class ProbeBudget:
         """Double the spacing after a probe failed; every one that succeeds halves it again."""
         self._spacing *= WIDENING
 
-    @property
-    def step_is_due(self) -> bool:
-        """Whether `probe_every` asks for a measurement."""
-        return self.probe_every is not None and self._steps_since_last >= self.probe_every * self._spacing
-
     def due(self, cost: float, planned_examples: float = math.inf, *, urgent: bool = False) -> bool:
         """Whether a probe of this cost may start."""
         if self.probe_every is not None:
-            return self.step_is_due
+            return self._steps_since_last >= self.probe_every * self._spacing
         total = self.max_overhead * planned_examples
         left = planned_examples - self.trained
         known = math.isfinite(planned_examples)
@@ -136,23 +143,3 @@ class ProbeBudget:
     def affordable(self, cost: float, planned_examples: float) -> float:
         """How many probes of this cost a whole run can pay for; 0 if `probe_every` asks for small ones."""
         return 0.0 if self.probe_every is not None else self.max_overhead * planned_examples / cost
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {
-            name: value for name, value in vars(self).items() if name not in ("max_overhead", "probe_every")
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`; the settings stay as they are."""
-        # Everything begins at its smallest value, and as what it is.
-        smallest = ProbeBudget(self.max_overhead, self.probe_every).state_dict()
-        values = {name: state[name] for name in smallest}
-        for name, value in values.items():
-            kinds = (int, float) if type(smallest[name]) is float else type(smallest[name])
-            if not (isinstance(value, kinds) and smallest[name] <= value < math.inf):
-                raise ValueError(
-                    f"Expected {name.lstrip('_')} of at least {smallest[name]} in the state of a budget, got "
-                    f"{value!r}."
-                )
-        vars(self).update(values)

@@ -119,18 +119,11 @@ class CoordinateMeasurement(Passes):
         squares = [zeros(p) for p in self._parameters]
         self._evaluation = []
         for index, chunks in enumerate((first, second)):
-            for chunk in chunks:
-                passed = self._pass(chunk)
-                self._ranks.sum_gradients(self._parameters)
+            for chunk, gradients in self._each(chunks):
                 if index == 0:
-                    self._evaluation.append(passed)
-                for position, parameter in enumerate(self._parameters):
-                    if parameter.grad is not None:
-                        total = sums[index][position]
-                        gradient = dense(parameter.grad).to(total.dtype)
-                        total.add_(gradient, alpha=chunk.size)
-                        squares[position].addcmul_(gradient, gradient, value=chunk.size)
-                        parameter.grad = None
+                    self._evaluation.append(chunk)
+                _fold(gradients, sums[index], squares, chunk.size)
+                del gradients  # the next pass makes others
         size_a, size_b = self._half_sizes
         size = size_a + size_b
         # Scatter within the halves, so that a difference between them does not shrink their common u.
@@ -197,16 +190,12 @@ class CoordinateMeasurement(Passes):
                 yield draws.mul_(2.0).sub_(1.0).mul_(function(u, other)).mul_(scale)
 
     def _secant(self, direction: Displacement, against: Displacement | None = None) -> float:
-        size = sum(chunk.size for chunk in self._evaluation)
         self._drop_gradients()
-        for chunk in self._evaluation:
-            self._pass(chunk, -chunk.size / size)
+        self._pass_all(self._evaluation, -1.0)
 
         def difference() -> list[Tensor | None]:
-            for chunk in self._evaluation:
-                self._pass(chunk, chunk.size / size)
-            self._ranks.sum_gradients(self._parameters)
-            return [parameter.grad for parameter in self._parameters]
+            self._pass_all(self._evaluation)
+            return self._gradients()
 
         curvature = secant_curvature(
             self._parameters,
@@ -218,6 +207,16 @@ class CoordinateMeasurement(Passes):
         )
         self._drop_gradients()
         return curvature
+
+
+def _fold(
+    gradients: Sequence[Tensor | None], sums: Sequence[Tensor], squares: Sequence[Tensor], size: float
+) -> None:
+    for gradient, total, square in zip(gradients, sums, squares, strict=True):
+        if gradient is not None:
+            own = dense(gradient).to(total.dtype)
+            total.add_(own, alpha=size)
+            square.addcmul_(own, own, value=size)
 
 
 def _same(u: Tensor) -> Tensor:

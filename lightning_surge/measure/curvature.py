@@ -29,14 +29,7 @@ RESOLUTION_STEPS = 32.0
 
 
 def probe_distance(parameters: Sequence[Tensor], lr: float) -> float:
-    """How far to move for a secant: the learning rate in use, floored by the dtype's resolution.
-
-    Example:
-        >>> probe_distance([torch.ones(4)], lr=0.25)
-        0.25
-        >>> probe_distance([torch.ones(4)], lr=0.0) == 32 * torch.finfo(torch.float32).eps
-        True
-    """
+    """How far to move for a secant: the learning rate in use, floored by the dtype's resolution."""
     squares, count, epsilon = 0.0, 0, 0.0
     for parameter in parameters:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -73,15 +66,7 @@ def displaced(parameters: Sequence[Tensor], direction: Displacement, delta: floa
 def realised_slope(
     parameters: Sequence[Tensor], direction: Displacement, delta: float, gradient: Sequence[Tensor | None]
 ) -> Tensor:
-    """`d . g` with the displacement `d = theta - theta_delta` that `displaced` is going to make.
-
-    Example:
-        In float32, `1 - 1e-7` is really `1 - 2^-23`.
-
-        >>> slope = realised_slope([torch.ones(1)], lambda: iter([torch.ones(1)]), 1e-7, [torch.ones(1)])
-        >>> slope.item() == 2.0**-23
-        True
-    """
+    """`d . g` with the displacement `d = theta - theta_delta` that `displaced` is going to make."""
     total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     walk = direction()
     for parameter, grad in zip(parameters, gradient, strict=True):
@@ -127,19 +112,6 @@ def secant_curvature(
     Returns:
         The curvature, in units of loss per squared unit of `V`; negative along a direction in which the
         loss curves down; NaN if the parameters could not be moved.
-
-    Example:
-        The quadratic `theta' H theta / 2` with `H = diag(2, 6)`, along `V = (1, 1)`: 2 + 6 = 8.
-
-        >>> theta, hessian = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 6.0])
-        >>> secant_curvature(
-        ...     [theta],
-        ...     direction=lambda: iter([torch.ones(2)]),
-        ...     slope=0.5 * 8.0,
-        ...     gradient_at_displaced=lambda: [hessian * theta],
-        ...     delta=0.5,
-        ... )
-        8.0
 
     References:
         Lemma 1 (Eq. 6, 7) of Li et al. 2024, arXiv:2405.14578, for the role of `V' H V`.

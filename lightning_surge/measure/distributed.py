@@ -30,13 +30,7 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """A group of processes, or a single one, for which everything here is free.
-
-    Example:
-        >>> alone = Ranks()
-        >>> alone.total(3.0, 4.0)
-        (3.0, 4.0)
-    """
+    """A group of processes, or a single one, for which everything here is free."""
 
     def __init__(
         self,

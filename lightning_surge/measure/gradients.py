@@ -165,12 +165,7 @@ class ChunkStream:
 
 
 def debiased_norms(sizes: Sequence[float], squares: Sequence[float], mean_sq: float) -> ChunkStatistics:
-    """`|G|^2` and `tr Sigma`, as derived in `ChunkStream`, from norms alone.
-
-    Example:
-        >>> debiased_norms([1.0, 1.0], [9.0, 1.0], mean_sq=4.0)
-        ChunkStatistics(batch_size=2.0, grad_sq=3.0, trace_cov=2.0, alignments=())
-    """
+    """`|G|^2` and `tr Sigma`, as derived in `ChunkStream`, from norms alone."""
     size = float(sum(sizes))
     weighted = sum(n * square for n, square in zip(sizes, squares, strict=True))
     trace_cov = (weighted - size * mean_sq) / (len(sizes) - 1)

@@ -76,19 +76,6 @@ def slices_for(batch_size: float, base_batch_size: float, fewest: int = MIN_SLIC
     return int(min(max(wanted, fewest), MAX_SLICES))
 
 
-def pass_chunk(chunk: Chunk, replay: Replay, weight: float) -> Chunk:
-    """Add a chunk's mean gradient to `.grad`, with the random numbers that it was made with before."""
-    pieces = []
-    for piece in chunk.pieces:
-        if piece.random_state is None:
-            piece = piece._replace(random_state=RandomState.capture())
-        else:
-            piece.random_state.restore()
-        replay(piece, weight * piece.size / chunk.size)
-        pieces.append(piece)
-    return chunk._replace(pieces=tuple(pieces))
-
-
 class Passes:
     """Computes the gradients of chunks, and counts the examples passed."""
 
@@ -99,16 +86,35 @@ class Passes:
         self._passes = 0.0
 
     def _pass(self, chunk: Chunk, weight: float = 1.0) -> Chunk:
+        """Add a chunk's mean gradient to `.grad`, with the random numbers that it was made with before."""
         self._passes += chunk.size
-        return pass_chunk(chunk, self._replay, weight)
+        pieces = []
+        for piece in chunk.pieces:
+            if piece.random_state is None:
+                piece = piece._replace(random_state=RandomState.capture())
+            else:
+                piece.random_state.restore()
+            self._replay(piece, weight * piece.size / chunk.size)
+            pieces.append(piece)
+        return chunk._replace(pieces=tuple(pieces))
+
+    def _pass_all(self, chunks: Sequence[Chunk], sign: float = 1.0) -> None:
+        """Add the mean gradient of chunks, or take it off."""
+        size = sum(chunk.size for chunk in chunks)
+        for chunk in chunks:
+            self._pass(chunk, sign * chunk.size / size)
 
     def _each(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Tensor | None]]]:
         """Every chunk with its mean gradient over all processes, which is dropped after use."""
         for chunk in chunks:
             passed = self._pass(chunk)
-            self._ranks.sum_gradients(self._parameters)
-            yield passed, [parameter.grad for parameter in self._parameters]
+            yield passed, self._gradients()
             self._drop_gradients()
+
+    def _gradients(self) -> list[Tensor | None]:
+        """What all processes have added."""
+        self._ranks.sum_gradients(self._parameters)
+        return [parameter.grad for parameter in self._parameters]
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:
@@ -214,7 +220,9 @@ class LawMeasurement(Passes):
         def gradient_at_displaced() -> list[Tensor | None]:
             if release is not None:
                 release.clear()  # the parameters' copy has taken its place
-            return self._gradient_now(chunks)
+            self._drop_gradients()
+            self._pass_all(chunks)
+            return self._gradients()
 
         curvature = secant_curvature(
             self._parameters,
@@ -226,12 +234,3 @@ class LawMeasurement(Passes):
         self._drop_gradients()
         random_state.restore()
         return curvature
-
-    def _gradient_now(self, chunks: Sequence[Chunk]) -> list[Tensor | None]:
-        """Mean gradient of chunks at the parameters as they are."""
-        self._drop_gradients()
-        size = sum(chunk.size for chunk in chunks)
-        for chunk in chunks:
-            self._pass(chunk, chunk.size / size)
-        self._ranks.sum_gradients(self._parameters)
-        return [parameter.grad for parameter in self._parameters]

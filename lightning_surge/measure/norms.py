@@ -12,7 +12,6 @@ Both left sides are norms that pass by. Sums over many windows are kept, ratios 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -25,8 +24,6 @@ from lightning_surge.checking.state import REMEDY
 from lightning_surge.measure.distributed import Ranks
 from lightning_surge.measure.gradients import squared_norm
 from lightning_surge.measure.records import ChunkStatistics, Measurement
-
-__all__ = ["HookedNorms", "NormSums", "Row", "ShardedNorms", "StashedNorms", "WindowNorms", "gradient_norms"]
 
 T = TypeVar("T")
 
@@ -55,13 +52,6 @@ class NormSums:
         examples: in all windows.
         chunks: in all windows.
         windows: how many there were.
-
-    Example:
-        Two one-example chunks with gradients (3, 0) and (1, 0), and their mean (2, 0):
-
-        >>> rows = [Row(9 / 4, size=1, factor=0.5), Row(1 / 4, size=1, factor=0.5)]
-        >>> NormSums.of_window(4.0, rows).measurement().statistics
-        ChunkStatistics(batch_size=2.0, grad_sq=3.0, trace_cov=2.0, alignments=())
     """
 
     cross: float = 0.0
@@ -132,8 +122,8 @@ class Window:
         return total * share, rows
 
 
-class GradientNorms(ABC):
-    """How a strategy hands out gradients: one subclass for each way.
+class StashedNorms:
+    """Sets aside what has accumulated during a pass: one more gradient-sized buffer while it runs.
 
     Attributes:
         failure: what prevented a norm from being taken, if something did. Such a norm is NaN, so that its
@@ -144,18 +134,40 @@ class GradientNorms(ABC):
         self.ranks = ranks
         self.failure: str | None = None
         self._parameters: Sequence[Tensor] = ()
+        self._stashed: Sequence[Tensor | None] = ()
 
-    @abstractmethod
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """A micro-batch's backward pass is about to start."""
+        self._parameters = parameters
+        stashed = [parameter.grad for parameter in parameters]
+        if any(gradient is not None for gradient in stashed):
+            self._stashed = stashed
+            for parameter in parameters:
+                parameter.grad = None
 
-    @abstractmethod
     def end(self) -> Tensor:
-        """`|a_k g_k|^2` of that pass, which has ended, with `.grad` left as it would be without this."""
+        """`|a_k g_k|^2` of that pass, with `.grad` left as it would be without this."""
+        square = self.total()
+        self.release()
+        return square
 
-    @abstractmethod
     def release(self) -> None:
-        """Let go of everything, wherever a pass has failed."""
+        """Put back what was set aside, added to as autograd would have done, wherever a pass has failed."""
+        stashed, self._stashed = self._stashed, ()
+        totals, own = [], []
+        for parameter, before in zip(self._parameters if stashed else (), stashed, strict=True):
+            if before is None:
+                continue
+            if parameter.grad is not None:
+                totals.append(before)
+                own.append(parameter.grad)
+            parameter.grad = before
+        with torch.no_grad():
+            if any(gradient.is_sparse for gradient in (*totals, *own)):
+                for total, gradient in zip(totals, own, strict=True):
+                    total.add_(gradient)
+            elif totals:
+                torch._foreach_add_(totals, own)
 
     def total(self) -> Tensor:
         """`|g|^2` of what has accumulated."""
@@ -183,55 +195,6 @@ class GradientNorms(ABC):
         return NormSums.of_message(message)
 
 
-class StashedNorms(GradientNorms):
-    """Sets aside what has accumulated during a pass: one more gradient-sized buffer while it runs.
-
-    Example:
-        >>> weight = torch.ones(1, requires_grad=True)
-        >>> (3 * weight).sum().backward()
-        >>> norms = StashedNorms(Ranks())
-        >>> norms.begin([weight]); (4 * weight).sum().backward(); norms.end().item()
-        16.0
-        >>> weight.grad, norms.total().item()
-        (tensor([7.]), 49.0)
-    """
-
-    _stashed: Sequence[Tensor | None] = ()
-
-    def begin(self, parameters: Sequence[Tensor]) -> None:
-        """Set the accumulated gradients aside."""
-        self._parameters = parameters
-        stashed = [parameter.grad for parameter in parameters]
-        if any(gradient is not None for gradient in stashed):
-            self._stashed = stashed
-            for parameter in parameters:
-                parameter.grad = None
-
-    def end(self) -> Tensor:
-        """Read what has come, then add it as autograd would have added it."""
-        square = self.total()
-        self.release()
-        return square
-
-    def release(self) -> None:
-        """Put back what was set aside."""
-        stashed, self._stashed = self._stashed, ()
-        totals, own = [], []
-        for parameter, before in zip(self._parameters if stashed else (), stashed, strict=True):
-            if before is None:
-                continue
-            if parameter.grad is not None:
-                totals.append(before)
-                own.append(parameter.grad)
-            parameter.grad = before
-        with torch.no_grad():
-            if any(gradient.is_sparse for gradient in (*totals, *own)):
-                for total, gradient in zip(totals, own, strict=True):
-                    total.add_(gradient)
-            elif totals:
-                torch._foreach_add_(totals, own)
-
-
 class ShardedNorms(StashedNorms):
     """The same where each process has a piece of gradients that arrive summed over all (FSDP2).
 
@@ -239,7 +202,7 @@ class ShardedNorms(StashedNorms):
     """
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
-        """Set the accumulated pieces aside."""
+        """A micro-batch's backward pass is about to start."""
         super().begin(parameters)
         self._shares = [1.0 / self._holders(parameter) for parameter in parameters]
 
@@ -268,20 +231,11 @@ class ShardedNorms(StashedNorms):
         return NormSums.of_window(total, [Row(*values[i : i + 3]) for i in range(0, len(values), 3)])
 
 
-class HookedNorms(GradientNorms):
+class HookedNorms(StashedNorms):
     """Sees a process's own gradients pass by before anything accumulates or reduces them.
 
     Data parallelism makes `.grad` the reducer's: on the last micro-batch of a window it turns what is local
     into a mean over all processes. The one communication hook that there is stays the user's.
-
-    Example:
-        >>> weight = torch.ones(1, requires_grad=True)
-        >>> (3 * weight).sum().backward()
-        >>> norms = HookedNorms(Ranks())
-        >>> norms.begin([weight]); (4 * weight).sum().backward(); norms.end().item()
-        16.0
-        >>> weight.grad, norms.total().item()
-        (tensor([7.]), 49.0)
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -316,7 +270,7 @@ class HookedNorms(GradientNorms):
         self._hooks, self._squares = [], {}
 
 
-def gradient_norms(ranks: Ranks, parameters: Sequence[Tensor]) -> GradientNorms:
+def gradient_norms(ranks: Ranks, parameters: Sequence[Tensor]) -> StashedNorms:
     """The way that fits the strategy and the parameters."""
     if ranks.sharded:
         return ShardedNorms(ranks)
@@ -341,7 +295,7 @@ class WindowNorms:
     def attach(self, ranks: Ranks) -> None:
         """Take hold of a run of these processes; sums of windows before it are kept."""
         self._ranks = ranks
-        self._norms: GradientNorms = StashedNorms(ranks)
+        self._norms = StashedNorms(ranks)
         self._parameters: Sequence[Tensor] = ()
 
     def _begin_afresh(self) -> None:
@@ -382,13 +336,10 @@ class WindowNorms:
         self._norms.begin(self._parameters)
 
     def after_backward(self, size: float, factor: float, scale: float, *, last: bool) -> None:
-        """A micro-batch's backward pass has ended.
+        """A micro-batch's backward pass has ended; `last` if no other one comes before the step.
 
-        Args:
-            size: examples in it, of this process; 0 for one that weighs nothing.
-            factor: by which its mean gradient is multiplied in the step's, on this process.
-            scale: factor on the loss in every micro-batch of the window besides.
-            last: whether no other one comes before the step.
+        It has `size` examples of this process, whose mean gradient enters the step's times `factor`. `scale`
+        is a factor on the loss in every micro-batch of the window besides.
         """
         window = self._window
         assert window is not None

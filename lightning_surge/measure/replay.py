@@ -24,7 +24,7 @@ from collections.abc import (
     MutableSet,
 )
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -121,31 +121,20 @@ def no_trace(
     Inside, every gradient is None. Objects that modules hold are covered as far as their attributes can be
     seen: schedulers, dataclasses, counters. An iterator that cannot be copied may not be drawn from.
     """
-    undo: list[Callable[[], object]] = [RandomState.capture().restore]
-
-    def put_back() -> list[Exception]:
-        failures: list[Exception] = []
-        for step in reversed(undo):
-            try:
-                step()
-            except Exception as error:  # one that fails must not keep the others from running
-                failures.append(error)
-        return failures
-
+    memory = _Memory()
     try:
         # Memory may give out in here, too: what has been done by then is undone.
-        seen: set[int] = set()
         for thing in (*modules, *others):
-            _remember(thing, undo, seen, always=False)
-        undo.append(_remember_parameters(parameters, copies=copies))
+            memory.remember(thing)
+        memory.undo.append(_remember_parameters(parameters, copies=copies))
         for parameter in parameters.values():
-            undo.append(partial(setattr, parameter, "grad", parameter.grad))
+            memory.undo.append(partial(setattr, parameter, "grad", parameter.grad))
             parameter.grad = None
         yield
     except BaseException:
-        put_back()  # what was raised matters more than a trace
+        memory.put_back()  # what was raised matters more than a trace
         raise
-    if failures := put_back():
+    if failures := memory.put_back():
         # The error's own traceback must not lead back to it: what a probe holds would outlive it.
         error = failures.pop(0)
         try:
@@ -235,85 +224,41 @@ class _Guard:
         return self.__getattr__("__next__")
 
 
-def _remember_module(module: nn.Module, undo: list[Callable[[], object]], seen: set[int]) -> None:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    buffers = dict(module._buffers)
-
-    def put_buffers_back() -> None:
-        module._buffers.clear()
-        module._buffers.update(buffers)
-
-    undo.append(put_buffers_back)
-    for buffer in buffers.values():
-        if buffer is not None:
-            _remember_tensor(buffer, undo, seen, always=True)
-    _remember_attributes(module, _REGISTRIES, undo, seen, always=isinstance(module, Metric))
+@lru_cache(maxsize=4096)
+def _slots_of(kind: type) -> dict[str, MemberDescriptorType]:
+    """The places of `__slots__` in the objects of a class, those of its parents too."""
+    return {
+        name: place
+        for parent in reversed(kind.__mro__)
+        if "__slots__" in vars(parent)
+        for name, place in vars(parent).items()
+        if isinstance(place, MemberDescriptorType)
+    }
 
 
 class _Slots(MutableMapping[str, Any]):
-    """What is set of an object's `__slots__`, its classes' too, as `vars` shows other attributes."""
+    """What is set of an object's `__slots__`, as `vars` shows other attributes."""
 
     def __init__(self, owner: Any) -> None:
-        self._owner = owner
-        self.places: dict[str, MemberDescriptorType] = {
-            name: place
-            for kind in reversed(type(owner).__mro__)
-            if "__slots__" in vars(kind)
-            for name, place in vars(kind).items()
-            if isinstance(place, MemberDescriptorType)
-        }
+        self._owner, self._places = owner, _slots_of(type(owner))  # type: ignore[arg-type]
 
     def __getitem__(self, name: str) -> Any:
         try:
-            return self.places[name].__get__(self._owner)
+            return self._places[name].__get__(self._owner)
         except AttributeError:
             raise KeyError(name) from None
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.places[name].__set__(self._owner, value)
+        self._places[name].__set__(self._owner, value)
 
     def __delitem__(self, name: str) -> None:
-        self.places[name].__delete__(self._owner)
+        self._places[name].__delete__(self._owner)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self.places if name in self)
+        return (name for name in self._places if name in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def _remember_attributes(
-    owner: Any, left_out: frozenset[str], undo: list[Callable[[], object]], seen: set[int], *, always: bool
-) -> None:
-    """Put the attributes of an object back, with the iterators among them where they stood."""
-    for own in (getattr(owner, "__dict__", {}), _Slots(owner)):
-        _remember_names(own, type(owner).__name__, left_out, undo, seen, always=always)
-
-
-def _remember_names(
-    own: MutableMapping[str, Any],
-    kind: str,
-    left_out: frozenset[str],
-    undo: list[Callable[[], object]],
-    seen: set[int],
-    *,
-    always: bool,
-) -> None:
-    attributes = {name: _where_it_stands(value) for name, value in own.items() if name not in left_out}
-
-    def put_back() -> None:
-        for name in own.keys() - attributes.keys() - left_out:
-            del own[name]
-        own.update(attributes)
-
-    undo.append(put_back)
-    for name, value in list(attributes.items()):
-        if isinstance(value, Iterator) and value is own[name] and not _has_attributes(value):
-            own[name] = _Guard(f"{kind}.{name}")
-        elif name not in _OUTWARD:
-            _remember(value, undo, seen, always=always)
 
 
 def _where_it_stands(value: Any) -> Any:
@@ -328,36 +273,8 @@ def _where_it_stands(value: Any) -> Any:
     return value
 
 
-def _remember(value: Any, undo: list[Callable[[], object]], seen: set[int], *, always: bool) -> None:
-    """Append what puts a mutable value back in place, so that other references see it too."""
-    if isinstance(value, (nn.Parameter, *_ATOMS)):
-        return
-    if isinstance(value, Tensor):
-        _remember_tensor(value, undo, seen, always=always)
-    elif isinstance(value, nn.Module):
-        for module in value.modules():
-            _remember_module(module, undo, seen)
-    elif isinstance(value, Optimizer):
-        _remember_optimizer(value, undo, seen)
-    elif isinstance(value, torch.Generator):
-        undo.append(partial(value.set_state, value.get_state()))
-    elif isinstance(value, np.random.Generator):
-        undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
-    elif isinstance(value, np.random.RandomState):
-        undo.append(partial(value.set_state, value.get_state()))
-    elif isinstance(value, random.Random):
-        undo.append(partial(value.setstate, value.getstate()))
-    elif isinstance(value, np.ndarray) and value.flags.writeable:
-        undo.append(partial(np.copyto, value, value.copy()))
-    elif isinstance(value, (MutableMapping, MutableSequence, MutableSet, deque, tuple)):
-        _remember_container(value, undo, seen, always=always)
-    elif _is_plain_object(value) and id(value) not in seen:
-        seen.add(id(value))
-        _remember_attributes(value, frozenset(), undo, seen, always=always)
-
-
 def _has_attributes(value: Any) -> bool:
-    return isinstance(getattr(value, "__dict__", None), dict) or bool(_Slots(value).places)
+    return isinstance(getattr(value, "__dict__", None), dict) or bool(_slots_of(type(value)))  # type: ignore[arg-type]
 
 
 def _is_plain_object(value: Any) -> bool:
@@ -368,103 +285,161 @@ def _is_plain_object(value: Any) -> bool:
     return isinstance(value, LRScheduler) or not ours
 
 
-def _remember_optimizer(optimizer: Optimizer, undo: list[Callable[[], object]], seen: set[int]) -> None:
-    if id(optimizer) in seen:
-        return
-    seen.add(id(optimizer))
-    groups = [(group, dict(group)) for group in optimizer.param_groups]
+class _Memory:
+    """What puts things back in place, so that other references see it too.
 
-    def put_back() -> None:
-        optimizer.param_groups[:] = [group for group, _ in groups]
-        for group, entries in groups:
-            group.clear()
-            group.update(entries)
+    Attributes:
+        undo: to be called in reverse order.
+    """
 
-    undo.append(put_back)
-    for _, entries in groups:
-        for value in entries.values():
-            if isinstance(value, Tensor):
-                _remember_tensor(value, undo, seen, always=True)
+    def __init__(self) -> None:
+        self.undo: list[Callable[[], object]] = [RandomState.capture().restore]
+        self._seen: set[int] = set()
 
-    def versions() -> list[int]:
-        states = optimizer.state.values()
-        return [value._version for state in states for value in state.values() if isinstance(value, Tensor)]
+    def put_back(self) -> list[Exception]:
+        """Undo everything; the errors on the way."""
+        failures: list[Exception] = []
+        for step in reversed(self.undo):
+            try:
+                step()
+            except Exception as error:  # one that fails must not keep the others from running
+                failures.append(error)
+        return failures
 
-    before = versions()
+    def _is_new(self, value: Any) -> bool:
+        new = id(value) not in self._seen
+        self._seen.add(id(value))
+        return new
 
-    def check() -> None:
-        if versions() != before:
-            raise TraceError(
-                f"Expected a training_step that leaves the steps of {type(optimizer).__name__} to Lightning, "
-                f"but its state has changed: {REMEDY}"
-            )
+    def remember(self, value: Any, *, always: bool = False) -> None:
+        """Note how things stand; `always` copies tensors of any size."""
+        if isinstance(value, (nn.Parameter, *_ATOMS)):
+            return
+        if isinstance(value, nn.Module):
+            for module in value.modules():
+                self._remember_module(module)
+        elif isinstance(value, (torch.Generator, np.random.RandomState)):
+            self.undo.append(partial(value.set_state, value.get_state()))  # type: ignore[arg-type]
+        elif isinstance(value, np.random.Generator):
+            self.undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, random.Random):
+            self.undo.append(partial(value.setstate, value.getstate()))
+        elif isinstance(value, np.ndarray) and value.flags.writeable:
+            self.undo.append(partial(np.copyto, value, value.copy()))
+        elif isinstance(value, Tensor):
+            if self._is_new(value):
+                self._remember_tensor(value, always=always)
+        elif isinstance(value, Optimizer):
+            if self._is_new(value):
+                self._remember_optimizer(value)
+        elif isinstance(value, (MutableMapping, MutableSequence, MutableSet, deque, tuple)):
+            if self._is_new(value):
+                self._remember_container(value, always=always)
+        elif _is_plain_object(value) and self._is_new(value):
+            self._remember_attributes(value, frozenset(), always=always)
 
-    undo.append(check)
+    def _remember_module(self, module: nn.Module) -> None:
+        if not self._is_new(module):
+            return
+        self.undo.append(partial(_refill, module._buffers, dict(module._buffers)))
+        self._remember_tensors(module._buffers.values())
+        self._remember_attributes(module, _REGISTRIES, always=isinstance(module, Metric))
+
+    def _remember_attributes(self, owner: Any, left_out: frozenset[str], *, always: bool) -> None:
+        """Put the attributes of an object back, with the iterators among them where they stood."""
+        for own in (getattr(owner, "__dict__", {}), _Slots(owner)):
+            self._remember_names(own, type(owner).__name__, left_out, always=always)
+
+    def _remember_names(
+        self, own: MutableMapping[str, Any], kind: str, left_out: frozenset[str], *, always: bool
+    ) -> None:
+        attributes = {name: _where_it_stands(value) for name, value in own.items() if name not in left_out}
+
+        def put_back() -> None:
+            for name in own.keys() - attributes.keys() - left_out:
+                del own[name]
+            own.update(attributes)
+
+        self.undo.append(put_back)
+        for name, value in list(attributes.items()):
+            if isinstance(value, Iterator) and value is own[name] and not _has_attributes(value):
+                own[name] = _Guard(f"{kind}.{name}")
+            elif name not in _OUTWARD:
+                self.remember(value, always=always)
+
+    def _remember_optimizer(self, optimizer: Optimizer) -> None:
+        groups = [(group, dict(group)) for group in optimizer.param_groups]
+
+        def put_back() -> None:
+            optimizer.param_groups[:] = [group for group, _ in groups]
+            for group, entries in groups:
+                _refill(group, entries)
+
+        self.undo.append(put_back)
+        for _, entries in groups:
+            self._remember_tensors(entries.values())
+
+        def versions() -> list[int]:
+            states = optimizer.state.values()
+            return [one._version for state in states for one in state.values() if isinstance(one, Tensor)]
+
+        before = versions()
+
+        def check() -> None:
+            if versions() != before:
+                raise TraceError(
+                    f"Expected a training_step that leaves the steps of {type(optimizer).__name__} to "
+                    f"Lightning, but its state has changed: {REMEDY}"
+                )
+
+        self.undo.append(check)
+
+    def _remember_container(self, value: Any, *, always: bool) -> None:
+        children = list(value.values()) if isinstance(value, MutableMapping) else list(value)
+        if isinstance(value, MutableMapping):
+            self.undo.append(partial(_refill, value, {k: _where_it_stands(one) for k, one in value.items()}))
+        elif isinstance(value, MutableSet):
+            self.undo.append(partial(_refill, value, children))
+            return  # its members are hashable, hence not changed in place
+        elif not isinstance(value, tuple):
+            self.undo.append(partial(_refill, value, list(map(_where_it_stands, children))))
+        for child in children:
+            if not isinstance(child, _ATOMS):
+                self.remember(child, always=always)
+
+    def _remember_tensors(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor) and self._is_new(value):
+                self._remember_tensor(value, always=True)
+
+    def _remember_tensor(self, tensor: Tensor, *, always: bool) -> None:
+        # The data itself, in case the tensor is pointed at other data.
+        data = tensor.data
+        self.undo.append(partial(setattr, tensor, "data", data))
+        if any(stride == 0 and size > 1 for stride, size in zip(data.stride(), data.shape, strict=True)):
+            return  # torch refuses to write to an expanded tensor, so nobody can have
+        if always or tensor.numel() <= COPIED_ELEMENTS or tensor.is_inference():
+            self.undo.append(partial(data.copy_, data.clone()))
+            return
+        version = tensor._version
+
+        def check() -> None:
+            if tensor._version != version:
+                raise TraceError(
+                    f"Expected a repeatable training step, but it changes a tensor attribute of shape "
+                    f"{tuple(tensor.shape)} in place: register it as a buffer, or {REMEDY}"
+                )
+
+        self.undo.append(check)
 
 
-def _remember_container(
-    value: Any, undo: list[Callable[[], object]], seen: set[int], *, always: bool
-) -> None:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    children: list[Any]
-    if isinstance(value, MutableMapping):
-        items = {key: _where_it_stands(item) for key, item in value.items()}
-        undo.append(partial(_refill_mapping, value, items))
-        children = list(value.values())
-    elif isinstance(value, MutableSet):
-        undo.append(partial(_refill_set, value, set(value)))
-        children = []  # hashable, hence not changed in place
+def _refill(container: Any, members: Any) -> None:
+    """Let a mapping, set or sequence hold what it held."""
+    container.clear()
+    if isinstance(container, MutableMapping):
+        container.update(members)
+    elif isinstance(container, MutableSet):
+        for member in members:
+            container.add(member)
     else:
-        children = list(value)
-        if not isinstance(value, tuple):
-            undo.append(partial(_refill_sequence, value, list(map(_where_it_stands, children))))
-    for child in children:
-        if not isinstance(child, _ATOMS):
-            _remember(child, undo, seen, always=always)
-
-
-def _refill_mapping(mapping: MutableMapping[Any, Any], items: dict[Any, Any]) -> None:
-    mapping.clear()
-    mapping.update(items)
-
-
-def _refill_set(members: MutableSet[Any], saved: set[Any]) -> None:
-    members.clear()
-    for member in saved:
-        members.add(member)
-
-
-def _refill_sequence(sequence: MutableSequence[Any], elements: list[Any]) -> None:
-    sequence.clear()
-    sequence.extend(elements)
-
-
-def _remember_tensor(
-    tensor: Tensor, undo: list[Callable[[], object]], seen: set[int], *, always: bool
-) -> None:
-    if id(tensor) in seen:
-        return
-    seen.add(id(tensor))
-    # The data itself, in case the tensor is pointed at other data.
-    data = tensor.data
-    overlapping = any(
-        stride == 0 and size > 1 for stride, size in zip(data.stride(), data.shape, strict=True)
-    )
-    undo.append(partial(setattr, tensor, "data", data))
-    if overlapping:
-        return  # torch refuses to write to an expanded tensor, so nobody can have
-    if always or tensor.numel() <= COPIED_ELEMENTS or tensor.is_inference():
-        undo.append(partial(data.copy_, data.clone()))
-        return
-    version = tensor._version
-
-    def check() -> None:
-        if tensor._version != version:
-            raise TraceError(
-                f"Expected a repeatable training step, but it changes a tensor attribute of shape "
-                f"{tuple(tensor.shape)} in place: register it as a buffer, or {REMEDY}"
-            )
-
-    undo.append(check)
+        container.extend(members)

@@ -74,7 +74,7 @@ class Family(NamedTuple):
         why: the reason, as the end of a sentence about the optimizer.
         direction: what it steps along; None if that cannot be measured, so that only rules that measure
             nothing apply.
-        names: of classes, in lower case.
+        names: of classes, in lower case, with spaces between them.
         fragments: parts of such names, for variants (`AdamW8bit`, `FusedAdam`).
         scalable: whether a learning rate written for one step acts on that step.
         known: whether the optimizer was recognised.
@@ -82,14 +82,10 @@ class Family(NamedTuple):
 
     why: str
     direction: Direction | None = None
-    names: frozenset[str] = frozenset()
+    names: str = ""
     fragments: tuple[str, ...] = ()
     scalable: bool = True
     known: bool = True
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 # By class name, so that the same algorithm from another package is recognised too. The first that matches
@@ -97,43 +93,41 @@ def _names(text: str) -> frozenset[str]:
 FAMILIES = (
     Family(
         "takes its learning rate for the sizes of its first steps only",
-        names=_names("rprop"),
+        names="rprop",
         scalable=False,
     ),
     Family(
         "takes the learning rate that it finds at one step for the next one, so a factor comes a step late",
-        names=_names("asgd"),
+        names="asgd",
         scalable=False,
     ),
     Family(
         "steps by whole matrices, evening out their singular values or axes, not coordinate by coordinate",
-        names=_names(
-            "soap dion scion scionlight kron psgd splus spectralsphere adago conda racs alice fira apollo"
-        ),
+        names="soap dion scion scionlight kron psgd splus spectralsphere adago conda racs alice fira apollo",
         fragments=("muon", "shampoo", "galore"),
     ),
     Family(
         "finds the size of its steps itself, so its learning rate is no distance",
-        names=_names("adadelta"),
+        names="adadelta",
         fragments=("dadapt", "prodigy"),
     ),
     Family("steps from a point other than the one at which it takes gradients", fragments=("schedulefree",)),
     Family(
         "divides whole tensors by one size, so that layers count otherwise than in a measurement",
-        names=_names("lars larc novograd nvnovograd adammini adam_mini fromage nero"),
+        names="lars larc novograd nvnovograd adammini adam_mini fromage nero",
         fragments=("lamb", "lars"),
     ),
     Family(
         "divides by an estimate of the curvature, so its steps go along neither sign nor gradient",
-        names=_names("lbfgs adahessian"),
+        names="lbfgs adahessian",
     ),
     Family(
         "divides by a running size of the gradient, or takes its sign",
         SIGN,
-        _names("adamax adan signsgd tiger"),
+        "adamax adan signsgd tiger",
         ("adam", "lion", "adafactor", "adagrad", "rmsprop"),
     ),
-    Family("steps along the gradient", GRADIENT, _names("sgd sgdw sgd8bit sgd32bit fusedsgd")),
+    Family("steps along the gradient", GRADIENT, "sgd sgdw sgd8bit sgd32bit fusedsgd"),
 )
 # Most optimizers that nobody has heard of are variants of Adam. Whoever meets one is told.
 UNKNOWN = Family("is not known here", SIGN, known=False)
@@ -145,11 +139,6 @@ def optimizer_family(optimizer: Optimizer) -> Family:
     Subclasses count as what they derive from; quantised and fused variants (`AdamW8bit`, `FusedAdam`) are
     recognised by the name they contain.
 
-    Example:
-        >>> import torch
-        >>> optimizer_family(torch.optim.Rprop([torch.nn.Parameter(torch.ones(1))])).why
-        'takes its learning rate for the sizes of its first steps only'
-
     References:
         Li et al. 2024, arXiv:2405.14578, section 2, for Adam-style updates as sign updates; Bernstein and
         Newhouse 2024, arXiv:2409.20325, for Muon's and Shampoo's as the same in the spectral norm.
@@ -157,7 +146,7 @@ def optimizer_family(optimizer: Optimizer) -> Family:
     for kind in type(optimizer).__mro__:
         name = kind.__name__.lower()
         for family in FAMILIES:
-            if name in family.names or any(fragment in name for fragment in family.fragments):
+            if name in family.names.split() or any(fragment in name for fragment in family.fragments):
                 return _with_options(family, optimizer)
     return UNKNOWN
 

@@ -12,7 +12,7 @@ step that never comes never had a factor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,13 +21,6 @@ from lightning_surge.optimizers.stopwatch import Stopwatch, timed
 
 DecayFactor = Callable[[Mapping[str, Any]], float | None]
 """The factor on a parameter group's `lr * weight_decay`; None for the learning rate's own."""
-
-
-class Decide(Protocol):
-    """The factor for the update about to be made; None to leave the learning rate as it is."""
-
-    def __call__(self, *, early: bool) -> float | None:
-        """Decide; `early` if the closure has yet to run, so that the gradients are not known."""
 
 
 def learning_rates(optimizer: Optimizer) -> list[float]:
@@ -41,7 +34,8 @@ class FactorInUpdate:
     Args:
         optimizer: the raw torch optimizer. A tensor learning rate is multiplied in place, once if groups
             share it.
-        decide: called when the gradients are complete, at every step.
+        decide: called at every step when the gradients are complete, with `early=False`, or with `early=True`
+            before the closure has run; returns the factor, None to leave the learning rate as it is.
         after: called when a step has been taken and the learning rates are the schedule's again.
         decay_factor: asked after `decide`; `weight_decay` is written for the update so that a decay that
             torch multiplies with the learning rate gets this factor. None leaves it to the learning rate.
@@ -69,7 +63,7 @@ class FactorInUpdate:
     def __init__(
         self,
         optimizer: Optimizer,
-        decide: Decide,
+        decide: Callable[..., float | None],
         *,
         after: Callable[[], object] | None = None,
         decay_factor: DecayFactor | None = None,

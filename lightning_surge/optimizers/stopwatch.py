@@ -14,12 +14,9 @@ Result = TypeVar("Result")
 class Stopwatch:
     """Adds up the time inside `timed` methods of the objects that share it, nested ones once.
 
-    Args:
-        clock: Tells seconds; wall time, unless another one is given.
-
     Attributes:
-        clock: As given.
-        seconds: So far.
+        clock: tells seconds.
+        seconds: so far.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -31,18 +28,7 @@ class Stopwatch:
 def timed(
     method: Callable[Concatenate[Any, Arguments], Result],
 ) -> Callable[Concatenate[Any, Arguments], Result]:
-    """Let a method run on the `_stopwatch` of its object.
-
-    Example:
-        >>> class Hooks:
-        ...     _stopwatch = Stopwatch(iter([1.0, 4.0, 10.0, 15.0]).__next__)
-        ...     @timed
-        ...     def outer(self): return self.inner()
-        ...     @timed
-        ...     def inner(self): return "done"
-        >>> Hooks().outer(), Hooks._stopwatch.seconds, Hooks().inner(), Hooks._stopwatch.seconds
-        ('done', 3.0, 'done', 8.0)
-    """
+    """Let a method run on the `_stopwatch` of its object."""
 
     @wraps(method)
     def run(self: Any, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_surge.checking.arguments import number
-from lightning_surge.checking.state import REMEDY
+from lightning_surge.checking.state import REMEDY, AnyFloat, restore, save
 from lightning_surge.laws.base import Law, MeasuredLaw, Peak, SGDLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
@@ -64,7 +63,7 @@ class EstimatedLaw(Law):
     law: Law
     replicates: tuple[tuple[Law | None, float], ...]
     num_measurements: int
-    reach: tuple[float, float] = (0.0, math.inf)
+    reach: tuple[AnyFloat, AnyFloat] = (0.0, math.inf)
     at_edge: bool = False
 
     @property
@@ -88,14 +87,10 @@ class EstimatedLaw(Law):
         return self.law.gain(batch_size)
 
     def standard_error(self, quantity: Callable[[Law], float]) -> float:
-        """Standard error of anything a law can be asked, see `history.jackknife_error`.
+        """Standard error of anything a law can be asked, in its unit; see `history.jackknife_error`.
 
-        Args:
-            quantity: function of a law, for example `lambda law: law.lr(64)`.
-
-        Returns:
-            The standard error in the quantity's unit; infinite with fewer than two measurements, or if the
-            quantity is infinite or undefined without some group.
+        It is infinite with fewer than two measurements, or if the quantity is infinite or undefined without
+        some group.
         """
         # A replicate decides by its law alone; a failed fit is as unsure as can be.
         values = [math.nan if law is None else _evaluate(quantity, law) for law, _ in self.replicates]
@@ -109,30 +104,21 @@ class EstimatedLaw(Law):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, from which `from_state_dict` makes an equal law."""
-        return {
-            "law": _law_state(self.law),
-            "replicates": [
-                [None if law is None else _law_state(law), share] for law, share in self.replicates
-            ],
-            "num_measurements": self.num_measurements,
-            "reach": list(self.reach),
-            "at_edge": self.at_edge,
-        }
+        replicates = [[law and _law_state(law), share] for law, share in self.replicates]
+        return {**save(self), "law": _law_state(self.law), "replicates": replicates}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> EstimatedLaw:
         """The law that `state_dict` described; an error if a value is missing or out of range."""
-        replicates = tuple(
-            (None if law is None else _law_from_state(law), share) for law, share in state["replicates"]
-        )
-        low, high = state["reach"]
-        if not (all(0.0 < share <= 1.0 for _, share in replicates) and 0.0 <= low <= high and high > 0.0):
+        replicates = [(law and _law_from_state(law), share) for law, share in state["replicates"]]
+        estimated = restore(cls, {**state, "law": _law_from_state(state["law"]), "replicates": replicates})
+        (low, high), shares = estimated.reach, [share for _, share in estimated.replicates]
+        if not (all(0.0 < share <= 1.0 for share in shares) and 0.0 <= low <= high and high > 0.0):
             raise ValueError(
-                f"Expected shares between 0 and 1 and a reach from low to high, got "
-                f"{[share for _, share in replicates]} and {(low, high)}: {REMEDY}."
+                f"Expected shares between 0 and 1 and a reach from low to high, got {shares} and "
+                f"{estimated.reach}: {REMEDY}."
             )
-        count = number("num_measurements", state["num_measurements"], "count them", least=0)
-        return cls(_law_from_state(state["law"]), replicates, int(count), (low, high), bool(state["at_edge"]))
+        return estimated
 
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MeasuredLaw, SGDLaw, Theorem3Law)}
@@ -182,19 +168,7 @@ def _attempt(fit: Fit, stats: NoiseStats) -> Law | None:
 
 
 def law_of(direction: Direction, *, curvature: bool = True) -> Fit:
-    """The measured law of an optimizer that steps along a direction.
-
-    Args:
-        direction: one of `measure.direction`.
-        curvature: whether a law without measured curvature is of no use.
-
-    Returns:
-        Fits the law to averaged statistics of that direction.
-
-    Example:
-        >>> law_of(SIGN).__name__, law_of(GRADIENT).__name__
-        ('fit_sign_law', 'fit_sgd_law')
-    """
+    """Fits the measured law of a direction; `curvature` if one without measured curvature is of no use."""
     measured: Fit = {SIGN: fit_sign_law, GRADIENT: fit_sgd_law}[direction]
     return measured if curvature else lambda stats: measured(stats) or fit_noise_law(stats, direction)
 
@@ -204,15 +178,6 @@ def fit_noise_law(stats: NoiseStats, direction: Direction) -> Law | None:
 
     Its ratios are those of `isotropic_lr`; its level has no meaning, and its peak is not measured. Along the
     gradient the noise scale then is `tr Sigma / |G|^2`.
-
-    Args:
-        stats: averaged statistics.
-        direction: of the optimizer's steps.
-
-    Example:
-        >>> stats = NoiseStats(2, 1.0, 48.0, (), (), sizes=(4.0, 16.0))
-        >>> fit_noise_law(stats, SIGN).isotropic_lr(16) == 0.5  # 1 / sqrt(1 + 48 / 16)
-        True
 
     References:
         McCandlish et al. 2018, arXiv:1812.06162, section 2.2.
@@ -230,18 +195,6 @@ def fit_sign_law(stats: NoiseStats) -> MeasuredLaw | None:
     """Lemma 1 with measured terms, for updates along the sign of the gradient.
 
     None if the curvature is not positive at any size, or nothing was measured.
-
-    Example:
-        Alignments `2 h(b)` and curvatures `1 + 3 h(b)^2` with a noise scale of 48 examples, seen at
-        16 examples (`h^2 = 1/4`) and at 48 (`h^2 = 1/2`):
-
-        >>> law = fit_sign_law(NoiseStats(2, 1.0, 48.0,
-        ...     alignments=(Bin(16, 1.0, 1.0, 0.0), Bin(48, 2.0**0.5, 1.0, 0.0)),
-        ...     curvatures=(), contrasts=(Contrast((16, 48), (1.75, 2.5), 1.0),)))
-        >>> [round(value, 6) for value in (law.alignment_limit, law.alignment_scale, law.noise_curvature)]
-        [2.0, 48.0, 1.0]
-        >>> round(law.signal_curvature * law.alignment_limit**2, 6)
-        3.0
 
     References:
         Li et al. 2024, arXiv:2405.14578, Lemma 1 (Eq. 6, 7) and the form of Eq. 11.

@@ -10,7 +10,6 @@ stay apart until they are asked for: standard errors come from leaving out one g
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -19,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
-from lightning_surge.checking.arguments import number
-from lightning_surge.checking.state import REMEDY
-from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
+from lightning_surge.checking.arguments import number, whole
+from lightning_surge.checking.state import REMEDY, restore, save
+from lightning_surge.measure.records import CoordinateSums, Measurement, SizedValue
 
 # A size that a ramp has left behind weighs less and less; below this share of the heaviest bin's weight it
 # tells of another time, and is left out.
@@ -35,11 +34,7 @@ SMALLEST = 1e-12
 class Bin(NamedTuple):
     """A weighted mean over measurements with directions of about the same size.
 
-    Attributes:
-        batch_size: geometric mean of the sizes, examples.
-        value: weighted mean.
-        weight: sum of the weights.
-        variance: of `value`, from the scatter; 0 with a single one.
+    `batch_size` is the geometric mean of theirs; `variance` is that of `value`, from the scatter.
     """
 
     batch_size: float
@@ -49,13 +44,7 @@ class Bin(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """Two curvatures of one measurement, for two batch sizes at one point of training.
-
-    Attributes:
-        sizes: examples; of directions, the smaller one first.
-        values: the curvatures.
-        weight: of the measurement.
-    """
+    """Two curvatures of one measurement, along directions of two sizes, the smaller one first."""
 
     sizes: tuple[float, float]
     values: tuple[float, float]
@@ -120,6 +109,7 @@ class NoiseHistory:
     Example:
         Two measurements, the older one worth half with `half_life=1`: (1 * 6 + 0.5 * 3) / 1.5 = 5.
 
+        >>> from lightning_surge.measure.records import ChunkStatistics
         >>> history = NoiseHistory(half_life=1)
         >>> for grad_sq in (3.0, 6.0):
         ...     history.add(Measurement(ChunkStatistics(8.0, grad_sq, 10.0, ()), (), passes=16.0))
@@ -148,9 +138,13 @@ class NoiseHistory:
         statistics = measurement.statistics
         sized = (*statistics.alignments, *measurement.curvatures)
         values = [value for pair in sized for value in pair]
-        if not all(map(math.isfinite, (*statistics[:3], *values, *(measurement.coordinate_sums or ())))):
+        finite = all(map(math.isfinite, (*statistics[:3], *values, *(measurement.coordinate_sums or ()))))
+        sizes = [statistics.batch_size, *(size for size, _ in sized)]
+        counted = min(sizes) >= SMALLEST and min(measurement.passes, measurement.pairs) >= 0.0
+        if not (finite and counted):
             raise ValueError(
-                f"Expected finite gradient statistics, got {measurement}: this measurement is left out."
+                f"Expected finite gradient statistics and sizes above 0, got {measurement}: this measurement "
+                "is left out."
             )
         self._records.append(measurement)
         self.num_measurements += 1
@@ -207,36 +201,34 @@ class NoiseHistory:
             ),
             alignments=_bins((record.statistics.alignments, weight) for record, weight in records),
             curvatures=_bins((record.curvatures, weight) for record, weight in records),
-            contrasts=tuple(_contrast(record, weight) for record, weight in records if record.curvatures),
+            contrasts=tuple(
+                Contrast((low.batch_size, high.batch_size), (low.value, high.value), weight)
+                for record, weight in records
+                if record.curvatures
+                for low, high in [(min(record.curvatures), max(record.curvatures))]
+            ),
             coordinate_sums=_mean_sums(records),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """The records as plain numbers and lists."""
-        return {
-            "num_measurements": self.num_measurements,
-            "records": [
-                {
-                    "norms": list(record.statistics[:3]),
-                    "alignments": [list(sized) for sized in record.statistics.alignments],
-                    "curvatures": [list(sized) for sized in record.curvatures],
-                    "passes": record.passes,
-                    "num_chunks": record.num_chunks,
-                    "coordinate_sums": list(record.coordinate_sums) if record.coordinate_sums else None,
-                    "pairs": record.pairs,
-                }
-                for record in self._records
-            ],
-        }
+        records = []
+        for record in self._records:
+            entry = record._asdict()
+            statistics = entry.pop("statistics")
+            records.append({"norms": statistics[:3], "alignments": statistics.alignments, **entry})
+        return {"num_measurements": self.num_measurements, "records": save(records)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the records of `state_dict`, or nothing if a value is missing or out of range."""
         loaded = NoiseHistory(self.half_life)
         for record in state["records"]:
-            loaded.add(_measurement(record))
-        # At least the records that are kept.
-        count = _saved("num_measurements", state["num_measurements"], len(loaded))
-        self._records, self.num_measurements = loaded._records, int(count)
+            statistics, sums = [*record["norms"], record["alignments"]], record["coordinate_sums"]
+            # Version 0.2.0 saved a fourth sum.
+            record = {**record, "statistics": statistics, "coordinate_sums": sums and sums[:3]}
+            loaded.add(restore(Measurement, record))
+        count = whole("num_measurements", state["num_measurements"], REMEDY, least=len(loaded))
+        self._records, self.num_measurements = loaded._records, count
         self._replicates.clear()
 
 
@@ -250,20 +242,9 @@ def jackknife_error(whole: float, without: Sequence[float], shares: Sequence[flo
     standard error holds for 68 % of the truths, as a Gaussian's does. Its degrees of freedom are
     `1 / sum_g w_g^2 - 1`.
 
-    Args:
-        whole: the answer with all measurements.
-        without: the answer without each group.
-        shares: of the groups in the weight.
-
     Returns:
         The standard error in the answer's unit; infinite with fewer than two groups, or if an answer is
         infinite or undefined.
-
-    Example:
-        Two measurements, 1 and 3: the mean's error is 1, and Student's factor for one degree of freedom 1.84.
-
-        >>> round(jackknife_error(2.0, [3.0, 1.0], [0.5, 0.5]), 2)
-        1.84
 
     References:
         Busing, Meijer and van der Leeden 1999, *Statistics and Computing* 9, for pseudo-values of unequal
@@ -281,29 +262,6 @@ def jackknife_error(whole: float, without: Sequence[float], shares: Sequence[flo
     return error if error < LARGEST_ERROR else math.inf
 
 
-def _saved(name: str, value: float, smallest: float) -> float:
-    """A number from a checkpoint, which may be damaged."""
-    if not (isinstance(value, (int, float)) and smallest <= value < sys.float_info.max):
-        raise ValueError(f"Expected {name} of at least {smallest:g}, got {name}={value!r}: {REMEDY}.")
-    return float(value)
-
-
-def _measurement(record: dict[str, Any]) -> Measurement:
-    """One record of `NoiseHistory.state_dict`; `add` then refuses numbers that are not finite."""
-    batch_size, grad_sq, trace_cov = record["norms"]
-    sums = record["coordinate_sums"]
-    return Measurement(
-        ChunkStatistics(
-            _saved("batch_size", batch_size, SMALLEST), grad_sq, trace_cov, _sized(record["alignments"])
-        ),
-        _sized(record["curvatures"]),
-        _saved("passes", record["passes"], 0.0),
-        int(record["num_chunks"]),
-        None if sums is None else CoordinateSums(*sums[:3]),  # 0.2.0 had a fourth
-        _saved("pairs", record.get("pairs", 0.0), 0.0),
-    )
-
-
 def _precision(record: Measurement) -> float:
     """Weight of its norms, beside its age.
 
@@ -313,20 +271,11 @@ def _precision(record: Measurement) -> float:
     return math.sqrt(record.pairs) or 1.0
 
 
-def _contrast(record: Measurement, weight: float) -> Contrast:
-    first, second = min(record.curvatures), max(record.curvatures)
-    return Contrast((first.batch_size, second.batch_size), (first.value, second.value), weight)
-
-
 def _mean_sums(records: Sequence[tuple[Measurement, float]]) -> CoordinateSums | None:
     sums = [record.coordinate_sums for record, _ in records if record.coordinate_sums is not None]
     if len(sums) < len(records):
         return None
     return CoordinateSums(*np.average(sums, axis=0, weights=[weight for _, weight in records]).tolist())
-
-
-def _sized(pairs: Iterable[Sequence[float]]) -> tuple[SizedValue, ...]:
-    return tuple(SizedValue(_saved("batch_size", batch_size, SMALLEST), value) for batch_size, value in pairs)
 
 
 def _bins(records: Iterable[tuple[Sequence[SizedValue], float]]) -> tuple[Bin, ...]:

@@ -17,10 +17,10 @@ step there would get all of it. `objective="alignment"` would ask for 2.28, and 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lightning_surge.checking.arguments import number
-from lightning_surge.checking.state import REMEDY
+from lightning_surge.checking.state import REMEDY, restore, save
 from lightning_surge.laws.base import Law
 from lightning_surge.laws.objectives import OBJECTIVES, step_ratio
 from lightning_surge.policy.estimates import EstimatedLaw
@@ -57,13 +57,15 @@ class Decision(NamedTuple):
     because: Reason
 
 
-class _Target(NamedTuple):
-    """What the law asks for at a batch size: as `Decision`, before the limit on rises."""
+@dataclass(frozen=True)
+class PolicyState:
+    """What a checkpoint holds of a `Policy`."""
 
-    predicted: float
-    standard_error: float
-    used: float
-    because: Reason
+    law: dict[str, Any] | None
+    used_to: float
+    at: float | None
+    held: str | None
+    held_because: Reason | None
 
 
 class Policy:
@@ -114,7 +116,8 @@ class Policy:
         self._at: float | None = None
         # In words and as one of a few; None while the law is followed.
         self._held: tuple[str, Reason] | None = None
-        self._answers: dict[float, _Target] = {}
+        # By batch size, before the limit on rises.
+        self._answers: dict[float, Decision] = {}
         # The latest batch size and decision, once asking again would decide the same.
         self._settled: tuple[float, Decision] | None = None
 
@@ -151,11 +154,11 @@ class Policy:
         rising = used < target.used and not target.because.held
         because = Reason.RISING if rising else target.because
         reason = self._held[0] if self._held is not None and because.held else because.text
-        decision = Decision(target.predicted, target.standard_error, used, reason, because)
+        decision = target._replace(used=used, reason=reason, because=because)
         self._settled = (batch_size, decision) if self._used_to == target.used == used else None
         return decision
 
-    def _approach(self, target: _Target) -> tuple[float, float]:
+    def _approach(self, target: Decision) -> tuple[float, float]:
         """What training is used to once a step has passed at the size of a target, and that step's factor."""
         # Lower than the base's learning rate from the first step on: then it is used to that.
         before = min(1.0, target.used) if self._at is None else self._used_to
@@ -188,7 +191,7 @@ class Policy:
         except (ArithmeticError, ValueError):
             return False
 
-    def _target(self, batch_size: float) -> _Target:
+    def _target(self, batch_size: float) -> Decision:
         # The law changes every hundred steps, the question is asked at every one.
         if batch_size not in self._answers:
             if len(self._answers) > MOST_ANSWERS:
@@ -196,24 +199,23 @@ class Policy:
             self._answers[batch_size] = self._compute_target(batch_size)
         return self._answers[batch_size]
 
-    def _compute_target(self, batch_size: float) -> _Target:
+    def _compute_target(self, batch_size: float) -> Decision:
         quotient = batch_size / self.base_batch_size
         if self.fixed_law is not None:
             predicted = step_ratio(self.fixed_law, batch_size, self.base_batch_size)
-            used, because = self._bounded(predicted, quotient, Reason.RULE)
-            return _Target(predicted, 0.0, used, because)
+            return self._bounded(predicted, 0.0, predicted, quotient, Reason.RULE)
         held = None if self._held is None else self._held[1]
         if self.law is None:
-            used, because = self._bounded(math.sqrt(quotient), quotient, Reason.NOTHING_MEASURED)
-            return _Target(math.sqrt(quotient), math.inf, used, held or because)
+            root = math.sqrt(quotient)
+            return self._bounded(root, math.inf, root, quotient, Reason.NOTHING_MEASURED, held)
         try:
             predicted = self._wanted(self.law, batch_size)
             log_predicted = math.log(predicted)
         except (ArithmeticError, ValueError):
             predicted, log_predicted = math.nan, math.nan
         if not math.isfinite(log_predicted):
-            used, because = self._bounded(math.sqrt(quotient), quotient, Reason.NO_LAW_HERE)
-            return _Target(math.sqrt(quotient), math.inf, used, because)
+            root = math.sqrt(quotient)
+            return self._bounded(root, math.inf, root, quotient, Reason.NO_LAW_HERE)
         error = self._log_standard_error(batch_size)
         log_sqrt = 0.5 * math.log(quotient)
         weight = log_sqrt**2 / (log_sqrt**2 + error**2) if log_sqrt != 0.0 else 1.0
@@ -222,8 +224,7 @@ class Policy:
             because = Reason.UNCERTAIN
         else:
             because = Reason.UNRESOLVED if self.law.at_edge else Reason.MEASURED
-        used, because = self._bounded(shrunk, quotient, because)
-        return _Target(predicted, predicted * error, used, held or because)
+        return self._bounded(predicted, predicted * error, shrunk, quotient, because, held)
 
     def _log_standard_error(self, batch_size: float) -> float:
         if self.law is None or batch_size == self.base_batch_size:
@@ -235,40 +236,41 @@ class Policy:
             self.law.extrapolation_error(self.base_batch_size),
         )
 
-    def _bounded(self, ratio: float, quotient: float, because: Reason) -> tuple[float, Reason]:
+    def _bounded(
+        self,
+        predicted: float,
+        error: float,
+        ratio: float,
+        quotient: float,
+        because: Reason,
+        held: Reason | None = None,
+    ) -> Decision:
         reach = max(quotient, 1.0 / quotient)
         low, high = self._bounds or (1.0 / reach, reach)
-        if ratio > high:
-            return high, Reason.BOUNDED_ABOVE
-        if ratio < low:
-            return low, Reason.BOUNDED_BELOW
-        return ratio, because
+        if not low <= ratio <= high:
+            because = Reason.BOUNDED_ABOVE if ratio > high else Reason.BOUNDED_BELOW
+        because = held or because
+        return Decision(predicted, error, min(max(ratio, low), high), because.text, because)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
-        return {
-            "law": None if self.law is None else self.law.state_dict(),
-            "used_to": self._used_to,
-            "at": self._at,
-            "held": None if self._held is None else self._held[0],
-            "held_because": None if self._held is None else int(self._held[1]),
-        }
+        law = None if self.law is None else self.law.state_dict()
+        state: dict[str, Any] = save(PolicyState(law, self._used_to, self._at, *(self._held or (None, None))))
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`, or nothing if a value is missing or out of range."""
-        law = None if state["law"] is None else EstimatedLaw.from_state_dict(state["law"])
-        at = None if state["at"] is None else number("at", state["at"], REMEDY)
-        used_to = number("used_to", state["used_to"], REMEDY)
-        held = state["held"]
-        ratios = (used_to, 1.0 if at is None else at / self.base_batch_size)
+        saved = restore(PolicyState, state)
+        ratios = (saved.used_to, 1.0 if saved.at is None else saved.at / self.base_batch_size)
         near = all(1.0 / FARTHEST < ratio < FARTHEST for ratio in ratios)
-        if not near or not (held is None or isinstance(held, str)):
+        if not near or (saved.held is None) != (saved.held_because is None):
             raise ValueError(
                 f"Expected factors and a batch size in reach of {self.base_batch_size:g}, and a reason or "
-                f"None, got used_to={used_to}, at={at}, held={held!r}: {REMEDY}."
+                f"None, got used_to={saved.used_to}, at={saved.at}, held={saved.held!r}: {REMEDY}."
             )
-        because = Reason.MEASURING_FAILED if held is None else Reason(state["held_because"])
-        self.law = law
-        self._held = None if held is None else (held, because)
-        self._used_to, self._at = used_to, at
+        self.law = None if saved.law is None else EstimatedLaw.from_state_dict(saved.law)
+        self._held = None
+        if saved.held is not None and saved.held_because is not None:
+            self._held = saved.held, saved.held_because
+        self._used_to, self._at = saved.used_to, saved.at
         self._ask_again()

@@ -101,7 +101,7 @@ def report(trainer: pl.Trainer, module: Net) -> dict[str, Any]:
         said["stats"] = repr(callback.history.stats())
         said["measured"] = callback.history.num_measurements
         said["numbers"] = numbers(callback)
-        said["budget"] = callback._measurer.budget.state_dict()
+        said["budget"] = dict(vars(callback._measurer.budget))
     return said
 
 

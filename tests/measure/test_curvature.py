@@ -1,19 +1,14 @@
 """The secant against the exact quadratic form, and the parameters afterwards."""
 
 import math
-import weakref
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_surge.measure import gradients
 from lightning_surge.measure.curvature import displaced, probe_distance, realised_slope, secant_curvature
-from tests.drawn import many
 
 HESSIAN = torch.tensor(
     [
@@ -165,40 +160,6 @@ class TestSecant:
         got = curvature_along([theta], lambda: iter([v]), gradient, probe_distance([theta], lr=0.0))
         # RESOLUTION_STEPS promises about 3 % of the displacement.
         assert got == pytest.approx(float(stiffness.sum()), rel=0.03)
-
-    def test_nothing_of_the_direction_is_held_while_the_gradient_is_computed(self) -> None:
-        """Its buffers may be given up then: the copy of the parameters takes their place."""
-        parameters = [torch.ones(3), torch.ones(4)]
-        made_of = [torch.ones(3), torch.ones(4)]
-        references = [weakref.ref(tensor) for tensor in made_of]
-        held = []
-
-        def direction() -> Iterator[Tensor]:
-            for tensor in made_of:
-                for (block,) in gradients.blocks(tensor):
-                    yield block.sign()
-
-        def gradient() -> list[Tensor]:
-            made_of.clear()
-            held.extend(reference() is not None for reference in references)
-            return [2 * parameter for parameter in parameters]
-
-        secant_curvature(
-            parameters, direction=direction, slope=0.0, gradient_at_displaced=gradient, delta=0.5
-        )
-        assert held == [False, False]
-
-    @many
-    @given(seed=st.integers(0, 2**31), log_delta=st.floats(-4, 2), loss_factor=st.floats(1e-3, 1e3))
-    def test_scales_with_the_loss(self, seed: int, log_delta: float, loss_factor: float) -> None:
-        rng = np.random.default_rng(seed)
-        hessian = torch.from_numpy(rng.normal(size=(6, 6)))
-        hessian = hessian @ hessian.T
-        v, theta = (torch.from_numpy(rng.normal(size=6)) for _ in range(2))
-        got = curvature_along(
-            [theta], lambda: iter([v]), lambda: [loss_factor * (hessian @ theta)], 10.0**log_delta
-        )
-        assert got == pytest.approx(loss_factor * float(v @ hessian @ v), rel=1e-6)
 
 
 class TestDisplaced:

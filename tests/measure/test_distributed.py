@@ -22,17 +22,6 @@ def ranks(rank: int, count: int) -> Ranks:
     return Ranks(count=count, rank=rank)
 
 
-class TestAlone:
-    def test_everything_is_free(self) -> None:
-        parameter = torch.ones(2, requires_grad=True)
-        alone = Ranks()
-        assert alone.total(1.0, 2.0) == alone.least(1.0, 2.0) == (1.0, 2.0)
-        alone.meet()
-        alone.sum_gradients([parameter])
-        assert parameter.grad is None
-        assert alone.first("anything") == "anything"
-
-
 class TestTogether:
     def test_numbers(self) -> None:
         def work(rank: int, count: int) -> Any:
@@ -151,33 +140,23 @@ def flat(value: Any) -> list[float]:
     return [] if value is None else [float(value)]
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("law", ["measured", "theorem2", "theorem3"])
-def test_processes_measure_what_one_measures_on_all_examples(count: int, law: str) -> None:
-    lengths = [EXAMPLES // count] * count
+@pytest.mark.parametrize(
+    ("law", "lengths"),
+    [(law, [EXAMPLES // n] * n) for law in ("measured", "theorem2", "theorem3") for n in (2, 4)]
+    + [("measured", [24, 8])],
+)
+def test_processes_measure_what_one_measures_on_all_examples(law: str, lengths: list[int]) -> None:
+    """A process with a shorter batch counts by its examples."""
 
     def work(rank: int, count: int) -> Any:
         return law_measurement([data().split(lengths)[rank]], ranks(rank, count), law)
 
-    together = on_ranks(work, count)
+    together = on_ranks(work, len(lengths))
     assert all(result == together[0] for result in together)
     measured, sizes = together[0]
-    alone, sizes_alone = law_measurement([interleaved(lengths, count)], Ranks(), law)
-    assert sizes == sizes_alone
-    assert flat(measured) == pytest.approx(flat(alone), rel=1e-6, abs=1e-9, nan_ok=True)
-
-
-def test_a_process_with_a_shorter_batch_counts_by_its_examples() -> None:
-    lengths = [24, 8]
-
-    def work(rank: int, count: int) -> Any:
-        return law_measurement([data().split(lengths)[rank]], ranks(rank, count), "measured")
-
-    (measured, sizes), other = on_ranks(work, 2)
-    assert (measured, sizes) == other
-    alone, sizes_alone = law_measurement([interleaved(lengths, 2)], Ranks(), "measured")
+    alone, sizes_alone = law_measurement([interleaved(lengths, len(lengths))], Ranks(), law)
     assert sizes == sizes_alone == [4.0] * 8
-    assert flat(measured) == pytest.approx(flat(alone), rel=1e-6, abs=1e-9)
+    assert flat(measured) == pytest.approx(flat(alone), rel=1e-6, abs=1e-9, nan_ok=True)
 
 
 def test_slices_are_as_many_as_the_shortest_batch_allows() -> None:

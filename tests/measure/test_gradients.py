@@ -101,21 +101,6 @@ class TestExact:
         wanted = slow_statistics(chunks, sizes, direction=direction)
         assert_equal_statistics(streamed(chunks, sizes, direction=direction), wanted)
 
-    def test_single_examples_give_the_sample_covariance(self) -> None:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-        parameters = list(model.parameters())
-        rows = []
-        for x in torch.randn(7, 1, 3, dtype=torch.float64):
-            rows.append(list(torch.autograd.grad(model(x).square().mean(), parameters)))
-        got = streamed(rows, [1.0] * 7, scales=[1.0] * 4, parameters=parameters)
-        table = np.stack([torch.cat([g.reshape(-1) for g in row]).numpy() for row in rows])
-        assert got.trace_cov == pytest.approx(np.trace(np.cov(table.T)), rel=1e-12)
-        # The debiased |G|^2 of equal chunks is the mean product of two different ones.
-        products = table @ table.T
-        off_diagonal = (products.sum() - np.trace(products)) / (7 * 6)
-        assert got.grad_sq == pytest.approx(off_diagonal, rel=1e-10)
-
     def test_none_counts_as_zero(self) -> None:
         chunks = chunk_gradients(4)
         missing: list[list[Tensor | None]] = [list(chunk) for chunk in chunks]

@@ -41,26 +41,27 @@ def pieces(*lengths: int) -> list[Piece]:
 
 
 class TestChunks:
-    def test_one_batch_is_cut_into_slices(self) -> None:
-        prober, _ = make(mean_loss)
-        chunks = prober.chunks(pieces(32), base_batch_size=4)
-        assert [chunk.size for chunk in chunks] == [4.0] * 8
-        assert torch.equal(torch.cat([chunk.pieces[0].batch for chunk in chunks]), batch(32))
-
-    def test_a_few_batches_are_cut_each(self) -> None:
-        prober, _ = make(mean_loss)
-        chunks = prober.chunks(pieces(16, 16), base_batch_size=4)
-        assert [chunk.size for chunk in chunks] == [4.0] * 8
-        assert [chunk.pieces[0].batch_idx for chunk in chunks] == [0] * 4 + [1] * 4
-
-    def test_many_batches_are_grouped(self) -> None:
-        prober, _ = make(mean_loss)
-        chunks = prober.chunks(pieces(*[2] * 10), base_batch_size=100)
-        assert [len(chunk.pieces) for chunk in chunks] == [2, 3, 2, 3]
-
-    def test_batches_that_must_stay_whole(self) -> None:
-        prober, _ = make(mean_loss, split=False)
-        assert [chunk.size for chunk in prober.chunks(pieces(8, 8), base_batch_size=1)] == [8.0, 8.0]
+    @pytest.mark.parametrize(
+        ("lengths", "base", "split", "wanted"),
+        [
+            # One batch is cut into slices, a few are cut each, many are grouped.
+            ((32,), 4.0, True, [[4]] * 8),
+            ((16, 16), 4.0, True, [[4]] * 8),
+            ((8, 8, 8), 4.0, True, [[2], [3], [3]] * 3),
+            ((2,) * 10, 100.0, True, [[2, 2], [2, 2, 2]] * 2),
+            ((8, 8), 1.0, False, [[8], [8]]),
+        ],
+    )
+    def test_batches_are_cut_or_grouped(
+        self, lengths: tuple[int, ...], base: float, split: bool, wanted: list[list[int]]
+    ) -> None:
+        prober, _ = make(mean_loss, split=split)
+        whole = pieces(*lengths)
+        chunks = prober.chunks(whole, base)
+        assert [[piece.size for piece in chunk.pieces] for chunk in chunks] == wanted
+        parts = [piece for chunk in chunks for piece in chunk.pieces]
+        assert torch.equal(torch.cat([p.batch for p in parts]), torch.cat([piece.batch for piece in whole]))
+        assert [piece.batch_idx for piece in parts] == sorted(piece.batch_idx for piece in parts)
 
     @pytest.mark.parametrize("lengths", [(8, 8, 1), (8, 1), (1, 8), (16, 3)])
     def test_a_short_last_batch_is_right_and_not_skipped(self, lengths: tuple[int, ...]) -> None:

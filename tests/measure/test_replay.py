@@ -100,22 +100,6 @@ class TestWholeStep:
         assert module.last_loss is last_loss
         assert torch.equal(torch.get_rng_state(), random_state)
 
-    def test_training_goes_on_as_if_nothing_had_happened(self) -> None:
-        losses = []
-        for probed in (False, True):
-            torch.manual_seed(0)
-            module, x = Step(), torch.randn(5, 3)
-            optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-            for _ in range(4):
-                optimizer.zero_grad()
-                module(x).backward()
-                if probed:
-                    with traceless(module):
-                        module(2 * x).backward()
-                optimizer.step()
-            losses.append((module.history, module.all_losses.compute().tolist()))
-        assert losses[0] == losses[1]
-
 
 class TestRandomStreams:
     DRAWS: tuple[Callable[[], float], ...] = (

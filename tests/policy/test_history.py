@@ -137,13 +137,6 @@ def test_the_noise_scale_is_the_ratio_of_the_averages() -> None:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("half_life", [0.0, -1.0, math.inf, math.nan])
-    def test_half_life(self, half_life: float) -> None:
-        with pytest.raises(
-            ValueError, match=f"0 < half_life < inf, got half_life={half_life}: 8 measurements"
-        ):
-            NoiseHistory(half_life)
-
     @pytest.mark.parametrize(
         "measurement",
         [
@@ -156,7 +149,7 @@ class TestErrors:
     )
     def test_numbers_that_are_not_finite_are_left_out(self, measurement: Measurement) -> None:
         history = history_of([measured()])
-        with pytest.raises(ValueError, match="finite gradient statistics"):
+        with pytest.raises(ValueError, match="finite gradient statistics and sizes"):
             history.add(measurement)
         assert (len(history), history.num_measurements) == (1, 1)
         assert history.latest == measured()

@@ -168,3 +168,13 @@ def test_what_a_clamp_made_is_not_logged() -> None:
     left_out = {"noise_scale", "critical_batch_size", "peak_batch_size", "peak_lr"}
     assert not left_out & {key.removeprefix("surge/") for key in logged}
     assert {"surge/grad_sq", "surge/lr_optimal", "surge/law/noise_curvature"} <= logged.keys()
+
+
+def test_an_error_that_is_not_known_is_not_logged() -> None:
+    """As after a single measurement."""
+    norms = ChunkStatistics(128.0, 2.0, 48.0, (SizedValue(16.0, 1.0), SizedValue(64.0, 1.2)))
+    history = NoiseHistory()
+    history.add(Measurement(norms, (SizedValue(16.0, 1.0), SizedValue(64.0, 2.0)), passes=1.0))
+    logged = law_metrics(history, estimate(history, fit_sign_law), 64.0)
+    assert {"surge/noise_scale", "surge/lr_optimal"} <= logged.keys()
+    assert not any(key.endswith("_standard_error") for key in logged)

@@ -2,14 +2,11 @@
 
 import ast
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 
 import lightning_surge
 from lightning_surge import SurgeLRCallback
-from lightning_surge.callbacks.settings import LAWS
-from lightning_surge.laws.objectives import OBJECTIVES
 
 
 def test_every_public_name_is_there_and_listed() -> None:
@@ -37,19 +34,6 @@ def test_other_names_are_refused_as_by_any_module() -> None:
     with pytest.raises(AttributeError, match="module 'lightning_surge' has no attribute 'SurgeLR'"):
         lightning_surge.SurgeLR  # noqa: B018
     assert not hasattr(lightning_surge, "__path_hooks__")
-
-
-def test_star_import_gives_the_public_names() -> None:
-    names: dict[str, object] = {}
-    exec("from lightning_surge import *", names)
-    assert names.keys() >= set(lightning_surge.__all__)
-
-
-def test_the_choices_of_the_callback_are_those_that_there_are() -> None:
-    hints = get_type_hints(SurgeLRCallback.__init__)
-    objective, none = get_args(hints["objective"])
-    assert (list(get_args(objective)), none) == (list(OBJECTIVES), type(None))
-    assert get_args(hints["law"]) == LAWS
 
 
 def test_what_is_retired_says_what_to_use_and_what_is_unknown_is_named() -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_surge.callbacks.settings import SurgeSettings
-from lightning_surge.checking.arguments import number
-from lightning_surge.checking.state import REMEDY
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.curvature import probe_distance
 from lightning_surge.measure.direction import Direction
@@ -119,13 +116,3 @@ class Instruments:
     def unscaled(self, measurement: Measurement) -> Measurement:
         """What a measurement says of the loss itself, without the factor that it was taken with."""
         return measurement.unscaled(self._prober.loss_scale, direction=self._direction)
-
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        """A plain number."""
-        return {"largest_lr": self.largest_lr}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        self.largest_lr = number("largest_lr", state["largest_lr"], REMEDY, least=0)

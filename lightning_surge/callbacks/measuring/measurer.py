@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -24,10 +26,13 @@ from lightning_surge.callbacks.measuring.plan import (
     arrangement,
 )
 from lightning_surge.callbacks.measuring.pooling import Cutting, Pool, Versions
-from lightning_surge.callbacks.measuring.repeated_loss import Attempts, LossFn, RepeatedLoss
+from lightning_surge.callbacks.measuring.repeated_loss import LossFn, RepeatedLoss
 from lightning_surge.callbacks.settings import SurgeSettings
+from lightning_surge.checking.arguments import number
+from lightning_surge.checking.state import REMEDY
 from lightning_surge.laws.base import Law
 from lightning_surge.measure.batches import SplitBatch, shared_copy
+from lightning_surge.measure.budget import BudgetState, probe_cost
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.distributed import ALONE, RankError
 from lightning_surge.measure.measurement import Whole
@@ -36,10 +41,42 @@ from lightning_surge.measure.probing import REPEATS, Prober
 from lightning_surge.measure.records import Measurement
 from lightning_surge.measure.replay import Chunk, Piece, TraceError
 
+# What the two counts of examples in a checkpoint may differ by: sums of fractions, and skipped steps.
+ROUNDING = 1e-9
+MOST_SKIPPED = 1e3
 # Examples of a batch whose slices are compared with it, where only a part of it is measured.
 COMPARED_EXAMPLES = 16.0
 # Into how many slices at most that part is cut: each tells `tr Sigma` once more.
 MAX_PARTS = 8
+
+
+@dataclass(frozen=True)
+class MeasurerState:
+    """What a checkpoint holds of a `Measurer` and its parts, which document it."""
+
+    budget: BudgetState
+    seen: tuple[int, float]
+    slices_checked: bool
+    may_split: bool
+    largest_lr: float
+    off: bool
+    windows: dict[str, Any]
+    size: float = 0.0
+    slices_exact: bool = False
+
+    def __post_init__(self) -> None:
+        batches, examples = self.seen
+        for name, value in (("largest_lr", self.largest_lr), ("size", self.size), ("seen", examples)):
+            number(name, value, REMEDY, least=0)
+        # Their quotient is the size that the next measurement is planned with: it must be one. Examples that
+        # were seen and not trained on are those of steps that a scaler skipped.
+        trained = self.budget.trained
+        fits = (1.0 - ROUNDING) * trained <= examples <= (MOST_SKIPPED * trained or math.inf)
+        if batches < 0 or (examples > 0.0) != (batches > 0) or not fits:
+            raise ValueError(
+                f"Expected the batches and examples seen to hold the {trained:g} trained on, got {batches:g} "
+                f"batches of {examples:g} examples: {REMEDY}."
+            )
 
 
 class Measurer:
@@ -55,10 +92,8 @@ class Measurer:
     """
 
     # Of the run in hand; absent between runs.
-    _run: tuple[pl.Trainer, pl.LightningModule, Optimizer, Direction]
     _trainer: pl.Trainer
     _loss: RepeatedLoss
-    _attempts: Attempts
     _prober: Prober
     _pace: Pace | None
     _size_ahead: Callable[[float], float] | None
@@ -91,23 +126,20 @@ class Measurer:
     def attach(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
         optimizer: Optimizer,
         direction: Direction,
-        pace: Pace | None = None,
-        size_ahead: Callable[[float], float] | None = None,
         *,
-        curvature: bool = False,
+        pace: Pace | None,
+        size_ahead: Callable[[float], float] | None,
+        curvature: bool,
     ) -> None:
         """Take hold of a run that starts."""
         self.detach()
-        self._run = trainer, pl_module, optimizer, direction
-        self._trainer, self._pace = trainer, pace
-        self._size_ahead, self._curvature_asked = size_ahead, curvature
-        self._plan.curvature = self._settings.needs_curvature or curvature
+        pl_module = trainer.lightning_module
+        self._trainer, self._pace, self._size_ahead = trainer, pace, size_ahead
+        self._plan.curvature = curvature
         self._ranks = ranks_of(trainer)
-        self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks)
-        self._attempts = Attempts(self._ranks, self._loss.isolated, self.fail)
+        self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks, self.fail)
         self._norms.attach(self._ranks)
         alone = self._ranks.count > 1 and not overrides(pl_module, "backward")
         self._prober = Prober(
@@ -121,19 +153,11 @@ class Measurer:
         )
         self._instruments.begin(optimizer, direction, self._prober)
 
-    def take_over(self, other: Measurer, pace: Pace) -> None:
-        """Take hold of the run that another one has in hand, if it has one; `pace` takes the place of its."""
-        if "_run" in vars(other):
-            own_pace = None if other._pace is None else pace
-            self.attach(*other._run, own_pace, other._size_ahead, curvature=other._curvature_asked)
-
     def detach(self) -> None:
         """Let go of the run, and of every batch."""
-        for name in ("_run", "_trainer", "_loss", "_attempts", "_prober"):
+        for name in ("_trainer", "_loss", "_prober"):
             vars(self).pop(name, None)
-        self._pace = None
-        self._size_ahead = None
-        self._curvature_asked = False
+        self._pace = self._size_ahead = None
         self._instruments.end()
         # Of the batch in hand, which can see several windows where optimization is manual.
         self._versions = Versions()
@@ -318,7 +342,7 @@ class Measurer:
         self._plan.see(total, batches)
         if norms.is_open and total > 0.0:
             norms.end(message, total)
-            self._plan.charge_windows(total)
+            self.budget.charge_norms(total)
             self._windows_done = self._plan.windows_are_due(norms, total)
             self._tell_of_failure(norms.take_failure())
         if failures:
@@ -345,7 +369,7 @@ class Measurer:
         if self._pool.full:
             self._refresh_parameters(law, base)
             probe = partial(self._probe, base)
-            found = self._attempts.without_trace(probe, self._instruments.parameters)
+            found = self._loss.without_trace(probe, self._instruments.parameters)
             if found is not None:
                 measurements.append(self._finished(found))
         return measurements
@@ -373,7 +397,7 @@ class Measurer:
     def _measure_at_hand(self, piece: Piece, probe: Probe, weight: float) -> None:
         """Measure a slice of the batch whose gradient is in `.grad` against the rest of it."""
         self._at_hand = None
-        if not self._attempts.together(partial(self._versions.check, piece.batch)) or piece.size <= 0.0:
+        if not self._loss.together(partial(self._versions.check, piece.batch)) or piece.size <= 0.0:
             return
         if not self._instruments.parameters:
             self._refresh_parameters()
@@ -381,7 +405,7 @@ class Measurer:
         whole = [parameter.grad for parameter in self._instruments.parameters]
         factor = weight * self._loss.scale / self._trainer.accumulate_grad_batches
         work = partial(self._slice_against_rest, piece, probe, whole, factor)
-        found = self._attempts.without_trace(work, self._instruments.parameters)
+        found = self._loss.without_trace(work, self._instruments.parameters)
         if found is not None:
             self._measured = self._finished(found)
 
@@ -412,7 +436,7 @@ class Measurer:
         measurement = self._ranks.first(measurement)
         self._tell_of_the_first(measurement, "probes")
         self._pool.measured()
-        self._plan.charge(measurement.passes)
+        self.budget.charge(probe_cost(measurement.passes))
         return self._instruments.unscaled(measurement)
 
     def _tell_of_the_first(self, measurement: Measurement, source: str) -> None:
@@ -455,16 +479,32 @@ class Measurer:
         """Drop batches being pooled when a checkpoint is saved: they cannot be saved with it."""
         self._pool.drop()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        parts = self._plan, self._cutting, self._instruments
-        state = {name: value for part in parts for name, value in part.state_dict().items()}
-        return {**state, "off": self.off, "windows": self._norms.state_dict()}
+    @property
+    def state(self) -> MeasurerState:
+        """What a checkpoint holds. Waits for the device."""
+        plan, cutting = self._plan, self._cutting
+        return MeasurerState(
+            budget=self.budget,
+            seen=plan.seen,
+            size=plan.size,
+            slices_checked=cutting.checked,
+            slices_exact=cutting.exact,
+            may_split=cutting.allowed,
+            largest_lr=self._instruments.largest_lr,
+            off=self.off,
+            windows=self._norms.state_dict(),
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        for part in (self._plan, self._cutting, self._instruments):
-            part.load_state_dict(state)
-        self.off = bool(state["off"])
-        self._norms.load_state_dict(state["windows"])
+    def load(self, state: MeasurerState) -> None:
+        """Take over what a checkpoint holds."""
+        self._norms.load_state_dict(state.windows)
+        vars(self.budget).update(vars(state.budget))
+        self._plan.seen, self._plan.size = state.seen, state.size
+        cutting = self._cutting
+        cutting.checked, cutting.exact, cutting.allowed = (
+            state.slices_checked,
+            state.slices_exact,
+            state.may_split,
+        )
+        self._instruments.largest_lr, self.off = state.largest_lr, state.off
         self._told_of_first = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -11,17 +12,14 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_info
 
 from lightning_surge.callbacks.settings import SurgeSettings
-from lightning_surge.checking.arguments import number
+from lightning_surge.checking.arguments import optional, whole
 from lightning_surge.checking.state import REMEDY
-from lightning_surge.measure.budget import ProbeBudget, norms_cost, probe_cost
+from lightning_surge.measure.budget import ProbeBudget, probe_cost
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.distributed import Ranks
 from lightning_surge.measure.measurement import MAX_SLICES, MIN_SLICES, slices_for
 from lightning_surge.measure.norms import WindowNorms
 
-# What the two counts of examples in a checkpoint may differ by: sums of fractions, and skipped steps.
-ROUNDING = 1e-9
-MOST_SKIPPED = 1e3
 # The mean batch is a little smaller than most where the last one of an epoch is short.
 NEARLY = 0.75
 # Pairs of examples tell `|G|^2`, and a probe of M has M^2 of them: it pays to pool this many, as long as the
@@ -73,16 +71,16 @@ class MeasuringPlan:
     Attributes:
         budget: what may be spent, and what was.
         curvature: whether somebody asks for curvature, so that norms are not enough.
+        seen: batches, and the examples in them.
+        size: the batch size of the last measurement, or of the first step while there was none.
     """
 
     def __init__(self, settings: SurgeSettings) -> None:
         self._settings = settings
         self.budget = ProbeBudget(settings.max_overhead, settings.probe_every)
         self.curvature = settings.needs_curvature
-        self._seen_batches = 0
-        self._seen_examples = 0.0
-        # The batch size of the last measurement, or of the first step while there was none.
-        self._size = 0.0
+        self.seen = (0, 0.0)
+        self.size = 0.0
         # Of the measurement under way: its cost, and the examples of the whole run when it was planned.
         self._cost_under_way = 0.0
         self._planned = math.inf
@@ -94,17 +92,16 @@ class MeasuringPlan:
 
     def see(self, examples: float, batches: int) -> None:
         """Count a window of all processes."""
-        self._seen_batches += batches
-        self._seen_examples += examples
+        self.seen = self.seen[0] + batches, self.seen[1] + examples
 
     def typical(self, size: float, ranks: Ranks) -> float:
         """Examples in a micro-batch to plan with: batches may differ in size, as those counted in tokens."""
-        return self.mean_batch if self._seen_batches else ranks.examples(size)[0]
+        return self.mean_batch if self.seen[0] else ranks.examples(size)[0]
 
     @property
     def mean_batch(self) -> float:
         """Examples in a micro-batch so far, of which there must have been one."""
-        return self._seen_examples / self._seen_batches
+        return self.seen[1] / self.seen[0]
 
     def look_ahead(self, trainer: pl.Trainer, pace: Pace | None, batch_idx: int, typical: float) -> float:
         """Learn how long the run is as far as the Trainer knows; infinite if it does not."""
@@ -138,12 +135,12 @@ class MeasuringPlan:
             wanted = self._settings.probe_examples or POOLED
             due = norms.examples >= max(wanted, WINDOWS_SHARE * self.budget.trained) or self._is_new(size)
         if due:
-            self._size = size
+            self.size = size
         return due
 
     def _is_new(self, size: float) -> bool:
-        self._size = self._size or size
-        return max(size / self._size, self._size / size) >= CHANGED
+        self.size = self.size or size
+        return max(size / self.size, self.size / size) >= CHANGED
 
     # ------------------------------------------------------------------ probes
 
@@ -181,7 +178,7 @@ class MeasuringPlan:
             urgent = size_ahead(probe.examples + size) >= CHANGED * size
         if not self.budget.due(cost, self._planned, urgent=urgent):
             return None
-        self._cost_under_way, self._size = cost, size
+        self._cost_under_way, self.size = cost, size
         self.budget.start(urgent=urgent)
         return probe
 
@@ -249,40 +246,9 @@ class MeasuringPlan:
         """Whether a probe of what was pooled in the end stays within the budget."""
         return self.budget.has_room(self._cost(probe), self._planned)
 
-    def charge(self, passes: float) -> None:
-        """Pay for a measurement that took so many passes."""
-        self.budget.charge(probe_cost(passes))
-
-    def charge_windows(self, examples: float) -> None:
-        """Pay for the norms of a window with so many examples."""
-        self.budget.charge_norms(norms_cost(examples))
-
     def charge_in_vain(self) -> None:
         """Pay for the measurement under way, of which nothing came."""
         self.budget.charge(self._cost_under_way, measured=False)
-
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        seen = [self._seen_batches, self._seen_examples]
-        return {"budget": self.budget.state_dict(), "seen": seen, "size": self._size}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        self.budget.load_state_dict(state["budget"])
-        self._size = float(number("size", state.get("size", 0.0), REMEDY, least=0))
-        batches, examples = (float(number("seen", one, REMEDY, least=0)) for one in state["seen"])
-        # Their quotient is the size that the next measurement is planned with: it must be one. Examples that
-        # were seen and not trained on are those of steps that a scaler skipped.
-        trained = self.budget.trained
-        fits = (1.0 - ROUNDING) * trained <= examples <= (MOST_SKIPPED * trained or math.inf)
-        if not batches.is_integer() or (examples > 0.0) != (batches > 0.0) or not fits:
-            raise ValueError(
-                f"Expected the batches and examples seen to hold the {trained:g} trained on, got {batches:g} "
-                f"batches of {examples:g} examples: {REMEDY}."
-            )
-        self._seen_batches, self._seen_examples = int(batches), examples
 
 
 def _rounded_up(value: float) -> float:
@@ -291,6 +257,7 @@ def _rounded_up(value: float) -> float:
     return math.ceil(value / unit) * unit
 
 
+@dataclass
 class Pace:
     """Counts the batches that begin, and those behind one optimizer's steps.
 
@@ -301,23 +268,16 @@ class Pace:
     Attributes:
         steps: of this optimizer.
         batches_per_step: batches behind its latest step; 1 before the first.
-
-    Example:
-        A critic takes every batch of 8, and five steps to one of the other optimizer.
-
-        >>> pace = Pace()
-        >>> for steps_of_all in (0, 1, 2, 3, 4):
-        ...     pace.begin_batch(steps_of_all)
-        ...     pace.step(1)
-        >>> pace.examples_per_batch(40.0), pace.examples_per_step(40.0, global_step=6)
-        (8.0, 6.666666666666667)
     """
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self.batches_per_step = 1
-        self._batches = 0
-        self._steps_before: int | None = None
+    steps: int = 0
+    batches_per_step: int = 1
+    _batches: int = 0
+    _steps_before: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            optional(whole, name.lstrip("_"), value, REMEDY, least=0)
 
     def begin_batch(self, global_step: int) -> None:
         """A batch begins."""
@@ -338,16 +298,3 @@ class Pace:
         """Examples behind this optimizer's steps per step of any optimizer; None before the first step."""
         taken = global_step - (self._steps_before or 0)
         return trained / taken if self.steps and taken > 0 else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        counts = {name: state.get(name, value) for name, value in vars(Pace()).items()}
-        before = counts["_steps_before"]
-        known = [counts[name] for name in counts if name != "_steps_before" or before is not None]
-        if any(type(count) is not int or not 0 <= count < 2**63 for count in known):
-            raise ValueError(f"Expected whole numbers of steps and batches, got {counts}: {REMEDY}.")
-        vars(self).update(counts)

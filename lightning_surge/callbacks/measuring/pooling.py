@@ -20,21 +20,7 @@ COMPARED = 4
 
 
 class Versions:
-    """Tells whether a pass has changed its batch, which then cannot be passed again.
-
-    Example:
-        >>> import torch
-        >>> batch = torch.ones(2)
-        >>> versions = Versions(batch)
-        >>> versions.check(batch)
-        True
-        >>> batch.add_(1.0)
-        tensor([2., 2.])
-        >>> versions.check(batch)
-        Traceback (most recent call last):
-        ...
-        lightning_surge.measure.replay.ChangedBatchError: Expected a training_step that leaves ...
-    """
+    """Tells whether a pass has changed its batch, which then cannot be passed again."""
 
     def __init__(self, batch: Any = None) -> None:
         self._versions = [tensor._version for tensor in tensors_in(batch)]
@@ -57,19 +43,6 @@ class Pool:
         target: examples of all processes that are wanted; 0 while none are.
         gathered: examples of all processes, as far as this one has been told.
         broken: why a batch could not be kept.
-
-    Example:
-        >>> pool = Pool()
-        >>> pool.begin(8.0)
-        >>> for batch in ([1], [2]):
-        ...     pool.open_window()
-        ...     pool.add(Piece(batch, 0, 4.0), Versions(batch))
-        >>> pool.gathered = pool.examples
-        >>> pool.full
-        True
-        >>> pool.drop_window()
-        >>> [piece.batch for piece in pool.pieces]
-        [[1]]
     """
 
     def __init__(self) -> None:
@@ -191,12 +164,3 @@ class Cutting:
                 "instead of sliced; pass loss_fn= or split_batch= if slices can be made to agree."
             )
         return found.agrees
-
-    def state_dict(self) -> dict[str, Any]:
-        """What has been found out."""
-        return {"slices_checked": self.checked, "slices_exact": self.exact, "may_split": self.allowed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`."""
-        self.checked, self.exact = bool(state["slices_checked"]), bool(state.get("slices_exact", False))
-        self.allowed = bool(state["may_split"])

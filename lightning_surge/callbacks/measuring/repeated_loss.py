@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -21,8 +21,15 @@ LossFn = Callable[[pl.LightningModule, Any], Tensor]
 """Mean loss of a batch, given the module and the batch."""
 
 
+T = TypeVar("T")
+
+
 class RepeatedLoss:
-    """Computes the loss of a batch as Lightning does, in the middle of a training."""
+    """Computes the loss of a batch as Lightning does, in the middle of a training, and survives failures.
+
+    Args:
+        give_up: called with what keeps a measurement from being taken.
+    """
 
     def __init__(
         self,
@@ -30,11 +37,13 @@ class RepeatedLoss:
         pl_module: pl.LightningModule,
         loss_fn: LossFn | None,
         ranks: Ranks,
+        give_up: Callable[[Exception], None],
     ) -> None:
         self._trainer = trainer
         self._module = pl_module
         self._loss_fn = loss_fn
         self._ranks = ranks
+        self._give_up = give_up
         # Whether the latest repetition has left no trace: until then parameters are copied.
         self._clean = False
 
@@ -67,8 +76,31 @@ class RepeatedLoss:
         layers = (layer for layer in self._module.modules() if isinstance(layer, _BatchNorm))
         return any(layer.training or layer.running_mean is None for layer in layers)
 
+    def together(self, work: Callable[[], T]) -> T | None:
+        """Run what may fail, and go on only if it failed on no process."""
+        try:
+            result = work()
+            self._ranks.meet()
+        except RankError as error:
+            self._give_up(error)
+        except Exception as error:
+            self._ranks.meet(failed=True, final=isinstance(error, TraceError))
+            self._give_up(error)
+        else:
+            return result
+        return None
+
+    def without_trace(self, work: Callable[[], T], parameters: Sequence[Tensor]) -> T | None:
+        """The same for what must leave no trace in training."""
+
+        def isolated() -> T:
+            with self._isolated(parameters):
+                return work()
+
+        return self.together(isolated)
+
     @contextmanager
-    def isolated(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+    def _isolated(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """No trace in the module, its gradients, the random streams, or the logs."""
         trainer, loggers = self._trainer, self._trainer.loggers
         named: dict[str, Tensor] = dict(self._module.named_parameters())
@@ -81,7 +113,7 @@ class RepeatedLoss:
         try:
             with no_trace(list(self._module.modules()), named, others=others, copies=first):
                 # Instance attributes hide the methods; they vanish with every other trace.
-                vars(self._module)["log"] = vars(self._module)["log_dict"] = _log_nothing
+                vars(self._module)["log"] = vars(self._module)["log_dict"] = lambda *args, **kwargs: None
                 self._trainer.loggers = [DummyLogger() for _ in loggers]
                 yield
             self._clean = True
@@ -108,56 +140,3 @@ class RepeatedLoss:
         window = max(mean_batch, largest) * self._trainer.accumulate_grad_batches
         share = min(chunk.size for chunk in chunks) / window
         return scale * 2.0 ** min(math.floor(math.log2(share)), 0)
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-T = TypeVar("T")
-
-
-class Attempts:
-    """Runs parts of a measurement, and survives their failure.
-
-    Example:
-        >>> from contextlib import nullcontext
-        >>> attempts = Attempts(Ranks(), lambda parameters: nullcontext(), lambda error: print(repr(error)))
-        >>> attempts.together(lambda: 1 / 2)
-        0.5
-        >>> attempts.together(lambda: 1 / 0)
-        ZeroDivisionError('division by zero')
-    """
-
-    def __init__(
-        self,
-        ranks: Ranks,
-        isolated: Callable[[Sequence[Tensor]], AbstractContextManager[None]],
-        give_up: Callable[[Exception], None],
-    ) -> None:
-        self._ranks = ranks
-        self._isolated = isolated
-        self._give_up = give_up
-
-    def together(self, work: Callable[[], T]) -> T | None:
-        """Run what may fail, and go on only if it failed on no process."""
-        try:
-            result = work()
-            self._ranks.meet()
-        except RankError as error:
-            self._give_up(error)
-        except Exception as error:
-            self._ranks.meet(failed=True, final=isinstance(error, TraceError))
-            self._give_up(error)
-        else:
-            return result
-        return None
-
-    def without_trace(self, work: Callable[[], T], parameters: Sequence[Tensor]) -> T | None:
-        """The same for what must leave no trace in training."""
-
-        def isolated() -> T:
-            with self._isolated(parameters):
-                return work()
-
-        return self.together(isolated)

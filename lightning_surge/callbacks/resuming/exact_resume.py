@@ -30,7 +30,6 @@ from lightning_surge.callbacks.resuming.loaders import (
     is_stateful,
     leave_epoch,
     load_loaders,
-    order_of,
     share_samplers,
     why_not_resumable,
 )
@@ -135,7 +134,8 @@ class ExactResume(Callback):
             if _differs(trainer, states):
                 state["loaders"] = _gather(trainer, states)
         if samplers := share_samplers(loaders):
-            orders = [order_of(sampler) for sampler in samplers]
+            # The indices of the present epoch, of all ranks.
+            orders = [torch.tensor(sampler.dataset._sampler_list or []) for sampler in samplers]
             state["orders"] = _gather(trainer, orders) if _differs(trainer, orders) else [orders]
         in_fit = trainer.state.fn == TrainerFn.FITTING
         if in_fit and trainer.fit_loop.batch_idx >= 0 and not trainer.is_last_batch:

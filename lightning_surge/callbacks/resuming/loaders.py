@@ -58,11 +58,6 @@ def share_samplers(loaders: list[Any]) -> list[Any]:
     return [sampler for sampler in epoch_samplers(loaders) if is_sampler_wrapper(sampler)]
 
 
-def order_of(sampler: Any) -> Tensor:
-    """The indices of the present epoch, of all ranks."""
-    return torch.tensor(sampler.dataset._sampler_list or [])
-
-
 @contextmanager
 def in_order(samplers: list[Any], orders: list[Tensor]) -> Iterator[None]:
     """Let samplers begin an epoch with the indices that were saved."""
@@ -154,7 +149,10 @@ def _order_obstacle(loader: DataLoader[Any]) -> Obstacle | None:
         )
     sampler: Any = loader.sampler
     if loader.batch_sampler is not None:
-        if not _counts_only(loader.batch_sampler) and _saves_iteration(loader.batch_sampler):
+        # torch's and torchdata's know how many indices were used, and not which.
+        home = type(loader.batch_sampler).__module__
+        counts_only = home in ("torch.utils.data.sampler", "torchdata.stateful_dataloader.sampler")
+        if not counts_only and _saves_iteration(loader.batch_sampler):
             return None
         sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
@@ -176,8 +174,3 @@ def _order_obstacle(loader: DataLoader[Any]) -> Obstacle | None:
 def _saves_iteration(iterable: Any) -> bool:
     """Whether an iterable, or (for all that can be told) its iterator, has a state."""
     return is_stateful(iterable) or not inspect.isgeneratorfunction(getattr(type(iterable), "__iter__", None))
-
-
-def _counts_only(batches: Any) -> bool:
-    """Whether a batch sampler is torch's or torchdata's, which know how many indices were used, not which."""
-    return type(batches).__module__ in ("torch.utils.data.sampler", "torchdata.stateful_dataloader.sampler")

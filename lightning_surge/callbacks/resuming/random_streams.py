@@ -12,15 +12,7 @@ from lightning_surge.measure.replay import RandomState
 
 
 def to_portable(state: RandomState) -> dict[str, Any]:
-    """Captured streams as tensors, numbers and strings, which `torch.load(weights_only=True)` reads.
-
-    Example:
-        >>> states = to_portable(RandomState.capture())
-        >>> before = torch.rand(3)
-        >>> from_portable(states).restore()
-        >>> bool((before == torch.rand(3)).all())
-        True
-    """
+    """Captured streams as tensors, numbers and strings, which `torch.load(weights_only=True)` reads."""
     version, words, gauss = state.python
     states = {
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
