@@ -212,6 +212,7 @@ class TestScaler:
         assert all(math.isfinite(value) for m in measure.measurements for value in numbers(m))
         # The probe that met the overflowing batch was not taken either.
         assert callback.history.num_measurements <= 5
+        assert not live or len(measure.measurements) == 5
 
     @pytest.mark.parametrize("fused", [False, True])
     def test_a_fused_step_is_scaled_like_any_other(self, fused: bool) -> None:
