@@ -227,12 +227,15 @@ class TestDamage:
     def test_leaves_the_base_batch_size_if_that_is_whole(
         self, whole: States, base: Any, kept: float | None
     ) -> None:
-        callback = SurgeLRCallback()
         state = damaged(damaged(whole["step"], ("policy",), DELETED), ("base_batch_size",), base)
-        with pytest.warns(UserWarning, match=r"base_batch_size is (16\.|that of the first step: pass)"):
-            callback.load_state_dict(state)
-        assert callback.base_batch_size == kept
-        assert callback.lr_scale(64) == (1.0 if kept is None else 1.05)
+        for configured in (None, 8.0):
+            callback = SurgeLRCallback(configured)
+            with pytest.warns(
+                UserWarning, match=r"base_batch_size is (16\.|8\.|that of the first step: pass)"
+            ):
+                callback.load_state_dict(state)
+            assert callback.base_batch_size == (configured or kept)
+            assert callback.lr_scale(64) == (1.0 if configured is kept is None else 1.05)
 
 
 class TestRooms:
