@@ -49,7 +49,7 @@ def main() -> None:
     """Rewrite the outputs of the pages named on the command line."""
     warnings.filterwarnings("ignore")
     for page in sys.argv[1:]:
-        names: dict[str, Any] = {"__name__": page}
+        names: dict[str, Any] = {"__name__": Path(page).stem}
 
         def written(match: re.Match[str], names: dict[str, Any] = names, page: str = page) -> str:
             printed = run(match[1], names, page)

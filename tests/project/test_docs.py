@@ -52,7 +52,7 @@ def names_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
 
     def run_page(page: str) -> dict[str, Any]:
-        names: dict[str, Any] = {"__name__": page}
+        names: dict[str, Any] = {"__name__": Path(page).stem}
         exec(PRELUDES.get(page, ""), names)
         for block in blocks(page):
             printed = run(block.code, names, page)
