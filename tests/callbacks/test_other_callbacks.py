@@ -267,6 +267,7 @@ def test_lightnings_accumulation_schedule_is_followed(arrange: Arrange) -> None:
     assert module.used == [[LR]] * 6 + [[2 * LR]] * 3
 
 
+@pytest.mark.slow
 class TestLearningRateFinder:
     OPTIONS: dict[str, Any] = {  # noqa: RUF012
         "min_lr": 1e-4,
@@ -333,6 +334,7 @@ class TestLearningRateFinder:
         assert ours.history.num_measurements >= 2
 
 
+@pytest.mark.slow
 class TestBatchSizeFinder:
     FINDER = partial(BatchSizeFinder, steps_per_trial=2, init_val=2, max_trials=2)
 

@@ -27,7 +27,10 @@ from lightning_surge.schedules.sizes import (
 )
 
 # What LightningCLI asks of jsonargparse in the way of older versions.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,  # every case builds a parser of the whole Trainer
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 class Linear(pl.LightningModule):

@@ -277,6 +277,7 @@ class TestErrors:
         assert status == 2
         assert "Expected a table with a column of targets" in err
 
+    @pytest.mark.slow
     def test_damage_gets_a_message_and_never_a_traceback(self, run: Run, tmp_path: Path) -> None:
         """Five hundred tables, each cut, spliced or overwritten at a few places."""
         chance = random.Random(0)

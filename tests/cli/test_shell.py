@@ -17,6 +17,8 @@ from tests.logged_runs import rows, write_csv
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.slow  # every command is a process
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:

@@ -27,6 +27,7 @@ from lightning_surge.sweep.study import SweepStudy
 from tests.processes import is_running, wait
 
 pytestmark = [
+    pytest.mark.slow,  # every cell is a training
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
     # What LightningCLI asks of jsonargparse in the way of older versions.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -526,7 +527,6 @@ def hanging() -> int:
     return int(wait(lambda: Path("hangs").exists() and Path("hangs").read_text()))
 
 
-@pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_two_at_once(config: Path, monkeypatch: Patch) -> None:
     """kill -9 while one cell has finished and another trains; what has finished is not trained again."""
     words = [*arguments(batch_sizes="8", lrs="0.1 0.2", set="model.init_args.at=0.2", processes="2")]
@@ -551,7 +551,6 @@ def test_a_killed_sweep_goes_on_with_two_at_once(config: Path, monkeypatch: Patc
         assert float(row["loss"]) == pytest.approx(loss_after(8, float(row["lr"])), rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_killed_cell_costs_a_cell(config: Path, capsys: Capture) -> None:
     """As by a kernel without memory."""
     hang = {"batch_sizes": "8", "set": "model.init_args.at=0.1"}
@@ -570,7 +569,6 @@ def test_a_killed_cell_costs_a_cell(config: Path, capsys: Capture) -> None:
     assert [row["status"] for row in table()] == ["finished", "finished"]
 
 
-@pytest.mark.slow
 def test_an_interrupt_stops_the_cells(config: Path, capsys: Capture) -> None:
     """One real process; Ctrl-C comes while it trains."""
 

@@ -72,6 +72,7 @@ def theorem2() -> list[Measurement]:
     return [quadratic.measure(draw(rng), "theorem2", seed=seed, sizes=sizes) for seed in range(600)]
 
 
+@pytest.mark.slow
 class TestTheorem3:
     """Every sum is a plain mean over coordinates of unbiased terms, so 4 standard errors and no more."""
 
@@ -93,6 +94,7 @@ class TestTheorem3:
         within(slopes, 0.0)
 
 
+@pytest.mark.slow
 class TestTheorem2:
     LAW = Theorem2Law(mean=MEAN, standard_deviation=DEVIATION, hessian=HESSIAN)
     # erf of a mean in units of a deviation that comes from K chunks: the deviation's relative variance

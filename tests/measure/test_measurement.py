@@ -178,6 +178,7 @@ class TestNorms:
         assert not theta.any()
 
 
+@pytest.mark.slow
 class TestMemory:
     @pytest.mark.parametrize("count", [2, 4, 5, 8])
     @pytest.mark.parametrize("curvature", [True, False])
@@ -237,6 +238,7 @@ class TestRandomStreams:
             assert torch.equal(torch.rand(3, dtype=torch.float64), mask)
 
 
+@pytest.mark.slow
 class TestStatistical:
     MEAN = MEAN_GRADIENT.numpy()
     # One factor moves all coordinates together, along the direction of largest curvature.

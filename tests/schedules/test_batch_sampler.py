@@ -249,6 +249,7 @@ def epoch_with_states(loader: StatefulDataLoader[Any]) -> tuple[Batches, list[An
     return batches, states
 
 
+@pytest.mark.slow
 class TestResuming:
     @pytest.mark.parametrize("name", SAMPLERS)
     def test_at_every_position(self, name: str) -> None:

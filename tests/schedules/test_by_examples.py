@@ -102,6 +102,7 @@ def clock_of(make: MakeScheduler, examples_per_step: float = 16) -> ExamplesCloc
     return by_examples(make(optimizer_with_two_groups()), examples_per_step)
 
 
+@pytest.mark.slow
 class TestExactness:
     @pytest.mark.parametrize("name", SCHEDULERS)
     @settings(max_examples=8, deadline=None)

@@ -22,7 +22,10 @@ from lightning_surge.sweep.cells import Cell, Grid, Outcome, Reached, SweepError
 from lightning_surge.sweep.study import SweepStudy, patiently
 from lightning_surge.tables.study import is_study, read_study
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.slow,  # workers that wait for each other, and a store on disk
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+]
 Patch = pytest.MonkeyPatch
 SETTINGS = SweepSettings(("run.yaml",), config_digest="abc", examples=1024)
 CELLS = Grid((8, 16), (0.01, 0.1), (0,)).cells()
@@ -221,7 +224,6 @@ while (trial := study.claim()) is not None:
 """
 
 
-@pytest.mark.slow
 def test_processes_that_claim_at_once(another: Open, where: str) -> None:
     """Sixty cells, three processes: each cell is claimed once."""
     study = another()

@@ -16,7 +16,10 @@ from lightning_surge.laws.base import MeasuredLaw
 from lightning_surge.sweep.cells import Cell, Outcome, Reached, best_lr
 from lightning_surge.sweep.study import SweepStudy
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.slow,  # workers that wait for each other, and a store on disk
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+]
 Capture = pytest.CaptureFixture[str]
 LAW = MeasuredLaw(alignment_limit=1.0, alignment_scale=200.0, noise_curvature=100.0, signal_curvature=900.0)
 SIZES = (8, 32, 128)
