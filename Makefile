@@ -35,7 +35,7 @@ test-matrix: $(STAMP)  ## tests that lean on Lightning: oldest and newest versio
 	$(BIN)/python -m benchmarks.matrix
 
 docs-pictures: demo  ## draw the pictures of the README and of the pages on `plot` and `fit` again: the demo's run, a published table
-	cp runs/demo/surge.png benchmarks/demo/results/surge.png
+	cp $$(ls -t runs/demo/tensorboard/version_*/surge.png | head -1) benchmarks/demo/results/surge.png
 	$(BIN)/lightning-surge plot runs/demo/csv --output benchmarks/demo/results/run.png --title "Byte-level transformer on the standard library"
 	$(BIN)/lightning-surge fit examples/tables/mlperf_retinanet.csv --tuned --bootstrap 50 --figure examples/tables/mlperf_retinanet.png
 
