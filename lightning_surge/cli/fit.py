@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm  # a dependency of Lightning
 
 from lightning_surge.cli.command import Command, CommandError, save_figure
-from lightning_surge.tables.columns import Columns
+from lightning_surge.tables.columns import Columns, number
 from lightning_surge.tables.figure import draw_fits
 from lightning_surge.tables.fit import GridFit, Unfitted, fit_grid, split_targets
 from lightning_surge.tables.law_fits import LAWS
@@ -55,7 +55,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--law", action="append", choices=tuple(LAWS), metavar="NAME",
         help=f"fit only this law; may be repeated; one of {', '.join(LAWS)}")  # fmt: skip
     add("--tuned", action="store_true", help="a batch size's one learning rate is its best, tuned before")
-    add("--at", action="append", default=[], type=float, metavar="BATCH_SIZE",
+    add("--at", action="append", default=[], type=_batch_size, metavar="BATCH_SIZE",
         help="say the learning rate at this batch size; may be repeated")  # fmt: skip
     add("--bootstrap", type=int, default=200, metavar="N", help="repetitions for the intervals (200)")
     add("--seed", type=int, default=0, help="seed of the repetitions (0)")
@@ -68,6 +68,13 @@ def _condition(text: str) -> tuple[str, str]:
     if not column.strip() or not equals:
         raise argparse.ArgumentTypeError(f"expected COLUMN=VALUE, got {text!r}")
     return column.strip(), value
+
+
+def _batch_size(text: str) -> float:
+    value = number(text)
+    if value is None or not 1 <= value < 1e30:
+        raise argparse.ArgumentTypeError(f"expected a batch size >= 1, got {text!r}")
+    return value
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -233,12 +233,12 @@ def numbers(
     """
     decimal = commas or has_decimal_commas(column)
     cells = zip(column.tolist(), column.isna().tolist(), strict=True)
-    read = [math.nan if missing else _number(value, decimal) for value, missing in cells]
+    read = [math.nan if missing else number(value, decimal) for value, missing in cells]
     unread = np.array([value is None for value in read], dtype=bool)
     return np.array(read, dtype=np.float64), unread
 
 
-def _number(value: Any, decimal: bool) -> float | None:
+def number(value: Any, decimal: bool = False) -> float | None:
     """One cell; None if it is no number."""
     unit = 1.0
     if isinstance(value, str):

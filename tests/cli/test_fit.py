@@ -82,7 +82,7 @@ class TestText:
             2.5,
             "--law=measured",
             "--law=constant",
-            "--at=4000",
+            "--at=4K",
             "--at=8",
         ]
         status, out, err = run(sweep(tmp_path / "runs.csv"), *words)
@@ -222,7 +222,8 @@ class TestErrors:
         [
             (["{runs}", "--lr-column", "eta"], "Expected --lr-column to name one column of .*, got 'eta'"),
             (["{runs}", "--where", "lr"], "expected COLUMN=VALUE, got 'lr'"),
-            (["{runs}", "--at", "0"], "Expected 0 < at < inf, got at=0.0: count examples"),
+            (["{runs}", "--at", "0"], "expected a batch size >= 1, got '0'"),
+            (["{runs}", "--at", "0.5"], "expected a batch size >= 1, got '0.5'"),
             (["{directory}"], "Expected a file, got the directory"),
             (["{directory}/none.csv"], "Expected an existing file"),
             (["{runs}", "--target", "9"], r"Expected --target among 2\.5, 1\.5, got 9: choose"),
