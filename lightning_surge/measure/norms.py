@@ -135,6 +135,7 @@ class StashedNorms:
         self.failure: str | None = None
         self._parameters: Sequence[Tensor] = ()
         self._stashed: Sequence[Tensor | None] = ()
+        self._shares: Sequence[float] | None = None
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """A micro-batch's backward pass is about to start."""
@@ -170,8 +171,9 @@ class StashedNorms:
                 torch._foreach_add_(totals, own)
 
     def total(self) -> Tensor:
-        """`|g|^2` of what has accumulated."""
-        return self._tried(lambda: squared_norm([parameter.grad for parameter in self._parameters]), UNKNOWN)
+        """`|g|^2` of what has accumulated; of a piece, as far as it is this process's share."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        return self._tried(lambda: squared_norm(gradients, self._shares), UNKNOWN)
 
     def _tried(self, work: Callable[[], T], otherwise: T) -> T:
         """What the work returns, or something else where it fails, of too little memory perhaps."""
@@ -212,11 +214,6 @@ class ShardedNorms(StashedNorms):
             return self.ranks.count
         whole = enumerate(parameter.placements)
         return math.prod(parameter.device_mesh.size(i) for i, p in whole if not isinstance(p, Shard))
-
-    def total(self) -> Tensor:
-        """`|g|^2` of the piece, as far as it is this process's share."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        return self._tried(lambda: squared_norm(gradients, self._shares), UNKNOWN)
 
     def message(self, window: Window) -> tuple[float, ...]:
         """Of every micro-batch its own numbers, since they enter nonlinearly."""

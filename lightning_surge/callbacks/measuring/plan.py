@@ -164,10 +164,9 @@ class MeasuringPlan:
         if question != self._asked:
             # The same at every step of a batch size that stays.
             self._asked, self._answer = question, self._options(size, base, smallest, at_hand, kind)
-            checks = [check * self._cuts(probe, base, batch) for probe in self._answer]
             self._costs = [
-                probe_cost(passes) + self._cost(probe)
-                for passes, probe in zip(checks, self._answer, strict=True)
+                self._cost(probe) + probe_cost(check * self._cuts(probe, base, batch))
+                for probe in self._answer
             ]
             self._tell_of_a_short_run(min(self._costs), smallest)
         changed = self._is_new(size)
