@@ -170,6 +170,10 @@ def test_killed_anywhere(tmp_path: Path, name: str) -> None:
     every = options["every"]
     whole, surge = train(tmp_path / "whole", **options)
     steps = len(whole.lrs)
+    if name in RUNS:
+        assert steps == EPOCHS * EXAMPLES // 8
+        assert len(set(whole.lrs)) == steps
+        assert surge.history.num_measurements >= 6
     assert len(set(whole.lrs)) > steps // 2
     assert surge.history.num_measurements >= 4
     chooser, epoch, all_kept = random.Random(name), steps // EPOCHS, "scheduled" in options
