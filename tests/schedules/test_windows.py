@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import (
     ConstantSize,
     GeometricRamp,
@@ -319,7 +319,7 @@ class TestTotals:
             examples += schedule(Progress(step, examples))
         assert total_examples(schedule, steps) == examples
 
-    @pytest.mark.parametrize("schedule", [FollowPeak(4, 16), lambda step: 4, 4])
+    @pytest.mark.parametrize("schedule", [Seesaw(4, 16), lambda step: 4, 4])
     def test_refuse_what_cannot_be_counted(self, schedule: Any) -> None:
         with pytest.raises(ValueError, match=r"got .*: only sizes known beforehand can be counted"):
             total_steps(schedule, examples=5)
