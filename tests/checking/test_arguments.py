@@ -17,7 +17,7 @@ import lightning_surge
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback, laws, runs, schedules, tables
 from lightning_surge.callbacks.settings import LAWS
 from lightning_surge.checking.arguments import choice, number, switch, whole
-from lightning_surge.schedules import ConstantSize, FollowPeak, Progress
+from lightning_surge.schedules import ConstantSize, Progress
 from lightning_surge.tables import RunTable
 from tests.logged_runs import as_log, rows
 
@@ -49,14 +49,12 @@ LIMITS = {"multiple_of": 4, "minimum": 8, "maximum": 16}
 MEASURED = {"alignment_limit": 2, "alignment_scale": 300, "noise_curvature": 1, "signal_curvature": 1}
 SGD = laws.SGDLaw(max_lr=1, noise_scale=100)
 RULE = {"base_lr": 0.1, "base_batch_size": 16}
-MOMENTS = {"mean": [1.0], "standard_deviation": [4.0], "hessian": [[1.0]]}
 # What is called with which valid arguments; every other one has its default.
 CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     SurgeLRCallback: {"base_batch_size": 16, "probe_every": 4, "probe_examples": 8, "optimizer": 1},
     SurgeLRCallback(16).lr_scale: {"batch_size": 64},
     BatchSizeScheduler: {"schedule": SIZE, "micro_batch_size": 4, "max_micro_batch_size": 8},
     lightning_surge.BatchSizeWarmup: {"start": 8, "end": 16, "num_steps": 4, "micro_batch_size": 4},
-    FollowPeak: {"start": 8, "maximum": 64, "minimum": 4},
     schedules.Seesaw: {"start": 8, "maximum": 64, "multiple_of": 4},
     schedules.ScheduledBatchSampler: {"sampler": range(9), "batch_size": 4},
     schedules.by_examples: {"scheduler": clock(), "examples_per_step": 16},
@@ -75,7 +73,6 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     schedules.total_examples: {"schedule": SIZE, "steps": 4},
     laws.MeasuredLaw: MEASURED,
     laws.SGDLaw: {"max_lr": 0.1, "noise_scale": 300},
-    laws.Theorem2Law: MOMENTS,
     laws.Theorem3Law: {"noise_scale": 300, "peak_lr": 0.1},
     laws.ConstantLaw: RULE,
     laws.SqrtLaw: RULE,
@@ -83,7 +80,7 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     laws.steps_needed: {"batch_size": 16, "critical_batch_size": 300, "min_steps": 10},
     laws.examples_needed: {"batch_size": 16, "critical_batch_size": 300, "min_examples": 3000},
     **{getattr(law, name): {"batch_size": 16}
-       for law in (SGD, laws.MeasuredLaw(**MEASURED), laws.Theorem2Law(**MOMENTS))
+       for law in (SGD, laws.MeasuredLaw(**MEASURED))
        for name in ("lr", "gain", "alignment", "isotropic_lr")},
     runs.run_state: {"run": as_log(rows()), "step": 30},
     runs.plot_run: {"run": as_log(rows()), "base_batch_size": 16},
@@ -198,7 +195,7 @@ def test_a_checkpoint_of_callbacks_made_of_numpy_numbers_can_be_loaded() -> None
         np.int64(16), max_overhead=np.float32(0.1), probe_every=np.int32(3), half_life=np.float64(8),  # type: ignore[arg-type]
         lr_scale_bounds=(np.float64(0.5), np.float64(2)), max_drift_per_step=np.float64(0.1),
     )  # fmt: skip
-    rule = FollowPeak(np.int64(16), np.int64(64), factor=np.float64(2.0))  # type: ignore[arg-type]
+    rule = schedules.Seesaw(np.int64(16), np.int64(64))  # type: ignore[arg-type]
     states = [surge.state_dict(), BatchSizeScheduler(rule, micro_batch_size=np.int64(4)).state_dict()]  # type: ignore[arg-type]
     file = io.BytesIO()
     torch.save(states, file)

@@ -26,6 +26,7 @@ from lightning_surge.policy.estimates import (
     law_of,
 )
 from tests.drawn import halves, history_of, many, measured_law, within
+from tests.laws.closed_forms import theorem3
 
 TRUE = measured_law(2.0, 150.0, 1.5, 0.9)
 SIZES = (16.0, 64.0)
@@ -122,7 +123,7 @@ class TestExactData:
                 float(u @ mean),
             )
             fitted = fit_theorem3_law(history_of([measured(TRUE)._replace(coordinate_sums=sums)] * 2).stats())
-            law = Theorem3Law.from_moments(mean=mean, standard_deviation=deviation, hessian=h)
+            law = theorem3(mean, deviation, h)
             assert math.isfinite(law.noise_scale) == (sign > 0)
             for b in (1.0, 30.0, 1000.0):
                 assert fitted.lr(b) == pytest.approx(law.lr(b), rel=1e-9)
@@ -305,10 +306,6 @@ class TestStandardErrors:
         ):
             within([quantity(law) for law in laws], quantity(TRUE))
 
-    def test_fewer_than_two_measurements_are_unsure(self) -> None:
-        law = estimate(history_of([measured(TRUE)]), fit_sign_law)
-        assert law.standard_error(lambda law: law.lr(16.0)) == math.inf
-
     @pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, OverflowError])
     def test_what_is_undefined_is_unsure(self, error: type[Exception]) -> None:
         def fail(_: Law) -> float:
@@ -318,10 +315,6 @@ class TestStandardErrors:
         for replicate in (None, SGDLaw(max_lr=2.0, noise_scale=1.0)):
             law = halves(TRUE, TRUE, replicate)
             assert law.standard_error(lambda law: law.peak.batch_size) == math.inf
-
-    def test_identical_replicates_are_sure(self) -> None:
-        law = EstimatedLaw(TRUE, ((TRUE, 0.3), (TRUE, 0.7)), 2)
-        assert law.standard_error(lambda law: law.lr(16.0)) == pytest.approx(0.0, abs=1e-15)
 
 
 class TestEstimatedLaw:
