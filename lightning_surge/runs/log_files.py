@@ -12,9 +12,8 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from lightning_surge.runs.event_files import read_events
 from lightning_surge.runs.series import MOST_NAMED, PREFIX, Points, RunLogError, Series, joined, progress
-from lightning_surge.runs.trackers import MLFLOW_SUFFIXES, WANDB_SUFFIX, read_mlflow, read_wandb
+from lightning_surge.runs.trackers import MLFLOW_SUFFIXES, WANDB_SUFFIX, read_events, read_mlflow, read_wandb
 
 KINDS = "an event file (*tfevents*), a metrics.csv, a .wandb file or a store of MLflow"
 # How far below a directory its runs are looked for.
