@@ -17,10 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lightning_surge.checking.libraries import needed
 from lightning_surge.runs.series import PREFIX, Points, RunLogError, progress
 
 WANDB_SUFFIX = ".wandb"
 MLFLOW_SUFFIXES = (".db", ".sqlite", ".sqlite3")
+# What does without the library of a tracker.
+INSTEAD = (
+    ", or train with CSVLogger beside it, as in Trainer(logger=[..., CSVLogger('logs')]), and pass the "
+    "directory of that"
+)
 # A record of an event file stands between its length (8 bytes) with a checksum (4), and its own checksum (4).
 # https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 RECORD_HEAD, RECORD_FOOT = struct.Struct("<QI"), 4
@@ -40,14 +46,10 @@ def read_events(path: Path, points: Points) -> str | None:
     TensorBoard's own reader takes five times as long, most of it for checksums in Python. They are not
     looked at here: a file that was cut ends in the middle of a record, and damage seldom leaves a record.
     """
-    try:
+    with needed("Reading event files needs tensorboard", "'lightning-surge[tensorboard]'"):
         from google.protobuf.message import DecodeError
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.util.tensor_util import make_ndarray
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Reading event files needs tensorboard: pip install 'lightning-surge[tensorboard]'."
-        ) from error
 
     read, size = 0, path.stat().st_size
     with path.open("rb") as file, progress(path, size) as bar, contextlib.suppress(DecodeError):
@@ -70,19 +72,10 @@ def read_events(path: Path, points: Points) -> str | None:
     return f"{path} is damaged, or still being written: read {read:,} of its {size:,} bytes"
 
 
-def _missing(what: str, package: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f"Reading {what} needs {package}: pip install {package}, or train with CSVLogger beside it, as in "
-        "Trainer(logger=[..., CSVLogger('logs')]), and pass the directory of that."
-    )
-
-
 def read_wandb(path: Path, points: Points) -> str | None:
     """Read the history in a `.wandb` file, offline or synchronized; a note if it is damaged."""
-    try:
+    with needed("Reading a file of W&B needs wandb", f"wandb{INSTEAD}"):
         from wandb.proto.wandb_internal_pb2 import Record
-    except ModuleNotFoundError as error:
-        raise _missing("a file of W&B", "wandb") from error
 
     size = path.stat().st_size
     with path.open("rb") as file, progress(path, size) as bar:
@@ -123,11 +116,9 @@ def read_mlflow(path: Path, points: Points) -> str | None:
 
     Returns a note on which run of a database was chosen.
     """
-    try:
+    with needed("Reading a store of MLflow needs mlflow", f"mlflow{INSTEAD}"):
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
-    except ModuleNotFoundError as error:
-        raise _missing("a store of MLflow", "mlflow") from error
 
     # Newer releases read a store of files only if they are told to.
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
