@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_surge.callbacks import BatchSizeScheduler, BatchSizeWarmup, ExactResume, SurgeLRCallback
-    from lightning_surge.schedules import FollowPeak, ScheduledBatchSampler, by_examples
+    from lightning_surge.schedules import ScheduledBatchSampler, by_examples
 
 __all__ = [
     "BatchSizeScheduler",
     "BatchSizeWarmup",
     "ExactResume",
-    "FollowPeak",
     "ScheduledBatchSampler",
     "SurgeLRCallback",
     "by_examples",
@@ -25,7 +24,6 @@ _PACKAGES = {
     "BatchSizeScheduler": "callbacks",
     "BatchSizeWarmup": "callbacks",
     "ExactResume": "callbacks",
-    "FollowPeak": "schedules",
     "ScheduledBatchSampler": "schedules",
     "SurgeLRCallback": "callbacks",
     "by_examples": "schedules",
@@ -34,6 +32,11 @@ _PACKAGES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name."""
+    if name == "FollowPeak":
+        # Not an AttributeError, in whose place `from lightning_surge import` says nothing of a remedy.
+        raise ImportError(
+            "FollowPeak is retired: use a ramp, as GeometricRamp, or Seesaw from lightning_surge.schedules."
+        )
     if name not in _PACKAGES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_PACKAGES[name]}"), name)

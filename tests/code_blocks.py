@@ -6,8 +6,6 @@ A block of the language `text` right after a Python block holds its output. The 
 compare the words of the output; its numbers depend on the machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

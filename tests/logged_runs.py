@@ -1,7 +1,5 @@
 """Logs as a training writes them, made without one."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -20,7 +20,6 @@ from benchmarks.batch_warmup.rules import (
     DEFAULT,
     DEFAULT_OVERHEAD,
     FIXED_RULES,
-    FOLLOW,
     LARGE_BATCH_SIZE,
     LARGE_OVERHEAD,
     RAMPS,
@@ -44,7 +43,7 @@ COLOURS = dict(
         strict=True,
     )
 )
-MARKERS = {"slow": "o", "fast": "s", FOLLOW: "D", SEESAW: "^"}
+MARKERS = {"slow": "o", "fast": "s", SEESAW: "^"}
 CONSTANTS = {BASE_BATCH_SIZE: "*", LARGE_BATCH_SIZE: "P"}
 LINEAR_BELOW = 0.02  # nats
 

@@ -15,7 +15,6 @@ from benchmarks.batch_warmup.rules import (
     BUDGETS,
     DEFAULT,
     DEFAULT_OVERHEAD,
-    FOLLOW,
     LARGE_BATCH_SIZE,
     MORE_SEEDS,
     MULTIPLIERS,
@@ -87,7 +86,6 @@ def quick() -> list[Cell]:
         _constant("text", "quick", BASE_BATCH_SIZE, 1.0, 0),
         _ramp("digits", "quick", Rule("slow", "sqrt, approached", 0.0), 1.0, 0),
         _ramp("digits", "quick", Rule("fast", DEFAULT, 0.5), 1.0, 0),
-        _ramp("digits", "quick", Rule(FOLLOW, DEFAULT, 0.5), 1.0, 0),
         _ramp("digits", "quick", Rule(SEESAW, "sqrt", 0.0), 1.0, 0),
     ]
 

@@ -23,7 +23,6 @@ MULTIPLIERS = {
 
 RAMPS = {"slow": 1.0, "fast": 0.25}
 """Share of the examples of a run over which the batch size grows geometrically."""
-FOLLOW = "FollowPeak"
 SEESAW = "Seesaw"
 APPROACHED = ", approached"
 FIXED_RULES = ("constant", "sqrt", "linear", f"sqrt{APPROACHED}", f"linear{APPROACHED}")
@@ -37,7 +36,7 @@ LARGE_OVERHEAD = 0.05
 class Rule(NamedTuple):
     """A growing batch size with a rule for the learning rate."""
 
-    ramp: str  # key of `RAMPS`; `FOLLOW`, by what is measured; or `SEESAW`, by the learning-rate schedule
+    ramp: str  # key of `RAMPS`, or `SEESAW`, by the learning-rate schedule
     rule: str  # fixed rule, or objective of the callback
     max_overhead: float  # of the callback; 0 with a fixed rule
 
@@ -65,8 +64,6 @@ RULES = [
             Rule(ramp, DEFAULT, DEFAULT_OVERHEAD),
         )
     ),
-    Rule(FOLLOW, DEFAULT, LARGE_OVERHEAD),
-    Rule(FOLLOW, DEFAULT, DEFAULT_OVERHEAD),
     Rule(SEESAW, "sqrt", 0.0),
     Rule(SEESAW, DEFAULT, DEFAULT_OVERHEAD),
 ]

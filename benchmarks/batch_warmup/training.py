@@ -1,4 +1,4 @@
-"""One run: a constant batch size, a ramp, or a batch size that follows the measured law."""
+"""One run: a constant batch size, or one that grows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from benchmarks.batch_warmup.rules import (
     APPROACHED,
     BASE_BATCH_SIZE,
     FIXED_RULES,
-    FOLLOW,
     LARGE_BATCH_SIZE,
     RAMPS,
     SEESAW,
@@ -24,7 +23,6 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks import BatchSizeScheduler
 from lightning_surge.policy.policy import MAX_DRIFT
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
-from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import ConstantSize, GeometricRamp
 
@@ -60,19 +58,14 @@ def ramp(
 ) -> dict[str, Any]:
     """Train with a growing batch size: loss, steps, times, what was measured, and the factor at the end."""
     what = WORKLOADS[workload]
-    sampler = what.sampler(budget, seed)
-    if ramp == FOLLOW:
-        loader = DataLoader(what.data()[0], batch_size=BASE_BATCH_SIZE, sampler=sampler)
-        scheduler = BatchSizeScheduler(FollowPeak(start=BASE_BATCH_SIZE, maximum=LARGE_BATCH_SIZE))
+    batches = ScheduledBatchSampler(what.sampler(budget, seed), LARGE_BATCH_SIZE, drop_last=False)
+    loader = DataLoader(what.data()[0], batch_sampler=batches)
+    if ramp == SEESAW:
+        scheduler = BatchSizeScheduler(Seesaw(BASE_BATCH_SIZE, LARGE_BATCH_SIZE))
     else:
-        batches = ScheduledBatchSampler(sampler, LARGE_BATCH_SIZE, drop_last=False)
-        loader = DataLoader(what.data()[0], batch_sampler=batches)
-        if ramp == SEESAW:
-            scheduler = BatchSizeScheduler(Seesaw(BASE_BATCH_SIZE, LARGE_BATCH_SIZE))
-        else:
-            duration = RAMPS[ramp] * what.examples[budget]
-            schedule = GeometricRamp(BASE_BATCH_SIZE, LARGE_BATCH_SIZE, duration, unit="examples")
-            scheduler = BatchSizeScheduler(schedule)
+        duration = RAMPS[ramp] * what.examples[budget]
+        schedule = GeometricRamp(BASE_BATCH_SIZE, LARGE_BATCH_SIZE, duration, unit="examples")
+        scheduler = BatchSizeScheduler(schedule)
     settings: dict[str, Any] = {"objective": rule, "max_overhead": max_overhead}
     if rule in FIXED_RULES:
         settings = {"law": rule.removesuffix(APPROACHED)}

@@ -44,10 +44,8 @@ from lightning_surge.callbacks.training_loader import (
 from lightning_surge.checking.arguments import number, optional, shown, switch, whole
 from lightning_surge.checking.state import REMEDY, restore, save
 from lightning_surge.measure.distributed import Ranks
-from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules.by_examples import ExamplesClock
-from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.seesaw import Seesaw, SeesawSchedule
 from lightning_surge.schedules.sizes import BatchSizeRule, GeometricRamp, Progress, Schedule
 from lightning_surge.schedules.windows import Window, accumulation_for, aligned_accumulation
@@ -66,32 +64,29 @@ class SchedulerState:
         accumulation: Micro-batches of the window in force.
         examples: Examples, or tokens, behind the optimizer steps taken.
         epoch_begin: Steps, examples and epochs at the beginning of the epoch.
-        followed: Batch size that `FollowPeak` has reached.
     """
 
     accumulation: int
     examples: float
     epoch_begin: Progress
-    followed: int
 
     def __post_init__(self) -> None:
-        for name in ("accumulation", "followed"):
-            whole(name, getattr(self, name), REMEDY)
+        whole("accumulation", self.accumulation, REMEDY)
         for one in (self.examples, *self.epoch_begin):
             number("examples and epoch_begin", one, REMEDY, least=0)
 
 
 class BatchSizeScheduler(Callback):
-    """Sets the number of examples per optimizer step, at any step, by a schedule or by the measured law.
+    """Sets the number of examples per optimizer step, at any step, by a schedule.
 
     The mechanism is chosen when training starts, and reported once:
 
     * Accumulation, for every kind of loader: a step gets the micro-batch size, times the data-parallel
       replicas, times the largest power of two that does not exceed the request. A larger window begins at the
       first micro-batch that it divides, at most one window later when the size doubles.
-    * The batch sampler, if the training DataLoader has a `ScheduledBatchSampler` and the sizes are known
-      beforehand (a `Schedule`): steps have exactly the sizes requested, in as few micro-batches as the
-      sampler's `batch_size` and `max_micro_batch_size` allow.
+    * The batch sampler, if the training DataLoader has a `ScheduledBatchSampler`: steps have exactly the
+      sizes requested, in as few micro-batches as the sampler's `batch_size` and `max_micro_batch_size`
+      allow.
 
     Micro-batches of unequal size, and the shorter window at an epoch's end, are weighted so that the gradient
     of a step is the mean over its examples. The loader is read and checked again at every epoch.
@@ -111,8 +106,7 @@ class BatchSizeScheduler(Callback):
 
     Args:
         schedule: A `Schedule` (`ConstantSize`, `LinearRamp`, `GeometricRamp`, `CosineRamp`, `Milestones`,
-            `Phases`), `Seesaw`, which needs `by_examples`, or `FollowPeak`, which needs a `SurgeLRCallback`
-            that measures.
+            `Phases`), or `Seesaw`, which needs `by_examples`.
         micro_batch_size: Examples per micro-batch on one replica, for accumulation. ``None`` reads the
             ``batch_size`` of the training DataLoader, or of its batch sampler.
         max_micro_batch_size: Examples that a micro-batch may have on one replica. A `ScheduledBatchSampler`
@@ -145,7 +139,7 @@ class BatchSizeScheduler(Callback):
     ) -> None:
         if not isinstance(schedule, BatchSizeRule):
             raise ValueError(
-                f"Expected schedule to be a Schedule, Seesaw or FollowPeak, got schedule={shown(schedule)}:"
+                f"Expected schedule to be a Schedule or Seesaw, got schedule={shown(schedule)}:"
                 " use ConstantSize(16) for a constant size."
             )
         self.schedule = schedule
@@ -158,20 +152,19 @@ class BatchSizeScheduler(Callback):
         )
         self._count = BatchCounter(batch_size_fn, type(self).__name__)
         self._weights = switch("weight_micro_batches", weight_micro_batches)
-        self._law_comes = False
         self._trainer: pl.Trainer | None = None
         self._reset()
         self._forget_run()
 
     def _reset(self) -> None:
         """Drop what a training has counted."""
-        self._requested = self._scheduled = self._followed = self.schedule.first_size
+        self._requested = self._scheduled = self.schedule.first_size
         self._accumulation = 1  # what this callback last wrote
         self._examples = 0.0
         self._begin = Progress()
 
     def _forget_run(self) -> None:
-        self._plan(self.schedule)
+        self._follow(self.schedule)
         self._loader: TrainingLoader | None = None
         self._windows: list[Window] = []
         self._window_starts: list[int] = []
@@ -210,30 +203,15 @@ class BatchSizeScheduler(Callback):
         """Examples, or tokens, behind the optimizer steps taken, over all replicas."""
         return self._examples
 
-    @property
-    def follows_law(self) -> bool:
-        """Whether the sizes come from the measured law."""
-        return isinstance(self.schedule, FollowPeak)
-
     def size_ahead(self, examples: float) -> float:
         """Examples per step that the schedule asks for after so many more at the present size."""
-        if not isinstance(self._rule, Schedule) or self._trainer is None:
-            return float(self._followed)
+        assert self._trainer is not None
         trainer, seen = self._trainer, self._examples + examples
         batches = trainer.num_training_batches
         per_epoch = batches * self._reference * self._micro.replicas
         steps = trainer.global_step + math.ceil(examples / self._scheduled)
         epoch = trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_idx / batches + examples / per_epoch
-        return float(self._rule(Progress(steps, seen, epoch)))
-
-    def expect_law(self) -> None:
-        """Told by whoever will call `learn`, before training starts."""
-        self._law_comes = True
-
-    def learn(self, law: EstimatedLaw) -> None:
-        """Take note of a law just measured, as estimated now."""
-        if isinstance(self.schedule, FollowPeak):
-            self._followed = self.schedule.next_size(self._followed, law)
+        return float(self._plan(Progress(steps, seen, epoch)))
 
     # ------------------------------------------------------------------ set-up
 
@@ -255,13 +233,13 @@ class BatchSizeScheduler(Callback):
             check_accumulated_sizes(self.schedule, self._micro.size, self._micro.replicas)
         # Before the loaders exist: Lightning asks for their length, and workers for the first batches, before
         # the training starts.
-        self._plan(self.schedule)
+        self._follow(self.schedule)
 
-    def _plan(self, rule: BatchSizeRule) -> None:
-        """Decide the sizes by a rule, and let samplers follow it if it is a plan."""
-        self._rule = rule
+    def _follow(self, rule: BatchSizeRule) -> None:
+        """Decide the sizes by a rule, and let samplers follow it, as soon as it is a plan."""
         self._itinerary: Itinerary | None = None
         if isinstance(rule, Schedule):
+            self._plan = rule
             self._itinerary = Itinerary(rule, self._micro.replicas, self._micro.largest, self._begin)
             if self._trainer is not None:
                 follow(self._itinerary)
@@ -271,25 +249,19 @@ class BatchSizeScheduler(Callback):
         for clock in clocks_of(trainer):
             clock.advance(0.0)
         if isinstance(self.schedule, Seesaw):
-            self._plan(plan_along(trainer, pl_module, self.schedule, type(self).__name__))
+            self._follow(plan_along(trainer, pl_module, self.schedule, type(self).__name__))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the mechanism, and put the (possibly restored) accumulation in force."""
-        if self.follows_law and not self._law_comes:
-            raise MisconfigurationException(
-                "Expected a SurgeLRCallback that measures beside FollowPeak, got none: add"
-                f" SurgeLRCallback(base_batch_size={self.schedule.first_size}), with dry_run=True to leave"
-                " the learning rate alone."
-            )
         self._original_accumulation = trainer.accumulate_grad_batches
         self._ranks = ranks_of(trainer)
         self._read_loader(trainer)
         assert self._loader is not None
-        sizes = self._loader.replay(self._rule, self._micro.replicas)
+        sizes = self._loader.replay(self._plan, self._micro.replicas)
         if trainer.global_step == 0 and sizes is not None:
             warn_of_schedules_cut_short(trainer, pl_module, sizes, type(self).__name__)
-        if trainer.global_step == 0 and isinstance(self._rule, SeesawSchedule):
-            warn_of_no_decay(trainer, self._rule, None if sizes is None else sizes.examples_per_epoch)
+        if trainer.global_step == 0 and isinstance(self._plan, SeesawSchedule):
+            warn_of_no_decay(trainer, self._plan, None if sizes is None else sizes.examples_per_epoch)
         # Before the first micro-batch, since Lightning reads it when it restores its counters.
         trainer.accumulate_grad_batches = self._accumulation
         if self._loader.sampler is None:
@@ -297,8 +269,8 @@ class BatchSizeScheduler(Callback):
 
     def _read_loader(self, trainer: pl.Trainer) -> None:
         """Choose the mechanism for the training loader in use; one that has changed is checked again."""
-        loader = TrainingLoader.read(trainer, self._micro, samples=self._itinerary is not None)
-        loader.admit(trainer, self._rule, self._micro, self._loader)
+        loader = TrainingLoader.read(trainer, self._micro)
+        loader.admit(trainer, self._plan, self._micro, self._loader)
         self._loader = loader
         if loader.sampler is None:
             self._reference = self._first = float(loader.micro_batch_size)
@@ -376,11 +348,8 @@ class BatchSizeScheduler(Callback):
         self._accumulation = trainer.accumulate_grad_batches = aligned_accumulation(target, batch_idx)
 
     def _request(self, trainer: pl.Trainer, share_of_epoch: float, examples: float) -> None:
-        if isinstance(self._rule, Schedule):
-            epoch = trainer.current_epoch + share_of_epoch
-            self._requested = self._rule(Progress(trainer.global_step, examples, epoch))
-        else:
-            self._requested = self._followed
+        epoch = trainer.current_epoch + share_of_epoch
+        self._requested = self._plan(Progress(trainer.global_step, examples, epoch))
 
     @property
     def loss_weight(self) -> float:
@@ -453,7 +422,6 @@ class BatchSizeScheduler(Callback):
         self.on_train_end(trainer)
         self._trainer = None
         self._forget_run()
-        self._law_comes = False
 
     @property
     def state_key(self) -> str:
@@ -462,7 +430,7 @@ class BatchSizeScheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training stands, as plain numbers."""
-        state = SchedulerState(self._accumulation, self._examples, self._begin, self._followed)
+        state = SchedulerState(self._accumulation, self._examples, self._begin)
         return {"version": STATE_VERSION, **save(state)}
 
     def on_load_checkpoint(
@@ -489,8 +457,6 @@ class BatchSizeScheduler(Callback):
             return
         self._accumulation, self._examples = state.accumulation, state.examples
         self._move_to(state.epoch_begin)
-        if isinstance(self.schedule, FollowPeak):
-            self._followed = min(max(state.followed, self.schedule.smallest), self.schedule.maximum)
         trainer = self._trainer  # None outside a training, where nothing goes on
         if state_dict.get("resumption") and trainer is not None and not callbacks_of(trainer, ExactResume):
             warn(

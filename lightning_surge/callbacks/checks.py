@@ -125,7 +125,7 @@ def check_optimizer(
         raise MisconfigurationException(
             "Expected an optimizer along whose step curvature can be measured, got "
             f"{type(optimizer).__name__}, which {why}: use objective='progress' or "
-            "'alignment', without log_peak=True or FollowPeak."
+            "'alignment', without log_peak=True."
         )
     clips = trainer.gradient_clip_val or overrides(pl_module, "configure_gradient_clipping")
     if direction.loss_power and clips:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -120,13 +119,8 @@ class Learner:
         if self.policy is not None:
             self.policy.hold(reason or because.text, because)
 
-    def learn(
-        self,
-        step: StepToCome,
-        measurement: Measurement,
-        tell: Callable[[EstimatedLaw], None] | None,
-    ) -> None:
-        """Fit the law again with a new measurement, and `tell` it; failures do not end the training."""
+    def learn(self, step: StepToCome, measurement: Measurement) -> None:
+        """Fit the law again with a new measurement; failures do not end the training."""
         if not any(measurement.statistics[1:3]):
             self.hold(Reason.GRADIENTS_ZERO)
             return
@@ -137,8 +131,6 @@ class Learner:
             law = estimate(self.history, self._fit(step))
             policy.update(law, step.batch_size)
             if law is not None:
-                if tell is not None and self.history.stats().knows_curvature:
-                    tell(law)
                 self.law_history.append(LawRecord(step.number, law, self.history.stats()))
             self._law_metrics = law_metrics(self.history, law, step.batch_size)
         except Exception as error:

@@ -329,7 +329,7 @@ class SurgeLRCallback(Callback):
             name,
             measures=measures,
             repeats_step=repeats_step,
-            curvature=self._needs_curvature(trainer),
+            curvature=self.settings.needs_curvature,
         )
         ours = callbacks_of(trainer, SurgeLRCallback)
         indices = [callback.settings.optimizer for callback in ours]
@@ -344,19 +344,12 @@ class SurgeLRCallback(Callback):
         first = [c for c in callbacks if isinstance(c, BatchSizeScheduler) or is_accumulation_scheduler(c)]
         rest = [callback for callback in callbacks if callback not in first and callback not in ours]
         trainer.callbacks = [*first, *ours, *rest]  # type: ignore[attr-defined]
-        for scheduler in callbacks_of(trainer, BatchSizeScheduler) if measures else ():
-            scheduler.expect_law()
-
-    def _needs_curvature(self, trainer: pl.Trainer) -> bool:
-        """Whether this callback or a schedule that follows its law needs more than norms of gradients."""
-        followed = any(scheduler.follows_law for scheduler in callbacks_of(trainer, BatchSizeScheduler))
-        return self.settings.measures and (self.settings.needs_curvature or followed)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizer, before any time is spent on training."""
         name, index = type(self).__name__, self.settings.optimizer
         optimizer = served_optimizer(trainer, pl_module, name, index)
-        curvature = self._needs_curvature(trainer)
+        curvature = self.settings.needs_curvature
         check_optimizer(trainer, pl_module, optimizer, name, self.settings.law, curvature=curvature)
         if self.settings.scale_weight_decay is not True:
             check_weight_decay(optimizer, name, self.settings.scale_weight_decay)
@@ -403,7 +396,6 @@ class SurgeLRCallback(Callback):
             self._direction,
             pace=self._behind_step.pace if self._behind_step.manual else None,
             size_ahead=None if self._scheduler is None else self._scheduler.size_ahead,
-            curvature=self._needs_curvature(trainer),
         )
 
     # ------------------------------------------------------------------ one optimizer step
@@ -492,9 +484,8 @@ class SurgeLRCallback(Callback):
         if measurer.failure is not None:
             learner.hold(Reason.MEASURING_FAILED, measurer.failure)
             measurer.failure = None
-        tell = None if self._scheduler is None else self._scheduler.learn
         for measurement in measurements:
-            learner.learn(step, measurement, tell)
+            learner.learn(step, measurement)
 
     def _factor_for_update(self, *, early: bool) -> float | None:
         """The factor for the update about to be made; by now everybody else has written the learning rate."""

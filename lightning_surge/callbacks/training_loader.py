@@ -25,7 +25,7 @@ from lightning_surge.callbacks.lightning_host import (
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.by_examples import ExamplesClock, share_of_peak
 from lightning_surge.schedules.seesaw import Seesaw, SeesawSchedule
-from lightning_surge.schedules.sizes import BatchSizeRule, ConstantSize, Schedule
+from lightning_surge.schedules.sizes import Schedule
 from lightning_surge.schedules.windows import (
     AccumulatedSchedule,
     SampledSchedule,
@@ -72,12 +72,12 @@ class TrainingLoader:
     stated: int | None
 
     @classmethod
-    def read(cls, trainer: pl.Trainer, micro: MicroBatches, *, samples: bool) -> TrainingLoader:
+    def read(cls, trainer: pl.Trainer, micro: MicroBatches) -> TrainingLoader:
         """Read the loader that the Trainer has now."""
         loader, count = trainer.train_dataloader, trainer.num_training_batches
         # An IterableDataset without a length counts as infinitely many.
         batches = count if isinstance(count, int) else None
-        sampler = scheduled_sampler(loader, micro.owner) if samples else None
+        sampler = scheduled_sampler(loader, micro.owner)
         if sampler is not None:
             return cls(loader, sampler, sampler.largest_micro_batch, batches, None)
         try:
@@ -95,13 +95,12 @@ class TrainingLoader:
         return cls(loader, None, size, batches, stated)
 
     def admit(
-        self, trainer: pl.Trainer, rule: BatchSizeRule, micro: MicroBatches, known: TrainingLoader | None
+        self, trainer: pl.Trainer, rule: Schedule, micro: MicroBatches, known: TrainingLoader | None
     ) -> None:
         """Refuse sizes that steps cannot have with this loader, and report the mechanism."""
         if known is not None and self._key(rule, micro) == known._key(rule, micro):
             return
         if self.sampler is not None:
-            assert isinstance(rule, Schedule)
             refuse_scheduled_validation(trainer)
             check_sampled_sizes(rule, self.sampler, micro.replicas, counts_tokens=micro.in_tokens)
             rank_zero_info(
@@ -116,7 +115,7 @@ class TrainingLoader:
                 " of the loader, or leave micro_batch_size= out."
             )
         check_accumulated_sizes(rule, self.micro_batch_size, micro.replicas)
-        if self.batches is None and isinstance(rule, Schedule) and rule.unit == "epochs":
+        if self.batches is None and rule.unit == "epochs":
             raise MisconfigurationException(
                 "Expected a schedule in steps or examples for a loader without a length, got unit='epochs':"
                 " the share of an epoch is not known. Use unit='examples'."
@@ -136,26 +135,24 @@ class TrainingLoader:
             f" replicas {micro.replicas}."
         )
 
-    def _key(self, rule: BatchSizeRule, micro: MicroBatches) -> tuple[Any, ...]:
+    def _key(self, rule: Schedule, micro: MicroBatches) -> tuple[Any, ...]:
         """What the checks depend on."""
         if self.sampler is not None:
             return (self.micro_batch_size, len(self.sampler.sampler), self.sampler.drop_last)  # type: ignore[arg-type]
         longest = accumulation_for(max(rule.named_sizes.values()), self.micro_batch_size * micro.replicas)
         return (self.micro_batch_size, self.stated, min(self.batches or longest, longest))
 
-    def replay(self, rule: BatchSizeRule, replicas: int) -> AccumulatedSchedule | SampledSchedule | None:
+    def replay(self, schedule: Schedule, replicas: int) -> AccumulatedSchedule | SampledSchedule | None:
         """The sizes that steps will have; None if an epoch cannot be counted beforehand."""
         if not self.batches:
             return None
         if self.sampler is None:
-            schedule = rule if isinstance(rule, Schedule) else ConstantSize(max(rule.named_sizes.values()))
             examples = self.batches * self.micro_batch_size * replicas
             return AccumulatedSchedule(schedule, self.micro_batch_size, replicas, examples)
         if self.batches < len(self.sampler):  # limit_train_batches= cuts epochs short
             return None
-        assert isinstance(rule, Schedule)
         examples = len(self.sampler.sampler) * replicas  # type: ignore[arg-type]
-        return SampledSchedule(rule, self.micro_batch_size, examples, replicas, self.sampler.drop_last)
+        return SampledSchedule(schedule, self.micro_batch_size, examples, replicas, self.sampler.drop_last)
 
 
 def plan_along(

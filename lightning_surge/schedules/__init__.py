@@ -2,7 +2,6 @@
 
 from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
 from lightning_surge.schedules.by_examples import by_examples
-from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import (
     ConstantSize,
@@ -25,7 +24,7 @@ from lightning_surge.schedules.windows import (
 )
 
 __all__ = [
-    "AccumulatedSchedule", "ConstantSize", "CosineRamp", "FollowPeak", "GeometricRamp", "LinearRamp",
+    "AccumulatedSchedule", "ConstantSize", "CosineRamp", "GeometricRamp", "LinearRamp",
     "Milestones", "Phase", "Phases", "Progress", "SampledSchedule", "Schedule", "ScheduledBatchSampler",
     "Seesaw", "Window", "by_examples", "plan_windows", "total_examples", "total_steps",
 ]  # fmt: skip

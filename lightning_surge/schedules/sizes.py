@@ -41,7 +41,7 @@ class Progress(NamedTuple):
 
 
 class BatchSizeRule(ABC):
-    """Whatever can decide the batch size of a step: a `Schedule`, or `FollowPeak`."""
+    """Whatever can decide the batch size of a step: a `Schedule`, or `Seesaw`, which becomes one."""
 
     @property
     @abstractmethod

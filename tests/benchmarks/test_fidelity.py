@@ -19,12 +19,7 @@ from benchmarks.fidelity.analysis import (
     quantile,
     summary,
 )
-from benchmarks.fidelity.held import (
-    calibration_rows,
-    exact_law,
-    exact_noise_scale,
-    one_step_rows,
-)
+from benchmarks.fidelity.held import calibration_rows, exact_law, exact_noise_scale, one_step_rows
 from benchmarks.fidelity.ladder import vertex
 from benchmarks.fidelity.markdown import average, number
 from benchmarks.fidelity.one_step import COUNTS, SIZES

@@ -1,7 +1,5 @@
 """What `make field` says of a library: tried on trainings of which it is known."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any

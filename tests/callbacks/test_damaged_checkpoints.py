@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_surge import BatchSizeScheduler, ExactResume, FollowPeak, SurgeLRCallback, by_examples
+from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback, by_examples
 from lightning_surge.callbacks.resuming.random_streams import to_portable
 from lightning_surge.laws.base import SGDLaw
 from lightning_surge.measure.replay import RandomState
@@ -355,25 +355,20 @@ class TestGoingOn:
 
 
 class TestBatchSizeScheduler:
-    RULES: ClassVar[dict[str, Any]] = {
-        "law": FollowPeak(start=4, maximum=64),
-        "ramp": LinearRamp(4, 64, duration=1000, unit="examples"),
-    }
+    RAMP: ClassVar[Any] = LinearRamp(4, 64, duration=1000, unit="examples")
 
-    @staticmethod
-    def _state() -> State:
-        state = BatchSizeScheduler(FollowPeak(start=4, maximum=64)).state_dict()
-        state |= {"accumulation": 4, "examples": 400.0, "epoch_begin": [3, 320.0, 1.0], "followed": 16}
+    def _state(self) -> State:
+        state = BatchSizeScheduler(self.RAMP).state_dict()
+        state |= {"accumulation": 4, "examples": 400.0, "epoch_begin": [3, 320.0, 1.0]}
         return copy.deepcopy(state)
 
-    @pytest.mark.parametrize("rule", RULES)
     @settings(max_examples=100, deadline=None)
     @given(chosen=st.data())
-    def test_any_damage_of_one_entry_is_left_out_as_a_whole(self, rule: str, chosen: st.DataObject) -> None:
+    def test_any_damage_of_one_entry_is_left_out_as_a_whole(self, chosen: st.DataObject) -> None:
         state = self._state()
         path = chosen.draw(st.sampled_from(list(leaves(state))))
         value = chosen.draw(st.sampled_from([DELETED, *WRONG]))
-        scheduler = BatchSizeScheduler(self.RULES[rule])
+        scheduler = BatchSizeScheduler(self.RAMP)
         with heard() as said:
             scheduler.load_state_dict(damaged(state, path, value))
         now = scheduler.state_dict()
@@ -381,7 +376,6 @@ class TestBatchSizeScheduler:
         assert type(now["accumulation"]) is int
         assert now["accumulation"] >= 1
         assert all(0.0 <= number < math.inf for number in (now["examples"], *begin))
-        assert 4 <= now["followed"] <= 64
         if said:
             assert "counts examples from 0" in said[0]
             assert (now["accumulation"], now["examples"], begin) == (1, 0.0, [0, 0.0, 0.0])
@@ -396,7 +390,7 @@ class TestBatchSizeScheduler:
         ],
     )
     def test_the_damage_is_named(self, path: tuple[Any, ...], value: Any, message: str) -> None:
-        scheduler = BatchSizeScheduler(FollowPeak(start=4, maximum=64))
+        scheduler = BatchSizeScheduler(self.RAMP)
         with pytest.warns(UserWarning, match=f"{message}.*counts examples from 0"):
             scheduler.load_state_dict(damaged(self._state(), path, value))
 

@@ -18,7 +18,7 @@ from torch.multiprocessing import ProcessRaisedException
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_surge import BatchSizeScheduler, FollowPeak, SurgeLRCallback, by_examples
+from lightning_surge import BatchSizeScheduler, SurgeLRCallback, by_examples
 from lightning_surge.callbacks.checks import check_processes
 from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import GeometricRamp
@@ -336,16 +336,6 @@ def test_a_process_that_dies_ends_the_training_of_all(tmp_path: Path) -> None:
     """As without the callback: nobody waits for ever for the one that is gone."""
     with pytest.raises(ProcessRaisedException, match="this process is done for"):
         train(tmp_path, surge(), make=Dies)
-
-
-def test_follow_peak_grows_alike_on_all_processes(tmp_path: Path) -> None:
-    def follow() -> list[pl.Callback]:
-        schedule = FollowPeak(start=16, maximum=64, confidence=0.1)
-        return [BatchSizeScheduler(schedule, micro_batch_size=8), surge(probe_every=1)]
-
-    first, second = train(tmp_path / "two", *follow(), max_epochs=6)
-    assert_equal(first, second)
-    assert len(first.lrs) < 6 * STEPS  # it has grown
 
 
 class Halved(Net):

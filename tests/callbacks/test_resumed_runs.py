@@ -16,7 +16,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_surge import (
     BatchSizeScheduler,
     ExactResume,
-    FollowPeak,
     SurgeLRCallback,
     by_examples,
 )
@@ -87,7 +86,6 @@ RAMPS: dict[str, BatchSizeRule] = {
     "doublings": GeometricRamp(2, 16, duration=1.5 * EXAMPLES, unit="examples"),
     "any size": LinearRamp(2, 16, duration=1.5 * EXAMPLES, unit="examples"),
     "decay": Seesaw(start=2, maximum=16),
-    "law": FollowPeak(start=2, maximum=16, confidence=0.0, growth_only=False),
 }
 
 
@@ -129,7 +127,6 @@ def assert_goes_on(saved: list[Path], path: Path, checkpoint: Path) -> None:
     [
         (accumulated, "doublings", 0, 2),
         (flexible, "any size", 0, 2),
-        (accumulated, "law", 0, 11),
         (accumulated, "decay", 0, 11),
         (accumulated, "doublings", 2, 9),
         (flexible, "any size", 2, 9),
@@ -205,7 +202,7 @@ def test_the_schedule_goes_on_without_exact_resuming(
     trained(loader, rule, every_step(tmp_path))
     for checkpoint in saved_steps(tmp_path)[::5]:
         state = torch.load(checkpoint, weights_only=True)["callbacks"]["BatchSizeScheduler"]
-        assert state.keys() == {"version", "accumulation", "examples", "epoch_begin", "followed"}
+        assert state.keys() == {"version", "accumulation", "examples", "epoch_begin"}
         requests = trained(loader, rule, resume=checkpoint)
         done, sizes = int(state["examples"]), dict(requests)
         if rule.unit == "steps":

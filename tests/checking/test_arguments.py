@@ -17,7 +17,7 @@ import lightning_surge
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback, laws, runs, schedules, tables
 from lightning_surge.callbacks.settings import LAWS
 from lightning_surge.checking.arguments import choice, number, switch, whole
-from lightning_surge.schedules import ConstantSize, FollowPeak, Progress
+from lightning_surge.schedules import ConstantSize, Progress
 from lightning_surge.tables import RunTable
 from tests.logged_runs import as_log, rows
 
@@ -56,7 +56,6 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     SurgeLRCallback(16).lr_scale: {"batch_size": 64},
     BatchSizeScheduler: {"schedule": SIZE, "micro_batch_size": 4, "max_micro_batch_size": 8},
     lightning_surge.BatchSizeWarmup: {"start": 8, "end": 16, "num_steps": 4, "micro_batch_size": 4},
-    FollowPeak: {"start": 8, "maximum": 64, "minimum": 4},
     schedules.Seesaw: {"start": 8, "maximum": 64, "multiple_of": 4},
     schedules.ScheduledBatchSampler: {"sampler": range(9), "batch_size": 4},
     schedules.by_examples: {"scheduler": clock(), "examples_per_step": 16},
@@ -198,7 +197,7 @@ def test_a_checkpoint_of_callbacks_made_of_numpy_numbers_can_be_loaded() -> None
         np.int64(16), max_overhead=np.float32(0.1), probe_every=np.int32(3), half_life=np.float64(8),  # type: ignore[arg-type]
         lr_scale_bounds=(np.float64(0.5), np.float64(2)), max_drift_per_step=np.float64(0.1),
     )  # fmt: skip
-    rule = FollowPeak(np.int64(16), np.int64(64), factor=np.float64(2.0))  # type: ignore[arg-type]
+    rule = schedules.Seesaw(np.int64(16), np.int64(64))  # type: ignore[arg-type]
     states = [surge.state_dict(), BatchSizeScheduler(rule, micro_batch_size=np.int64(4)).state_dict()]  # type: ignore[arg-type]
     file = io.BytesIO()
     torch.save(states, file)

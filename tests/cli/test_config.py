@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_surge import ExactResume, SurgeLRCallback, schedules
-from lightning_surge.schedules.follow_peak import FollowPeak
 from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import (
     BatchSizeRule,
@@ -198,7 +197,6 @@ SCHEDULES: list[tuple[str, BatchSizeRule]] = [
         " init_args: {size: 8}}}]}}",
         Phases([Phase(0, None, ConstantSize(8))]),
     ),
-    ("{class_path: FollowPeak, init_args: {start: 8, maximum: 64}}", FollowPeak(8, 64)),
     ("{class_path: Seesaw, init_args: {start: 8, maximum: 64, multiple_of: 8}}", Seesaw(8, 64, 8)),
 ]
 

@@ -1,7 +1,5 @@
 """`lightning-surge fit` from the outside: what is printed, drawn and refused."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

@@ -1,7 +1,5 @@
 """`lightning-surge plot` and `lightning-surge advise` from the outside."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from xml.etree import ElementTree

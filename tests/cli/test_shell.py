@@ -1,7 +1,5 @@
 """What every command owes a shell."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

@@ -1,7 +1,5 @@
 """`lightning-surge sweep` on a training of some milliseconds."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

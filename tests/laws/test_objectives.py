@@ -40,9 +40,3 @@ def test_ratios_of_plain_gradient_steps() -> None:
     for ratio in (alignment_ratio, step_ratio):
         assert ratio(law, 64.0, 16.0) == pytest.approx((1 + 300 / 16) / (1 + 300 / 64))
     assert progress_ratio(law, 64.0, 16.0) == pytest.approx(4.0)
-
-
-def test_the_surge_falls_beyond_its_peak() -> None:
-    law = measured_law(2.0, 300.0, 1.0, 1.0)
-    assert step_ratio(law, 100.0, 16.0) > step_ratio(law, 1000.0, 16.0) > 1.0
-    assert progress_ratio(law, 1000.0, 16.0) > progress_ratio(law, 100.0, 16.0)

@@ -10,17 +10,9 @@ from torch import Tensor
 from lightning_surge.measure import gradients
 from lightning_surge.measure.curvature import displaced, probe_distance, realised_slope, secant_curvature
 
-HESSIAN = torch.tensor(
-    [
-        [2.0, -0.6, 0.8, 0.1, 0.0, 0.3],
-        [-0.6, 1.0, -0.3, 0.2, 0.4, 0.0],
-        [0.8, -0.3, 1.5, 0.4, -0.2, 0.1],
-        [0.1, 0.2, 0.4, 0.9, 0.5, -0.7],
-        [0.0, 0.4, -0.2, 0.5, -1.1, 0.2],
-        [0.3, 0.0, 0.1, -0.7, 0.2, 0.6],
-    ],
-    dtype=torch.float64,
-)
+# Indefinite, as far from a network's minimum.
+HESSIAN = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+HESSIAN += HESSIAN.T.clone()
 V = torch.tensor([1.0, -1.0, 1.0, 1.0, -0.5, 0.5], dtype=torch.float64)
 W = torch.tensor([1.0, 1.0, -1.0, 0.5, 1.0, 2.0], dtype=torch.float64)
 

@@ -305,10 +305,6 @@ class TestStandardErrors:
         ):
             within([quantity(law) for law in laws], quantity(TRUE))
 
-    def test_fewer_than_two_measurements_are_unsure(self) -> None:
-        law = estimate(history_of([measured(TRUE)]), fit_sign_law)
-        assert law.standard_error(lambda law: law.lr(16.0)) == math.inf
-
     @pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, OverflowError])
     def test_what_is_undefined_is_unsure(self, error: type[Exception]) -> None:
         def fail(_: Law) -> float:
@@ -318,10 +314,6 @@ class TestStandardErrors:
         for replicate in (None, SGDLaw(max_lr=2.0, noise_scale=1.0)):
             law = halves(TRUE, TRUE, replicate)
             assert law.standard_error(lambda law: law.peak.batch_size) == math.inf
-
-    def test_identical_replicates_are_sure(self) -> None:
-        law = EstimatedLaw(TRUE, ((TRUE, 0.3), (TRUE, 0.7)), 2)
-        assert law.standard_error(lambda law: law.lr(16.0)) == pytest.approx(0.0, abs=1e-15)
 
 
 class TestEstimatedLaw:

@@ -131,11 +131,6 @@ def test_noise_scales(grad_sq: float, scale: float, resolved: float) -> None:
     assert (stats.noise_scale, stats.resolved_noise_scale) == (pytest.approx(scale), resolved)
 
 
-def test_the_noise_scale_is_the_ratio_of_the_averages() -> None:
-    stats = history_of([measured(1.0, 100.0), measured(3.0, 100.0)], half_life=1e9).stats()
-    assert stats.noise_scale == pytest.approx(50.0)
-
-
 class TestErrors:
     @pytest.mark.parametrize(
         "measurement",

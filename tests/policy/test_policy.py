@@ -16,15 +16,7 @@ from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.policy import Policy
 from lightning_surge.policy.reasons import Reason
-from tests.drawn import (
-    BASE,
-    decades,
-    halves,
-    many,
-    measured_law,
-    measured_laws,
-    sizes,
-)
+from tests.drawn import BASE, decades, halves, many, measured_law, measured_laws, sizes
 
 laws = st.one_of(
     measured_laws,
@@ -264,16 +256,6 @@ class TestAfterALargerBatch:
         assert policy.state_dict()["used_to"] == pytest.approx(self.PROGRESS / 1.005)
         factors = used(following(halves(self.LAW), objective="alignment"), 256.0, 17)
         assert factors[-2] < factors[-1] == pytest.approx(2.28, abs=0.005)
-
-    @pytest.mark.parametrize("objective", ["alignment", "progress", "step"])
-    @pytest.mark.parametrize("drift", [0.01, 0.05, 0.5])
-    def test_every_objective_is_approached(self, objective: str, drift: float) -> None:
-        policy = following(halves(self.LAW), objective=objective, max_drift_per_step=drift)
-        predicted, _ = policy.predicted(256.0)
-        decisions = [policy.decide(256.0) for _ in range(200)]
-        wanted = [min((1 + drift) ** k, predicted) for k in range(1, 201)]
-        assert [decision.used for decision in decisions] == pytest.approx(wanted)
-        assert decisions[-1].because == Reason.MEASURED
 
     @many
     @given(base=sizes, path=st.lists(sizes, min_size=2, max_size=8))

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import csv
 import importlib
 import math
@@ -12,10 +10,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from examples import ddp, dry_run, follow_peak, offline_fit, plain_callback, ramp
+from examples import ddp, dry_run, offline_fit, plain_callback, ramp
 from examples.digits_model import Digits
 from examples.report import stages
-from lightning_surge import BatchSizeScheduler, SurgeLRCallback
+from lightning_surge import SurgeLRCallback
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.runs.log_files import read_run
 
@@ -99,16 +97,6 @@ def test_ramp_takes_fewer_steps_and_its_schedule_ends_with_the_data(capsys):
     rows = lines_of_epochs(capsys.readouterr().out)
     assert int(rows[-1][1]) == trainer.global_step
     assert float(rows[-1][6]) < float(rows[0][6])
-
-
-def test_follow_peak_never_exceeds_its_maximum_nor_shrinks(capsys):
-    trainer = follow_peak.main(["--fast"])
-    measured(trainer)
-    (sizes,) = (one for one in trainer.callbacks if isinstance(one, BatchSizeScheduler))
-    assert 8 <= sizes.scheduled_batch_size <= 256
-    assert sizes.examples == 2 * Digits.TRAINING_EXAMPLES
-    printed = [int(row[2]) for row in lines_of_epochs(capsys.readouterr().out)]
-    assert printed == sorted(printed)
 
 
 def test_dry_run_leaves_the_weights_alone_and_says_what_it_would_do(capsys):

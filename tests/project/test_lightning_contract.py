@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
@@ -154,17 +153,6 @@ def test_the_scaler_can_be_made_to_look_before_a_fused_step() -> None:
     assert module.weight.item() == -1.0
 
 
-def test_final_gradients_are_there_before_the_update() -> None:
-    def look(_: pl.Trainer, module: Slope, __: Optimizer) -> tuple[float, float]:
-        assert module.weight.grad is not None
-        return module.weight.grad.item(), module.weight.item()
-
-    callback = AtEachStep(look)
-    make_trainer(callback, accumulate_grad_batches=2).fit(Slope(), batches(5))
-    # The last window has one micro-batch, and is still divided by two.
-    assert callback.seen == [(1.0, 0.0), (1.0, -0.5), (0.5, -0.75)]
-
-
 def test_post_hooks_fire_after_the_update_and_before_schedulers() -> None:
     seen: list[tuple[float, float]] = []
 
@@ -180,23 +168,6 @@ def test_post_hooks_fire_after_the_update_and_before_schedulers() -> None:
 
     make_trainer(Hooked()).fit(Slope(), batches(2))
     assert seen == [(-0.5, 0.5), (0.0, 0.25), (-0.75, 0.25), (0.0, 0.125)]
-
-
-def test_a_module_without_optimizer_gets_one_without_parameters() -> None:
-    class Frozen(Slope):
-        def configure_optimizers(self) -> None:
-            return None
-
-    seen: list[Any] = []
-
-    class Look(Callback):
-        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            seen.extend(trainer.optimizers)
-
-    with pytest.warns(UserWarning, match="`LightningModule.configure_optimizers` returned `None`"):
-        make_trainer(Look()).fit(Frozen(), batches(1))
-    assert [type(optimizer) for optimizer in seen] == [_MockOptimizer]
-    assert not any(group["params"] for group in seen[0].param_groups)
 
 
 @pytest.mark.parametrize(

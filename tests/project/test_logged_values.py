@@ -1,7 +1,5 @@
 """docs/logged-values.md and what trainings log are the same."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from math import inf, isfinite
@@ -12,8 +10,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
+from torch.optim import SGD
 
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.callbacks.logging import law_metrics
@@ -25,36 +23,11 @@ from lightning_surge.policy.estimates import EstimatedLaw, estimate, fit_sign_la
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.log_files import read_run
-from tests.trainings import make_trainer
+from tests.trainings import MakeOptimizer, Regression, adamw, regression_data, trained, two_groups, with_lr
 
 PAGE = (Path(__file__).parents[2] / "docs" / "logged-values.md").read_text()
 DOCUMENTED = set(re.findall(r"^\| `(surge/[^`]+)` \|", PAGE, re.MULTILINE))
 SETTINGS: dict[str, Any] = {"probe_every": 2, "probe_examples": 64}
-
-
-class Regression(pl.LightningModule):
-    def __init__(self, kind: str, groups: int = 1) -> None:
-        super().__init__()
-        pl.seed_everything(0, verbose=False)
-        self.net = nn.ModuleList([nn.Linear(8, 1, bias=False) for _ in range(groups)])
-        self.kind = kind
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        return nn.functional.mse_loss(sum(part(x) for part in self.net), y)  # type: ignore[arg-type]
-
-    def configure_optimizers(self) -> Any:
-        groups = [{"params": list(part.parameters())} for part in self.net]
-        if self.kind == "sgd":
-            return torch.optim.SGD(groups, lr=0.001)
-        return torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99))
-
-
-def data(count: int, batch_size: int) -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 8, generator=generator) * torch.linspace(0.3, 2.0, 8)
-    y = x.sum(dim=1, keepdim=True) + 4.0 * torch.randn(count, 1, generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
 
 
 @pytest.fixture
@@ -62,10 +35,10 @@ def fitted(tmp_path: Path) -> Callable[..., Any]:
     """The run and its callback, after a short training."""
 
     def fit(
-        kind: str, callback: SurgeLRCallback, *others: pl.Callback, groups: int = 1, steps: int = 30
+        callback: SurgeLRCallback, *others: pl.Callback, make: MakeOptimizer = adamw, steps: int = 30
     ) -> Any:
         logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
-        make_trainer(callback, *others, logger=logger).fit(Regression(kind, groups), data(16 * steps, 16))
+        trained(Regression(make), regression_data(16 * steps, 16), callback, *others, logger=logger)
         return read_run(str(logger.log_dir)), callback
 
     return fit
@@ -84,10 +57,11 @@ def keys(run: Any) -> set[str]:
 
 @pytest.mark.slow
 def test_every_key_is_documented_and_every_documented_key_is_logged(fitted: Callable[..., Any]) -> None:
-    step, _ = fitted("adam", SurgeLRCallback(4, objective="step", **SETTINGS), BatchSizeWarmup(16, 32, 20))
-    sgd, _ = fitted("sgd", SurgeLRCallback(4, **SETTINGS), groups=2)
-    theorem, _ = fitted("adam", SurgeLRCallback(4, law="theorem3", **SETTINGS))
-    logged = keys(step) | keys(sgd) | keys(theorem)
+    step, _ = fitted(SurgeLRCallback(4, objective="step", **SETTINGS), BatchSizeWarmup(16, 32, 20))
+    plain, _ = fitted(SurgeLRCallback(4, **SETTINGS), make=with_lr(SGD, 0.001))
+    groups, _ = fitted(SurgeLRCallback(4, **SETTINGS), make=two_groups)
+    theorem, _ = fitted(SurgeLRCallback(4, law="theorem3", **SETTINGS))
+    logged = keys(step) | keys(plain) | keys(groups) | keys(theorem)
     # Which form of Theorem 3 comes out is for the data to say.
     for law in (
         Theorem3Law(noise_scale=8.0, peak_lr=0.1),
@@ -102,7 +76,7 @@ def sure(law: Law) -> EstimatedLaw:
 
 
 def test_the_law_of_a_training_can_be_made_again(fitted: Callable[..., Any]) -> None:
-    run, callback = fitted("adam", SurgeLRCallback(4, objective="step", **SETTINGS))
+    run, callback = fitted(SurgeLRCallback(4, objective="step", **SETTINGS))
     record = callback.law_history[-1]
     law = run.law_at(run.last_step)
     assert isinstance(law, MeasuredLaw)
@@ -147,9 +121,7 @@ def test_a_failed_measurement_is_logged_as_such(fitted: Callable[..., Any]) -> N
         raise RuntimeError("not today")
 
     with pytest.warns(UserWarning, match="not today"):
-        run, callback = fitted(
-            "adam", SurgeLRCallback(4, "measured", "alignment", loss_fn=broken, **SETTINGS), steps=8
-        )
+        run, callback = fitted(SurgeLRCallback(4, loss_fn=broken, **SETTINGS), steps=8)
     assert run.at("held_because", run.last_step) == Reason.MEASURING_FAILED
     assert callback.decision.reason == "held: measuring failed with RuntimeError"
 

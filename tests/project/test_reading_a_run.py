@@ -1,7 +1,5 @@
 """docs/reading-a-run.md: its commands and its code run as they stand."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -13,7 +11,7 @@ from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.advice import Caveat, RunState, advise, run_state
 from lightning_surge.runs.run_log import RunLogError
-from tests.logged_runs import LAW, as_log, lawless, rows, several_optimizers
+from tests.logged_runs import LAW, as_log, lawless, rows
 
 STATE = RunState(
     step=100, batch_size=60.0, base_batch_size=60.0, lr_scheduled=1e-3, lr_scheduled_max=1e-3, lr_used=1e-3,
@@ -145,17 +143,6 @@ class TestRunState:
             assert run_state(as_log(table), step=step).batch_size == 30.0
         table[10]["surge/lr_scheduled"] = 0.5
         assert run_state(as_log(table), step=20).lr_scheduled_max == 0.5
-
-    def test_of_several_optimizers(self):
-        run = as_log(several_optimizers())
-        first, second = run_state(run, group="opt0"), run_state(run, group="opt1")
-        assert (first.batch_size, first.lr_used, first.law) == (60.0, 1e-3, LAW)
-        assert (second.batch_size, second.lr_used) == (120.0, 2e-3)
-        assert second.law == replace(LAW, noise_curvature=5.0, signal_curvature=5.0)
-        assert advise(first).critical_batch_size.value == advise(second).critical_batch_size.value == 60.0
-        assert (advise(first).suggested, advise(second).suggested) == (60.0, 60.0)
-        with pytest.raises(RunLogError, match="'surge/batch_size'"):
-            run_state(run)
 
     def test_errors_that_were_not_logged_are_not_known(self):
         names = ("critical_batch_size", "peak_batch_size", "lr_scale", "lr_scale_doubled")

@@ -1,7 +1,5 @@
 """The picture of a run shows what was logged, and can be read."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import sys

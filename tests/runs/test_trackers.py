@@ -1,7 +1,5 @@
 """W&B and MLflow; where they are not installed, stand-ins decode the same records."""
 
-from __future__ import annotations
-
 import json
 import math
 import sqlite3

@@ -250,10 +250,6 @@ class TestPhases:
         assert by_step(schedule, *range(11)) == [8, 8, 8, 8, 10, 12, 14, 32, 32, 64, 64]
         assert schedule.first_size == 8
 
-    def test_the_last_one_goes_on_after_its_end(self) -> None:
-        schedule = Phases([Phase(0, 2, LinearRamp(1, 5, 4))])
-        assert by_step(schedule, 0, 1, 2, 3, 4, 5) == [1, 2, 3, 4, 5, 5]
-
     @given(
         st.lists(st.tuples(st.integers(1, 30), ramps(unit="steps")), min_size=1, max_size=5),
         st.integers(0, 160),

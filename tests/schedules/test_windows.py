@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_surge.schedules.follow_peak import FollowPeak
+from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import (
     ConstantSize,
     GeometricRamp,
@@ -24,7 +24,6 @@ from lightning_surge.schedules.windows import (
     SampledSchedule,
     Window,
     accumulation_for,
-    aligned_accumulation,
     plan_windows,
     total_examples,
     total_steps,
@@ -112,19 +111,6 @@ class TestAccumulation:
         assert result == 1 or result * micro <= requested
         assert limit is None or result <= limit
         assert 2 * result * micro > requested or (limit is not None and 2 * result > limit)
-
-    @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 1000))
-    def test_aligned_windows_never_shrink_while_waiting(self, old: int, new: int, windows: int) -> None:
-        batch_idx = windows * 2**old
-        result = aligned_accumulation(2**new, batch_idx)
-        assert min(2**old, 2**new) <= result <= 2**new
-        assert batch_idx % result == 0
-
-    @given(st.integers(0, 12), st.integers(0, 1000))
-    def test_a_doubling_waits_for_at_most_one_window(self, old: int, windows: int) -> None:
-        batch_idx = windows * 2**old
-        taken = aligned_accumulation(2 ** (old + 1), batch_idx)
-        assert 2 ** (old + 1) in (taken, aligned_accumulation(2 ** (old + 1), batch_idx + taken))
 
 
 def windows_one_by_one(epoch: Epoch) -> list[list[int]]:
@@ -333,7 +319,7 @@ class TestTotals:
             examples += schedule(Progress(step, examples))
         assert total_examples(schedule, steps) == examples
 
-    @pytest.mark.parametrize("schedule", [FollowPeak(4, 16), lambda step: 4, 4])
+    @pytest.mark.parametrize("schedule", [Seesaw(4, 16), lambda step: 4, 4])
     def test_refuse_what_cannot_be_counted(self, schedule: Any) -> None:
         with pytest.raises(ValueError, match=r"got .*: only sizes known beforehand can be counted"):
             total_steps(schedule, examples=5)

@@ -1,7 +1,5 @@
 """What a sweep wants, compares and estimates; how it is typed; how losses are taken down."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The loop that runs cells, with processes that only pretend."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Callable

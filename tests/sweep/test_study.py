@@ -1,7 +1,5 @@
 """A study as several workers use it: who gets a cell, who takes over, and what a full disk leaves."""
 
-from __future__ import annotations
-
 import errno
 import json
 import subprocess

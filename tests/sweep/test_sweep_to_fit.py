@@ -1,7 +1,5 @@
 """What `lightning-surge sweep` writes is what `lightning-surge fit` takes, without flags."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

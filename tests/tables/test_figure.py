@@ -1,7 +1,5 @@
 """What the figure shows is what was fitted."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from typing import Any

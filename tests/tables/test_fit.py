@@ -1,7 +1,5 @@
 """Grids of runs made from known laws: what was put in comes out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

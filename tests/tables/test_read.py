@@ -1,7 +1,5 @@
 """Tables as people have them: other kinds of files, names, separators, gaps, and damage."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -131,13 +131,11 @@ class Measurer:
         *,
         pace: Pace | None,
         size_ahead: Callable[[float], float] | None,
-        curvature: bool,
     ) -> None:
         """Take hold of a run that starts."""
         self.detach()
         pl_module = trainer.lightning_module
         self._trainer, self._pace, self._size_ahead = trainer, pace, size_ahead
-        self._plan.curvature = curvature
         self._ranks = ranks_of(trainer)
         self._loss = RepeatedLoss(trainer, pl_module, self._loss_fn, self._ranks, self.fail)
         self._norms.attach(self._ranks)
@@ -274,7 +272,7 @@ class Measurer:
             return None
         if self._settings.law.startswith("theorem"):
             return Kind.COORDINATES
-        if not self._plan.curvature:
+        if not self._settings.needs_curvature:
             return None if free else Kind.NORMS
         # The greedy step is one over the curvature, and needs all of it: from three readings of twelve it
         # came out six times too short on a network with batch norm.

@@ -70,7 +70,6 @@ class MeasuringPlan:
 
     Attributes:
         budget: what may be spent, and what was.
-        curvature: whether somebody asks for curvature, so that norms are not enough.
         seen: batches, and the examples in them.
         size: the batch size of the last measurement, or of the first step while there was none.
     """
@@ -78,7 +77,6 @@ class MeasuringPlan:
     def __init__(self, settings: SurgeSettings) -> None:
         self._settings = settings
         self.budget = ProbeBudget(settings.max_overhead, settings.probe_every)
-        self.curvature = settings.needs_curvature
         self.seen = (0, 0.0)
         self.size = 0.0
         # Of the measurement under way: its cost, and the examples of the whole run when it was planned.
