@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_surge.checking.answers import aligned
 from lightning_surge.checking.libraries import needed
-from lightning_surge.cli.command import Command, CommandError
+from lightning_surge.cli.command import Command
 from lightning_surge.sweep.cells import (
     Cell,
     Grid,
@@ -102,32 +102,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int | None:
     output: Path = options.output
     options.study = options.study or str(output.with_suffix(".study.log"))
-    try:
-        settings, grid = _checked(options)
-        # Imported here: they need Lightning, which other commands do not.
-        with needed("A sweep needs Optuna, which keeps the study", "'lightning-surge[sweep]'"):
-            from lightning_surge.sweep.study import SweepStudy
-        from lightning_surge.sweep.config import read_config
+    settings, grid = _checked(options)
+    # Imported here: they need Lightning, which other commands do not.
+    with needed("A sweep needs Optuna, which keeps the study", "'lightning-surge[sweep]'"):
+        from lightning_surge.sweep.study import SweepStudy
+    from lightning_surge.sweep.config import read_config
 
-        settings, grid = read_config(settings, grid)
-        done: Mapping[Cell, Outcome] = {}
-        file = local_file(options.study)
-        exists = file is not None and file.exists()
-        if output.exists() and file is not None and not exists and not options.dry_run:
-            raise SweepError(
-                f"Expected {output} to be new, got a file without its study {options.study}: choose another "
-                "--output."
-            )
-        if exists or not options.dry_run:
-            study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
-            study.begin(settings, grid.cells(), extend=options.extend, dry=options.dry_run)
-            done = study.records()
-        if options.dry_run:
-            _print_plan(options, settings, grid, done)
-            return None
-        return _print_result(options, _sweep(options, settings, grid, study))
-    except (SweepError, ValueError, OSError, ModuleNotFoundError) as error:
-        raise CommandError(str(error)) from error
+    settings, grid = read_config(settings, grid)
+    done: Mapping[Cell, Outcome] = {}
+    file = local_file(options.study)
+    exists = file is not None and file.exists()
+    if output.exists() and file is not None and not exists and not options.dry_run:
+        raise SweepError(
+            f"Expected {output} to be new, got a file without its study {options.study}: choose another "
+            "--output."
+        )
+    if exists or not options.dry_run:
+        study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
+        study.begin(settings, grid.cells(), extend=options.extend, dry=options.dry_run)
+        done = study.records()
+    if options.dry_run:
+        _print_plan(options, settings, grid, done)
+        return None
+    return _print_result(options, _sweep(options, settings, grid, study))
 
 
 def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
@@ -249,7 +246,7 @@ def _print_result(options: argparse.Namespace, records: Mapping[Cell, Outcome]) 
     if not best:
         reasons = sorted({outcome.message for outcome in records.values() if outcome.message})[:3]
         remedy = "use smaller learning rates" if cells["diverged"] else "remedy that and pass --retry-failed"
-        raise CommandError(
+        raise SweepError(
             f"Expected cells that finish, got none of {len(records)}, see {table} ({'; '.join(reasons)}): "
             f"{remedy}."
         )

@@ -16,7 +16,7 @@ RATIO = math.sqrt(10)
 WORST = (math.inf, math.inf)
 
 
-class SweepError(Exception):
+class SweepError(ValueError):
     """The sweep cannot begin or go on: rule, value, remedy."""
 
 
