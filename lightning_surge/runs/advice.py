@@ -25,8 +25,7 @@ from lightning_surge.laws.objectives import OBJECTIVES, RETIRED
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import steps_needed
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import RunLog, wanted_factor
-from lightning_surge.runs.series import RunLogError
+from lightning_surge.runs.run_log import RunLog, RunLogError, wanted_factor
 
 # Largest factor of a suggested move: the law was measured on the way that training took, and moves on.
 LARGEST_MOVE = 4.0

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from lightning_surge.checking import arguments
 from lightning_surge.checking.libraries import needed
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import RunLog, wanted_factor
-from lightning_surge.runs.series import Series
+from lightning_surge.runs.run_log import RunLog, Series, wanted_factor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,11 +18,37 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_surge.laws.base import Law, MeasuredLaw, SGDLaw
 from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.laws.theorems import Theorem3Law
-from lightning_surge.runs.series import NOTHING, PREFIX, RunLogError, Series
 
 FloatArray = NDArray[np.float64]
 
+PREFIX = "surge/"
 LAW_PREFIX = f"{PREFIX}law/"
+
+
+class RunLogError(ValueError):
+    """A run cannot be read: the rule, the value and the remedy."""
+
+
+class Series(NamedTuple):
+    """One logged quantity: what was written, and at which optimizer step.
+
+    Attributes:
+        steps: Optimizer steps, shape `(n,)`, increasing.
+        values: Values, shape `(n,)`. TensorBoard keeps them in single precision.
+    """
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+    def at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The values at some steps, NaN where there is none."""
+        if not self.steps.size:
+            return np.full(steps.shape, np.nan)
+        index = np.minimum(np.searchsorted(self.steps, steps), self.steps.size - 1)
+        return np.where(self.steps[index] == steps, self.values[index], np.nan)
+
+
+NOTHING = Series(np.array([], dtype=np.int64), np.array([], dtype=np.float64))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""Runs that experiment trackers keep on a disk: TensorBoard's event files, W&B's files and MLflow's stores.
+"""What loggers keep on a disk: Lightning's CSVLogger, TensorBoard, W&B and MLflow.
 
-Records are decoded by the trackers' own libraries, which the package does not depend on.
+Records are decoded by the loggers' own libraries, which the package does not depend on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import math
 import os
@@ -13,13 +14,20 @@ import sqlite3
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lightning_surge.checking.libraries import needed
-from lightning_surge.runs.series import PREFIX, Points, RunLogError, progress
+import numpy as np
 
+from lightning_surge.checking.libraries import needed
+from lightning_surge.runs.run_log import PREFIX, RunLogError, Series
+
+# An error gives so many names of what it found instead.
+MOST_NAMED = 8
+SECONDS_UNTIL_PROGRESS = 2.0
 WANDB_SUFFIX = ".wandb"
 MLFLOW_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 # What does without the library of a tracker.
@@ -31,6 +39,8 @@ INSTEAD = (
 # https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 RECORD_HEAD, RECORD_FOOT = struct.Struct("<QI"), 4
 
+# The column of steps in a metrics.csv, and in a table of W&B's history.
+STEP_COLUMNS = ("step", "trainer/global_step")
 # What WandbLogger logs beside W&B's own count of rows, and that count.
 STEP_KEYS = ("trainer/global_step", "_step")
 
@@ -38,6 +48,102 @@ STEP_KEYS = ("trainer/global_step", "_step")
 # (2) and a kind (1). https://github.com/google/leveldb/blob/main/doc/log_format.md
 WANDB_HEADER, BLOCK_BYTES, FRAGMENT = 7, 1 << 15, struct.Struct("<IHB")
 WHOLE, LAST = 1, 4
+
+
+class Points:
+    """The points of one file, of keys under `surge/` and those in `also`, in the order of the file.
+
+    `others` are some of the keys that were passed over.
+    """
+
+    def __init__(self, also: Collection[str] = ()) -> None:
+        self._also = frozenset(also)
+        self.found: dict[str, tuple[array[int], array[float]]] = defaultdict(lambda: (array("q"), array("d")))
+        self.others: set[str] = set()
+
+    def wants(self, key: str) -> bool:
+        """Whether points of a key are kept; if not, its name is noted."""
+        wanted = key.startswith(PREFIX) or key in self._also
+        if not wanted and len(self.others) < MOST_NAMED:
+            self.others.add(key)
+        return wanted
+
+    def add(self, key: str, step: int, value: float) -> None:
+        """Append a point of one key."""
+        steps, values = self.found[key]
+        steps.append(step)
+        values.append(value)
+
+    def series(self) -> dict[str, Series]:
+        """All points of every key, in the memory that they were gathered in."""
+        return {
+            key: Series(np.frombuffer(x, np.int64), np.frombuffer(y)) for key, (x, y) in self.found.items()
+        }
+
+
+def progress(path: Path, size: int) -> Any:
+    """A bar on a terminal for files that take seconds to read; `update` it by the bytes that were read."""
+    from tqdm import tqdm  # a dependency of Lightning
+
+    return tqdm(
+        desc=f"reading {path.name}", total=size, unit="B", unit_scale=True, leave=False,
+        delay=SECONDS_UNTIL_PROGRESS, disable=None,
+    )  # fmt: skip
+
+
+def reader_of(path: Path) -> Callable[[Path, Points], str | None]:
+    """What reads a file, by its name; it returns a note on what it has left out or chosen."""
+    known = {".csv": _read_table, WANDB_SUFFIX: read_wandb}
+    return known.get(path.suffix, read_events if "tfevents" in path.name else read_mlflow)
+
+
+def _read_table(path: Path, points: Points) -> str | None:
+    """Columns of a `metrics.csv`, whose cells are empty where a key was not logged."""
+    left_out = 0
+    with path.open(newline="", encoding="utf-8-sig") as file, progress(path, path.stat().st_size) as bar:
+
+        def lines() -> Iterator[str]:
+            nonlocal left_out
+            for line in file:
+                bar.update(len(line))
+                # The last line of a run that was killed: a number may be cut short, and be a number still.
+                if line.endswith(("\n", "\r")):
+                    yield line
+                else:
+                    left_out += 1
+
+        rows = csv.reader(lines())
+        try:
+            header = next(rows, [])
+            step_at = next((header.index(name) for name in STEP_COLUMNS if name in header), None)
+            if step_at is None:
+                raise RunLogError(
+                    "Expected a metrics.csv of Lightning's CSVLogger, with a column 'step', got "
+                    f"{str(path)!r} with the columns {header[:MOST_NAMED]}: pass what CSVLogger wrote."
+                )
+            kept = [at for at, key in enumerate(header) if at != step_at and points.wants(key)]
+            for row in filter(any, rows):
+                if len(row) != len(header) or not row[step_at]:
+                    left_out += 1
+                    continue
+                # Other programs than CSVLogger write steps as `9.0`.
+                if not (step := float(row[step_at])).is_integer():
+                    raise ValueError(f"a step of {row[step_at]!r}")
+                for at in kept:
+                    if cell := row[at]:
+                        points.add(header[at], int(step), float(cell))
+        except RunLogError:
+            raise
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise RunLogError(
+                f"Expected a text file with columns, got {str(path)!r}: {error}. Pass what CSVLogger wrote."
+            ) from error
+        except (ValueError, OverflowError) as error:
+            raise RunLogError(
+                f"Expected numbers in {str(path)!r}, got {error} in line {rows.line_num:,}: take it out."
+            ) from error
+    damaged = f"{path} is damaged, or still being written: {left_out:,} incomplete lines were left out"
+    return damaged if left_out else None
 
 
 def read_events(path: Path, points: Points) -> str | None:
@@ -112,10 +218,7 @@ def _wandb_records(file: BinaryIO) -> Iterator[bytes]:
 
 
 def read_mlflow(path: Path, points: Points) -> str | None:
-    """Read a run of MLflow: `mlruns/<experiment>/<run>`, `mlflow.db/<run>`, or `mlflow.db` for the newest.
-
-    Returns a note on which run of a database was chosen.
-    """
+    """Read a run of MLflow: `mlruns/<experiment>/<run>`, `mlflow.db/<run>`, or `mlflow.db` for the newest."""
     with needed("Reading a store of MLflow needs mlflow", f"mlflow{INSTEAD}"):
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException

@@ -86,10 +86,7 @@ def as_text(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
 
 
 def find_column(frame: pd.DataFrame, name: str, option: str) -> str:
-    """The column that a user means by what was written for an option; a ValueError if none, or several.
-
-    Case, separators and prefixes may differ from the column's name.
-    """
+    """The column that an option means; case, separators and prefixes may differ from the column's name."""
     columns = [str(column) for column in frame.columns]
     fits = ([c for c in columns if c == name], [c for c in columns if _plain(name) in _forms(c)])
     found = fits[0] or fits[1]
@@ -110,10 +107,7 @@ def _close(columns: Sequence[str], wanted: Sequence[str]) -> str:
 def find_columns(
     frame: pd.DataFrame, named: Columns, source: str, *, measure: str | None = None, maximize: bool = False
 ) -> tuple[dict[str, str], list[str]]:
-    """Columns by role, and notes on those that go by another name than the documented one.
-
-    A ValueError if a role that is needed, given the measure, has no column, or a role has several.
-    """
+    """Columns by role, and notes on those that go by another name than the documented one."""
     asked = {role: name for role, name in named._asdict().items() if name is not None}
     found = {
         role: find_column(frame, name, f"--{role.replace('_', '-')}-column") for role, name in asked.items()

@@ -27,11 +27,7 @@ EXPORT = "export the runs as CSV or Parquet"
 
 
 def read_frame(source: str | Path) -> pd.DataFrame:
-    r"""Open a table, a file, a pipe or `-`, as it stands: the text of CSV is not yet taken for numbers.
-
-    Raises an OSError if there is no such file, ModuleNotFoundError without pandas, or pyarrow for Parquet,
-    and ValueError if the file is empty, damaged or of another kind.
-    """
+    """Open a table, a file, a pipe or `-`, as it stands: the text of CSV is not yet taken for numbers."""
     with needed("Reading a table needs pandas", "'lightning-surge[fit]'"):
         import pandas  # noqa: F401
     name = str(source)

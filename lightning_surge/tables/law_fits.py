@@ -138,10 +138,7 @@ def _starts(name: str, sizes: tuple[float, ...]) -> tuple[FloatArray, FloatArray
 
 
 def hold_out(name: str, optima: Optima) -> HeldOut | None:
-    """Predict the best learning rate of every batch size from the others.
-
-    None if the law has as many parameters as there are batch sizes, or no scale from Eq. 22.
-    """
+    """Predict each best learning rate from the others; None if they are too few, or have no scale of Eq. 22."""
     if optima.sizes.size <= LAWS[name].size:
         return None
     errors = []

@@ -42,10 +42,7 @@ def is_study(where: str) -> bool:
 
 
 def read_study(where: str) -> pd.DataFrame:
-    """Read the trials of a study, one a row; if there are several studies, a column has their names.
-
-    `attrs["maximize"]` says whether larger losses are better. A ValueError if there is no study.
-    """
+    """Read the trials of a study, one a row; if there are several studies, a column has their names."""
     with needed("Reading a study needs Optuna and pandas", "'lightning-surge[sweep]'"):
         import optuna
         import pandas
@@ -73,16 +70,13 @@ def read_study(where: str) -> pd.DataFrame:
         name = {"study": study.study_name} if len(studies) > 1 else {}
         rows += [row | name for row in study_rows(study.get_trials(deepcopy=False))]
     frame = pandas.DataFrame(rows).set_axis(range(1, len(rows) + 1), axis=0).rename_axis("row")
+    # Whether larger losses are better.
     frame.attrs["maximize"] = all(study.direction.name == "MAXIMIZE" for study in studies)
     return frame
 
 
 def study_rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
-    """Rows of the cells that have ended, sorted.
-
-    There is one row for each target loss, whose steps and examples are those until it was reached, and empty
-    where it never was.
-    """
+    """Rows of the cells that have ended, sorted: one for each target loss, with the steps to it if reached."""
     ended = {}
     for trial in trials:
         if (outcome := trial.user_attrs.get("outcome")) is not None:

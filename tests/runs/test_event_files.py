@@ -6,8 +6,7 @@ import pytest
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_surge.runs.series import Points
-from lightning_surge.runs.trackers import read_events
+from lightning_surge.runs.trackers import Points, read_events
 from tests.logged_runs import write_events
 
 
