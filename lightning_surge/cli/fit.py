@@ -16,10 +16,8 @@ from lightning_surge.tables.law_fits import LAWS
 from lightning_surge.tables.read import MIXED, read_tables
 from lightning_surge.tables.report import describe, document
 
-MAX_FITS = 64
-"""Fits, and panels of a figure, that are made without being asked for one by one."""
-PATIENCE = 3.0
-"""Seconds until a bar on a terminal shows how far the repetitions are."""
+MAX_FITS = 64  # fits, and panels of a figure, that are made without being asked for one by one
+PATIENCE = 3.0  # seconds until a bar on a terminal shows how far the repetitions are
 
 EXAMPLES = """\
 examples:

@@ -24,8 +24,7 @@ from lightning_surge.tables.optima import Valley
 FloatArray = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
-FEWEST = 20
-"""Repetitions behind an interval: the ends of fewer are the largest and the smallest of a handful."""
+FEWEST = 20  # repetitions behind an interval: the ends of fewer are the largest and the smallest of a handful
 
 
 class Estimate(NamedTuple):

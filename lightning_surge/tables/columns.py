@@ -50,10 +50,8 @@ NAMES = {role: names.split() for role, names in WORDS["roles"].items()}
 FALLBACKS = {role: names.split() for role, names in WORDS["fallbacks"].items()}
 PREFIXES, ACCURACIES = frozenset(WORDS["prefixes"].split()), frozenset(WORDS["accuracies"].split())
 RESULTS = ACCURACIES | frozenset(WORDS["results"].split())
-SIMILAR = 0.6
-"""Share of equal letters from which a name is a close match."""
-FEWEST_LRS = 3
-"""Learning rates of a batch size among which a best one can be told."""
+SIMILAR = 0.6  # share of equal letters from which a name is a close match
+FEWEST_LRS = 3  # learning rates of a batch size among which a best one can be told
 
 
 def _plain(name: str) -> str:

@@ -31,15 +31,11 @@ BEST, SQRT, INK, FAILED = "#D55E00", "#555555", "#000000", "#d8d8d8"
 RIVALS = (("#0072B2", (0, (5, 2))), ("#CC79A7", (0, (1, 1))), ("#009E73", (0, (4, 1.5, 1, 1.5))))
 """Colours and dashes of laws that are not told from the best one; further ones are not drawn."""
 COLUMNS = 3
-TICKS = 9
-"""Labels that an axis has room for."""
-WORST = 2.0
-"""Colours end at so many doublings of the steps; at such a part of the losses' spread."""
+TICKS = 9  # labels that an axis has room for
+WORST = 2.0  # colours end at so many doublings of the steps; at such a part of the losses' spread
 QUANTILE = 0.6
-NARROWEST = 0.35
-"""Width of a lone column of cells, in log batch size."""
-MARGIN = 1.3
-"""Beyond the learning rates where there are no cells, as a factor."""
+NARROWEST = 0.35  # width of a lone column of cells, in log batch size
+MARGIN = 1.3  # beyond the learning rates where there are no cells, as a factor
 
 
 def draw_fits(fits: Sequence[GridFit], title: str = "") -> Figure:

@@ -23,12 +23,9 @@ from lightning_surge.tables.law_fits import LAWS, HeldOut, LawFit, Optima, fit_l
 from lightning_surge.tables.optima import Valley, valleys
 from lightning_surge.tables.read import Measure, RunTable
 
-FEWEST = 3
-"""Batch sizes with an optimum inside their grid."""
-MAX_SIZES = 200
-"""Batch sizes up to which a table is a grid."""
-CLOSE = 1e-3
-"""Relative difference of a target from what is written for it."""
+FEWEST = 3  # batch sizes with an optimum inside their grid
+MAX_SIZES = 200  # batch sizes up to which a table is a grid
+CLOSE = 1e-3  # relative difference of a target from what is written for it
 
 
 class FittedLaw(NamedTuple):

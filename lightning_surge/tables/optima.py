@@ -21,14 +21,11 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Status = Literal["inside", "bracketed", "tuned", "edge_low", "edge_high", "flat", "few", "failed"]
 
-SAME_LR = 1e-6
-"""Relative difference up to which two learning rates are one, written with different digits."""
+SAME_LR = 1e-6  # relative difference up to which two learning rates are one, written with different digits
 MIN_REACH = math.log(1.5)
 """A parabola reaches at least so far to both sides: on a fine grid the next neighbours differ by noise."""
-CLEAR = 2.0
-"""A valley is one if its curvature is so many times its standard error."""
-RESIDUALS = 3
-"""Degrees of freedom that residuals of a parabola need to stand for the noise of single runs."""
+CLEAR = 2.0  # a valley is one if its curvature is so many times its standard error
+RESIDUALS = 3  # degrees of freedom that residuals of a parabola need to stand for the noise of single runs
 
 
 class Optimum(NamedTuple):

@@ -46,10 +46,8 @@ FEWEST_STEPS = 0.5
 """No run is shorter, even if its steps were interpolated; below, examples are counted in another unit."""
 SILENT = WORDS["silent_statuses"].split()
 """Statuses that say nothing about the learning rate, of `lightning-surge sweep` and of other programs."""
-UNFINISHED = ("diverged", "not_reached")
-"""And those that say that it is no good."""
-MIXED = "runs that differ in"
-"""Begins the note that matters most."""
+UNFINISHED = ("diverged", "not_reached")  # statuses that say that a learning rate is no good
+MIXED = "runs that differ in"  # begins the note that matters most
 REMEDIES = {
     "batch_size": "write the examples behind one optimizer step, or leave the row out with --where",
     "lr": "write the learning rate, or leave the row out with --where",

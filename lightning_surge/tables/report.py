@@ -14,10 +14,8 @@ from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, missing, re
 from lightning_surge.tables.law_fits import LAWS
 from lightning_surge.tables.read import MIXED
 
-VERSION = 1
-"""Of the keys: raised when one changes its meaning or goes."""
-BEYOND = 4.0
-"""Factor beyond the batch sizes tried up to which the next one is proposed."""
+VERSION = 1  # of the keys: raised when one changes its meaning or goes
+BEYOND = 4.0  # factor beyond the batch sizes tried up to which the next one is proposed
 
 Found = Sequence[GridFit | Unfitted]
 

@@ -76,7 +76,7 @@ def read_study(where: str) -> pd.DataFrame:
 
 
 def study_rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
-    """Rows of the cells that have ended, sorted: one for each target loss, with the steps to it if reached."""
+    """Rows of the cells that have ended, sorted: one for each target loss, with the steps to it."""
     ended = {}
     for trial in trials:
         if (outcome := trial.user_attrs.get("outcome")) is not None:
