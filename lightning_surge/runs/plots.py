@@ -118,7 +118,7 @@ def plot_run(
     _draw_rates(panels["lr"], run, group, place)
     _draw_sizes(panels["batch"], run, place)
     _draw_reasons(panels["why"], codes, reasons, place)
-    _draw_law(panels["law"], run, group, base)
+    _draw_law(panels["law"], run, base)
     batch = run.require("batch_size")
     marks = changes(batch, place(batch.steps))
     for name in ("lr", "batch"):
@@ -209,7 +209,7 @@ def _bars(spans: FloatArray) -> list[tuple[float, float]]:
     return [(begin, end - begin) for begin, end in spans.tolist()]
 
 
-def _draw_law(axes: Axes, run: RunLog, group: str | None, base: float) -> None:
+def _draw_law(axes: Axes, run: RunLog, base: float) -> None:
     """The factor and the law of the next step, at moments evenly over those at which it changed."""
     moments = run.law_steps if run.law_steps.size else run.require("batch_size").steps
     count = min(len(LAW_COLOURS), moments.size)
@@ -224,7 +224,7 @@ def _draw_law(axes: Axes, run: RunLog, group: str | None, base: float) -> None:
     axes.set_yscale("log", base=2)
     axes.plot(sizes, np.sqrt(sizes / base), label="sqrt scaling", color=GREY, linewidth=1.1, linestyle=DOTS)
     for colour, (step, law) in zip(LAW_COLOURS, laws.items(), strict=False):
-        _draw_moment(axes, run, group, step, law, sizes, base, colour)
+        _draw_moment(axes, run, step, law, sizes, base, colour)
     label = f"base batch size, B = {number(base)}"
     axes.plot([base], [1.0], "D", label=label, color=BLACK, markersize=5)
     used = np.array([(run.at("batch_size", step), run.at("lr_scale", step)) for step in steps]).T
@@ -241,7 +241,7 @@ def _draw_law(axes: Axes, run: RunLog, group: str | None, base: float) -> None:
 
 
 def _draw_moment(
-    axes: Axes, run: RunLog, group: str | None, step: int, law: Law, sizes: FloatArray, base: float, hue: str
+    axes: Axes, run: RunLog, step: int, law: Law, sizes: FloatArray, base: float, hue: str
 ) -> None:
     """What the objective asks for at one moment, and what is best for the next step alone."""
     objective, peak = run.objective_at(step), law.peak

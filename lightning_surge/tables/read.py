@@ -69,8 +69,8 @@ class RunTable(NamedTuple):
     maximize: bool = False  # whether larger was better in the table: outcomes are its values times -1
     group: Mapping[str, str] = {}  # values that these runs share, by the columns that divided the table
 
-    def at(self, rows: npt.NDArray[np.bool_]) -> RunTable:
-        """The runs in some rows."""
+    def at(self, rows: npt.NDArray[np.bool_ | np.intp]) -> RunTable:
+        """The runs in some rows, by flags or by places."""
         arrays = ("batch_sizes", "lrs", "outcomes", "seeds", "targets")
         return self._replace(
             **{name: array[rows] for name in arrays if (array := getattr(self, name)) is not None}
