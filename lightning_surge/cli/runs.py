@@ -9,9 +9,10 @@ from pathlib import Path
 
 from lightning_surge.cli.command import Command, CommandError, save_figure
 from lightning_surge.runs.advice import advise, run_state
+from lightning_surge.runs.log_files import read_run
 from lightning_surge.runs.plots import plot_run
 from lightning_surge.runs.report import describe, document
-from lightning_surge.runs.run_log import RunLog, read_run
+from lightning_surge.runs.run_log import RunLog
 
 FORMATS = (".png", ".svg")
 

@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lightning_surge.checking.answers import aligned
+from lightning_surge.checking.libraries import needed
 from lightning_surge.cli.command import Command, CommandError
 from lightning_surge.sweep.cells import (
     Cell,
@@ -104,8 +105,9 @@ def _run(options: argparse.Namespace) -> int | None:
     try:
         settings, grid = _checked(options)
         # Imported here: they need Lightning, which other commands do not.
+        with needed("A sweep needs Optuna, which keeps the study", "'lightning-surge[sweep]'"):
+            from lightning_surge.sweep.study import SweepStudy
         from lightning_surge.sweep.config import read_config
-        from lightning_surge.sweep.study import SweepStudy
 
         settings, grid = read_config(settings, grid)
         done: Mapping[Cell, Outcome] = {}
@@ -124,14 +126,7 @@ def _run(options: argparse.Namespace) -> int | None:
             _print_plan(options, settings, grid, done)
             return None
         return _print_result(options, _sweep(options, settings, grid, study))
-    except ModuleNotFoundError as error:
-        if error.name != "optuna":
-            raise
-        raise CommandError(
-            "Expected Optuna, which keeps the study, got an environment without it: pip install "
-            "'lightning-surge[sweep]'."
-        ) from error
-    except (SweepError, ValueError, OSError) as error:
+    except (SweepError, ValueError, OSError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from error
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from lightning_surge.runs.event_files import read_events
-from lightning_surge.runs.series import MOST_NAMED, PREFIX, Points, RunLogError, Series, joined, progress
-from lightning_surge.runs.trackers import MLFLOW_SUFFIXES, WANDB_SUFFIX, read_mlflow, read_wandb
+from lightning_surge.runs.run_log import RunLog
+from lightning_surge.runs.series import MOST_NAMED, PREFIX, Points, RunLogError, joined, progress
+from lightning_surge.runs.trackers import MLFLOW_SUFFIXES, WANDB_SUFFIX, read_events, read_mlflow, read_wandb
 
 KINDS = "an event file (*tfevents*), a metrics.csv, a .wandb file or a store of MLflow"
 # How far below a directory its runs are looked for.
@@ -23,22 +23,45 @@ SEARCH_DEPTH = 3
 STEP_COLUMNS = ("step", "trainer/global_step")
 
 
-def read_files(path: Path, also: Collection[str] = ()) -> tuple[Path, dict[str, Series], list[str]]:
-    """Find one run and read it, as `run_log.read_run` says; notes are on what was chosen and left out."""
+def read_run(path: str | Path, also: Collection[str] = ()) -> RunLog:
+    r"""Read what the callback has logged of one run.
+
+    Args:
+        path: An event file of TensorBoard, a `metrics.csv`, a `.wandb` file or a store of MLflow; or a
+            directory that holds one (`logger.log_dir`), or a single run below it. Of the `version_N` of one
+            logger the newest is taken.
+        also: Keys to read besides those under `surge/`.
+
+    Returns:
+        What was logged. Steps that a resumed run repeated appear once.
+
+    Raises:
+        ModuleNotFoundError: If the library is not installed that reads such files.
+        RunLogError: If there is no run, more than one, or nothing that `SurgeLRCallback` has logged.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     rows = "epoch,step,surge/batch_size,val_loss\n0,1,8,\n0,1,,2.5\n0,2,16,\n"
+        ...     _ = Path(directory, "metrics.csv").write_text(rows)
+        ...     run = read_run(directory, also=["val_loss"])
+        >>> run.series["surge/batch_size"].values.tolist(), run.series["val_loss"].values.tolist()
+        ([8.0, 16.0], [2.5])
+    """
     notes: list[str] = []
     others: set[str] = set()
     try:
-        found = _find(path, notes)
+        found = _find(Path(path), notes)
         for files in _sources(found):
             parts = []
             for file in files:
                 points = Points(also)
-                notes += filter(None, [_read(file, points)])
+                notes += filter(None, [(_reader(file) or read_mlflow)(file, points)])
                 parts.append(points.series())
                 others |= points.others | parts[-1].keys()
             series = joined(parts)
             if any(key.startswith(PREFIX) for key in series):
-                return found, series, notes
+                return RunLog(str(found), series, tuple(notes))
     except OSError as error:
         raise RunLogError(
             f"Expected files that can be read, got {error}: check their permissions."
@@ -52,14 +75,14 @@ def read_files(path: Path, also: Collection[str] = ()) -> tuple[Path, dict[str, 
     )
 
 
-def _read(path: Path, points: Points) -> str | None:
-    known = {".csv": _read_table, WANDB_SUFFIX: read_wandb}
-    return known.get(path.suffix, read_events if "tfevents" in path.name else read_mlflow)(path, points)
+def _reader(path: Path) -> Callable[[Path, Points], str | None] | None:
+    """What reads a file of this name; None if nothing does."""
+    known = {".csv": _read_table, WANDB_SUFFIX: read_wandb, **dict.fromkeys(MLFLOW_SUFFIXES, read_mlflow)}
+    return known.get(path.suffix, read_events if "tfevents" in path.name else None)
 
 
 def _is_log(path: Path) -> bool:
-    known = path.suffix in (".csv", WANDB_SUFFIX, *MLFLOW_SUFFIXES) or "tfevents" in path.name
-    return known and path.is_file()
+    return _reader(path) is not None and path.is_file()
 
 
 def _sources(found: Path) -> list[list[Path]]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_surge.checking import arguments
+from lightning_surge.checking.libraries import needed
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.run_log import RunLog, wanted_factor
 from lightning_surge.runs.series import Series
@@ -95,12 +96,8 @@ def plot_run(
         >>> [axes.get_xlabel() for axes in plot_run(run, base_batch_size=8).axes]
         ['', '', 'optimizer step', 'batch size B (examples)']
     """
-    try:
+    with needed("Drawing a run needs matplotlib", "'lightning-surge[plot]'"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Drawing a run needs matplotlib: pip install 'lightning-surge[plot]'."
-        ) from error
 
     run = run.of_group(group)
     arguments.choice("x", x, get_args(XAxis))

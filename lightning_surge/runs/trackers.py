@@ -1,4 +1,4 @@
-"""Runs that experiment trackers keep on a disk: W&B's files and MLflow's stores.
+"""Runs that experiment trackers keep on a disk: TensorBoard's event files, W&B's files and MLflow's stores.
 
 Records are decoded by the trackers' own libraries, which the package does not depend on.
 """
@@ -17,10 +17,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lightning_surge.checking.libraries import needed
 from lightning_surge.runs.series import PREFIX, Points, RunLogError, progress
 
 WANDB_SUFFIX = ".wandb"
 MLFLOW_SUFFIXES = (".db", ".sqlite", ".sqlite3")
+# What does without the library of a tracker.
+INSTEAD = (
+    ", or train with CSVLogger beside it, as in Trainer(logger=[..., CSVLogger('logs')]), and pass the "
+    "directory of that"
+)
+# A record of an event file stands between its length (8 bytes) with a checksum (4), and its own checksum (4).
+# https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
+RECORD_HEAD, RECORD_FOOT = struct.Struct("<QI"), 4
+
 # What WandbLogger logs beside W&B's own count of rows, and that count.
 STEP_KEYS = ("trainer/global_step", "_step")
 
@@ -30,19 +40,42 @@ WANDB_HEADER, BLOCK_BYTES, FRAGMENT = 7, 1 << 15, struct.Struct("<IHB")
 WHOLE, LAST = 1, 4
 
 
-def _missing(what: str, package: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f"Reading {what} needs {package}: pip install {package}, or train with CSVLogger beside it, as in "
-        "Trainer(logger=[..., CSVLogger('logs')]), and pass the directory of that."
-    )
+def read_events(path: Path, points: Points) -> str | None:
+    """Read the scalars of an event file up to the first damaged record; a note says if there was one.
+
+    TensorBoard's own reader takes five times as long, most of it for checksums in Python. They are not
+    looked at here: a file that was cut ends in the middle of a record, and damage seldom leaves a record.
+    """
+    with needed("Reading event files needs tensorboard", "'lightning-surge[tensorboard]'"):
+        from google.protobuf.message import DecodeError
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.util.tensor_util import make_ndarray
+
+    read, size = 0, path.stat().st_size
+    with path.open("rb") as file, progress(path, size) as bar, contextlib.suppress(DecodeError):
+        while size - read >= RECORD_HEAD.size + RECORD_FOOT:
+            length, _ = RECORD_HEAD.unpack(file.read(RECORD_HEAD.size))
+            taken = RECORD_HEAD.size + length + RECORD_FOOT
+            if not length or read + taken > size:
+                break
+            event = Event.FromString(file.read(length + RECORD_FOOT)[:length])
+            for value in event.summary.value:
+                kind = value.WhichOneof("value")
+                scalar = kind == "tensor" and value.metadata.plugin_data.plugin_name == "scalars"
+                if (scalar or kind == "simple_value") and points.wants(value.tag):
+                    number = float(make_ndarray(value.tensor)) if scalar else value.simple_value
+                    points.add(value.tag, event.step, number)
+            bar.update(taken)
+            read += taken
+    if read == size:
+        return None
+    return f"{path} is damaged, or still being written: read {read:,} of its {size:,} bytes"
 
 
 def read_wandb(path: Path, points: Points) -> str | None:
     """Read the history in a `.wandb` file, offline or synchronized; a note if it is damaged."""
-    try:
+    with needed("Reading a file of W&B needs wandb", f"wandb{INSTEAD}"):
         from wandb.proto.wandb_internal_pb2 import Record
-    except ModuleNotFoundError as error:
-        raise _missing("a file of W&B", "wandb") from error
 
     size = path.stat().st_size
     with path.open("rb") as file, progress(path, size) as bar:
@@ -83,11 +116,9 @@ def read_mlflow(path: Path, points: Points) -> str | None:
 
     Returns a note on which run of a database was chosen.
     """
-    try:
+    with needed("Reading a store of MLflow needs mlflow", f"mlflow{INSTEAD}"):
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
-    except ModuleNotFoundError as error:
-        raise _missing("a store of MLflow", "mlflow") from error
 
     # Newer releases read a store of files only if they are told to.
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")

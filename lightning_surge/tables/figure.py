@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from lightning_surge.checking.libraries import needed
 from lightning_surge.tables.fit import GridFit
 from lightning_surge.tables.law_fits import LAWS, Optima, fit_law
 
@@ -56,10 +57,8 @@ def draw_fits(fits: Sequence[GridFit], title: str = "") -> Figure:
     """
     if not fits:
         raise ValueError("Expected at least one fit, got none: pass what fit_grid returned.")
-    try:
+    with needed("Drawing needs matplotlib", "'lightning-surge[plot]'"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Drawing needs matplotlib: pip install 'lightning-surge[plot]'.") from error
     columns = min(COLUMNS, len(fits))
     rows = math.ceil(len(fits) / columns)
     figure = Figure(figsize=(6.2 * columns, 4.9 * rows + 0.7), dpi=110, layout="constrained")

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_surge.checking.libraries import needed
 from lightning_surge.tables.columns import WORDS
 from lightning_surge.tables.study import is_study, read_study
 
@@ -31,12 +32,8 @@ def read_frame(source: str | Path) -> pd.DataFrame:
     Raises an OSError if there is no such file, ModuleNotFoundError without pandas, or pyarrow for Parquet,
     and ValueError if the file is empty, damaged or of another kind.
     """
-    try:
+    with needed("Reading a table needs pandas", "'lightning-surge[fit]'"):
         import pandas  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Reading a table needs pandas: pip install 'lightning-surge[fit]'."
-        ) from error
     name = str(source)
     if is_study(name):
         return read_study(name)

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_surge.checking.libraries import needed
+
 if TYPE_CHECKING:
     import pandas as pd
     from optuna.trial import FrozenTrial
@@ -44,15 +46,11 @@ def read_study(where: str) -> pd.DataFrame:
 
     `attrs["maximize"]` says whether larger losses are better. A ValueError if there is no study.
     """
-    try:
+    with needed("Reading a study needs Optuna and pandas", "'lightning-surge[sweep]'"):
         import optuna
         import pandas
         from optuna.storages import BaseStorage, JournalStorage, RDBStorage
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Reading a study needs Optuna and pandas: pip install 'lightning-surge[sweep]'."
-        ) from error
     file, said = local_file(where), shown(where)
     if file is not None and not file.is_file():
         raise ValueError(f"Expected an existing study, got {said!r}: check the path.")

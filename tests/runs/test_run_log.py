@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lightning_surge.laws.base import SGDLaw
 from lightning_surge.laws.theorems import Theorem3Law
-from lightning_surge.runs.run_log import RunLog, RunLogError, Series, law_from_numbers, read_run
+from lightning_surge.runs.log_files import read_run
+from lightning_surge.runs.run_log import RunLog, RunLogError, Series, law_from_numbers
 from lightning_surge.runs.series import joined
 from tests.logged_runs import LAW, as_log, rows, several_optimizers, write_csv, write_events
 
