@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -171,9 +172,8 @@ def _sweep(
     if ended:
         progress.say(f"{len(ended)} finished cells found in {options.study}")
 
-    def plan(records: Mapping[Cell, Outcome]) -> list[Cell]:
-        refine, targets = options.refine, settings.targets
-        return planned(grid, records, refine=refine, targets=targets, maximize=settings.maximize)
+    wanted = {"refine": options.refine, "targets": settings.targets, "maximize": settings.maximize}
+    plan = partial(planned, grid, **wanted)
 
     def start(trial: FrozenTrial, slot: int) -> CellProcess | None:
         cell = Cell(**trial.params)

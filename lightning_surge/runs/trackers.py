@@ -5,7 +5,6 @@ Records are decoded by the loggers' own libraries, which the package does not de
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import math
@@ -17,6 +16,7 @@ import zlib
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -158,7 +158,7 @@ def read_events(path: Path, points: Points) -> str | None:
         from tensorboard.util.tensor_util import make_ndarray
 
     read, size = 0, path.stat().st_size
-    with path.open("rb") as file, progress(path, size) as bar, contextlib.suppress(DecodeError):
+    with path.open("rb") as file, progress(path, size) as bar, suppress(DecodeError):
         while size - read >= RECORD_HEAD.size + RECORD_FOOT:
             length, _ = RECORD_HEAD.unpack(file.read(RECORD_HEAD.size))
             taken = RECORD_HEAD.size + length + RECORD_FOOT
@@ -248,14 +248,10 @@ def read_mlflow(path: Path, points: Points) -> str | None:
 
 def _has_metrics(database: Path) -> bool:
     """Whether it is a database of MLflow, which would make its tables in any other."""
-    try:
-        with contextlib.closing(
-            sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
-        ) as found:
-            found.execute("SELECT run_uuid, key FROM metrics LIMIT 1")
-    except sqlite3.Error:
-        return False
-    return True
+    address = f"{database.absolute().as_uri()}?mode=ro"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(address, uri=True)) as found:
+        return bool(found.execute("SELECT run_uuid, key FROM metrics LIMIT 1"))
+    return False
 
 
 def _newest(client: Any, path: Path) -> tuple[Any, str]:

@@ -32,7 +32,7 @@ def read_frame(source: str | Path) -> pd.DataFrame:
         import pandas  # noqa: F401
     name = str(source)
     if is_study(name):
-        return read_study(name)
+        return _in_rows(read_study(name))
     frame = _parse(_content(name), "standard input" if name == "-" else repr(name))
     frame = frame.set_axis([str(column).strip() for column in frame.columns], axis=1)
     if (again := frame.columns.duplicated()).any():

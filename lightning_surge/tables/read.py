@@ -219,9 +219,7 @@ def _runs(
     with np.errstate(invalid="ignore"):
         outcomes = np.where(np.abs(outcomes) < LIMIT, outcomes * (-1 if maximize else 1), np.inf)
     if "status" in roles:
-        outcomes = np.where(
-            as_text(frame, roles["status"]).isin(UNFINISHED).to_numpy()[:, 0], np.inf, outcomes
-        )
+        outcomes[as_text(frame, roles["status"])[roles["status"]].isin(UNFINISHED)] = np.inf
     cell = [roles[role] for role in ("batch_size", "lr", "seed", "target") if role in roles]
     used = [name for role, name in roles.items() if role != "examples" or measure == "steps"]
     differing, apart = settings_within(frame, cell, used)
