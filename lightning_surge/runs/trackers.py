@@ -117,10 +117,7 @@ def _read_table(path: Path, points: Points) -> str | None:
             header = next(rows, [])
             step_at = next((header.index(name) for name in STEP_COLUMNS if name in header), None)
             if step_at is None:
-                raise RunLogError(
-                    "Expected a metrics.csv of Lightning's CSVLogger, with a column 'step', got "
-                    f"{str(path)!r} with the columns {header[:MOST_NAMED]}: pass what CSVLogger wrote."
-                )
+                raise ValueError(f"no column {STEP_COLUMNS[0]!r} among {header[:MOST_NAMED]}")
             kept = [at for at, key in enumerate(header) if at != step_at and points.wants(key)]
             for row in filter(any, rows):
                 if len(row) != len(header) or not row[step_at]:
@@ -132,15 +129,10 @@ def _read_table(path: Path, points: Points) -> str | None:
                 for at in kept:
                     if cell := row[at]:
                         points.add(header[at], int(step), float(cell))
-        except RunLogError:
-            raise
-        except (UnicodeDecodeError, csv.Error) as error:
+        except (ValueError, OverflowError, csv.Error) as error:
             raise RunLogError(
-                f"Expected a text file with columns, got {str(path)!r}: {error}. Pass what CSVLogger wrote."
-            ) from error
-        except (ValueError, OverflowError) as error:
-            raise RunLogError(
-                f"Expected numbers in {str(path)!r}, got {error} in line {rows.line_num:,}: take it out."
+                f"Expected a table of Lightning's CSVLogger, got {str(path)!r}, with {error} in line "
+                f"{max(rows.line_num, 1):,}: mend that line, or pass what CSVLogger wrote."
             ) from error
     damaged = f"{path} is damaged, or still being written: {left_out:,} incomplete lines were left out"
     return damaged if left_out else None
