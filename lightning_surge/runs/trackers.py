@@ -5,7 +5,6 @@ Records are decoded by the loggers' own libraries, which the package does not de
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import math
@@ -17,6 +16,7 @@ import zlib
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -117,10 +117,7 @@ def _read_table(path: Path, points: Points) -> str | None:
             header = next(rows, [])
             step_at = next((header.index(name) for name in STEP_COLUMNS if name in header), None)
             if step_at is None:
-                raise RunLogError(
-                    "Expected a metrics.csv of Lightning's CSVLogger, with a column 'step', got "
-                    f"{str(path)!r} with the columns {header[:MOST_NAMED]}: pass what CSVLogger wrote."
-                )
+                raise ValueError(f"no column {STEP_COLUMNS[0]!r} among {header[:MOST_NAMED]}")
             kept = [at for at, key in enumerate(header) if at != step_at and points.wants(key)]
             for row in filter(any, rows):
                 if len(row) != len(header) or not row[step_at]:
@@ -132,15 +129,10 @@ def _read_table(path: Path, points: Points) -> str | None:
                 for at in kept:
                     if cell := row[at]:
                         points.add(header[at], int(step), float(cell))
-        except RunLogError:
-            raise
-        except (UnicodeDecodeError, csv.Error) as error:
+        except (ValueError, OverflowError, csv.Error) as error:
             raise RunLogError(
-                f"Expected a text file with columns, got {str(path)!r}: {error}. Pass what CSVLogger wrote."
-            ) from error
-        except (ValueError, OverflowError) as error:
-            raise RunLogError(
-                f"Expected numbers in {str(path)!r}, got {error} in line {rows.line_num:,}: take it out."
+                f"Expected a table of Lightning's CSVLogger, got {str(path)!r}, with {error} in line "
+                f"{max(rows.line_num, 1):,}: mend that line, or pass what CSVLogger wrote."
             ) from error
     damaged = f"{path} is damaged, or still being written: {left_out:,} incomplete lines were left out"
     return damaged if left_out else None
@@ -158,7 +150,7 @@ def read_events(path: Path, points: Points) -> str | None:
         from tensorboard.util.tensor_util import make_ndarray
 
     read, size = 0, path.stat().st_size
-    with path.open("rb") as file, progress(path, size) as bar, contextlib.suppress(DecodeError):
+    with path.open("rb") as file, progress(path, size) as bar, suppress(DecodeError):
         while size - read >= RECORD_HEAD.size + RECORD_FOOT:
             length, _ = RECORD_HEAD.unpack(file.read(RECORD_HEAD.size))
             taken = RECORD_HEAD.size + length + RECORD_FOOT
@@ -248,14 +240,10 @@ def read_mlflow(path: Path, points: Points) -> str | None:
 
 def _has_metrics(database: Path) -> bool:
     """Whether it is a database of MLflow, which would make its tables in any other."""
-    try:
-        with contextlib.closing(
-            sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
-        ) as found:
-            found.execute("SELECT run_uuid, key FROM metrics LIMIT 1")
-    except sqlite3.Error:
-        return False
-    return True
+    address = f"{database.absolute().as_uri()}?mode=ro"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(address, uri=True)) as found:
+        return bool(found.execute("SELECT run_uuid, key FROM metrics LIMIT 1"))
+    return False
 
 
 def _newest(client: Any, path: Path) -> tuple[Any, str]:

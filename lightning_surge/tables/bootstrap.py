@@ -14,14 +14,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_surge.laws.base import Law
 from lightning_surge.laws.tradeoff import TradeoffFit
-from lightning_surge.tables.law_fits import LAWS, LawFit, Optima, fit_law
+from lightning_surge.tables.law_fits import LAWS, FloatArray, LawFit, Optima, fit_law
 from lightning_surge.tables.optima import Valley
-
-FloatArray = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
 FEWEST = 20  # repetitions behind an interval: the ends of fewer are the largest and the smallest of a handful

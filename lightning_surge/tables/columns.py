@@ -116,15 +116,11 @@ def find_columns(
     free = [name for name in free if name not in blank]
     problems: dict[str, str] = {}
     for role in (role for role in Columns._fields if role not in found):
-        candidates = _candidates(text[free], role, maximize)
+        # Beside a loss, what has the name of a counter is no outcome.
+        fallbacks = [] if role == "steps" and "loss" in found else FALLBACKS.get(role, [])
+        candidates = _candidates(text[free], role, fallbacks, maximize)
         if not candidates and role in ("batch_size", "lr", "loss"):
-            candidates = _candidates(text[blank], role, maximize)
-        if (
-            role == "steps"
-            and "loss" in found
-            and not any(_forms(name) & set(NAMES[role]) for name in candidates)
-        ):
-            continue  # steps by the name of a counter, beside a loss
+            candidates = _candidates(text[blank], role, fallbacks, maximize)
         if len(candidates) == 1:
             found[role] = candidates[0]
         elif candidates:
@@ -155,14 +151,14 @@ def find_columns(
     return found, ["columns: " + ", ".join(notes)] if notes else []
 
 
-def _candidates(text: pd.DataFrame, role: str, maximize: bool) -> list[str]:
+def _candidates(text: pd.DataFrame, role: str, fallbacks: Sequence[str], maximize: bool) -> list[str]:
     """Columns that can have a role; of those with equal values only one."""
     columns = list(text.columns)
     usual = [name for name in columns if _forms(name) & set(NAMES[role])]
     if role == "loss" and maximize:
         larger = [name for name in columns if set(_plain(name).split("_")) & ACCURACIES]
         usual = [name for name in larger if "train" not in _plain(name)] or larger or usual
-    found = usual or [name for name in columns if _forms(name) & set(FALLBACKS.get(role, ()))]
+    found = usual or [name for name in columns if _forms(name) & set(fallbacks)]
     found.sort(key=lambda column: _plain(column) != role)
     different = [
         c for place, c in enumerate(found) if not any(text[c].equals(text[b]) for b in found[:place])

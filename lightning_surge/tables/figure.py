@@ -17,14 +17,12 @@ import numpy.typing as npt
 
 from lightning_surge.checking.libraries import needed
 from lightning_surge.tables.fit import GridFit
-from lightning_surge.tables.law_fits import LAWS, Optima, fit_law
+from lightning_surge.tables.law_fits import LAWS, FloatArray, Optima, fit_law
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-FloatArray = npt.NDArray[np.float64]
 
 # Okabe and Ito's palette, which stays apart under the common forms of colour blindness.
 BEST, SQRT, INK, FAILED = "#D55E00", "#555555", "#000000", "#d8d8d8"

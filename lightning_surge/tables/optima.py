@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_surge.checking.arguments import switch
-from lightning_surge.tables.read import RunTable
+from lightning_surge.tables.read import FloatArray, RunTable
 
-FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Status = Literal["inside", "bracketed", "tuned", "edge_low", "edge_high", "flat", "few", "failed"]
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_surge.checking.arguments import choice, optional, switch
+from lightning_surge.checking.libraries import needed
 from lightning_surge.tables.columns import (
     OUTCOMES,
     WORDS,
@@ -32,7 +33,6 @@ from lightning_surge.tables.columns import (
     settings_within,
     shown,
 )
-from lightning_surge.tables.files import read_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,6 +129,8 @@ def read_tables(
     optional(choice, "measure", measure, get_args(Measure))
     switch("maximize", maximize)
     name = "standard input" if str(source) == "-" else str(source)
+    with needed("Reading a table needs pandas", "'lightning-surge[fit]'"):
+        from lightning_surge.tables.files import read_frame
     frame = read_frame(source)
     maximize = maximize or frame.attrs.get("maximize", False)  # studies say so
     frame = _selected(frame, where)
@@ -219,9 +221,7 @@ def _runs(
     with np.errstate(invalid="ignore"):
         outcomes = np.where(np.abs(outcomes) < LIMIT, outcomes * (-1 if maximize else 1), np.inf)
     if "status" in roles:
-        outcomes = np.where(
-            as_text(frame, roles["status"]).isin(UNFINISHED).to_numpy()[:, 0], np.inf, outcomes
-        )
+        outcomes[as_text(frame, roles["status"])[roles["status"]].isin(UNFINISHED)] = np.inf
     cell = [roles[role] for role in ("batch_size", "lr", "seed", "target") if role in roles]
     used = [name for role, name in roles.items() if role != "examples" or measure == "steps"]
     differing, apart = settings_within(frame, cell, used)

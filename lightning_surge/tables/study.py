@@ -69,7 +69,7 @@ def read_study(where: str) -> pd.DataFrame:
     for study in studies:
         name = {"study": study.study_name} if len(studies) > 1 else {}
         rows += [row | name for row in study_rows(study.get_trials(deepcopy=False))]
-    frame = pandas.DataFrame(rows).set_axis(range(1, len(rows) + 1), axis=0).rename_axis("row")
+    frame = pandas.DataFrame(rows)
     # Whether larger losses are better.
     frame.attrs["maximize"] = all(study.direction.name == "MAXIMIZE" for study in studies)
     return frame
