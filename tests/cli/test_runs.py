@@ -92,9 +92,9 @@ class TestRefusing:
             (
                 {},
                 ["--output", "a.html"],
-                "end in .png or .svg, got --output a.html: rename it, or use T",
+                "end in .png, .svg, .pdf and be in an existing directory, got 'a.html': rename it",
             ),
-            ({}, ["--output", "no/a.png"], "make its directory first"),
+            ({}, ["--output", "no/a.png"], "got 'no/a.png': rename it, or make the directory"),
             ({"examples": None}, ["--x", "examples"], "'surge/examples'"),
             ({"base_batch_size": None}, [], "base_batch_size=nan"),
         ],

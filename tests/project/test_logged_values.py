@@ -22,7 +22,7 @@ from lightning_surge.measure.records import ChunkStatistics, Measurement, SizedV
 from lightning_surge.policy.estimates import EstimatedLaw, estimate, fit_sign_law
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import read_run
+from lightning_surge.runs.log_files import read_run
 from tests.trainings import MakeOptimizer, Regression, adamw, regression_data, trained, two_groups, with_lr
 
 PAGE = (Path(__file__).parents[2] / "docs" / "logged-values.md").read_text()
