@@ -205,11 +205,8 @@ class TestRestoring:
         for step, path in enumerate(paths, start=1):
             (group,) = torch.load(path, weights_only=True)["optimizer_states"][0]["param_groups"]
             assert (group["lr"], group["weight_decay"]) == (pytest.approx(0.01 * 0.8**step), 0.1)
-        resumed = Decayed()
         half = len(paths) // 2
-        make_trainer(keeping(), **options).fit(
-            resumed, data(24), ckpt_path=str(paths[half - 1]), weights_only=True
-        )
+        resumed = trained(Decayed(), data(24), keeping(), resume=paths[half - 1], **options)
         assert resumed.read == module.read[half:]
         assert torch.equal(resumed.weights, module.weights)
 
