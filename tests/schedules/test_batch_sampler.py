@@ -251,37 +251,25 @@ def epoch_with_states(loader: StatefulDataLoader[Any]) -> tuple[Batches, list[An
 
 @pytest.mark.slow
 class TestResuming:
-    @pytest.mark.parametrize("name", SAMPLERS)
-    def test_at_every_position(self, name: str) -> None:
+    @pytest.mark.parametrize(
+        ("name", "workers", "epochs"),
+        [*((name, 0, 2) for name in SAMPLERS)]
+        + [(name, 2, 1) for name in ("random", "random, own generator", "distributed")],
+    )
+    def test_at_every_position(self, name: str, workers: int, epochs: int) -> None:
         with following(Milestones({0: 1, 1: 3, 2: 5, 3: 2})):
             torch.manual_seed(1)
-            loader = stateful(SAMPLERS[name])
+            loader = stateful(SAMPLERS[name], workers)
             batches, states = epoch_with_states(loader)
-            assert len(batches) == len(loader)
-            later = [batches_of(loader) for _ in range(2)]
+            assert len(states) == len(batches) + 1 == len(loader) + 1
+            later = [batches_of(loader) for _ in range(epochs)]
             for position, state in enumerate(states):
                 torch.manual_seed(100 + position)
-                resumed = stateful(SAMPLERS[name])
+                resumed = stateful(SAMPLERS[name], workers)
                 resumed.load_state_dict(state)
                 assert batches_of(resumed) == batches[position:]
                 if name in WITH_OWN_STREAM:
-                    assert [batches_of(resumed) for _ in range(2)] == later
-
-    @pytest.mark.parametrize("name", ["random", "random, own generator", "distributed"])
-    def test_at_every_position_with_workers(self, name: str) -> None:
-        with following(Milestones({0: 1, 1: 3, 2: 6})):
-            torch.manual_seed(1)
-            loader = stateful(SAMPLERS[name], workers=2)
-            batches, states = epoch_with_states(loader)
-            later = batches_of(loader)
-            assert list(map(len, batches)) == [1, 3, 3, 3, 2, 2]
-            assert (len(states), sorted(set(map(len, states)))) == (7, [3])
-            for position, state in enumerate(states):
-                torch.manual_seed(100 + position)
-                resumed = stateful(SAMPLERS[name], workers=2)
-                resumed.load_state_dict(state)
-                assert batches_of(resumed) == batches[position:]
-                assert batches_of(resumed) == later or name not in WITH_OWN_STREAM
+                    assert [batches_of(resumed) for _ in range(epochs)] == later
 
     def test_leaves_the_global_random_stream_alone(self) -> None:
         for name in ("random", "subset", "weighted"):
