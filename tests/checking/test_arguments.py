@@ -92,15 +92,8 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
 }  # fmt: skip
 # Public names without an argument that is checked here.
 NO_NUMBERS = {
-    "ExactResume",
-    "Law",
-    "RunLog",
-    "RunLogError",
-    "Schedule",
-    "advise",
-    "draw_fits",
-    "fit_tradeoff",
-    "read_run",
+    *("ExactResume", "Law", "RunLog", "RunLogError", "Schedule"),
+    *("advise", "draw_fits", "fit_tradeoff", "read_run"),
 }
 # Records that are returned, and functions that hand all their arguments on to one of the above.
 ELSEWHERE = {

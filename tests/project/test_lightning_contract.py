@@ -27,10 +27,9 @@ from tests.trainings import Memory, make_trainer, scaling
 class Slope(pl.LightningModule):
     """Its loss is its only weight, so every gradient is exactly 1."""
 
-    def __init__(self, events: list[Any] | None = None, overflow_at: int = -1) -> None:
+    def __init__(self, overflow_at: int = -1) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.events = [] if events is None else events
         self.overflow_at = overflow_at
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

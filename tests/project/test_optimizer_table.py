@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.optimizers.families import optimizer_family
-from tests.trainings import make_trainer
+from tests.trainings import flat, make_trainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 EVERY = sorted(
@@ -56,7 +56,7 @@ class Linear(pl.LightningModule):
 
     @property
     def weights(self) -> Tensor:
-        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters()])
+        return flat(self.parameters())
 
 
 def data(count: int = 24, batch_size: int = 4) -> DataLoader[Any]:
