@@ -15,6 +15,10 @@ from lightning_surge.policy.history import NoiseHistory
 # No deadline: a shared machine stalls.
 many = settings(max_examples=60, deadline=None)
 BASE = 16.0
+# A positive definite one, whose off-diagonal part costs where signs are +, -, +, +.
+HESSIAN = np.array(
+    [[2.0, -0.6, 0.8, 0.1], [-0.6, 1.0, -0.3, 0.2], [0.8, -0.3, 1.5, 0.4], [0.1, 0.2, 0.4, 0.9]]
+)
 sizes = st.floats(0, 14).map(lambda exponent: 2.0**exponent)
 
 

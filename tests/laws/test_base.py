@@ -12,16 +12,13 @@ from scipy.optimize import minimize_scalar
 
 from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, Peak, SGDLaw, SqrtLaw
 from lightning_surge.laws.theorems import Theorem2Law, Theorem3Law
-from tests.drawn import decades, many, measured_law
+from tests.drawn import HESSIAN, decades, many, measured_law
 
 # The arrays of Theorem 2 cost more per example than floats do.
 few = settings(max_examples=20, deadline=None)
 
 MU = np.array([0.5, -0.3, 0.8, 0.1])
 SIGMA = np.array([2.0, 1.5, 3.0, 0.7])
-HESSIAN = np.array(
-    [[2.0, -0.6, 0.8, 0.1], [-0.6, 1.0, -0.3, 0.2], [0.8, -0.3, 1.5, 0.4], [0.1, 0.2, 0.4, 0.9]]
-)
 
 
 @st.composite

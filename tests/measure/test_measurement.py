@@ -20,12 +20,10 @@ from lightning_surge.measure.gradients import debiased_norms
 from lightning_surge.measure.measurement import LawMeasurement, NormMeasurement, Whole, slices_for
 from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk, Piece
+from tests import drawn
 from tests.drawn import within
 
-HESSIAN = torch.tensor(
-    [[2.0, -0.6, 0.8, 0.1], [-0.6, 1.0, -0.3, 0.2], [0.8, -0.3, 1.5, 0.4], [0.1, 0.2, 0.4, 0.9]],
-    dtype=torch.float64,
-)
+HESSIAN = torch.from_numpy(drawn.HESSIAN)
 THETA = torch.tensor([0.4, -0.2, 0.1, 0.3], dtype=torch.float64)
 MEAN_GRADIENT = HESSIAN @ THETA
 
