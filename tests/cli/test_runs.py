@@ -89,11 +89,7 @@ class TestRefusing:
     @pytest.mark.parametrize(
         ("changes", "words", "message"),
         [
-            (
-                {},
-                ["--output", "a.html"],
-                "end in .png or .svg, got --output a.html: rename it, or use T",
-            ),
+            ({}, ["--output", "a.html"], "end in .png or .svg, got --output a.html: rename it, or use T"),
             ({}, ["--output", "no/a.png"], "make its directory first"),
             ({"examples": None}, ["--x", "examples"], "'surge/examples'"),
             ({"base_batch_size": None}, [], "base_batch_size=nan"),

@@ -52,11 +52,7 @@ class Quadratic:
         self.theta.grad = gradient if self.theta.grad is None else self.theta.grad + gradient
 
     def measurement(
-        self,
-        *,
-        direction: Direction = SIGN,
-        delta: float = 0.01,
-        scale: float = 1.0,
+        self, *, direction: Direction = SIGN, delta: float = 0.01, scale: float = 1.0
     ) -> LawMeasurement:
         return LawMeasurement(
             [self.theta], replay=self.replay, delta=delta, scales=[scale], direction=direction

@@ -117,9 +117,7 @@ class TestExactData:
             h = np.diag(np.diag(hessian)) + sign * (hessian - np.diag(np.diag(hessian)))
             u = mean / deviation
             sums = CoordinateSums(
-                float(np.trace(h)),
-                float(u @ (h - np.diag(np.diag(h))) @ u),
-                float(u @ mean),
+                float(np.trace(h)), float(u @ (h - np.diag(np.diag(h))) @ u), float(u @ mean)
             )
             fitted = fit_theorem3_law(history_of([measured(TRUE)._replace(coordinate_sums=sums)] * 2).stats())
             law = Theorem3Law.from_moments(mean=mean, standard_deviation=deviation, hessian=h)

@@ -118,8 +118,7 @@ class TestExactness:
             assert clock.get_last_lr() == [lr for lr, _ in plain[clock.ticks]]
 
     @pytest.mark.parametrize(
-        ("size", "examples_per_step"),
-        [("0.1", "0.3"), ("1/3", "1"), ("1000000.1", "1000")],
+        ("size", "examples_per_step"), [("0.1", "0.3"), ("1/3", "1"), ("1000000.1", "1000")]
     )
     def test_a_million_fractional_sizes_do_not_drift(self, size: str, examples_per_step: str) -> None:
         clock = clock_of(SCHEDULERS["step"], float(Fraction(examples_per_step)))

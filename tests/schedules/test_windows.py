@@ -271,10 +271,7 @@ class TestTotals:
             total_examples(schedule, 100)
         assert total_steps(SampledSchedule(schedule, 8, 16), 100) == 25
 
-    @given(
-        in_steps | schedules(["steps", "examples"]) | accumulated() | sampled(),
-        st.integers(1, 100),
-    )
+    @given(in_steps | schedules(["steps", "examples"]) | accumulated() | sampled(), st.integers(1, 100))
     def test_are_inverse_to_each_other(self, schedule: Schedule | Replay, steps: int) -> None:
         examples = total_examples(schedule, steps)
         assert total_steps(schedule, examples) == steps
