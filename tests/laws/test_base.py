@@ -387,6 +387,8 @@ class TestSGDLaw:
             assert law.lr(batch_size) == pytest.approx(top / bottom, rel=1e-12)
             gain_max = (MU @ MU) ** 2 / (2 * coherent)
             assert gain_max * law.gain(batch_size) == pytest.approx(top**2 / (2 * bottom), rel=1e-12)
+        # Any exponent: 1 + 300 / 100 is 4.
+        assert SGDLaw(max_lr=1, noise_scale=300, exponent=0.25).lr(100) == pytest.approx(4**-0.25, rel=1e-12)
 
 
 class TestReferenceRules:
@@ -417,10 +419,7 @@ INFINITE = {"noise_scale": math.inf, "peak_lr": math.inf}
 REFUSED: dict[Callable[..., Any], tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
     MeasuredLaw: (ONES, [
             ({"alignment_limit": 0}, "0 < alignment_limit < inf, got alignment_limit=0: a zero gradient"),
-            (
-                {"noise_curvature": 0, "signal_curvature": 0},
-                "noise_curvature=0 and signal_curvature=0: without",
-            ),
+            ({"noise_curvature": 0, "signal_curvature": 0}, "and signal_curvature=0: without"),
     ]),
     Theorem2Law: (MOMENTS, [
             ({"mean": np.zeros(4)}, "got mean=0: no direction"),
@@ -442,10 +441,7 @@ REFUSED: dict[Callable[..., Any], tuple[dict[str, Any], list[tuple[dict[str, Any
         (INFINITE | {"sqrt_coefficient": -1}, "0 < sqrt_coefficient < inf, got sqrt_coefficient=-1: with"),
     ]),
     Theorem3Law.from_moments: (MOMENTS, [
-            (
-                {"standard_deviation": np.array([1.0, 0.0, 1.0, 1.0])},
-                "got standard_deviation=0: Theorem 3 is",
-            ),
+            ({"standard_deviation": np.array([1.0, 0.0, 1.0, 1.0])}, "standard_deviation=0: Theorem 3"),
             ({"hessian": -HESSIAN}, "0 < trace of hessian < inf, got trace of hessian=-5.4: damp"),
             ({"mean": np.zeros(4)}, "got mean=0: no direction"),
     ]),

@@ -1,5 +1,4 @@
 import copy
-import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -26,6 +25,7 @@ from lightning_surge.schedules import batch_sampler as sampling
 from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Progress, Schedule
 from lightning_surge.schedules.windows import plan_windows
+from tests.drawn import through_a_checkpoint
 
 Batches = list[list[int]]
 RAMP = LinearRamp(1, 5, duration=4)
@@ -232,20 +232,12 @@ def batches_of(loader: Any) -> Batches:
     return [batch.tolist() for batch in loader]
 
 
-def through_a_file(state: Any) -> Any:
-    """As in a checkpoint that is read with `weights_only=True`."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def epoch_with_states(loader: StatefulDataLoader[Any]) -> tuple[Batches, list[Any]]:
     """One epoch, and the loader's state before it and after every batch."""
-    states, batches = [through_a_file(loader.state_dict())], []
+    states, batches = [through_a_checkpoint(loader.state_dict())], []
     for batch in loader:
         batches.append(batch.tolist())
-        states.append(through_a_file(loader.state_dict()))
+        states.append(through_a_checkpoint(loader.state_dict()))
     return batches, states
 
 
@@ -299,7 +291,7 @@ class TestResuming:
         with following(RAMP) as itinerary:
             batches = iter(loader)
             assert len(list(batches if finished else islice(batches, len(loader)))) == 7
-            state = through_a_file(loader.state_dict())
+            state = through_a_checkpoint(loader.state_dict())
             move_on(itinerary, loader.batch_sampler)  # type: ignore[arg-type]
             resumed = stateful(lambda: range(12), batch_size=2)
             resumed.load_state_dict(state)

@@ -2,7 +2,6 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from torch.optim.lr_scheduler import (
 from lightning_surge import BatchSizeScheduler
 from lightning_surge.schedules.by_examples import ExamplesClock, by_examples
 from lightning_surge.schedules.sizes import ConstantSize
+from tests.drawn import through_a_checkpoint
 from tests.trainings import Regression, regression_data, scaling, trained, with_lr
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -238,13 +238,12 @@ class TestRefusals:
 
 class TestState:
     @pytest.mark.parametrize("name", SCHEDULERS)
-    def test_goes_on_bit_identically(self, name: str, tmp_path: Path) -> None:
+    def test_goes_on_bit_identically(self, name: str) -> None:
         whole = clock_of(SCHEDULERS[name], np.int64(16))  # type: ignore[arg-type]
         for size in (3.3, 40.1, 100.0, 0.1):
             take_step(whole, size)
         state = {"clock": whole.state_dict(), "optimizer": whole.optimizer.state_dict()}
-        torch.save(state, tmp_path / "state.pt")
-        loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+        loaded = through_a_checkpoint(state)
         resumed = clock_of(SCHEDULERS[name])
         resumed.load_state_dict(loaded["clock"])
         resumed.optimizer.load_state_dict(loaded["optimizer"])
