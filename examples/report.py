@@ -17,7 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from examples.story import draw_story
 from lightning_surge.laws.objectives import OBJECTIVES
-from lightning_surge.runs.run_log import RunLog, Series, read_run
+from lightning_surge.runs.log_files import read_run
+from lightning_surge.runs.run_log import RunLog, Series
 
 
 def fast_and_seed(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:

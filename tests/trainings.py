@@ -22,7 +22,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
 from lightning_surge import ScheduledBatchSampler, SurgeLRCallback
-from lightning_surge.runs.run_log import read_run
+from lightning_surge.runs.log_files import read_run
 
 MakeOptimizer = Callable[[Any], Any]
 Module = TypeVar("Module", bound=pl.LightningModule)

@@ -19,12 +19,7 @@ def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> lis
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: records by the names of their fields, null for numbers that are not finite.
-
-    Example:
-        >>> plain({"peak": (math.inf, 2.0)})
-        {'peak': [None, 2.0]}
-    """
+    """What JSON can hold: records by the names of their fields, null for numbers that are not finite."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if hasattr(value, "_asdict"):

@@ -34,16 +34,6 @@ def number(
 
     The lower bound is `above` it, or `least` itself, the upper one likewise. `bool`, NaN and integers that no
     float can hold are refused. `name` and `remedy`, what to pass instead, are for the message.
-
-    Raises:
-        ValueError: if the value is not a number, or out of bounds.
-
-    Example:
-        >>> number("half_life", 8, "count measurements")
-        8
-        >>> number("exponent", 2.0, "use 1 for SGD", most=1)
-        Traceback (most recent call last):
-        ValueError: Expected 0 < exponent <= 1, got exponent=2.0: use 1 for SGD.
     """
     found = _plain(value)
     if found is not None:

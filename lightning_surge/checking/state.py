@@ -29,23 +29,7 @@ class DamagedStateError(ValueError):
 
 
 def save(value: Any) -> Any:
-    """What a checkpoint holds of a value: dicts, lists, numbers and strings, which every loader reads.
-
-    Example:
-        >>> from lightning_surge.checking.state import restore, save
-        >>> from dataclasses import dataclass
-        >>> @dataclass(frozen=True)
-        ... class Count:
-        ...     steps: int
-        ...     betas: tuple[float, float] = (0.0, 0.0)
-        >>> save(Count(3))
-        {'steps': 3, 'betas': [0.0, 0.0]}
-        >>> restore(Count, {"steps": 3, "betas": [0.9, 0.99]})
-        Count(steps=3, betas=(0.9, 0.99))
-        >>> restore(Count, {"steps": 2.5})
-        Traceback (most recent call last):
-        lightning_surge.checking.state.DamagedStateError: Expected Count.steps to be of type int, got ...
-    """
+    """What a checkpoint holds of a value: dicts, lists, numbers and strings, which every loader reads."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: save(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (tuple, list)):
@@ -61,15 +45,8 @@ def restore(kind: type[T], state: object, versions: Collection[int] = ()) -> T:
     Hints may be `int`, `float` (finite, unless it is `AnyFloat`), `bool`, `str`, enumerations, a union of one
     type with `None`, tuples, lists, dicts by name, dataclasses and named tuples of these, and any other class
     for an instance of it. A missing entry has its default, and an entry without a field is left out. The name
-    of an entry may begin with an underscore that its field lacks.
-
-    Args:
-        kind: the dataclass or named tuple.
-        state: from a checkpoint.
-        versions: those that its entry "version" may have; none if it has no such entry.
-
-    Raises:
-        DamagedStateError: if an entry is missing, of another type, or refused by the dataclass.
+    of an entry may begin with an underscore that its field lacks. With `versions` its entry "version" must be
+    one of them.
     """
     found = state.get("version") if isinstance(state, Mapping) else None
     if versions and (type(found) is not int or found not in versions):

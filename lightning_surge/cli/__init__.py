@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_surge import __version__
-from lightning_surge.cli.command import Command, CommandError, Parser
+from lightning_surge.cli.command import Command, Parser
 from lightning_surge.cli.fit import FIT
 from lightning_surge.cli.runs import ADVISE, PLOT
 from lightning_surge.cli.sweep import SWEEP
@@ -36,14 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"an output that can hold {error.object[error.start]!a}, got one in {error.encoding}"
         words = f"Expected {what}: set PYTHONIOENCODING=utf-8:surrogateescape."
     except OSError as error:
-        if error.filename is not None:  # not of the output, and nothing that was foreseen
-            raise
-        # Python would write what is left once more when it ends, and complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # whoever read the results has seen enough
-            return 0
-        words = f"Expected an output that can be written to, got {error}: write it elsewhere."
-    except CommandError as error:
+        if error.errno is None:  # raised by the package, with words of its own
+            words = str(error)
+        elif error.filename is not None:
+            words = f"Expected files that can be read and written, got {error}: check their permissions."
+        else:
+            # Python would write what is left once more when it ends, and complain again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):  # whoever read the results has seen enough
+                return 0
+            words = f"Expected an output that can be written to, got {error}: write it elsewhere."
+    except (ValueError, ModuleNotFoundError) as error:
         words = str(error)
     else:
         return status

@@ -6,14 +6,9 @@ import argparse
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-class CommandError(Exception):
-    """The question cannot be answered: rule, value, remedy. Shown without a traceback."""
+FIGURES = (".png", ".svg", ".pdf")
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,8 +17,8 @@ class Parser(argparse.ArgumentParser):
     __init__ = partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the words: raise a `CommandError` with the message and where to find help."""
-        raise CommandError(f"{message}; see {self.prog} --help")
+        """Refuse the words: raise a `ValueError` with the message and where to find help."""
+        raise ValueError(f"{message}; see {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # argparse says nothing where its help cannot be written.
@@ -40,14 +35,10 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int | None]  # prints results; returns the exit status, None for 0
 
 
-def save_figure(draw: Callable[[], Figure], option: str, path: Path) -> None:
-    """Draw a figure and write it."""
-    try:
-        draw().savefig(path)
-    except (ValueError, ModuleNotFoundError) as error:
-        raise CommandError(str(error)) from error
-    except OSError as error:
-        raise CommandError(
-            f"Expected {option} to be a file that can be written, got {error}: make its directory first, or "
-            "name another."
-        ) from error
+def check_figure(option: str, path: Path | None) -> None:
+    """Refuse a file that no figure can be written to, before there is one to write."""
+    if path is not None and (path.suffix.lower() not in FIGURES or path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(
+            f"Expected {option} to end in {', '.join(FIGURES)} and be in an existing directory, got "
+            f"{str(path)!r}: rename it, or make the directory."
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm  # a dependency of Lightning
 
-from lightning_surge.cli.command import Command, CommandError, save_figure
+from lightning_surge.cli.command import FIGURES, Command, check_figure
 from lightning_surge.tables.columns import Columns, number
 from lightning_surge.tables.figure import draw_fits
 from lightning_surge.tables.fit import GridFit, Unfitted, fit_grid, split_targets
@@ -16,11 +16,8 @@ from lightning_surge.tables.law_fits import LAWS
 from lightning_surge.tables.read import MIXED, read_tables
 from lightning_surge.tables.report import describe, document
 
-FIGURES = (".png", ".svg", ".pdf")
-MAX_FITS = 64
-"""Fits, and panels of a figure, that are made without being asked for one by one."""
-PATIENCE = 3.0
-"""Seconds until a bar on a terminal shows how far the repetitions are."""
+MAX_FITS = 64  # fits, and panels of a figure, that are made without being asked for one by one
+PATIENCE = 3.0  # seconds until a bar on a terminal shows how far the repetitions are
 
 EXAMPLES = """\
 examples:
@@ -79,21 +76,13 @@ def _batch_size(text: str) -> float:
 
 def _run(options: argparse.Namespace) -> None:
     """Read, fit, print, draw."""
-    path: Path | None = options.figure
-    if path is not None and (path.suffix.lower() not in FIGURES or path.is_dir() or not path.parent.is_dir()):
-        raise CommandError(
-            f"Expected --figure to end in {', '.join(FIGURES)} and be in an existing directory, got "
-            f"{str(path)!r}: rename it, or make the directory."
-        )
+    check_figure("--figure", options.figure)
     named = Columns(**{role: getattr(options, f"{role}_column") for role in Columns._fields})
     selected = {name: getattr(options, name) for name in ("measure", "where", "by", "maximize")}
-    try:
-        tables = read_tables(options.table, named, **selected)
-        parts = [part for table in tables for part in split_targets(table, options.target)]
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise CommandError(str(error)) from error
+    tables = read_tables(options.table, named, **selected)
+    parts = [part for table in tables for part in split_targets(table, options.target)]
     if len(parts) > MAX_FITS:
-        raise CommandError(
+        raise ValueError(
             f"Expected at most {MAX_FITS} fits, got {len(parts)}: choose with --target or --where."
         )
     found: list[GridFit | Unfitted] = []
@@ -107,11 +96,11 @@ def _run(options: argparse.Namespace) -> None:
                 found.append(Unfitted(target, part.group, ". ".join([*mixed, str(error)])))
     fits = [each for each in found if isinstance(each, GridFit)]
     if not fits:
-        raise CommandError("\n".join(str(each) for each in found))
+        raise ValueError("\n".join(str(each) for each in found))
     name = "standard input" if options.table == "-" else options.table
     runs = sum(table.lrs.size for table in tables)
-    if path is not None:
-        save_figure(lambda: draw_fits(fits, f"{Path(name).name}: {runs:,} runs"), "--figure", path)
+    if options.figure is not None:
+        draw_fits(fits, f"{Path(name).name}: {runs:,} runs").savefig(options.figure)
     if options.json:
         answer = document(found, table=name, runs=runs, seed=options.seed)
         print(json.dumps(answer, indent=2, allow_nan=False))

@@ -7,41 +7,35 @@ import json
 import sys
 from pathlib import Path
 
-from lightning_surge.cli.command import Command, CommandError, save_figure
+from lightning_surge.cli.command import Command, check_figure
 from lightning_surge.runs.advice import advise, run_state
+from lightning_surge.runs.log_files import read_run
 from lightning_surge.runs.plots import plot_run
 from lightning_surge.runs.report import describe, document
-from lightning_surge.runs.run_log import RunLog, read_run
-
-FORMATS = (".png", ".svg")
+from lightning_surge.runs.run_log import RunLog
 
 
-def _read(path: str) -> RunLog:
-    """A run, with notes on how it was read on standard error; raises `CommandError` if it cannot be read."""
-    try:
-        run = read_run(path)
-    except (ValueError, ModuleNotFoundError) as error:
-        raise CommandError(str(error)) from error
+def _read(path: str, group: str | None) -> tuple[RunLog, str | None]:
+    """A run, and the optimizer or parameter group asked for, or the first; None if one has no name.
+
+    Notes on what was chosen are printed to standard error.
+    """
+    run = read_run(path)
     for note in run.notes:
         print(f"lightning-surge: {note}", file=sys.stderr)
-    return run
-
-
-def _choose_group(run: RunLog, group: str | None) -> str | None:
-    """The optimizer or parameter group asked for, or the first; None if there is one, which has no name."""
     names = [*run.optimizers, *(name for name in run.groups if name not in run.optimizers)]
     if group is not None and group not in names:
         rule = f"one of {', '.join(names)}" if names else "no --group"
-        raise CommandError(f"Expected {rule}, got --group {group}: leave it out or choose another.")
+        raise ValueError(f"Expected {rule}, got --group {group}: leave it out or choose another.")
     if not names:
-        return None
+        return run, None
     wanted = names[0] if group is None else group
     chosen = next((name for name in run.groups if name == wanted or name.startswith(f"{wanted}/")), wanted)
     if group != chosen:
         kind = "parameter group" if chosen not in run.optimizers else "optimizer"
         among = [name for name in names if group is None or name.startswith(f"{group}/")]
         print(f"lightning-surge: showing the {kind} {chosen} of {', '.join(among)}", file=sys.stderr)
-    return chosen
+    return run, chosen
 
 
 def _of_a_run(parser: argparse.ArgumentParser) -> None:
@@ -53,24 +47,18 @@ def _of_a_run(parser: argparse.ArgumentParser) -> None:
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     _of_a_run(parser)
     add = parser.add_argument
-    add("--output", type=Path, metavar="FILE", help="a .png or .svg; default: surge.png beside the logs")
+    add("--output", type=Path, metavar="FILE", help="png, svg or pdf; default: surge.png beside the logs")
     add("--x", choices=("steps", "examples"), default="steps", help="what the x axis counts")
     add("--title", help="a line above the charts; default: the path of the run, and the group")
 
 
 def _plot(options: argparse.Namespace) -> None:
-    output: Path | None = options.output
-    if output is not None and output.suffix.lower() not in FORMATS:
-        raise CommandError(
-            f"Expected --output to end in {' or '.join(FORMATS)}, got --output {output}: rename it, or use "
-            "TensorBoard for charts to zoom into."
-        )
-    run = _read(options.path)
-    group = _choose_group(run, options.group)
+    check_figure("--output", options.output)
+    run, group = _read(options.path, options.group)
     source = Path(run.source)
-    output = output or (source if source.is_dir() else source.parent) / "surge.png"
+    output = options.output or (source if source.is_dir() else source.parent) / "surge.png"
     title: str = options.title or (run.source if group is None else f"{run.source}, {group}")
-    save_figure(lambda: plot_run(run, group=group, title=title, x=options.x), "--output", output)
+    plot_run(run, group=group, title=title, x=options.x).savefig(output)
     print(output)
 
 
@@ -83,12 +71,8 @@ def _advise_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _advise(options: argparse.Namespace) -> None:
-    run = _read(options.path)
-    group = _choose_group(run, options.group)
-    try:
-        answer = advise(run_state(run, step=options.step, group=group), options.batch_size)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    run, group = _read(options.path, options.group)
+    answer = advise(run_state(run, step=options.step, group=group), options.batch_size)
     print(json.dumps(document(answer), indent=2) if options.json else describe(answer))
 
 

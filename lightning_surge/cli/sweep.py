@@ -12,23 +12,15 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lightning_surge.checking.answers import aligned
-from lightning_surge.cli.command import Command, CommandError
-from lightning_surge.sweep.cells import (
-    Cell,
-    Grid,
-    Outcome,
-    SweepError,
-    SweepSettings,
-    accumulation_for,
-    best_lr,
-    parse_numbers,
-    planned,
-)
+from lightning_surge.checking.libraries import needed
+from lightning_surge.cli.command import Command
+from lightning_surge.sweep.cells import Cell, Grid, Outcome, SweepSettings, best_lr, parse_numbers, planned
 from lightning_surge.tables.study import local_file, write_study
 
 if TYPE_CHECKING:
@@ -101,38 +93,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int | None:
     output: Path = options.output
     options.study = options.study or str(output.with_suffix(".study.log"))
-    try:
-        settings, grid = _checked(options)
-        # Imported here: they need Lightning, which other commands do not.
-        from lightning_surge.sweep.config import read_config
+    settings, grid = _checked(options)
+    # Imported here: they need Lightning, which other commands do not.
+    with needed("A sweep needs Optuna, which keeps the study", "'lightning-surge[sweep]'"):
         from lightning_surge.sweep.study import SweepStudy
+    from lightning_surge.sweep.config import read_config
 
-        settings, grid = read_config(settings, grid)
-        done: Mapping[Cell, Outcome] = {}
-        file = local_file(options.study)
-        exists = file is not None and file.exists()
-        if output.exists() and file is not None and not exists and not options.dry_run:
-            raise SweepError(
-                f"Expected {output} to be new, got a file without its study {options.study}: choose another "
-                "--output."
-            )
-        if exists or not options.dry_run:
-            study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
-            study.begin(settings, grid.cells(), extend=options.extend, dry=options.dry_run)
-            done = study.records()
-        if options.dry_run:
-            _print_plan(options, settings, grid, done)
-            return None
-        return _print_result(options, _sweep(options, settings, grid, study))
-    except ModuleNotFoundError as error:
-        if error.name != "optuna":
-            raise
-        raise CommandError(
-            "Expected Optuna, which keeps the study, got an environment without it: pip install "
-            "'lightning-surge[sweep]'."
-        ) from error
-    except (SweepError, ValueError, OSError) as error:
-        raise CommandError(str(error)) from error
+    settings, grid = read_config(settings, grid)
+    done: Mapping[Cell, Outcome] = {}
+    file = local_file(options.study)
+    exists = file is not None and file.exists()
+    if output.exists() and file is not None and not exists and not options.dry_run:
+        raise ValueError(
+            f"Expected {output} to be new, got a file without its study {options.study}: choose another "
+            "--output."
+        )
+    if exists or not options.dry_run:
+        study = SweepStudy(options.study, output.stem, maximize=settings.maximize)
+        study.begin(settings, grid.cells(), extend=options.extend, dry=options.dry_run)
+        done = study.records()
+    if options.dry_run:
+        _print_plan(options, settings, grid, done)
+        return None
+    return _print_result(options, _sweep(options, settings, grid, study))
 
 
 def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
@@ -152,8 +135,6 @@ def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
     options.targets = sorted(set(options.targets), reverse=not options.maximize)
     options.examples = None if options.examples is None else round(options.examples)
     sizes = tuple(int(size) for size in parse_numbers(options.batch_sizes, "--batch-sizes", whole=True))
-    for size in sizes:
-        accumulation_for(size, largest=options.max_micro_batch_size, replicas=options.replicas)
     if options.examples is not None and options.examples < sizes[-1]:
         raise ValueError(
             f"Expected at least one step per cell, got --examples {options.examples} and a batch size of "
@@ -161,6 +142,8 @@ def _checked(options: argparse.Namespace) -> tuple[SweepSettings, Grid]:
         )
     names = [field.name for field in fields(SweepSettings) if getattr(options, field.name, None) is not None]
     settings = SweepSettings(**{name: getattr(options, name) for name in names})
+    for size in sizes:
+        settings.micro_batches_of(size)
     return settings, Grid(sizes, parse_numbers(options.lrs, "--lrs"), tuple(range(options.seeds)))
 
 
@@ -179,9 +162,8 @@ def _sweep(
     if ended:
         progress.say(f"{len(ended)} finished cells found in {options.study}")
 
-    def plan(records: Mapping[Cell, Outcome]) -> list[Cell]:
-        refine, targets = options.refine, settings.targets
-        return planned(grid, records, refine=refine, targets=targets, maximize=settings.maximize)
+    wanted = {"refine": options.refine, "targets": settings.targets, "maximize": settings.maximize}
+    plan = partial(planned, grid, **wanted)
 
     def start(trial: FrozenTrial, slot: int) -> CellProcess | None:
         cell = Cell(**trial.params)
@@ -220,7 +202,7 @@ def _print_plan(
 ) -> None:
     plan = []
     for size in grid.batch_sizes:
-        parts = accumulation_for(size, largest=settings.max_micro_batch_size, replicas=settings.replicas)
+        parts = settings.micro_batches_of(size)
         row = {"batch_size": size, "micro_batch": size // (parts * settings.replicas), "accumulated": parts}
         plan.append(row | {"steps": settings.steps_of(size), "examples": settings.examples_of(size)})
     keys = {"batch_size_key": settings.batch_size_key, "lr_key": settings.lr_key}
@@ -254,7 +236,7 @@ def _print_result(options: argparse.Namespace, records: Mapping[Cell, Outcome]) 
     if not best:
         reasons = sorted({outcome.message for outcome in records.values() if outcome.message})[:3]
         remedy = "use smaller learning rates" if cells["diverged"] else "remedy that and pass --retry-failed"
-        raise CommandError(
+        raise ValueError(
             f"Expected cells that finish, got none of {len(records)}, see {table} ({'; '.join(reasons)}): "
             f"{remedy}."
         )

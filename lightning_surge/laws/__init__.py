@@ -2,7 +2,7 @@
 
 from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, Peak, SGDLaw, SqrtLaw
 from lightning_surge.laws.objectives import OBJECTIVES, alignment_ratio, progress_ratio, step_ratio
-from lightning_surge.laws.theorems import Theorem2Law, Theorem3Law
+from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import (
     TradeoffFit,
     examples_needed,
@@ -12,6 +12,6 @@ from lightning_surge.laws.tradeoff import (
 
 __all__ = [
     "OBJECTIVES", "ConstantLaw", "Law", "LinearLaw", "MeasuredLaw", "Peak", "SGDLaw", "SqrtLaw",
-    "Theorem2Law", "Theorem3Law", "TradeoffFit", "alignment_ratio", "examples_needed", "fit_tradeoff",
+    "Theorem3Law", "TradeoffFit", "alignment_ratio", "examples_needed", "fit_tradeoff",
     "progress_ratio", "step_ratio", "steps_needed",
 ]  # fmt: skip

@@ -76,8 +76,8 @@ class Law(ABC):
     def gain(self, batch_size: float) -> float:
         """Expected decrease of the loss in one step at the best learning rate.
 
-        In units of the loss for ``MeasuredLaw`` and ``Theorem2Law``, which know N and D themselves. The other
-        laws know ratios only; each says how its gain is normalised.
+        In units of the loss for ``MeasuredLaw``, which knows N and D themselves. The other laws know ratios
+        only; each says how its gain is normalised.
         """
         return self._gain(checked(batch_size))
 

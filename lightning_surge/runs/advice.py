@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +25,7 @@ from lightning_surge.laws.objectives import OBJECTIVES, RETIRED
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import steps_needed
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import RunLog, wanted_factor
-from lightning_surge.runs.series import RunLogError
+from lightning_surge.runs.run_log import RunLog, RunLogError, wanted_factor
 
 # Largest factor of a suggested move: the law was measured on the way that training took, and moves on.
 LARGEST_MOVE = 4.0
@@ -36,18 +35,24 @@ FEW_MEASUREMENTS, LARGE_ERROR, FAR_BEYOND, DECAYED, STALE = 5, 0.5, 2.0, 0.1, 0.
 
 
 class Caveat(Enum):
-    """When an advice must not be trusted, or only so far."""
+    """When an advice must not be trusted, or only so far: the words for it, with places for its numbers."""
 
-    HELD = auto()
-    FEW_MEASUREMENTS = auto()
-    UNCERTAIN = auto()
-    STALE = auto()
-    EXTRAPOLATING = auto()
-    DECAYED = auto()
-    LIMITED_MOVE = auto()
-    GRADIENT_STEPS = auto()
-    INDEPENDENT_NOISE = auto()
-    APPROACH = auto()
+    HELD = "the last law is {state.reason.text}; it may no longer fit"
+    FEW_MEASUREMENTS = "it rests on {state.num_measurements} measurements only"
+    UNCERTAIN = "the critical batch size is known to within a factor of two at best"
+    STALE = "the last measurement is from step {state.measured_step:,}; the law moves on"
+    EXTRAPOLATING = "only sizes from {smallest} to {largest} examples were measured"
+    DECAYED = (
+        "the schedule is at {share:.1%} of its largest learning rate: for the next run ask at an earlier "
+        "step (--step)"
+    )
+    LIMITED_MOVE = "the critical size is further away than one should go at once: ask again there"
+    GRADIENT_STEPS = "the law of plain gradient steps (SGD) has no peak and knows no momentum"
+    INDEPENDENT_NOISE = "Theorem 3 takes noise as independent across coordinates; it seldom is"
+    APPROACH = (
+        "approach {lr:.3g} from {state.lr_used:.3g} by a few percent a step, as the callback does: curvature "
+        "has to adapt"
+    )
 
 
 class Interval(NamedTuple):

@@ -7,38 +7,61 @@ of a record: files are read up to the last complete one.
 
 from __future__ import annotations
 
-import csv
+import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from lightning_surge.runs.event_files import read_events
-from lightning_surge.runs.series import MOST_NAMED, PREFIX, Points, RunLogError, Series, joined, progress
-from lightning_surge.runs.trackers import MLFLOW_SUFFIXES, WANDB_SUFFIX, read_mlflow, read_wandb
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_surge.runs.run_log import NOTHING, PREFIX, RunLog, RunLogError, Series
+from lightning_surge.runs.trackers import MLFLOW_SUFFIXES, MOST_NAMED, WANDB_SUFFIX, Points, reader_of
 
 KINDS = "an event file (*tfevents*), a metrics.csv, a .wandb file or a store of MLflow"
 # How far below a directory its runs are looked for.
 SEARCH_DEPTH = 3
-# The column of steps in a metrics.csv, and in a table of W&B's history.
-STEP_COLUMNS = ("step", "trainer/global_step")
 
 
-def read_files(path: Path, also: Collection[str] = ()) -> tuple[Path, dict[str, Series], list[str]]:
-    """Find one run and read it, as `run_log.read_run` says; notes are on what was chosen and left out."""
+def read_run(path: str | Path, also: Collection[str] = ()) -> RunLog:
+    r"""Read what the callback has logged of one run.
+
+    Args:
+        path: An event file of TensorBoard, a `metrics.csv`, a `.wandb` file or a store of MLflow; or a
+            directory that holds one (`logger.log_dir`), or a single run below it. Of the `version_N` of one
+            logger the newest is taken.
+        also: Keys to read besides those under `surge/`.
+
+    Returns:
+        What was logged. Steps that a resumed run repeated appear once.
+
+    Raises:
+        ModuleNotFoundError: If the library is not installed that reads such files.
+        RunLogError: If there is no run, more than one, or nothing that `SurgeLRCallback` has logged.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     rows = "epoch,step,surge/batch_size,val_loss\n0,1,8,\n0,1,,2.5\n0,2,16,\n"
+        ...     _ = Path(directory, "metrics.csv").write_text(rows)
+        ...     run = read_run(directory, also=["val_loss"])
+        >>> run.series["surge/batch_size"].values.tolist(), run.series["val_loss"].values.tolist()
+        ([8.0, 16.0], [2.5])
+    """
     notes: list[str] = []
     others: set[str] = set()
     try:
-        found = _find(path, notes)
+        found = _find(Path(path), notes)
         for files in _sources(found):
             parts = []
             for file in files:
                 points = Points(also)
-                notes += filter(None, [_read(file, points)])
+                notes += filter(None, [reader_of(file)(file, points)])
                 parts.append(points.series())
                 others |= points.others | parts[-1].keys()
             series = joined(parts)
             if any(key.startswith(PREFIX) for key in series):
-                return found, series, notes
+                return RunLog(str(found), series, tuple(notes))
     except OSError as error:
         raise RunLogError(
             f"Expected files that can be read, got {error}: check their permissions."
@@ -52,9 +75,26 @@ def read_files(path: Path, also: Collection[str] = ()) -> tuple[Path, dict[str, 
     )
 
 
-def _read(path: Path, points: Points) -> str | None:
-    known = {".csv": _read_table, WANDB_SUFFIX: read_wandb}
-    return known.get(path.suffix, read_events if "tfevents" in path.name else read_mlflow)(path, points)
+def joined(files: Sequence[dict[str, Series]]) -> dict[str, Series]:
+    """One run from the series of its files, oldest first: each replaces what came after its beginning."""
+    run: dict[str, Series] = {}
+    for part in files:
+        ours = [one.steps.min() for key, one in part.items() if key.startswith(PREFIX)]
+        begin = min(ours, default=math.inf)
+        for key, (steps, values) in run.items():
+            if key.startswith(PREFIX):
+                run[key] = Series(steps[steps < begin], values[steps < begin])
+        for key, one in part.items():
+            steps, values = run.get(key, NOTHING)
+            run[key] = _increasing(np.append(steps, one.steps), np.append(values, one.values))
+    return {key: one for key, one in run.items() if one.steps.size}
+
+
+def _increasing(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Series:
+    """Without the points that a later one with the same or an earlier step takes back."""
+    earliest_after = np.minimum.accumulate(steps[::-1])[::-1][1:]
+    kept = np.append(steps[:-1] < earliest_after, True)
+    return Series(steps[kept], values[kept])
 
 
 def _is_log(path: Path) -> bool:
@@ -114,52 +154,3 @@ def _find(path: Path, notes: list[str]) -> Path:
     chosen = versions[max(versions)] if one_logger else runs[0]
     notes.append(f"reading {chosen}" + (f", the newest of {len(runs):,} runs" if len(runs) > 1 else ""))
     return chosen
-
-
-def _read_table(path: Path, points: Points) -> str | None:
-    """Columns of a `metrics.csv`, whose cells are empty where a key was not logged."""
-    left_out = 0
-    with path.open(newline="", encoding="utf-8-sig") as file, progress(path, path.stat().st_size) as bar:
-
-        def lines() -> Iterator[str]:
-            nonlocal left_out
-            for line in file:
-                bar.update(len(line))
-                # The last line of a run that was killed: a number may be cut short, and be a number still.
-                if line.endswith(("\n", "\r")):
-                    yield line
-                else:
-                    left_out += 1
-
-        rows = csv.reader(lines())
-        try:
-            header = next(rows, [])
-            step_at = next((header.index(name) for name in STEP_COLUMNS if name in header), None)
-            if step_at is None:
-                raise RunLogError(
-                    "Expected a metrics.csv of Lightning's CSVLogger, with a column 'step', got "
-                    f"{str(path)!r} with the columns {header[:MOST_NAMED]}: pass what CSVLogger wrote."
-                )
-            kept = [at for at, key in enumerate(header) if at != step_at and points.wants(key)]
-            for row in filter(any, rows):
-                if len(row) != len(header) or not row[step_at]:
-                    left_out += 1
-                    continue
-                # Other programs than CSVLogger write steps as `9.0`.
-                if not (step := float(row[step_at])).is_integer():
-                    raise ValueError(f"a step of {row[step_at]!r}")
-                for at in kept:
-                    if cell := row[at]:
-                        points.add(header[at], int(step), float(cell))
-        except RunLogError:
-            raise
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise RunLogError(
-                f"Expected a text file with columns, got {str(path)!r}: {error}. Pass what CSVLogger wrote."
-            ) from error
-        except (ValueError, OverflowError) as error:
-            raise RunLogError(
-                f"Expected numbers in {str(path)!r}, got {error} in line {rows.line_num:,}: take it out."
-            ) from error
-    damaged = f"{path} is damaged, or still being written: {left_out:,} incomplete lines were left out"
-    return damaged if left_out else None

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_surge.checking import arguments
+from lightning_surge.checking.libraries import needed
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import RunLog, wanted_factor
-from lightning_surge.runs.series import Series
+from lightning_surge.runs.run_log import FloatArray, RunLog, Series, wanted_factor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from lightning_surge.laws.base import Law
 
-FloatArray = NDArray[np.float64]
 XAxis = Literal["steps", "examples"]
 Place = Callable[[NDArray[Any]], FloatArray]
 """From optimizer steps to the x axis."""
@@ -95,12 +94,8 @@ def plot_run(
         >>> [axes.get_xlabel() for axes in plot_run(run, base_batch_size=8).axes]
         ['', '', 'optimizer step', 'batch size B (examples)']
     """
-    try:
+    with needed("Drawing a run needs matplotlib", "'lightning-surge[plot]'"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Drawing a run needs matplotlib: pip install 'lightning-surge[plot]'."
-        ) from error
 
     run = run.of_group(group)
     arguments.choice("x", x, get_args(XAxis))
@@ -122,7 +117,7 @@ def plot_run(
     _draw_rates(panels["lr"], run, group, place)
     _draw_sizes(panels["batch"], run, place)
     _draw_reasons(panels["why"], codes, reasons, place)
-    _draw_law(panels["law"], run, group, base)
+    _draw_law(panels["law"], run, base)
     batch = run.require("batch_size")
     marks = changes(batch, place(batch.steps))
     for name in ("lr", "batch"):
@@ -171,7 +166,7 @@ def _draw_sizes(axes: Axes, run: RunLog, place: Place) -> None:
     low, high = size_range(batch.values, *(series.values for series in logged.values()))
     peak = logged["peak"]
     infinite = coarse(Series(peak.steps, np.isposinf(peak.values).astype(np.float64)))
-    if strips := _bars(place(spans(infinite.steps, infinite.values > 0.0))):
+    if strips := bars(infinite.steps, infinite.values > 0.0, place):
         axes.broken_barh(
             strips, (STRIP_BOTTOM, STRIP_HEIGHT), transform=axes.get_xaxis_transform(),
             facecolor="#fbe3d3", edgecolor=VERMILION, hatch="////", linewidth=0,
@@ -199,21 +194,17 @@ def _draw_sizes(axes: Axes, run: RunLog, place: Place) -> None:
 def _draw_reasons(axes: Axes, codes: Series, reasons: list[Reason], place: Place) -> None:
     """One row for each reason: where the law was followed, and where and why it was not."""
     for row, reason in enumerate(reasons):
-        bars = _bars(place(spans(codes.steps, codes.values == reason)))
+        spans = bars(codes.steps, codes.values == reason, place)
         # Measurements followed, the last law held, and in between.
         followed = reason in (Reason.MEASURED, Reason.RULE)
         colour = GREEN if followed else VERMILION if reason.held else ORANGE
-        axes.broken_barh(bars, (row - 0.4, 0.8), facecolor=colour, linewidth=0)
+        axes.broken_barh(spans, (row - 0.4, 0.8), facecolor=colour, linewidth=0)
     axes.set_yticks(range(len(reasons)), [reason.label for reason in reasons], fontsize=8)
     axes.set_ylim(max(len(reasons), 1) - 0.4, -0.6)
     axes.set_title("What decided the factor on the learning rate", loc="left", fontsize=11, fontweight="bold")
 
 
-def _bars(spans: FloatArray) -> list[tuple[float, float]]:
-    return [(begin, end - begin) for begin, end in spans.tolist()]
-
-
-def _draw_law(axes: Axes, run: RunLog, group: str | None, base: float) -> None:
+def _draw_law(axes: Axes, run: RunLog, base: float) -> None:
     """The factor and the law of the next step, at moments evenly over those at which it changed."""
     moments = run.law_steps if run.law_steps.size else run.require("batch_size").steps
     count = min(len(LAW_COLOURS), moments.size)
@@ -228,7 +219,7 @@ def _draw_law(axes: Axes, run: RunLog, group: str | None, base: float) -> None:
     axes.set_yscale("log", base=2)
     axes.plot(sizes, np.sqrt(sizes / base), label="sqrt scaling", color=GREY, linewidth=1.1, linestyle=DOTS)
     for colour, (step, law) in zip(LAW_COLOURS, laws.items(), strict=False):
-        _draw_moment(axes, run, group, step, law, sizes, base, colour)
+        _draw_moment(axes, run, step, law, sizes, base, colour)
     label = f"base batch size, B = {number(base)}"
     axes.plot([base], [1.0], "D", label=label, color=BLACK, markersize=5)
     used = np.array([(run.at("batch_size", step), run.at("lr_scale", step)) for step in steps]).T
@@ -245,7 +236,7 @@ def _draw_law(axes: Axes, run: RunLog, group: str | None, base: float) -> None:
 
 
 def _draw_moment(
-    axes: Axes, run: RunLog, group: str | None, step: int, law: Law, sizes: FloatArray, base: float, hue: str
+    axes: Axes, run: RunLog, step: int, law: Law, sizes: FloatArray, base: float, hue: str
 ) -> None:
     """What the objective asks for at one moment, and what is best for the next step alone."""
     objective, peak = run.objective_at(step), law.peak
@@ -288,13 +279,11 @@ def thinned(series: Series) -> Series:
     if size <= MOST_POINTS:
         return series
     width = -(-size * 4 // MOST_POINTS)
-    kept = {size - 1}
-    for begin in range(0, size, width):
-        part = series.values[begin : begin + width]
-        finite = np.isfinite(part)
-        low, high = np.where(finite, part, np.inf), np.where(finite, part, -np.inf)
-        kept |= {begin, *(begin + int(at) for at in (np.argmin(finite), np.argmin(low), np.argmax(high)))}
-    index = np.array(sorted(kept))
+    buckets = np.pad(series.values, (0, -size % width), mode="edge").reshape(-1, width)
+    finite, begins = np.isfinite(buckets), np.arange(0, size, width)
+    ranked = (finite, *(np.where(finite, sign * buckets, np.inf) for sign in (1, -1)))
+    kept = [[size - 1], begins, *(begins + np.argmin(each, axis=1) for each in ranked)]
+    index = np.unique(np.minimum(np.concatenate(kept), size - 1))
     return Series(series.steps[index], series.values[index])
 
 
@@ -305,13 +294,14 @@ def coarse(series: Series) -> Series:
     return Series(series.steps[begins], np.maximum.reduceat(series.values, begins)) if size else series
 
 
-def spans(steps: NDArray[np.int64], flags: NDArray[np.bool_]) -> FloatArray:
-    """Begin and end of each run of set flags, shape `(n, 2)`; a sample reaches half way to its neighbours."""
+def bars(steps: NDArray[np.int64], flags: NDArray[np.bool_], place: Place) -> list[tuple[float, float]]:
+    """Begin and length of each run of set flags; a sample reaches half way to its neighbours."""
     if not flags.any():
-        return np.empty((0, 2))
+        return []
     edges = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
     turns = np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))
-    return np.column_stack([edges[turns == 1], edges[turns == -1]])
+    begins, ends = place(edges[turns == 1]), place(edges[turns == -1])
+    return list(zip(begins.tolist(), (ends - begins).tolist(), strict=True))
 
 
 def positive(values: FloatArray) -> FloatArray:

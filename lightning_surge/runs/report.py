@@ -55,23 +55,10 @@ def document(advice: Advice) -> dict[str, Any]:
 
 def caveat_text(caveat: Caveat, advice: Advice) -> str:
     """Why not to trust an advice."""
-    state, chosen = advice.state, _option(advice, advice.suggested)
+    state, lr = advice.state, _option(advice, advice.suggested).lr.value
     share = state.lr_scheduled / state.lr_scheduled_max if state.lr_scheduled_max > 0 else 0.0
-    return {
-        Caveat.HELD: f"the last law is {state.reason.text}; it may no longer fit",
-        Caveat.FEW_MEASUREMENTS: f"it rests on {state.num_measurements} measurements only",
-        Caveat.UNCERTAIN: "the critical batch size is known to within a factor of two at best",
-        Caveat.STALE: f"the last measurement is from step {state.measured_step:,}; the law moves on",
-        Caveat.EXTRAPOLATING: f"only sizes from {' to '.join(map(_number, state.measured))} examples were "
-        "measured",
-        Caveat.DECAYED: f"the schedule is at {share:.1%} of its largest learning rate: for the next run ask "
-        "at an earlier step (--step)",
-        Caveat.LIMITED_MOVE: "the critical size is further away than one should go at once: ask again there",
-        Caveat.GRADIENT_STEPS: "the law of plain gradient steps (SGD) has no peak and knows no momentum",
-        Caveat.APPROACH: f"approach {chosen.lr.value:.3g} from {state.lr_used:.3g} by a few percent a step, "
-        "as the callback does: curvature has to adapt",
-        Caveat.INDEPENDENT_NOISE: "Theorem 3 takes noise as independent across coordinates; it seldom is",
-    }[caveat]
+    smallest, largest = map(_number, state.measured)
+    return str(caveat.value).format(state=state, lr=lr, share=share, smallest=smallest, largest=largest)
 
 
 def _option(advice: Advice, size: float) -> Option:

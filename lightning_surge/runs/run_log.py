@@ -6,11 +6,11 @@ docs/logged-values.md lists the keys, which are the same with every logger.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,12 +18,37 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_surge.laws.base import Law, MeasuredLaw, SGDLaw
 from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.laws.theorems import Theorem3Law
-from lightning_surge.runs.log_files import read_files
-from lightning_surge.runs.series import NOTHING, PREFIX, RunLogError, Series
 
 FloatArray = NDArray[np.float64]
 
+PREFIX = "surge/"
 LAW_PREFIX = f"{PREFIX}law/"
+
+
+class RunLogError(ValueError):
+    """A run cannot be read: the rule, the value and the remedy."""
+
+
+class Series(NamedTuple):
+    """One logged quantity: what was written, and at which optimizer step.
+
+    Attributes:
+        steps: Optimizer steps, shape `(n,)`, increasing.
+        values: Values, shape `(n,)`. TensorBoard keeps them in single precision.
+    """
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+    def at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The values at some steps, NaN where there is none."""
+        if not self.steps.size:
+            return np.full(steps.shape, np.nan)
+        index = np.minimum(np.searchsorted(self.steps, steps), self.steps.size - 1)
+        return np.where(self.steps[index] == steps, self.values[index], np.nan)
+
+
+NOTHING = Series(np.array([], dtype=np.int64), np.array([], dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -139,42 +164,10 @@ def wanted_factor(objective: str, law: Law, batch_size: float, base_batch_size: 
 
 def law_from_numbers(numbers: Mapping[str, float]) -> Law | None:
     """The law that has these parameters, by name; others are ignored. None if no law has them."""
-    kinds: tuple[type[Any], ...] = (MeasuredLaw, SGDLaw, Theorem3Law)
+    kinds: tuple[type[MeasuredLaw | SGDLaw | Theorem3Law], ...] = (MeasuredLaw, SGDLaw, Theorem3Law)
     for kind in kinds:
-        names = {field.name for field in fields(kind)}
-        if {field.name for field in fields(kind) if field.default is MISSING} <= numbers.keys():
-            try:
-                law: Law = kind(**{name: value for name, value in numbers.items() if name in names})
-            except ValueError:  # single precision has rounded a number to 0 or infinity
-                return None
-            return law
+        names = [field.name for field in fields(kind) if field.name in numbers]
+        # A number is missing, or single precision has rounded it to 0 or infinity.
+        with suppress(TypeError, ValueError):
+            return kind(**{name: numbers[name] for name in names})
     return None
-
-
-def read_run(path: str | Path, also: Collection[str] = ()) -> RunLog:
-    r"""Read what the callback has logged of one run.
-
-    Args:
-        path: An event file of TensorBoard, a `metrics.csv`, a `.wandb` file or a store of MLflow; or a
-            directory that holds one (`logger.log_dir`), or a single run below it. Of the `version_N` of one
-            logger the newest is taken.
-        also: Keys to read besides those under `surge/`.
-
-    Returns:
-        What was logged. Steps that a resumed run repeated appear once.
-
-    Raises:
-        ModuleNotFoundError: If the library is not installed that reads such files.
-        RunLogError: If there is no run, more than one, or nothing that `SurgeLRCallback` has logged.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     rows = "epoch,step,surge/batch_size,val_loss\n0,1,8,\n0,1,,2.5\n0,2,16,\n"
-        ...     _ = Path(directory, "metrics.csv").write_text(rows)
-        ...     run = read_run(directory, also=["val_loss"])
-        >>> run.series["surge/batch_size"].values.tolist(), run.series["val_loss"].values.tolist()
-        ([8.0, 16.0], [2.5])
-    """
-    source, series, notes = read_files(Path(path), also)
-    return RunLog(str(source), series, tuple(notes))

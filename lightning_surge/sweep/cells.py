@@ -16,7 +16,7 @@ RATIO = math.sqrt(10)
 WORST = (math.inf, math.inf)
 
 
-class SweepError(Exception):
+class SweepError(ValueError):
     """The sweep cannot begin or go on: rule, value, remedy."""
 
 
@@ -97,6 +97,17 @@ class SweepSettings:
     def examples_of(self, batch_size: int) -> int:
         """Examples of a cell."""
         return self.steps_of(batch_size) * batch_size
+
+    def micro_batches_of(self, batch_size: int) -> int:
+        """Micro-batches per step of each replica: as few equal ones as fit."""
+        share, rest = divmod(batch_size, self.replicas)
+        if rest or not share:
+            raise ValueError(
+                f"Expected batch sizes that {self.replicas} replicas can share, got {batch_size}: use "
+                f"multiples of {self.replicas}."
+            )
+        least = math.ceil(share / (self.max_micro_batch_size or share))
+        return next(parts for parts in range(least, share + 1) if share % parts == 0)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -199,18 +210,6 @@ def _beyond(records: Mapping[Cell, Outcome], lrs: Sequence[float], best: Best | 
     all_diverged = best is None and any(outcome.is_answer for outcome in records.values())
     at_the_bottom = best is not None and best.lr == lrs[0]
     return float(f"{lrs[0] / below:.6g}") if all_diverged or at_the_bottom else None
-
-
-def accumulation_for(batch_size: int, *, largest: int | None, replicas: int = 1) -> int:
-    """Micro-batches per optimizer step of each replica: as few equal ones, of at most `largest`, as fit."""
-    share, rest = divmod(batch_size, replicas)
-    if rest or not share:
-        raise ValueError(
-            f"Expected batch sizes that {replicas} replicas can share, got {batch_size}: use multiples of "
-            f"{replicas}."
-        )
-    least = 1 if largest is None else math.ceil(share / largest)
-    return next(parts for parts in range(least, share + 1) if share % parts == 0)
 
 
 def parse_numbers(words: Sequence[str], name: str, *, whole: bool = False) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ from lightning_utilities.core.imports import RequirementCache
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.callbacks.surge_lr import SurgeLRCallback
-from lightning_surge.sweep.cells import Cell, Grid, SweepError, SweepSettings, accumulation_for
+from lightning_surge.sweep.cells import Cell, Grid, SweepError, SweepSettings
 
 # Where configurations hold them, best guess first. An `optimizer` beside the model replaces the model's own.
 LR_OWNERS = (
@@ -106,9 +106,7 @@ def cell_cli(settings: SweepSettings, cell: Cell | None, recorder: pl.Callback |
 def _cell_arguments(settings: SweepSettings, cell: Cell) -> list[str]:
     """What the command line of one cell adds."""
     steps = settings.steps_of(cell.batch_size)
-    accumulation = accumulation_for(
-        cell.batch_size, largest=settings.max_micro_batch_size, replicas=settings.replicas
-    )
+    accumulation = settings.micro_batches_of(cell.batch_size)
     values: dict[str, object] = {
         "seed_everything": cell.seed,
         "trainer.max_steps": steps,

@@ -176,7 +176,7 @@ class SweepStudy:
         """What the cells said that have ended."""
         found = {}
         for cell, trial in self.trials().items():
-            if trial.duration is not None and _told(trial):
+            if trial.duration is not None and "outcome" in trial.user_attrs:
                 outcome = trial.user_attrs["outcome"]
                 reached = tuple(Reached(*entry) for entry in outcome["reached"])
                 seconds = trial.duration.total_seconds()
@@ -189,11 +189,11 @@ class SweepStudy:
         for trial in surplus:
             self.tell(trial._trial_id, None)
         for cell in cells:
-            if cell not in trials:
+            if (known := trials.get(cell)) is None:
                 options: dict[str, Any] = {"params": cell._asdict(), "distributions": RANGES}
                 self.study.add_trial(optuna.create_trial(state=TrialState.WAITING, **options))
-            elif trials[cell].state.is_finished() and (cell in again or not _told(trials[cell])):
-                trial = self.study.trials[trials[cell].number]  # a copy
+            elif known.state.is_finished() and (cell in again or "outcome" not in known.user_attrs):
+                trial = self.study.trials[known.number]  # a copy
                 trial.user_attrs = {}
                 RetryHeartbeatStaleTrialCallback()(self.study, trial)
 
@@ -226,7 +226,3 @@ class SweepStudy:
             elif refusal:
                 self.storage.set_trial_user_attr(trial_id, "refusal", refusal)
             self.storage.set_trial_state_values(trial_id, state, values)
-
-
-def _told(trial: FrozenTrial) -> bool:
-    return "outcome" in trial.user_attrs

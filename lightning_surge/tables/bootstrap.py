@@ -14,18 +14,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_surge.laws.base import Law
 from lightning_surge.laws.tradeoff import TradeoffFit
-from lightning_surge.tables.law_fits import LAWS, LawFit, Optima, fit_law
+from lightning_surge.tables.law_fits import LAWS, FloatArray, LawFit, Optima, fit_law
 from lightning_surge.tables.optima import Valley
 
-FloatArray = npt.NDArray[np.float64]
-
 CONFIDENCE = 0.95
-FEWEST = 20
-"""Repetitions behind an interval: the ends of fewer are the largest and the smallest of a handful."""
+FEWEST = 20  # repetitions behind an interval: the ends of fewer are the largest and the smallest of a handful
 
 
 class Estimate(NamedTuple):
@@ -79,16 +75,12 @@ def repeat(
     # A batch size with one seed borrows the noise of the others.
     freedom = sum(each for _, each in known)
     pooled = math.sqrt(sum(noise**2 * each for noise, each in known) / freedom) if known else math.nan
+    scatter = [(each.noise, each.freedom) if each.freedom else (pooled, freedom) for each in used]
     from_seeds = bool(known) and all(valley.optimum.status != "tuned" for valley in used)
     for _ in range(repetitions):
         drawn = optima
         if known:
-            bottoms = [
-                valley.draw(generator, valley.noise, valley.freedom)
-                if valley.freedom
-                else valley.draw(generator, pooled, freedom)
-                for valley in used
-            ]
+            bottoms = [one.draw(generator, *how) for one, how in zip(used, scatter, strict=True)]
             steps = None if optima.steps is None else np.array([outcome for _, outcome in bottoms])
             drawn = replace(optima, steps=steps)
             if drawn.line is not None:

@@ -50,10 +50,8 @@ NAMES = {role: names.split() for role, names in WORDS["roles"].items()}
 FALLBACKS = {role: names.split() for role, names in WORDS["fallbacks"].items()}
 PREFIXES, ACCURACIES = frozenset(WORDS["prefixes"].split()), frozenset(WORDS["accuracies"].split())
 RESULTS = ACCURACIES | frozenset(WORDS["results"].split())
-SIMILAR = 0.6
-"""Share of equal letters from which a name is a close match."""
-FEWEST_LRS = 3
-"""Learning rates of a batch size among which a best one can be told."""
+SIMILAR = 0.6  # share of equal letters from which a name is a close match
+FEWEST_LRS = 3  # learning rates of a batch size among which a best one can be told
 
 
 def _plain(name: str) -> str:
@@ -86,10 +84,7 @@ def as_text(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
 
 
 def find_column(frame: pd.DataFrame, name: str, option: str) -> str:
-    """The column that a user means by what was written for an option; a ValueError if none, or several.
-
-    Case, separators and prefixes may differ from the column's name.
-    """
+    """The column that an option means; case, separators and prefixes may differ from the column's name."""
     columns = [str(column) for column in frame.columns]
     fits = ([c for c in columns if c == name], [c for c in columns if _plain(name) in _forms(c)])
     found = fits[0] or fits[1]
@@ -110,10 +105,7 @@ def _close(columns: Sequence[str], wanted: Sequence[str]) -> str:
 def find_columns(
     frame: pd.DataFrame, named: Columns, source: str, *, measure: str | None = None, maximize: bool = False
 ) -> tuple[dict[str, str], list[str]]:
-    """Columns by role, and notes on those that go by another name than the documented one.
-
-    A ValueError if a role that is needed, given the measure, has no column, or a role has several.
-    """
+    """Columns by role, and notes on those that go by another name than the documented one."""
     asked = {role: name for role, name in named._asdict().items() if name is not None}
     found = {
         role: find_column(frame, name, f"--{role.replace('_', '-')}-column") for role, name in asked.items()
@@ -124,15 +116,11 @@ def find_columns(
     free = [name for name in free if name not in blank]
     problems: dict[str, str] = {}
     for role in (role for role in Columns._fields if role not in found):
-        candidates = _candidates(text[free], role, maximize)
+        # Beside a loss, what has the name of a counter is no outcome.
+        fallbacks = [] if role == "steps" and "loss" in found else FALLBACKS.get(role, [])
+        candidates = _candidates(text[free], role, fallbacks, maximize)
         if not candidates and role in ("batch_size", "lr", "loss"):
-            candidates = _candidates(text[blank], role, maximize)
-        if (
-            role == "steps"
-            and "loss" in found
-            and not any(_forms(name) & set(NAMES[role]) for name in candidates)
-        ):
-            continue  # steps by the name of a counter, beside a loss
+            candidates = _candidates(text[blank], role, fallbacks, maximize)
         if len(candidates) == 1:
             found[role] = candidates[0]
         elif candidates:
@@ -163,14 +151,14 @@ def find_columns(
     return found, ["columns: " + ", ".join(notes)] if notes else []
 
 
-def _candidates(text: pd.DataFrame, role: str, maximize: bool) -> list[str]:
+def _candidates(text: pd.DataFrame, role: str, fallbacks: Sequence[str], maximize: bool) -> list[str]:
     """Columns that can have a role; of those with equal values only one."""
     columns = list(text.columns)
     usual = [name for name in columns if _forms(name) & set(NAMES[role])]
     if role == "loss" and maximize:
         larger = [name for name in columns if set(_plain(name).split("_")) & ACCURACIES]
         usual = [name for name in larger if "train" not in _plain(name)] or larger or usual
-    found = usual or [name for name in columns if _forms(name) & set(FALLBACKS.get(role, ()))]
+    found = usual or [name for name in columns if _forms(name) & set(fallbacks)]
     found.sort(key=lambda column: _plain(column) != role)
     different = [
         c for place, c in enumerate(found) if not any(text[c].equals(text[b]) for b in found[:place])

@@ -15,30 +15,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from lightning_surge.checking.libraries import needed
 from lightning_surge.tables.fit import GridFit
-from lightning_surge.tables.law_fits import LAWS, Optima, fit_law
+from lightning_surge.tables.law_fits import LAWS, FloatArray, Optima, fit_law
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-FloatArray = npt.NDArray[np.float64]
-
 # Okabe and Ito's palette, which stays apart under the common forms of colour blindness.
 BEST, SQRT, INK, FAILED = "#D55E00", "#555555", "#000000", "#d8d8d8"
 RIVALS = (("#0072B2", (0, (5, 2))), ("#CC79A7", (0, (1, 1))), ("#009E73", (0, (4, 1.5, 1, 1.5))))
 """Colours and dashes of laws that are not told from the best one; further ones are not drawn."""
 COLUMNS = 3
-TICKS = 9
-"""Labels that an axis has room for."""
-WORST = 2.0
-"""Colours end at so many doublings of the steps; at such a part of the losses' spread."""
+TICKS = 9  # labels that an axis has room for
+WORST = 2.0  # colours end at so many doublings of the steps; at such a part of the losses' spread
 QUANTILE = 0.6
-NARROWEST = 0.35
-"""Width of a lone column of cells, in log batch size."""
-MARGIN = 1.3
-"""Beyond the learning rates where there are no cells, as a factor."""
+NARROWEST = 0.35  # width of a lone column of cells, in log batch size
+MARGIN = 1.3  # beyond the learning rates where there are no cells, as a factor
 
 
 def draw_fits(fits: Sequence[GridFit], title: str = "") -> Figure:
@@ -56,10 +51,8 @@ def draw_fits(fits: Sequence[GridFit], title: str = "") -> Figure:
     """
     if not fits:
         raise ValueError("Expected at least one fit, got none: pass what fit_grid returned.")
-    try:
+    with needed("Drawing needs matplotlib", "'lightning-surge[plot]'"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Drawing needs matplotlib: pip install 'lightning-surge[plot]'.") from error
     columns = min(COLUMNS, len(fits))
     rows = math.ceil(len(fits) / columns)
     figure = Figure(figsize=(6.2 * columns, 4.9 * rows + 0.7), dpi=110, layout="constrained")

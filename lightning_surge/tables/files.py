@@ -13,33 +13,21 @@ import re
 import sys
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from lightning_surge.tables.columns import WORDS
 from lightning_surge.tables.study import is_study, read_study
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 EXPORT = "export the runs as CSV or Parquet"
 
 
 def read_frame(source: str | Path) -> pd.DataFrame:
-    r"""Open a table, a file, a pipe or `-`, as it stands: the text of CSV is not yet taken for numbers.
-
-    Raises an OSError if there is no such file, ModuleNotFoundError without pandas, or pyarrow for Parquet,
-    and ValueError if the file is empty, damaged or of another kind.
-    """
-    try:
-        import pandas  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Reading a table needs pandas: pip install 'lightning-surge[fit]'."
-        ) from error
+    """Open a table, a file, a pipe or `-`, as it stands: the text of CSV is not yet taken for numbers."""
     name = str(source)
     if is_study(name):
-        return read_study(name)
+        return _in_rows(read_study(name))
     frame = _parse(_content(name), "standard input" if name == "-" else repr(name))
     frame = frame.set_axis([str(column).strip() for column in frame.columns], axis=1)
     if (again := frame.columns.duplicated()).any():
@@ -90,10 +78,8 @@ def _text(data: bytes, name: str) -> str:
 
 
 def _parquet(data: bytes, name: str) -> pd.DataFrame:
-    import pandas
-
     try:
-        frame = pandas.read_parquet(io.BytesIO(data))
+        frame = pd.read_parquet(io.BytesIO(data))
     except ImportError as error:
         raise ModuleNotFoundError("Parquet needs pyarrow: pip install 'lightning-surge[fit]'.") from error
     except (OSError, ValueError) as error:  # pyarrow's own are of these kinds
@@ -108,24 +94,20 @@ def _in_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _json(text: str, name: str) -> pd.DataFrame:
     """A list of runs, a run per line, or columns as in pandas; deeper values get dotted names."""
-    import pandas
-
     try:
         try:
             found: Any = json.loads(text)
         except json.JSONDecodeError:
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
         if isinstance(found, dict):
-            found = pandas.DataFrame(found).to_dict("records")
-        return _in_rows(pandas.json_normalize(found))
+            found = pd.DataFrame(found).to_dict("records")
+        return _in_rows(pd.json_normalize(found))
     except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError) as error:
         raise ValueError(f"Expected JSON with one object per run, got {name}: {error}; {EXPORT}.") from error
 
 
 def _delimited(text: str, name: str) -> pd.DataFrame:
     """CSV by whatever separates the names in the header; comments may stand above it."""
-    import pandas
-
     # Comments are emptied and not removed: lines keep their numbers.
     lines = ["" if line.startswith("#") else line for line in text.splitlines()]
     first = next((place for place, line in enumerate(lines) if line.strip()), None)
@@ -133,7 +115,7 @@ def _delimited(text: str, name: str) -> pd.DataFrame:
         raise ValueError(f"Expected a header and rows, got the empty file {name}: write the table again.")
     separator = max(",;\t", key=lines[first].count)
     try:
-        frame = pandas.read_csv(
+        frame = pd.read_csv(
             io.StringIO("\n".join(lines[first:])),
             sep=separator if separator in lines[first] else r"\s+",
             header=None,
@@ -145,7 +127,7 @@ def _delimited(text: str, name: str) -> pd.DataFrame:
     except ValueError as error:  # pandas' own are of this kind
         reason = f"{str(error).strip()}, counted from the header on"
         raise ValueError(f"Expected CSV, got {name}: {reason}; correct or remove the line.") from error
-    frame.index = pandas.RangeIndex(first + 1, first + 1 + len(frame), name="line")
+    frame.index = pd.RangeIndex(first + 1, first + 1 + len(frame), name="line")
     cells = frame.map(str.strip, na_action="ignore")
     header = cells.iloc[0]
     # Files that were joined repeat their header.

@@ -23,12 +23,9 @@ from lightning_surge.tables.law_fits import LAWS, HeldOut, LawFit, Optima, fit_l
 from lightning_surge.tables.optima import Valley, valleys
 from lightning_surge.tables.read import Measure, RunTable
 
-FEWEST = 3
-"""Batch sizes with an optimum inside their grid."""
-MAX_SIZES = 200
-"""Batch sizes up to which a table is a grid."""
-CLOSE = 1e-3
-"""Relative difference of a target from what is written for it."""
+FEWEST = 3  # batch sizes with an optimum inside their grid
+MAX_SIZES = 200  # batch sizes up to which a table is a grid
+CLOSE = 1e-3  # relative difference of a target from what is written for it
 
 
 class FittedLaw(NamedTuple):
@@ -259,16 +256,20 @@ def remedy(valley: Valley) -> str:
     return REMEDIES.get(optimum.status, "").format(lr=optimum.lr)
 
 
+def missing(grid: Sequence[Valley], most: int) -> str:
+    """What would give batch sizes their optimum: of the first few, and of how many more; empty if of none."""
+    said = [f"at B = {valley.batch_size:,g} {remedy(valley)}" for valley in grid if remedy(valley)]
+    return "; ".join(said[:most] + ([f"and {len(said) - most} more"] if len(said) > most else []))
+
+
 def _too_little(grid: Sequence[Valley], maximize: bool) -> str:
-    missing = [valley for valley in grid if not valley.optimum.found]
-    reasons = "; ".join(f"at B = {valley.batch_size:,g} {remedy(valley)}" for valley in missing[:6])
-    more = f"; and {len(missing) - 6} more" if len(missing) > 6 else ""
+    found = sum(valley.optimum.found for valley in grid)
     edges = all(valley.optimum.status in ("edge_low", "edge_high") for valley in grid)
     hint = ". Every optimum is at an end: pass --maximize if larger values are better, as of an accuracy"
     if maximize:
         hint = ". Every optimum is at an end: leave out --maximize if smaller values are better"
     return (
-        f"Expected {FEWEST} batch sizes with an optimum inside their grid, got {len(grid) - len(missing)} of "
-        f"{len(grid)}: {reasons or 'add batch sizes, each with at least 3 learning rates'}{more}"
+        f"Expected {FEWEST} batch sizes with an optimum inside their grid, got {found} of "
+        f"{len(grid)}: {missing(grid, 6) or 'add batch sizes, each with at least 3 learning rates'}"
         f"{hint if edges else ''}."
     )

@@ -30,16 +30,13 @@ RESIDUAL_SCALE = 0.2
 """Log of the learning rate beyond which a residual counts linearly: a fifth, the error of a good optimum."""
 BEYOND = 1e3
 """Factor beyond the batch sizes tried up to which a scale is looked for; there its effect is out of sight."""
-SHARES = (1e-3, 1e7)
-"""Range of the measured law's ratio of coherent to noisy curvature."""
+SHARES = (1e-3, 1e7)  # range of the measured law's ratio of coherent to noisy curvature
 STARTS_PER_DECADE = 2
-REFINED = 3
-"""Starts from which a precise fit goes on; a repetition of it goes on from the best one only."""
+REFINED = 3  # starts from which a precise fit goes on; a repetition of it goes on from the best one only
 TOLERANCE, ROUGH_TOLERANCE = 1e-12, 1e-5
 EVALUATIONS, ROUGH_EVALUATIONS = 100, 30
 """Most of a fit: where a parameter hardly matters, or goes to its end, the rest of the way is in vain."""
-AT_LIMIT = 1e-3
-"""Distance of a log from the end of its range at which it counts as stopped there."""
+AT_LIMIT = 1e-3  # distance of a log from the end of its range at which it counts as stopped there
 
 
 class HeldOut(NamedTuple):
@@ -138,10 +135,7 @@ def _starts(name: str, sizes: tuple[float, ...]) -> tuple[FloatArray, FloatArray
 
 
 def hold_out(name: str, optima: Optima) -> HeldOut | None:
-    """Predict the best learning rate of every batch size from the others.
-
-    None if the law has as many parameters as there are batch sizes, or no scale from Eq. 22.
-    """
+    """Predict each best learning rate from the others; None if too few, or without a scale of Eq. 22."""
     if optima.sizes.size <= LAWS[name].size:
         return None
     errors = []

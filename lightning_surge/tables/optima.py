@@ -15,20 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_surge.checking.arguments import switch
-from lightning_surge.tables.read import RunTable
+from lightning_surge.tables.read import FloatArray, RunTable
 
-FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Status = Literal["inside", "bracketed", "tuned", "edge_low", "edge_high", "flat", "few", "failed"]
 
-SAME_LR = 1e-6
-"""Relative difference up to which two learning rates are one, written with different digits."""
+SAME_LR = 1e-6  # relative difference up to which two learning rates are one, written with different digits
 MIN_REACH = math.log(1.5)
 """A parabola reaches at least so far to both sides: on a fine grid the next neighbours differ by noise."""
-CLEAR = 2.0
-"""A valley is one if its curvature is so many times its standard error."""
-RESIDUALS = 3
-"""Degrees of freedom that residuals of a parabola need to stand for the noise of single runs."""
+CLEAR = 2.0  # a valley is one if its curvature is so many times its standard error
+RESIDUALS = 3  # degrees of freedom that residuals of a parabola need to stand for the noise of single runs
 
 
 class Optimum(NamedTuple):
@@ -123,24 +119,20 @@ def valleys(table: RunTable, *, tuned: bool = False) -> list[Valley]:
         (0.002, 200.0, 'inside')
     """
     switch("tuned", tuned)
-    with np.errstate(invalid="ignore"):
-        outcomes = np.log(table.outcomes) if table.measure == "steps" else table.outcomes
-    log_lrs = np.log(table.lrs)
-    seeds = np.zeros(log_lrs.size, dtype=np.int64) if table.seeds is None else table.seeds
     # One order whatever that of the rows, so that sums round alike.
-    order = np.lexsort((outcomes, seeds, log_lrs, table.batch_sizes))
-    sizes, starts = np.unique(table.batch_sizes[order], return_index=True)
+    seeds = () if table.seeds is None else (table.seeds,)
+    table = table.at(np.lexsort((table.outcomes, *seeds, table.lrs)))
     return [
-        _valley(
-            table, size, log_lrs[rows], outcomes[rows], None if table.seeds is None else seeds[rows], tuned
-        )
-        for size, rows in zip(sizes.tolist(), np.split(order, starts[1:]), strict=True)
+        _valley(table.at(table.batch_sizes == size), size, tuned)
+        for size in np.unique(table.batch_sizes).tolist()
     ]
 
 
-def _valley(
-    table: RunTable, size: float, x: FloatArray, y: FloatArray, seeds: IntArray | None, tuned: bool
-) -> Valley:
+def _valley(table: RunTable, size: float, tuned: bool) -> Valley:
+    logarithmic = table.measure == "steps"
+    with np.errstate(invalid="ignore"):
+        y = np.log(table.outcomes) if logarithmic else table.outcomes
+    x, seeds = np.log(table.lrs), table.seeds
     cell = np.concatenate([[0], np.cumsum(np.diff(x) > SAME_LR)])
     if seeds is not None:
         pairs, inverse = np.unique(cell * (seeds.max() + 1) + seeds, return_inverse=True)
@@ -169,7 +161,6 @@ def _valley(
         status = "inside" if resolved else "flat"
         if math.isnan(noise) and bottom.freedom >= RESIDUALS:
             noise, freedom = bottom.scatter, bottom.freedom
-    logarithmic = table.measure == "steps"
     outcome = _outcome(bottom.y, logarithmic) * (-1 if table.maximize else 1)
     optimum = Optimum(size, math.exp(bottom.x), outcome, status)
     return Valley(size, centres, means, counts, logarithmic, reach, noise, seed_noise, freedom, optimum)
@@ -202,8 +193,7 @@ def _bottom(x: FloatArray, y: FloatArray, reach: float, counts: FloatArray | Non
     lone = _Bottom(float(x[best]), float(y[best]))
     if not math.isfinite(lone.y):
         return lone
-    # The neighbours of the best one belong to it however far they are.
-    near = (np.abs(x - x[best]) <= reach) | (np.abs(np.arange(x.size) - best) <= 1)
+    near = _near(x, best, reach)
     outside = np.flatnonzero(~(near & np.isfinite(y)))
     first, last = max([-1, *outside[outside < best]]) + 1, min([x.size, *outside[outside > best]]) - 1
     if best in (first, last):
@@ -229,6 +219,12 @@ def _bottom(x: FloatArray, y: FloatArray, reach: float, counts: FloatArray | Non
     )
 
 
+def _near(x: FloatArray, best: int, reach: float) -> npt.NDArray[np.bool_]:
+    """What lies around the best one; its neighbours belong to it however far they are."""
+    near: npt.NDArray[np.bool_] = (np.abs(x - x[best]) <= reach) | (np.abs(np.arange(x.size) - best) <= 1)
+    return near
+
+
 def _noise(
     x: FloatArray, means: FloatArray, cell: IntArray, y: FloatArray, seeds: IntArray | None
 ) -> tuple[float, float, int]:
@@ -236,9 +232,7 @@ def _noise(
 
     Only near the bottom: runs that are about to diverge scatter far more.
     """
-    best = int(np.argmin(means))
-    neighbours = np.abs(np.arange(x.size) - best) <= 1
-    near = (neighbours | (np.abs(x - x[best]) <= MIN_REACH)) & np.isfinite(means)
+    near = _near(x, int(np.argmin(means)), MIN_REACH) & np.isfinite(means)
     rows = near[cell]
     residuals, cells = (y - np.where(near, means, 0.0)[cell])[rows], int(near.sum())
     freedom, seed_noise = residuals.size - cells, 0.0

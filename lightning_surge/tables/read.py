@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_surge.checking.arguments import choice, optional, switch
+from lightning_surge.checking.libraries import needed
 from lightning_surge.tables.columns import (
     OUTCOMES,
     WORDS,
@@ -32,7 +33,6 @@ from lightning_surge.tables.columns import (
     settings_within,
     shown,
 )
-from lightning_surge.tables.files import read_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,10 +46,8 @@ FEWEST_STEPS = 0.5
 """No run is shorter, even if its steps were interpolated; below, examples are counted in another unit."""
 SILENT = WORDS["silent_statuses"].split()
 """Statuses that say nothing about the learning rate, of `lightning-surge sweep` and of other programs."""
-UNFINISHED = ("diverged", "not_reached")
-"""And those that say that it is no good."""
-MIXED = "runs that differ in"
-"""Begins the note that matters most."""
+UNFINISHED = ("diverged", "not_reached")  # statuses that say that a learning rate is no good
+MIXED = "runs that differ in"  # begins the note that matters most
 REMEDIES = {
     "batch_size": "write the examples behind one optimizer step, or leave the row out with --where",
     "lr": "write the learning rate, or leave the row out with --where",
@@ -71,8 +69,8 @@ class RunTable(NamedTuple):
     maximize: bool = False  # whether larger was better in the table: outcomes are its values times -1
     group: Mapping[str, str] = {}  # values that these runs share, by the columns that divided the table
 
-    def at(self, rows: npt.NDArray[np.bool_]) -> RunTable:
-        """The runs in some rows."""
+    def at(self, rows: npt.NDArray[np.bool_ | np.intp]) -> RunTable:
+        """The runs in some rows, by flags or by places."""
         arrays = ("batch_sizes", "lrs", "outcomes", "seeds", "targets")
         return self._replace(
             **{name: array[rows] for name in arrays if (array := getattr(self, name)) is not None}
@@ -131,6 +129,8 @@ def read_tables(
     optional(choice, "measure", measure, get_args(Measure))
     switch("maximize", maximize)
     name = "standard input" if str(source) == "-" else str(source)
+    with needed("Reading a table needs pandas", "'lightning-surge[fit]'"):
+        from lightning_surge.tables.files import read_frame
     frame = read_frame(source)
     maximize = maximize or frame.attrs.get("maximize", False)  # studies say so
     frame = _selected(frame, where)
@@ -221,9 +221,7 @@ def _runs(
     with np.errstate(invalid="ignore"):
         outcomes = np.where(np.abs(outcomes) < LIMIT, outcomes * (-1 if maximize else 1), np.inf)
     if "status" in roles:
-        outcomes = np.where(
-            as_text(frame, roles["status"]).isin(UNFINISHED).to_numpy()[:, 0], np.inf, outcomes
-        )
+        outcomes[as_text(frame, roles["status"])[roles["status"]].isin(UNFINISHED)] = np.inf
     cell = [roles[role] for role in ("batch_size", "lr", "seed", "target") if role in roles]
     used = [name for role, name in roles.items() if role != "examples" or measure == "steps"]
     differing, apart = settings_within(frame, cell, used)

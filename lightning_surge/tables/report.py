@@ -10,14 +10,12 @@ import numpy as np
 
 from lightning_surge.checking.answers import aligned, plain
 from lightning_surge.tables.bootstrap import CONFIDENCE, Estimate
-from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, remedy
+from lightning_surge.tables.fit import FittedLaw, GridFit, Unfitted, missing, remedy
 from lightning_surge.tables.law_fits import LAWS
 from lightning_surge.tables.read import MIXED
 
-VERSION = 1
-"""Of the keys: raised when one changes its meaning or goes."""
-BEYOND = 4.0
-"""Factor beyond the batch sizes tried up to which the next one is proposed."""
+VERSION = 1  # of the keys: raised when one changes its meaning or goes
+BEYOND = 4.0  # factor beyond the batch sizes tried up to which the next one is proposed
 
 Found = Sequence[GridFit | Unfitted]
 
@@ -83,9 +81,8 @@ def _next(fit: GridFit) -> str:
     best = fit.winner
     if fit.notes and fit.notes[0].startswith(MIXED):
         return "tell apart the runs that the first note names"
-    missing = [f"at B = {valley.batch_size:,g} {remedy(valley)}" for valley in fit.valleys if remedy(valley)]
-    if missing:
-        return "; ".join(missing[:2]) + (f"; and {len(missing) - 2} more" if len(missing) > 2 else "")
+    if said := missing(fit.valleys, 2):
+        return said
     if best.held_out is None:
         return "add a batch size, with learning rates on both sides of the best one"
     if best.held_out.error > 0.5:

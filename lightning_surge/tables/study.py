@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_surge.checking.libraries import needed
+
 if TYPE_CHECKING:
     import pandas as pd
     from optuna.trial import FrozenTrial
@@ -40,19 +42,12 @@ def is_study(where: str) -> bool:
 
 
 def read_study(where: str) -> pd.DataFrame:
-    """Read the trials of a study, one a row; if there are several studies, a column has their names.
-
-    `attrs["maximize"]` says whether larger losses are better. A ValueError if there is no study.
-    """
-    try:
+    """Read the trials of a study, one a row; if there are several studies, a column has their names."""
+    with needed("Reading a study needs Optuna and pandas", "'lightning-surge[sweep]'"):
         import optuna
         import pandas
         from optuna.storages import BaseStorage, JournalStorage, RDBStorage
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Reading a study needs Optuna and pandas: pip install 'lightning-surge[sweep]'."
-        ) from error
     file, said = local_file(where), shown(where)
     if file is not None and not file.is_file():
         raise ValueError(f"Expected an existing study, got {said!r}: check the path.")
@@ -74,17 +69,14 @@ def read_study(where: str) -> pd.DataFrame:
     for study in studies:
         name = {"study": study.study_name} if len(studies) > 1 else {}
         rows += [row | name for row in study_rows(study.get_trials(deepcopy=False))]
-    frame = pandas.DataFrame(rows).set_axis(range(1, len(rows) + 1), axis=0).rename_axis("row")
+    frame = pandas.DataFrame(rows)
+    # Whether larger losses are better.
     frame.attrs["maximize"] = all(study.direction.name == "MAXIMIZE" for study in studies)
     return frame
 
 
 def study_rows(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
-    """Rows of the cells that have ended, sorted.
-
-    There is one row for each target loss, whose steps and examples are those until it was reached, and empty
-    where it never was.
-    """
+    """Rows of the cells that have ended, sorted: one for each target loss, with the steps to it."""
     ended = {}
     for trial in trials:
         if (outcome := trial.user_attrs.get("outcome")) is not None:

@@ -307,3 +307,19 @@ class TestUnfrozenLater:
         assert seen[first][1] == "held: the trained parameters have changed"
         assert seen[first][2] == seen[first - 1][2]
         assert seen[-1][1] != seen[first][1]
+
+    def test_in_mid_epoch_is_noticed_where_a_probe_reads_them(self) -> None:
+        module, callback = Head(), surge(probe_every=3)
+        module.first.requires_grad_(False)
+        counts: list[int] = []
+
+        def note(batch: Any, batch_idx: int) -> None:
+            counts.append(callback.history.num_measurements)
+            if batch_idx == 10:
+                module.first.requires_grad_(True)
+                module.trainer.optimizers[0].add_param_group({"params": [*module.first.parameters()]})
+
+        module.on_train_batch_start = note  # type: ignore[method-assign]
+        make_trainer(callback, max_epochs=1).fit(module, data(20, 16))
+        assert max(counts[:11]) >= 3
+        assert min(counts[11:]) == 1

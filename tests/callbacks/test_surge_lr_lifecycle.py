@@ -22,15 +22,17 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
     StepLR,
 )
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.policy.policy import Decision
 from tests.trainings import (
     CrashAt,
+    MakeOptimizer,
     Outside,
     Regression,
+    adamw,
     make_trainer,
     probing,
     regression_data,
@@ -97,21 +99,6 @@ class TestSchedules:
         # Lightning divides the last window as if it were whole, and its factor is that of a whole one.
         sizes = [4, 4, 4, 4, 2] if accumulation == 1 else [8, 8, 4]
         assert scaled.lrs == [lr * (size / 3) for lr, size in zip(plain.lrs, 4 * sizes, strict=True)]
-
-    def test_survive_an_epoch_that_a_hook_skips(self) -> None:
-        # Lightning then moves the schedule without a step, right after the callbacks started the batch.
-        class Skipping(Scheduled):
-            def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-                return -1 if batch_idx == 2 else None
-
-        def run(*callbacks: Callback) -> Scheduled:
-            module = Skipping(SCHEDULES["exponential"])
-            make_trainer(*callbacks, max_epochs=3).fit(module, regression_data(16, 4))
-            return module
-
-        plain, scaled = run(), run(SurgeLRCallback(1, "linear"))
-        assert scaled.scheduled == plain.scheduled
-        assert scaled.lrs == [4.0 * lr for lr in plain.lrs]
 
     @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
     @pytest.mark.parametrize(
@@ -242,54 +229,37 @@ class TestErrors:
             SurgeLRCallback(**arguments)
 
     @staticmethod
-    def _refused(
-        trainer: pl.Trainer, module: Regression, message: str, loader: DataLoader[Any] | None = None
-    ) -> None:
-        before = module.weights
-        with pytest.raises(MisconfigurationException, match=message):
-            trainer.fit(module, loader or regression_data(32, 8))
-        assert module.calls == 0
-        assert torch.equal(module.weights, before)
-
-    # Lightning says so too.
-    @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
-    def test_without_an_optimizer(self) -> None:
-        module = Regression(lambda module: None)
-        self._refused(
-            make_trainer(SurgeLRCallback(4)),
-            module,
-            "needs an optimizer, got 0 from configure_optimizers of Regression: return one that holds",
-        )
-
-    @pytest.mark.parametrize("law", ["theorem2", "theorem3"])
-    def test_with_a_theorem_for_plain_gradients(self, law: str) -> None:
-        module = Regression(with_lr(SGD, 0.1))
-        self._refused(
-            make_trainer(SurgeLRCallback(4, law)), module, f"law='{law}' .* got SGD: use law='measured'"
-        )
-
-    @staticmethod
     def _uneven() -> DataLoader[Any]:
-        # The second tensor holds three numbers for all examples together.
+        # The third tensor holds three numbers for all examples together.
         return DataLoader(
             regression_data(32, 8).dataset,
-            batch_size=8,
-            collate_fn=lambda rows: [
-                torch.stack([x for x, _ in rows]),
-                torch.stack([y for _, y in rows]),
-                torch.zeros(3),
-            ],
+            8,
+            collate_fn=lambda rows: [*default_collate(rows), torch.zeros(3)],
         )
 
-    # Lightning warns that it takes the first length that it finds.
+    # Lightning says so, too, and warns that it takes the first length that it finds.
+    @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
     @pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection")
-    def test_with_a_batch_that_cannot_be_cut(self) -> None:
-        self._refused(
-            make_trainer(SurgeLRCallback(4)),
-            Regression(),
-            r"cannot cut .* got lengths \[3, 8\]: pass split_batch=.*split_batch=False",
-            self._uneven(),
-        )
+    @pytest.mark.parametrize(
+        ("make_optimizer", "law", "message"),
+        [
+            (
+                lambda _: None,
+                "measured",
+                "got 0 from configure_optimizers of Regression: return one that holds",
+            ),
+            (with_lr(SGD, 0.1), "theorem2", "law='theorem2' .* got SGD: use law='measured'"),
+            (with_lr(SGD, 0.1), "theorem3", "law='theorem3' .* got SGD: use law='measured'"),
+            (adamw, "measured", r"got lengths \[3, 8\]: pass split_batch=.*split_batch=False"),
+        ],
+    )
+    def test_come_before_training(self, make_optimizer: MakeOptimizer, law: Any, message: str) -> None:
+        module = Regression(make_optimizer)
+        before = module.weights
+        with pytest.raises(MisconfigurationException, match=message):
+            make_trainer(SurgeLRCallback(4, law)).fit(module, self._uneven())
+        assert module.calls == 0
+        assert torch.equal(module.weights, before)
 
     @pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection")
     def test_a_batch_that_cannot_be_cut_suits_whole_batches(self) -> None:

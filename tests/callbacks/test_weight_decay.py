@@ -208,10 +208,10 @@ class TestRestoring:
             trainer.optimizers[0].param_groups[0]["weight_decay"] *= 2.0
 
         module = Decayed(gamma=1.0)
-        trainer = make_trainer(LambdaCallback(on_train_batch_end=grow), keeping())
+        trainer = make_trainer(LambdaCallback(on_before_optimizer_step=grow), keeping())
         trainer.fit(module, data(12))
         products = [lr * (decay or 0.0) for [(lr, decay)] in module.read]
-        assert products == pytest.approx([0.001, 0.002, 0.004], rel=1e-15)
+        assert products == pytest.approx([0.002, 0.004, 0.008], rel=1e-15)
         assert entries(trainer.optimizers[0])[0] == (0.01, 0.8)
 
     def test_after_an_exception(self) -> None:

@@ -49,7 +49,6 @@ LIMITS = {"multiple_of": 4, "minimum": 8, "maximum": 16}
 MEASURED = {"alignment_limit": 2, "alignment_scale": 300, "noise_curvature": 1, "signal_curvature": 1}
 SGD = laws.SGDLaw(max_lr=1, noise_scale=100)
 RULE = {"base_lr": 0.1, "base_batch_size": 16}
-MOMENTS = {"mean": [1.0], "standard_deviation": [4.0], "hessian": [[1.0]]}
 # What is called with which valid arguments; every other one has its default.
 CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     SurgeLRCallback: {"base_batch_size": 16, "probe_every": 4, "probe_examples": 8, "optimizer": 1},
@@ -74,7 +73,6 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     schedules.total_examples: {"schedule": SIZE, "steps": 4},
     laws.MeasuredLaw: MEASURED,
     laws.SGDLaw: {"max_lr": 0.1, "noise_scale": 300},
-    laws.Theorem2Law: MOMENTS,
     laws.Theorem3Law: {"noise_scale": 300, "peak_lr": 0.1},
     laws.ConstantLaw: RULE,
     laws.SqrtLaw: RULE,
@@ -82,7 +80,7 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     laws.steps_needed: {"batch_size": 16, "critical_batch_size": 300, "min_steps": 10},
     laws.examples_needed: {"batch_size": 16, "critical_batch_size": 300, "min_examples": 3000},
     **{getattr(law, name): {"batch_size": 16}
-       for law in (SGD, laws.MeasuredLaw(**MEASURED), laws.Theorem2Law(**MOMENTS))
+       for law in (SGD, laws.MeasuredLaw(**MEASURED))
        for name in ("lr", "gain", "alignment", "isotropic_lr")},
     runs.run_state: {"run": as_log(rows()), "step": 30},
     runs.plot_run: {"run": as_log(rows()), "base_batch_size": 16},

@@ -89,8 +89,12 @@ class TestRefusing:
     @pytest.mark.parametrize(
         ("changes", "words", "message"),
         [
-            ({}, ["--output", "a.html"], "end in .png or .svg, got --output a.html: rename it, or use T"),
-            ({}, ["--output", "no/a.png"], "make its directory first"),
+            (
+                {},
+                ["--output", "a.html"],
+                "end in .png, .svg, .pdf and be in an existing directory, got 'a.html': rename it",
+            ),
+            ({}, ["--output", "no/a.png"], "got 'no/a.png': rename it, or make the directory"),
             ({"examples": None}, ["--x", "examples"], "'surge/examples'"),
             ({"base_batch_size": None}, [], "base_batch_size=nan"),
         ],

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_surge.laws.theorems import Theorem2Law
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.records import CoordinateSums, Measurement
 from lightning_surge.measure.replay import Chunk, Piece
 from tests.drawn import HESSIAN, within
+from tests.laws.closed_forms import Theorem2
 
 MEAN = np.array([0.6, -0.4, 0.5, 0.2])
 DEVIATION = np.array([2.0, 1.5, 2.5, 1.0])
@@ -87,7 +87,7 @@ class TestTheorem3:
 
 @pytest.mark.slow
 class TestTheorem2:
-    LAW = Theorem2Law(mean=MEAN, standard_deviation=DEVIATION, hessian=HESSIAN)
+    LAW = Theorem2(MEAN, DEVIATION, HESSIAN)
     # erf of a mean in units of a deviation that comes from K chunks: the deviation's relative variance
     # 1 / (2 (K - 1)), times |x^2 erf''(x)| / 2 <= 0.6 of erf's scale, lowers E by less than 2 % at K = 16.
     SHARE = 0.6 / (2 * (CHUNKS - 1))

@@ -25,6 +25,7 @@ from lightning_surge.policy.estimates import (
     law_of,
 )
 from tests.drawn import halves, history_of, many, measured_law, record, through_a_checkpoint, within
+from tests.laws.closed_forms import theorem3
 
 TRUE = measured_law(2.0, 150.0, 1.5, 0.9)
 SIZES = (16.0, 64.0)
@@ -119,7 +120,7 @@ class TestExactData:
                 float(np.trace(h)), float(u @ (h - np.diag(np.diag(h))) @ u), float(u @ mean)
             )
             fitted = fit_theorem3_law(history_of([measured(TRUE)._replace(coordinate_sums=sums)] * 2).stats())
-            law = Theorem3Law.from_moments(mean=mean, standard_deviation=deviation, hessian=h)
+            law = theorem3(mean, deviation, h)
             assert math.isfinite(law.noise_scale) == (sign > 0)
             for b in (1.0, 30.0, 1000.0):
                 assert fitted.lr(b) == pytest.approx(law.lr(b), rel=1e-9)

@@ -15,7 +15,7 @@ from examples.digits_model import Digits
 from examples.report import stages
 from lightning_surge import SurgeLRCallback
 from lightning_surge.policy.estimates import EstimatedLaw
-from lightning_surge.runs.run_log import read_run
+from lightning_surge.runs.log_files import read_run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.policy.estimates import EstimatedLaw, estimate, fit_sign_law
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.reasons import Reason
-from lightning_surge.runs.run_log import read_run
+from lightning_surge.runs.log_files import read_run
 from tests.drawn import history_of, record
 from tests.trainings import MakeOptimizer, Regression, adamw, regression_data, trained, two_groups, with_lr
 

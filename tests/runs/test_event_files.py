@@ -6,9 +6,7 @@ import pytest
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_surge.runs import event_files
-from lightning_surge.runs.event_files import read_events
-from lightning_surge.runs.series import Points
+from lightning_surge.runs.trackers import Points, read_events
 from tests.logged_runs import write_events
 
 
@@ -18,10 +16,8 @@ def read(path, *also):
     return points.series(), note, points.others
 
 
-@pytest.mark.parametrize("block", [1 << 24, 100, 7])
-def test_every_point_in_order_whatever_the_blocks(tmp_path, monkeypatch, block):
+def test_every_point_in_order(tmp_path):
     """Steps of one to five bytes, taken back in between; negative, infinite and undefined values; step 0."""
-    monkeypatch.setattr(event_files, "BLOCK_BYTES", block)
     steps = [0, 1, 127, 128, 129, 16_383, 16_384, 5, 2**31, 2**34 - 1, 3]
     values = [1.5, -2.0, math.inf, math.nan, 0.0, -0.0, 1e-30, 8.0, 4.0, 2.0, 1.0]
     with SummaryWriter(str(tmp_path)) as writer:
@@ -58,9 +54,7 @@ def test_scalars_of_other_writers(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["length", "content", "step", "cut"])
-@pytest.mark.parametrize("block", [1 << 24, 100])
-def test_read_up_to_the_record_that_is_damaged(tmp_path, monkeypatch, place, block):
-    monkeypatch.setattr(event_files, "BLOCK_BYTES", block)
+def test_read_up_to_the_record_that_is_damaged(tmp_path, place):
     path = write_events(tmp_path, {step: {"surge/a": 8.0} for step in range(1, 6)})
     content = bytearray(path.read_bytes())
     begin = content.rindex(b"surge/a") - 17  # of the record
@@ -88,6 +82,6 @@ def test_files_that_are_none(tmp_path, content, note):
 
 def test_without_tensorboard_the_extra_is_named(monkeypatch, tmp_path):
     path = write_events(tmp_path, {1: {"surge/a": 1.0}})
-    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[tensorboard\]'"):
         read(path)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lightning_surge.laws.base import SGDLaw
 from lightning_surge.laws.theorems import Theorem3Law
-from lightning_surge.runs.run_log import RunLog, RunLogError, Series, law_from_numbers, read_run
-from lightning_surge.runs.series import joined
+from lightning_surge.runs.log_files import joined, read_run
+from lightning_surge.runs.run_log import RunLog, RunLogError, Series, law_from_numbers
 from tests.logged_runs import LAW, as_log, rows, several_optimizers, write_csv, write_events
 
 WRITERS = pytest.mark.parametrize("write", [write_csv, write_events])
@@ -145,16 +145,16 @@ class TestRefusing:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b"", r"with a column 'step', got .* with the columns \[\]"),
-            (b"time,loss\n1,2\n", r"with a column 'step', got .* \['time', 'loss'\]"),
+            (b"", r"got .* with no column 'step' among \[\] in line 1: mend that line, or pass"),
+            (b"time,loss\n1,2\n", r"no column 'step' among \['time', 'loss'\]"),
             (b"step,surge/batch_size\n", "no key that begins with 'surge/'.*: train for at least"),
-            (b"step,surge/batch_size\n1,8\n2,eight\n", r"Expected numbers in .*'eight' in line 3"),
-            (b"step,surge/batch_size\nx,8\n2,8\n", r"Expected numbers in .*'x'"),
-            (b"step,surge/batch_size\n1.5,8\n2,8\n", r"Expected numbers in .*step of '1.5' in line 2"),
-            (b"step,surge/batch_size\ninf,8\n", r"Expected numbers in .*inf"),
-            (b"step,surge/batch_size\n99999999999999999999,8\n", "Expected numbers in"),
-            (b"\x89PNG\r\n\x1a\n\xff\xfe", "Expected a text file with columns"),
-            (b"step,surge/batch_size\n1," + b"8" * 200_000 + b"\n", "Expected a text file with columns"),
+            (b"step,surge/batch_size\n1,8\n2,eight\n", r"with .*'eight' in line 3"),
+            (b"step,surge/batch_size\nx,8\n2,8\n", r"Expected a table of .*'x'"),
+            (b"step,surge/batch_size\n1.5,8\n2,8\n", r"with a step of '1.5' in line 2"),
+            (b"step,surge/batch_size\ninf,8\n", r"Expected a table of .*inf"),
+            (b"step,surge/batch_size\n99999999999999999999,8\n", "Expected a table of"),
+            (b"\x89PNG\r\n\x1a\n\xff\xfe", "Expected a table of"),
+            (b"step,surge/batch_size\n1," + b"8" * 200_000 + b"\n", "Expected a table of"),
         ],
     )
     def test_tables_that_are_none(self, tmp_path, content, message):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from lightning_surge.cli import main
-from lightning_surge.runs.run_log import RunLogError, read_run
+from lightning_surge.runs.log_files import read_run
+from lightning_surge.runs.run_log import RunLogError
 
 BLOCK = 1 << 15
 

@@ -14,7 +14,6 @@ from lightning_surge.sweep.cells import (
     Outcome,
     Reached,
     SweepSettings,
-    accumulation_for,
     best_lr,
     parse_numbers,
     planned,
@@ -62,7 +61,8 @@ def test_what_is_no_grid_is_named(word: str, whole: bool) -> None:
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 8))
 def test_micro_batches_fit_and_make_up_the_batch(share: int, largest: int, replicas: int) -> None:
-    parts = accumulation_for(share * replicas, largest=largest, replicas=replicas)
+    settings = SweepSettings(("run.yaml",), max_micro_batch_size=largest, replicas=replicas)
+    parts = settings.micro_batches_of(share * replicas)
     assert share % parts == 0
     assert share // parts <= largest
     # As few as possible.

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from lightning_surge.sweep import study as module
 from lightning_surge.sweep.cells import Cell, Grid, Outcome, Reached, SweepError, SweepSettings
 from lightning_surge.sweep.study import SweepStudy, patiently
+from lightning_surge.tables.files import read_frame
 from lightning_surge.tables.study import is_study, read_study
 
 pytestmark = [
@@ -257,7 +258,7 @@ def test_several_studies_of_a_database_are_told_apart(tmp_path: Path) -> None:
         study = SweepStudy(url, name, maximize=True)
         study.begin(SETTINGS, CELLS[:1])
         study.tell(study.claim()._trial_id, DONE)  # type: ignore[union-attr]
-    table = read_study(url)
+    table = read_frame(url)
     assert (table.attrs["maximize"], table.index.name) == (True, "row")
     assert table[["study", "loss"]].to_numpy().tolist() == [["a", 0.5], ["b", 0.5]]
 

@@ -133,6 +133,7 @@ class TestFiles:
     def test_without_its_library_the_extra_is_named(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
     ) -> None:
+        monkeypatch.delitem(sys.modules, "lightning_surge.tables.files", raising=False)
         path = written(tmp_path, parquet(RUNS) if package == "pyarrow" else CSV)
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[fit\]'"):

@@ -291,7 +291,6 @@ class Measurer:
     def drop_window(self) -> None:
         """Forget the batches of a window whose step is skipped: their gradients are not finite."""
         self._pool.drop_window()
-        self._norms.close()
         self._measured = None
 
     @property
