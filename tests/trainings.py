@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
-from lightning_surge import ScheduledBatchSampler, SurgeLRCallback
+from lightning_surge import BatchSizeScheduler, ScheduledBatchSampler, SurgeLRCallback
 from lightning_surge.runs.log_files import read_run
 
 MakeOptimizer = Callable[[Any], Any]
@@ -227,7 +227,8 @@ def ones(count: int, batch_size: int) -> DataLoader[Any]:
 class OneHot(pl.LightningModule):
     """Its gradient spells out which examples are behind a step: example i pulls on coordinate i only.
 
-    The mean over the examples i in S has the gradient 1/|S| at the coordinates in S and zero elsewhere.
+    The mean over the examples i in S has the gradient 1/|S| at the coordinates in S and zero elsewhere. It
+    notes of every step, too, the epoch, the scheduled learning rate, and what a batch-size callback says.
     """
 
     def __init__(self, size: int, make_scheduler: Callable[..., Any] | None = None) -> None:
@@ -236,6 +237,10 @@ class OneHot(pl.LightningModule):
         self.lr = 0.5
         self.make_scheduler = make_scheduler
         self.gradients: list[Tensor] = []
+        self.epochs: list[int] = []
+        self.scheduled: list[float] = []
+        self.requested: list[int] = []
+        self.planned: list[int] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return (batch @ self.weight).mean()
@@ -243,6 +248,12 @@ class OneHot(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         assert self.weight.grad is not None
         self.gradients.append(self.weight.grad.clone())
+        self.epochs.append(self.trainer.current_epoch)
+        self.scheduled.append(scheduled_lr(self.trainer))
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BatchSizeScheduler):
+                self.requested.append(callback.requested_batch_size)
+                self.planned.append(callback.scheduled_batch_size)
 
     def configure_optimizers(self) -> Any:
         optimizer = SGD([self.weight], lr=self.lr)

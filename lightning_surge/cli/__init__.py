@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno is None:  # raised by the package, with words of its own
             words = str(error)
         elif error.filename is not None:
-            words = f"Expected files that can be read and written, got {error}: check their permissions."
+            words = f"Expected files that can be read and written, got {error}: check path and permissions."
         else:
             # Python would write what is left once more when it ends, and complain again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ Both left sides are norms that pass by. Sums over many windows are kept, ratios 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -122,8 +123,8 @@ class Window:
         return total * share, rows
 
 
-class StashedNorms:
-    """Sets aside what has accumulated during a pass: one more gradient-sized buffer while it runs.
+class GradientNorms(ABC):
+    """Norms of what each backward pass of a window adds to the gradients, and what processes tell of them.
 
     Attributes:
         failure: what prevented a norm from being taken, if something did. Such a norm is NaN, so that its
@@ -134,8 +135,53 @@ class StashedNorms:
         self.ranks = ranks
         self.failure: str | None = None
         self._parameters: Sequence[Tensor] = ()
-        self._stashed: Sequence[Tensor | None] = ()
         self._shares: Sequence[float] | None = None
+
+    @abstractmethod
+    def begin(self, parameters: Sequence[Tensor]) -> None:
+        """A micro-batch's backward pass is about to start."""
+
+    @abstractmethod
+    def end(self) -> Tensor:
+        """`|a_k g_k|^2` of that pass, with `.grad` left as it would be without this."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of the gradients, wherever a pass has failed."""
+
+    def total(self) -> Tensor:
+        """`|g|^2` of what has accumulated; of a piece, as far as it is this process's share."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        return self._tried(lambda: squared_norm(gradients, self._shares), UNKNOWN)
+
+    def _tried(self, work: Callable[[], T], otherwise: T) -> T:
+        """What the work returns, or something else where it fails, of too little memory perhaps."""
+        try:
+            return work()
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return otherwise
+
+    def message(self, window: Window) -> tuple[float, ...]:
+        """Numbers of a window of which the processes send each other the sum."""
+        return message_of(*self.read(window, 1.0 / self.ranks.count))
+
+    def read(self, window: Window, share: float = 1.0) -> tuple[float, list[Row]]:
+        """`Window.read`, or what says nothing where it fails."""
+        nothing: tuple[float, list[Row]] = math.nan, []
+        return self._tried(lambda: window.read(share), nothing)
+
+    def sums(self, message: Sequence[float]) -> NormSums:
+        """What a summed message says of the window."""
+        return NormSums.of_message(message)
+
+
+class StashedNorms(GradientNorms):
+    """Sets aside what has accumulated during a pass: one more gradient-sized buffer while it runs."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(ranks)
+        self._stashed: Sequence[Tensor | None] = ()
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """A micro-batch's backward pass is about to start."""
@@ -170,32 +216,6 @@ class StashedNorms:
             elif totals:
                 torch._foreach_add_(totals, own)
 
-    def total(self) -> Tensor:
-        """`|g|^2` of what has accumulated; of a piece, as far as it is this process's share."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        return self._tried(lambda: squared_norm(gradients, self._shares), UNKNOWN)
-
-    def _tried(self, work: Callable[[], T], otherwise: T) -> T:
-        """What the work returns, or something else where it fails, of too little memory perhaps."""
-        try:
-            return work()
-        except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}".partition("\n")[0]
-            return otherwise
-
-    def message(self, window: Window) -> tuple[float, ...]:
-        """Numbers of a window of which the processes send each other the sum."""
-        return message_of(*self.read(window, 1.0 / self.ranks.count))
-
-    def read(self, window: Window, share: float = 1.0) -> tuple[float, list[Row]]:
-        """`Window.read`, or what says nothing where it fails."""
-        nothing: tuple[float, list[Row]] = math.nan, []
-        return self._tried(lambda: window.read(share), nothing)
-
-    def sums(self, message: Sequence[float]) -> NormSums:
-        """What a summed message says of the window."""
-        return NormSums.of_message(message)
-
 
 class ShardedNorms(StashedNorms):
     """The same where each process has a piece of gradients that arrive summed over all (FSDP2).
@@ -228,7 +248,7 @@ class ShardedNorms(StashedNorms):
         return NormSums.of_window(total, [Row(*values[i : i + 3]) for i in range(0, len(values), 3)])
 
 
-class HookedNorms(StashedNorms):
+class HookedNorms(GradientNorms):
     """Sees a process's own gradients pass by before anything accumulates or reduces them.
 
     Data parallelism makes `.grad` the reducer's: on the last micro-batch of a window it turns what is local
@@ -267,7 +287,7 @@ class HookedNorms(StashedNorms):
         self._hooks, self._squares = [], {}
 
 
-def gradient_norms(ranks: Ranks, parameters: Sequence[Tensor]) -> StashedNorms:
+def gradient_norms(ranks: Ranks, parameters: Sequence[Tensor]) -> GradientNorms:
     """The way that fits the strategy and the parameters."""
     if ranks.sharded:
         return ShardedNorms(ranks)
@@ -292,7 +312,7 @@ class WindowNorms:
     def attach(self, ranks: Ranks) -> None:
         """Take hold of a run of these processes; sums of windows before it are kept."""
         self._ranks = ranks
-        self._norms = StashedNorms(ranks)
+        self._norms: GradientNorms = StashedNorms(ranks)
         self._parameters: Sequence[Tensor] = ()
 
     def _begin_afresh(self) -> None:

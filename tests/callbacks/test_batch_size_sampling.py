@@ -1,6 +1,7 @@
 """Batch sizes that a ScheduledBatchSampler sets: real fits, in one process and in two."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,20 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_surge import ScheduledBatchSampler, by_examples
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler, BatchSizeWarmup
-from lightning_surge.schedules.batch_sampler import ScheduledBatchSampler
-from lightning_surge.schedules.by_examples import by_examples
-from lightning_surge.schedules.sizes import (
+from lightning_surge.schedules import (
+    AccumulatedSchedule,
     ConstantSize,
     GeometricRamp,
     LinearRamp,
     Milestones,
-    Phase,
-    Phases,
-    Schedule,
+    SampledSchedule,
 )
-from lightning_surge.schedules.windows import AccumulatedSchedule, SampledSchedule
+from lightning_surge.schedules.sizes import Phase, Phases, Schedule
 from tests.processes import Reporting
 from tests.trainings import OneHot, make_trainer, one_hot, sampled, scheduled_lr, trained
 
@@ -60,12 +59,10 @@ every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCH
 
 
 class Noting(OneHot):
-    """Notes epochs, learning rates and validations too."""
+    """Notes micro-batches and validations, too."""
 
     def __init__(self, size: int = SIZE, make_scheduler: Callable[..., Any] | None = None) -> None:
         super().__init__(size, make_scheduler)
-        self.epochs: list[int] = []
-        self.lrs: list[float] = []
         self.micro_batches: list[tuple[int, int]] = []  # with their epochs
         self.validated: list[tuple[int, int]] = []
 
@@ -76,11 +73,6 @@ class Noting(OneHot):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if batch_idx == 0:
             self.validated.append((self.trainer.current_epoch, self.trainer.global_step))
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        super().on_before_optimizer_step(optimizer)
-        self.epochs.append(self.trainer.current_epoch)
-        self.lrs.append(optimizer.param_groups[0]["lr"])
 
     def seen(self, epoch: int) -> list[int]:
         windows = zip(self.epochs, self.examples, strict=True)
@@ -186,35 +178,33 @@ class TestEpochs:
             def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
                 return super().training_step(batch, batch_idx).sin()
 
-        weights = []
-        for callbacks, data in (
-            ([], one_hot(SIZE, LARGEST, shuffle=True)),
-            ([BatchSizeScheduler(ConstantSize(LARGEST))], loader()),
-        ):
+        def weights(data: Any, *callbacks: pl.Callback) -> Tensor:
             pl.seed_everything(0, verbose=False)
-            model = trained(Order(), data, *callbacks, max_epochs=3)
-            weights.append(model.weight)
-        assert torch.equal(*weights)
+            return trained(Order(), data, *callbacks, max_epochs=3).weight
 
-    def test_outside_a_training_the_sampler_is_an_ordinary_one(self) -> None:
-        data, model = loader(shuffle=False), Noting()
-        trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]))
-        trainer.fit(model, data)
+        plain = weights(one_hot(SIZE, LARGEST, shuffle=True))
+        assert torch.equal(weights(loader(), BatchSizeScheduler(ConstantSize(LARGEST))), plain)
+
+    @pytest.mark.parametrize("where", [None, "setup", "on_train_epoch_end"])
+    def test_outside_a_training_the_sampler_is_an_ordinary_one(self, where: str | None) -> None:
+        """Also where the training has ended with an exception."""
+
+        def fail(trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+            if trainer.state.fn == "fit":
+                raise RuntimeError("the machine was switched off")
+
+        data, model, failing = (
+            loader(shuffle=False),
+            Noting(),
+            LambdaCallback(**{where: fail} if where else {}),
+        )
+        trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), failing)
+        with pytest.raises(RuntimeError, match="switched off") if where else nullcontext():
+            trainer.fit(model, data)
+        assert trainer.accumulate_grad_batches == 1
         assert [len(batch) for batch in data] == [8] * 6 + [2]
         trainer.validate(model, data, verbose=False)
         assert trainer.num_val_batches == [7]
-
-    @pytest.mark.parametrize("where", ["setup", "on_train_epoch_end"])
-    def test_also_after_an_exception(self, where: str) -> None:
-        def fail(*args: Any, **kwargs: Any) -> None:
-            raise RuntimeError("the machine was switched off")
-
-        data = loader()
-        trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), LambdaCallback(**{where: fail}))
-        with pytest.raises(RuntimeError, match="switched off"):
-            trainer.fit(Noting(), data)
-        assert len(data) == 7
-        assert trainer.accumulate_grad_batches == 1
 
 
 class TestTrainerOptions:
@@ -222,9 +212,7 @@ class TestTrainerOptions:
     @pytest.mark.parametrize("limit", [5, 0.5])
     def test_limit_train_batches(self, schedule: Schedule, limit: int | float) -> None:
         whole: list[int] = []
-        look = LambdaCallback(
-            on_train_epoch_start=lambda trainer, _: whole.append(len(trainer.train_dataloader))
-        )
+        look = LambdaCallback(on_train_epoch_start=lambda now, _: whole.append(len(now.train_dataloader)))
         model, scheduler = Validated(), BatchSizeScheduler(schedule)
         trainer = make_trainer(scheduler, look, max_epochs=4, limit_train_batches=limit)
         trainer.fit(model, loader())
@@ -250,15 +238,13 @@ class TestTrainerOptions:
         assert [sum(e == epoch for e, _ in model.validated) for epoch in range(4)] == validations
 
     def test_validation_by_batches_of_the_whole_training_or_in_every_second_epoch(self) -> None:
-        for options in (
-            {"val_check_interval": 5, "check_val_every_n_epoch": None},
-            {"check_val_every_n_epoch": 2},
-        ):
+        def validated(**options: Any) -> Validated:
             scheduler = BatchSizeScheduler(SCHEDULES["up and down"])
-            model = trained(Validated(), loader(), scheduler, max_epochs=4, num_sanity_val_steps=0, **options)
-            by_batches = len(model.micro_batches) // 5
-            epochs = [epoch for epoch, _ in model.validated]
-            assert len(epochs) == by_batches if "val_check_interval" in options else epochs == [1, 3]
+            return trained(Validated(), loader(), scheduler, max_epochs=4, num_sanity_val_steps=0, **options)
+
+        model = validated(val_check_interval=5, check_val_every_n_epoch=None)
+        assert len(model.validated) == len(model.micro_batches) // 5
+        assert [epoch for epoch, _ in validated(check_val_every_n_epoch=2).validated] == [1, 3]
 
     def test_the_progress_bar_knows_the_length_of_the_epoch(self) -> None:
         totals = []
@@ -268,10 +254,8 @@ class TestTrainerOptions:
                 super().on_train_epoch_start(trainer, *args)
                 totals.append(self.train_progress_bar.total)
 
-        model = Noting()
-        make_trainer(
-            Bar(), BatchSizeScheduler(SCHEDULES["up and down"]), max_epochs=4, enable_progress_bar=True
-        ).fit(model, loader())
+        callbacks = Bar(), BatchSizeScheduler(SCHEDULES["up and down"])
+        model = trained(Noting(), loader(), *callbacks, max_epochs=4, enable_progress_bar=True)
         assert totals == model.epoch_lengths
 
 
@@ -290,20 +274,14 @@ class TestLoaders:
         assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2]
 
     def test_a_sampler_that_gives_fewer_or_more_than_its_length(self) -> None:
-        class Vague(Sampler[int]):
-            def __init__(self, indices: int) -> None:
-                self.indices = indices
-
-            def __iter__(self) -> Iterator[int]:
-                return iter(range(self.indices))
-
+        class Vague(list[int]):
             def __len__(self) -> int:
                 return 48
 
         for indices in (45, 50):
-            model, batches = Noting(), ScheduledBatchSampler(Vague(indices), LARGEST)
-            trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3)
-            trainer.fit(model, DataLoader(torch.eye(SIZE), batch_sampler=batches))  # type: ignore[arg-type]
+            batches = ScheduledBatchSampler(Vague(range(indices)), LARGEST)
+            data: Any = DataLoader(torch.eye(SIZE), batch_sampler=batches)  # type: ignore[arg-type]
+            model = trained(Noting(), data, BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3)
             assert [len(model.seen(epoch)) for epoch in range(3)] == [min(indices, 48)] * 3
 
     def test_validation_with_the_same_kind_of_sampler_is_refused(self) -> None:
@@ -384,9 +362,8 @@ class TestMaxMicroBatchSize:
         size = 30_000
         model, scheduler = Sum(1), BatchSizeScheduler(GeometricRamp(16, 4096, 30), **options)
         make_trainer(scheduler).fit(model, sampled(torch.ones(size, 1), largest))
-        windows = [
-            [n for _, n in group] for _, group in groupby(model.micro_batches, key=lambda pair: pair[0])
-        ]
+        steps = groupby(model.micro_batches, key=lambda pair: pair[0])
+        windows = [[size for _, size in step] for _, step in steps]
         assert max(map(sum, windows)) == 4096
         for window in windows:
             assert max(window) <= 64
@@ -395,9 +372,8 @@ class TestMaxMicroBatchSize:
             assert len(window).bit_count() == 1
             assert len(window) == 1 or sum(window) > 64 * len(window) // 2
         assert scheduler.examples == sum(map(sum, windows)) == size
-        torch.testing.assert_close(
-            torch.stack(model.gradients), torch.ones(len(windows), 1), rtol=1e-5, atol=0
-        )
+        found, expected = torch.stack(model.gradients), torch.ones(len(windows), 1)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 class TestReports:
@@ -417,12 +393,7 @@ class TestReports:
     @pytest.mark.parametrize(
         ("schedule", "count", "drop_last", "message"),
         [
-            (
-                LinearRamp(4, 16, 90, unit="examples"),
-                torch.numel,
-                False,
-                "batch_size_fn=, got unit='examples'",
-            ),
+            (LinearRamp(4, 16, 9, unit="examples"), torch.numel, False, "_size_fn=, got unit='examples'"),
             (LinearRamp(4, 64, 90), None, True, "at most the 50 examples of an epoch, .* got end=64"),
         ],
     )
@@ -458,7 +429,7 @@ class TestClocks:
         for _ in range(done):
             cosine.optimizer.step()
             cosine.step()
-        assert model.lrs[-1] == cosine.get_last_lr()[0] > 0
+        assert model.scheduled[-1] == cosine.get_last_lr()[0] > 0
 
 
 class TestOtherRuns:

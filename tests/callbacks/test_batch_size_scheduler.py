@@ -30,12 +30,11 @@ HAND = {
 
 
 class Noting(OneHot):
-    """Notes at which micro-batches gradients were zeroed and used, and the sizes that were said to be."""
+    """Notes at which micro-batches gradients were zeroed and used."""
 
     def __init__(self, size: int, fail_at: int | None = None) -> None:
         super().__init__(size)
         self.fail_at = fail_at
-        self.told: list[tuple[int, int]] = []
         self.zeroed_at: list[int] = []
         self.stepped_at: list[int] = []
         self.index = -1
@@ -52,9 +51,6 @@ class Noting(OneHot):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         self.stepped_at.append(self.index)
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, BatchSizeWarmup):
-                self.told.append((callback.requested_batch_size, callback.scheduled_batch_size))
 
 
 def fit(warmup: BatchSizeWarmup, size: int, batch_size: int = 2, **options: Any) -> Noting:
@@ -79,8 +75,8 @@ class Endless(IterableDataset[Tensor]):
 class TestWindows:
     def test_sizes_and_examples_by_hand_over_two_epochs(self) -> None:
         model = fit(BatchSizeWarmup(2, 8, 4), size=26, max_epochs=2)
-        assert [requested for requested, _ in model.told] == HAND["requested"]
-        assert [scheduled for _, scheduled in model.told] == HAND["scheduled"]
+        assert model.requested == HAND["requested"]
+        assert model.planned == HAND["scheduled"]
         windows = zip(HAND["first_micro_batch"], HAND["actual"], strict=True)
         assert model.examples == [list(range(2 * first, 2 * first + actual)) for first, actual in windows]
         assert model.sizes == HAND["actual"]  # in the last window of an epoch, too, where Lightning errs
@@ -112,13 +108,13 @@ class TestWindows:
         model = Noting(4)
         trainer = make_trainer(BatchSizeWarmup(2, 8, 4), max_epochs=-1, max_steps=9)
         trainer.fit(model, DataLoader(Endless(), batch_size=2))
-        assert [scheduled for _, scheduled in model.told] == [2, 2, 4, 4, 4, 8, 8, 8, 8]
+        assert model.planned == [2, 2, 4, 4, 4, 8, 8, 8, 8]
 
     def test_sizes_count_every_replica(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # One process stands in for two: the arithmetic is what is tested here.
         monkeypatch.setattr(pl.Trainer, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": 0})
         model = fit(BatchSizeWarmup(4, 16, 4), size=26)
-        assert [scheduled for _, scheduled in model.told] == [4, 4, 8, 8, 8, 16, 16]
+        assert model.planned == [4, 4, 8, 8, 8, 16, 16]
         assert [len(window) for window in model.examples] == HAND["actual"][:7]
 
     def test_an_epoch_shorter_than_the_last_window_caps_it(self) -> None:
@@ -126,7 +122,7 @@ class TestWindows:
         message = "end=16 needs 8 micro-batches .* got an epoch of 3: .* at 4 or"
         with pytest.warns(UserWarning, match=message):
             model = fit(warmup, size=26, limit_train_batches=3, max_epochs=4)
-        assert [scheduled for _, scheduled in model.told] == [2, 2] + [4] * 7
+        assert model.planned == [2, 2] + [4] * 7
         assert [len(window) for window in model.examples] == [2, 2, 2] + [4, 2] * 3
 
 
@@ -135,12 +131,12 @@ class TestMicroBatchSize:
         data: Any = torch.eye(26)
         sampled = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, drop_last=False))
         model = trained(Noting(26), sampled, BatchSizeWarmup(2, 8, 4), max_epochs=2)
-        assert [scheduled for _, scheduled in model.told] == HAND["scheduled"]
+        assert model.planned == HAND["scheduled"]
 
     def test_argument_overrides_the_loader(self) -> None:
         # Sixteen tokens to the example, say: sizes are then in tokens, the windows are the same.
         model = fit(BatchSizeWarmup(32, 128, 4, micro_batch_size=32), size=26, max_epochs=2)
-        assert [scheduled for _, scheduled in model.told] == [16 * size for size in HAND["scheduled"]]
+        assert model.planned == [16 * size for size in HAND["scheduled"]]
         assert [len(window) for window in model.examples] == HAND["actual"]
 
     def test_error_when_it_cannot_be_told(self) -> None:
@@ -240,7 +236,7 @@ class TestManners:
             trainer.fit(model, one_hot(26, 2))
         assert len([warning for warning in caught if "another" in str(warning.message)]) == 1
         assert [len(window) for window in model.examples] == [*HAND["actual"][:7], 26, *HAND["actual"][7:]]
-        assert model.told[7] == (8, 26)
+        assert (model.requested[7], model.planned[7]) == (8, 26)
         assert trainer.accumulate_grad_batches == 1
 
     def test_logs_both_sizes_at_every_step(self, tmp_path: Path) -> None:
@@ -268,4 +264,4 @@ class TestResume:
         trainer = make_trainer(BatchSizeWarmup(2, 8, 4))
         trainer.fit(model, StatefulDataLoader(data, 2), ckpt_path=path, weights_only=True)  # type: ignore[arg-type]
         assert model.examples == [[20, 21, 22, 23], [24, 25]]
-        assert [scheduled for _, scheduled in model.told] == [8, 8]
+        assert model.planned == [8, 8]

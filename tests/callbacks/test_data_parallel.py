@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace as Run
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import ProcessRaisedException
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,7 +25,7 @@ from lightning_surge.callbacks.checks import check_processes
 from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import GeometricRamp
 from tests.processes import Reporting, environment, on_ranks
-from tests.trainings import assert_same, at_update, every_step, make_trainer
+from tests.trainings import Regression, assert_same, every_step, make_trainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,29 +65,19 @@ class Portions:
                 yield [row for slices in zip(*cut, strict=True) for part in slices for row in part]
 
 
-class Net(pl.LightningModule):
+class Net(Regression):
     def __init__(self, parts: Sequence[int] = (8, 8), *, alone: bool = False, shard: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 1))
+        super().__init__(
+            lambda module: AdamW(module.net.parameters(), lr=0.01, betas=(0.9, 0.95)), features=6, width=9
+        )
         self.unused = nn.Linear(2, 2)
         self.unused.requires_grad_(False)
         self.parts, self.alone, self.shard = parts, alone, shard
-        self.lrs: list[float] = []
 
     def configure_model(self) -> None:
         if self.shard and not hasattr(self, "sharded"):
             self.sharded = True
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        return (self.net(x) - y).square().mean()
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.01, betas=(0.9, 0.95))
-        at_update(optimizer, lambda o: self.lrs.append(o.param_groups[0]["lr"]))
-        return optimizer
 
     def train_dataloader(self) -> Any:
         data = rows()
@@ -98,27 +90,12 @@ def report(trainer: pl.Trainer, module: Net) -> dict[str, Any]:
     weights = [p.full_tensor() if module.shard else p for p in module.net.parameters()]
     said: dict[str, Any] = {"lrs": module.lrs, "weights": [weight.detach().clone() for weight in weights]}
     if callback is not None:
-        said["stats"] = repr(callback.history.stats())
-        said["measured"] = callback.history.num_measurements
-        said["numbers"] = numbers(callback)
-        said["budget"] = dict(vars(callback._measurer.budget))
+        stats, law = callback.history.stats(), callback.law
+        said |= {"measured": callback.history.num_measurements, "stats": repr(stats)}
+        said |= {"numbers": [stats.grad_sq, stats.trace_cov], "budget": dict(vars(callback._measurer.budget))}
+        if law is not None:
+            said["numbers"] += [ask(b) for ask in (law.lr, law.alignment) for b in (4.0, 16.0, 64.0)]
     return said
-
-
-def numbers(callback: SurgeLRCallback) -> list[float]:
-    stats = callback.history.stats()
-    law = callback.law
-    found = [stats.grad_sq, stats.trace_cov]
-    if law is not None:
-        found += [law.lr(b) for b in (4.0, 16.0, 64.0)]
-        found += [law.alignment(b) for b in (4.0, 16.0, 64.0)]
-    return found
-
-
-class Run(NamedTuple):
-    lrs: list[float]
-    weights: list[Tensor]
-    said: dict[str, Any]
 
 
 def train(
@@ -141,7 +118,7 @@ def train(
 
 
 def runs_in(path: Path, count: int) -> list[Run]:
-    return [Run(said["lrs"], said["weights"], said) for said in Reporting(path, report).read(count)]
+    return [Run(**said) for said in Reporting(path, report).read(count)]
 
 
 def surge(**options: Any) -> SurgeLRCallback:
@@ -155,7 +132,7 @@ def assert_equal(left: Run, right: Run) -> None:
 def assert_traceless(path: Path, run: Callable[..., list[Run]], *measuring: pl.Callback) -> None:
     """What `run` makes of a folder and callbacks is the same with those that measure, and without."""
     measured = run(path / "measured", *measuring)
-    assert measured[0].said["measured"] > 0
+    assert measured[0].measured > 0
     for with_callback, without in zip(measured, run(path / "plain"), strict=True):
         assert_equal(with_callback, without)
 
@@ -163,8 +140,8 @@ def assert_traceless(path: Path, run: Callable[..., list[Run]], *measuring: pl.C
 def assert_alike(left: Run, right: Run, **tolerance: float) -> None:
     """Up to the rounding of sums that are taken in another order."""
     tolerance = {"rel": 1e-3, "abs": 1e-9} | tolerance
-    assert left.said["measured"] == right.said["measured"] > 0
-    assert left.said["numbers"] == pytest.approx(right.said["numbers"], **tolerance)
+    assert left.measured == right.measured > 0
+    assert left.numbers == pytest.approx(right.numbers, **tolerance)
     assert left.lrs == pytest.approx(right.lrs, **tolerance)
     for a, b in zip(left.weights, right.weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -185,7 +162,7 @@ def test_two_processes_probe_what_one_does(tmp_path: Path, law: str) -> None:
     options = PROBED | {"law": law}
     two = train(tmp_path / "two", surge(**options))
     assert_as_one(two, train(tmp_path / "one", surge(**options), devices=1))
-    assert two[0].said["stats"] == two[1].said["stats"]
+    assert two[0].stats == two[1].stats
 
 
 class TestWindows:
@@ -203,7 +180,7 @@ class TestWindows:
         many = train(tmp_path / "many", surge(), devices=devices, strategy=strategy, module=parts, **options)
         options["accumulate_grad_batches"] = accumulation * devices
         assert_as_one(many, train(tmp_path / "one", surge(), devices=1, module={"parts": (4,)}, **options))
-        assert many[0].said["budget"]["spent"] == 0.0
+        assert many[0].budget["spent"] == 0.0
 
 
 class BatchNormNet(Net):
@@ -322,8 +299,8 @@ def test_one_process_runs_out_of_memory(tmp_path: Path, rank: int, accumulation:
         runs = train(tmp_path / f"fails {at}", Fails(rank, at), **options)
         for run, expected in zip(runs, plain, strict=True):
             assert_equal(run, expected)
-        assert runs[0].said["budget"] == runs[1].said["budget"]
-        assert runs[0].said["measured"] == runs[1].said["measured"] > 0
+        assert runs[0].budget == runs[1].budget
+        assert runs[0].measured == runs[1].measured > 0
 
 
 class Dies(Net):
@@ -367,8 +344,9 @@ def test_resumed_on_two_processes(tmp_path: Path) -> None:
     whole = run("whole")
     again = run("again", tmp_path / "whole" / f"step={STEPS}.ckpt")
     for left, right in zip(whole, again, strict=True):
-        assert left.said["numbers"] == right.said["numbers"]
-        assert_equal(left._replace(lrs=left.lrs[STEPS:]), right)
+        left.lrs = left.lrs[STEPS:]
+        assert left.numbers == right.numbers
+        assert_equal(left, right)
 
 
 class TwoPlayers(Net):
@@ -464,4 +442,4 @@ class TestSharded:
             assert_traceless(tmp_path, run, surge(dry_run=True, probe_every=1))
             return
         # A step with one micro-batch has no second chunk that a sharded strategy would show.
-        assert run(tmp_path, surge(dry_run=True, probe_every=1))[0].said["measured"] == 0
+        assert run(tmp_path, surge(dry_run=True, probe_every=1))[0].measured == 0

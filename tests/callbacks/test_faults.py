@@ -27,7 +27,7 @@ from lightning_surge.measure.budget import ProbeBudget
 from lightning_surge.measure.coordinates import CoordinateMeasurement
 from lightning_surge.measure.measurement import LawMeasurement
 from lightning_surge.schedules.sizes import ConstantSize
-from tests.trainings import Memory, make_trainer, regression_data, trained
+from tests.trainings import Memory, assert_same, make_trainer, regression_data, trained
 
 failing = pytest.mark.filterwarnings(
     "ignore:Measuring failed and is tried again later", "ignore:The norms of an accumulation window could not"
@@ -371,9 +371,7 @@ class TestInterrupts:
         assert callback.history.num_measurements == 5
         expected, _ = ended(EndIn(noting.batch))
         assert found.traces == expected.traces
-        for one, other in zip(found.parameters(), expected.parameters(), strict=True):
-            assert (one.grad is None) == (other.grad is None)
-            assert one.grad is None or torch.equal(one.grad, other.grad)
+        assert_same(*([parameter.grad for parameter in one.parameters()] for one in (found, expected)))
         assert "log" not in vars(found)
         assert all(group["lr"] == 0.01 for group in trainer.optimizers[0].param_groups)
 
@@ -446,31 +444,21 @@ def stretch(trainer: pl.Trainer, *args: Any) -> None:
 class TestWarningsAsErrors:
     """As under `python -W error`, which the tests have for a rule: what would be warned of is logged."""
 
-    @staticmethod
-    def broken(module: Any, batch: Any) -> Tensor:
-        raise ValueError("not today")
-
     @pytest.mark.parametrize(
         ("callbacks", "message"),
         [
-            (lambda: [surge(1, loss_fn=TestWarningsAsErrors.broken)], "Measuring failed .* not today"),
+            ([surge(1, loss_fn=lambda module, batch: int("not today"))], "Measuring failed .* 'not today'"),
+            ([surge(1, loss_fn=lambda module, batch: module.last.bias.sum() * torch.nan)], "No law was"),
+            ([surge(1, loss_fn=lambda module, batch: module.first(batch[0]).sum())], "couples examples"),
+            ([BatchSizeScheduler(ConstantSize(512))], "size=512 needs 64 micro-batches"),
             (
-                lambda: [surge(1, loss_fn=lambda module, batch: module.last.bias.sum() * torch.nan)],
-                "No law was",
-            ),
-            (
-                lambda: [surge(1, loss_fn=lambda module, batch: module.first(batch[0]).square().sum())],
-                "couples examples",
-            ),
-            (lambda: [BatchSizeScheduler(ConstantSize(512))], "size=512 needs 64 micro-batches"),
-            (
-                lambda: [BatchSizeScheduler(ConstantSize(16)), LambdaCallback(on_train_batch_end=stretch)],
+                [BatchSizeScheduler(ConstantSize(16)), LambdaCallback(on_train_batch_end=stretch)],
                 "another callback or the Lightning",
             ),
         ],
     )
     def test_end_no_training(self, unraised: list[str], callbacks: Any, message: str) -> None:
-        trainer = make_trainer(*callbacks())
+        trainer = make_trainer(*callbacks)
         trainer.fit(Drawing(), data(12))
         assert trainer.state.finished
         assert any(re.search(message, said) for said in unraised)

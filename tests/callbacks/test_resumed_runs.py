@@ -10,6 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -31,7 +33,17 @@ from lightning_surge.schedules.sizes import (
     Progress,
     Schedule,
 )
-from tests.trainings import Noisy, assert_same, every_step, heard, make_trainer, sampled, saved_steps
+from tests.trainings import (
+    Noisy,
+    Regression,
+    assert_same,
+    every_step,
+    heard,
+    make_trainer,
+    sampled,
+    saved_steps,
+    with_lr,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,19 +55,24 @@ pytestmark = [
 EXAMPLES, EPOCHS = 44, 3
 
 
-class Net(pl.LightningModule):
-    """Dropout, AdamW and a cosine that counts examples."""
+def cosine(optimizer: Optimizer) -> LRScheduler:
+    return by_examples(CosineAnnealingLR(optimizer, T_max=EPOCHS * EXAMPLES // 2), examples_per_step=2)
 
-    def __init__(self, loader: Callable[[], Any]) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
+
+class Net(Regression):
+    """Dropout, and a cosine that counts examples; notes what is asked for at each step."""
+
+    def __init__(self, loader: Callable[[], Any], make_schedule: Any = cosine) -> None:
+        super().__init__(with_lr(AdamW, 0.01, betas=(0.9, 0.95)), make_schedule, features=3)
+        self.net.insert(2, nn.Dropout(0.3))
         self.loader = loader
         self.taken: list[list[int]] = []
+        self.requests: list[tuple[int, int]] = []
 
     def train_dataloader(self) -> Any:
         return self.loader()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def loss(self, batch: Any) -> Tensor:
         indices, inputs = batch
         self.taken.append(indices.tolist())
         return (self.net(inputs).squeeze(1) - indices / EXAMPLES).square().mean()
@@ -66,10 +83,10 @@ class Net(pl.LightningModule):
     def val_dataloader(self) -> Any:
         return DataLoader(Noisy(EXAMPLES), batch_size=EXAMPLES)
 
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, betas=(0.9, 0.95))
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS * EXAMPLES // 2)
-        return [optimizer], [{"scheduler": by_examples(cosine, examples_per_step=2), "interval": "step"}]
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BatchSizeScheduler):
+                self.requests.append((self.trainer.global_step, callback.requested_batch_size))
 
 
 def accumulated(workers: int = 0) -> StatefulDataLoader:
@@ -90,22 +107,24 @@ RAMPS: dict[str, BatchSizeRule] = {
 
 
 def run(
-    path: Path,
     loader: Callable[[], Any],
     rule: BatchSizeRule,
     *callbacks: pl.Callback,
     resume: Path | None = None,
     **options: Any,
 ) -> Net:
-    """Train on other random streams if resumed, saving after every optimizer step."""
-    pl.seed_everything(1 if resume is None else 77, verbose=False)
+    """Train, on other random streams if resumed."""
     model = Net(loader)
-    # Measurements often enough to be under way at any checkpoint.
-    surge = SurgeLRCallback(base_batch_size=2, probe_every=4, split_batch=None, custom_scalars=False)
-    ours = [BatchSizeScheduler(rule), surge, ExactResume(), every_step(path)]
-    trainer = make_trainer(*ours, *callbacks, max_epochs=EPOCHS, **options)
+    pl.seed_everything(1 if resume is None else 77, verbose=False)
+    trainer = make_trainer(BatchSizeScheduler(rule), *callbacks, max_epochs=EPOCHS, **options)
     trainer.fit(model, ckpt_path=None if resume is None else str(resume), weights_only=True)
     return model
+
+
+def exact(path: Path) -> list[pl.Callback]:
+    """Measure often enough to be under way at any checkpoint, and save after every optimizer step."""
+    surge = SurgeLRCallback(base_batch_size=2, probe_every=4, split_batch=None, custom_scalars=False)
+    return [surge, ExactResume(), every_step(path)]
 
 
 def weights(file: Path) -> dict[str, Tensor]:
@@ -136,13 +155,13 @@ def assert_goes_on(saved: list[Path], path: Path, checkpoint: Path) -> None:
 def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
     tmp_path: Path, loader: Callable[[int], Any], rule: str, workers: int, every: int
 ) -> None:
-    whole = run(tmp_path / "whole", lambda: loader(workers), RAMPS[rule])
+    whole = run(lambda: loader(workers), RAMPS[rule], *exact(tmp_path / "whole"))
     saved = saved_steps(tmp_path / "whole")
     assert len(saved) > 9
     assert set(chain.from_iterable(whole.taken)) == set(range(EXAMPLES))
     for checkpoint in saved[:-1:every]:
         path = tmp_path / f"from {checkpoint.stem}"
-        run(path, lambda: loader(workers), RAMPS[rule], resume=checkpoint)
+        run(lambda: loader(workers), RAMPS[rule], *exact(path), resume=checkpoint)
         assert_goes_on(saved, path, checkpoint)
 
 
@@ -157,33 +176,16 @@ def test_two_processes(tmp_path: Path, loader: Callable[[], Any]) -> None:
             trainer.global_step or pl.seed_everything(trainer.global_rank, verbose=False)
         )
     )
-    run(tmp_path / "whole", loader, ramp, apart, **two)
+    run(loader, ramp, *exact(tmp_path / "whole"), apart, **two)
     saved = saved_steps(tmp_path / "whole")
     for checkpoint in (saved[2], saved[len(saved) // 2], saved[-3]):
         path = tmp_path / f"from {checkpoint.stem}"
-        run(path, loader, ramp, apart, resume=checkpoint, **two)
+        run(loader, ramp, *exact(path), apart, resume=checkpoint, **two)
         assert_goes_on(saved, path, checkpoint)
 
 
 def plain() -> Any:
     return DataLoader(Noisy(EXAMPLES), batch_size=2, shuffle=True)
-
-
-def trained(
-    loader: Callable[[], Any], rule: BatchSizeRule, *callbacks: pl.Callback, resume: Path | None = None
-) -> list[tuple[int, int]]:
-    """Train without `SurgeLRCallback`; returns what was asked for at each step."""
-    requests: list[tuple[int, int]] = []
-
-    def note(trainer: pl.Trainer, *args: Any) -> None:
-        requests.append((trainer.global_step, scheduler.requested_batch_size))
-
-    pl.seed_everything(1 if resume is None else 77, verbose=False)
-    scheduler = BatchSizeScheduler(rule)
-    look = LambdaCallback(on_before_optimizer_step=note)
-    trainer = make_trainer(scheduler, look, *callbacks, max_epochs=EPOCHS)
-    trainer.fit(Net(loader), ckpt_path=None if resume is None else str(resume), weights_only=True)
-    return requests
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
@@ -199,11 +201,11 @@ def test_the_schedule_goes_on_without_exact_resuming(
     tmp_path: Path, loader: Callable[[], Any], rule: Schedule
 ) -> None:
     """Lightning may repeat or leave out examples, even an epoch; sizes follow the clock all the same."""
-    trained(loader, rule, every_step(tmp_path))
+    run(loader, rule, every_step(tmp_path))
     for checkpoint in saved_steps(tmp_path)[::5]:
         state = torch.load(checkpoint, weights_only=True)["callbacks"]["BatchSizeScheduler"]
         assert state.keys() == {"version", "accumulation", "examples", "epoch_begin"}
-        requests = trained(loader, rule, resume=checkpoint)
+        requests = run(loader, rule, resume=checkpoint).requests
         done, sizes = int(state["examples"]), dict(requests)
         if rule.unit == "steps":
             assert [sizes[step] for step in sizes] == [rule(Progress(step)) for step in sizes]
@@ -214,10 +216,6 @@ def test_the_schedule_goes_on_without_exact_resuming(
 @pytest.mark.filterwarnings("ignore:Expected a training loader with state_dict")
 @pytest.mark.parametrize("others", [[], [ExactResume()]])
 def test_only_exact_resuming_touches_random_streams(tmp_path: Path, others: list[pl.Callback]) -> None:
-    class Unscheduled(Net):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
     seen: list[list[Any]] = []
 
     def note(*args: Any) -> None:
@@ -231,14 +229,14 @@ def test_only_exact_resuming_touches_random_streams(tmp_path: Path, others: list
         seen.append([])
         # Right after validations and checkpoints.
         look, saving = LambdaCallback(on_train_batch_start=note), every_step(tmp_path / str(len(seen)))
-        make_trainer(*mine, look, saving, max_epochs=2, val_check_interval=7).fit(Unscheduled(plain))
+        make_trainer(*mine, look, saving, max_epochs=2, val_check_interval=7).fit(Net(plain, None))
     assert (seen[0] == seen[1]) == (not others)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_a_checkpoint_that_holds_them_under_the_batch_size(tmp_path: Path, exact: bool) -> None:
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_checkpoint_that_holds_them_under_the_batch_size(tmp_path: Path, beside: bool) -> None:
     """As `BatchSizeScheduler` saved them before `ExactResume` was there."""
-    whole = trained(flexible, RAMPS["any size"], ExactResume(), every_step(tmp_path))
+    whole = run(flexible, RAMPS["any size"], ExactResume(), every_step(tmp_path))
     saved = saved_steps(tmp_path)
     content = torch.load(saved[7], weights_only=True)
     former = content["callbacks"]
@@ -246,12 +244,10 @@ def test_a_checkpoint_that_holds_them_under_the_batch_size(tmp_path: Path, exact
     torch.save(content, tmp_path / "former.ckpt")
     save = every_step(tmp_path / "again")
     with heard() as said:
-        callbacks = [ExactResume()] if exact else []
-        again = trained(flexible, RAMPS["any size"], *callbacks, save, resume=tmp_path / "former.ckpt")
-    assert again == whole[8:]
+        callbacks = [ExactResume()] if beside else []
+        again = run(flexible, RAMPS["any size"], *callbacks, save, resume=tmp_path / "former.ckpt")
+    assert again.requests == whole.requests[8:]
     last = (weights(saved_steps(folder)[-1])["net.0.weight"] for folder in (tmp_path, tmp_path / "again"))
-    assert torch.equal(*last) == exact
-    beside = [
-        text for text in said if text.startswith("Expected ExactResume beside BatchSizeScheduler for a")
-    ]
-    assert len(beside) == (not exact)
+    assert torch.equal(*last) == beside
+    asked = [text.startswith("Expected ExactResume beside BatchSizeScheduler for a") for text in said]
+    assert sum(asked) == (not beside)

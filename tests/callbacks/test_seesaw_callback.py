@@ -38,20 +38,12 @@ def halving(optimizer: Optimizer) -> LRScheduler:
 
 
 class Decaying(OneHot):
-    """Notes what each update reads, and what is scheduled then."""
+    """Notes what each update reads, too."""
 
     def __init__(self, make: Callable[[Optimizer], LRScheduler], *, estimates: bool = False) -> None:
         super().__init__(SIZE, make)
         self.estimates = estimates
         self.used: list[float] = []
-        self.scheduled: list[float] = []
-        self.requested: list[int] = []
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        super().on_before_optimizer_step(optimizer)
-        self.scheduled.append(optimizer.param_groups[0]["lr"])
-        (scheduler,) = [c for c in self.trainer.callbacks if isinstance(c, BatchSizeScheduler)]  # type: ignore[attr-defined]
-        self.requested.append(scheduler.requested_batch_size)
 
     def configure_optimizers(self) -> Any:
         if self.estimates:
@@ -141,17 +133,6 @@ class TestAccumulation:
         roots = [PEAK * 0.5 ** (level / 2 if level <= 3 else level - 1.5) for level in levels]
         assert model.used == pytest.approx(roots, rel=1e-12)
         assert trainer.global_step == 17
-
-    def test_sizes_are_powers_of_two_below_those_asked_for(self) -> None:
-        model = Decaying(cosine)
-        fit(model, plain(), Seesaw(START, 32))
-        requests = by_hand(cosine, Seesaw(START, 32))
-        done = 0
-        for size, asked in zip(model.sizes, model.requested, strict=True):
-            assert asked == requests[done]
-            done += size
-        assert all(size <= asked for size, asked in zip(model.sizes, model.requested, strict=True))
-        assert sorted(set(model.sizes)) == [4, 8, 16, 32]
 
     def test_tokens_are_counted_alike(self) -> None:
         """A schedule and sizes in tokens, of which an example has two: the same steps."""

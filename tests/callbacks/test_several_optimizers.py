@@ -21,7 +21,18 @@ from lightning_surge import BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.step_examples import MicroBatchTracker
 from lightning_surge.checking.state import restore, save
-from tests.trainings import Sizes, at_update, columns, flat, layouts_in, make_trainer, scaling, trained
+from tests.trainings import (
+    Sizes,
+    Slope,
+    assert_same,
+    at_update,
+    columns,
+    flat,
+    layouts_in,
+    make_trainer,
+    scaling,
+    trained,
+)
 
 LATENT = 2
 
@@ -88,19 +99,15 @@ class Gan(pl.LightningModule):
         return flat(self.parameters())
 
 
-def critic_loss(module: Any, batch: Any) -> Tensor:
-    return module.critic_loss(batch)
-
-
-def generator_loss(module: Any, batch: Any) -> Tensor:
-    return module.generator_loss(batch)
-
-
-LOSSES = (critic_loss, generator_loss)
+LOSSES = (Gan.critic_loss, Gan.generator_loss)
 
 
 def pair(base: float = 8, law: Any = "measured", **options: Any) -> list[SurgeLRCallback]:
     return [SurgeLRCallback(base, law, optimizer=i, loss_fn=LOSSES[i], **options) for i in (0, 1)]
+
+
+def rule(optimizer: int | None) -> SurgeLRCallback:
+    return SurgeLRCallback(4, "sqrt", optimizer=optimizer)
 
 
 def data(examples: int, batch_size: int) -> DataLoader[Any]:
@@ -174,9 +181,7 @@ class TestGan:
         watched = trained(Gan(), data(128, 16), callback)
         assert callback.history.num_measurements == 7
         assert torch.equal(watched.weights, plain.weights)
-        for one, other in zip(watched.parameters(), plain.parameters(), strict=True):
-            assert (one.grad is None) == (other.grad is None)
-            assert one.grad is None or torch.equal(one.grad, other.grad)
+        assert_same(*([parameter.grad for parameter in one.parameters()] for one in (watched, plain)))
 
 
 class Turns(Gan):
@@ -326,13 +331,10 @@ class TestSchedules:
         ]
 
     def test_an_optimizer_that_reads_its_learning_rate_early(self) -> None:
-        class Early(pl.LightningModule):
-            def __init__(self) -> None:
-                super().__init__()
-                self.automatic_optimization = False
-                self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        class Early(Slope):
+            automatic_optimization = False
 
-            def training_step(self, batch: Any, batch_idx: int) -> None:
+            def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
                 optimizer: Any = self.optimizers()
 
                 def closure() -> Tensor:
@@ -398,7 +400,7 @@ class TestBudget:
 
     def test_a_batch_is_pooled_once(self) -> None:
         """Copies of an example would be taken for examples that agree."""
-        callback = SurgeLRCallback(8, optimizer=0, loss_fn=critic_loss, probe_every=1, probe_examples=32)
+        callback = SurgeLRCallback(8, optimizer=0, loss_fn=LOSSES[0], probe_every=1, probe_examples=32)
         seen: list[list[float]] = []
 
         def note(*args: Any) -> None:
@@ -488,34 +490,22 @@ class TestErrors:
         ("callbacks", "message"),
         [
             (
-                lambda: [SurgeLRCallback(4, loss_fn=critic_loss)],
+                [SurgeLRCallback(4, loss_fn=LOSSES[0])],
                 r"which optimizer it serves, got 2 from configure_optimizers of Gan: pass one "
                 r"SurgeLRCallback\(optimizer=i, loss_fn=...\) for each",
             ),
-            (
-                lambda: [SurgeLRCallback(4, "sqrt", optimizer=2)],
-                "Expected 0 <= optimizer < 2 of one with parameters, got optimizer=2",
-            ),
-            (
-                lambda: [SurgeLRCallback(4, "sqrt", optimizer=1), SurgeLRCallback(4, "linear", optimizer=1)],
-                r"a different optimizer= each, got 2 with optimizer=\[1, 1\]",
-            ),
-            (
-                lambda: [SurgeLRCallback(4, "sqrt"), SurgeLRCallback(4, "sqrt", optimizer=1)],
-                r"a different optimizer= each, got 2 with optimizer=\[None, 1\]",
-            ),
-            (lambda: [SurgeLRCallback(4, optimizer=0)], "pass loss_fn=.*mean loss which the optimizer"),
-            (
-                lambda: [*pair(4), BatchSizeWarmup(8, 16, 2)],
-                "BatchSizeWarmup needs automatic optimization, got automatic_optimization=False in Gan",
-            ),
+            ([rule(2)], "Expected 0 <= optimizer < 2 of one with parameters, got optimizer=2"),
+            ([rule(1), *pair(4)], r"a different optimizer= each, got 3 with optimizer=\[1, 0, 1\]"),
+            ([rule(None), rule(1)], r"a different optimizer= each, got 2 with optimizer=\[None, 1\]"),
+            ([SurgeLRCallback(4, optimizer=0)], "pass loss_fn=.*mean loss which the optimizer"),
+            ([*pair(4), BatchSizeWarmup(8, 16, 2)], "needs automatic .* automatic_optimization=False in Gan"),
         ],
     )
-    def test_before_the_first_step(self, callbacks: Callable[[], list[Callback]], message: str) -> None:
+    def test_before_the_first_step(self, callbacks: list[Callback], message: str) -> None:
         module = Gan()
         before = module.weights.clone()
         with pytest.raises(MisconfigurationException, match=message):
-            make_trainer(*callbacks()).fit(module, data(16, 8))
+            make_trainer(*callbacks).fit(module, data(16, 8))
         assert torch.equal(module.weights, before)
 
 
