@@ -1,20 +1,27 @@
 """Laws, histories and checks that the tests of several packages draw or make."""
 
+import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from lightning_surge.laws.base import Law, MeasuredLaw
-from lightning_surge.measure.records import Measurement
+from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
 from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.policy.history import NoiseHistory
 
 # No deadline: a shared machine stalls.
 many = settings(max_examples=60, deadline=None)
 BASE = 16.0
+# A positive definite one, whose off-diagonal part costs where signs are +, -, +, +.
+HESSIAN = np.array(
+    [[2.0, -0.6, 0.8, 0.1], [-0.6, 1.0, -0.3, 0.2], [0.8, -0.3, 1.5, 0.4], [0.1, 0.2, 0.4, 0.9]]
+)
 sizes = st.floats(0, 14).map(lambda exponent: 2.0**exponent)
 
 
@@ -49,6 +56,27 @@ def history_of(measurements: Sequence[Measurement], half_life: float = 1e6) -> N
     for measurement in measurements:
         history.add(measurement)
     return history
+
+
+def record(
+    grad_sq: float = 1.0,
+    trace_cov: float = 10.0,
+    alignments: Sequence[tuple[float, float]] = (),
+    curvatures: Sequence[tuple[float, float]] = (),
+    sums: CoordinateSums | None = None,
+) -> Measurement:
+    """A measurement on 64 examples in four chunks; alignments and curvatures with their batch sizes."""
+    pairs, curved = (tuple(SizedValue(*pair) for pair in each) for each in (alignments, curvatures))
+    norms = ChunkStatistics(64.0, grad_sq, trace_cov, pairs)
+    return Measurement(norms, curved, passes=64.0, num_chunks=4, coordinate_sums=sums)
+
+
+def through_a_checkpoint(state: Any) -> Any:
+    """As it comes out of a file that is read with `weights_only=True`."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def numbers(measurement: Measurement) -> list[float]:

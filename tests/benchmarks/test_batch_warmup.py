@@ -76,13 +76,15 @@ def every_rule(**means: float) -> list[dict[str, Any]]:
     return found
 
 
+def tuned_at_8(records: list[dict[str, Any]]) -> Any:
+    return tuned(runs(records, "constant"), "text", "short", BASE_BATCH_SIZE)
+
+
 def test_the_tuned_learning_rate_is_the_one_with_the_lowest_mean_over_seeds() -> None:
     records = constants(BASE_BATCH_SIZE, best=1.41, level=2.0)
     # The lowest loss of all does not make the lowest mean.
-    lucky = pick(records, multiplier=0.71, seed=0)[0]
-    lucky["val_loss"] = 1.9
-    best = tuned(runs(records, "constant"), "text", "short", BASE_BATCH_SIZE)
-    assert best is not None
+    pick(records, multiplier=0.71, seed=0)[0]["val_loss"] = 1.9
+    best = tuned_at_8(records)
     assert (best.multiplier, best.edge, best.complete) == (1.41, False, True)
     assert best.losses[1.41] == pytest.approx(2.0)
     assert list(best.losses) == list(MULTIPLIERS["short", BASE_BATCH_SIZE])
@@ -90,25 +92,22 @@ def test_the_tuned_learning_rate_is_the_one_with_the_lowest_mean_over_seeds() ->
 
 @pytest.mark.parametrize("best", [0.71, 4.0])
 def test_a_best_learning_rate_at_the_edge_is_told(best: float) -> None:
-    found = tuned(constants(BASE_BATCH_SIZE, best, 2.0), "text", "short", BASE_BATCH_SIZE)
-    assert found is not None
+    found = tuned_at_8(constants(BASE_BATCH_SIZE, best, 2.0))
     assert (found.multiplier, found.edge) == (best, True)
 
 
 def test_a_multiplier_that_lacks_a_seed_cannot_win_and_the_grid_is_not_complete() -> None:
     short = [r for r in SMALL if not (r["multiplier"] == 1.0 and r["seed"] == 2)]
-    found = tuned(short, "text", "short", BASE_BATCH_SIZE)
-    assert found is not None
+    found = tuned_at_8(short)
     assert (found.multiplier, found.complete) == (0.71, False)
-    assert tuned(SMALL[:2], "text", "short", BASE_BATCH_SIZE) is None
+    assert tuned_at_8(SMALL[:2]) is None
     assert tuned(SMALL, "text", "long", BASE_BATCH_SIZE) is None
 
 
 def test_a_diverged_run_loses_and_is_no_gap() -> None:
     records = [dict(r) for r in SMALL]
     pick(records, multiplier=1.0, seed=0)[0]["val_loss"] = None
-    found = tuned(runs(records, "constant"), "text", "short", BASE_BATCH_SIZE)
-    assert found is not None
+    found = tuned_at_8(records)
     assert (found.multiplier, found.complete, found.losses[1.0]) == (0.71, True, math.inf)
 
 
@@ -127,12 +126,9 @@ def test_a_line_compares_with_the_tuned_small_batch_seed_by_seed() -> None:
     assert (line.step_share, line.time_share) == (0.25, 0.4)
     assert line.difference.value == pytest.approx(0.13)
     assert line.difference.half_width == pytest.approx(T_975_OF_2 * 0.03 / math.sqrt(3), rel=1e-5)
-
-
-def test_seeds_that_only_one_side_has_do_not_enter_a_difference() -> None:
+    # Seeds that only one side has do not enter.
     line = lines(SMALL, ramp(CANDIDATES[0], [2.0, 2.0]), "text", "short")[-1]
-    assert line.difference.n == 2
-    assert line.difference.value == pytest.approx(0.005)
+    assert (line.difference.n, line.difference.value) == (2, pytest.approx(0.005))
 
 
 def test_the_contest_names_the_best_candidate_with_at_most_half_the_steps() -> None:
@@ -335,14 +331,9 @@ def test_a_run_goes_on_with_the_ramps_once_the_small_batch_is_tuned(
     assert len(ran) == tuning + short + len(SEEDS) * len(MULTIPLIERS["long", BASE_BATCH_SIZE]) + long + more
     assert len(Store(tmp_path).records("ramp")) == 2 * len(SEEDS) * len(RULES) + len(MORE_SEEDS)
     # All of them agree: the interval is narrow, and nothing is left to run.
-    assert (
-        run()
-        == "every cell that could be run is finished; ramps wait for the tuning of text short, text long"
-    )
-    assert len(ran) == tuning + short + len(SEEDS) * len(MULTIPLIERS["long", BASE_BATCH_SIZE]) + long + more
     finished = len(ran)
-    run()
-    assert len(ran) == finished
+    said = "every cell that could be run is finished; ramps wait for the tuning of text short, text long"
+    assert (run(), len(ran)) == (said, finished)
 
 
 def test_the_learning_rate_rises_to_one_and_ends_at_zero() -> None:

@@ -12,11 +12,8 @@ from benchmarks.fidelity.switch import fixed_sample
 from benchmarks.fidelity.training import train_to
 from benchmarks.fidelity.workloads import WORKLOADS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    # BatchNorm couples the examples of a batch: the callback says that it pools whole batches instead.
-    pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices"),
-]
+# BatchNorm couples the examples of a batch: the callback says that it pools whole batches instead.
+pytestmark = pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices")
 
 
 @pytest.mark.slow

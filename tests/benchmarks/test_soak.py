@@ -22,8 +22,6 @@ from benchmarks.soak.__main__ import (
 )
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
     pytest.mark.filterwarnings("ignore:Measuring failed and is tried again later"),
     pytest.mark.filterwarnings("ignore:No law was fitted to a measurement"),

@@ -1,7 +1,6 @@
 """Every public constructor and function refuses a bad argument by name, or keeps it as a plain value."""
 
 import inspect
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning_surge.callbacks.settings import LAWS
 from lightning_surge.checking.arguments import choice, number, switch, whole
 from lightning_surge.schedules import ConstantSize, Progress
 from lightning_surge.tables import RunTable
+from tests.drawn import through_a_checkpoint
 from tests.logged_runs import as_log, rows
 
 ROOT = Path(__file__).parents[2]
@@ -90,15 +90,8 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
 }  # fmt: skip
 # Public names without an argument that is checked here.
 NO_NUMBERS = {
-    "ExactResume",
-    "Law",
-    "RunLog",
-    "RunLogError",
-    "Schedule",
-    "advise",
-    "draw_fits",
-    "fit_tradeoff",
-    "read_run",
+    *("ExactResume", "Law", "RunLog", "RunLogError", "Schedule"),
+    *("advise", "draw_fits", "fit_tradeoff", "read_run"),
 }
 # Records that are returned, and functions that hand all their arguments on to one of the above.
 ELSEWHERE = {
@@ -197,10 +190,7 @@ def test_a_checkpoint_of_callbacks_made_of_numpy_numbers_can_be_loaded() -> None
     )  # fmt: skip
     rule = schedules.Seesaw(np.int64(16), np.int64(64))  # type: ignore[arg-type]
     states = [surge.state_dict(), BatchSizeScheduler(rule, micro_batch_size=np.int64(4)).state_dict()]  # type: ignore[arg-type]
-    file = io.BytesIO()
-    torch.save(states, file)
-    file.seek(0)
-    assert repr(torch.load(file, weights_only=True)) == repr(states)
+    assert repr(through_a_checkpoint(states)) == repr(states)
 
 
 class TestChecks:

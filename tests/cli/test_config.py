@@ -67,6 +67,12 @@ def parse(tmp_path: Path, callbacks: str) -> tuple[list[Any], str]:
     return built, cli.parser.dump(cli.config, skip_none=False)
 
 
+def parse_one(tmp_path: Path, name: str, arguments: str) -> tuple[Any, str]:
+    """The callback of that name with these arguments, and the configuration printed."""
+    (callback,), printed = parse(tmp_path, f"    - {{class_path: {name}, init_args: {{{arguments}}}}}\n")
+    return callback, printed
+
+
 FUNCTIONS = """
 from collections.abc import Sequence
 from typing import Any
@@ -145,9 +151,7 @@ def test_every_kind_of_argument_of_the_callback(tmp_path: Path, functions: Any) 
     ],
 )
 def test_switches_that_are_also_something_else(tmp_path: Path, name: str, written: str, meant: Any) -> None:
-    (callback,), printed = parse(
-        tmp_path, f"    - {{class_path: SurgeLRCallback, init_args: {{{name}: {written}}}}}\n"
-    )
+    callback, printed = parse_one(tmp_path, "SurgeLRCallback", f"{name}: {written}")
     found = {"split_batch": callback._split_batch, "scale_weight_decay": callback.settings.scale_weight_decay}
     assert found[name] is meant or found[name] == meant == "per_example"
     assert f"{name}: {written}" in printed
@@ -173,7 +177,7 @@ def test_mistakes_in_arguments_of_the_callback_are_named(
 ) -> None:
     # jsonargparse's own errors, and the callback's where the type is right and the value is not.
     with pytest.raises((ArgumentError, ValueError)) as caught:
-        parse(tmp_path, f"    - {{class_path: SurgeLRCallback, init_args: {{{arguments}}}}}\n")
+        parse_one(tmp_path, "SurgeLRCallback", arguments)
     said = " ".join(str(caught.value).split())
     for message in messages:
         assert message in said
@@ -208,10 +212,7 @@ def test_every_schedule_by_both_names(tmp_path: Path, names: str, written: str, 
     if names == "full":
         callback = f"lightning_surge.{callback}"
         written = written.replace("class_path: ", f"class_path: {type(meant).__module__}.")
-    (scheduler,), _ = parse(
-        tmp_path, f"    - {{class_path: {callback}, init_args: {{schedule: {written}}}}}\n"
-    )
-    assert scheduler.schedule == meant
+    assert parse_one(tmp_path, callback, f"schedule: {written}")[0].schedule == meant
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_every_schedule_by_both_names(tmp_path: Path, names: str, written: str, 
 def test_mistakes_in_schedules_are_named(tmp_path: Path, wrong: str, message: str) -> None:
     # A wrong value is found when the object is made, a wrong name already when the file is parsed.
     with pytest.raises((ArgumentError, ValueError)) as caught:
-        parse(tmp_path, f"    - {{class_path: BatchSizeScheduler, init_args: {{schedule: {wrong}}}}}\n")
+        parse_one(tmp_path, "BatchSizeScheduler", f"schedule: {wrong}")
     assert message in " ".join(str(caught.value).split())
 
 

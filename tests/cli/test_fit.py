@@ -73,16 +73,7 @@ def models(path: Path) -> Path:
 
 class TestText:
     def test_the_answer_is_five_lines_above_its_tables(self, run: Run, tmp_path: Path) -> None:
-        words = [
-            "--bootstrap",
-            20,
-            "--target",
-            2.5,
-            "--law=measured",
-            "--law=constant",
-            "--at=4K",
-            "--at=8",
-        ]
+        words = ["--bootstrap=20", "--target=2.5", "--law=measured", "--law=constant", "--at=4K", "--at=8"]
         status, out, err = run(sweep(tmp_path / "runs.csv"), *words)
         assert (status, err) == (0, "")
         head, _, *answer, _, title = out.splitlines()[:9]

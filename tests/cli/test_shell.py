@@ -1,8 +1,6 @@
 """What every command owes a shell."""
 
-import ast
 import os
-import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,8 +10,6 @@ import pytest
 
 from lightning_surge.cli import COMMANDS, main
 from tests.logged_runs import rows, write_csv
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow  # every command is a process
 
@@ -98,20 +94,6 @@ def test_a_reader_that_has_seen_enough_is_no_error(run):
     words = f"'{sys.executable}' -m lightning_surge advise '{run}' --json | true; exit ${{PIPESTATUS[0]}}"
     found = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stderr) == (0, "")
-
-
-def test_messages_that_the_page_explains_are_those_of_the_package():
-    page = (ROOT / "docs" / "messages.md").read_text()
-    section = page.partition("## On the command line")[2].partition("\n## ")[0]
-    quotes = re.findall(r"^- `([^`]+)`:", section, re.MULTILINE)
-    assert len(quotes) == len(re.findall(r"^- ", section, re.MULTILINE)) > 10
-    texts = []
-    for path in (ROOT / "lightning_surge").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts))
-    for quote in quotes:
-        assert any(quote.rstrip("… ") in text for text in texts), quote
 
 
 def test_a_shell_completes_options(tmp_path):

@@ -276,19 +276,14 @@ def test_larger_may_be_better(config: Path, capsys: Capture) -> None:
     words = arguments(batch_sizes="4", lrs="0.1 0.2 0.3", target_loss="-0.3", metric="gain", checks="100")
     assert main([*words, "--maximize"]) == 0
     said = capsys.readouterr().out
-    assert re.search(
-        r"^ +4 +0\.3 .* +-0\.3 +1  highest tried", said, re.MULTILINE
-    )  # -0.5 * 0.7^2 after a step
+    # -0.5 * 0.7^2 after a step.
+    assert re.search(r"^ +4 +0\.3 .* +-0\.3 +1  highest tried", said, re.MULTILINE)
     assert said.endswith("next: lightning-surge fit sweep.csv --maximize\n")
     assert study().study.best_params["lr"] == 0.3
     assert [row["steps"] for row in table()] == ["3", "2", "1"]
 
 
-def test_keys_that_do_not_exist(config: Path, capsys: Capture) -> None:
-    said = refused(capsys, lr_key="model.init_args.learning_rate")
-    assert "Expected --lr-key to be a key of the configuration, got 'model.init_args.learning_rate'" in said
-    for key in ("model.init_args.lr", "model.init_args.start", "data.init_args.batch_size"):
-        assert key in said
+def test_without_a_batch_size(config: Path, capsys: Capture) -> None:
     config.write_text(CONFIG.replace("data: {class_path: parabola.Zeros}", ""))
     assert "no usual one (such as batch_size)" in refused(capsys)
 
@@ -309,6 +304,11 @@ def test_keys_that_do_not_exist(config: Path, capsys: Capture) -> None:
         ({"set": "ckpt_path=last"}, "got ckpt_path='last'"),
         ({"model_class": "parabola.Missing"}, "Expected --model-class to be the dotted path"),
         ({"cli_class": "parabola.Zeros"}, "Expected --cli-class to be a LightningCLI"),
+        (
+            {"lr_key": "model.init_args.rate"},
+            "--lr-key to be a key of the configuration, got 'model.init_args.rate': the classes in it take "
+            "model.init_args.lr, model.init_args.start, model.init_args.total, model.init_args.event, ",
+        ),
         ({"lr_key": "data.init_args.deaf"}, "LightningCLI refuses"),
         ({"batch_size_key": "trainer.max_epochs"}, "Expected --batch-size-key to be a key"),
         ({"steps_key": "model.init_args.length"}, "Expected --steps-key and --examples-key to be a key"),

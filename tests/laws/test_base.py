@@ -12,14 +12,11 @@ from scipy.optimize import minimize_scalar
 
 from lightning_surge.laws.base import ConstantLaw, Law, LinearLaw, MeasuredLaw, Peak, SGDLaw, SqrtLaw
 from lightning_surge.laws.theorems import Theorem3Law
-from tests.drawn import decades, many, measured_law
+from tests.drawn import HESSIAN, decades, many, measured_law
 from tests.laws.closed_forms import Theorem2, theorem3
 
 MU = np.array([0.5, -0.3, 0.8, 0.1])
 SIGMA = np.array([2.0, 1.5, 3.0, 0.7])
-HESSIAN = np.array(
-    [[2.0, -0.6, 0.8, 0.1], [-0.6, 1.0, -0.3, 0.2], [0.8, -0.3, 1.5, 0.4], [0.1, 0.2, 0.4, 0.9]]
-)
 
 
 @st.composite
@@ -79,6 +76,12 @@ class TestMeasuredLaw:
         assert law.peak.lr == pytest.approx(-found.fun, rel=1e-9)
         assert math.log(law.peak.batch_size) == pytest.approx(found.x, abs=1e-3)
         assert law.lr(law.peak.batch_size) == pytest.approx(law.peak.lr, rel=1e-9)
+
+    @pytest.mark.parametrize(("share", "expected"), [(0.9, math.inf), (1, math.inf), (1.125, 800), (2, 100)])
+    def test_peak_runs_to_infinity_as_coherent_curvature_falls_to_that_of_noise(
+        self, share: float, expected: float
+    ) -> None:
+        assert measured_law(1, 100, 1, share).peak.batch_size == expected
 
     @many
     @given(measured_laws(decades(-4, 4)), decades(-4, 8))
@@ -224,6 +227,8 @@ class TestSGDLaw:
             assert law.lr(batch_size) == pytest.approx(top / bottom, rel=1e-12)
             gain_max = (MU @ MU) ** 2 / (2 * coherent)
             assert gain_max * law.gain(batch_size) == pytest.approx(top**2 / (2 * bottom), rel=1e-12)
+        # Any exponent: 1 + 300 / 100 is 4.
+        assert SGDLaw(max_lr=1, noise_scale=300, exponent=0.25).lr(100) == pytest.approx(4**-0.25, rel=1e-12)
 
 
 class TestReferenceRules:
@@ -253,10 +258,7 @@ INFINITE = {"noise_scale": math.inf, "peak_lr": math.inf}
 REFUSED: dict[Callable[..., Any], tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
     MeasuredLaw: (ONES, [
             ({"alignment_limit": 0}, "0 < alignment_limit < inf, got alignment_limit=0: a zero gradient"),
-            (
-                {"noise_curvature": 0, "signal_curvature": 0},
-                "noise_curvature=0 and signal_curvature=0: without",
-            ),
+            ({"noise_curvature": 0, "signal_curvature": 0}, "and signal_curvature=0: without"),
     ]),
     Theorem3Law: (THEOREM_3, [
         ({"noise_scale": 0}, "0 < noise_scale <= inf, got noise_scale=0: use inf for both"),

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from lightning_surge.measure.budget import (
     BudgetState,
     ProbeBudget,
 )
+from tests.drawn import through_a_checkpoint
 
 many = settings(max_examples=80, deadline=None)
 overheads = st.floats(0.002, 0.5)
@@ -185,16 +185,12 @@ class TestAffordable:
 
 class TestState:
     @pytest.mark.parametrize("planned", [math.inf, 30_000.0])
-    def test_a_resumed_budget_goes_on_at_the_same_steps(
-        self, planned: float, tmp_path: pytest.TempPathFactory
-    ) -> None:
+    def test_a_resumed_budget_goes_on_at_the_same_steps(self, planned: float) -> None:
         whole = times(ProbeBudget(0.05), 100.0, 3000, planned=planned)
         first = ProbeBudget(0.05)
         begin = times(first, 100.0, 1234, planned=planned)
-        torch.save(save(first), tmp_path / "state.pt")
         second = ProbeBudget(0.05)
-        state = restore(BudgetState, torch.load(tmp_path / "state.pt", weights_only=True))
-        vars(second).update(vars(state))
+        vars(second).update(vars(restore(BudgetState, through_a_checkpoint(save(first)))))
         assert begin + [1234 + step for step in times(second, 100.0, 1766, planned=planned)] == whole
 
     def test_settings_are_not_part_of_it(self) -> None:

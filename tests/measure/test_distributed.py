@@ -104,25 +104,11 @@ def law_measurement(batches: Sequence[Tensor], group: Ranks, law: str) -> tuple[
     probe = prober(weight, group)
     pieces = [Piece(batch, index, float(len(batch))) for index, batch in enumerate(batches)]
     chunks = probe.chunks(pieces, 4.0, fewest=8)
-    if law == "measured":
-        measured = LawMeasurement(
-            [weight],
-            replay=probe.replay,
-            delta=1e-3,
-            scales=[1.0],
-            ranks=group,
-        ).run(chunks)
-    else:
-        measured = CoordinateMeasurement(
-            [weight],
-            replay=probe.replay,
-            delta=1e-3,
-            scales=[1.0],
-            sizes=(2.0, 4.0),
-            law=law,
-            seed=1,
-            ranks=group,
-        ).run(chunks)
+    options: dict[str, Any] = {"replay": probe.replay, "delta": 1e-3, "scales": [1.0], "ranks": group}
+    if law != "measured":
+        options |= {"sizes": (2.0, 4.0), "law": law, "seed": 1}
+    kind = LawMeasurement if law == "measured" else CoordinateMeasurement
+    measured = kind([weight], **options).run(chunks)
     assert weight.grad is None
     return measured, [chunk.size for chunk in chunks]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_surge.measure import gradients
 from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
-from lightning_surge.measure.gradients import ChunkStream, blocks, dense, weighted_mean
+from lightning_surge.measure.gradients import ChunkStream
 from lightning_surge.measure.records import ChunkStatistics, SizedValue
 from tests.drawn import within
 
@@ -186,10 +186,6 @@ class TestExact:
         stream.add([torch.tensor([2.0**30, 1.0, 1.0])], 1)
         assert stream.statistics().alignments[0].value == 2.0**30 + 2
 
-    def test_weighted_mean_is_of_sizes_and_values(self) -> None:
-        # Weights 1 and 3: (2 + 3 * 6) / 4 and (8 - 3 * 4) / 4.
-        assert weighted_mean([(2.0, 1.0, 8.0), (6.0, 3.0, -4.0)]) == SizedValue(5.0, -1.0)
-
 
 class TestErrors:
     @pytest.mark.parametrize("size", [0, -1, math.inf, math.nan])
@@ -244,24 +240,3 @@ class TestStatistical:
             # A direction dotted with a gradient that holds it would give this much more; it must be seen.
             error = np.std(samples, ddof=1) / math.sqrt(len(samples))
             assert float(np.sum(scales * deviation)) * math.sqrt(2 / math.pi / sum(sizes)) > 8 * error
-
-
-class TestPieces:
-    def test_blocks_walk_together_in_logical_order(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gradients, "BLOCK_ELEMENTS", 4)
-        tensor = torch.arange(6.0).reshape(2, 3)
-        walked = list(blocks(tensor, tensor.T.contiguous().T))
-        assert [len(a) for a, _ in walked] == [4, 2]
-        for a, b in walked:
-            assert torch.equal(a, b)
-
-    def test_blocks_of_a_contiguous_tensor_are_views(self) -> None:
-        tensor = torch.zeros(2, 3)
-        for (block,) in blocks(tensor):
-            block.fill_(1.0)
-        assert torch.equal(tensor, torch.ones(2, 3))
-
-    def test_dense_leaves_strided_tensors_alone(self) -> None:
-        tensor = torch.eye(3)
-        assert dense(tensor) is tensor
-        assert torch.equal(dense(tensor.to_sparse()), tensor)

@@ -18,14 +18,12 @@ from lightning_surge.measure.direction import GRADIENT, SIGN, Direction
 from lightning_surge.measure.distributed import ALONE
 from lightning_surge.measure.gradients import debiased_norms
 from lightning_surge.measure.measurement import LawMeasurement, NormMeasurement, Whole, slices_for
-from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
+from lightning_surge.measure.records import CoordinateSums, Measurement, SizedValue
 from lightning_surge.measure.replay import Chunk, Piece
-from tests.drawn import within
+from tests import drawn
+from tests.drawn import record, within
 
-HESSIAN = torch.tensor(
-    [[2.0, -0.6, 0.8, 0.1], [-0.6, 1.0, -0.3, 0.2], [0.8, -0.3, 1.5, 0.4], [0.1, 0.2, 0.4, 0.9]],
-    dtype=torch.float64,
-)
+HESSIAN = torch.from_numpy(drawn.HESSIAN)
 THETA = torch.tensor([0.4, -0.2, 0.1, 0.3], dtype=torch.float64)
 MEAN_GRADIENT = HESSIAN @ THETA
 
@@ -54,11 +52,7 @@ class Quadratic:
         self.theta.grad = gradient if self.theta.grad is None else self.theta.grad + gradient
 
     def measurement(
-        self,
-        *,
-        direction: Direction = SIGN,
-        delta: float = 0.01,
-        scale: float = 1.0,
+        self, *, direction: Direction = SIGN, delta: float = 0.01, scale: float = 1.0
     ) -> LawMeasurement:
         return LawMeasurement(
             [self.theta], replay=self.replay, delta=delta, scales=[scale], direction=direction
@@ -316,20 +310,9 @@ class TestProperties:
 
     def test_unscaled_coordinate_sums(self) -> None:
         # H and mu, sigma carry the loss's unit once; u = mu / sigma none.
-        measurement = Measurement(
-            ChunkStatistics(8.0, 16.0, 32.0, (SizedValue(2.0, 4.0),)),
-            (SizedValue(2.0, 8.0),),
-            passes=8.0,
-            num_chunks=4,
-            coordinate_sums=CoordinateSums(4.0, 8.0, 12.0),
-        )
-        assert measurement.unscaled(4.0) == Measurement(
-            ChunkStatistics(8.0, 1.0, 2.0, (SizedValue(2.0, 1.0),)),
-            (SizedValue(2.0, 2.0),),
-            passes=8.0,
-            num_chunks=4,
-            coordinate_sums=CoordinateSums(1.0, 2.0, 3.0),
-        )
+        scaled = record(16.0, 32.0, [(2.0, 4.0)], [(2.0, 8.0)], CoordinateSums(4.0, 8.0, 12.0))
+        plain = record(1.0, 2.0, [(2.0, 1.0)], [(2.0, 2.0)], CoordinateSums(1.0, 2.0, 3.0))
+        assert scaled.unscaled(4.0) == plain
 
     @given(batch_size=st.floats(1, 1e6), base=st.floats(1, 1e6))
     def test_slices_are_a_power_of_two_near_the_ratio(self, batch_size: float, base: float) -> None:

@@ -59,6 +59,12 @@ def exact(weight: Tensor, rows: Sequence[Tensor], factors: Sequence[float]) -> N
     )
 
 
+def assert_same_gradient(one: Tensor, other: Tensor) -> None:
+    assert one.grad is not None
+    assert other.grad is not None
+    assert torch.equal(one.grad, other.grad)
+
+
 def numbers(sums: NormSums) -> list[float]:
     return list(vars(sums).values())
 
@@ -115,9 +121,7 @@ class TestWindows:
             window(norms, weight, rows, FACTORS)
             for batch, factor in zip(rows, FACTORS, strict=True):
                 (8.0 * factor * own_loss(plain, batch)).backward()
-            assert weight.grad is not None
-            assert plain.grad is not None
-            assert torch.equal(weight.grad, plain.grad)
+            assert_same_gradient(weight, plain)
             weight.grad = plain.grad = None
             sums += exact(weight, rows, FACTORS)
         assert (norms.windows, norms.examples) == (3, 42.0)
@@ -197,9 +201,7 @@ class TestWindows:
                     patch.setattr(torch, "stack", stack)
                 assert (norms.take() is None) == (failing is not None)
             told.append(norms.take_failure())
-            assert plain.grad is not None
-            assert weight.grad is not None
-            assert torch.equal(weight.grad, plain.grad)
+            assert_same_gradient(weight, plain)
             weight.grad = None
         assert told == [*["OutOfMemoryError: not enough"] * 3, "RuntimeError: no stack", None]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_surge.measure.direction import GRADIENT, ORTHOGONAL, SIGN
+from lightning_surge.measure.direction import GRADIENT, ORTHOGONAL, SIGN, Direction
 from lightning_surge.optimizers.families import (
     decay_follows_lr,
     direction_of,
@@ -29,49 +29,33 @@ def foreign(name: str, base: type[Optimizer] = Optimizer, **options: object) -> 
 
 class TestKind:
     @pytest.mark.parametrize(
-        "name",
+        ("direction", "names"),
         [
-            *(
-                "Lion",
-                "SignSGD",
-                "Adan",
-                "FusedAdam",
-                "AdamW8bit",
-                "PagedLion8bit",
-                "DeepSpeedCPUAdam",
-                "AdamP",
-            ),
-            *("NAdamW", "RMSpropTF", "Tiger", "StableAdamW", "Adagrad8bit", "AdafactorBigVision"),
+            (SIGN, "Lion SignSGD Adan FusedAdam AdamW8bit PagedLion8bit DeepSpeedCPUAdam AdamP NAdamW"),
+            (SIGN, "RMSpropTF Tiger StableAdamW Adagrad8bit AdafactorBigVision"),
+            (GRADIENT, "SGDW SGD8bit FusedSGD"),
+            (ORTHOGONAL, "Muon MuonWithAuxAdam AdaMuon DistributedMuon"),
         ],
     )
-    def test_sign_updates_of_other_packages(self, name: str) -> None:
-        assert direction_of(foreign(name)) is SIGN
-
-    @pytest.mark.parametrize("name", ["SGDW", "SGD8bit", "FusedSGD"])
-    def test_gradient_updates_of_other_packages(self, name: str) -> None:
-        assert direction_of(foreign(name)) is GRADIENT
-
-    @pytest.mark.parametrize("name", ["Muon", "MuonWithAuxAdam", "AdaMuon", "DistributedMuon"])
-    def test_orthogonalised_updates(self, name: str) -> None:
-        assert direction_of(foreign(name)) is ORTHOGONAL
+    def test_updates_of_other_packages(self, direction: Direction, names: str) -> None:
+        for name in names.split():
+            assert direction_of(foreign(name)) is direction, name
 
     @pytest.mark.parametrize(
-        ("name", "why"),
+        ("names", "why"),
         [
-            *[
-                (name, "whole matrices")
-                for name in ("Shampoo", "SOAP", "Dion", "SCION", "Kron", "GaLoreAdamW")
-            ],
-            *[(name, "finds the size of its steps") for name in ("DAdaptAdam", "DAdaptLion", "Prodigy")],
-            *[(name, "steps from a point") for name in ("AdamWScheduleFree", "ScheduleFreeAdamW")],
-            *[(name, "whole tensors by one size") for name in ("Lamb", "LAMB8bit", "Lars", "AdamMini")],
-            *[(name, "estimate of the curvature") for name in ("LBFGS", "AdaHessian")],
+            ("Shampoo SOAP Dion SCION Kron GaLoreAdamW", "whole matrices"),
+            ("DAdaptAdam DAdaptLion Prodigy", "finds the size of its steps"),
+            ("AdamWScheduleFree ScheduleFreeAdamW", "steps from a point"),
+            ("Lamb LAMB8bit Lars AdamMini", "whole tensors by one size"),
+            ("LBFGS AdaHessian", "estimate of the curvature"),
         ],
     )
-    def test_updates_along_neither(self, name: str, why: str) -> None:
-        family = optimizer_family(foreign(name))
-        assert family.direction is None
-        assert why in family.why
+    def test_updates_along_neither(self, names: str, why: str) -> None:
+        for name in names.split():
+            family = optimizer_family(foreign(name))
+            assert family.direction is None, name
+            assert why in family.why
 
     @pytest.mark.parametrize("name", ["Sophia", "Custom", "Lookahead"])
     def test_unknown_names(self, name: str) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +24,7 @@ from lightning_surge.policy.estimates import (
     fit_theorem3_law,
     law_of,
 )
-from tests.drawn import halves, history_of, many, measured_law, within
+from tests.drawn import halves, history_of, many, measured_law, record, through_a_checkpoint, within
 from tests.laws.closed_forms import theorem3
 
 TRUE = measured_law(2.0, 150.0, 1.5, 0.9)
@@ -118,9 +117,7 @@ class TestExactData:
             h = np.diag(np.diag(hessian)) + sign * (hessian - np.diag(np.diag(hessian)))
             u = mean / deviation
             sums = CoordinateSums(
-                float(np.trace(h)),
-                float(u @ (h - np.diag(np.diag(h))) @ u),
-                float(u @ mean),
+                float(np.trace(h)), float(u @ (h - np.diag(np.diag(h))) @ u), float(u @ mean)
             )
             fitted = fit_theorem3_law(history_of([measured(TRUE)._replace(coordinate_sums=sums)] * 2).stats())
             law = theorem3(mean, deviation, h)
@@ -161,25 +158,13 @@ class TestDegenerate:
     def test_a_fit_gives_a_usable_law_or_none(
         self, fit: Fit, rows: list[tuple[float, ...]], scale: float
     ) -> None:
-        history = history_of(
-            [
-                Measurement(
-                    ChunkStatistics(
-                        64.0,
-                        grad_sq * scale**2,
-                        trace * scale**2,
-                        (SizedValue(16.0, n_1 * scale), SizedValue(32.0, n_2 * scale)),
-                    ),
-                    (SizedValue(16.0, d_1 * scale), SizedValue(32.0, d_2 * scale)),
-                    passes=128.0,
-                    num_chunks=4,
-                    coordinate_sums=CoordinateSums(d_1 * scale, d_2 * scale, n_1 * scale),
-                )
-                for grad_sq, trace, n_1, n_2, d_1, d_2 in rows
-            ],
-            half_life=2.0,
-        )
-        law = estimate(history, fit)
+        history = []
+        for grad_sq, trace, *others in rows:
+            n_1, n_2, d_1, d_2 = (scale * value for value in others)
+            sized = ((16.0, n_1), (32.0, n_2)), ((16.0, d_1), (32.0, d_2))
+            sums = CoordinateSums(d_1, d_2, n_1)
+            history.append(record(grad_sq * scale**2, trace * scale**2, *sized, sums))
+        law = estimate(history_of(history, half_life=2.0), fit)
         if law is not None:
             for b in (1.0, 16.0, 1e5):
                 assert math.isfinite(law.lr(b))
@@ -341,10 +326,9 @@ class TestEstimatedLaw:
         ],
         ids=lambda law: type(law).__name__,
     )
-    def test_state_round_trip(self, law: Law, tmp_path: pytest.TempPathFactory) -> None:
+    def test_state_round_trip(self, law: Law) -> None:
         whole = EstimatedLaw(law, ((law, 0.25), (None, 0.75)), 3, (2.0, math.inf), at_edge=True)
-        torch.save(whole.state_dict(), tmp_path / "state.pt")
-        assert EstimatedLaw.from_state_dict(torch.load(tmp_path / "state.pt", weights_only=True)) == whole
+        assert EstimatedLaw.from_state_dict(through_a_checkpoint(whole.state_dict())) == whole
 
     def test_one_of_the_retired_objective_says_what_to_use(self) -> None:
         state = self.LAW.state_dict()

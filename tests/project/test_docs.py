@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 TEXTS = ["README.md", "CONTRIBUTING.md", "examples/README.md", *DOCS]
 PACKAGE = Path(lightning_surge.__file__).parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYTHONS = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["classifiers"]))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 # What a page takes for granted, in the page's own words: everything else its code has to make itself.
 PRELUDES = {
@@ -180,8 +183,7 @@ def commands_of(page: str) -> str:
 @pytest.mark.parametrize("page", TEXTS)
 def test_commands_exist(page: str) -> None:
     commands = commands_of(page)
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?m)(?:^|/| )make ([a-z][a-z-]*)", commands)) <= targets
+    assert set(re.findall(r"(?m)(?:^|/| )make ([a-z][a-z-]*)", commands)) <= TARGETS
     for module in set(re.findall(r"python -m ([\w.]+)", commands)):
         assert importlib.util.find_spec(module) is not None, module
     called = set(re.findall(r"(?m)(?:^\s*|bin/)lightning-surge ([a-z]\w*)", commands))
@@ -216,11 +218,9 @@ def test_the_readme_is_short_and_names_the_versions_of_the_project() -> None:
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 200
     assert len(text.encode()) <= 14_000
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pythons = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
-    bounds = dict(re.findall(r"(\w+)>=(\d+\.\d+)", " ".join(project["dependencies"])))
-    claimed = f"Python {', '.join(pythons)} · torch >= {bounds['torch']} · "
-    assert f"{claimed}lightning >= {bounds['lightning']} · {project['license']}\n" in text
+    bounds = dict(re.findall(r"(\w+)>=(\d+\.\d+)", " ".join(PROJECT["dependencies"])))
+    claimed = f"Python {', '.join(PYTHONS)} · torch >= {bounds['torch']} · "
+    assert f"{claimed}lightning >= {bounds['lightning']} · {PROJECT['license']}\n" in text
 
 
 def test_the_documentation_stays_small() -> None:
@@ -302,17 +302,13 @@ def test_identifiers_name_what_exists(page: str) -> None:
 def test_the_workflow_runs_targets_that_exist_on_every_python() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"make lint", "make test-fast", "make test", "make docs"} <= set(steps)
-    assert {step.removeprefix("make ") for step in steps} <= targets
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pythons = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
-    assert workflow["jobs"]["test-fast"]["strategy"]["matrix"]["python"] == pythons
+    assert {step.removeprefix("make ") for step in steps} <= TARGETS
+    assert workflow["jobs"]["test-fast"]["strategy"]["matrix"]["python"] == PYTHONS
 
 
 def test_the_version_is_one_number() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    citation = (ROOT / "CITATION.cff").read_text()
+    version, citation = PROJECT["version"], (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {version}\n" in citation
     (date,) = re.findall(r"date-released: (\S+)", citation)
     releases = re.findall(r"(?m)^## \[(.*?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text())
@@ -322,14 +318,7 @@ def test_the_version_is_one_number() -> None:
 
 # ---------------------------------------------------------------------- messages
 
-SPEAKERS = {
-    "MisconfigurationException",
-    "warn",
-    "rank_zero_info",
-    "warnings.warn",
-    "Obstacle",
-    "self._warn",
-}
+SPEAKERS = {"MisconfigurationException", "warn", "rank_zero_info", "warnings.warn", "Obstacle", "self._warn"}
 
 
 def template(message: ast.expr) -> str:
@@ -376,3 +365,13 @@ def test_every_explanation_is_of_a_message() -> None:
 def test_every_reason_is_explained() -> None:
     explained = (ROOT / "docs" / "messages.md").read_text().partition("## Why the factor")[2]
     assert [reason.text for reason in Reason if f"`{reason.text}`" not in explained] == []
+
+
+def test_messages_of_the_command_line_are_those_of_the_package() -> None:
+    page = (ROOT / "docs" / "messages.md").read_text()
+    section = page.partition("## On the command line")[2].partition("\n## ")[0]
+    quoted = re.findall(r"^- `([^`]+)`:", section, re.MULTILINE)
+    assert len(quoted) == len(re.findall(r"^- ", section, re.MULTILINE)) > 10
+    nodes = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    texts = [template(node) for node in nodes if isinstance(node, (ast.Constant, ast.JoinedStr))]
+    assert [quote for quote in quoted if not any(quote.rstrip("… ") in text for text in texts)] == []

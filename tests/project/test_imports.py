@@ -15,8 +15,8 @@ import pytest
 
 from lightning_surge.callbacks.lightning_host import overrides
 
-# {host} is either package. Everything comes from it but our callbacks; what it prints is compared.
-TRAINING = """
+# {host} is either package: everything but our callbacks comes from it.
+DEFINITIONS = """
 import json, logging, sys, warnings
 {imports}
 import torch
@@ -45,16 +45,15 @@ class Net(pl.LightningModule):
     def on_train_batch_start(self, batch, batch_idx):
         return -1 if (self.trainer.current_epoch, batch_idx) == (1, 12) else None
 
+    def train_dataloader(self):
+        x = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
+        return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).sin()), 4)
+
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
         ask = optimizer._init_group
         optimizer._init_group = lambda group, *rest: (self.lrs.append(group["lr"]), ask(group, *rest))[1]
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
-
-
-def data():
-    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
-    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).sin()), 4)
 
 
 def trainer(*callbacks, **options):
@@ -65,17 +64,19 @@ def trainer(*callbacks, **options):
 
 def refused(*callbacks, **options):
     try:
-        trainer(*callbacks, **options).fit(Net(), data())
+        trainer(*callbacks, **options).fit(Net())
     except Exception as error:
         return type(error).__name__, str(error)
+"""
 
-
+# What it prints is compared.
+TRAINING = """
 module, surge = Net(), SurgeLRCallback(4, probe_every=2)
 warmup, other = BatchSizeWarmup(4, 16, 8), pl.callbacks.LambdaCallback()
 whole = trainer(other, surge, warmup)
-whole.fit(module, data())
+whole.fit(module)
 accumulated, scheduler = Net(), pl.callbacks.GradientAccumulationScheduler({{0: 1, 1: 2}})
-trainer(SurgeLRCallback(4, "linear"), scheduler).fit(accumulated, data())
+trainer(SurgeLRCallback(4, "linear"), scheduler).fit(accumulated)
 print(json.dumps(dict(
     lrs=module.lrs,
     measurements=surge.history.num_measurements,
@@ -87,29 +88,9 @@ print(json.dumps(dict(
 """
 
 CLI = """
-import sys
-{imports}
-import torch
-from torch.utils.data import DataLoader, TensorDataset
 from {host}.cli import LightningCLI
 
-
-class Linear(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(2, 1)
-
-    def training_step(self, batch, batch_idx):
-        return self.layer(batch[0]).square().mean()
-
-    def train_dataloader(self):
-        return DataLoader(TensorDataset(torch.ones(32, 2)), 4)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
-
-
-cli = LightningCLI(Linear, save_config_callback=None, args={{
+cli = LightningCLI(Net, save_config_callback=None, args={{
     "fit": {{"trainer": {{
         "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False,
         "enable_progress_bar": False, "enable_model_summary": False,
@@ -127,22 +108,14 @@ surge = next(one for one in cli.trainer.callbacks if type(one).__name__ == "Surg
 print("trained with", surge.decision.used)
 """
 
-OURS_FIRST = """
-import sys
-from lightning_surge import BatchSizeWarmup
 
-print("pytorch_lightning" in sys.modules)
-import pytorch_lightning as pl
-"""
+def code(host: str, *parts: str) -> str:
+    return "".join(part.format(host=host, imports=f"import {host} as pl") for part in (DEFINITIONS, *parts))
 
 
-def code(template: str, host: str, imports: str = "") -> str:
-    return template.format(host=host, imports=imports)
-
-
-def run(*parts: str) -> str:
+def run(program: str) -> str:
     """What a new process prints, and says where it fails."""
-    command = [sys.executable, "-c", "\n".join(parts)]
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return done.stdout + (done.stderr if done.returncode else "")
 
@@ -152,7 +125,7 @@ def here() -> Any:
     """What the training leads to with `lightning.pytorch`."""
     level = logging.getLogger("lightning.pytorch").level
     with warnings.catch_warnings(), redirect_stdout(StringIO()) as printed:
-        exec(code(TRAINING, "lightning.pytorch", "import lightning.pytorch as pl"), {"__name__": "training"})
+        exec(code("lightning.pytorch", TRAINING), {"__name__": "training"})
     logging.getLogger("lightning.pytorch").setLevel(level)
     return json.loads(printed.getvalue())
 
@@ -160,8 +133,7 @@ def here() -> Any:
 @pytest.fixture(scope="module")
 def there() -> list[str]:
     """What a process prints that knows `pytorch_lightning` only: of the training, and of its LightningCLI."""
-    host = "pytorch_lightning"
-    lines = run(code(TRAINING, host, "import pytorch_lightning as pl"), code(CLI, host)).splitlines()
+    lines = run(code("pytorch_lightning", TRAINING, CLI)).splitlines()
     assert len(lines) == 2, "\n".join(lines)
     return lines
 
@@ -187,7 +159,8 @@ class TestLightningCLIOfPytorchLightning:
 
     def test_must_be_imported_before_ours(self) -> None:
         """The limit that the documentation names. Importing it for everybody has a price."""
-        said = run(OURS_FIRST, code(CLI, "pytorch_lightning"))
+        ours = "import sys\nfrom lightning_surge import BatchSizeWarmup\n"
+        said = run(f"{ours}print('pytorch_lightning' in sys.modules)" + code("pytorch_lightning", CLI))
         # Else Lightning's messages would go to the other package's logger.
         assert said.startswith("False\n")
         assert "lightning_surge.BatchSizeWarmup" in said

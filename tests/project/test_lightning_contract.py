@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
@@ -21,16 +21,15 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
-from tests.trainings import Memory, make_trainer, scaling
+from tests.trainings import Memory, make_trainer, scaling, scheduled_lr
 
 
 class Slope(pl.LightningModule):
     """Its loss is its only weight, so every gradient is exactly 1."""
 
-    def __init__(self, events: list[Any] | None = None, overflow_at: int = -1) -> None:
+    def __init__(self, overflow_at: int = -1) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.events = [] if events is None else events
         self.overflow_at = overflow_at
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -156,17 +155,13 @@ def test_the_scaler_can_be_made_to_look_before_a_fused_step() -> None:
 def test_post_hooks_fire_after_the_update_and_before_schedulers() -> None:
     seen: list[tuple[float, float]] = []
 
-    class Hooked(Callback):
-        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-                seen.append((pl_module.weight.item(), optimizer.param_groups[0]["lr"]))
+    def hook(trainer: pl.Trainer, module: Slope) -> None:
+        (optimizer,) = trainer.optimizers
+        look = lambda *_: seen.append((module.weight.item(), scheduled_lr(trainer)))  # noqa: E731
+        optimizer.register_step_post_hook(look)
 
-            trainer.optimizers[0].register_step_post_hook(hook)
-
-        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            seen.append((0.0, trainer.optimizers[0].param_groups[0]["lr"]))
-
-    make_trainer(Hooked()).fit(Slope(), batches(2))
+    at_end = lambda trainer, *_: seen.append((0.0, scheduled_lr(trainer)))  # noqa: E731
+    make_trainer(LambdaCallback(on_train_start=hook, on_train_batch_end=at_end)).fit(Slope(), batches(2))
     assert seen == [(-0.5, 0.5), (0.0, 0.25), (-0.75, 0.25), (0.0, 0.125)]
 
 
@@ -220,12 +215,10 @@ def test_the_strategy_repeats_the_training_step_in_the_precision_of_training() -
 def test_gradients_are_zeroed_before_on_before_backward() -> None:
     seen: list[float | None] = []
 
-    class Look(Callback):
-        def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
-            gradient = pl_module.weight.grad
-            seen.append(None if gradient is None else gradient.item())
+    def look(trainer: pl.Trainer, module: Slope, loss: Tensor) -> None:
+        seen.append(None if module.weight.grad is None else module.weight.grad.item())
 
-    make_trainer(Look(), accumulate_grad_batches=2).fit(Slope(), batches(5))
+    make_trainer(LambdaCallback(on_before_backward=look), accumulate_grad_batches=2).fit(Slope(), batches(5))
     # A first micro-batch starts from nothing, a second one from half a gradient.
     assert seen == [None, 0.5, None, 0.5, None]
 
@@ -242,23 +235,16 @@ def test_a_batch_hook_may_skip_the_epoch_after_callbacks_have_started_the_batch(
             events.append("schedule")
             super().lr_scheduler_step(scheduler, metric)
 
-    class Look(Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
-            events.append("start")
-
-        def on_train_batch_end(self, *args: Any) -> None:
-            events.append("end")
-
-    make_trainer(Look()).fit(Skipping(), batches(3))
+    look = LambdaCallback(
+        on_train_batch_start=lambda *_: events.append("start"),
+        on_train_batch_end=lambda *_: events.append("end"),
+    )
+    make_trainer(look).fit(Skipping(), batches(3))
     assert events == ["start", "schedule", "end", "start", "schedule"]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_the_loss_before_backward_may_be_changed_in_place(precision: str) -> None:
-    class Threefold(Callback):
-        def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
-            loss.mul_(3.0)
-
     class Biased(Slope):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx) + 5.0
@@ -269,7 +255,8 @@ def test_the_loss_before_backward_may_be_changed_in_place(precision: str) -> Non
     module = Biased()
     gradients = AtEachStep(lambda _, module, __: module.weight.grad.item())
     plugins = [scaling(4.0)] if precision == "16-mixed" else []
-    trainer = make_trainer(Threefold(), gradients, plugins=plugins)
+    threefold = LambdaCallback(on_before_backward=lambda trainer, module, loss: loss.mul_(3.0))
+    trainer = make_trainer(threefold, gradients, plugins=plugins)
     trainer.fit(module, batches(1))
     assert gradients.seen == [3.0]
     # What was returned, and logged, is another tensor.
@@ -294,24 +281,23 @@ def test_an_epoch_may_be_given_another_length_when_it_starts(lengths: tuple[int,
 
     sampler = Uneven()
 
-    class Lengths(Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            sampler.epoch = trainer.current_epoch
-            combined = trainer.fit_loop._combined_loader
-            assert combined is not None
-            combined.limits = [len(sampler)]
-            trainer.fit_loop.max_batches = trainer.val_check_batch = len(sampler)
+    def begin(trainer: pl.Trainer, module: Slope) -> None:
+        sampler.epoch = trainer.current_epoch
+        combined = trainer.fit_loop._combined_loader
+        assert combined is not None
+        combined.limits = [len(sampler)]
+        trainer.fit_loop.max_batches = trainer.val_check_batch = len(sampler)
 
-        def on_train_batch_start(self, *args: Any) -> None:
-            seen.append("batch")
-
-        def on_validation_epoch_end(self, *args: Any) -> None:
-            seen.append("validation")
+    callback = LambdaCallback(
+        on_train_epoch_start=begin,
+        on_train_batch_start=lambda *_: seen.append("batch"),
+        on_validation_epoch_end=lambda *_: seen.append("validation"),
+    )
 
     class Validated(Slope):
         def validation_step(self, batch: Tensor, batch_idx: int) -> None:
             pass
 
     loader = DataLoader(torch.ones(1, 1), batch_sampler=sampler)  # type: ignore[arg-type, var-annotated]
-    make_trainer(Lengths(), max_epochs=3, num_sanity_val_steps=0).fit(Validated(), loader, batches(1))
+    make_trainer(callback, max_epochs=3, num_sanity_val_steps=0).fit(Validated(), loader, batches(1))
     assert seen == [event for length in lengths for event in [*["batch"] * length, "validation"]]

@@ -18,11 +18,11 @@ from lightning_surge.callbacks.logging import law_metrics
 from lightning_surge.laws.base import Law, MeasuredLaw
 from lightning_surge.laws.objectives import OBJECTIVES, RETIRED
 from lightning_surge.laws.theorems import Theorem3Law
-from lightning_surge.measure.records import ChunkStatistics, Measurement, SizedValue
 from lightning_surge.policy.estimates import EstimatedLaw, estimate, fit_sign_law
 from lightning_surge.policy.history import NoiseHistory
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.log_files import read_run
+from tests.drawn import history_of, record
 from tests.trainings import MakeOptimizer, Regression, adamw, regression_data, trained, two_groups, with_lr
 
 PAGE = (Path(__file__).parents[2] / "docs" / "logged-values.md").read_text()
@@ -128,10 +128,8 @@ def test_a_failed_measurement_is_logged_as_such(fitted: Callable[..., Any]) -> N
 
 def test_what_a_clamp_made_is_not_logged() -> None:
     """All of the curvature is the signal's, and noise hides the gradient."""
-    norms = ChunkStatistics(128.0, -1.0, 48.0, (SizedValue(16.0, 1.0), SizedValue(64.0, 1.2)))
-    history = NoiseHistory()
-    for _ in range(2):
-        history.add(Measurement(norms, (SizedValue(16.0, 1.0), SizedValue(64.0, 100.0)), passes=1.0))
+    alignments, curvatures = ((16.0, 1.0), (64.0, 1.2)), ((16.0, 1.0), (64.0, 100.0))
+    history = history_of([record(-1.0, 48.0, alignments, curvatures)] * 2)
     law = estimate(history, fit_sign_law)
     assert law is not None
     assert (law.critical_batch_size, law.peak, history.stats().noise_scale) == (0.0, (0.0, inf), inf)
@@ -144,9 +142,7 @@ def test_what_a_clamp_made_is_not_logged() -> None:
 
 def test_an_error_that_is_not_known_is_not_logged() -> None:
     """As after a single measurement."""
-    norms = ChunkStatistics(128.0, 2.0, 48.0, (SizedValue(16.0, 1.0), SizedValue(64.0, 1.2)))
-    history = NoiseHistory()
-    history.add(Measurement(norms, (SizedValue(16.0, 1.0), SizedValue(64.0, 2.0)), passes=1.0))
+    history = history_of([record(2.0, 48.0, ((16.0, 1.0), (64.0, 1.2)), ((16.0, 1.0), (64.0, 2.0)))])
     logged = law_metrics(history, estimate(history, fit_sign_law), 64.0)
     assert {"surge/noise_scale", "surge/lr_optimal"} <= logged.keys()
     assert not any(key.endswith("_standard_error") for key in logged)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.optimizers.families import optimizer_family
-from tests.trainings import make_trainer
+from tests.trainings import flat, make_trainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 EVERY = sorted(
@@ -56,7 +56,7 @@ class Linear(pl.LightningModule):
 
     @property
     def weights(self) -> Tensor:
-        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters()])
+        return flat(self.parameters())
 
 
 def data(count: int = 24, batch_size: int = 4) -> DataLoader[Any]:
@@ -106,12 +106,16 @@ def test_the_learning_rate_written_is_the_one_that_moves_the_weights(
     assert not torch.equal(scaled.weights, Linear(name).weights)
 
 
+def refused(callback: SurgeLRCallback, module: Linear, message: str) -> None:
+    """Before the first step."""
+    with pytest.raises(MisconfigurationException, match=message):
+        make_trainer(callback).fit(module, data())
+    assert module.calls == 0
+
+
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in SCALED])
 def test_where_a_written_learning_rate_does_not_act_every_law_is_refused(name: str) -> None:
-    module = Linear(name)
-    with pytest.raises(MisconfigurationException, match=f"got {name}, which takes .*: use another optimizer"):
-        make_trainer(SurgeLRCallback(2, "sqrt")).fit(module, data())
-    assert module.calls == 0
+    refused(SurgeLRCallback(2, "sqrt"), Linear(name), f"got {name}, which takes .*: use another optimizer")
 
 
 @pytest.mark.parametrize(("name", "late"), [("Rprop", False), ("ASGD", True)])
@@ -137,9 +141,7 @@ def test_where_neither_direction_is_taken_measuring_is_refused_with_the_reason(n
     for law in ("measured", "theorem3"):
         module = Linear(name)
         why = re.escape(optimizer_family(module.configure_optimizers()).why)
-        with pytest.raises(MisconfigurationException, match=f"got {name}, which {why}: pass law='sqrt'"):
-            make_trainer(SurgeLRCallback(2, law)).fit(module, data())
-        assert module.calls == 0
+        refused(SurgeLRCallback(2, law), module, f"got {name}, which {why}: pass law='sqrt'")
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -153,12 +155,8 @@ def test_what_is_measured_gives_a_law(name: str) -> None:
 
 @pytest.mark.parametrize("options", [{"objective": "step"}, {"log_peak": True}], ids=str)
 def test_curvature_is_not_measured_along_whole_matrices(options: dict[str, Any]) -> None:
-    module = Linear("Muon")
-    with pytest.raises(
-        MisconfigurationException, match=r"got Muon, which evens out .*: use objective='progress'"
-    ):
-        make_trainer(SurgeLRCallback(4, **options)).fit(module, data())
-    assert module.calls == 0
+    message = "got Muon, which evens out .*: use objective='progress'"
+    refused(SurgeLRCallback(4, **options), Linear("Muon"), message)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -201,9 +199,7 @@ def test_an_optimizer_that_keeps_its_learning_rate_to_itself_is_refused(
 
     module = Linear("SGD")
     module.configure_optimizers = lambda: Adafactor(module.parameters())  # type: ignore[assignment,method-assign]
-    with pytest.raises(MisconfigurationException, match=rf"got parameter group 0 of Adafactor with lr={lr}"):
-        make_trainer(SurgeLRCallback(2, "sqrt")).fit(module, data())
-    assert module.calls == 0
+    refused(SurgeLRCallback(2, "sqrt"), module, f"got parameter group 0 of Adafactor with lr={lr}")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="capturable steps exist on accelerators only")

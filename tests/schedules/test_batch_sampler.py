@@ -1,5 +1,4 @@
 import copy
-import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -26,6 +25,7 @@ from lightning_surge.schedules import batch_sampler as sampling
 from lightning_surge.schedules.batch_sampler import Itinerary, ScheduledBatchSampler, follow, unfollow
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Progress, Schedule
 from lightning_surge.schedules.windows import plan_windows
+from tests.drawn import through_a_checkpoint
 
 Batches = list[list[int]]
 RAMP = LinearRamp(1, 5, duration=4)
@@ -232,56 +232,36 @@ def batches_of(loader: Any) -> Batches:
     return [batch.tolist() for batch in loader]
 
 
-def through_a_file(state: Any) -> Any:
-    """As in a checkpoint that is read with `weights_only=True`."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def epoch_with_states(loader: StatefulDataLoader[Any]) -> tuple[Batches, list[Any]]:
     """One epoch, and the loader's state before it and after every batch."""
-    states, batches = [through_a_file(loader.state_dict())], []
+    states, batches = [through_a_checkpoint(loader.state_dict())], []
     for batch in loader:
         batches.append(batch.tolist())
-        states.append(through_a_file(loader.state_dict()))
+        states.append(through_a_checkpoint(loader.state_dict()))
     return batches, states
 
 
 @pytest.mark.slow
 class TestResuming:
-    @pytest.mark.parametrize("name", SAMPLERS)
-    def test_at_every_position(self, name: str) -> None:
+    @pytest.mark.parametrize(
+        ("name", "workers", "epochs"),
+        [*((name, 0, 2) for name in SAMPLERS)]
+        + [(name, 2, 1) for name in ("random", "random, own generator", "distributed")],
+    )
+    def test_at_every_position(self, name: str, workers: int, epochs: int) -> None:
         with following(Milestones({0: 1, 1: 3, 2: 5, 3: 2})):
             torch.manual_seed(1)
-            loader = stateful(SAMPLERS[name])
+            loader = stateful(SAMPLERS[name], workers)
             batches, states = epoch_with_states(loader)
-            assert len(batches) == len(loader)
-            later = [batches_of(loader) for _ in range(2)]
+            assert len(states) == len(batches) + 1 == len(loader) + 1
+            later = [batches_of(loader) for _ in range(epochs)]
             for position, state in enumerate(states):
                 torch.manual_seed(100 + position)
-                resumed = stateful(SAMPLERS[name])
+                resumed = stateful(SAMPLERS[name], workers)
                 resumed.load_state_dict(state)
                 assert batches_of(resumed) == batches[position:]
                 if name in WITH_OWN_STREAM:
-                    assert [batches_of(resumed) for _ in range(2)] == later
-
-    @pytest.mark.parametrize("name", ["random", "random, own generator", "distributed"])
-    def test_at_every_position_with_workers(self, name: str) -> None:
-        with following(Milestones({0: 1, 1: 3, 2: 6})):
-            torch.manual_seed(1)
-            loader = stateful(SAMPLERS[name], workers=2)
-            batches, states = epoch_with_states(loader)
-            later = batches_of(loader)
-            assert list(map(len, batches)) == [1, 3, 3, 3, 2, 2]
-            assert (len(states), sorted(set(map(len, states)))) == (7, [3])
-            for position, state in enumerate(states):
-                torch.manual_seed(100 + position)
-                resumed = stateful(SAMPLERS[name], workers=2)
-                resumed.load_state_dict(state)
-                assert batches_of(resumed) == batches[position:]
-                assert batches_of(resumed) == later or name not in WITH_OWN_STREAM
+                    assert [batches_of(resumed) for _ in range(epochs)] == later
 
     def test_leaves_the_global_random_stream_alone(self) -> None:
         for name in ("random", "subset", "weighted"):
@@ -311,7 +291,7 @@ class TestResuming:
         with following(RAMP) as itinerary:
             batches = iter(loader)
             assert len(list(batches if finished else islice(batches, len(loader)))) == 7
-            state = through_a_file(loader.state_dict())
+            state = through_a_checkpoint(loader.state_dict())
             move_on(itinerary, loader.batch_sampler)  # type: ignore[arg-type]
             resumed = stateful(lambda: range(12), batch_size=2)
             resumed.load_state_dict(state)

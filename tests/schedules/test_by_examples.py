@@ -2,17 +2,13 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -32,12 +28,12 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
     StepLR,
 )
-from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeScheduler
 from lightning_surge.schedules.by_examples import ExamplesClock, by_examples
 from lightning_surge.schedules.sizes import ConstantSize
-from tests.trainings import make_trainer
+from tests.drawn import through_a_checkpoint
+from tests.trainings import Regression, regression_data, scaling, trained, with_lr
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 STEPS = 40  # what the schedulers below are written for
@@ -122,8 +118,7 @@ class TestExactness:
             assert clock.get_last_lr() == [lr for lr, _ in plain[clock.ticks]]
 
     @pytest.mark.parametrize(
-        ("size", "examples_per_step"),
-        [("0.1", "0.3"), ("1/3", "1"), ("1000000.1", "1000")],
+        ("size", "examples_per_step"), [("0.1", "0.3"), ("1/3", "1"), ("1000000.1", "1000")]
     )
     def test_a_million_fractional_sizes_do_not_drift(self, size: str, examples_per_step: str) -> None:
         clock = clock_of(SCHEDULERS["step"], float(Fraction(examples_per_step)))
@@ -243,13 +238,12 @@ class TestRefusals:
 
 class TestState:
     @pytest.mark.parametrize("name", SCHEDULERS)
-    def test_goes_on_bit_identically(self, name: str, tmp_path: Path) -> None:
+    def test_goes_on_bit_identically(self, name: str) -> None:
         whole = clock_of(SCHEDULERS[name], np.int64(16))  # type: ignore[arg-type]
         for size in (3.3, 40.1, 100.0, 0.1):
             take_step(whole, size)
         state = {"clock": whole.state_dict(), "optimizer": whole.optimizer.state_dict()}
-        torch.save(state, tmp_path / "state.pt")
-        loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+        loaded = through_a_checkpoint(state)
         resumed = clock_of(SCHEDULERS[name])
         resumed.load_state_dict(loaded["clock"])
         resumed.optimizer.load_state_dict(loaded["optimizer"])
@@ -274,28 +268,12 @@ class TestState:
 def test_a_scaler_that_finds_infinite_gradients() -> None:
     """The data are consumed, so the clock goes on; and torch does not warn of a wrong order."""
 
-    class Overflows(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(2))
-            self.lrs: list[float] = []
+    class Overflows(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            # In the first half of each epoch.
+            return super().training_step(batch, batch_idx) * (math.inf if batch_idx < 16 else 1.0)
 
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return (batch @ self.weight).mean() * (math.inf if batch_idx < 8 else 1.0)
-
-        def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-            self.lrs.append(optimizer.param_groups[0]["lr"])
-
-        def configure_optimizers(self) -> Any:
-            optimizer = SGD(self.parameters(), lr=0.5)
-            clock = by_examples(LambdaLR(optimizer, Cosine(32)), 4)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": clock, "interval": "step"}}
-
-    scaler = torch.amp.GradScaler("cpu")
-    model = Overflows()
-    loader: Any = DataLoader(torch.ones(64, 2), batch_size=2)
-    make_trainer(
-        BatchSizeScheduler(ConstantSize(8)), plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_epochs=2
-    ).fit(model, loader)
-    assert scaler.get_scale() < 2**16
-    assert model.lrs == [0.5 * Cosine(16)(step) for step in range(16)]
+    module = Overflows(with_lr(SGD, 0.5), lambda optimizer: by_examples(LambdaLR(optimizer, Cosine(32)), 4))
+    callback = BatchSizeScheduler(ConstantSize(8))
+    trained(module, regression_data(64, 2), callback, plugins=[scaling()], max_epochs=2)
+    assert module.lrs == [0.5 * Cosine(16)(step) for step in (4, 5, 6, 7, 12, 13, 14, 15)]

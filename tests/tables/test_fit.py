@@ -27,10 +27,7 @@ TRUE: dict[str, tuple[Law, dict[str, float]]] = {
     "measured": (MEASURED, {"lr_limit": 0.001, "alignment_scale": 200.0, "signal_share": 9.0}),
     "adam": (Theorem3Law(peak_lr=0.01, noise_scale=100.0), {"peak_lr": 0.01, "noise_scale": 100.0}),
     "sgd": (SGDLaw(max_lr=0.1, noise_scale=300.0), {"max_lr": 0.1, "noise_scale": 300.0}),
-    "sgd_sqrt": (
-        SGDLaw(max_lr=0.1, noise_scale=300.0, exponent=0.5),
-        {"max_lr": 0.1, "noise_scale": 300.0},
-    ),
+    "sgd_sqrt": (SGDLaw(max_lr=0.1, noise_scale=300.0, exponent=0.5), {"max_lr": 0.1, "noise_scale": 300.0}),
     "sqrt": (SqrtLaw(base_lr=0.001, base_batch_size=4.0), {"base_lr": 0.001}),
     "linear": (LinearLaw(base_lr=0.001, base_batch_size=4.0), {"base_lr": 0.001}),
     "constant": (ConstantLaw(base_lr=0.001, base_batch_size=4.0), {"base_lr": 0.001}),
