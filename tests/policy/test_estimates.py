@@ -233,10 +233,7 @@ def norms_of_chunks(rng: np.random.Generator, scale: float, count: int) -> list[
     chunks = 1.0 / 8.0 + spread * rng.standard_normal((count, 8, 64))
     small, big = (chunks**2).sum(axis=2).mean(axis=1), (chunks.mean(axis=1) ** 2).sum(axis=1)
     rows = zip((8 * big - small) / 7, (small - big) * 8 * 32 / 7, strict=True)
-    return [
-        Measurement(ChunkStatistics(256.0, float(signal), float(noise), ()), (), passes=256.0, num_chunks=8)
-        for signal, noise in rows
-    ]
+    return [record(float(signal), float(noise)) for signal, noise in rows]
 
 
 class TestStandardErrors:
@@ -267,11 +264,7 @@ class TestStandardErrors:
     def test_of_a_mean_is_the_textbooks(self) -> None:
         """Equal weights: s / sqrt(n), times the 84 % point of Student's t with n - 1 degrees of freedom."""
         values = [3.0, 5.0, 1.0, 7.0]
-        rows = [measured(TRUE) for _ in values]
-        rows = [
-            row._replace(statistics=row.statistics._replace(trace_cov=value))
-            for row, value in zip(rows, values, strict=True)
-        ]
+        rows = [record(trace_cov=value) for value in values]
         error = history_of(rows, half_life=1e12).standard_error(lambda stats: stats.trace_cov)
         student = scipy.stats.t.ppf(scipy.stats.norm.cdf(1.0), df=3)
         assert error == pytest.approx(student * np.std(values, ddof=1) / 2.0)
