@@ -284,7 +284,7 @@ class TestProperties:
     def test_unscaled_undoes_a_scaled_loss(
         self, direction: Direction, alignment: float, curvature: float
     ) -> None:
-        """H, mu and sigma have the loss's unit, mu / sigma has none; along the gradient steps have it, too."""
+        """H, mu and sigma have the loss's unit, mu / sigma has none; along gradients steps have it too."""
         sums = CoordinateSums(4.0, 8.0, 12.0)
         scaled = record(16.0, 32.0, [(2.0, alignment)], [(2.0, curvature)], sums)
         plain = record(1.0, 2.0, [(2.0, 1.0)], [(2.0, 2.0)], CoordinateSums(1.0, 2.0, 3.0))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning_surge.laws.base import Law, MeasuredLaw, SGDLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.measure.direction import ORTHOGONAL
-from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
+from lightning_surge.measure.records import CoordinateSums, Measurement, SizedValue
 from lightning_surge.policy.estimates import (
     EstimatedLaw,
     Fit,
@@ -36,14 +36,14 @@ def measured(law: MeasuredLaw | SGDLaw, sizes: tuple[float, float] = SIZES) -> M
     if isinstance(law, MeasuredLaw):
         # The alignment scale is the noise scale: |G|^2 = 2, tr Sigma = 2 B_phi.
         norms = (2.0, 2.0 * law.alignment_scale)
-        alignments = tuple(SizedValue(b, law.alignment(b)) for b in sizes)
-        curvatures = tuple(SizedValue(b, law.curvature(b)) for b in sizes)
+        alignments = [(b, law.alignment(b)) for b in sizes]
+        curvatures = [(b, law.curvature(b)) for b in sizes]
     else:
         # |G|^2 = 3 and G'HG = 3 / max_lr.
         norms = (3.0, 70.0)
-        alignments = tuple(SizedValue(b, 3.0) for b in sizes)
-        curvatures = tuple(SizedValue(b, 3.0 / law.max_lr * (1 + law.noise_scale / b)) for b in sizes)
-    return Measurement(ChunkStatistics(128.0, *norms, alignments), curvatures, passes=256.0, num_chunks=8)
+        alignments = [(b, 3.0) for b in sizes]
+        curvatures = [(b, 3.0 / law.max_lr * (1 + law.noise_scale / b)) for b in sizes]
+    return record(*norms, alignments, curvatures)
 
 
 def multiplied(
@@ -55,14 +55,12 @@ def multiplied(
 ) -> Measurement:
     """With each number times a factor of its own."""
     norms = row.statistics
-    statistics = ChunkStatistics(
-        norms.batch_size,
+    return record(
         norms.grad_sq * grad_sq(),
         norms.trace_cov * trace_cov(),
-        tuple(SizedValue(b, value * alignment()) for b, value in norms.alignments),
+        [(b, value * alignment()) for b, value in norms.alignments],
+        [(b, value * curvature()) for b, value in row.curvatures],
     )
-    curvatures = tuple(SizedValue(b, value * curvature()) for b, value in row.curvatures)
-    return row._replace(statistics=statistics, curvatures=curvatures)
 
 
 def noisy(rng: np.random.Generator, spread: float = 0.2) -> Measurement:
