@@ -255,7 +255,6 @@ class TestStandardErrors:
         for _ in range(250):
             rows = [noisy(rng, spread=0.1) for _ in range(count)]
             law = estimate(history_of(rows, half_life=8.0), fit_sign_law)
-            assert law is not None
             held.append(abs(log_ratio(law) - log_ratio(TRUE)) <= law.standard_error(log_ratio))
         assert 0.60 < np.mean(held) < 0.76
 
@@ -352,7 +351,6 @@ class TestEstimatedLaw:
         others = {name: value for name, value in change.items() if name not in norms}
         row = row._replace(statistics=row.statistics._replace(**norms), **others)
         law = estimate(history_of([row] * 2), fit)
-        assert law is not None
         assert law.at_edge is at_edge
 
     @many

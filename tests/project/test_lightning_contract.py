@@ -135,7 +135,6 @@ def test_the_scaler_can_be_made_to_look_before_a_fused_step() -> None:
         scaler = trainer.precision_plugin.scaler  # type: ignore[attr-defined]
         assert not scaler._found_inf_per_device(optimizer)  # Lightning leaves that to the step
         found = scaler._check_inf_per_device(optimizer).values()
-        assert module.weight.grad is not None
         return any(bool(value) for value in found), module.weight.grad.item(), scaler.get_scale()
 
     callback = AtEachStep(look)
@@ -279,7 +278,6 @@ def test_an_epoch_may_be_given_another_length_when_it_starts(lengths: tuple[int,
     def begin(trainer: pl.Trainer, module: Slope) -> None:
         sampler.epoch = trainer.current_epoch
         combined = trainer.fit_loop._combined_loader
-        assert combined is not None
         combined.limits = [len(sampler)]
         trainer.fit_loop.max_batches = trainer.val_check_batch = len(sampler)
 
