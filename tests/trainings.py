@@ -44,9 +44,11 @@ def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
 
 
-def trained(module: Module, data: Any, *callbacks: pl.Callback, **options: Any) -> Module:
-    """The module, after `make_trainer(*callbacks, **options)` has trained it."""
-    make_trainer(*callbacks, **options).fit(module, data)
+def trained(
+    module: Module, data: Any = None, *callbacks: pl.Callback, resume: Path | None = None, **options: Any
+) -> Module:
+    """The module, after `make_trainer(*callbacks, **options)` has trained it, from a checkpoint perhaps."""
+    make_trainer(*callbacks, **options).fit(module, data, ckpt_path=resume, weights_only=bool(resume) or None)
     return module
 
 

@@ -225,11 +225,8 @@ class TestTrainerOptions:
     @every_schedule
     @pytest.mark.parametrize("interval", [2, 7, 0.25])
     def test_val_check_interval(self, schedule: Schedule, interval: int | float) -> None:
-        model = Validated()
-        trainer = make_trainer(
-            BatchSizeScheduler(schedule), max_epochs=4, val_check_interval=interval, num_sanity_val_steps=0
-        )
-        trainer.fit(model, loader())
+        options = {"max_epochs": 4, "val_check_interval": interval, "num_sanity_val_steps": 0}
+        model = trained(Validated(), loader(), BatchSizeScheduler(schedule), **options)
         assert model.sizes == replayed(schedule, len(model.sizes))
         validations = [
             length // (min(interval, length) if isinstance(interval, int) else int(length * interval))
@@ -415,23 +412,6 @@ def clock(total: int) -> Callable[[torch.optim.Optimizer], dict[str, Any]]:
     return make
 
 
-class TestClocks:
-    @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
-    def test_a_cosine_ends_at_zero_with_the_data(self, mechanism: str) -> None:
-        model = Validated(make_scheduler=clock(4 * SIZE))
-        scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 8))
-        trainer = make_trainer(scheduler, max_epochs=4)
-        trainer.fit(model, loader() if mechanism == "sampler" else plain(4))
-        assert scheduled_lr(trainer) == 0.0
-        # Before the last step it was where the examples before it had brought it.
-        done = (4 * SIZE - model.sizes[-1]) // 5
-        cosine = CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), 4 * SIZE // 5)
-        for _ in range(done):
-            cosine.optimizer.step()
-            cosine.step()
-        assert model.scheduled[-1] == cosine.get_last_lr()[0] > 0
-
-
 class TestOtherRuns:
     """Checkpoints of epochs' ends, taken up with something else."""
 
@@ -439,14 +419,11 @@ class TestOtherRuns:
     @pytest.mark.parametrize("second", ["sampler", "accumulation"])
     def test_with_another_schedule_and_mechanism(self, tmp_path: Path, first: str, second: str) -> None:
         loaders = {"sampler": loader(), "accumulation": plain(2)}
-        trainer = make_trainer(BatchSizeScheduler(GeometricRamp(4, 16, 9)), max_epochs=2)
-        trainer.fit(Noting(), loaders[first])
-        trainer.save_checkpoint(tmp_path / "other.ckpt")
-        model = Noting()
+        path, ramp = tmp_path / "other.ckpt", BatchSizeScheduler(GeometricRamp(4, 16, 9))
+        trained(Noting(), loaders[first], ramp, max_epochs=2).trainer.save_checkpoint(path)
         # Its place is counted in examples: 20 more at 4, then 16.
         scheduler = BatchSizeScheduler(Milestones({0: 8, 100: 4, 120: 16}, unit="examples"))
-        trainer = make_trainer(scheduler, max_epochs=4)
-        trainer.fit(model, loaders[second], ckpt_path=tmp_path / "other.ckpt", weights_only=True)
+        model = trained(Noting(), loaders[second], scheduler, max_epochs=4, resume=path)
         # Windows of 2 to 8 micro-batches wait for a place that they divide.
         waiting = [8, 16, 6] if second == "sampler" else [4, 8, 16, 2]
         assert model.sizes == [4, 4, 4, 4, 4, *waiting, 16, 16, 16, 2]
@@ -459,13 +436,9 @@ class TestOtherRuns:
     def test_of_a_training_without_the_callback(
         self, tmp_path: Path, mechanism: str, schedule: Schedule
     ) -> None:
-        trainer = make_trainer(max_epochs=2)
-        trainer.fit(Noting(), plain(4))
-        trainer.save_checkpoint(tmp_path / "plain.ckpt")
-        model = Noting()
-        trainer = make_trainer(BatchSizeScheduler(schedule), max_epochs=4)
-        data = loader() if mechanism == "sampler" else plain(4)
-        trainer.fit(model, data, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+        path, data = tmp_path / "plain.ckpt", loader() if mechanism == "sampler" else plain(4)
+        trained(Noting(), plain(4), max_epochs=2).trainer.save_checkpoint(path)
+        model = trained(Noting(), data, BatchSizeScheduler(schedule), max_epochs=4, resume=path)
         assert model.sizes == [8, 8, 8, 8, 8, 8, 2] * 2
 
 

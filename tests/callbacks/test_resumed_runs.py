@@ -42,6 +42,7 @@ from tests.trainings import (
     make_trainer,
     sampled,
     saved_steps,
+    trained,
     with_lr,
 )
 
@@ -116,9 +117,8 @@ def run(
     """Train, on other random streams if resumed."""
     model = Net(loader)
     pl.seed_everything(1 if resume is None else 77, verbose=False)
-    trainer = make_trainer(BatchSizeScheduler(rule), *callbacks, max_epochs=EPOCHS, **options)
-    trainer.fit(model, ckpt_path=None if resume is None else str(resume), weights_only=True)
-    return model
+    ours = BatchSizeScheduler(rule), *callbacks
+    return trained(model, None, *ours, resume=resume, max_epochs=EPOCHS, **options)
 
 
 def exact(path: Path) -> list[pl.Callback]:

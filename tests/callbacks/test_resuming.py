@@ -41,7 +41,7 @@ from lightning_surge.callbacks.resuming.random_streams import (
 )
 from lightning_surge.measure.replay import RandomState
 from tests.processes import Reporting
-from tests.trainings import Noisy, every_step, flat, heard, make_trainer, sampled
+from tests.trainings import Noisy, every_step, flat, heard, make_trainer, sampled, trained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
@@ -53,6 +53,7 @@ no_fork = pytest.mark.skipif(
 )
 
 EXAMPLES, BATCH = 12, 4
+TWO_EPOCHS: dict[str, Any] = {"max_epochs": 2, "num_sanity_val_steps": 0}
 
 MakeLoader = Callable[[], Any]
 
@@ -154,17 +155,12 @@ class Ran(NamedTuple):
         return self.taken == other.taken and torch.equal(self.weights, other.weights)
 
 
-def trainer_with(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    return make_trainer(*callbacks, **({"max_epochs": 2, "num_sanity_val_steps": 0} | options))
-
-
 def run(
     net: type[Net], loader: MakeLoader, *callbacks: pl.Callback, resume: Any = None, **options: Any
 ) -> Ran:
     # A script is started anew in another state than the one in which it was killed.
     pl.seed_everything(1 if resume is None else 2, verbose=False)
-    model = net(loader)
-    trainer_with(*callbacks, **options).fit(model, ckpt_path=resume, weights_only=True if resume else None)
+    model = trained(net(loader), None, *callbacks, resume=resume, **(TWO_EPOCHS | options))
     return Ran(model.taken, flat(model.parameters()))
 
 
@@ -263,10 +259,10 @@ class TestOneProcess:
             return {"max_steps": 3 * epochs, "max_epochs": -1} if by_steps else {"max_epochs": epochs}
 
         pl.seed_everything(1, verbose=False)
-        model, path = Net(shuffled), tmp_path / "end.ckpt"
-        trainer = trainer_with(ExactResume(), **until(epochs))
-        trainer.fit(model)
-        trainer.save_checkpoint(path, weights_only=False)
+        path, options = tmp_path / "end.ckpt", {"num_sanity_val_steps": 0} | until(epochs)
+        trained(Net(shuffled), None, ExactResume(), **options).trainer.save_checkpoint(
+            path, weights_only=False
+        )
         resumed = run(Net, shuffled, ExactResume(), resume=path, **until(3))
         assert resumed.same_as(run(Net, shuffled, ExactResume(), **until(3)).after(3 * epochs))
 
@@ -302,7 +298,7 @@ class TestOneProcess:
         assert fit(ExactResume(), resume=tmp_path / "2.ckpt").same_as(whole.after(2))
 
     def test_a_validation_of_its_own_leaves_streams_alone(self) -> None:
-        model, owned, other = ValidatedNet(shuffled), trainer_with(ExactResume()), trainer_with()
+        model, owned, other = ValidatedNet(shuffled), make_trainer(ExactResume()), make_trainer()
         owned.fit(model)
         after = []
         for trainer in (owned, other):
@@ -542,7 +538,7 @@ class TestWarnings:
 
     def test_after_an_exception_no_rank_waits_for_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        trainer = trainer_with()
+        trainer = make_trainer()
         monkeypatch.setattr(type(trainer), "world_size", 2)
         trainer.state.status = TrainerStatus.INTERRUPTED
         resume = ExactResume()
@@ -556,7 +552,7 @@ class TestWarnings:
 def test_states_that_no_run_resumes_from_are_forgotten() -> None:
     """A learning-rate finder, say, loads the checkpoint that it saved before the first step."""
     resume = ExactResume()
-    trainer_with(resume).fit(Net(shuffled))
+    trained(Net(shuffled), None, resume, **TWO_EPOCHS)
     state = resume.state_dict()
 
     def load(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

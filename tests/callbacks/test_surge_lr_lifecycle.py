@@ -161,12 +161,6 @@ class TestResume:
         assert callback.base_batch_size == 8
         assert callback.lr_scale(2) == 0.5
 
-    def test_without_a_base_batch_size_takes_the_checkpoints(self) -> None:
-        callback = SurgeLRCallback()
-        callback.load_state_dict(SurgeLRCallback(4).state_dict())
-        assert callback.base_batch_size == 4
-        assert callback.lr_scale(1) == 0.5
-
 
 class TestRuns:
     def test_leave_the_optimizer_as_it_was_found(self) -> None:
