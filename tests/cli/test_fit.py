@@ -341,8 +341,3 @@ def test_the_page_is_what_the_program_prints(
                 # the law predicts is another matter.
                 numbers = [found[:1] for found in numbers]
             assert numbers[0] == pytest.approx(numbers[1], rel=0.02), told
-    names: dict[str, Any] = {}
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(code, names)
-    assert names["target"] == pytest.approx(2.177, abs=1e-3)
-    assert 64 < names["peak"].batch_size < 256

@@ -482,6 +482,7 @@ PAGE = (ROOT / "docs" / "sweeping.md").read_text()
 COMMANDS = re.findall(r"^lightning-surge (sweep .*)$", PAGE, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("same_rng_and_threads_afterwards")
 @pytest.mark.parametrize("command", COMMANDS or ["none: the page has lost them"])
 def test_the_commands_of_the_page(command: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """As they stand but for the size of the grid."""
@@ -497,8 +498,7 @@ def test_the_commands_of_the_page(command: str, tmp_path: Path, monkeypatch: Pat
         return
     small = ["--batch-sizes", "64", "--lrs", "3e-2", "--examples", "512", "--refine", "0", "--processes", "0"]
     quiet = ["--set", "trainer.log_every_n_steps=1", "--checks", "2"]
-    with torch.random.fork_rng():
-        assert main([*words, *small, *quiet]) == 0
+    assert main([*words, *small, *quiet]) == 0
     rows = table(str(output))
     assert {row["status"] for row in rows} <= {"finished", "not_reached"}
     assert len(rows) == (2 if "--target-loss" in words else 1)
