@@ -243,10 +243,7 @@ class TestRooms:
 
     @pytest.mark.parametrize(
         ("make", "path", "value"),
-        [
-            (NoiseHistory, ("records",), [{}]),
-            (lambda: Policy(base_batch_size=4), ("used_to",), math.nan),
-        ],
+        [(NoiseHistory, ("records",), [{}]), (lambda: Policy(base_batch_size=4), ("used_to",), math.nan)],
     )
     def test_is_untouched(self, make: Callable[[], Any], path: tuple[Any, ...], value: Any) -> None:
         room = make()

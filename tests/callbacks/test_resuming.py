@@ -36,11 +36,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from lightning_surge.callbacks.resuming.exact_resume import ExactResume
 from lightning_surge.callbacks.resuming.loaders import Obstacle, why_not_resumable
-from lightning_surge.callbacks.resuming.random_streams import (
-    ResumableDataset,
-    from_portable,
-    to_portable,
-)
+from lightning_surge.callbacks.resuming.random_streams import ResumableDataset, from_portable, to_portable
 from lightning_surge.measure.replay import RandomState
 from tests.processes import Reporting
 from tests.trainings import (
@@ -171,9 +167,7 @@ def counting() -> StatefulDataLoader[Any]:
     return StatefulDataLoader(Counting(), batch_size=BATCH)
 
 
-def assert_exact(
-    net: type[Reading], loader: MakeLoader, folder: Path, every: int = 1, **options: Any
-) -> None:
+def assert_exact(net: Any, loader: MakeLoader, folder: Path, every: int = 1, **options: Any) -> None:
     """Resume from every checkpoint of a run and compare what follows."""
     save = SaveEverywhere(folder)
     whole = run(net, loader, ExactResume(), save, **options)
@@ -281,11 +275,8 @@ class TestOneProcess:
         assert fit(ExactResume(), resume=tmp_path / "2.ckpt").same_as(whole.after(2))
 
     def test_a_validation_of_its_own_leaves_streams_alone(self) -> None:
-        model, owned, other = (
-            ValidatedReading(shuffled, *OPTIMIZATION),
-            make_trainer(ExactResume()),
-            make_trainer(),
-        )
+        owned, other = make_trainer(ExactResume()), make_trainer()
+        model = ValidatedReading(shuffled, *OPTIMIZATION)
         owned.fit(model)
         after = []
         for trainer in (owned, other):
@@ -422,11 +413,7 @@ class TestWhyNotResumable:
             (lambda: [1, 2], "state_dict and load_state_dict, got list", True),
             (lambda: drawing(RandomSampler(Noisy(12))), "torch's RandomSampler", True),
             (lambda: drawing(Generated(Noisy(12))), "torch's Generated", True),
-            (
-                lambda: drawing(WeightedRandomSampler([1.0], 1)),
-                r"Weighted.*: .* Use Stateful.*shuffle=T",
-                True,
-            ),
+            (lambda: drawing(WeightedRandomSampler([1.0], 1)), "torch's Weighted.*shuffle=True", True),
             (lambda: batching(RandomSampler(Noisy(12))), "torch's RandomSampler", True),
             (lambda: drawing(OwnSampler()), "got OwnSampler: .* asked again", False),
             (lambda: StatefulDataLoader(Generating()), "an IterableDataset .* got Generating", False),
