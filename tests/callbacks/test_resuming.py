@@ -461,9 +461,12 @@ def warnings_of(loader: MakeLoader, *callbacks: pl.Callback, **options: Any) -> 
 
 
 class TestWarnings:
-    def test_once_when_saving_in_mid_epoch(self, tmp_path: Path) -> None:
-        (warning,) = warnings_of(plain, ExactResume(), SaveEverywhere(tmp_path))
-        assert "got DataLoader" in warning
+    @pytest.mark.parametrize(
+        ("loader", "text"), [(plain, "got DataLoader"), (counting, "got one without: Lightning fetches one")]
+    )
+    def test_once_when_saving_in_mid_epoch(self, tmp_path: Path, loader: Any, text: str) -> None:
+        (warning,) = warnings_of(loader, ExactResume(), SaveEverywhere(tmp_path))
+        assert text in warning
 
     def test_once_when_resuming_in_mid_epoch(self, tmp_path: Path) -> None:
         save = SaveEverywhere(tmp_path)
@@ -477,17 +480,14 @@ class TestWarnings:
         save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
         assert warnings_of(plain, ExactResume(), save) == []
         assert warnings_of(plain, ExactResume(), resume=tmp_path / "epoch=0.ckpt") == []
+        # Of all batches of a loader without a length, which the Trainer limits.
+        limited = ExactResume(), SaveEverywhere(tmp_path)
+        assert warnings_of(counting, *limited, limit_train_batches=3) == []
 
     def test_a_doubt_only_when_resuming(self, tmp_path: Path) -> None:
         save, loader = SaveEverywhere(tmp_path), lambda: drawing(OwnSampler())
         assert warnings_of(loader, ExactResume(), save) == []
         assert len(warnings_of(loader, ExactResume(), resume=save.saved[0][0])) == 1
-
-    def test_a_loader_without_a_length(self, tmp_path: Path) -> None:
-        (warning,) = warnings_of(counting, ExactResume(), SaveEverywhere(tmp_path))
-        assert "a length, got one without: Lightning fetches one batch ahead" in warning
-        save = SaveEverywhere(tmp_path)
-        assert warnings_of(counting, ExactResume(), save, limit_train_batches=3) == []
 
     @pytest.mark.parametrize(
         ("change", "text"),

@@ -11,15 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import (
-    CosineAnnealingLR,
-    ExponentialLR,
-    LinearLR,
-    OneCycleLR,
-    ReduceLROnPlateau,
-    SequentialLR,
-)
+from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.utils.data import DataLoader, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -61,12 +53,12 @@ class Scheduled(Regression):
 
 
 SCHEDULES: dict[str, MakeSchedule] = {
-    "exponential": lambda o: ExponentialLR(o, 0.8),
-    "one cycle": lambda o: OneCycleLR(o, max_lr=0.02, total_steps=40),
-    "sequential": lambda o: SequentialLR(
-        o, [LinearLR(o, 0.1, total_iters=2), CosineAnnealingLR(o, T_max=6, eta_min=0.001)], milestones=[2]
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=40),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.8)], milestones=[3]
     ),
-    "plateau": lambda o: ReduceLROnPlateau(o, factor=0.5, patience=1),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
 }
 
 
