@@ -136,7 +136,7 @@ class TestFiles:
         monkeypatch.delitem(sys.modules, "lightning_surge.tables.files", raising=False)
         path = written(tmp_path, parquet(RUNS) if package == "pyarrow" else CSV)
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(ModuleNotFoundError, match=r"got no module .pandas.: pip install 'lightning-surge\[fit\]'"):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-surge\[fit\]'"):
             read_table(path)
 
 
