@@ -207,6 +207,8 @@ def test_another_grid_needs_a_word(config: Path, capsys: Capture) -> None:
     for word in ("", "--dry-run"):
         assert main([*arguments(**one, seeds="2"), *word.split()]) == 2
         assert "1 others, such as batch_size=8 lr=0.1 seed=8: pass --extend" in capsys.readouterr().err
+    assert main([*arguments(**one, seeds="2"), "--extend", "--dry-run"]) == 0
+    assert len(study().trials()) == 1
     # With it only the new cells run, of the same configuration.
     assert main([*arguments(**one, seeds="2"), "--extend"]) == 0
     assert [row["seed"] for row in table()] == ["7", "8"]
