@@ -152,6 +152,12 @@ class TestEpochs:
         assert [model.seen(epoch) for epoch in range(epochs)] == [list(range(size))] * epochs
         assert max(examples for _, examples in model.micro_batches) <= largest
 
+    def test_micro_batches_of_a_sampler_that_gives_more(self) -> None:
+        scheduler = BatchSizeScheduler(SCHEDULES["shorter"], max_micro_batch_size=LARGEST)
+        model = trained(Noting(), loader(largest=1000), scheduler, max_epochs=3)
+        assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
+        assert max(size for _, size in model.micro_batches) == LARGEST
+
     def test_drop_last_leaves_out_what_fills_no_step(self) -> None:
         schedule = SCHEDULES["up and down"]
         scheduler = BatchSizeScheduler(schedule)
@@ -344,33 +350,6 @@ class TestFinders:
         assert model.epochs[-1] == 3
         del model.gradients[-1], model.epochs[-1]
         assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
-
-
-class TestMaxMicroBatchSize:
-    @pytest.mark.parametrize(("largest", "options"), [(64, {}), (1000, {"max_micro_batch_size": 64})])
-    def test_a_ramp_to_4096_in_as_few_micro_batches_as_fit(
-        self, largest: int, options: dict[str, int]
-    ) -> None:
-        class Sum(Noting):
-            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-                self.micro_batches.append((self.trainer.global_step, len(batch)))
-                return batch.mean() * self.weight.sum()
-
-        size = 30_000
-        model, scheduler = Sum(1), BatchSizeScheduler(GeometricRamp(16, 4096, 30), **options)
-        make_trainer(scheduler).fit(model, sampled(torch.ones(size, 1), largest))
-        steps = groupby(model.micro_batches, key=lambda pair: pair[0])
-        windows = [[size for _, size in step] for _, step in steps]
-        assert max(map(sum, windows)) == 4096
-        for window in windows:
-            assert max(window) <= 64
-            assert max(window) - min(window) <= 1
-            # A power of two, and half as many would not do.
-            assert len(window).bit_count() == 1
-            assert len(window) == 1 or sum(window) > 64 * len(window) // 2
-        assert scheduler.examples == sum(map(sum, windows)) == size
-        found, expected = torch.stack(model.gradients), torch.ones(len(windows), 1)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 class TestReports:
