@@ -3,6 +3,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,15 @@ def unraised() -> Iterator[list[str]]:
     yield handler.messages
     logger.removeHandler(handler)
     assert handler.messages == []
+
+
+@pytest.fixture
+def same_rng_and_threads_afterwards() -> Iterator[None]:
+    """For programs that set both, as examples and the code of a page do."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True, scope="session")

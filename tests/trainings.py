@@ -44,9 +44,11 @@ def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
 
 
-def trained(module: Module, data: Any, *callbacks: pl.Callback, **options: Any) -> Module:
-    """The module, after `make_trainer(*callbacks, **options)` has trained it."""
-    make_trainer(*callbacks, **options).fit(module, data)
+def trained(
+    module: Module, data: Any = None, *callbacks: pl.Callback, resume: Path | None = None, **options: Any
+) -> Module:
+    """The module, after `make_trainer(*callbacks, **options)` has trained it, from a checkpoint perhaps."""
+    make_trainer(*callbacks, **options).fit(module, data, ckpt_path=resume, weights_only=bool(resume) or None)
     return module
 
 
@@ -305,6 +307,38 @@ class Noisy(Dataset[Any]):
         return index, index / self.size + 0.1 * noise
 
 
+class Reading(Regression):
+    """Draws random numbers at every step, and notes which examples it has read, in which epoch."""
+
+    def __init__(self, loader: Callable[[], Any], *optimization: Any) -> None:
+        super().__init__(*optimization, features=3)
+        self.net.insert(2, nn.Dropout(0.3))
+        self.loader = loader
+        self.taken: list[Any] = []
+
+    def train_dataloader(self) -> Any:
+        return self.loader()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        parts = list(batch.values()) if isinstance(batch, dict) else [batch]
+        # Lightning counts epochs several times; samplers are told this one.
+        epoch = self.trainer.fit_loop.epoch_progress.current.processed
+        indices = [indices.tolist() for indices, _ in parts]
+        self.taken.append((self.trainer.current_epoch, epoch, batch_idx, indices))
+        inputs = torch.cat([inputs for _, inputs in parts])
+        return (self.net(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+
+
+class ValidatedReading(Reading):
+    """Its validation draws from the streams of training, too."""
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Noisy(8), batch_size=4)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[1] + torch.randn_like(batch[1]))
+
+
 class Ragged(list[Any]):
     """A loader of batches of any size, which says that they have four examples."""
 
@@ -332,17 +366,6 @@ class Sizes(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         index = trainer.optimizers.index(optimizer)
         self.sizes[index].append(self.callbacks[index]._behind_step.examples)
-
-
-class CrashAt(pl.Callback):
-    """Ends the training before the step after so many."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("the machine was switched off")
 
 
 # ---------------------------------------------------------------------- what was logged, and what is equal

@@ -135,7 +135,6 @@ def test_the_contest_names_the_best_candidate_with_at_most_half_the_steps() -> N
     slow, fast = CANDIDATES
     records = [*ramp(slow, [2.02, 2.02, 2.02]), *ramp(fast, [2.0, 2.0, 2.0], steps=1500)]
     found = contest(lines([*SMALL, *LARGE], records, "text", "short"))
-    assert found is not None
     assert found.constant.batch_size == BASE_BATCH_SIZE
     assert (found.best, found.step_share) == (slow, 0.25)
     assert found.difference.value == pytest.approx(0.02)
@@ -146,7 +145,6 @@ def test_where_no_candidate_saves_half_the_steps_the_best_is_named_and_misses() 
     large_wins = constants(LARGE_BATCH_SIZE, best=2.83, level=1.9)
     records = [run for rule in CANDIDATES for run in ramp(rule, [2.0, 2.0, 2.0])]
     found = contest(lines([*SMALL, *large_wins], records, "text", "short"))
-    assert found is not None
     assert found.step_share == 4.0
     rows = {row["name"]: row for row in targets([*SMALL, *large_wins], records)}
     steps = next(row for name, row in rows.items() if "optimizer steps" in name)
@@ -164,7 +162,6 @@ def test_seeds_that_had_no_part_in_the_choice_tell_the_distance() -> None:
     for count, seeds, expected in ((2, 3, 0.02), (4, 4, 0.07)):
         sides = [*SMALL, *LARGE, *again(base, 2.0, count)], [*chosen, *again(chosen, 2.07, count)]
         found = contest(lines(*sides, "text", "short"))
-        assert found is not None
         assert found.best == slow
         assert (found.difference.n, found.difference.value) == (seeds, pytest.approx(expected))
 

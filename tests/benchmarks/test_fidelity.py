@@ -105,7 +105,6 @@ def test_exact_statistics_of_a_law_give_that_law_back() -> None:
     record = one_step_record()
     assert exact_noise_scale(record) == pytest.approx(48.0)
     found = exact_law(record)
-    assert found is not None
     for size in SIZES:
         assert found.lr(size) == pytest.approx(LAW.lr(size), rel=1e-9)
 

@@ -152,6 +152,12 @@ class TestEpochs:
         assert [model.seen(epoch) for epoch in range(epochs)] == [list(range(size))] * epochs
         assert max(examples for _, examples in model.micro_batches) <= largest
 
+    def test_micro_batches_of_a_sampler_that_gives_more(self) -> None:
+        scheduler = BatchSizeScheduler(SCHEDULES["shorter"], max_micro_batch_size=LARGEST)
+        model = trained(Noting(), loader(largest=1000), scheduler, max_epochs=3)
+        assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
+        assert max(size for _, size in model.micro_batches) == LARGEST
+
     def test_drop_last_leaves_out_what_fills_no_step(self) -> None:
         schedule = SCHEDULES["up and down"]
         scheduler = BatchSizeScheduler(schedule)
@@ -225,11 +231,8 @@ class TestTrainerOptions:
     @every_schedule
     @pytest.mark.parametrize("interval", [2, 7, 0.25])
     def test_val_check_interval(self, schedule: Schedule, interval: int | float) -> None:
-        model = Validated()
-        trainer = make_trainer(
-            BatchSizeScheduler(schedule), max_epochs=4, val_check_interval=interval, num_sanity_val_steps=0
-        )
-        trainer.fit(model, loader())
+        options = {"max_epochs": 4, "val_check_interval": interval, "num_sanity_val_steps": 0}
+        model = trained(Validated(), loader(), BatchSizeScheduler(schedule), **options)
         assert model.sizes == replayed(schedule, len(model.sizes))
         validations = [
             length // (min(interval, length) if isinstance(interval, int) else int(length * interval))
@@ -349,33 +352,6 @@ class TestFinders:
         assert model.sizes == replayed(SCHEDULES["shorter"], len(model.sizes))
 
 
-class TestMaxMicroBatchSize:
-    @pytest.mark.parametrize(("largest", "options"), [(64, {}), (1000, {"max_micro_batch_size": 64})])
-    def test_a_ramp_to_4096_in_as_few_micro_batches_as_fit(
-        self, largest: int, options: dict[str, int]
-    ) -> None:
-        class Sum(Noting):
-            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-                self.micro_batches.append((self.trainer.global_step, len(batch)))
-                return batch.mean() * self.weight.sum()
-
-        size = 30_000
-        model, scheduler = Sum(1), BatchSizeScheduler(GeometricRamp(16, 4096, 30), **options)
-        make_trainer(scheduler).fit(model, sampled(torch.ones(size, 1), largest))
-        steps = groupby(model.micro_batches, key=lambda pair: pair[0])
-        windows = [[size for _, size in step] for _, step in steps]
-        assert max(map(sum, windows)) == 4096
-        for window in windows:
-            assert max(window) <= 64
-            assert max(window) - min(window) <= 1
-            # A power of two, and half as many would not do.
-            assert len(window).bit_count() == 1
-            assert len(window) == 1 or sum(window) > 64 * len(window) // 2
-        assert scheduler.examples == sum(map(sum, windows)) == size
-        found, expected = torch.stack(model.gradients), torch.ones(len(windows), 1)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-
-
 class TestReports:
     def test_sizes_that_replicas_cannot_share(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # One process stands in for three: the check is what is tested here.
@@ -415,23 +391,6 @@ def clock(total: int) -> Callable[[torch.optim.Optimizer], dict[str, Any]]:
     return make
 
 
-class TestClocks:
-    @pytest.mark.parametrize("mechanism", ["sampler", "accumulation"])
-    def test_a_cosine_ends_at_zero_with_the_data(self, mechanism: str) -> None:
-        model = Validated(make_scheduler=clock(4 * SIZE))
-        scheduler = BatchSizeScheduler(GeometricRamp(4, 32, 8))
-        trainer = make_trainer(scheduler, max_epochs=4)
-        trainer.fit(model, loader() if mechanism == "sampler" else plain(4))
-        assert scheduled_lr(trainer) == 0.0
-        # Before the last step it was where the examples before it had brought it.
-        done = (4 * SIZE - model.sizes[-1]) // 5
-        cosine = CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), 4 * SIZE // 5)
-        for _ in range(done):
-            cosine.optimizer.step()
-            cosine.step()
-        assert model.scheduled[-1] == cosine.get_last_lr()[0] > 0
-
-
 class TestOtherRuns:
     """Checkpoints of epochs' ends, taken up with something else."""
 
@@ -439,14 +398,11 @@ class TestOtherRuns:
     @pytest.mark.parametrize("second", ["sampler", "accumulation"])
     def test_with_another_schedule_and_mechanism(self, tmp_path: Path, first: str, second: str) -> None:
         loaders = {"sampler": loader(), "accumulation": plain(2)}
-        trainer = make_trainer(BatchSizeScheduler(GeometricRamp(4, 16, 9)), max_epochs=2)
-        trainer.fit(Noting(), loaders[first])
-        trainer.save_checkpoint(tmp_path / "other.ckpt")
-        model = Noting()
+        path, ramp = tmp_path / "other.ckpt", BatchSizeScheduler(GeometricRamp(4, 16, 9))
+        trained(Noting(), loaders[first], ramp, max_epochs=2).trainer.save_checkpoint(path)
         # Its place is counted in examples: 20 more at 4, then 16.
         scheduler = BatchSizeScheduler(Milestones({0: 8, 100: 4, 120: 16}, unit="examples"))
-        trainer = make_trainer(scheduler, max_epochs=4)
-        trainer.fit(model, loaders[second], ckpt_path=tmp_path / "other.ckpt", weights_only=True)
+        model = trained(Noting(), loaders[second], scheduler, max_epochs=4, resume=path)
         # Windows of 2 to 8 micro-batches wait for a place that they divide.
         waiting = [8, 16, 6] if second == "sampler" else [4, 8, 16, 2]
         assert model.sizes == [4, 4, 4, 4, 4, *waiting, 16, 16, 16, 2]
@@ -459,13 +415,9 @@ class TestOtherRuns:
     def test_of_a_training_without_the_callback(
         self, tmp_path: Path, mechanism: str, schedule: Schedule
     ) -> None:
-        trainer = make_trainer(max_epochs=2)
-        trainer.fit(Noting(), plain(4))
-        trainer.save_checkpoint(tmp_path / "plain.ckpt")
-        model = Noting()
-        trainer = make_trainer(BatchSizeScheduler(schedule), max_epochs=4)
-        data = loader() if mechanism == "sampler" else plain(4)
-        trainer.fit(model, data, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+        path, data = tmp_path / "plain.ckpt", loader() if mechanism == "sampler" else plain(4)
+        trained(Noting(), plain(4), max_epochs=2).trainer.save_checkpoint(path)
+        model = trained(Noting(), data, BatchSizeScheduler(schedule), max_epochs=4, resume=path)
         assert model.sizes == [8, 8, 8, 8, 8, 8, 2] * 2
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCal
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeWarmup
@@ -105,9 +105,8 @@ class TestWindows:
         assert [len(window) for window in model.examples] == list(islice(actual.sizes(), len(model.examples)))
 
     def test_a_loader_without_a_length(self) -> None:
-        model = Noting(4)
-        trainer = make_trainer(BatchSizeWarmup(2, 8, 4), max_epochs=-1, max_steps=9)
-        trainer.fit(model, DataLoader(Endless(), batch_size=2))
+        loader = DataLoader(Endless(), batch_size=2)
+        model = trained(Noting(4), loader, BatchSizeWarmup(2, 8, 4), max_epochs=-1, max_steps=9)
         assert model.planned == [2, 2, 4, 4, 4, 8, 8, 8, 8]
 
     def test_sizes_count_every_replica(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,26 +126,11 @@ class TestWindows:
 
 
 class TestMicroBatchSize:
-    def test_is_read_from_the_batch_sampler(self) -> None:
-        data: Any = torch.eye(26)
-        sampled = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, drop_last=False))
-        model = trained(Noting(26), sampled, BatchSizeWarmup(2, 8, 4), max_epochs=2)
-        assert model.planned == HAND["scheduled"]
-
     def test_argument_overrides_the_loader(self) -> None:
         # Sixteen tokens to the example, say: sizes are then in tokens, the windows are the same.
         model = fit(BatchSizeWarmup(32, 128, 4, micro_batch_size=32), size=26, max_epochs=2)
         assert model.planned == [16 * size for size in HAND["scheduled"]]
         assert [len(window) for window in model.examples] == HAND["actual"]
-
-    def test_error_when_it_cannot_be_told(self) -> None:
-        data: Any = [torch.eye(4)[:2], torch.eye(4)[2:]]
-        for loader, name in ((DataLoader(data, batch_size=None), "DataLoader"), (data, "list")):
-            trainer = make_trainer(BatchSizeWarmup(2, 4, 1))
-            message = f"got batch_size=None from {name}: pass micro_batch_size="
-            with pytest.raises(MisconfigurationException, match=message):
-                trainer.fit(Noting(4), loader)
-            assert trainer.accumulate_grad_batches == 1
 
     @pytest.mark.parametrize(
         ("start", "end", "message"),
@@ -241,8 +225,7 @@ class TestManners:
 
     def test_logs_both_sizes_at_every_step(self, tmp_path: Path) -> None:
         logger = CSVLogger(tmp_path)
-        trainer = make_trainer(BatchSizeWarmup(2, 8, 4), logger=logger, max_epochs=2)
-        trainer.fit(Noting(26), one_hot(26, 2))
+        fit(BatchSizeWarmup(2, 8, 4), size=26, logger=logger, max_epochs=2)
         logged = columns(logger)
         assert logged["step"] == list(range(11))
         assert logged["surge/batch_size_requested"] == HAND["requested"]

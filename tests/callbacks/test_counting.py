@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks.batch_counter import BatchCounter
-from tests.trainings import Memory, make_trainer
+from tests.trainings import make_trainer
 
 Fields = namedtuple("Fields", ["x", "y"])
 
@@ -175,12 +175,3 @@ def test_a_batch_of_nothing_weighs_nothing() -> None:
     trainer.fit(module, stacked(lambda x: x))
     assert trainer.global_step == 10
     assert callback._measurer.budget.trained == 56.0
-
-
-@pytest.mark.parametrize(("bounds", "last"), [(None, 0.5), ((1.0, 1.0), 1.0)])
-def test_a_constant_size_at_the_base_leaves_full_batches_alone(bounds: Any, last: float) -> None:
-    memory = Memory()
-    callback = SurgeLRCallback(8, "sqrt", lr_scale_bounds=bounds)
-    data = DataLoader(torch.randn(18, 3), 8)  # type: ignore[arg-type]
-    make_trainer(callback, logger=memory).fit(Rows(), data)
-    assert memory.of("surge/lr_scale") == [1.0, 1.0, last]  # the last batch holds two

@@ -27,10 +27,10 @@ from tests.trainings import (
     Regression,
     assert_same,
     every_step,
-    make_trainer,
     probing,
     regression_data,
     saved_steps,
+    trained,
     with_lr,
 )
 
@@ -121,11 +121,10 @@ def train(
     callbacks = [surge, every_step(path, every)]
     if scheduled:
         callbacks += [BatchSizeScheduler(ConstantSize(8)), ExactResume()]
-    trainer = make_trainer(*callbacks, max_epochs=EPOCHS, accumulate_grad_batches=accumulation)
     # A resumed process has other random streams than the one that was killed.
     pl.seed_everything(1 if resume is None else 77, verbose=False)
-    trainer.fit(net, loader(micro), ckpt_path=None if resume is None else str(resume), weights_only=True)
-    return net, surge
+    options = {"max_epochs": EPOCHS, "accumulate_grad_batches": accumulation}
+    return trained(net, loader(micro), *callbacks, resume=resume, **options), surge
 
 
 def killed(path: Path, kill_at: int, **options: Any) -> Path:

@@ -265,9 +265,7 @@ class TestRooms:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("going on") / "whole.ckpt"
-    trainer = make_trainer(probing(objective="step"))
-    trainer.fit(net(), batches())
-    trainer.save_checkpoint(path)
+    trained(net(), batches(), probing(objective="step")).trainer.save_checkpoint(path)
     return path
 
 
@@ -283,8 +281,7 @@ class TestGoingOn:
     """With a Trainer, from a checkpoint on disk."""
 
     def _resumed(self, path: Path, callback: SurgeLRCallback) -> Regression:
-        module = net()
-        make_trainer(callback, max_epochs=2).fit(module, batches(), ckpt_path=path, weights_only=True)
+        module = trained(net(), batches(), callback, resume=path, max_epochs=2)
         assert len(module.lrs) == STEPS
         assert all(0.01 / 4 <= lr <= 0.04 for lr in module.lrs)
         return module
@@ -328,9 +325,8 @@ class TestGoingOn:
         trainer = make_trainer(callback, LambdaCallback(on_train_batch_end=restore))
         if whole_state:
             trainer.fit(again, batches())
-            plain, without = net(), probing(objective="step")
-            make_trainer(without).fit(plain, batches())
-            assert again.lrs == plain.lrs
+            without = probing(objective="step")
+            assert again.lrs == trained(net(), batches(), without).lrs
             assert repr(callback.state_dict()) == repr(without.state_dict())
         else:
             with pytest.warns(UserWarning, match="Expected SurgeState with 'base_batch_size'.*afresh"):

@@ -25,7 +25,7 @@ from lightning_surge.callbacks.checks import check_processes
 from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import GeometricRamp
 from tests.processes import Reporting, environment, on_ranks
-from tests.trainings import Regression, assert_same, every_step, make_trainer
+from tests.trainings import Regression, assert_same, every_step, trained
 
 pytestmark = [
     pytest.mark.slow,
@@ -110,9 +110,9 @@ def train(
 ) -> list[Run]:
     path.mkdir(parents=True, exist_ok=True)
     options |= {"devices": devices, "strategy": strategy if devices > 1 else "auto"}
-    trainer = make_trainer(*callbacks, Reporting(path, report), use_distributed_sampler=False, **options)
     net = make(**({"alone": devices == 1} | (module or {})))
-    trainer.fit(net, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    reporting = Reporting(path, report)
+    trained(net, None, *callbacks, reporting, use_distributed_sampler=False, resume=resume, **options)
     # One of several processes that were started from outside leaves others at work.
     return [] if os.environ.get("LOCAL_RANK") else runs_in(path, devices)
 

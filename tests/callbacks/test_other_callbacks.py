@@ -21,13 +21,11 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
-    LearningRateMonitor,
     ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
     Timer,
 )
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
@@ -184,9 +182,6 @@ CASES = {
         lambda lr, path: Timer(timedelta(hours=1)),
         options={"enable_model_summary": True, "enable_progress_bar": True},
     ),
-    "LearningRateMonitor": Case(
-        lambda lr, path: LearningRateMonitor("step"), lambda callback, _: None, {"logger": True}
-    ),
 }
 
 
@@ -199,8 +194,6 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         other = case.make(lr, path)
         callbacks = [other] if ours is None or arrange is None else arrange(ours, other)
         options = {"max_epochs": 3, "default_root_dir": path} | case.options
-        if options.pop("logger", False):
-            options["logger"] = CSVLogger(path)
         module = Net(lr, norm=case.norm)
         if isinstance(other, BackboneFinetuning):
             # What is frozen at first has no place in the optimizer yet.

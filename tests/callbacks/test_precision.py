@@ -1,6 +1,7 @@
 """Measurements in 16 and 64 bits, under a gradient scaler, and with clipped gradients, against 32 bits."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -163,15 +164,25 @@ class Test16BitParameters:
             assert callback.history.num_measurements >= 4
         assert found[0] == pytest.approx(found[1], rel=0.05)
 
-    @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-    def test_suit_rules(self, precision: Any) -> None:
-        def run(lr: float, *callbacks: Callback) -> Tensor:
-            module = trained(Net(with_lr(SGD, lr)), data(4), *callbacks, precision=precision)
-            assert module.weights.element_size() == 2
-            return module.weights
 
-        # 16 examples at a base of 4: the square root of four.
-        assert torch.equal(run(0.01, SurgeLRCallback(4, "sqrt")), run(0.02))
+@pytest.mark.parametrize(
+    ("make_optimizer", "precision", "overflows"),
+    [
+        (partial(with_lr, SGD), "bf16-true", ()),
+        (partial(with_lr, SGD), "16-true", ()),
+        (partial(with_lr, AdamW, weight_decay=0.0, fused=False), "16-mixed", (1, 3)),
+        (partial(with_lr, AdamW, weight_decay=0.0, fused=True), "16-mixed", (1, 3)),
+    ],
+)
+def test_a_rule_doubles_the_learning_rate(make_optimizer: Any, precision: str, overflows: Any) -> None:
+    def run(lr: float, *callbacks: Callback) -> Tensor:
+        module = Net(make_optimizer(lr=lr), overflows)
+        trained(module, data(6), *callbacks, **scaled_or(precision))
+        assert module.weights.element_size() == (4 if overflows else 2)
+        return module.weights
+
+    # 16 examples at a base of 4: the square root of four.
+    assert torch.equal(run(0.01, SurgeLRCallback(4, "sqrt")), run(0.02))
 
 
 class TestScaler:
@@ -214,15 +225,6 @@ class TestScaler:
         assert callback.history.num_measurements <= 5
         assert not live or len(measure.measurements) == 5
 
-    @pytest.mark.parametrize("fused", [False, True])
-    def test_a_fused_step_is_scaled_like_any_other(self, fused: bool) -> None:
-        def run(lr: float, *callbacks: Callback) -> Tensor:
-            module = Net(with_lr(AdamW, lr, weight_decay=0.0, fused=fused), overflows=(1, 3))
-            make_trainer(*callbacks, plugins=scaling()).fit(module, data(6))
-            return module.weights
-
-        assert torch.equal(run(0.01, SurgeLRCallback(4, "sqrt")), run(0.02))
-
     @pytest.mark.parametrize("law", ["theorem2", "theorem3"])
     def test_theorems_do_not_depend_on_the_scale(self, measurements: list[Measurement], law: Any) -> None:
         def measured(**options: Any) -> list[float]:
@@ -258,34 +260,21 @@ class TestScaler:
 
 class TestClipping:
     @pytest.mark.parametrize("live", [True, False])
-    @pytest.mark.parametrize(("algorithm", "precision"), [("norm", "16-mixed"), ("value", "32-true")])
-    def test_that_never_bites_changes_nothing(
+    @pytest.mark.parametrize(
+        ("algorithm", "precision"), [("norm", "32-true"), ("norm", "16-mixed"), ("value", "32-true")]
+    )
+    def test_that_bites_leaves_measurements_those_of_the_unclipped_gradient(
         self, measure: Measure, algorithm: str, precision: str, live: bool
     ) -> None:
-        plain, clipped = Net(), Net()
-        options = {"gradient_clip_val": 1e6, "gradient_clip_algorithm": algorithm}
-        expected = measure(plain, live=live, dry_run=False, **scaled_or(precision))
-        law = measure.callback.law
-        got = measure(clipped, live=live, dry_run=False, **scaled_or(precision), **options)
-        assert got == expected
-        assert measure.callback.law == law
-        assert torch.equal(plain.weights, clipped.weights)
-
-    @pytest.mark.parametrize("live", [True, False])
-    @pytest.mark.parametrize("algorithm", ["norm", "value"])
-    def test_that_bites_leaves_measurements_those_of_the_unclipped_gradient(
-        self, measure: Measure, algorithm: str, live: bool
-    ) -> None:
         still = 4 if live else 1
-        expected = measure(Net(still=still), live=live, batches=2)
+        expected = measure(Net(still=still), live=live, batches=2, **scaled_or(precision))
         assert len(expected) == 1
-        options = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": algorithm}
+        clipping = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": algorithm}
         plain, clipped = Net(still=still), Net(still=still)
-        assert measure(clipped, live=live, batches=2, **options) == expected
+        assert measure(clipped, live=live, batches=2, **clipping, **scaled_or(precision)) == expected
         # In a dry run, clipping bites as it would without the callback.
-        make_trainer(accumulate_grad_batches=4 if live else 1, **options).fit(
-            plain, data(8, 4) if live else data(2)
-        )
+        loader, accumulation = (data(8, 4), 4) if live else (data(2), 1)
+        trained(plain, loader, accumulate_grad_batches=accumulation, **clipping, **scaled_or(precision))
         assert torch.equal(plain.weights, clipped.weights)
 
     def test_of_plain_gradients_is_warned_of(self) -> None:

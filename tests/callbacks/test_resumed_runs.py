@@ -1,7 +1,6 @@
 """A training with a ramp that is killed and resumed is the training that was not, bit for bit."""
 
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.utils.data import DataLoader
@@ -35,13 +34,14 @@ from lightning_surge.schedules.sizes import (
 )
 from tests.trainings import (
     Noisy,
-    Regression,
+    ValidatedReading,
     assert_same,
     every_step,
     heard,
     make_trainer,
     sampled,
     saved_steps,
+    trained,
     with_lr,
 )
 
@@ -59,29 +59,12 @@ def cosine(optimizer: Optimizer) -> LRScheduler:
     return by_examples(CosineAnnealingLR(optimizer, T_max=EPOCHS * EXAMPLES // 2), examples_per_step=2)
 
 
-class Net(Regression):
-    """Dropout, and a cosine that counts examples; notes what is asked for at each step."""
+class Net(ValidatedReading):
+    """With a cosine that counts examples; notes what is asked for at each step."""
 
     def __init__(self, loader: Callable[[], Any], make_schedule: Any = cosine) -> None:
-        super().__init__(with_lr(AdamW, 0.01, betas=(0.9, 0.95)), make_schedule, features=3)
-        self.net.insert(2, nn.Dropout(0.3))
-        self.loader = loader
-        self.taken: list[list[int]] = []
+        super().__init__(loader, with_lr(AdamW, 0.01, betas=(0.9, 0.95)), make_schedule)
         self.requests: list[tuple[int, int]] = []
-
-    def train_dataloader(self) -> Any:
-        return self.loader()
-
-    def loss(self, batch: Any) -> Tensor:
-        indices, inputs = batch
-        self.taken.append(indices.tolist())
-        return (self.net(inputs).squeeze(1) - indices / EXAMPLES).square().mean()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.net(batch[1] + torch.randn_like(batch[1]))  # draws from the streams of training
-
-    def val_dataloader(self) -> Any:
-        return DataLoader(Noisy(EXAMPLES), batch_size=EXAMPLES)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -116,9 +99,8 @@ def run(
     """Train, on other random streams if resumed."""
     model = Net(loader)
     pl.seed_everything(1 if resume is None else 77, verbose=False)
-    trainer = make_trainer(BatchSizeScheduler(rule), *callbacks, max_epochs=EPOCHS, **options)
-    trainer.fit(model, ckpt_path=None if resume is None else str(resume), weights_only=True)
-    return model
+    ours = BatchSizeScheduler(rule), *callbacks
+    return trained(model, None, *ours, resume=resume, max_epochs=EPOCHS, **options)
 
 
 def exact(path: Path) -> list[pl.Callback]:
@@ -158,7 +140,7 @@ def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
     whole = run(lambda: loader(workers), RAMPS[rule], *exact(tmp_path / "whole"))
     saved = saved_steps(tmp_path / "whole")
     assert len(saved) > 9
-    assert set(chain.from_iterable(whole.taken)) == set(range(EXAMPLES))
+    assert {index for *_, [indices] in whole.taken for index in indices} == set(range(EXAMPLES))
     for checkpoint in saved[:-1:every]:
         path = tmp_path / f"from {checkpoint.stem}"
         run(lambda: loader(workers), RAMPS[rule], *exact(path), resume=checkpoint)

@@ -422,8 +422,9 @@ class TestResume:
             callbacks = pair(4, probe_every=2)
             folder = tmp_path / ("again" if resume else "whole")
             checkpoint = ModelCheckpoint(folder, "{epoch}", every_n_epochs=1, save_top_k=-1)
-            make_trainer(*callbacks, checkpoint, max_epochs=4).fit(module, data(64, 8), ckpt_path=resume)
-            return module, callbacks
+            return trained(
+                module, data(64, 8), *callbacks, checkpoint, resume=resume, max_epochs=4
+            ), callbacks
 
         whole, measured = run()
         resumed, again = run(tmp_path / "whole" / "epoch=2.ckpt")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.policy.reasons import Reason
-from tests.trainings import Regression, Sizes, make_trainer, with_lr
+from tests.trainings import Regression, Sizes, make_trainer, trained, with_lr
 
 
 class Linear(Regression):
@@ -37,8 +37,8 @@ def batches(sizes: list[int], wrap: Callable[[Tensor], Any] = lambda x: x) -> Da
 def test_a_step_that_takes_things_out_of_its_batch_is_measured(accumulation: int) -> None:
     callback = SurgeLRCallback(8, probe_every=1)
     loader = batches([16] * 24, lambda x: {"inputs": x})
-    module = Linear(lambda batch: batch.pop("inputs"))
-    make_trainer(callback, accumulate_grad_batches=accumulation).fit(module, loader)
+    step = Linear(lambda batch: batch.pop("inputs"))
+    trained(step, loader, callback, accumulate_grad_batches=accumulation)
     assert callback.history.num_measurements >= 4
 
 
@@ -74,35 +74,13 @@ def test_a_second_training_is_measured_as_the_first_was() -> None:
     assert counts[0] == counts[1]
 
 
-def test_several_steps_on_one_batch_while_batches_are_pooled() -> None:
-    """The second window sees the same batch, untouched: that is no failure."""
-
-    class Manual(Linear):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> None:
-            optimizer = self.optimizers()
-            for _ in range(2):
-                optimizer.zero_grad()
-                self.manual_backward(self.loss(batch))
-                optimizer.step()
-
-    callback = SurgeLRCallback(8, probe_every=1, probe_examples=64, loss_fn=Manual.loss)
-    make_trainer(callback).fit(Manual(), batches([16] * 12))
-    assert callback.history.num_measurements >= 2
-
-
 def test_a_loss_without_any_gradient_trains_on() -> None:
     class Flat(Linear):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             return 0.0 * super().training_step(batch, batch_idx)
 
-    callback = SurgeLRCallback(8, probe_every=1)
-    module = Flat()
-    before = module.weights
-    make_trainer(callback).fit(module, batches([32] * 40))
+    callback, before = SurgeLRCallback(8, probe_every=1), Flat().weights
+    module = trained(Flat(), batches([32] * 40), callback)
     assert callback.decision is not None
     assert callback.decision.reason == "held: the gradients are zero"
     assert callback.decision.because is Reason.GRADIENTS_ZERO

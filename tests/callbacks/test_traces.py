@@ -118,26 +118,27 @@ def outcome(module: Net, *callbacks: pl.Callback, **options: Any) -> list[Any]:
     ]
 
 
+def dry_run(touch: Any, attributes: Any, accumulation: int) -> SurgeLRCallback:
+    """The callback after a run whose outcome was that without it."""
+    callback = SurgeLRCallback(2, objective="step", dry_run=True, probe_every=1)
+    options = {"accumulate_grad_batches": accumulation}
+    plain = outcome(Net(touch, **attributes()), **options)
+    assert outcome(Net(touch, **attributes()), callback, **options) == plain
+    return callback
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("accumulation", [1, 4])
 class TestDryRuns:
     @pytest.mark.parametrize("kind", UNDONE)
     def test_put_back_what_a_step_touches(self, kind: str, accumulation: int) -> None:
-        touch, attributes = UNDONE[kind]
-        callback = SurgeLRCallback(2, objective="step", dry_run=True, probe_every=1)
-        options = {"accumulate_grad_batches": accumulation}
-        plain = outcome(Net(touch, **attributes()), **options)
-        assert outcome(Net(touch, **attributes()), callback, **options) == plain
-        assert callback.history.num_measurements > 1
+        assert dry_run(*UNDONE[kind], accumulation).history.num_measurements > 1
 
     @pytest.mark.parametrize("kind", NOTICED)
     def test_stop_measuring_where_that_cannot_be(self, kind: str, accumulation: int) -> None:
         touch, attributes, trace = NOTICED[kind]
-        callback = SurgeLRCallback(2, objective="step", dry_run=True, probe_every=1)
-        options = {"accumulate_grad_batches": accumulation}
-        plain = outcome(Net(touch, **attributes()), **options)
         with heard() as told:
-            assert outcome(Net(touch, **attributes()), callback, **options) == plain
+            callback = dry_run(touch, attributes, accumulation)
         said = [text for text in told if "Measuring is off from now on" in text]
         # Normalised once per micro-batch, prototypes are as they will be: to repeat it changes nothing.
         idle = kind == "prototypes" and accumulation > 1
@@ -146,13 +147,3 @@ class TestDryRuns:
         # Norms of windows repeat no step, and go on.
         assert (callback.history.num_measurements > 1) == (accumulation > 1)
         assert all(trace in message and "pass loss_fn=" in message for message in said)
-
-
-def test_a_loss_function_measures_where_the_step_cannot_be_repeated() -> None:
-    def loss(module: Any, batch: Tensor) -> Tensor:
-        return (module.net(batch) - module.teacher(batch)).square().mean()
-
-    plain = outcome(Net(average))
-    callback = SurgeLRCallback(2, dry_run=True, probe_every=1, loss_fn=loss)
-    assert outcome(Net(average), callback) == plain
-    assert callback.history.num_measurements > 2

@@ -22,7 +22,7 @@ from lightning_surge.schedules import (
     LinearRamp,
     total_steps,
 )
-from tests.trainings import OneHot, heard, make_trainer, one_hot, sampled, scheduled_lr
+from tests.trainings import OneHot, heard, make_trainer, one_hot, sampled, scheduled_lr, trained
 
 SIZE = 64
 
@@ -134,8 +134,8 @@ class TestLoadersThatChange:
 
     def test_one_that_is_no_different_is_not_reported_again(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level("INFO", "lightning.pytorch"):
-            trainer = make_trainer(scheduled(8), max_epochs=3, reload_dataloaders_every_n_epochs=1)
-            trainer.fit(Mean([lambda: plain(8)] * 3))
+            model = Mean([lambda: plain(8)] * 3)
+            trained(model, None, scheduled(8), max_epochs=3, reload_dataloaders_every_n_epochs=1)
         assert caplog.text.count("Batch sizes are set by accumulation") == 1
 
 
@@ -165,10 +165,9 @@ SHORT = "Expected a learning-rate schedule that reaches its end"
 
 
 def warned(model: Mean, callback: Any, **options: Any) -> list[str]:
-    data, resume = options.pop("loader", None) or plain(2), options.pop("ckpt_path", None)
+    data = options.pop("loader", None) or plain(2)
     with heard() as said:
-        trainer = make_trainer(callback, **{"max_epochs": 4} | options)
-        trainer.fit(model, data, ckpt_path=resume, weights_only=True if resume else None)
+        trained(model, data, callback, **{"max_epochs": 4} | options)
     return [text for text in said if text.startswith(SHORT)]
 
 
@@ -237,7 +236,7 @@ class TestSchedulesCutShort:
         assert warned(model, BatchSizeScheduler(RAMP), max_epochs=2)
         model.trainer.save_checkpoint(path)
         model = Mean(schedule=cosine(estimated))
-        assert warned(model, BatchSizeScheduler(RAMP), ckpt_path=path) == []
+        assert warned(model, BatchSizeScheduler(RAMP), resume=path) == []
         assert model.trainer.current_epoch == 4
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
@@ -19,7 +19,6 @@ from lightning_surge import BatchSizeScheduler, SurgeLRCallback
 from lightning_surge.optimizers.lr_writer import FactorInUpdate
 from lightning_surge.schedules import Milestones
 from tests.trainings import (
-    CrashAt,
     MakeOptimizer,
     Regression,
     at_update,
@@ -81,26 +80,6 @@ class TestProducts:
             assert used * written == pytest.approx(lr * decay, rel=1e-15)
             assert written != decay
         assert entries(trainer.optimizers[0])[0][1] == 0.1
-
-    def test_scale_with_the_learning_rate_otherwise(self) -> None:
-        module = trained(Decayed(), data(), SurgeLRCallback(3, "linear"))
-        assert [decay for [(_, decay)] in module.read] == [0.1] * 6
-
-    def test_are_what_decays_the_weights(self) -> None:
-        """Without a gradient nothing but decay moves them."""
-
-        class Still(Decayed):
-            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-                return 0.0 * super().training_step(batch, batch_idx)
-
-        plain, kept, scaled = Still(), Still(), Still()
-        start = plain.weights.clone()
-        make_trainer().fit(plain, data())
-        make_trainer(keeping()).fit(kept, data())
-        make_trainer(SurgeLRCallback(3, "linear")).fit(scaled, data())
-        assert torch.allclose(kept.weights, plain.weights, rtol=1e-6)
-        lost, lost_scaled = ((start - m.weights).norm() for m in (plain, scaled))
-        assert float(lost_scaled) > 1.2 * float(lost) > 0.0
 
     def test_of_groups_are_kept_apart(self) -> None:
         def make(module: Any) -> Optimizer:
@@ -214,12 +193,6 @@ class TestRestoring:
         assert products == pytest.approx([0.002, 0.004, 0.008], rel=1e-15)
         assert entries(trainer.optimizers[0])[0] == (0.01, 0.8)
 
-    def test_after_an_exception(self) -> None:
-        trainer = make_trainer(keeping(), CrashAt(2))
-        with pytest.raises(RuntimeError, match="switched off"):
-            trainer.fit(Decayed(gamma=1.0), data())
-        assert entries(trainer.optimizers[0]) == [(0.01, 0.1)]
-
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_in_checkpoints_and_in_the_run_that_goes_on_from_them(
@@ -232,11 +205,8 @@ class TestRestoring:
         for step, path in enumerate(paths, start=1):
             (group,) = torch.load(path, weights_only=True)["optimizer_states"][0]["param_groups"]
             assert (group["lr"], group["weight_decay"]) == (pytest.approx(0.01 * 0.8**step), 0.1)
-        resumed = Decayed()
         half = len(paths) // 2
-        make_trainer(keeping(), **options).fit(
-            resumed, data(24), ckpt_path=str(paths[half - 1]), weights_only=True
-        )
+        resumed = trained(Decayed(), data(24), keeping(), resume=paths[half - 1], **options)
         assert resumed.read == module.read[half:]
         assert torch.equal(resumed.weights, module.weights)
 

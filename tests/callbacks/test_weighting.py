@@ -7,14 +7,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Schedule
-from tests.trainings import Ragged, flat, make_trainer, sampled, trained
+from tests.trainings import Ragged, assert_same, flat, make_trainer, sampled, scaling, trained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
@@ -62,7 +61,7 @@ class Net(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if not self.window:
             return
-        parameters = list(self.parameters())
+        parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         self.gradients.append(flat([parameter.grad for parameter in parameters]))
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             self.whole.append(flat(torch.autograd.grad(self.loss(torch.cat(self.window)), parameters)))
@@ -138,9 +137,7 @@ class TestOneBigBatch:
         assert scheduler.examples == 2 * sum(RAGGED)  # consumed all the same
 
     def test_micro_batches_that_count_for_nothing(self) -> None:
-        model = Net()
-        model.loss = lambda batch: 0.0 * batch.sum() + Net.loss(model, batch)  # type: ignore[method-assign]
-        empty = ragged()
+        model, empty = Net(), ragged()
         for index in (0, 4, 5):  # the first of a window, the last, and one of its own
             empty[index] = torch.zeros_like(empty[index])
         scheduler = BatchSizeScheduler(
@@ -168,13 +165,6 @@ class TestOneBigBatch:
         model = Net()
         model.net[0].weight.requires_grad_(False)
         model.unused = nn.Linear(2, 2)
-
-        def means(self: Net, optimizer: Optimizer) -> None:
-            used = [model.net[0].bias, model.net[2].weight, model.net[2].bias]
-            self.gradients.append(flat([parameter.grad for parameter in used]))
-            self.whole.append(flat(torch.autograd.grad(self.loss(torch.cat(self.window)), used)))
-
-        model.on_before_optimizer_step = means.__get__(model)  # type: ignore[method-assign]
         weighted(model, ConstantSize(16))
         assert model.unused.weight.grad is None
 
@@ -199,27 +189,22 @@ class TestBitForBit:
             make_optimizer=Adam,
         )
         assert len(plain.gradients) == 9
-        assert same(plain.gradients, scheduled.gradients)
-        assert same(plain.losses, scheduled.losses)
-        assert same(plain.parameters(), scheduled.parameters())
+        assert_same(plain.gradients, scheduled.gradients)
+        assert_same(plain.losses, scheduled.losses)
+        assert_same(list(plain.parameters()), list(scheduled.parameters()))
 
     def test_equal_micro_batches_whatever_they_are_counted_in(self) -> None:
         # micro_batch_size in one unit, batches counted in another.
-        for options in (
-            {"micro_batch_size": 7},
-            {"micro_batch_size": 7, "batch_size_fn": lambda batch: 3 * len(batch)},
-        ):
-            plain, scheduled = self.pair(
-                BatchSizeScheduler(ConstantSize(28), **options),
-                lambda: DataLoader(examples(48), batch_size=4),
-            )
-            assert same(plain.gradients, scheduled.gradients)
+        for options in ({}, {"batch_size_fn": lambda batch: 3 * len(batch)}):
+            scheduler = BatchSizeScheduler(ConstantSize(28), micro_batch_size=7, **options)
+            plain, scheduled = self.pair(scheduler, lambda: DataLoader(examples(48), batch_size=4))
+            assert_same(plain.gradients, scheduled.gradients)
 
     def test_without_weights(self) -> None:
         scheduler = BatchSizeScheduler(ConstantSize(16), weight_micro_batches=False)
         plain, scheduled = self.pair(scheduler, ragged)
-        assert same(plain.gradients, scheduled.gradients)
-        assert same(plain.parameters(), scheduled.parameters())
+        assert_same(plain.gradients, scheduled.gradients)
+        assert_same(list(plain.parameters()), list(scheduled.parameters()))
         with pytest.raises(AssertionError):
             scheduled.assert_means(rtol=0.01)
         assert scheduler.examples == 3 * sum(RAGGED)
@@ -237,10 +222,6 @@ class TestBitForBit:
         assert len(model.losses) == len(RAGGED)
         mean = sum(size * loss for size, loss in zip(RAGGED, model.losses, strict=True)) / sum(RAGGED)
         torch.testing.assert_close(trainer.callback_metrics["train_loss_epoch"], mean)
-
-
-def same(found: Any, expected: Any) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 class TestOtherParts:
@@ -274,7 +255,7 @@ class TestOtherParts:
 
     @pytest.mark.parametrize("fused", [False, True])
     def test_a_gradient_scaler_that_skips_steps(self, fused: bool) -> None:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3)
+        plugin = scaling(2.0**30, growth_interval=3)
 
         class Scaled(Net):
             skipped = 0
@@ -282,14 +263,14 @@ class TestOtherParts:
             def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
                 super().on_before_optimizer_step(optimizer)
                 if fused:  # such an optimizer takes the scale off itself
-                    self.gradients[-1] /= scaler.get_scale()
+                    self.gradients[-1] /= plugin.scaler.get_scale()  # type: ignore[union-attr]
                 if not self.gradients[-1].isfinite().all():
                     self.skipped += 1
                     del self.gradients[-1], self.whole[-1]
 
         model = Scaled(lambda parameters: Adam(parameters, lr=0.01, fused=fused))
         scheduler = BatchSizeScheduler(Milestones({0: 4, 3: 16}))
-        trainer = make_trainer(scheduler, plugins=MixedPrecision("16-mixed", "cpu", scaler), max_epochs=6)
+        trainer = make_trainer(scheduler, plugins=plugin, max_epochs=6)
         trainer.fit(model, ragged())
         model.assert_means(rtol=2e-3)  # half precision
         assert model.skipped > 10
@@ -306,14 +287,5 @@ class TestOtherParts:
         trainer = make_trainer(scheduler)
         trainer.fit(model, ragged())
         assert len(model.gradients) > 2 * trainer.global_step
-        assert same(plain.parameters(), model.parameters())
+        assert_same(list(plain.parameters()), list(model.parameters()))
         assert scheduler.examples == sum(RAGGED)
-
-    def test_batches_in_containers(self) -> None:
-        class Wrapped(Net):
-            def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-                return super().training_step(batch["inputs"][0], batch_idx)
-
-        loader = ragged()
-        loader[:] = [{"name": "batch", "inputs": (batch,)} for batch in loader]
-        weighted(Wrapped(), ConstantSize(16), loader)

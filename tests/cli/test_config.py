@@ -247,6 +247,7 @@ def test_other_callbacks_by_both_names(tmp_path: Path, prefix: str) -> None:
     assert type(resume) is ExactResume
 
 
+@pytest.mark.usefixtures("same_rng_and_threads_afterwards")
 def test_the_example_trains_and_round_trips(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,10 +257,7 @@ def test_the_example_trains_and_round_trips(
     fast = ["max_steps=20", "enable_progress_bar=false", "enable_model_summary=false", "limit_val_batches=1"]
     fast += ["logger.init_args.save_dir=runs", "log_every_n_steps=4"]
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng():
-        cli = main(["fit", "--config", str(example), *(f"--trainer.{option}" for option in fast)])
-    torch.set_num_threads(threads)
+    cli = main(["fit", "--config", str(example), *(f"--trainer.{option}" for option in fast)])
     assert cli.trainer.global_step == 20
     (saved,) = tmp_path.glob("runs/lightning_logs/version_0/config.yaml")
     # What it has saved, and what it prints, are configurations that say the same.

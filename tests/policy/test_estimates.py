@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning_surge.laws.base import Law, MeasuredLaw, SGDLaw
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.measure.direction import ORTHOGONAL
-from lightning_surge.measure.records import ChunkStatistics, CoordinateSums, Measurement, SizedValue
+from lightning_surge.measure.records import CoordinateSums, Measurement, SizedValue
 from lightning_surge.policy.estimates import (
     EstimatedLaw,
     Fit,
@@ -36,14 +36,14 @@ def measured(law: MeasuredLaw | SGDLaw, sizes: tuple[float, float] = SIZES) -> M
     if isinstance(law, MeasuredLaw):
         # The alignment scale is the noise scale: |G|^2 = 2, tr Sigma = 2 B_phi.
         norms = (2.0, 2.0 * law.alignment_scale)
-        alignments = tuple(SizedValue(b, law.alignment(b)) for b in sizes)
-        curvatures = tuple(SizedValue(b, law.curvature(b)) for b in sizes)
+        alignments = [(b, law.alignment(b)) for b in sizes]
+        curvatures = [(b, law.curvature(b)) for b in sizes]
     else:
         # |G|^2 = 3 and G'HG = 3 / max_lr.
         norms = (3.0, 70.0)
-        alignments = tuple(SizedValue(b, 3.0) for b in sizes)
-        curvatures = tuple(SizedValue(b, 3.0 / law.max_lr * (1 + law.noise_scale / b)) for b in sizes)
-    return Measurement(ChunkStatistics(128.0, *norms, alignments), curvatures, passes=256.0, num_chunks=8)
+        alignments = [(b, 3.0) for b in sizes]
+        curvatures = [(b, 3.0 / law.max_lr * (1 + law.noise_scale / b)) for b in sizes]
+    return record(*norms, alignments, curvatures)
 
 
 def multiplied(
@@ -55,14 +55,12 @@ def multiplied(
 ) -> Measurement:
     """With each number times a factor of its own."""
     norms = row.statistics
-    statistics = ChunkStatistics(
-        norms.batch_size,
+    return record(
         norms.grad_sq * grad_sq(),
         norms.trace_cov * trace_cov(),
-        tuple(SizedValue(b, value * alignment()) for b, value in norms.alignments),
+        [(b, value * alignment()) for b, value in norms.alignments],
+        [(b, value * curvature()) for b, value in row.curvatures],
     )
-    curvatures = tuple(SizedValue(b, value * curvature()) for b, value in row.curvatures)
-    return row._replace(statistics=statistics, curvatures=curvatures)
 
 
 def noisy(rng: np.random.Generator, spread: float = 0.2) -> Measurement:
@@ -233,10 +231,7 @@ def norms_of_chunks(rng: np.random.Generator, scale: float, count: int) -> list[
     chunks = 1.0 / 8.0 + spread * rng.standard_normal((count, 8, 64))
     small, big = (chunks**2).sum(axis=2).mean(axis=1), (chunks.mean(axis=1) ** 2).sum(axis=1)
     rows = zip((8 * big - small) / 7, (small - big) * 8 * 32 / 7, strict=True)
-    return [
-        Measurement(ChunkStatistics(256.0, float(signal), float(noise), ()), (), passes=256.0, num_chunks=8)
-        for signal, noise in rows
-    ]
+    return [record(float(signal), float(noise)) for signal, noise in rows]
 
 
 class TestStandardErrors:
@@ -260,18 +255,13 @@ class TestStandardErrors:
         for _ in range(250):
             rows = [noisy(rng, spread=0.1) for _ in range(count)]
             law = estimate(history_of(rows, half_life=8.0), fit_sign_law)
-            assert law is not None
             held.append(abs(log_ratio(law) - log_ratio(TRUE)) <= law.standard_error(log_ratio))
         assert 0.60 < np.mean(held) < 0.76
 
     def test_of_a_mean_is_the_textbooks(self) -> None:
         """Equal weights: s / sqrt(n), times the 84 % point of Student's t with n - 1 degrees of freedom."""
         values = [3.0, 5.0, 1.0, 7.0]
-        rows = [measured(TRUE) for _ in values]
-        rows = [
-            row._replace(statistics=row.statistics._replace(trace_cov=value))
-            for row, value in zip(rows, values, strict=True)
-        ]
+        rows = [record(trace_cov=value) for value in values]
         error = history_of(rows, half_life=1e12).standard_error(lambda stats: stats.trace_cov)
         student = scipy.stats.t.ppf(scipy.stats.norm.cdf(1.0), df=3)
         assert error == pytest.approx(student * np.std(values, ddof=1) / 2.0)
@@ -361,7 +351,6 @@ class TestEstimatedLaw:
         others = {name: value for name, value in change.items() if name not in norms}
         row = row._replace(statistics=row.statistics._replace(**norms), **others)
         law = estimate(history_of([row] * 2), fit)
-        assert law is not None
         assert law.at_edge is at_edge
 
     @many

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,11 @@ import yaml
 import lightning_surge
 from benchmarks.publish import PAGES, filled, named
 from lightning_surge import SurgeLRCallback
-from lightning_surge.cli import COMMANDS
+from lightning_surge.cli import COMMANDS, main
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.schedules.by_examples import ExamplesClock
 from tests.code_blocks import blocks, run
+from tests.logged_runs import rows, write_csv
 from tests.trainings import Regression, make_trainer, regression_data
 
 ROOT = Path(__file__).parents[2]
@@ -49,9 +51,10 @@ logger = Mock()
 
 
 @pytest.fixture
-def names_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def names_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_rng_and_threads_afterwards: None
+) -> Any:
     """Runs the blocks of a page in one namespace and an empty directory; returns what is in it then."""
-    threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
 
     def run_page(page: str) -> dict[str, Any]:
@@ -63,9 +66,7 @@ def names_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 assert shape(printed) == shape(block.output)
         return names
 
-    with torch.random.fork_rng():
-        yield run_page
-    torch.set_num_threads(threads)
+    return run_page
 
 
 def shape(output: str) -> list[str]:
@@ -375,3 +376,35 @@ def test_messages_of_the_command_line_are_those_of_the_package() -> None:
     nodes = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
     texts = [template(node) for node in nodes if isinstance(node, (ast.Constant, ast.JoinedStr))]
     assert [quote for quote in quoted if not any(quote.rstrip("… ") in text for text in texts)] == []
+
+
+# ---------------------------------------------------------------------- commands of a page
+
+
+@pytest.fixture
+def reading_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """docs/reading-a-run.md, in a directory with a run."""
+    write_csv(tmp_path / "lightning_logs" / "version_0", rows())
+    monkeypatch.chdir(tmp_path)
+    return (ROOT / "docs" / "reading-a-run.md").read_text()
+
+
+def test_commands_run_and_print_what_the_page_says(
+    reading_a_run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sessions = "".join(re.findall(r"```console\n(.*?)```", reading_a_run, re.DOTALL))
+    commands = re.findall(r"^\$ lightning-surge (.*)\n((?:(?!\$).*\n)*)", sessions, re.MULTILINE)
+    assert len(commands) == 6
+    for command, printed in commands:
+        assert main(shlex.split(command)) == 0
+        out = capsys.readouterr().out
+        assert out == printed or not printed, command
+        for place in re.findall(r"--output (\S+)", command):
+            assert Path(place).stat().st_size > 10_000
+
+
+def test_the_answer_on_the_page_is_the_answer(reading_a_run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (shown,) = re.findall(r"^    At step .*?\n\n(?:    .*\n)+", reading_a_run, re.MULTILINE)
+    assert main(["advise", "lightning_logs"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(re.sub("^    ", "", shown, flags=re.MULTILINE))

@@ -18,17 +18,8 @@ from lightning_surge.policy.estimates import EstimatedLaw
 from lightning_surge.runs.log_files import read_run
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
-
 # Lightning is slow to import: one process runs all examples.
-
-
-@pytest.fixture(autouse=True)
-def _same_rng_and_threads_afterwards():
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_rng_and_threads_afterwards")]
 
 
 @pytest.fixture(params=["stdlib_transformer", "digits"])

@@ -74,20 +74,15 @@ def test_should_update_logs_says_whether_this_very_step_is_logged(tmp_path: Any)
 def test_callbacks_assigned_in_setup_are_the_ones_called_in_that_order() -> None:
     called: list[str] = []
 
-    class Named(Callback):
-        def __init__(self, name: str) -> None:
-            self.name = name
+    def reverse(trainer: Any, *_: Any, **options: Any) -> None:
+        called.append("setup last")
+        trainer.callbacks = trainer.callbacks[::-1]
 
-        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-            called.append(f"setup {self.name}")
-            if self.name == "last":
-                others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-                trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
-
-        def on_train_batch_start(self, *args: Any) -> None:
-            called.append(self.name)
-
-    make_trainer(Named("first"), Named("last")).fit(Slope(), batches(1))
+    first, last = (
+        LambdaCallback(setup=setup, on_train_batch_start=lambda *_, name=name: called.append(name))
+        for name, setup in (("first", lambda *_, **options: called.append("setup first")), ("last", reverse))
+    )
+    make_trainer(first, last).fit(Slope(), batches(1))
     assert called == ["setup first", "setup last", "last", "first"]
 
 
@@ -140,7 +135,6 @@ def test_the_scaler_can_be_made_to_look_before_a_fused_step() -> None:
         scaler = trainer.precision_plugin.scaler  # type: ignore[attr-defined]
         assert not scaler._found_inf_per_device(optimizer)  # Lightning leaves that to the step
         found = scaler._check_inf_per_device(optimizer).values()
-        assert module.weight.grad is not None
         return any(bool(value) for value in found), module.weight.grad.item(), scaler.get_scale()
 
     callback = AtEachStep(look)
@@ -155,13 +149,14 @@ def test_the_scaler_can_be_made_to_look_before_a_fused_step() -> None:
 def test_post_hooks_fire_after_the_update_and_before_schedulers() -> None:
     seen: list[tuple[float, float]] = []
 
-    def hook(trainer: pl.Trainer, module: Slope) -> None:
-        (optimizer,) = trainer.optimizers
-        look = lambda *_: seen.append((module.weight.item(), scheduled_lr(trainer)))  # noqa: E731
-        optimizer.register_step_post_hook(look)
+    def note(trainer: pl.Trainer, weight: float) -> None:
+        seen.append((weight, scheduled_lr(trainer)))
 
-    at_end = lambda trainer, *_: seen.append((0.0, scheduled_lr(trainer)))  # noqa: E731
-    make_trainer(LambdaCallback(on_train_start=hook, on_train_batch_end=at_end)).fit(Slope(), batches(2))
+    def hook(trainer: pl.Trainer, module: Slope) -> None:
+        trainer.optimizers[0].register_step_post_hook(lambda *_: note(trainer, module.weight.item()))
+
+    callback = LambdaCallback(on_train_start=hook, on_train_batch_end=lambda trainer, *_: note(trainer, 0.0))
+    make_trainer(callback).fit(Slope(), batches(2))
     assert seen == [(-0.5, 0.5), (0.0, 0.25), (-0.75, 0.25), (0.0, 0.125)]
 
 
@@ -284,7 +279,6 @@ def test_an_epoch_may_be_given_another_length_when_it_starts(lengths: tuple[int,
     def begin(trainer: pl.Trainer, module: Slope) -> None:
         sampler.epoch = trainer.current_epoch
         combined = trainer.fit_loop._combined_loader
-        assert combined is not None
         combined.limits = [len(sampler)]
         trainer.fit_loop.max_batches = trainer.val_check_batch = len(sampler)
 

@@ -131,7 +131,6 @@ def test_what_a_clamp_made_is_not_logged() -> None:
     alignments, curvatures = ((16.0, 1.0), (64.0, 1.2)), ((16.0, 1.0), (64.0, 100.0))
     history = history_of([record(-1.0, 48.0, alignments, curvatures)] * 2)
     law = estimate(history, fit_sign_law)
-    assert law is not None
     assert (law.critical_batch_size, law.peak, history.stats().noise_scale) == (0.0, (0.0, inf), inf)
     logged = law_metrics(history, law, 64.0)
     assert all(isfinite(value) for value in logged.values())

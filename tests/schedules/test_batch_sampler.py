@@ -40,8 +40,8 @@ def _nothing_is_followed() -> Iterator[None]:
 
 
 @contextmanager
-def following(schedule: Schedule, **options: Any) -> Iterator[Itinerary]:
-    itinerary = Itinerary(schedule, **options)
+def following(schedule: Schedule | Itinerary) -> Iterator[Itinerary]:
+    itinerary = schedule if isinstance(schedule, Itinerary) else Itinerary(schedule)
     follow(itinerary)
     try:
         yield itinerary
@@ -121,12 +121,9 @@ class TestFollowing:
     ) -> None:
         order = torch.randperm(size, generator=generator()).tolist()
         sampler = ScheduledBatchSampler(order, batch_size, drop_last)
-        follow(itinerary)
-        try:
+        with following(itinerary):
             batches, windows = list(sampler), sampler.windows()
             length, sizes = len(sampler), sampler.sizes()
-        finally:
-            unfollow(itinerary)
         plan = list(
             plan_windows(
                 itinerary.schedule,
