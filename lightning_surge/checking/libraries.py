@@ -10,4 +10,5 @@ def needed(what: str, install: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{what}: pip install {install}.", name=error.name) from error
+        said = f"{what}, got no module {error.name!r}: pip install {install}."
+        raise ModuleNotFoundError(said, name=error.name) from error

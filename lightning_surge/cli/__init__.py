@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from traceback import extract_tb
 
 from lightning_surge import __version__
 from lightning_surge.cli.command import Command, Parser
@@ -19,6 +20,8 @@ from lightning_surge.cli.runs import ADVISE, PLOT
 from lightning_surge.cli.sweep import SWEEP
 
 COMMANDS: tuple[Command, ...] = (SWEEP, FIT, PLOT, ADVISE)
+# In every message that the package means for users.
+OWN_WORDS = ("Expected ", "pip install ", " --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,23 +38,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnicodeEncodeError as error:
         what = f"an output that can hold {error.object[error.start]!a}, got one in {error.encoding}"
         words = f"Expected {what}: set PYTHONIOENCODING=utf-8:surrogateescape."
-    except OSError as error:
-        if error.errno is None:  # raised by the package, with words of its own
-            words = str(error)
-        elif error.filename is not None:
-            words = f"Expected files that can be read and written, got {error}: check path and permissions."
-        else:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        words = _line(error)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             # Python would write what is left once more when it ends, and complain again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, BrokenPipeError):  # whoever read the results has seen enough
                 return 0
-            words = f"Expected an output that can be written to, got {error}: write it elsewhere."
-    except (ValueError, ModuleNotFoundError) as error:
-        words = str(error)
     else:
         return status
     print(f"lightning-surge: {words}", file=sys.stderr)
     return 2
+
+
+def _line(error: Exception) -> str:
+    """An error in words; where it was raised, too, unless it is the package's own, with a remedy."""
+    words = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return (
+            f"Expected files that can be read and an output that can be written, got {error}: check paths, "
+            "permissions and space."
+        )
+    if type(error).__module__.startswith("lightning_surge.") or any(own in words for own in OWN_WORDS):
+        return words
+    place = extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {place.filename}, line {place.lineno}: {words}"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

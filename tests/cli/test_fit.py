@@ -234,13 +234,26 @@ class TestErrors:
         assert re.search(message, err)
         assert "Traceback" not in err
 
-    def test_a_law_that_the_table_cannot_tell_is_named(self, run: Run, tmp_path: Path) -> None:
-        path = tmp_path / "runs.csv"
-        rows = (f"{b},{lr},{abs(lr - 2) + 1}" for b in (2, 16, 64) for lr in (1, 2, 4))
-        path.write_text("\n".join(["batch_size,lr,loss", *rows]))
-        status, out, err = run(path, "--bootstrap", 0, "--law", "adam_eq22", "--json")
+    @pytest.mark.parametrize(
+        ("columns", "rows", "words", "message"),
+        [
+            (
+                "loss",
+                [f"{b},{lr},{abs(lr - 2) + 1}" for b in (2, 16, 64) for lr in (1, 2, 4)],
+                ["--bootstrap=0", "--law=adam_eq22", "--json"],
+                "that can be fitted to 3 batch sizes, got laws=adam_eq22: name others",
+            ),
+            ("steps,target", [f"8,1,9,{i}" for i in range(70)], [], "at most 64 fits, got 70: choose with"),
+            ("loss", ["8,1,1"], ["--target=2"], "Expected a table with a column of targets"),
+        ],
+    )
+    def test_what_the_table_cannot_tell_is_named(
+        self, run: Run, tmp_path: Path, columns: str, rows: list[str], words: list[str], message: str
+    ) -> None:
+        (tmp_path / "runs.csv").write_text("\n".join([f"batch_size,lr,{columns}", *rows]))
+        status, out, err = run(tmp_path / "runs.csv", *words)
         assert (status, out) == (2, "")
-        assert "that can be fitted to 3 batch sizes, got laws=adam_eq22: name others" in err
+        assert message in err
 
     @pytest.mark.parametrize(
         "row",
@@ -255,17 +268,6 @@ class TestErrors:
         assert status in (0, 2)
         assert bool(out) == (status == 0)
         assert err.startswith("lightning-surge: Expected") == (status == 2)
-
-    def test_too_many_fits(self, run: Run, tmp_path: Path) -> None:
-        path = tmp_path / "runs.csv"
-        path.write_text("batch_size,lr,steps,target\n" + "".join(f"8,1,9,{i}\n" for i in range(70)))
-        assert "Expected at most 64 fits, got 70: choose with --target" in run(path)[2]
-
-    def test_targets_need_their_column(self, run: Run, tmp_path: Path) -> None:
-        (tmp_path / "runs.csv").write_text("batch_size,lr,loss\n8,1,1\n")
-        status, _, err = run(tmp_path / "runs.csv", "--target", 2)
-        assert status == 2
-        assert "Expected a table with a column of targets" in err
 
     @pytest.mark.slow
     def test_damage_gets_a_message_and_never_a_traceback(self, run: Run, tmp_path: Path) -> None:

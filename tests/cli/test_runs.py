@@ -85,29 +85,6 @@ class TestGroups:
             assert f"Expected {rule}, got --group {wrong}" in capsys.readouterr().err
 
 
-class TestRefusing:
-    @pytest.mark.parametrize(
-        ("changes", "words", "message"),
-        [
-            (
-                {},
-                ["--output", "a.html"],
-                "end in .png, .svg, .pdf and be in an existing directory, got 'a.html': rename it",
-            ),
-            ({}, ["--output", "no/a.png"], "got 'no/a.png': rename it, or make the directory"),
-            ({"examples": None}, ["--x", "examples"], "'surge/examples'"),
-            ({"base_batch_size": None}, [], "base_batch_size=nan"),
-        ],
-    )
-    def test_what_cannot_be_drawn(self, tmp_path, monkeypatch, capsys, changes, words, message):
-        monkeypatch.chdir(tmp_path)
-        write_csv(tmp_path, rows(**changes))
-        assert main(["plot", ".", *words]) == 2
-        out, error = capsys.readouterr()
-        assert (out, error.startswith("lightning-surge: Expected")) == ("", True)
-        assert message in error
-
-
 def test_the_table_of_the_advice(run, capsys):
     assert main(["advise", str(run)]) == 0
     out, error = capsys.readouterr()
@@ -178,24 +155,27 @@ def test_every_caveat_has_words(caveat):
     assert len(caveat_text(caveat, advise(STATE))) > 20
 
 
+ENDING = "end in .png, .svg, .pdf and be in an existing directory, got 'a.html': rename it"
+LOGGED = ("objective", "held_because", "base_batch_size", "lr_scale_predicted", "lr_scheduled")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "changes", "words", "message"),
     [
-        (["--step", "3"], "Expected 10 <= step <= 50, got step=3"),
-        (["--batch-size", "0"], "got batch_size=0.0: count the examples"),
-        (["--group", "head"], "Expected no --group"),
+        ("plot", {}, ["--output", "a.html"], ENDING),
+        ("plot", {}, ["--output", "no/a.png"], "got 'no/a.png': rename it, or make the directory"),
+        ("plot", {"examples": None}, ["--x", "examples"], "'surge/examples'"),
+        ("plot", {"base_batch_size": None}, [], "base_batch_size=nan"),
+        ("advise", {}, ["--step", "3"], "Expected 10 <= step <= 50, got step=3"),
+        ("advise", {}, ["--batch-size", "0"], "got batch_size=0.0: count the examples"),
+        # As of another version.
+        *(("advise", {name: None}, [], f"'surge/{name}'") for name in LOGGED),
     ],
 )
-def test_what_cannot_be_answered_is_refused(run, capsys, arguments, message):
-    assert main(["advise", str(run), *arguments]) == 2
+def test_what_cannot_be_answered_is_refused(tmp_path, monkeypatch, capsys, command, changes, words, message):
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path, rows(**changes))
+    assert main([command, ".", *words]) == 2
     out, error = capsys.readouterr()
-    assert out == ""
+    assert (out, error.startswith("lightning-surge: Expected")) == ("", True)
     assert message in error
-
-
-def test_logs_that_lack_what_is_needed(tmp_path, capsys):
-    """Of another version, say: a message, and no traceback."""
-    for name in ("objective", "held_because", "base_batch_size", "lr_scale_predicted", "lr_scheduled"):
-        write_csv(tmp_path, rows(**{name: None}))
-        assert main(["advise", str(tmp_path)]) == 2
-        assert f"'surge/{name}'" in capsys.readouterr().err

@@ -77,7 +77,15 @@ def test_a_full_disk_is_one_line(run, words, unbuffered):
         )  # fmt: skip
     assert found.returncode == 2
     (line,) = found.stderr.splitlines()
-    assert line.startswith("lightning-surge: Expected an output that can be written to, got [Errno 28]")
+    assert "and an output that can be written, got [Errno 28]" in line
+
+
+def test_an_error_that_nobody_foresaw_says_where(run, monkeypatch, capsys):
+    monkeypatch.setattr("lightning_surge.cli.runs.advise", lambda *_: int("x"))
+    assert main(["advise", str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lightning-surge: ValueError in {__file__}, line ")
+    assert line.endswith(": invalid literal for int() with base 10: 'x'")
 
 
 def test_an_encoding_that_cannot_is_one_line(run):

@@ -113,7 +113,7 @@ trainer:
 """
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def config(tmp_path: Path, monkeypatch: Patch) -> Path:
     torch.set_num_threads(1)
     (tmp_path / "parabola.py").write_text(MODULE)
@@ -207,6 +207,8 @@ def test_another_grid_needs_a_word(config: Path, capsys: Capture) -> None:
     for word in ("", "--dry-run"):
         assert main([*arguments(**one, seeds="2"), *word.split()]) == 2
         assert "1 others, such as batch_size=8 lr=0.1 seed=8: pass --extend" in capsys.readouterr().err
+    assert main([*arguments(**one, seeds="2"), "--extend", "--dry-run"]) == 0
+    assert len(study().trials()) == 1
     # With it only the new cells run, of the same configuration.
     assert main([*arguments(**one, seeds="2"), "--extend"]) == 0
     assert [row["seed"] for row in table()] == ["7", "8"]
@@ -216,7 +218,7 @@ def test_another_grid_needs_a_word(config: Path, capsys: Capture) -> None:
     assert "the configuration says something else" in capsys.readouterr().err
 
 
-def test_json_and_targets(config: Path, capsys: Capture) -> None:
+def test_json_and_targets(capsys: Capture) -> None:
     assert main([*arguments(batch_sizes="4", target_loss="0.1 0.3 1e-9", checks="100"), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["table"] == "sweep.csv"
@@ -238,7 +240,7 @@ def test_json_and_targets(config: Path, capsys: Capture) -> None:
     assert best[1e-9, 4]["steps"] is None
 
 
-def test_a_cell_may_end_at_its_target(config: Path) -> None:
+def test_a_cell_may_end_at_its_target() -> None:
     words = arguments(batch_sizes="4", lrs="0.2", target_loss="0.3", checks="100", examples="400")
     assert main([*words, "--stop-at-target"]) == 0
     assert len(Path("batches").read_text().split()) == 2  # 0.5 * 0.8^4 = 0.2
@@ -246,7 +248,7 @@ def test_a_cell_may_end_at_its_target(config: Path) -> None:
     assert float(table()[0]["loss"]) == pytest.approx(0.5 * 0.8**4)
 
 
-def test_the_training_loss_is_averaged(config: Path) -> None:
+def test_the_training_loss_is_averaged() -> None:
     assert sweep(batch_sizes="4", lrs="0.2", metric="loss", smoothing="4", max_micro_batch_size="2") == 0
     losses = [0.5 * 0.8 ** (2 * step) for step in range(16)]
     kept = math.exp(-1)
@@ -258,7 +260,7 @@ def test_the_training_loss_is_averaged(config: Path) -> None:
     assert float(table("logged.csv")[0]["loss"]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_divergence_is_recorded_and_refining_goes_on(config: Path, capsys: Capture) -> None:
+def test_divergence_is_recorded_and_refining_goes_on(capsys: Capture) -> None:
     # The loss grows by (1 - lr)^2 a step: sixteen of them overflow from lr = 17 on. Smaller ones are tried.
     assert sweep(batch_sizes="4", lrs="20 200", refine="1") == 0
     rows = [(row["lr"], row["status"], row["loss"]) for row in table()]
@@ -272,7 +274,7 @@ def test_divergence_is_recorded_and_refining_goes_on(config: Path, capsys: Captu
     assert "Expected cells that finish, got none of 1, see third.csv" in capsys.readouterr().err
 
 
-def test_larger_may_be_better(config: Path, capsys: Capture) -> None:
+def test_larger_may_be_better(capsys: Capture) -> None:
     words = arguments(batch_sizes="4", lrs="0.1 0.2 0.3", target_loss="-0.3", metric="gain", checks="100")
     assert main([*words, "--maximize"]) == 0
     said = capsys.readouterr().out
@@ -315,15 +317,13 @@ def test_without_a_batch_size(config: Path, capsys: Capture) -> None:
         ({"steps_key": ""}, "Expected --steps-key and --examples-key to be a key of the configuration, got"),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(
-    config: Path, capsys: Capture, changes: dict[str, str], said: str
-) -> None:
+def test_mistakes_are_named_before_anything_runs(capsys: Capture, changes: dict[str, str], said: str) -> None:
     message = refused(capsys, **changes)
     assert said in message
     assert re.match("lightning-surge: (Expected|argument)", message)
 
 
-def test_without_jsonargparse(config: Path, capsys: Capture, monkeypatch: Patch) -> None:
+def test_without_jsonargparse(capsys: Capture, monkeypatch: Patch) -> None:
     from lightning_surge.sweep import config as sweep_config
 
     monkeypatch.setattr(sweep_config, "RequirementCache", lambda requirement: False)
@@ -342,15 +342,13 @@ def test_without_jsonargparse(config: Path, capsys: Capture, monkeypatch: Patch)
         ),
     ],
 )
-def test_what_no_cell_can_do_ends_the_sweep(
-    config: Path, capsys: Capture, changes: dict[str, str], said: str
-) -> None:
+def test_what_no_cell_can_do_ends_the_sweep(capsys: Capture, changes: dict[str, str], said: str) -> None:
     assert sweep(**changes) == 2
     assert said in capsys.readouterr().err
     assert outcomes() == {}
 
 
-def test_a_batch_size_that_does_not_arrive(config: Path, capsys: Capture) -> None:
+def test_a_batch_size_that_does_not_arrive(capsys: Capture) -> None:
     words = arguments(lrs="0.1", set="data.init_args.deaf=true")
     assert main(words) == 1
     assert [row["status"] for row in table()] == ["finished", "failed"]
@@ -365,7 +363,7 @@ def test_a_batch_size_that_does_not_arrive(config: Path, capsys: Capture) -> Non
     assert len(study().study.trials) == 3
 
 
-def test_batches_may_be_counted_by_a_function(config: Path, capsys: Capture) -> None:
+def test_batches_may_be_counted_by_a_function(capsys: Capture) -> None:
     words = arguments(batch_sizes="8", lrs="0.1", batch_size_fn="parabola.numel")
     assert main(words) == 2
     assert "Expected 8 examples in the first step, got 16" in capsys.readouterr().err
@@ -413,7 +411,7 @@ def test_callbacks_that_would_spoil_a_cell_are_left_out(config: Path, capsys: Ca
     assert float(table()[0]["loss"]) == pytest.approx(0.5 * weight**2, rel=1e-4)
 
 
-def test_a_dry_run_says_what_would_run(config: Path, capsys: Capture) -> None:
+def test_a_dry_run_says_what_would_run(capsys: Capture) -> None:
     words = arguments(batch_sizes="4 12", lrs="0.1:0.4:3", examples="120", max_micro_batch_size="4")
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr()
@@ -430,7 +428,7 @@ def test_a_dry_run_says_what_would_run(config: Path, capsys: Capture) -> None:
     assert {path.name for path in Path().iterdir()} <= {"__pycache__", "parabola.py", "run.yaml"}
 
 
-def test_lengths_go_where_they_are_wanted(config: Path) -> None:
+def test_lengths_go_where_they_are_wanted() -> None:
     # The schedule is as long as the cell, and ends it at zero.
     assert sweep(batch_sizes="4 8", lrs="0.1", examples_key="model.init_args.total") == 0
     for row in table():
@@ -439,21 +437,21 @@ def test_lengths_go_where_they_are_wanted(config: Path) -> None:
         assert float(row["loss"]) == pytest.approx(0.5 * weight**2, rel=1e-4)
 
 
-def test_a_cell_that_does_not_fit_is_recorded(config: Path) -> None:
+def test_a_cell_that_does_not_fit_is_recorded() -> None:
     where = "model.init_args.event=full model.init_args.at=0.2"
     assert sweep(batch_sizes="8", set=where) == 1
     assert [row["status"] for row in table()] == ["finished", "out_of_memory"]
     assert outcomes()[8, 0.2].message == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB."
 
 
-def test_an_interrupt_in_this_process(config: Path) -> None:
+def test_an_interrupt_in_this_process() -> None:
     # Lightning makes an exit of it, which must not count as a failure of the cell.
     where = "model.init_args.event=interrupt model.init_args.at=0.2"
     assert sweep(batch_sizes="8", set=where) == 130
     assert [row["lr"] for row in table()] == ["0.1"]
 
 
-def test_devices_and_cores_are_shared_out(config: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_devices_and_cores_are_shared_out(monkeypatch: Patch) -> None:
     given = []
 
     class Pretence:
@@ -487,8 +485,6 @@ COMMANDS = re.findall(r"^lightning-surge (sweep .*)$", PAGE, re.MULTILINE)
 def test_the_commands_of_the_page(command: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """As they stand but for the size of the grid."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
     output = tmp_path / "sweep.csv"
     words = [*command.split(), "--output", str(output)]
     if "--dry-run" in words:
@@ -525,7 +521,7 @@ def hanging() -> int:
     return int(wait(lambda: Path("hangs").exists() and Path("hangs").read_text()))
 
 
-def test_a_killed_sweep_goes_on_with_two_at_once(config: Path, monkeypatch: Patch) -> None:
+def test_a_killed_sweep_goes_on_with_two_at_once(monkeypatch: Patch) -> None:
     """kill -9 while one cell has finished and another trains; what has finished is not trained again."""
     words = [*arguments(batch_sizes="8", lrs="0.1 0.2", set="model.init_args.at=0.2", processes="2")]
     words += ["--study", "sweep.study.log"]
@@ -549,7 +545,7 @@ def test_a_killed_sweep_goes_on_with_two_at_once(config: Path, monkeypatch: Patc
         assert float(row["loss"]) == pytest.approx(loss_after(8, float(row["lr"])), rel=1e-4)
 
 
-def test_a_killed_cell_costs_a_cell(config: Path, capsys: Capture) -> None:
+def test_a_killed_cell_costs_a_cell(capsys: Capture) -> None:
     """As by a kernel without memory."""
     hang = {"batch_sizes": "8", "set": "model.init_args.at=0.1"}
     assert sweep(**hang, lrs="0.2") == 0
@@ -567,7 +563,7 @@ def test_a_killed_cell_costs_a_cell(config: Path, capsys: Capture) -> None:
     assert [row["status"] for row in table()] == ["finished", "finished"]
 
 
-def test_an_interrupt_stops_the_cells(config: Path, capsys: Capture) -> None:
+def test_an_interrupt_stops_the_cells(capsys: Capture) -> None:
     """One real process; Ctrl-C comes while it trains."""
 
     def interrupt() -> None:

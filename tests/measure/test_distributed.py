@@ -98,12 +98,11 @@ def prober(weight: Tensor, group: Ranks) -> Prober:
     )
 
 
-def law_measurement(batches: Sequence[Tensor], group: Ranks, law: str) -> tuple[Measurement, list[float]]:
-    """What is measured from `batches`, each cut into slices, with the sizes of the chunks."""
+def law_measurement(batch: Tensor, group: Ranks, law: str) -> tuple[Measurement, list[float]]:
+    """What is measured from a batch, cut into slices, with the sizes of the chunks."""
     weight = torch.linspace(-0.5, 0.5, WIDTH, dtype=torch.float64).requires_grad_()
     probe = prober(weight, group)
-    pieces = [Piece(batch, index, float(len(batch))) for index, batch in enumerate(batches)]
-    chunks = probe.chunks(pieces, 4.0, fewest=8)
+    chunks = probe.chunks([Piece(batch, 0, float(len(batch)))], 4.0, fewest=8)
     options: dict[str, Any] = {"replay": probe.replay, "delta": 1e-3, "scales": [1.0], "ranks": group}
     if law != "measured":
         options |= {"sizes": (2.0, 4.0), "law": law, "seed": 1}
@@ -113,7 +112,7 @@ def law_measurement(batches: Sequence[Tensor], group: Ranks, law: str) -> tuple[
     return measured, [chunk.size for chunk in chunks]
 
 
-def interleaved(lengths: Sequence[int], count: int) -> Tensor:
+def interleaved(lengths: Sequence[int]) -> Tensor:
     """One batch whose k-th slice holds the k-th slices of every process's batch."""
     parts = [part.chunk(8) for part in data().split(list(lengths))]
     assert {len(part) for part in parts} == {8}
@@ -135,12 +134,12 @@ def test_processes_measure_what_one_measures_on_all_examples(law: str, lengths: 
     """A process with a shorter batch counts by its examples."""
 
     def work(rank: int, count: int) -> Any:
-        return law_measurement([data().split(lengths)[rank]], ranks(rank, count), law)
+        return law_measurement(data().split(lengths)[rank], ranks(rank, count), law)
 
     together = on_ranks(work, len(lengths))
     assert all(result == together[0] for result in together)
     measured, sizes = together[0]
-    alone, sizes_alone = law_measurement([interleaved(lengths, len(lengths))], Ranks(), law)
+    alone, sizes_alone = law_measurement(interleaved(lengths), Ranks(), law)
     assert sizes == sizes_alone == [4.0] * 8
     assert flat(measured) == pytest.approx(flat(alone), rel=1e-6, abs=1e-9, nan_ok=True)
 

@@ -269,6 +269,10 @@ class TestAfterALargerBatch:
         policy.decide(8.0)
         policy.update(halves(self.LAW), 8.0)
         assert policy.decide(256.0).used == pytest.approx(self.PROGRESS)
+        # Nor on the way up, where less is asked for than before: 4 instead of 7.
+        policy = self.policy(3)
+        policy.update(halves(SQRT), 256.0)
+        assert policy.decide(256.0).used == pytest.approx(1.05**4)
 
     @pytest.mark.parametrize("spread", [0.15, 0.5])
     def test_batches_of_another_size_at_every_step_get_what_is_asked_for(self, spread: float) -> None:

@@ -149,13 +149,14 @@ def test_the_scaler_can_be_made_to_look_before_a_fused_step() -> None:
 def test_post_hooks_fire_after_the_update_and_before_schedulers() -> None:
     seen: list[tuple[float, float]] = []
 
-    def hook(trainer: pl.Trainer, module: Slope) -> None:
-        (optimizer,) = trainer.optimizers
-        look = lambda *_: seen.append((module.weight.item(), scheduled_lr(trainer)))  # noqa: E731
-        optimizer.register_step_post_hook(look)
+    def note(trainer: pl.Trainer, weight: float) -> None:
+        seen.append((weight, scheduled_lr(trainer)))
 
-    at_end = lambda trainer, *_: seen.append((0.0, scheduled_lr(trainer)))  # noqa: E731
-    make_trainer(LambdaCallback(on_train_start=hook, on_train_batch_end=at_end)).fit(Slope(), batches(2))
+    def hook(trainer: pl.Trainer, module: Slope) -> None:
+        trainer.optimizers[0].register_step_post_hook(lambda *_: note(trainer, module.weight.item()))
+
+    callback = LambdaCallback(on_train_start=hook, on_train_batch_end=lambda trainer, *_: note(trainer, 0.0))
+    make_trainer(callback).fit(Slope(), batches(2))
     assert seen == [(-0.5, 0.5), (0.0, 0.25), (-0.75, 0.25), (0.0, 0.125)]
 
 

@@ -39,10 +39,10 @@ def study(tmp_path: Path) -> SweepStudy:
 
 
 class Pretence:
-    """A cell that ends after so many looks, and then has told something, or has crashed."""
+    """A cell that ends after so many looks, with a loss of 1."""
 
-    def __init__(self, study: SweepStudy, trial: Any, looks: int, said: Any, log: list[tuple[str, Cell]]):
-        self.study, self.trial, self.looks, self.said, self.log = study, trial, looks, said, log
+    def __init__(self, study: SweepStudy, trial: Any, looks: int, log: list[tuple[str, Cell]]):
+        self.study, self.trial, self.looks, self.log = study, trial, looks, log
         self.note("start")
 
     def note(self, what: str) -> None:
@@ -51,13 +51,9 @@ class Pretence:
     @property
     def ended(self) -> bool:
         self.looks -= 1
-        if self.looks == 0 and self.said != "crash":
-            outcome = self.said if isinstance(self.said, Outcome) else None
-            self.study.tell(self.trial._trial_id, outcome, "" if outcome else self.said)
+        if self.looks == 0:
+            self.study.tell(self.trial._trial_id, Outcome("finished", 1.0))
         return self.looks <= 0
-
-    def crash(self) -> Outcome:
-        return Outcome("killed", message="ended by SIGKILL")
 
     def stop(self, *, forget: bool = True) -> None:
         self.note("stop and forget" if forget else "stop")
@@ -75,7 +71,7 @@ def test_cells_run_some_at_a_time_and_once(study: SweepStudy, slots: int) -> Non
 
     def start(trial: Any, slot: int) -> Any:
         running.append(1 + sum(1 if what == "start" else -1 for what, _ in log))
-        return Pretence(study, trial, 3 if slot else 2, Outcome("finished", 1.0), log)
+        return Pretence(study, trial, 3 if slot else 2, log)
 
     first = study.claim()
     study.tell(first._trial_id, Outcome("finished", 2.0))
@@ -96,8 +92,8 @@ def test_cells_that_run_elsewhere_are_waited_for(study: SweepStudy) -> None:
         if looks.count(3) == 3:
             study.tell(elsewhere._trial_id, Outcome("finished", 7.0))
 
-    start = lambda trial, slot: Pretence(study, trial, 1, Outcome("finished", 1.0), log)  # noqa: E731
-    assert run(study, start, look=look)[CELLS[0]].loss == 7.0
+    records = run(study, lambda trial, slot: Pretence(study, trial, 1, log), look=look)
+    assert records[CELLS[0]].loss == 7.0
     assert len(log) == 6
 
 
