@@ -126,12 +126,6 @@ class TestWindows:
 
 
 class TestMicroBatchSize:
-    def test_argument_overrides_the_loader(self) -> None:
-        # Sixteen tokens to the example, say: sizes are then in tokens, the windows are the same.
-        model = fit(BatchSizeWarmup(32, 128, 4, micro_batch_size=32), size=26, max_epochs=2)
-        assert model.planned == [16 * size for size in HAND["scheduled"]]
-        assert [len(window) for window in model.examples] == HAND["actual"]
-
     @pytest.mark.parametrize(
         ("start", "end", "message"),
         [

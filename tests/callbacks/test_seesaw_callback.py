@@ -134,24 +134,6 @@ class TestAccumulation:
         assert model.used == pytest.approx(roots, rel=1e-12)
         assert trainer.global_step == 17
 
-    def test_tokens_are_counted_alike(self) -> None:
-        """A schedule and sizes in tokens, of which an example has two: the same steps."""
-
-        class InTokens(Decaying):
-            def configure_optimizers(self) -> Any:
-                optimizers, [config] = super().configure_optimizers()
-                config["scheduler"].examples_per_step *= 2
-                return optimizers, [config]
-
-        def count(batch: Any) -> float:
-            return 2.0 * len(batch)
-
-        model = InTokens(halving)
-        scheduler = BatchSizeScheduler(Seesaw(2 * START, 64), micro_batch_size=2 * START, batch_size_fn=count)
-        surge = SurgeLRCallback(2 * START, law="sqrt", batch_size_fn=count)
-        make_trainer(scheduler, surge, max_epochs=EPOCHS).fit(model, plain())
-        assert model.sizes == [4] * 8 + [8] * 4 + [16] * 2 + [32] * 3
-
 
 class TestResuming:
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
@@ -178,17 +160,6 @@ class TestResuming:
         assert scheduler.schedule is rule
 
 
-class Bare(OneHot):
-    """Returns what it was made with from `configure_optimizers`."""
-
-    def __init__(self, configure: Callable[[Any], Any]) -> None:
-        super().__init__(SIZE)
-        self.configure = configure
-
-    def configure_optimizers(self) -> Any:
-        return self.configure(torch.optim.SGD([self.weight], lr=PEAK))
-
-
 def clock(optimizer: Optimizer, scheduler: LRScheduler | None = None) -> dict[str, Any]:
     return {"scheduler": by_examples(scheduler or halving(optimizer), START), "interval": "step"}
 
@@ -210,7 +181,8 @@ class TestRefusals:
         ],
     )
     def test_other_schedules(self, configure: Any, message: str) -> None:
-        model = Bare(configure)
+        model = OneHot(SIZE)
+        model.configure_optimizers = lambda: configure(torch.optim.SGD([model.weight], lr=PEAK))  # type: ignore[method-assign]
         with pytest.raises(MisconfigurationException, match=message):
             make_trainer(BatchSizeScheduler(Seesaw(START, 32))).fit(model, plain())
         assert model.gradients == []

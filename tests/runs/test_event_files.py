@@ -83,5 +83,7 @@ def test_files_that_are_none(tmp_path, content, note):
 def test_without_tensorboard_the_extra_is_named(monkeypatch, tmp_path):
     path = write_events(tmp_path, {1: {"surge/a": 1.0}})
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
-    with pytest.raises(ModuleNotFoundError, match=r"got no module .tensorboard.*pip install 'lightning-surge\[tensorboard\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"got no module .tensorboard.*pip install 'lightning-surge\[tensorboard\]'"
+    ):
         read(path)
