@@ -12,13 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    LambdaCallback,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    TQDMProgressBar,
-)
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader
@@ -252,7 +246,7 @@ class TestTrainerOptions:
     def test_the_progress_bar_knows_the_length_of_the_epoch(self) -> None:
         totals = []
 
-        class Bar(TQDMProgressBar):
+        class Bar(pl.callbacks.TQDMProgressBar):
             def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
                 super().on_train_epoch_start(trainer, *args)
                 totals.append(self.train_progress_bar.total)
@@ -302,7 +296,7 @@ class TestLoaders:
 
 class TestFinders:
     def test_a_learning_rate_finder_before(self, tmp_path: Path) -> None:
-        finder = LearningRateFinder(num_training_steps=12, max_lr=1e-2, early_stop_threshold=None)
+        finder = pl.callbacks.LearningRateFinder(1e-8, 1e-2, 12, early_stop_threshold=None)
         model, scheduler = Noting(), BatchSizeScheduler(SCHEDULES["shorter"])
         trainer = make_trainer(finder, scheduler, max_epochs=3, default_root_dir=tmp_path)
         trainer.fit(model, loader())
@@ -321,7 +315,7 @@ class TestFinders:
                 return plain(self.batch_size)
 
         ramp = GeometricRamp(8, 32, 6)
-        finder = BatchSizeFinder(steps_per_trial=1, max_trials=2, init_val=1)
+        finder = pl.callbacks.BatchSizeFinder(steps_per_trial=1, max_trials=2, init_val=1)
         model, scheduler = Sized(), BatchSizeScheduler(ramp)
         make_trainer(finder, scheduler, max_epochs=2, default_root_dir=tmp_path).fit(model)
         assert model.batch_size == 2
@@ -341,7 +335,7 @@ class TestFinders:
                 return super().training_step(batch, batch_idx)
 
         model = Normalized()
-        averaging = StochasticWeightAveraging(0.1, swa_epoch_start=2)
+        averaging = pl.callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=2)
         trainer = make_trainer(averaging, BatchSizeScheduler(SCHEDULES["shorter"]), max_epochs=3)
         with pytest.warns(UserWarning, match="expected accumulate_grad_batches=2, got 1.: another callback"):
             trainer.fit(model, loader())

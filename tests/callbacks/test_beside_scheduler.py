@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.schedules.sizes import GeometricRamp, LinearRamp, Milestones, Schedule
-from tests.trainings import Ragged, columns, make_trainer, sampled
+from tests.trainings import Ragged, assert_same, columns, make_trainer, sampled, trained
 
 FEATURES = 8
 BASE_LR = 0.01
@@ -41,10 +41,10 @@ def plain(size: int = 100) -> DataLoader[Any]:
 class Valley(pl.LightningModule):
     """Example x pulls to x: the gradient's noise is that of the examples, whatever the weights are."""
 
-    def __init__(self, make_optimizer: Callable[..., Optimizer] | None = None) -> None:
+    def __init__(self, kind: type[SGD] = SGD) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(FEATURES))
-        self.make_optimizer = make_optimizer or (lambda parameters: SGD(parameters, lr=BASE_LR))
+        self.kind = kind
         self.examples = 0
         self.sizes: list[int] = []
         self.gradients: list[Tensor] = []
@@ -63,7 +63,7 @@ class Valley(pl.LightningModule):
         self.sizes.append(self.examples)
 
     def configure_optimizers(self) -> Optimizer:
-        return self.make_optimizer(self.parameters())
+        return self.kind(self.parameters(), lr=BASE_LR)
 
 
 class Still(SGD):
@@ -89,13 +89,9 @@ class TestBeside:
     def test_the_learning_rate_is_that_of_the_size_each_step_has(
         self, tmp_path: Path, loader: Callable[[], Any], schedule: Schedule, first: str
     ) -> None:
-        model = Valley()
         callbacks = [BatchSizeScheduler(schedule), SurgeLRCallback(4, law="sqrt", max_drift_per_step=1e9)]
-        logger = CSVLogger(tmp_path)
-        trainer = make_trainer(
-            *(callbacks if first == "scheduler" else callbacks[::-1]), logger=logger, max_epochs=3
-        )
-        trainer.fit(model, loader())
+        logger, order = CSVLogger(tmp_path), 1 if first == "scheduler" else -1
+        model = trained(Valley(), loader(), *callbacks[::order], logger=logger, max_epochs=3)
         assert len(set(model.sizes)) >= 4
         assert columns(logger)["surge/batch_size"] == model.sizes
         assert columns(logger)["surge/lr_used"] == pytest.approx(
@@ -104,20 +100,18 @@ class TestBeside:
 
     @every_mechanism
     def test_a_dry_run_is_no_callback(self, loader: Callable[[], Any], schedule: Schedule) -> None:
-        alone, beside = Valley(), Valley()
-        make_trainer(BatchSizeScheduler(schedule), max_epochs=3).fit(alone, loader())
         surge = SurgeLRCallback(4, probe_every=2, dry_run=True)
-        make_trainer(surge, BatchSizeScheduler(schedule), max_epochs=3).fit(beside, loader())
+        alone = trained(Valley(), loader(), BatchSizeScheduler(schedule), max_epochs=3)
+        beside = trained(Valley(), loader(), surge, BatchSizeScheduler(schedule), max_epochs=3)
         assert surge.history.num_measurements >= 2
-        assert all(torch.equal(*pair) for pair in zip(alone.gradients, beside.gradients, strict=True))
-        assert torch.equal(alone.weight, beside.weight)
+        assert_same([alone.gradients, alone.weight], [beside.gradients, beside.weight])
 
     @pytest.mark.parametrize("weighted", [True, False])
     def test_weights_are_taken_off_before_micro_batches_are_measured(self, weighted: bool) -> None:
         """Windows of sixteen, as their gradients tell: for those of the last three, `sum_k a_k g_k`."""
         surge = SurgeLRCallback(8, probe_every=3)
         scheduler = BatchSizeScheduler(Milestones({0: 64}), weight_micro_batches=weighted)
-        model, batches = Valley(lambda parameters: Still(parameters, lr=0.1)), ragged(6)
+        model, batches = Valley(Still), ragged(6)
         make_trainer(surge, scheduler, max_epochs=3).fit(model, batches)
         assert model.sizes[0] == sum(RAGGED)  # sixteen micro-batches
         assert surge.history.num_measurements == 6

@@ -8,7 +8,6 @@ from dataclasses import InitVar, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks.batch_counter import BatchCounter
-from tests.trainings import make_trainer
+from tests.trainings import Regression, make_trainer
 
 Fields = namedtuple("Fields", ["x", "y"])
 
@@ -136,18 +135,14 @@ class Strict:
             raise TypeError("eight rows")
 
 
-class Rows(pl.LightningModule):
+class Rows(Regression):
     def __init__(self, empty: int | None = None) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(3, 1)
+        super().__init__(features=3)
         self.empty = empty
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.layer(batch.x if hasattr(batch, "x") else batch).square().mean()
+        loss = self.net(batch.x if hasattr(batch, "x") else batch).square().mean()
         return loss * 0.0 if batch_idx == self.empty else loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
 def stacked(make: Callable[[Tensor], Any]) -> DataLoader[Any]:

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,8 +21,6 @@ from lightning_surge.callbacks.resuming.random_streams import to_portable
 from lightning_surge.laws.base import SGDLaw
 from lightning_surge.measure.replay import RandomState
 from lightning_surge.policy.estimates import EstimatedLaw
-from lightning_surge.policy.history import NoiseHistory
-from lightning_surge.policy.policy import Policy
 from lightning_surge.schedules.sizes import LinearRamp
 from tests.trainings import Regression, heard, make_trainer, probing, regression_data, sgd, trained
 
@@ -236,24 +234,6 @@ class TestDamage:
                 callback.load_state_dict(state)
             assert callback.base_batch_size == (configured or kept)
             assert callback.lr_scale(64) == (1.0 if configured is kept is None else 1.05)
-
-
-class TestRooms:
-    """Each refuses what is damaged, and is then as it was."""
-
-    @pytest.mark.parametrize(
-        ("make", "path", "value"),
-        [
-            (NoiseHistory, ("records",), [{}]),
-            (lambda: Policy(base_batch_size=4), ("used_to",), math.nan),
-        ],
-    )
-    def test_is_untouched(self, make: Callable[[], Any], path: tuple[Any, ...], value: Any) -> None:
-        room = make()
-        before = repr(room.state_dict())
-        with pytest.raises((ValueError, TypeError, KeyError)):
-            room.load_state_dict(damaged(room.state_dict(), path, value))
-        assert repr(room.state_dict()) == before
 
     def test_numbers_that_no_square_can_hold_are_no_standard_error(self) -> None:
         # A share this small makes a pseudo-value beyond every number.

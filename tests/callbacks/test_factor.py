@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -147,27 +146,21 @@ def assert_doubled(make: Callable[[], Writing], base: float = 2, **options: Any)
 class TestWhoeverWrites:
     # torch's schedulers do not follow groups that are added.
     @pytest.mark.parametrize(
-        ("write", "schedule"), [(decay, True), (count_up, False), (once, True), (grow, False)]
+        ("write", "options"),
+        [
+            (decay, {"schedule": True}),
+            (decay, {"groups": 2, "tensor_lr": True, "foreach": False}),  # one tensor for both
+            (count_up, {"groups": 3}),
+            (once, {"schedule": True}),
+            (once, {"schedule": True, "tensor_lr": True, "foreach": False}),
+            (grow, {}),
+        ],
     )
+    @pytest.mark.parametrize("accumulation", [1, 2])
     @pytest.mark.parametrize("hook", Writing.HOOKS)
-    def test_in_any_hook(self, hook: str, write: Any, schedule: bool) -> None:
-        assert_doubled(lambda: Writing({hook: write}, schedule=schedule))
-
-    @pytest.mark.parametrize("seed", range(12))
-    def test_at_random(self, seed: int) -> None:
-        draw = random.Random(seed)
-        accumulation = draw.choice([1, 1, 2, 3])
-        writes = {
-            hook: draw.choice([decay, count_up, once])
-            for hook in draw.sample(Writing.HOOKS, draw.randint(1, 4))
-        }
-        groups, schedule, tensor = draw.randint(1, 3), draw.random() < 0.5, draw.random() < 0.3
-        assert_doubled(
-            lambda: Writing(writes, schedule=schedule, groups=groups, tensor_lr=tensor, foreach=False),
-            base=8 * accumulation / 4,
-            accumulate_grad_batches=accumulation,
-            max_epochs=2,
-        )
+    def test_in_any_hook(self, hook: str, write: Any, options: dict[str, Any], accumulation: int) -> None:
+        twice = {"accumulate_grad_batches": accumulation, "max_epochs": 2}
+        assert_doubled(lambda: Writing({hook: write}, **options), 2 * accumulation, **twice)
 
     def test_from_hooks_of_the_optimizer(self) -> None:
         class Hooked(Writing):

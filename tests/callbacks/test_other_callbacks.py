@@ -13,19 +13,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    BatchSizeFinder,
-    Callback,
-    EarlyStopping,
-    EMAWeightAveraging,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-    OnExceptionCheckpoint,
-    StochasticWeightAveraging,
-    Timer,
-)
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
@@ -125,7 +113,7 @@ class Case(NamedTuple):
     norm: bool = True
 
 
-class PerStep(EMAWeightAveraging):
+class PerStep(pl.callbacks.EMAWeightAveraging):
     """Notes the average at every validation, for which the weights are swapped."""
 
     def __init__(self) -> None:
@@ -150,16 +138,13 @@ def checkpoints(callback: ModelCheckpoint, trainer: pl.Trainer) -> Any:
     return rows
 
 
+AVERAGING = partial(pl.callbacks.StochasticWeightAveraging, swa_epoch_start=1, annealing_epochs=1)
 CASES = {
     "EMAWeightAveraging": Case(lambda lr, path: PerStep(), lambda callback, _: callback.validated),
-    "StochasticWeightAveraging": Case(
-        lambda lr, path: StochasticWeightAveraging(lr / 4, swa_epoch_start=1, annealing_epochs=1)
-    ),
-    "StochasticWeightAveraging without BatchNorm": Case(
-        lambda lr, path: StochasticWeightAveraging(lr / 4, swa_epoch_start=1, annealing_epochs=1), norm=False
-    ),
+    "StochasticWeightAveraging": Case(lambda lr, path: AVERAGING(lr / 4)),
+    "StochasticWeightAveraging without BatchNorm": Case(lambda lr, path: AVERAGING(lr / 4), norm=False),
     "EarlyStopping": Case(
-        lambda lr, path: EarlyStopping("val_loss", min_delta=0.02, patience=1),
+        lambda lr, path: pl.callbacks.EarlyStopping("val_loss", min_delta=0.02, patience=1),
         lambda callback, trainer: (callback.stopped_epoch, float(callback.best_score), trainer.current_epoch),
         {"max_epochs": 6},
     ),
@@ -179,7 +164,7 @@ CASES = {
     ),
     # None of these is asked for a learning rate: all at once.
     "Timer and what shows the run": Case(
-        lambda lr, path: Timer(timedelta(hours=1)),
+        lambda lr, path: pl.callbacks.Timer(timedelta(hours=1)),
         options={"enable_model_summary": True, "enable_progress_bar": True},
     ),
 }
@@ -240,7 +225,7 @@ def test_a_run_saved_at_its_exception_goes_on(tmp_path: Path, arrange: Arrange) 
 
     whole, measured = Net(norm=False), ours()
     make_trainer(measured, max_epochs=3).fit(whole)
-    broken = arrange(ours(), OnExceptionCheckpoint(tmp_path))
+    broken = arrange(ours(), pl.callbacks.OnExceptionCheckpoint(tmp_path))
     with pytest.raises(RuntimeError, match="crash"):
         make_trainer(*broken, max_epochs=3, enable_checkpointing=True).fit(Crash(norm=False))
     (path,) = tmp_path.glob("*.ckpt")
@@ -255,7 +240,7 @@ def test_a_run_saved_at_its_exception_goes_on(tmp_path: Path, arrange: Arrange) 
 @every_order
 def test_lightnings_accumulation_schedule_is_followed(arrange: Arrange) -> None:
     module = Net(scheduled=False)
-    other = GradientAccumulationScheduler({0: 1, 1: 2})
+    other = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
     make_trainer(*arrange(SurgeLRCallback(8, "linear"), other), max_epochs=2).fit(module)
     assert module.used == [[LR]] * 6 + [[2 * LR]] * 3
 
@@ -329,29 +314,22 @@ class TestLearningRateFinder:
 
 @pytest.mark.slow
 class TestBatchSizeFinder:
-    FINDER = partial(BatchSizeFinder, steps_per_trial=2, init_val=2, max_trials=2)
+    FINDER = partial(pl.callbacks.BatchSizeFinder, steps_per_trial=2, init_val=2, max_trials=2)
 
     @every_order
-    def test_its_size_is_the_batch_size(self, tmp_path: Path, arrange: Arrange) -> None:
-        finder = self.FINDER()
-        module, ours = Net(scheduled=False), SurgeLRCallback(law="linear")
-        trainer = make_trainer(*arrange(ours, finder), default_root_dir=tmp_path)
-        trainer.fit(module)
-        assert finder.optimal_batch_size == module.batch_size == 4
-        assert ours.base_batch_size == 4
-        assert module.used[-12:] == [[LR]] * 12
+    def test_its_size_is_the_base_and_its_trials_are_not_measured(
+        self, tmp_path: Path, arrange: Arrange
+    ) -> None:
+        alone, beside = (Net(norm=False, scheduled=False) for _ in range(2))
+        make_trainer(self.FINDER(), default_root_dir=tmp_path).fit(alone)
+        finder, ours = self.FINDER(), SurgeLRCallback(probe_every=1, probe_examples=16)
+        make_trainer(*arrange(ours, finder), default_root_dir=tmp_path).fit(beside)
+        assert finder.optimal_batch_size == beside.batch_size == ours.base_batch_size == 4
+        # At the base the factor is 1.
+        assert beside.used == alone.used
+        assert torch.equal(beside.weights, alone.weights)
+        assert ours.history.num_measurements >= 2
         assert ours._measurer.budget.trained == 48
-
-    def test_is_not_measured(self, tmp_path: Path) -> None:
-        modules = []
-        for ours in ([], [dry()]):
-            module = Net(norm=False, scheduled=False)
-            make_trainer(*ours, self.FINDER(), default_root_dir=tmp_path).fit(module)
-            modules.append(module)
-        assert modules[0].used == modules[1].used
-        assert torch.equal(modules[0].weights, modules[1].weights)
-        assert ours[0].history.num_measurements >= 2
-        assert ours[0]._measurer.budget.trained == 48
 
 
 class TestBatchSizeScheduler:

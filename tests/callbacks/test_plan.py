@@ -36,12 +36,7 @@ class TestChoice:
     """A slice of the batch at hand, or batches that are pooled."""
 
     @many
-    @given(
-        max_overhead=overheads,
-        size=st.integers(8, 4096),
-        base=st.integers(1, 4096),
-        run=examples_of_runs,
-    )
+    @given(max_overhead=overheads, size=st.integers(8, 4096), base=st.integers(1, 4096), run=examples_of_runs)
     def test_no_other_has_more_pairs_per_pass(
         self, max_overhead: float, size: int, base: int, run: float
     ) -> None:

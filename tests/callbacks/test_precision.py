@@ -15,15 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_surge import SurgeLRCallback
 from lightning_surge.measure.records import Measurement
 from tests.drawn import numbers
-from tests.trainings import (
-    MakeOptimizer,
-    Regression,
-    make_trainer,
-    probing,
-    scaling,
-    trained,
-    with_lr,
-)
+from tests.trainings import MakeOptimizer, Regression, make_trainer, probing, scaling, trained, with_lr
 
 adamw = with_lr(AdamW, 0.01, weight_decay=0.0)
 fused = with_lr(AdamW, 0.01, weight_decay=0.0, fused=True)

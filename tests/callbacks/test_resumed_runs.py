@@ -14,12 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_surge import (
-    BatchSizeScheduler,
-    ExactResume,
-    SurgeLRCallback,
-    by_examples,
-)
+from lightning_surge import BatchSizeScheduler, ExactResume, SurgeLRCallback, by_examples
 from lightning_surge.callbacks.resuming.random_streams import ResumableDataset, to_portable
 from lightning_surge.measure.replay import RandomState
 from lightning_surge.schedules.seesaw import Seesaw

@@ -11,15 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import (
-    CosineAnnealingLR,
-    ExponentialLR,
-    LinearLR,
-    OneCycleLR,
-    ReduceLROnPlateau,
-    SequentialLR,
-)
+from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.utils.data import DataLoader, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -61,12 +53,12 @@ class Scheduled(Regression):
 
 
 SCHEDULES: dict[str, MakeSchedule] = {
-    "exponential": lambda o: ExponentialLR(o, 0.8),
-    "one cycle": lambda o: OneCycleLR(o, max_lr=0.02, total_steps=40),
-    "sequential": lambda o: SequentialLR(
-        o, [LinearLR(o, 0.1, total_iters=2), CosineAnnealingLR(o, T_max=6, eta_min=0.001)], milestones=[2]
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=40),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.8)], milestones=[3]
     ),
-    "plateau": lambda o: ReduceLROnPlateau(o, factor=0.5, patience=1),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
 }
 
 
@@ -196,10 +188,7 @@ class TestErrors:
             ({"half_life": -1.0}, r"0 < half_life <= 1e\+12, got half_life=-1.0: 8 measurements"),
             ({"probe_every": 0}, r"whole number probe_every >= 1, got probe_every=0: count optimizer steps"),
             ({"probe_examples": 3}, r"whole number probe_examples >= 4, got probe_examples=3: 4 examples"),
-            (
-                {"lr_scale_bounds": (2.0, 0.5)},
-                r"0 < lr_scale_bounds\[0\] <= 1, got .*=2.0: the factor is 1 .* f",
-            ),
+            ({"lr_scale_bounds": (2.0, 0.5)}, r"0 < lr_scale_bounds\[0\] <= 1, got .*=2.0: the factor is 1"),
             ({"lr_scale_bounds": (0.0, 2.0)}, r"got lr_scale_bounds\[0\]=0.0"),
             ({"lr_scale_bounds": (math.nan, 2.0)}, r"got lr_scale_bounds\[0\]=nan"),
             ({"lr_scale_bounds": (0.5, math.inf)}, r"1 <= lr_scale_bounds\[1\] < inf, got .*=inf"),
