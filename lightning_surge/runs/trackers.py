@@ -150,7 +150,8 @@ def read_events(path: Path, points: Points) -> str | None:
         from tensorboard.util.tensor_util import make_ndarray
 
     read, size = 0, path.stat().st_size
-    with path.open("rb") as file, progress(path, size) as bar, suppress(DecodeError):
+    damage = DecodeError, TypeError, ValueError  # the latter two of tensors without a known type or a value
+    with path.open("rb") as file, progress(path, size) as bar, suppress(*damage):
         while size - read >= RECORD_HEAD.size + RECORD_FOOT:
             length, _ = RECORD_HEAD.unpack(file.read(RECORD_HEAD.size))
             taken = RECORD_HEAD.size + length + RECORD_FOOT

@@ -70,6 +70,20 @@ def test_read_up_to_the_record_that_is_damaged(tmp_path, place):
     assert f"is damaged, or still being written: read {begin - 12:,} of its {len(content):,} bytes" in note
 
 
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_tensor_that_is_damaged(tmp_path, kind):
+    """Of no type, or without a value."""
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("surge/a", 8, global_step=3, new_style=True)
+        event = Event(wall_time=1.0, step=4)
+        value = event.summary.value.add(tag="surge/a", tensor={"dtype": kind})
+        value.metadata.plugin_data.plugin_name = "scalars"
+        writer._get_file_writer().add_event(event)
+    (path,) = tmp_path.iterdir()
+    series, note, _ = read(path)
+    assert (series["surge/a"].values.tolist(), "is damaged" in note) == ([8.0], True)
+
+
 @pytest.mark.parametrize(
     ("content", "note"),
     [(b"", False), (b"not an event file at all", True), (bytes(64), True), (bytes(range(256)), True)],
