@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback, by_examples
 from lightning_surge.schedules import Milestones, Progress, SampledSchedule, Seesaw
-from tests.trainings import OneHot, at_update, every_step, make_trainer, one_hot, sampled
+from tests.trainings import OneHot, at_update, every_step, make_trainer, one_hot, sampled, trained
 
 SIZE, EPOCHS, START, LARGEST = 64, 3, 4, 8
 TICKS = SIZE * EPOCHS // START  # of the schedule, over the training
@@ -60,10 +60,8 @@ def plain() -> DataLoader[Any]:
 
 
 def fit(model: OneHot, loader: Any, rule: Seesaw, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    surge = SurgeLRCallback(rule.start, law="sqrt")
-    trainer = make_trainer(BatchSizeScheduler(rule), surge, *callbacks, max_epochs=EPOCHS)
-    trainer.fit(model, loader, **options)
-    return trainer
+    ours = BatchSizeScheduler(rule), SurgeLRCallback(rule.start, law="sqrt")
+    return trained(model, loader, *ours, *callbacks, max_epochs=EPOCHS, **options).trainer
 
 
 def by_hand(make: Callable[[Optimizer], LRScheduler], rule: Seesaw) -> list[int]:
@@ -147,7 +145,7 @@ class TestResuming:
         assert state["examples"] == 64
         for make, first in ((halving, 16), (lambda o: StepLR(o, step_size=16, gamma=0.5), 8)):
             model = Decaying(make)
-            fit(model, plain(), Seesaw(START, 32), ckpt_path=str(path), weights_only=True)
+            fit(model, plain(), Seesaw(START, 32), resume=path)
             assert model.requested[0] == first
 
     def test_a_second_training_begins_afresh(self) -> None:
