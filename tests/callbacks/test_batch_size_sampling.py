@@ -193,15 +193,12 @@ class TestEpochs:
             if trainer.state.fn == "fit":
                 raise RuntimeError("the machine was switched off")
 
-        data, model, failing = (
-            loader(shuffle=False),
-            Noting(),
-            LambdaCallback(**{where: fail} if where else {}),
-        )
-        trainer = make_trainer(BatchSizeScheduler(SCHEDULES["shorter"]), failing)
+        data, model, scheduler = loader(shuffle=False), Noting(), BatchSizeScheduler(SCHEDULES["shorter"])
+        trainer = make_trainer(scheduler, *([LambdaCallback(**{where: fail})] if where else []))
         with pytest.raises(RuntimeError, match="switched off") if where else nullcontext():
             trainer.fit(model, data)
         assert trainer.accumulate_grad_batches == 1
+        assert scheduler.state_dict()["accumulation"] == (1 if where == "setup" else 2)
         assert [len(batch) for batch in data] == [8] * 6 + [2]
         trainer.validate(model, data, verbose=False)
         assert trainer.num_val_batches == [7]

@@ -213,11 +213,9 @@ class TestAlone:
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
     @pytest.mark.parametrize("epoch_end", [True, False])
     def test_a_plain_loader_begins_its_epoch_anew(self, tmp_path: Path, epoch_end: bool) -> None:
-        steps = EXAMPLES // 8
-        every = steps if epoch_end else 5
+        every = EXAMPLES // 8 if epoch_end else 5
         options: dict[str, Any] = {"micro": 8, "loader": plain, "every": every}
         whole, _ = train(tmp_path / "whole", **options)
-        last = tmp_path / "whole" / f"step={every}.ckpt"
-        again, _ = train(tmp_path / "again", resume=last, **options)
+        again, _ = train(tmp_path / "again", resume=tmp_path / f"whole/step={every}.ckpt", **options)
         assert again.lrs[0] == whole.lrs[every]
         assert torch.equal(again.weights, whole.weights) is epoch_end

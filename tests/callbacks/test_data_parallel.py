@@ -15,17 +15,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import ProcessRaisedException
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback, by_examples
 from lightning_surge.callbacks.checks import check_processes
 from lightning_surge.schedules.seesaw import Seesaw
 from lightning_surge.schedules.sizes import GeometricRamp
 from tests.processes import Reporting, environment, on_ranks
-from tests.trainings import Regression, assert_same, every_step, trained
+from tests.trainings import Regression, assert_same, every_step, regression_data, trained
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,14 +32,6 @@ pytestmark = [
 ]
 
 GLOBAL, SLICES, STEPS = 16, 4, 6
-
-
-def rows() -> TensorDataset:
-    """A noisy regression."""
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(GLOBAL * STEPS, 6, generator=generator)
-    noise = torch.randn(GLOBAL * STEPS, 1, generator=generator)
-    return TensorDataset(x, x[:, :1] - 0.5 * x[:, 1:2] + noise)
 
 
 class Portions:
@@ -80,7 +71,7 @@ class Net(Regression):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def train_dataloader(self) -> Any:
-        data = rows()
+        data: Any = regression_data(GLOBAL * STEPS, GLOBAL, features=6).dataset
         rank = -1 if self.alone else self.trainer.global_rank
         return DataLoader(data, batch_sampler=Portions(rank, self.parts, len(data), SLICES))  # type: ignore[arg-type]
 
@@ -301,18 +292,6 @@ def test_one_process_runs_out_of_memory(tmp_path: Path, rank: int, accumulation:
             assert_equal(run, expected)
         assert runs[0].budget == runs[1].budget
         assert runs[0].measured == runs[1].measured > 0
-
-
-class Dies(Net):
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        if self.trainer.global_rank == 1 and self.trainer.global_step == 3:
-            raise RuntimeError("this process is done for")
-
-
-def test_a_process_that_dies_ends_the_training_of_all(tmp_path: Path) -> None:
-    """As without the callback: nobody waits for ever for the one that is gone."""
-    with pytest.raises(ProcessRaisedException, match="this process is done for"):
-        train(tmp_path, surge(), make=Dies)
 
 
 class Halved(Net):

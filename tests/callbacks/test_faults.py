@@ -8,6 +8,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -111,31 +112,27 @@ class Allocations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass
 class Injector:
     """Raises at the n-th event of a kind in every measurement, or every second one, with n growing.
 
     The training stops by itself when a measurement to be spoilt got through: every n has been tried.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        error: type[BaseException],
-        *,
-        first: int = 1,
-        stride: int = 1,
-        every_second: bool = False,
-        quiet: int = 0,
-    ) -> None:
-        self.stage, self.error, self.stride = stage, error, stride
-        self.every_second, self.quiet = every_second, quiet
-        self.target = first
-        self.windows = self.events = 0
-        self.measuring = self.fired = False
-        self.spoilt: list[int] = []
-        self.alive: list[weakref.ref[Any]] = []
-        self.leaked = 0
-        self.done = False
+    stage: str
+    error: type[BaseException]
+    target: int = 1
+    stride: int = 1
+    every_second: bool = False
+    quiet: int = 0
+    windows: int = 0
+    events: int = 0
+    measuring: bool = False
+    fired: bool = False
+    spoilt: list[int] = field(default_factory=list)
+    alive: list[weakref.ref[Any]] = field(default_factory=list)
+    leaked: int = 0
+    done: bool = False
 
     def begin_window(self) -> None:
         self.windows += 1
@@ -362,7 +359,7 @@ class TestInterrupts:
             return module, trainer
 
         accumulation = CASES[case].get("accumulation", 1)
-        injector = Injector(stage, error, first=event, quiet=6)
+        injector = Injector(stage, error, event, quiet=6)
         inject(injector)
         noting = EndIn(-2)  # never, but it knows the micro-batch in hand
         callback = surge(accumulation, **CASES[case]["options"])

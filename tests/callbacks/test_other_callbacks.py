@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -170,44 +171,34 @@ CASES = {
 }
 
 
-@pytest.fixture
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Trains with another callback, alone or beside ours; what it led to."""
-
-    def fit(case: Case, lr: float, ours: Callback | None, arrange: Arrange | None = None) -> Any:
-        path = tmp_path_factory.mktemp("fitted")
-        other = case.make(lr, path)
-        callbacks = [other] if ours is None or arrange is None else arrange(ours, other)
-        options = {"max_epochs": 3, "default_root_dir": path} | case.options
-        module = Net(lr, norm=case.norm)
-        if isinstance(other, BackboneFinetuning):
-            # What is frozen at first has no place in the optimizer yet.
-            module.scheduled = False
-        trainer = make_trainer(*callbacks, **options)
-        trainer.fit(module)
-        return module.used, module.weights.tolist(), case.seen(other, trainer)
-
-    return fit
+def fit(folder: Path, case: Case, lr: float, ours: Callback | None, arrange: Arrange | None = None) -> Any:
+    """Train with another callback, alone or beside ours; what it led to."""
+    path = Path(mkdtemp(dir=folder))
+    other = case.make(lr, path)
+    callbacks = [other] if ours is None or arrange is None else arrange(ours, other)
+    # What BackboneFinetuning freezes at first has no place in the optimizer yet.
+    module = Net(lr, norm=case.norm, scheduled=not isinstance(other, BackboneFinetuning))
+    trainer = make_trainer(*callbacks, **({"max_epochs": 3, "default_root_dir": path} | case.options))
+    trainer.fit(module)
+    return module.used, module.weights.tolist(), case.seen(other, trainer)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 class TestBeside:
-    def test_twice_the_learning_rate_is_twice_the_learning_rate(
-        self, fitted: Callable[..., Any], name: str
-    ) -> None:
+    def test_twice_the_learning_rate_is_twice_the_learning_rate(self, tmp_path: Path, name: str) -> None:
         case = CASES[name]
-        twice = fitted(case, 2.0 * LR, None)
+        twice = fit(tmp_path, case, 2.0 * LR, None)
         for arrange in ORDERS.values():
-            assert fitted(case, LR, doubling(), arrange) == twice
+            assert fit(tmp_path, case, LR, doubling(), arrange) == twice
 
     @pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices is not")
-    def test_a_dry_run_leaves_no_trace(self, fitted: Callable[..., Any], name: str) -> None:
+    def test_a_dry_run_leaves_no_trace(self, tmp_path: Path, name: str) -> None:
         case = CASES[name]
-        alone = fitted(case, LR, None)
+        alone = fit(tmp_path, case, LR, None)
         for arrange in ORDERS.values():
             ours = dry()
-            assert fitted(case, LR, ours, arrange) == alone
+            assert fit(tmp_path, case, LR, ours, arrange) == alone
             assert ours.history.num_measurements >= 2
 
 
@@ -339,9 +330,9 @@ class TestBatchSizeScheduler:
     @pytest.mark.parametrize(
         "name", ["EMAWeightAveraging", "EarlyStopping", "ModelCheckpoint at steps", "BackboneFinetuning"]
     )
-    def test_is_the_accumulation_it_sets(self, fitted: Callable[..., Any], name: str) -> None:
+    def test_is_the_accumulation_it_sets(self, tmp_path: Path, name: str) -> None:
         case = CASES[name]
         reference = case._replace(options={**case.options, "accumulate_grad_batches": 2})
-        accumulated = fitted(reference, LR, None)
+        accumulated = fit(tmp_path, reference, LR, None)
         for arrange in ORDERS.values():
-            assert fitted(case, LR, BatchSizeScheduler(ConstantSize(16)), arrange) == accumulated
+            assert fit(tmp_path, case, LR, BatchSizeScheduler(ConstantSize(16)), arrange) == accumulated

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback, by_examples
 from lightning_surge.schedules import Milestones, Progress, SampledSchedule, Seesaw
-from tests.trainings import OneHot, at_update, every_step, make_trainer, one_hot, sampled
+from tests.trainings import OneHot, at_update, every_step, make_trainer, one_hot, sampled, trained
 
 SIZE, EPOCHS, START, LARGEST = 64, 3, 4, 8
 TICKS = SIZE * EPOCHS // START  # of the schedule, over the training
@@ -60,10 +60,8 @@ def plain() -> DataLoader[Any]:
 
 
 def fit(model: OneHot, loader: Any, rule: Seesaw, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    surge = SurgeLRCallback(rule.start, law="sqrt")
-    trainer = make_trainer(BatchSizeScheduler(rule), surge, *callbacks, max_epochs=EPOCHS)
-    trainer.fit(model, loader, **options)
-    return trainer
+    ours = BatchSizeScheduler(rule), SurgeLRCallback(rule.start, law="sqrt")
+    return trained(model, loader, *ours, *callbacks, max_epochs=EPOCHS, **options).trainer
 
 
 def by_hand(make: Callable[[Optimizer], LRScheduler], rule: Seesaw) -> list[int]:
@@ -134,24 +132,6 @@ class TestAccumulation:
         assert model.used == pytest.approx(roots, rel=1e-12)
         assert trainer.global_step == 17
 
-    def test_tokens_are_counted_alike(self) -> None:
-        """A schedule and sizes in tokens, of which an example has two: the same steps."""
-
-        class InTokens(Decaying):
-            def configure_optimizers(self) -> Any:
-                optimizers, [config] = super().configure_optimizers()
-                config["scheduler"].examples_per_step *= 2
-                return optimizers, [config]
-
-        def count(batch: Any) -> float:
-            return 2.0 * len(batch)
-
-        model = InTokens(halving)
-        scheduler = BatchSizeScheduler(Seesaw(2 * START, 64), micro_batch_size=2 * START, batch_size_fn=count)
-        surge = SurgeLRCallback(2 * START, law="sqrt", batch_size_fn=count)
-        make_trainer(scheduler, surge, max_epochs=EPOCHS).fit(model, plain())
-        assert model.sizes == [4] * 8 + [8] * 4 + [16] * 2 + [32] * 3
-
 
 class TestResuming:
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
@@ -165,7 +145,7 @@ class TestResuming:
         assert state["examples"] == 64
         for make, first in ((halving, 16), (lambda o: StepLR(o, step_size=16, gamma=0.5), 8)):
             model = Decaying(make)
-            fit(model, plain(), Seesaw(START, 32), ckpt_path=str(path), weights_only=True)
+            fit(model, plain(), Seesaw(START, 32), resume=path)
             assert model.requested[0] == first
 
     def test_a_second_training_begins_afresh(self) -> None:
@@ -176,17 +156,6 @@ class TestResuming:
             trainer.fit(Decaying(make), plain())
             assert steps in (None, trainer.global_step)
         assert scheduler.schedule is rule
-
-
-class Bare(OneHot):
-    """Returns what it was made with from `configure_optimizers`."""
-
-    def __init__(self, configure: Callable[[Any], Any]) -> None:
-        super().__init__(SIZE)
-        self.configure = configure
-
-    def configure_optimizers(self) -> Any:
-        return self.configure(torch.optim.SGD([self.weight], lr=PEAK))
 
 
 def clock(optimizer: Optimizer, scheduler: LRScheduler | None = None) -> dict[str, Any]:
@@ -210,7 +179,8 @@ class TestRefusals:
         ],
     )
     def test_other_schedules(self, configure: Any, message: str) -> None:
-        model = Bare(configure)
+        model = OneHot(SIZE)
+        model.configure_optimizers = lambda: configure(torch.optim.SGD([model.weight], lr=PEAK))  # type: ignore[method-assign]
         with pytest.raises(MisconfigurationException, match=message):
             make_trainer(BatchSizeScheduler(Seesaw(START, 32))).fit(model, plain())
         assert model.gradients == []

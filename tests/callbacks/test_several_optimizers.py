@@ -322,14 +322,6 @@ class Scheduled(Turns):
 
 
 class TestSchedules:
-    @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-    def test_that_the_user_steps_keep_their_trajectory(self) -> None:
-        module = trained(Scheduled(lambda i: (0, 1) if i % 2 else (0,)), data(32, 8), *pair(4, "linear"))
-        assert module.used == [
-            [0.02, 0.01, 0.005, 0.0025],
-            [pytest.approx(0.04 * 0.25), pytest.approx(0.04 * 0.0625)],
-        ]
-
     def test_an_optimizer_that_reads_its_learning_rate_early(self) -> None:
         class Early(Slope):
             automatic_optimization = False

@@ -125,13 +125,10 @@ class TestResume:
     @pytest.mark.parametrize("longer", [False, True])
     def test_on_a_shorter_loader_comes_to_an_end(self, tmp_path: Path, longer: bool) -> None:
         # Lightning counts on where the checkpoint stopped, here past the end of the new loader.
-        def run(batches: int, max_epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
-            callback = SurgeLRCallback(4, probe_every=1)
-            trainer = make_trainer(callback, max_steps=40, max_epochs=max_epochs)
-            trainer.fit(
-                Regression(), regression_data(16 * batches, 16, kind=StatefulDataLoader), ckpt_path=ckpt_path
-            )
-            return trainer
+        def run(batches: int, max_epochs: int, resume: Path | None = None) -> pl.Trainer:
+            data, callback = regression_data(16 * batches, 16, kind=StatefulDataLoader), probing()
+            options = {"resume": resume, "max_steps": 40, "max_epochs": max_epochs}
+            return trained(Regression(), data, callback, **options).trainer
 
         checkpoint = tmp_path / "first.ckpt"
         run(8, 1).save_checkpoint(checkpoint)
@@ -250,10 +247,7 @@ class TestErrors:
 
             def step(self, closure: Any = None) -> Any:
                 loss = closure()
-                for group in self.param_groups:
-                    self._init_group(group)
-                    for parameter in group["params"]:
-                        parameter.data.sub_(parameter.grad.sign(), alpha=group["lr"])
+                self._init_group(self.param_groups[0])
                 return loss
 
         module = Regression(with_lr(Ladder, 0.01))
@@ -263,12 +257,11 @@ class TestErrors:
 
 
 class Failing(Regression):
-    """Tells replays from training, and fails in those of some numbers, from 1."""
+    """Tells replays from training, and fails in them."""
 
-    def __init__(self, failure: Any, first: int = 1, last: float = math.inf) -> None:
+    def __init__(self, failure: Any) -> None:
         super().__init__()
-        self.failure, self.first, self.last = failure, first, last
-        self.outside = Outside()
+        self.failure, self.outside = failure, Outside()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.outside.training = True
@@ -279,8 +272,6 @@ class Failing(Regression):
             self.outside.training = False
             return loss
         self.outside.notes.append(self.trainer.global_step)
-        if not self.first <= len(self.outside.notes) <= self.last:
-            return loss
         if isinstance(self.failure, BaseException):
             raise self.failure
         return self.failure if self.failure is None else loss * self.failure
@@ -338,14 +329,10 @@ class TestFailures:
 
         module = Regression()
         examples = 64 if pooled else 16
-        callback = SurgeLRCallback(
-            16, objective="step", probe_every=1, probe_examples=examples, split_batch=split
-        )
-        if pooled:
-            # Four whole batches are four chunks: nothing is ever cut, nor asked for more than once.
-            make_trainer(callback).fit(module, regression_data(16 * 12, 16))
-            assert calls == [2]
-        else:
-            with pytest.warns(UserWarning, match="ValueError: no more slices"):
-                make_trainer(callback).fit(module, regression_data(16 * 12, 16))
+        callback = probing(base_batch_size=16, objective="step", probe_examples=examples, split_batch=split)
+        # Four whole batches are four chunks: nothing is ever cut, nor asked for more than once.
+        told = pytest.warns(UserWarning, match="ValueError: no more slices")
+        with nullcontext() if pooled else told:
+            trained(module, regression_data(16 * 12, 16), callback)
+        assert not pooled or calls == [2]
         assert torch.equal(module.weights, self._plain(16 * 12).weights)

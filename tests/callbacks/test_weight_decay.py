@@ -83,14 +83,8 @@ class TestProducts:
 
     def test_of_groups_are_kept_apart(self) -> None:
         def make(module: Any) -> Optimizer:
-            extra = nn.Parameter(torch.ones(2))
-            return AdamW(
-                [
-                    {"params": module.parameters(), "weight_decay": 0.4},
-                    {"params": [extra], "lr": 0.05, "weight_decay": 0},
-                ],
-                lr=0.01,
-            )
+            second = {"params": [nn.Parameter(torch.ones(2))], "lr": 0.05, "weight_decay": 0}
+            return AdamW([{"params": module.parameters(), "weight_decay": 0.4}, second], lr=0.01)
 
         module = Decayed(make, gamma=1.0)
         trainer = make_trainer(keeping())

@@ -8,12 +8,23 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adam, Optimizer
+from torch.optim import LBFGS, Adam, Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
 from lightning_surge.schedules.sizes import ConstantSize, LinearRamp, Milestones, Schedule
-from tests.trainings import Ragged, assert_same, flat, make_trainer, sampled, scaling, trained
+from tests.trainings import (
+    MakeOptimizer,
+    Ragged,
+    Regression,
+    assert_same,
+    flat,
+    sampled,
+    scaling,
+    sgd,
+    trained,
+    with_lr,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
@@ -32,14 +43,11 @@ def ragged() -> Ragged:
     return Ragged(RAGGED, FEATURES)
 
 
-class Net(pl.LightningModule):
+class Net(Regression):
     """A regression that notes the gradient of each step, and that of one batch of all its examples."""
 
-    def __init__(self, make_optimizer: Callable[..., Optimizer] | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, 1))
-        self.make_optimizer = make_optimizer or (lambda parameters: SGD(parameters, lr=0.05, momentum=0.9))
+    def __init__(self, make_optimizer: MakeOptimizer = sgd) -> None:
+        super().__init__(make_optimizer, width=7, features=FEATURES)
         self.window: list[Tensor] = []
         self.gradients: list[Tensor] = []
         self.whole: list[Tensor] = []  # the gradients that they should be
@@ -69,9 +77,6 @@ class Net(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **options: Any) -> None:
         super().configure_gradient_clipping(optimizer, *args, **options)
         self.clipped.append(flat([parameter.grad for parameter in self.parameters()]))
-
-    def configure_optimizers(self) -> Optimizer:
-        return self.make_optimizer(self.parameters())
 
     def assert_means(self, rtol: float = 1e-6) -> None:
         assert self.gradients
@@ -143,7 +148,7 @@ class TestOneBigBatch:
         scheduler = BatchSizeScheduler(
             Milestones({0: 4, 3: 16}), batch_size_fn=lambda batch: len(batch) * float(batch.any())
         )
-        make_trainer(scheduler).fit(model, empty)
+        trained(model, empty, scheduler)
         assert all(gradient.isfinite().all() for gradient in model.gradients)
         assert scheduler.examples == sum(RAGGED) - RAGGED[0] - RAGGED[4] - RAGGED[5]
 
@@ -174,11 +179,9 @@ class TestBitForBit:
 
     @staticmethod
     def pair(scheduler: BatchSizeScheduler, loader: Callable[[], Any], **options: Any) -> tuple[Net, Net]:
-        make_optimizer = options.pop("make_optimizer", None)
-        plain, scheduled = Net(make_optimizer), Net(make_optimizer)
-        make_trainer(accumulate_grad_batches=4, max_epochs=3, **options).fit(plain, loader())
-        make_trainer(scheduler, max_epochs=3, **options).fit(scheduled, loader())
-        return plain, scheduled
+        make_optimizer, options = options.pop("make_optimizer", sgd), options | {"max_epochs": 3}
+        plain = trained(Net(make_optimizer), loader(), accumulate_grad_batches=4, **options)
+        return plain, trained(Net(make_optimizer), loader(), scheduler, **options)
 
     @pytest.mark.parametrize("clip", [None, 0.1])
     def test_equal_micro_batches(self, clip: float | None) -> None:
@@ -186,7 +189,7 @@ class TestBitForBit:
             BatchSizeScheduler(ConstantSize(16)),
             lambda: DataLoader(examples(48), batch_size=4),
             gradient_clip_val=clip,
-            make_optimizer=Adam,
+            make_optimizer=with_lr(Adam, 0.001),
         )
         assert len(plain.gradients) == 9
         assert_same(plain.gradients, scheduled.gradients)
@@ -216,12 +219,11 @@ class TestBitForBit:
             torch.testing.assert_close(handed_out, pl_module.losses[-1], rtol=1e-6, atol=0)
             assert trainer.callback_metrics["train_loss_step"] == pl_module.losses[-1]
 
-        model = Net()
-        trainer = make_trainer(LambdaCallback(on_train_batch_end=look), BatchSizeScheduler(ConstantSize(16)))
-        trainer.fit(model, ragged())
+        looking = LambdaCallback(on_train_batch_end=look), BatchSizeScheduler(ConstantSize(16))
+        model = trained(Net(), ragged(), *looking)
         assert len(model.losses) == len(RAGGED)
         mean = sum(size * loss for size, loss in zip(RAGGED, model.losses, strict=True)) / sum(RAGGED)
-        torch.testing.assert_close(trainer.callback_metrics["train_loss_epoch"], mean)
+        torch.testing.assert_close(model.trainer.callback_metrics["train_loss_epoch"], mean)
 
 
 class TestOtherParts:
@@ -243,8 +245,7 @@ class TestOtherParts:
                 return {"loss": super().training_step(batch, batch_idx), "more": 1}
 
         for cls in (Rooted, Dict):
-            model, alone = cls(), cls()
-            make_trainer(BatchSizeScheduler(ConstantSize(16))).fit(model, ragged())
+            model, alone = trained(cls(), ragged(), BatchSizeScheduler(ConstantSize(16))), cls()
             # Not the root of the mean: that of each micro-batch, weighted by its examples.
             parameters = list(alone.parameters())
             expected = sum(
@@ -268,24 +269,20 @@ class TestOtherParts:
                     self.skipped += 1
                     del self.gradients[-1], self.whole[-1]
 
-        model = Scaled(lambda parameters: Adam(parameters, lr=0.01, fused=fused))
+        model = Scaled(with_lr(Adam, 0.01, fused=fused))
         scheduler = BatchSizeScheduler(Milestones({0: 4, 3: 16}))
-        trainer = make_trainer(scheduler, plugins=plugin, max_epochs=6)
-        trainer.fit(model, ragged())
+        trained(model, ragged(), scheduler, plugins=plugin, max_epochs=6)
         model.assert_means(rtol=2e-3)  # half precision
         assert model.skipped > 10
-        assert len(model.gradients) + model.skipped == trainer.global_step == 21
+        assert len(model.gradients) + model.skipped == model.trainer.global_step == 21
         assert scheduler.examples == 6 * sum(RAGGED)
 
     @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
     def test_lbfgs_asks_several_times(self, line_search: str | None) -> None:
-        def make_optimizer(parameters: Any) -> Optimizer:
-            return LBFGS(parameters, lr=0.1, max_iter=4, line_search_fn=line_search)
-
+        make_optimizer = with_lr(LBFGS, 0.1, max_iter=4, line_search_fn=line_search)
         plain = trained(Net(make_optimizer), ragged())
         model, scheduler = Net(make_optimizer), BatchSizeScheduler(ConstantSize(4))
-        trainer = make_trainer(scheduler)
-        trainer.fit(model, ragged())
-        assert len(model.gradients) > 2 * trainer.global_step
+        trained(model, ragged(), scheduler)
+        assert len(model.gradients) > 2 * model.trainer.global_step
         assert_same(list(plain.parameters()), list(model.parameters()))
         assert scheduler.examples == sum(RAGGED)
