@@ -1,1 +1,1 @@
-"""What users pass and checkpoints hold, checked before it is used; how answers look: no torch here."""
+"""What users pass and checkpoints hold, checked before use; missing libraries; how answers look. No torch."""
