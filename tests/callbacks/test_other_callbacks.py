@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_surge import BatchSizeScheduler, SurgeLRCallback
 from lightning_surge.schedules.sizes import ConstantSize
-from tests.trainings import at_update, make_trainer
+from tests.trainings import at_update, make_trainer, probing
 
 Arrange = Callable[[Callback, Callback], list[Callback]]
 
@@ -95,14 +95,6 @@ def data(batch_size: int) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(48, 3, generator=generator)
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).sin()), batch_size)
-
-
-def doubling() -> SurgeLRCallback:
-    return SurgeLRCallback(4, "linear")
-
-
-def dry() -> SurgeLRCallback:
-    return SurgeLRCallback(4, dry_run=True, probe_every=1, probe_examples=16)
 
 
 class Case(NamedTuple):
@@ -190,14 +182,14 @@ class TestBeside:
         case = CASES[name]
         twice = fit(tmp_path, case, 2.0 * LR, None)
         for arrange in ORDERS.values():
-            assert fit(tmp_path, case, LR, doubling(), arrange) == twice
+            assert fit(tmp_path, case, LR, SurgeLRCallback(4, "linear"), arrange) == twice
 
     @pytest.mark.filterwarnings("ignore:The mean gradient of a batch's slices is not")
     def test_a_dry_run_leaves_no_trace(self, tmp_path: Path, name: str) -> None:
         case = CASES[name]
         alone = fit(tmp_path, case, LR, None)
         for arrange in ORDERS.values():
-            ours = dry()
+            ours = probing(dry_run=True)
             assert fit(tmp_path, case, LR, ours, arrange) == alone
             assert ours.history.num_measurements >= 2
 

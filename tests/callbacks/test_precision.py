@@ -47,12 +47,6 @@ def data(batches: int, batch_size: int = 16) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
 
 
-@pytest.fixture
-def measurements(noted: Any) -> list[Measurement]:
-    taken: list[Measurement] = noted(lambda measurement: measurement)
-    return taken
-
-
 class Measure:
     """Runs a training and returns its measurements, live from windows' norms or from probes."""
 
@@ -71,8 +65,8 @@ class Measure:
 
 
 @pytest.fixture
-def measure(measurements: list[Measurement]) -> Measure:
-    return Measure(measurements)
+def measure(noted: Any) -> Measure:
+    return Measure(noted(lambda measurement: measurement))
 
 
 def scaled_or(precision: str) -> dict[str, Any]:
@@ -218,12 +212,12 @@ class TestScaler:
         assert not live or len(measure.measurements) == 5
 
     @pytest.mark.parametrize("law", ["theorem2", "theorem3"])
-    def test_theorems_do_not_depend_on_the_scale(self, measurements: list[Measurement], law: Any) -> None:
+    def test_theorems_do_not_depend_on_the_scale(self, measure: Measure, law: Any) -> None:
         def measured(**options: Any) -> list[float]:
-            measurements.clear()
+            measure.measurements.clear()
             callback = SurgeLRCallback(2, law, probe_every=8, probe_examples=32, dry_run=True)
             make_trainer(callback, **options).fit(Net(with_lr(torch.optim.Adam, 1e-4)), data(12))
-            (measurement,) = measurements
+            (measurement,) = measure.measurements
             norms, sums = measurement.statistics, measurement.coordinate_sums
             assert sums is not None
             first = [norms.grad_sq, norms.trace_cov, sums.alignment_slope]

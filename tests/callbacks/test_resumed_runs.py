@@ -109,13 +109,19 @@ def weights(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def assert_goes_on(saved: list[Path], path: Path, checkpoint: Path) -> None:
-    """The run in a folder, resumed from a checkpoint, has the steps and weights of the whole one."""
-    again = saved_steps(path)
-    # One of an epoch's last step may be saved a second time, when the epoch is ended.
-    later = [file.name for file in again if file.name != checkpoint.name]
-    assert later == [file.name for file in saved[saved.index(checkpoint) + 1 :]]
-    assert_same(weights(again[-1]), weights(saved[-1]))
+def assert_resumed(folder: Path, which: slice, *arguments: Any, **options: Any) -> Net:
+    """A run that, resumed from some of its steps, has the steps and weights of the whole one."""
+    whole, saved = run(*arguments, *exact(folder / "whole"), **options), saved_steps(folder / "whole")
+    assert len(saved) > 9
+    for place, checkpoint in list(enumerate(saved))[which]:
+        path = folder / f"from {checkpoint.stem}"
+        run(*arguments, *exact(path), resume=checkpoint, **options)
+        again = saved_steps(path)
+        # One of an epoch's last step may be saved a second time, when the epoch is ended.
+        later = [file.name for file in again if file.name != checkpoint.name]
+        assert later == [file.name for file in saved[place + 1 :]]
+        assert_same(weights(again[-1]), weights(saved[-1]))
+    return whole
 
 
 @pytest.mark.parametrize(
@@ -132,14 +138,8 @@ def assert_goes_on(saved: list[Path], path: Path, checkpoint: Path) -> None:
 def test_resumed_from_any_step_it_takes_the_same_batches_to_the_same_weights(
     tmp_path: Path, loader: Callable[[int], Any], rule: str, workers: int, every: int
 ) -> None:
-    whole = run(lambda: loader(workers), RAMPS[rule], *exact(tmp_path / "whole"))
-    saved = saved_steps(tmp_path / "whole")
-    assert len(saved) > 9
+    whole = assert_resumed(tmp_path, slice(0, -1, every), lambda: loader(workers), RAMPS[rule])
     assert {index for *_, [indices] in whole.taken for index in indices} == set(range(EXAMPLES))
-    for checkpoint in saved[:-1:every]:
-        path = tmp_path / f"from {checkpoint.stem}"
-        run(lambda: loader(workers), RAMPS[rule], *exact(path), resume=checkpoint)
-        assert_goes_on(saved, path, checkpoint)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's threads do not survive a fork")
@@ -153,12 +153,7 @@ def test_two_processes(tmp_path: Path, loader: Callable[[], Any]) -> None:
             trainer.global_step or pl.seed_everything(trainer.global_rank, verbose=False)
         )
     )
-    run(loader, ramp, *exact(tmp_path / "whole"), apart, **two)
-    saved = saved_steps(tmp_path / "whole")
-    for checkpoint in (saved[2], saved[len(saved) // 2], saved[-3]):
-        path = tmp_path / f"from {checkpoint.stem}"
-        run(loader, ramp, *exact(path), apart, resume=checkpoint, **two)
-        assert_goes_on(saved, path, checkpoint)
+    assert_resumed(tmp_path, slice(2, -2, 5), loader, ramp, apart, **two)
 
 
 def plain() -> Any:

@@ -183,9 +183,8 @@ class TestStreams:
         assert first == (random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist())  # noqa: NPY002
 
     def test_of_devices_that_are_not_here(self) -> None:
-        from_portable(
-            to_portable(RandomState.capture()) | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99}
-        ).restore()
+        devices = {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99}
+        from_portable(to_portable(RandomState.capture()) | devices).restore()
 
     def test_without_numpys_own_generator(self) -> None:
         states = to_portable(RandomState.capture())

@@ -282,10 +282,6 @@ class TestFailures:
         math.nan,
     )
 
-    @staticmethod
-    def _plain(count: int, **options: Any) -> Regression:
-        return trained(Regression(), regression_data(count, 16), **options)
-
     @pytest.mark.parametrize("failure", FAILURES, ids=["raises", "memory", "none", "nan"])
     def test_of_every_probe_costs_nothing_but_the_measurements(
         self, decisions: list[tuple[float, Decision]], failure: Any
@@ -298,7 +294,7 @@ class TestFailures:
         message = "Measuring failed .* training goes on" if failed else "No law was fitted to a measurement"
         with pytest.warns(UserWarning, match=message):
             make_trainer(callback).fit(module, regression_data(16 * 40, 16))
-        assert torch.equal(module.weights, self._plain(16 * 40).weights)
+        assert torch.equal(module.weights, trained(Regression(), regression_data(16 * 40, 16)).weights)
         assert module.calls == 40
         assert callback.history.num_measurements == 0
         if not failed:
@@ -332,4 +328,4 @@ class TestFailures:
         with nullcontext() if pooled else told:
             trained(module, regression_data(16 * 12, 16), callback)
         assert not pooled or calls == [2]
-        assert torch.equal(module.weights, self._plain(16 * 12).weights)
+        assert torch.equal(module.weights, trained(Regression(), regression_data(16 * 12, 16)).weights)
