@@ -211,8 +211,7 @@ class TestTrainerOptions:
         whole: list[int] = []
         look = LambdaCallback(on_train_epoch_start=lambda now, _: whole.append(len(now.train_dataloader)))
         model, scheduler = Validated(), BatchSizeScheduler(schedule)
-        trainer = make_trainer(scheduler, look, max_epochs=4, limit_train_batches=limit)
-        trainer.fit(model, loader())
+        trainer = trained(model, loader(), scheduler, look, max_epochs=4, limit_train_batches=limit).trainer
         assert trainer.global_step == len(model.sizes)
         assert scheduler.examples == sum(model.sizes) == sum(size for _, size in model.micro_batches)
         assert [epoch for epoch, _ in model.validated] == [0, 0, 1, 2, 3]

@@ -68,13 +68,12 @@ class Net(ValidatedReading):
 
 
 def accumulated(workers: int = 0) -> StatefulDataLoader:
-    dataset: Any = ResumableDataset(Noisy(EXAMPLES)) if workers else Noisy(EXAMPLES)
-    return StatefulDataLoader(dataset, batch_size=2, shuffle=True, num_workers=workers)
+    data: Any = ResumableDataset(Noisy(EXAMPLES)) if workers else Noisy(EXAMPLES)
+    return StatefulDataLoader(data, batch_size=2, shuffle=True, num_workers=workers)
 
 
 def flexible(workers: int = 0) -> DataLoader[Any]:
-    dataset: Any = ResumableDataset(Noisy(EXAMPLES)) if workers else Noisy(EXAMPLES)
-    return sampled(dataset, 5, kind=StatefulDataLoader, num_workers=workers)
+    return sampled(accumulated(workers).dataset, 5, kind=StatefulDataLoader, num_workers=workers)
 
 
 RAMPS: dict[str, BatchSizeRule] = {

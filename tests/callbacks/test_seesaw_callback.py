@@ -152,9 +152,8 @@ class TestResuming:
         rule = Seesaw(START, 32)
         scheduler = BatchSizeScheduler(rule)
         for make, steps in ((halving, 17), (cosine, None), (halving, 17)):
-            trainer = make_trainer(scheduler, max_epochs=EPOCHS)
-            trainer.fit(Decaying(make), plain())
-            assert steps in (None, trainer.global_step)
+            model = trained(Decaying(make), plain(), scheduler, max_epochs=EPOCHS)
+            assert steps in (None, model.trainer.global_step)
         assert scheduler.schedule is rule
 
 
@@ -206,10 +205,8 @@ class TestRefusals:
 def test_the_size_ahead_is_the_schedules() -> None:
     seen: list[float] = []
     scheduler = BatchSizeScheduler(Seesaw(START, 32))
-    look = LambdaCallback(
-        on_before_optimizer_step=lambda *_: seen.append(scheduler.size_ahead(32.0 - scheduler.examples))
-    )
-    make_trainer(scheduler, look).fit(Decaying(halving), plain())
+    ahead = lambda *_: seen.append(scheduler.size_ahead(32.0 - scheduler.examples))  # noqa: E731
+    trained(Decaying(halving), plain(), scheduler, LambdaCallback(on_before_optimizer_step=ahead))
     assert seen[:8] == [8.0] * 8
     assert scheduler.schedule.first_size == Seesaw(START, 32).along(
         by_examples(halving(torch.optim.SGD([torch.zeros(1)], lr=1.0)), START)

@@ -129,8 +129,7 @@ class TestGan:
     def test_every_step_of_those_served_gets_the_factor_of_its_own_decision(
         self, served: Sequence[int], first: list[float]
     ) -> None:
-        module, callbacks = Gan(), pair(4, "linear")
-        make_trainer(*(callbacks[index] for index in served)).fit(module, data(20, 8))
+        module = trained(Gan(), data(20, 8), *(pair(4, "linear")[index] for index in served))
         assert module.used == [first, [0.04, 0.04, 0.02]]
         # And it is off again before anything else of the user's code runs.
         assert module.scheduled == [[0.01] * 3, [0.02] * 3]
@@ -224,9 +223,8 @@ class Accumulating(Gan):
 
 def sizes_of(module: Gan, examples: int) -> list[list[float]]:
     """The batch size of every step of each, in batches of 8."""
-    callbacks = pair(8, "sqrt")
-    sizes = Sizes(callbacks)
-    make_trainer(*callbacks, sizes).fit(module, data(examples, 8))
+    sizes = Sizes(pair(8, "sqrt"))
+    trained(module, data(examples, 8), *sizes.callbacks, sizes)
     return sizes.sizes
 
 
@@ -372,7 +370,7 @@ class TestObjective:
                 return [along, Adam(self.generator.parameters(), lr=0.01)]
 
         callbacks = pair()
-        make_trainer(*callbacks).fit(Mixed(), data(32, 16))
+        trained(Mixed(), data(32, 16), *callbacks)
         assert [callback.settings.objective for callback in callbacks] == ["alignment", "progress"]
 
 

@@ -179,7 +179,6 @@ class TestErrors:
             ({"base_batch_size": 0}, r"1e-06 <= base_batch_size <= 1e\+12, got base_batch_size=0: count"),
             ({"max_overhead": 0.0}, r"0 < max_overhead <= 1e\+12, got max_overhead=0.0: 0.01 spends"),
             ({"max_drift_per_step": 0.0}, r"0 < max_drift_per_step <= .*, got max_drift_per_step=0.0: 0.05"),
-            ({"half_life": -1.0}, r"0 < half_life <= 1e\+12, got half_life=-1.0: 8 measurements"),
             ({"probe_every": 0}, r"whole number probe_every >= 1, got probe_every=0: count optimizer steps"),
             ({"probe_examples": 3}, r"whole number probe_examples >= 4, got probe_examples=3: 4 examples"),
             ({"lr_scale_bounds": (2.0, 0.5)}, r"0 < lr_scale_bounds\[0\] <= 1, got .*=2.0: the factor is 1"),
