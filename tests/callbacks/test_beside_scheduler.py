@@ -78,9 +78,7 @@ MECHANISMS = {
     "accumulation": (plain, GeometricRamp(4, 32, 8)),
     "ragged": (ragged, Milestones({0: 4, 3: 16, 6: 32})),
 }
-every_mechanism = pytest.mark.parametrize(
-    ("loader", "schedule"), MECHANISMS.values(), ids=list(MECHANISMS.keys())
-)
+every_mechanism = pytest.mark.parametrize(("loader", "schedule"), MECHANISMS.values(), ids=list(MECHANISMS))
 
 
 class TestBeside:

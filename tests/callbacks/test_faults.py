@@ -278,12 +278,9 @@ class TestAnywhere:
         assert injector.leaked == 0
         assert callback.history.num_measurements >= (len(injector.spoilt) - 2 if every_second else 1)
 
-        plain = Drawing(optimizer)
-        again = make_trainer(
-            accumulate_grad_batches=accumulation, max_epochs=-1, max_steps=trainer.global_step
-        )
-        again.fit(plain, data(60 * accumulation))
-        assert plain.traces == found
+        stop = {"max_epochs": -1, "max_steps": trainer.global_step}
+        again = Drawing(optimizer), data(60 * accumulation)
+        assert trained(*again, accumulate_grad_batches=accumulation, **stop).traces == found
 
     def test_errors_of_the_users_code_are_told_wherever_they_are_raised(
         self, inject: Callable[[Injector], None]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_surge import SurgeLRCallback
 from tests.drawn import numbers
-from tests.trainings import make_trainer, probing
+from tests.trainings import assert_same, make_trainer, probing
 
 # So short that secants tell the curvature at the point itself, in float64.
 LR = 1e-6
@@ -256,8 +256,7 @@ def test_what_is_measured_is_what_a_plain_reference_says(compare: Any, case: typ
 )
 def test_a_dry_run_is_bit_identical_to_no_callback(case: type[Net], live: bool) -> None:
     plain, measured = train(case(), live=live), train(case(), surge(dry_run=True), live=live)
-    for one, other in zip(plain.trained(), measured.trained(), strict=True):
-        assert torch.equal(one, other)
+    assert_same(plain.trained(), measured.trained())
 
 
 class Later(BaseFinetuning):

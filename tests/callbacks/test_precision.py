@@ -65,8 +65,8 @@ class Measure:
         self.measurements.clear()
         self.callback = probing(objective="alignment", dry_run=dry_run, log_peak=not live)
         loader = data(4 * batches, 4) if live else data(batches)
-        self.trainer = make_trainer(self.callback, accumulate_grad_batches=4 if live else 1, **options)
-        self.trainer.fit(module, loader)
+        options |= {"accumulate_grad_batches": 4 if live else 1}
+        self.trainer = trained(module, loader, self.callback, **options).trainer
         return [numbers(measurement) for measurement in self.measurements]
 
 

@@ -105,21 +105,17 @@ class SaveEverywhere(Checkpoint):
         self.saved: list[tuple[Path, int]] = []
         self.steps = 0
 
-    def _save(self, trainer: pl.Trainer, where: str) -> None:
-        path = self.folder / f"{len(self.saved):02d}-{where}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+    def _save(self, trainer: pl.Trainer, *args: Any) -> None:
+        path = self.folder / f"{len(self.saved):02d} after step {trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)
         self.saved.append((path, len(trainer.lightning_module.taken)))  # type: ignore[arg-type]
+
+    on_validation_end = on_train_epoch_end = _save
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_step > self.steps:
             self.steps = trainer.global_step
-            self._save(trainer, f"batch{args[-1]}")
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer, "validation")
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer, "epoch")
+            self._save(trainer)
 
 
 class Ran(NamedTuple):

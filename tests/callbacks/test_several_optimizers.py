@@ -161,8 +161,8 @@ class TestGan:
         module, callbacks = Gan(lrs=(0.0, 0.02) if moving else (0.01, 0.0)), pair(**options)
         make_trainer(*callbacks).fit(module, data(256, 16))
         callback = callbacks[moving]
-        alone, reference = Alone(), SurgeLRCallback(8, loss_fn=LOSSES[moving], **options)
-        make_trainer(reference).fit(alone, data(256, 16))
+        reference = SurgeLRCallback(8, loss_fn=LOSSES[moving], **options)
+        alone = trained(Alone(), data(256, 16), reference)
         assert reference.history.num_measurements >= 6
         assert callback.history.state_dict() == reference.history.state_dict()
         assert callback.decision == reference.decision

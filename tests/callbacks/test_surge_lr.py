@@ -116,37 +116,29 @@ class TestDryRun:
         make_optimizer: MakeOptimizer,
     ) -> None:
         def run(*callbacks: Callback) -> tuple[Everything, Any, Memory]:
-            module = Everything(make_optimizer, batch_norm=batch_norm)
             memory = Memory()
-            trainer = make_trainer(
-                *callbacks, logger=memory, accumulate_grad_batches=accumulation, max_epochs=2
-            )
+            options = {"logger": memory, "accumulate_grad_batches": accumulation, "max_epochs": 2}
             # 22 is no multiple of 4 or 8: the last window is partial.
-            trainer.fit(module, regression_data(22 * batch_size, batch_size))
+            data = regression_data(22 * batch_size, batch_size)
+            module = trained(Everything(make_optimizer, batch_norm=batch_norm), data, *callbacks, **options)
             after = {
                 "module": module.state_dict(),
-                "optimizer": trainer.optimizers[0].state_dict(),
+                "optimizer": module.trainer.optimizers[0].state_dict(),
                 "random": [torch.get_rng_state(), np.random.get_state(), random.getstate()],  # noqa: NPY002
                 "metric": [module.metric.metric_state, module.metric._update_count],
                 "python": [module.calls, module.losses, module.seen, module.group_lrs],
                 "gradients": [parameter.grad for parameter in module.parameters()],
                 "logged": [
                     {key: value for key, value in row.items() if "surge/" not in key}
-                    for row in [trainer.callback_metrics, *memory.rows]
+                    for row in [module.trainer.callback_metrics, *memory.rows]
                 ],
             }
             return module, after, memory
 
         _, expected, _ = run()
         base = {"sliced": 4, "falls back": 4}.get(source)
-        callback = SurgeLRCallback(
-            base,
-            law,
-            "step",
-            dry_run=True,
-            probe_every=1,
-            probe_examples=max(16, 4 * batch_size if batch_norm else 4),
-        )
+        examples = max(16, 4 * batch_size if batch_norm else 4)
+        callback = SurgeLRCallback(base, law, "step", dry_run=True, probe_every=1, probe_examples=examples)
         couples = source in ("falls back", "pooled micro-batches")
         with pytest.warns(UserWarning, match="couples examples") if couples else nullcontext():
             module, after, memory = run(callback)
@@ -317,8 +309,8 @@ class TestMeasuring:
         assert latest.pairs == 16**2 - (1 + 1 + 1 + 13**2)
 
     def test_without_cutting_pools_whole_batches(self) -> None:
-        callback, module = SurgeLRCallback(4, probe_every=1, split_batch=False), Noting()
-        make_trainer(callback).fit(module, regression_data(256, 16))
+        callback = SurgeLRCallback(4, probe_every=1, split_batch=False)
+        module = trained(Noting(), regression_data(256, 16), callback)
         assert set(module.outside.notes) == {16}
         assert callback.history.num_measurements >= 2
 
@@ -386,8 +378,7 @@ class TestMeasuring:
         for options, told in (({"max_overhead": 0.01}, 1), ({"max_overhead": 0.5}, 0), ({"law": "sqrt"}, 0)):
             caplog.clear()
             with caplog.at_level("INFO"):
-                trainer = make_trainer(SurgeLRCallback(8, **options), max_epochs=2)
-                trainer.fit(Regression(), regression_data(64, 8))
+                trained(Regression(), regression_data(64, 8), SurgeLRCallback(8, **options), max_epochs=2)
             said = [text for text in caplog.messages if "Nothing will be measured" in text]
             assert len(said) == told
             assert all("of the 128 examples" in text for text in said)

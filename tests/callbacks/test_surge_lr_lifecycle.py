@@ -69,11 +69,10 @@ class TestSchedules:
     @pytest.mark.parametrize("name", SCHEDULES)
     def test_follow_their_own_trajectory(self, name: str, interval: str, accumulation: int) -> None:
         def run(*callbacks: Callback) -> tuple[Scheduled, float]:
-            module = Scheduled(SCHEDULES[name], interval)
-            trainer = make_trainer(*callbacks, max_epochs=4, accumulate_grad_batches=accumulation)
+            module, options = Scheduled(SCHEDULES[name], interval), {"accumulate_grad_batches": accumulation}
             # The last window is partial, the last batch short.
-            trainer.fit(module, regression_data(18, 4))
-            return module, scheduled_lr(trainer)
+            trained(module, regression_data(18, 4), *callbacks, max_epochs=4, **options)
+            return module, scheduled_lr(module.trainer)
 
         plain, last = run()
         scaled, last_scaled = run(SurgeLRCallback(3, "linear"))
@@ -107,10 +106,8 @@ class TestSchedules:
                 return loss
 
         def run(*callbacks: Callback) -> Scheduled:
-            module = Skipped(SCHEDULES["exponential"])
-            trainer = make_trainer(*callbacks, accumulate_grad_batches=accumulation, plugins=scaling(16.0))
-            trainer.fit(module, regression_data(32, 4))
-            return module
+            options = {"accumulate_grad_batches": accumulation, "plugins": scaling(16.0)}
+            return trained(Skipped(SCHEDULES["exponential"]), regression_data(32, 4), *callbacks, **options)
 
         plain = run()
         scaled = run(SurgeLRCallback(accumulation, "linear", lr_scale_bounds=(0.1, 100.0)))
