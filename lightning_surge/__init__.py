@@ -28,18 +28,16 @@ _PACKAGES = {
     "SurgeLRCallback": "callbacks",
     "by_examples": "schedules",
 }
+# Whose packages say what to use instead.
+_RETIRED = {"FollowPeak": "schedules"}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name."""
-    if name == "FollowPeak":
-        # Not an AttributeError, in whose place `from lightning_surge import` says nothing of a remedy.
-        raise ImportError(
-            "FollowPeak is retired: use a ramp, as GeometricRamp, or Seesaw from lightning_surge.schedules."
-        )
-    if name not in _PACKAGES:
+    package = {**_PACKAGES, **_RETIRED}.get(name)
+    if package is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_PACKAGES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{package}"), name)
     globals()[name] = value
     return value
 

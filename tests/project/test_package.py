@@ -42,6 +42,8 @@ def test_what_is_retired_says_what_to_use_and_what_is_unknown_is_named() -> None
     with pytest.raises(ValueError, match=r"got objective='edge', which is retired: use objective='progress'"):
         SurgeLRCallback(16, objective="edge")  # type: ignore[arg-type]
     with pytest.raises(ImportError, match="FollowPeak is retired: use a ramp"):
-        from lightning_surge import FollowPeak  # noqa: F401
+        from lightning_surge import FollowPeak
+    with pytest.raises(ImportError, match="FollowPeak is retired: use a ramp"):
+        from lightning_surge.schedules import FollowPeak  # noqa: F401
     with pytest.raises(TypeError, match="unexpected keyword argument 'base_batchsize'"):
         SurgeLRCallback(base_batchsize=16)  # type: ignore[arg-type]

@@ -166,7 +166,7 @@ class MeasuringPlan:
                 self._cost(probe) + probe_cost(check * self._cuts(probe, base, batch))
                 for probe in self._answer
             ]
-            self._tell_of_a_short_run(min(self._costs), smallest)
+            self._tell_of_a_short_run(min(self._costs))
         changed = self._is_new(size)
         probe, cost = self._answer[changed], self._costs[changed]
         urgent = changed
@@ -225,7 +225,7 @@ class MeasuringPlan:
             probe.examples, *arrangement(probe.kind, base)
         )
 
-    def _tell_of_a_short_run(self, cost: float, smallest: float) -> None:
+    def _tell_of_a_short_run(self, cost: float) -> None:
         if self._told_of_short_run or not math.isfinite(self._planned) or self._settings.probe_every:
             return
         self._told_of_short_run = True
