@@ -62,6 +62,7 @@ OF_TORCH = (
     "amp.GradScaler._check_inf_per_device",
     "optim.Optimizer.register_step_pre_hook",
     "optim.Optimizer.register_step_post_hook",
+    "utils._python_dispatch.TorchDispatchMode",
 )
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_surge.measure.batches import SplitBatch, TooFewExamplesError, group_evenly
 from lightning_surge.measure.distributed import ALONE, Ranks
@@ -25,10 +26,12 @@ ComputeLoss = Callable[[Any, int], Tensor]
 
 # Slices whose mean gradient differs from the whole batch's by more than this share of its squared length,
 # beyond three times what repeating the whole batch with other random numbers changes on average, measure
-# something else. (Dropout alone makes the two equal on average.)
+# something else. (Random numbers alone make the two equal on average.)
 TOLERATED_MISMATCH = 0.01
 TOLERATED_NOISE = 3.0
 REPEATS = 3
+# Passes of a comparison, of another one without dropout, and of a repetition that finds it all the same.
+CHECK_PASSES = 5
 
 
 class Agreement(NamedTuple):
@@ -43,6 +46,28 @@ class Agreement(NamedTuple):
     agrees: bool
     exact: bool
     passes: float
+
+
+class WithoutDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps everything that dropout would drop, in whatever runs inside.
+
+    Two passes of the same examples then compute the same, in batches of any size. It acts on the operators
+    that layers, attention and functions of dropout come down to; compiled code runs uncompiled.
+    """
+
+    KEPT: ClassVar[dict[str, dict[str, float]]] = {
+        "aten::bernoulli_": {"p": 1.0},
+        "aten::native_dropout": {"p": 0.0},
+    }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operator, with the probabilities of its dropout replaced."""
+        names = [argument.name for argument in func._schema.arguments]
+        kept = self.KEPT.get(func._schema.name, {})
+        kept |= {name: 0.0 for name in ("dropout_p", "dropout") if name in names}
+        if kept:
+            return func(**dict(zip(names, args, strict=False)) | (kwargs or {}) | kept)
+        return func(*args, **(kwargs or {}))
 
 
 class Prober:
@@ -119,35 +144,40 @@ class Prober:
         """Whether the mean of the slices' gradients is the whole batch's gradient.
 
         It is not where the loss couples the examples of a batch (contrastive losses, batch statistics), or
-        is a sum over them. Dropout makes two passes differ too; how much is measured by repeating the
-        whole batch with other random numbers, and only if the first comparison fails. They can be large
-        enough to hide what BatchNorm does, so beside it no difference is forgiven.
+        is a sum over them. Dropout makes two passes differ too, and would hide that: so if the first
+        comparison fails there is another one without it. Other random numbers are allowed for, by what
+        repeating the whole batch changes; beside batch statistics no difference is forgiven.
         """
         slices = self.cut(piece, num_slices)
         self.ranks.meet()
         (size,) = self.ranks.total(sum(part.size for part in slices))
         share = piece.size / size if self.ranks.count > 1 else 1.0
-        self.replay(piece, share)
-        whole = self._take()
-        for part in slices:
-            self.replay(part, part.size / size)
-        mismatch = self._relative_difference(whole)
+
+        def compared() -> tuple[list[Tensor | None], float]:
+            self.replay(piece, share)
+            whole = self._take()
+            for part in slices:
+                self.replay(part, part.size / size)
+            return whole, self._relative_difference(whole)
+
+        _, mismatch = compared()
         if not math.isfinite(mismatch):
             raise ArithmeticError(
                 "Expected finite gradients, got some that are not, as where the loss scale overflows"
             )
         if mismatch <= TOLERATED_MISMATCH:
             return Agreement(True, True, 2 * size)
-        if self._uses_batch_statistics():
-            return Agreement(False, False, 2 * size)
-        state = RandomState.capture()
-        repeat = 0.0
-        for _ in range(REPEATS):
-            self.replay(piece, share)
-            repeat += self._relative_difference(whole) / REPEATS
+        state, repeats = RandomState.capture(), list[float]()
+        with WithoutDropout():  # type: ignore[no-untyped-call]
+            whole, mismatch = compared()
+            if mismatch > TOLERATED_MISMATCH and not self._uses_batch_statistics():
+                while len(repeats) < REPEATS and repeats != [0.0]:
+                    self.replay(piece, share)
+                    repeats.append(self._relative_difference(whole))
         state.restore()
-        agrees = mismatch <= TOLERATED_MISMATCH + TOLERATED_NOISE * repeat
-        return Agreement(agrees, False, (2 + REPEATS) * size)
+        noise = sum(repeats) / max(len(repeats), 1)
+        agrees = mismatch <= TOLERATED_MISMATCH + TOLERATED_NOISE * noise
+        return Agreement(agrees, False, (4 + len(repeats)) * size)
 
     def _take(self) -> list[Tensor | None]:
         self.ranks.sum_gradients(self.parameters)

@@ -11,7 +11,7 @@ from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks.measuring.plan import FEW_PROBES, POOLED, Kind, MeasuringPlan, Probe
 from lightning_surge.measure.budget import ProbeBudget, probe_cost
 from lightning_surge.measure.gradients import pairs_of
-from lightning_surge.measure.probing import REPEATS
+from lightning_surge.measure.probing import CHECK_PASSES
 from tests.drawn import many
 from tests.trainings import Regression, make_trainer, regression_data
 
@@ -103,6 +103,6 @@ def test_what_is_charged_was_planned(
     make_trainer(callback).fit(Regression(), regression_data(1024, batch))
     assert callback.history.num_measurements == len(charged) >= 3
     # The first one is planned with the comparison of slices, too, where any batch is cut.
-    comparison = probe_cost((2 + REPEATS) * min(batch, 16)) if callback._measurer._cutting.checked else 0.0
+    comparison = probe_cost(CHECK_PASSES * min(batch, 16)) if callback._measurer._cutting.checked else 0.0
     assert callback._measurer._cutting.checked == cut
     assert planned[: len(charged)] == [charged[0] + comparison, *charged[1:]]

@@ -37,7 +37,7 @@ from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.distributed import ALONE, RankError
 from lightning_surge.measure.measurement import Whole
 from lightning_surge.measure.norms import WindowNorms
-from lightning_surge.measure.probing import REPEATS, Prober
+from lightning_surge.measure.probing import CHECK_PASSES, Prober
 from lightning_surge.measure.records import Measurement
 from lightning_surge.measure.replay import Chunk, Piece, TraceError
 
@@ -254,7 +254,7 @@ class Measurer:
             # gradients are sparse.
             smallest = max(base or whole, smallest)
         # If random numbers hide what the comparison is about.
-        check = (2 + REPEATS) * (min(size, COMPARED_EXAMPLES) if at_hand else size) * self._ranks.count
+        check = CHECK_PASSES * (min(size, COMPARED_EXAMPLES) if at_hand else size) * self._ranks.count
         return self._plan.next_probe(
             whole,
             base or whole,
