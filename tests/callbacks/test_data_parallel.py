@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import ProcessRaisedException
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
@@ -292,6 +293,18 @@ def test_one_process_runs_out_of_memory(tmp_path: Path, rank: int, accumulation:
             assert_equal(run, expected)
         assert runs[0].budget == runs[1].budget
         assert runs[0].measured == runs[1].measured > 0
+
+
+class Dies(Net):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.trainer.global_rank == 1 and self.trainer.global_step == 3:
+            raise RuntimeError("this process is done for")
+
+
+def test_a_process_that_dies_ends_the_training_of_all(tmp_path: Path) -> None:
+    """As without the callback: nobody waits for ever for the one that is gone."""
+    with pytest.raises(ProcessRaisedException, match="this process is done for"):
+        train(tmp_path, surge(), make=Dies)
 
 
 class Halved(Net):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -161,6 +162,16 @@ class TestWhoeverWrites:
     def test_in_any_hook(self, hook: str, write: Any, options: dict[str, Any], accumulation: int) -> None:
         twice = {"accumulate_grad_batches": accumulation, "max_epochs": 2}
         assert_doubled(lambda: Writing({hook: write}, **options), 2 * accumulation, **twice)
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_in_several_hooks_at_random(self, seed: int) -> None:
+        draw = random.Random(seed)
+        hooks = draw.sample(Writing.HOOKS, draw.randint(2, 4))
+        writes = {hook: draw.choice([decay, count_up, once]) for hook in hooks}
+        options = {"groups": draw.randint(1, 3), "schedule": draw.random() < 0.5}
+        accumulation = draw.choice([1, 1, 2, 3])
+        twice = {"accumulate_grad_batches": accumulation, "max_epochs": 2}
+        assert_doubled(lambda: Writing(writes, **options), 2 * accumulation, **twice)
 
     def test_from_hooks_of_the_optimizer(self) -> None:
         class Hooked(Writing):
