@@ -30,7 +30,7 @@ ComputeLoss = Callable[[Any, int], Tensor]
 TOLERATED_MISMATCH = 0.01
 TOLERATED_NOISE = 3.0
 REPEATS = 3
-# Passes of a comparison, of another one without dropout, and of a repetition that finds it all the same.
+# Passes of a comparison, of another one without noise, and of a repetition that finds it all the same.
 CHECK_PASSES = 5
 
 
@@ -48,25 +48,27 @@ class Agreement(NamedTuple):
     passes: float
 
 
-class WithoutDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps everything that dropout would drop, in whatever runs inside.
+class Noiseless(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Dropout keeps everything, and Gaussian noise is zero, in whatever runs inside.
 
     Two passes of the same examples then compute the same, in batches of any size. It acts on the operators
-    that layers, attention and functions of dropout come down to; compiled code runs uncompiled.
+    that layers, attention and functions come down to; compiled code runs uncompiled.
     """
 
-    KEPT: ClassVar[dict[str, dict[str, float]]] = {
+    REPLACED: ClassVar[dict[str, dict[str, float]]] = {
         "aten::bernoulli_": {"p": 1.0},
         "aten::native_dropout": {"p": 0.0},
+        "aten::normal_": {"mean": 0.0, "std": 0.0},
     }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call an operator, with the probabilities of its dropout replaced."""
-        names = [argument.name for argument in func._schema.arguments]
-        kept = self.KEPT.get(func._schema.name, {})
-        kept |= {name: 0.0 for name in ("dropout_p", "dropout") if name in names}
-        if kept:
-            return func(**dict(zip(names, args, strict=False)) | (kwargs or {}) | kept)
+        """Call an operator, with the arguments replaced that make its result random."""
+        kind, names = func._schema.name, [argument.name for argument in func._schema.arguments]
+        if kind in ("aten::randn", "aten::randn_like"):
+            return torch.zeros_like(func(*args, **(kwargs or {})))
+        replaced = self.REPLACED.get(kind, {}) | dict.fromkeys({"dropout_p", "dropout"} & set(names), 0.0)
+        if replaced:
+            return func(**dict(zip(names, args, strict=False)) | (kwargs or {}) | replaced)
         return func(*args, **(kwargs or {}))
 
 
@@ -144,8 +146,8 @@ class Prober:
         """Whether the mean of the slices' gradients is the whole batch's gradient.
 
         It is not where the loss couples the examples of a batch (contrastive losses, batch statistics), or
-        is a sum over them. Dropout makes two passes differ too, and would hide that: so if the first
-        comparison fails there is another one without it. Other random numbers are allowed for, by what
+        is a sum over them. Dropout and noise make two passes differ too, and would hide that: so if the first
+        comparison fails there is another one without them. Other random numbers are allowed for, by what
         repeating the whole batch changes; beside batch statistics no difference is forgiven.
         """
         slices = self.cut(piece, num_slices)
@@ -168,9 +170,9 @@ class Prober:
         if mismatch <= TOLERATED_MISMATCH:
             return Agreement(True, True, 2 * size)
         state, repeats = RandomState.capture(), list[float]()
-        with WithoutDropout():  # type: ignore[no-untyped-call]
+        with Noiseless():  # type: ignore[no-untyped-call]
             whole, mismatch = compared()
-            if mismatch > TOLERATED_MISMATCH and not self._uses_batch_statistics():
+            if not mismatch <= TOLERATED_MISMATCH and not self._uses_batch_statistics():
                 while len(repeats) < REPEATS and repeats != [0.0]:
                     self.replay(piece, share)
                     repeats.append(self._relative_difference(whole))

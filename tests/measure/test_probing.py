@@ -114,8 +114,12 @@ def contrastive(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 class RandomNoise(nn.Module):
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw = draw
+
     def forward(self, inputs: Tensor) -> Tensor:
-        return inputs + torch.randn_like(inputs)
+        return inputs + self.draw(inputs)
 
 
 class TestSlicesAgree:
@@ -147,7 +151,11 @@ class TestSlicesAgree:
             *((nn.Dropout(p), 4.0) for p in (0.3, 0.5, 0.9)),
             (nn.AlphaDropout(0.3), 4.0),
             (nn.TransformerEncoderLayer(64, 2, 8, dropout=0.5, batch_first=True), 4.0),
-            (RandomNoise(), 7.0),  # is no dropout
+            *(
+                (RandomNoise(draw), 4.0)
+                for draw in (torch.randn_like, lambda x: torch.zeros_like(x).normal_())
+            ),
+            (RandomNoise(lambda x: 4.0 * torch.rand_like(x)), 7.0),  # is known by repeating it
         ],
         ids=lambda value: type(value).__name__,
     )
