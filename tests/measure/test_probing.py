@@ -107,6 +107,10 @@ class TestReplay:
             torch.testing.assert_close(parameter.grad, -0.75 * scale * gradient)
 
 
+def sum_loss(model: nn.Module, inputs: Tensor) -> Tensor:
+    return model(inputs).square().sum()
+
+
 def contrastive(model: nn.Module, inputs: Tensor) -> Tensor:
     """Every example is compared with the others of its batch."""
     outputs = model(inputs)
@@ -130,9 +134,7 @@ class TestSlicesAgree:
         assert all(parameter.grad is None for parameter in model.parameters())
 
     @pytest.mark.parametrize("dropout", [0.0, 0.3])
-    @pytest.mark.parametrize(
-        "loss", [lambda model, inputs: model(inputs).square().sum(), contrastive], ids=["sum", "contrastive"]
-    )
+    @pytest.mark.parametrize("loss", [sum_loss, contrastive])
     def test_sums_and_losses_that_couple_examples(self, loss: Callable[..., Tensor], dropout: float) -> None:
         layers = nn.Linear(3, 4), nn.Dropout(dropout), nn.Tanh(), nn.Linear(4, 1)
         prober, model = make(loss, model=nn.Sequential(*layers).double())
@@ -186,3 +188,20 @@ class TestSlicesAgree:
 
         prober, _ = make(loss)
         assert not prober.slices_agree(*pieces(8), num_slices=4)[0]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("width", [4, 32])
+    @pytest.mark.parametrize(
+        "layer", [nn.Dropout(0.1), nn.Dropout(0.5), RandomNoise(torch.randn_like)], ids=str
+    )
+    @pytest.mark.parametrize(("loss", "accused"), [(mean_loss, 0), (sum_loss, 50), (contrastive, 50)])
+    def test_of_fifty_networks_all_or_none_are_accused(
+        self, loss: Callable[..., Tensor], accused: int, layer: nn.Module, width: int
+    ) -> None:
+        def disagrees(seed: int) -> bool:
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(3, width), layer, nn.Tanh(), nn.Linear(width, 1)).double()
+            prober = make(loss, model=model)[0]
+            return not prober.slices_agree(Piece(batch(8, seed), 0, 8.0), num_slices=4).agrees
+
+        assert sum(map(disagrees, range(50))) == accused
