@@ -359,7 +359,12 @@ class TestReports:
     @pytest.mark.parametrize(
         ("schedule", "count", "drop_last", "message"),
         [
-            (LinearRamp(4, 16, 9, unit="examples"), torch.numel, False, "_size_fn=, got unit='examples'"),
+            (
+                LinearRamp(4, 16, 9, unit="examples"),
+                torch.numel,
+                False,
+                "batch_size_fn=, got unit='examples'",
+            ),
             (LinearRamp(4, 64, 90), None, True, "at most the 50 examples of an epoch, .* got end=64"),
         ],
     )

@@ -457,11 +457,18 @@ def warnings_of(loader: MakeLoader, *callbacks: pl.Callback, **options: Any) -> 
 
 class TestWarnings:
     @pytest.mark.parametrize(
-        ("loader", "text"), [(plain, "got DataLoader"), (counting, "got one without: Lightning fetches one")]
+        ("loader", "text"),
+        [
+            (plain, "got DataLoader"),
+            (counting, "a length, got one without: Lightning fetches one batch ahead"),
+        ],
     )
     def test_once_when_saving_in_mid_epoch(self, tmp_path: Path, loader: Any, text: str) -> None:
         (warning,) = warnings_of(loader, ExactResume(), SaveEverywhere(tmp_path))
         assert text in warning
+
+    def test_none_where_the_length_of_the_epoch_is_said(self, tmp_path: Path) -> None:
+        assert warnings_of(counting, ExactResume(), SaveEverywhere(tmp_path), limit_train_batches=3) == []
 
     def test_once_when_resuming_in_mid_epoch(self, tmp_path: Path) -> None:
         save = SaveEverywhere(tmp_path)
@@ -489,7 +496,10 @@ class TestWarnings:
         [
             # Of two processes, whose loaders are not to be taken from either.
             (lambda now: {"ranks": 2 * now["ranks"], "loaders": []}, "on 2 processes, as .* saved, got 1"),
-            (lambda now: {"version": 99}, "whole random states .* ValueError: Expected version 1, got"),
+            (
+                lambda now: {"version": 99},
+                "whole random states .* got ValueError: Expected version 1, got 99.",
+            ),
         ],
     )
     def test_what_cannot_be_taken_up(self, tmp_path: Path, change: Any, text: str) -> None:

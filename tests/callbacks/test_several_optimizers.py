@@ -489,7 +489,10 @@ class TestErrors:
             ([rule(1), *pair(4)], r"a different optimizer= each, got 3 with optimizer=\[1, 0, 1\]"),
             ([rule(None), rule(1)], r"a different optimizer= each, got 2 with optimizer=\[None, 1\]"),
             ([SurgeLRCallback(4, optimizer=0)], "pass loss_fn=.*mean loss which the optimizer"),
-            ([*pair(4), BatchSizeWarmup(8, 16, 2)], "needs automatic .* automatic_optimization=False in Gan"),
+            (
+                [*pair(4), BatchSizeWarmup(8, 16, 2)],
+                "BatchSizeWarmup needs automatic optimization, got automatic_optimization=False in Gan",
+            ),
         ],
     )
     def test_before_the_first_step(self, callbacks: list[Callback], message: str) -> None:

@@ -175,13 +175,21 @@ class TestErrors:
         ("arguments", "message"),
         [
             ({"law": "teorem3"}, r"law to be one of measured, theorem2, .*constant, got law='teorem3'"),
+            (
+                {"objective": "speed"},
+                "objective to be one of step, alignment, progress, got objective='speed'",
+            ),
             ({"anchor": "law"}, r"no anchor, got anchor='law', which is retired: leave it out"),
             ({"base_batch_size": 0}, r"1e-06 <= base_batch_size <= 1e\+12, got base_batch_size=0: count"),
             ({"max_overhead": 0.0}, r"0 < max_overhead <= 1e\+12, got max_overhead=0.0: 0.01 spends"),
             ({"max_drift_per_step": 0.0}, r"0 < max_drift_per_step <= .*, got max_drift_per_step=0.0: 0.05"),
+            ({"half_life": -1.0}, r"0 < half_life <= 1e\+12, got half_life=-1.0: 8 measurements"),
             ({"probe_every": 0}, r"whole number probe_every >= 1, got probe_every=0: count optimizer steps"),
             ({"probe_examples": 3}, r"whole number probe_examples >= 4, got probe_examples=3: 4 examples"),
-            ({"lr_scale_bounds": (2.0, 0.5)}, r"0 < lr_scale_bounds\[0\] <= 1, got .*=2.0: the factor is 1"),
+            (
+                {"lr_scale_bounds": (2.0, 0.5)},
+                r"0 < lr_scale_bounds\[0\] <= 1, got lr_scale_bounds\[0\]=2.0: the factor is 1 .* first",
+            ),
             ({"lr_scale_bounds": (0.0, 2.0)}, r"got lr_scale_bounds\[0\]=0.0"),
             ({"lr_scale_bounds": (math.nan, 2.0)}, r"got lr_scale_bounds\[0\]=nan"),
             ({"lr_scale_bounds": (0.5, math.inf)}, r"1 <= lr_scale_bounds\[1\] < inf, got .*=inf"),
@@ -209,10 +217,14 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("make_optimizer", "law", "message"),
         [
-            (lambda _: None, "measured", "got 0 from configure_optimizers of Regression: return one that"),
+            (
+                lambda _: None,
+                "measured",
+                "needs an optimizer, got 0 from configure_optimizers of Regression: return one that holds",
+            ),
             (with_lr(SGD, 0.1), "theorem2", "law='theorem2' .* got SGD: use law='measured'"),
             (with_lr(SGD, 0.1), "theorem3", "law='theorem3' .* got SGD: use law='measured'"),
-            (adamw, "measured", r"got lengths \[3, 8\]: pass split_batch=.*split_batch=False"),
+            (adamw, "measured", r"cannot cut .* got lengths \[3, 8\]: pass split_batch=.*split_batch=False"),
         ],
     )
     def test_come_before_training(self, make_optimizer: MakeOptimizer, law: Any, message: str) -> None:

@@ -243,7 +243,12 @@ class TestErrors:
                 ["--bootstrap=0", "--law=adam_eq22", "--json"],
                 "that can be fitted to 3 batch sizes, got laws=adam_eq22: name others",
             ),
-            ("steps,target", [f"8,1,9,{i}" for i in range(70)], [], "at most 64 fits, got 70: choose with"),
+            (
+                "steps,target",
+                [f"8,1,9,{i}" for i in range(70)],
+                [],
+                "Expected at most 64 fits, got 70: choose with --target",
+            ),
             ("loss", ["8,1,1"], ["--target=2"], "Expected a table with a column of targets"),
         ],
     )

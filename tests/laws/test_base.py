@@ -94,6 +94,21 @@ class TestMeasuredLaw:
         ratio = law.alignment(batch_size) / law.curvature(batch_size)
         assert law.lr(batch_size) == pytest.approx(ratio, rel=1e-12)
 
+    def test_small_batches_follow_theorem_3(self) -> None:
+        law = measured_law(3.0, 1e8, 0.5, 0.5e6 / 9)
+        noise_scale = 1e8 * 0.5 / (0.5e6 / 9 * 3.0**2)
+        peak_lr = 3.0 / 0.5 / math.sqrt(1e8) * math.sqrt(noise_scale) / 2
+        limit = Theorem3Law(noise_scale=noise_scale, peak_lr=peak_lr)
+        assert noise_scale == pytest.approx(100)
+        for batch_size in (1, 25, 100, 400, 10_000):
+            assert law.lr(batch_size) == pytest.approx(limit.lr(batch_size), rel=batch_size / 1e8)
+            ratios = law.gain(batch_size) / law.gain(100), limit.gain(batch_size) / limit.gain(100)
+            assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
+        assert law.peak == pytest.approx(limit.peak, rel=1e-5)
+        assert law.critical_batch_size == pytest.approx(noise_scale, rel=1e-5)
+        # Outside the limit they must part: the measured law keeps its plateau.
+        assert law.lr(1e9) > 3 * limit.lr(1e9)
+
     @many
     @given(measured_laws(st.just(0.0)), decades(-2, 8))
     def test_without_signal_curvature_it_is_the_sgd_law_with_a_root(
@@ -251,6 +266,20 @@ class TestReferenceRules:
         assert law.peak == Peak(math.inf, peak_lr)
         assert law.critical_batch_size == critical
 
+    def test_each_is_the_limit_it_claims(self) -> None:
+        adam = measured_law(2, 1e6, 1, 1)
+        sgd = SGDLaw(max_lr=0.1, noise_scale=1e6)
+        cases = [
+            (SqrtLaw, adam, 1e-3),
+            (LinearLaw, sgd, 1e-3),
+            (ConstantLaw, adam, 1e12),
+            (ConstantLaw, sgd, 1e12),
+        ]
+        for rule, law, base in cases:
+            limit = rule(base_lr=law.lr(base), base_batch_size=base)
+            assert law.lr(64 * base) == pytest.approx(limit.lr(64 * base), rel=1e-5)
+            assert law.gain(64 * base) / law.gain(base) == pytest.approx(limit.gain(64 * base), rel=1e-5)
+
 
 ONES = dict.fromkeys(["alignment_limit", "alignment_scale", "noise_curvature", "signal_curvature"], 1)
 THEOREM_3 = {"noise_scale": 1, "peak_lr": 1}
@@ -258,7 +287,10 @@ INFINITE = {"noise_scale": math.inf, "peak_lr": math.inf}
 REFUSED: dict[Callable[..., Any], tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
     MeasuredLaw: (ONES, [
             ({"alignment_limit": 0}, "0 < alignment_limit < inf, got alignment_limit=0: a zero gradient"),
-            ({"noise_curvature": 0, "signal_curvature": 0}, "and signal_curvature=0: without"),
+            (
+                {"noise_curvature": 0, "signal_curvature": 0},
+                "noise_curvature=0 and signal_curvature=0: without",
+            ),
     ]),
     Theorem3Law: (THEOREM_3, [
         ({"noise_scale": 0}, "0 < noise_scale <= inf, got noise_scale=0: use inf for both"),

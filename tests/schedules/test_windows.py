@@ -141,6 +141,11 @@ class TestPlanWindows:
         epoch = Epoch(**vars(epoch) | {"drop_last": drop_last})
         assert list(map(sorted, epoch.windows())) == windows_one_by_one(epoch)
 
+    def test_with_drop_last_a_whole_request_has_to_fit(self) -> None:
+        """Of three wanted, two are had with micro-batches of one; the last two examples are left out."""
+        plan = plan_windows(ConstantSize(3), Progress(), examples=8, largest=1, drop_last=True)
+        assert list(plan) == [(1, 1)] * 3
+
     def test_an_epoch_without_examples_has_no_windows(self) -> None:
         assert Epoch(ConstantSize(7), Progress(), 0, 2, 1).windows() == []
 

@@ -135,6 +135,8 @@ def raises(error: BaseException) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"config_digest": "other"}, "the configuration says something else"),
+        ({"maximize": True}, "maximize False became True"),
         ({"metric": "loss"}, "metric 'val_loss' became 'loss'"),
         ({"targets": (1.0,)}, r"targets \[\] became \[1.0\]"),
     ],
