@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -169,17 +170,23 @@ class Prober:
             )
         if mismatch <= TOLERATED_MISMATCH:
             return Agreement(True, True, 2 * size)
-        state, repeats = RandomState.capture(), list[float]()
-        with Noiseless():  # type: ignore[no-untyped-call]
-            whole, mismatch = compared()
-            if not mismatch <= TOLERATED_MISMATCH and not self._uses_batch_statistics():
-                while len(repeats) < REPEATS and repeats != [0.0]:
-                    self.replay(piece, share)
-                    repeats.append(self._relative_difference(whole))
+        state, passes = RandomState.capture(), 2.0
+        # A loss that divides by its noise has no number without it.
+        for context in (Noiseless(), nullcontext()):  # type: ignore[no-untyped-call]
+            repeats: list[float] = []
+            with context:
+                whole, mismatch = compared()
+                if mismatch > TOLERATED_MISMATCH and not self._uses_batch_statistics():
+                    while len(repeats) < REPEATS and repeats != [0.0]:
+                        self.replay(piece, share)
+                        repeats.append(self._relative_difference(whole))
+            passes += 2 + len(repeats)
+            if math.isfinite(mismatch):
+                break
         state.restore()
         noise = sum(repeats) / max(len(repeats), 1)
         agrees = mismatch <= TOLERATED_MISMATCH + TOLERATED_NOISE * noise
-        return Agreement(agrees, False, (4 + len(repeats)) * size)
+        return Agreement(agrees, False, passes * size)
 
     def _take(self) -> list[Tensor | None]:
         self.ranks.sum_gradients(self.parameters)
@@ -198,4 +205,6 @@ class Prober:
                 change += float(torch.linalg.vector_norm(dense(difference)).square())
             elif gradient is not None:
                 change += float(torch.linalg.vector_norm(dense(gradient)).square())
+        if not math.isfinite(change + length):
+            return math.nan
         return change / length if length > 0.0 else float(change > 0.0)

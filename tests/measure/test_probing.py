@@ -1,5 +1,6 @@
 """Batches at hand into chunks, losses into gradients, and the check that cutting changes nothing."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -126,6 +127,11 @@ class RandomNoise(nn.Module):
         return inputs + self.draw(inputs)
 
 
+def divided_by_its_size(inputs: Tensor) -> Tensor:
+    noise = torch.randn_like(inputs)
+    return inputs * noise / noise.std()
+
+
 class TestSlicesAgree:
     @pytest.mark.parametrize("size", [8, 7])
     def test_a_mean_over_examples(self, size: int) -> None:
@@ -158,6 +164,7 @@ class TestSlicesAgree:
                 for draw in (torch.randn_like, lambda x: torch.zeros_like(x).normal_())
             ),
             (RandomNoise(lambda x: 2.0 * x * (torch.rand_like(x) < 0.5) - x), 7.0),  # by repeating it
+            (RandomNoise(divided_by_its_size), 9.0),  # as it is not a number without
         ],
         ids=lambda value: type(value).__name__,
     )
@@ -175,6 +182,12 @@ class TestSlicesAgree:
         for part in (piece, *prober.cut(piece, 4)):
             prober.replay(part, 1.0)
         assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("factor", [math.nan, math.inf])
+    def test_gradients_that_are_no_numbers_say_nothing(self, factor: float) -> None:
+        prober, _ = make(lambda model, inputs: factor * mean_loss(model, inputs))
+        with pytest.raises(ArithmeticError, match="Expected finite gradients, got some that are not"):
+            prober.slices_agree(*pieces(8), num_slices=4)
 
     def test_a_loss_without_any_gradient(self) -> None:
         prober, _ = make(lambda model, inputs: 0.0 * model(inputs).mean())
