@@ -291,17 +291,20 @@ class TestFailures:
         RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
         None,
         math.nan,
+        math.inf,
     )
 
-    @pytest.mark.parametrize("failure", FAILURES, ids=["raises", "memory", "none", "nan"])
+    @pytest.mark.parametrize("failure", FAILURES, ids=["raises", "memory", "none", "nan", "inf"])
+    @pytest.mark.parametrize("split_batch", [None, False], ids=["sliced", "whole"])
     def test_of_every_probe_costs_nothing_but_the_measurements(
-        self, decisions: list[tuple[float, Decision]], failure: Any
+        self, decisions: list[tuple[float, Decision]], failure: Any, split_batch: Any
     ) -> None:
         module = Failing(failure)
         # At the base batch size, where the factor is 1 whatever is measured.
-        callback = probing(base_batch_size=16)
-        # A loss that is no number is not the measuring's failure: it is left out, and tried again as usual.
-        failed = failure is None or isinstance(failure, Exception)
+        callback = probing(base_batch_size=16, split_batch=split_batch)
+        # A loss that is no number says nothing of slices. Where there are none it is not the measuring's
+        # failure: it is left out, and tried again as usual.
+        failed = split_batch is None or not isinstance(failure, float)
         message = "Measuring failed .* training goes on" if failed else "No law was fitted to a measurement"
         with pytest.warns(UserWarning, match=message):
             make_trainer(callback).fit(module, regression_data(16 * 40, 16))
