@@ -8,15 +8,7 @@ from typing import Any
 
 from benchmarks.cells import Store
 from benchmarks.fidelity import figures, held
-from benchmarks.fidelity.analysis import (
-    POINT,
-    Record,
-    joined,
-    mean,
-    pick,
-    summary,
-    unique,
-)
+from benchmarks.fidelity.analysis import POINT, Record, joined, mean, pick, summary, unique
 from benchmarks.fidelity.betas import betas_table
 from benchmarks.fidelity.free import free_table, free_targets
 from benchmarks.fidelity.ladder import best_ratio_table

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.fidelity.ensemble import Ensemble, Snapshot, shared_batch
-from benchmarks.fidelity.training import (
-    CONTINUED_EXAMPLES,
-    PHASES,
-    continuation_seed,
-    schedule,
-    train_to,
-)
+from benchmarks.fidelity.training import CONTINUED_EXAMPLES, PHASES, continuation_seed, schedule, train_to
 from benchmarks.fidelity.workloads import WORKLOADS, Workload, draw
 
 __all__ = ["SEEDS", "final_losses", "fixed_sample"]

@@ -20,13 +20,7 @@ from lightning_surge.checking.state import REMEDY, AnyFloat
 from lightning_surge.laws.objectives import OBJECTIVES
 from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.records import Measurement
-from lightning_surge.policy.estimates import (
-    EstimatedLaw,
-    Fit,
-    estimate,
-    fit_theorem3_law,
-    law_of,
-)
+from lightning_surge.policy.estimates import EstimatedLaw, Fit, estimate, fit_theorem3_law, law_of
 from lightning_surge.policy.history import NoiseHistory, NoiseStats
 from lightning_surge.policy.policy import Policy
 from lightning_surge.policy.reasons import Reason

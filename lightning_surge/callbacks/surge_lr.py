@@ -39,12 +39,7 @@ from lightning_surge.callbacks.logging import StepLog, StepRecord, add_layout, l
 from lightning_surge.callbacks.measuring.measurer import Measurer
 from lightning_surge.callbacks.measuring.plan import Pace
 from lightning_surge.callbacks.measuring.repeated_loss import LossFn
-from lightning_surge.callbacks.settings import (
-    LAWS,
-    SurgeSettings,
-    check_base,
-    refuse_retired,
-)
+from lightning_surge.callbacks.settings import LAWS, SurgeSettings, check_base, refuse_retired
 from lightning_surge.callbacks.step_examples import StepExamples
 from lightning_surge.checking.arguments import function, number, optional
 from lightning_surge.checking.state import restore, save

@@ -50,27 +50,43 @@ class Agreement(NamedTuple):
 
 
 class Noiseless(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Dropout keeps everything, and Gaussian noise is zero, in whatever runs inside.
+    """What is drawn inside is the same for every example, and so for batches of any size.
 
-    Two passes of the same examples then compute the same, in batches of any size. It acts on the operators
-    that layers, attention and functions come down to; compiled code runs uncompiled.
+    Dropout keeps everything, Gaussian noise is its mean, and a uniform draw is one number for all. It differs
+    from draw to draw, so that what draws until a number is accepted comes to an end. All this acts on the
+    operators that layers, attention and functions come down to; compiled code runs uncompiled.
     """
 
-    REPLACED: ClassVar[dict[str, dict[str, float]]] = {
-        "aten::bernoulli_": {"p": 1.0},
-        "aten::native_dropout": {"p": 0.0},
-        "aten::normal_": {"mean": 0.0, "std": 0.0},
-    }
+    UNIFORM: ClassVar = ("rand", "rand_like", "uniform_", "randint", "randint_like", "exponential_")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._draws = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call an operator, with the arguments replaced that make its result random."""
-        kind, names = func._schema.name, [argument.name for argument in func._schema.arguments]
-        if kind in ("aten::randn", "aten::randn_like"):
-            return torch.zeros_like(func(*args, **(kwargs or {})))
-        replaced = self.REPLACED.get(kind, {}) | dict.fromkeys({"dropout_p", "dropout"} & set(names), 0.0)
-        if replaced:
-            return func(**dict(zip(names, args, strict=False)) | (kwargs or {}) | replaced)
-        return func(*args, **(kwargs or {}))
+        """Call an operator, with what makes its result random taken out."""
+        kind = func._schema.name.removeprefix("aten::")
+        names = [argument.name for argument in func._schema.arguments]
+        given: dict[str, Any] = dict(zip(names, args, strict=False)) | (kwargs or {})
+        replaced: dict[str, Any] = dict.fromkeys({"dropout_p", "dropout"}.intersection(names), 0.0)
+        if kind == "native_dropout":
+            replaced["p"] = 0.0
+        elif kind in ("bernoulli", "bernoulli_"):
+            name = "p" if "p" in names else "self"
+            kept = given.get(name, 0.5)
+            replaced[name] = kept.ceil() if isinstance(kept, Tensor) else math.ceil(kept)
+        elif kind in ("normal", "normal_"):
+            replaced["std"] = 0.0 * given.get("std", 1.0)
+        result = func(**given | replaced) if replaced else func(*args, **(kwargs or {}))
+        if kind in ("randn", "randn_like"):
+            result.zero_()
+        elif kind in self.UNIFORM:
+            low, high = given.get("low", given.get("from", 0.0)), given.get("high", given.get("to", 1.0))
+            # Steps of the golden ratio spread them evenly.
+            drawn = low + (high - low) * ((0.5 + self._draws * 0.6180339887) % 1.0)
+            result.fill_(math.floor(drawn) if "high" in names else drawn)
+            self._draws += 1
+        return result
 
 
 class Prober:
@@ -148,22 +164,25 @@ class Prober:
 
         It is not where the loss couples the examples of a batch (contrastive losses, batch statistics), or
         is a sum over them. Dropout and noise make two passes differ too, and would hide that: so if the first
-        comparison fails there is another one without them. Other random numbers are allowed for, by what
-        repeating the whole batch changes; beside batch statistics no difference is forgiven.
+        comparison fails there is another one without them, unless no gradient is left then. Other random
+        numbers are allowed for, by what repeating the whole batch changes; beside batch statistics no
+        difference is forgiven.
         """
         slices = self.cut(piece, num_slices)
         self.ranks.meet()
         (size,) = self.ranks.total(sum(part.size for part in slices))
         share = piece.size / size if self.ranks.count > 1 else 1.0
 
-        def compared() -> tuple[list[Tensor | None], float]:
-            self.replay(piece, share)
+        def compared(noise: Callable[[], Any]) -> tuple[list[Tensor | None], float]:
+            with noise():
+                self.replay(piece, share)
             whole = self._take()
             for part in slices:
-                self.replay(part, part.size / size)
+                with noise():
+                    self.replay(part, part.size / size)
             return whole, self._relative_difference(whole)
 
-        _, mismatch = compared()
+        _, mismatch = compared(nullcontext)
         if not math.isfinite(mismatch):
             raise ArithmeticError(
                 "Expected finite gradients, got some that are not, as where the loss scale overflows"
@@ -171,22 +190,21 @@ class Prober:
         if mismatch <= TOLERATED_MISMATCH:
             return Agreement(True, True, 2 * size)
         state, passes = RandomState.capture(), 2.0
-        # A loss that divides by its noise has no number without it.
-        for context in (Noiseless(), nullcontext()):  # type: ignore[no-untyped-call]
+        for noise in (Noiseless, nullcontext):
             repeats: list[float] = []
-            with context:
-                whole, mismatch = compared()
-                if mismatch > TOLERATED_MISMATCH and not self._uses_batch_statistics():
-                    while len(repeats) < REPEATS and repeats != [0.0]:
+            whole, mismatch = compared(noise)
+            if mismatch > TOLERATED_MISMATCH and not self._uses_batch_statistics():
+                while len(repeats) < REPEATS and repeats != [0.0]:
+                    with noise():
                         self.replay(piece, share)
-                        repeats.append(self._relative_difference(whole))
+                    repeats.append(self._relative_difference(whole))
             passes += 2 + len(repeats)
-            if math.isfinite(mismatch):
+            # A loss that divides by its noise, or is a multiple of it, has no gradient without.
+            if math.isfinite(mismatch) and any(one is not None and bool(dense(one).any()) for one in whole):
                 break
         state.restore()
-        noise = sum(repeats) / max(len(repeats), 1)
-        agrees = mismatch <= TOLERATED_MISMATCH + TOLERATED_NOISE * noise
-        return Agreement(agrees, False, passes * size)
+        forgiven = TOLERATED_NOISE * sum(repeats) / max(len(repeats), 1)
+        return Agreement(mismatch <= TOLERATED_MISMATCH + forgiven, False, passes * size)
 
     def _take(self) -> list[Tensor | None]:
         self.ranks.sum_gradients(self.parameters)

@@ -91,11 +91,7 @@ class Family(NamedTuple):
 # By class name, so that the same algorithm from another package is recognised too. The first that matches
 # counts: `MuonWithAuxAdam` is no Adam.
 FAMILIES = (
-    Family(
-        "takes its learning rate for the sizes of its first steps only",
-        names="rprop",
-        scalable=False,
-    ),
+    Family("takes its learning rate for the sizes of its first steps only", names="rprop", scalable=False),
     Family(
         "takes the learning rate that it finds at one step for the next one, so a factor comes a step late",
         names="asgd",

@@ -32,6 +32,14 @@ LARGEST_MOVE = 4.0
 # Thresholds of the caveats: measurements; relative standard error; factor beyond the measured sizes; share of
 # the largest scheduled learning rate; share of the run since the last measurement.
 FEW_MEASUREMENTS, LARGE_ERROR, FAR_BEYOND, DECAYED, STALE = 5, 0.5, 2.0, 0.1, 0.25
+# What is divided by.
+POSITIVE = (
+    "batch_size",
+    "base_batch_size",
+    "lr_scale_predicted",
+    "law/smallest_measured",
+    "law/largest_measured",
+)
 
 
 class Caveat(Enum):
@@ -144,6 +152,9 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
         if math.isnan(number := run.at(name, at, group)):
             run.require(name, group)
             raise RunLogError(f"Expected {name} to be logged at step {at}, got none: pass another step.")
+        if math.isinf(number) or (number <= 0.0 and name in POSITIVE):
+            rule = f"{name} to be finite{' and positive' * (name in POSITIVE)}"
+            raise RunLogError(f"Expected {rule} at step {at}, got {number:g}: pass another step.")
         return number
 
     def error(name: str) -> float:
@@ -162,11 +173,9 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
 
     size, scale = value("batch_size"), value("lr_scale_predicted")
     scheduled, counts = run.require("lr_scheduled", group), run.get("num_measurements")
-    past = counts.steps <= at
-    changed = np.concatenate([[True], np.diff(counts.values[past]) != 0])
     errors = {
         size: error("lr_scale") / scale,
-        2.0 * size: error("lr_scale_doubled") / run.at("lr_scale_doubled", at),
+        2.0 * size: error("lr_scale_doubled") / (run.at("lr_scale_doubled", at) or math.nan),
     }
     return RunState(
         step=at,
@@ -183,7 +192,7 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
         scale_errors=tuple((size, one) for size, one in errors.items() if math.isfinite(one)),
         measured=(value("law/smallest_measured"), value("law/largest_measured")),
         num_measurements=int(value("num_measurements")),
-        measured_step=int(counts.steps[past][changed][-1]),
+        measured_step=int(counts.changes[counts.changes <= at][-1]),
         reason=one_of("held_because", {int(reason): reason for reason in Reason}),
     )
 

@@ -47,6 +47,12 @@ class Series(NamedTuple):
         index = np.minimum(np.searchsorted(self.steps, steps), self.steps.size - 1)
         return np.where(self.steps[index] == steps, self.values[index], np.nan)
 
+    @property
+    def changes(self) -> NDArray[np.int64]:
+        """The steps at which there is another value than before, shape `(n,)`."""
+        differs: NDArray[np.bool_] = np.append(True, self.values[1:] != self.values[:-1])
+        return self.steps[differs[: self.steps.size]]
+
 
 NOTHING = Series(np.array([], dtype=np.int64), np.array([], dtype=np.float64))
 
@@ -132,11 +138,8 @@ class RunLog:
     @cached_property
     def law_steps(self) -> NDArray[np.int64]:
         """Logged steps at which the law was a new one; shape `(n,)`, increasing."""
-        changed = []
-        for key, (steps, values) in self.series.items():
-            if key.startswith(LAW_PREFIX) and steps.size:
-                changed.append(steps[np.concatenate([[True], values[1:] != values[:-1]])])
-        return np.unique(np.concatenate(changed)) if changed else NOTHING.steps
+        changed = [one.changes for key, one in self.series.items() if key.startswith(LAW_PREFIX)]
+        return np.unique(np.concatenate([NOTHING.steps, *changed]))
 
     def law_at(self, step: int) -> Law | None:
         """The law that was in force at a logged step, made again from its numbers; None if none was known."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_surge.measure.batches import BatchError, split_leading_dimension
-from lightning_surge.measure.probing import Prober
+from lightning_surge.measure.probing import Noiseless, Prober
 from lightning_surge.measure.replay import Piece
 
 
@@ -124,12 +124,82 @@ class RandomNoise(nn.Module):
         self.draw = draw
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return inputs + self.draw(inputs)
+        return inputs + self.draw(inputs.detach())
 
 
 def divided_by_its_size(inputs: Tensor) -> Tensor:
     noise = torch.randn_like(inputs)
     return inputs * noise / noise.std()
+
+
+def one_of(*choices: float) -> Callable[[Tensor], Tensor]:
+    """Times a factor chosen at random for every number."""
+    factors = torch.tensor(choices, dtype=torch.float64)
+
+    def draw(inputs: Tensor) -> Tensor:
+        chosen = torch.multinomial(torch.ones(len(factors)), inputs.numel(), replacement=True)
+        return inputs * factors[chosen].view_as(inputs)
+
+    return draw
+
+
+def until_small(inputs: Tensor) -> Tensor:
+    while (draw := torch.rand(1, dtype=torch.float64)) > 0.1:
+        pass
+    return inputs * draw
+
+
+GAUSSIAN: tuple[Callable[[Tensor], Tensor], ...] = (
+    torch.randn_like,
+    lambda x: torch.randn(x.shape, dtype=x.dtype),
+    lambda x: torch.zeros_like(x).normal_(),
+    lambda x: torch.normal(x, 0.3),
+    lambda x: torch.normal(0.0, 1.0, x.shape).double(),
+    lambda x: torch.distributions.Normal(x, 0.3).sample(),
+)
+UNIFORM: tuple[Callable[[Tensor], Tensor], ...] = (
+    torch.rand_like,
+    lambda x: x * (torch.rand(x.shape) < 0.5),
+    lambda x: torch.zeros_like(x).uniform_(-1.0, 2.0),
+    lambda x: torch.distributions.Uniform(-1.0, 2.0).sample(x.shape).double(),
+    lambda x: torch.randint(7, x.shape).double(),
+    lambda x: torch.randint(-1, 7, x.shape).double(),
+    lambda x: torch.randint_like(x, -1, 7),
+    lambda x: nn.functional.gumbel_softmax(x),
+    until_small,
+)
+MASKS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x * torch.bernoulli(torch.full_like(x, 0.3)),
+    lambda x: x * torch.bernoulli(x, 0.3),
+    lambda x: x * torch.zeros_like(x).bernoulli_(torch.full_like(x, 0.3)),
+    lambda x: x * torch.distributions.Bernoulli(0.3).sample(x.shape),
+)
+
+
+class TestNoiseless:
+    @pytest.mark.parametrize(
+        ("draw", "wanted"),
+        [
+            (lambda x: torch.rand(4), (0.5, 0.118)),
+            (lambda x: x.uniform_(-1.0, 2.0), (0.5, -0.646)),
+            (lambda x: torch.randint(7, (4,)), (3.0, 0.0)),
+            (lambda x: torch.randint(3, 9, (4,)), (6.0, 3.0)),
+            (lambda x: torch.randint_like(x, -4, 3), (-1.0, -4.0)),
+            (lambda x: torch.normal(x, 5.0), (0.3, 0.3)),
+            (lambda x: torch.zeros(4).bernoulli_(x), (1.0, 1.0)),
+            (lambda x: torch.zeros(4).bernoulli_(), (1.0, 1.0)),
+            (lambda x: torch.bernoulli(x - 0.3), (0.0, 0.0)),
+        ],
+    )
+    def test_every_number_of_a_draw_is_the_same(
+        self, draw: Callable[[Tensor], Tensor], wanted: tuple[float, float]
+    ) -> None:
+        for _ in range(2):
+            with Noiseless():
+                drawn = [draw(torch.full((4,), 0.3)).double() for _ in wanted]
+            torch.testing.assert_close(
+                torch.stack(drawn), torch.tensor(wanted).double()[:, None].expand(2, 4), atol=1e-3, rtol=0
+            )
 
 
 class TestSlicesAgree:
@@ -159,16 +229,16 @@ class TestSlicesAgree:
             *((nn.Dropout(p), 4.0) for p in (0.3, 0.5, 0.9)),
             (nn.AlphaDropout(0.3), 4.0),
             (nn.TransformerEncoderLayer(64, 2, 8, dropout=0.5, batch_first=True), 4.0),
-            *(
-                (RandomNoise(draw), 4.0)
-                for draw in (torch.randn_like, lambda x: torch.zeros_like(x).normal_())
-            ),
-            (RandomNoise(lambda x: 2.0 * x * (torch.rand_like(x) < 0.5) - x), 7.0),  # by repeating it
+            *((RandomNoise(draw), 4.0) for draw in GAUSSIAN + UNIFORM + MASKS),
+            (RandomNoise(one_of(-1.0, 1.0)), 7.0),  # by repeating it
             (RandomNoise(divided_by_its_size), 9.0),  # as it is not a number without
         ],
         ids=lambda value: type(value).__name__,
     )
-    def test_random_numbers_are_forgiven(self, layer: nn.Module, passes: float) -> None:
+    def test_random_numbers_are_forgiven(
+        self, layer: nn.Module, passes: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lightning_surge.measure.probing.TOLERATED_MISMATCH", 1e-20)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 64), layer, nn.Tanh(), nn.Linear(64, 1)).double()
         prober, _ = make(mean_loss, model=model)
@@ -193,6 +263,10 @@ class TestSlicesAgree:
         prober, _ = make(lambda model, inputs: 0.0 * model(inputs).mean())
         assert prober.slices_agree(*pieces(8), num_slices=4)[0]
 
+    def test_a_loss_that_is_a_multiple_of_its_noise_is_compared_with_it(self) -> None:
+        prober, _ = make(lambda model, inputs: (torch.randn(len(inputs), 1) * model(inputs)).mean())
+        assert prober.slices_agree(*pieces(8), num_slices=4) == (True, False, 9.0 * 8)
+
     def test_parameters_that_only_slices_reach(self) -> None:
         def loss(model: Any, inputs: Tensor) -> Tensor:
             # The last layer is used for short batches only.
@@ -205,7 +279,9 @@ class TestSlicesAgree:
     @pytest.mark.slow
     @pytest.mark.parametrize("width", [4, 32])
     @pytest.mark.parametrize(
-        "layer", [nn.Dropout(0.1), nn.Dropout(0.5), RandomNoise(torch.randn_like)], ids=str
+        "layer",
+        [nn.Dropout(0.1), nn.Dropout(0.5), *(RandomNoise(draws[1]) for draws in (GAUSSIAN, UNIFORM, MASKS))],
+        ids=["dropout", "much_dropout", "gaussian", "uniform", "mask"],
     )
     @pytest.mark.parametrize(("loss", "accused"), [(mean_loss, 0), (sum_loss, 50), (contrastive, 50)])
     def test_of_fifty_networks_all_or_none_are_accused(

@@ -36,10 +36,7 @@ class TestAverages:
         assert history.stats().grad_sq == pytest.approx(np.average(kept, weights=0.5 ** ((19 - kept) / 2.0)))
 
     def test_bins_hold_sizes_within_a_factor_of_root_two(self) -> None:
-        rows = [
-            record(alignments=((10.0, 1.0), (30.0, 5.0))),
-            record(alignments=((9.0, 3.0), (36.0, 7.0))),
-        ]
+        rows = [record(alignments=((10.0, 1.0), (30.0, 5.0))), record(alignments=((9.0, 3.0), (36.0, 7.0)))]
         stats = history_of(rows, half_life=1.0).stats()
         small, large = stats.alignments
         # The newer one weighs 1, the older one 1/2.

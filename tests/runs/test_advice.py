@@ -1,4 +1,5 @@
 import math
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -169,6 +170,18 @@ class TestRunState:
     def test_codes_of_a_later_version(self, name):
         with pytest.raises(RunLogError, match=rf"Expected {name} to be one of \[0, .*, got 99: use a newer"):
             run_state(as_log(rows(**{name: 99.0})))
+
+    @pytest.mark.parametrize("number", [0.0, -1.0, math.inf])
+    @pytest.mark.parametrize("name", sorted(rows()[10]))
+    def test_numbers_that_no_training_logs_have_an_answer_or_are_refused(self, name, number):
+        with suppress(RunLogError):
+            advise(run_state(as_log(rows(**{name.removeprefix("surge/"): number}))), [30.0, 400.0])
+
+    def test_a_size_that_no_batch_has(self):
+        with pytest.raises(
+            RunLogError, match="Expected batch_size to be finite and positive at step 50, got 0:"
+        ):
+            run_state(as_log(rows(batch_size=0.0)))
 
     def test_the_code_of_a_retired_objective(self):
         with pytest.raises(RunLogError, match="got objective='edge', which is retired: train with"):
