@@ -143,7 +143,12 @@ class TestState:
         ]
         history = history_of(rows, half_life=2.0)
         other = history_of([record(99.0)], half_life=2.0)
-        other.load_state_dict(through_a_checkpoint(history.state_dict()))
+        state = through_a_checkpoint(history.state_dict())
+        for damage in ({"records": [*state["records"][:3], {}]}, {"num_measurements": 2}):
+            with pytest.raises((ValueError, KeyError)):
+                other.load_state_dict(state | damage)
+            assert (len(other), other.num_measurements, other.latest) == (1, 1, record(99.0))
+        other.load_state_dict(state)
         assert other.stats() == history.stats()
         assert other.replicates() == history.replicates()
         assert (len(other), other.num_measurements, other.latest) == (12, 15, rows[-1])

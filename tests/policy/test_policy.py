@@ -346,6 +346,15 @@ class TestState:
         assert resumed.state_dict() == policy.state_dict()
         assert [resumed.decide(64.0) for _ in range(30)] == [policy.decide(64.0) for _ in range(30)]
 
+    @pytest.mark.parametrize("damage", [{"used_to": 1e9}, {"held": "test"}, {"law": {"kind": 0}}])
+    def test_state_that_is_refused_changes_nothing(self, damage: dict[str, Any]) -> None:
+        policy = following(halves(CONSTANT))
+        policy.hold("before")
+        before = policy.state_dict()
+        with pytest.raises((ValueError, TypeError, KeyError)):
+            policy.load_state_dict(following(halves(SURGE)).state_dict() | damage)
+        assert policy.state_dict() == before
+
     def test_many_sizes_are_answered(self) -> None:
         """Batches counted in tokens have a new size at every step."""
         policy = unlimited(halves(SURGE))
