@@ -263,6 +263,10 @@ class TestClipping:
         trained(plain, loader, accumulate_grad_batches=accumulation, **clipping, **scaled_or(precision))
         assert torch.equal(plain.weights, clipped.weights)
 
-    def test_of_plain_gradients_is_warned_of(self) -> None:
+    @pytest.mark.parametrize(
+        "make", [Net, type("Clips", (Net,), {"configure_gradient_clipping": lambda *_, **__: None})]
+    )
+    def test_of_plain_gradients_is_warned_of(self, make: type[Net]) -> None:
+        clip = 1.0 if make is Net else None
         with pytest.warns(UserWarning, match="steps of SGD to be the gradient's, got clipping.*law='sqrt'"):
-            make_trainer(probing(), gradient_clip_val=1.0).fit(Net(sgd), data(2))
+            make_trainer(probing(), gradient_clip_val=clip).fit(make(sgd), data(2))
