@@ -24,6 +24,7 @@ from lightning_surge.laws.base import Law, SGDLaw, checked
 from lightning_surge.laws.objectives import OBJECTIVES, RETIRED
 from lightning_surge.laws.theorems import Theorem3Law
 from lightning_surge.laws.tradeoff import steps_needed
+from lightning_surge.policy.policy import MAX_DRIFT
 from lightning_surge.policy.reasons import Reason
 from lightning_surge.runs.run_log import RunLog, RunLogError, wanted_factor
 
@@ -230,7 +231,9 @@ def advise(state: RunState, batch_sizes: Sequence[float] = ()) -> Advice:
         Caveat.LIMITED_MOVE: wanted != allowed,
         Caveat.GRADIENT_STEPS: isinstance(law, SGDLaw),
         Caveat.INDEPENDENT_NOISE: isinstance(law, Theorem3Law),
-        Caveat.APPROACH: any(one.lr.value > state.lr_used for one in options if one.batch_size == suggested),
+        Caveat.APPROACH: any(
+            one.lr.value > state.lr_used * (1.0 + MAX_DRIFT) for one in options if one.batch_size == suggested
+        ),
     }
     caveats = tuple(caveat for caveat, applies in found.items() if applies)
     peak = _interval(law.peak.batch_size, state.peak_error)

@@ -81,8 +81,9 @@ class TestLearningRate:
 
     def test_a_larger_learning_rate_is_approached(self):
         state = replace(STATE, objective="progress", law=critical_at(240.0))
-        assert Caveat.APPROACH in advise(state).caveats
-        assert Caveat.APPROACH not in advise(replace(state, lr_used=1.0)).caveats
+        lr = option(state, advise(state).suggested).lr.value
+        for share, found in ((0.94, True), (0.97, False), (1.0 - 1e-7, False), (1.1, False)):
+            assert (Caveat.APPROACH in advise(replace(state, lr_used=share * lr)).caveats) is found
 
 
 class TestSuggestion:
