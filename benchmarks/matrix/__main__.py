@@ -31,7 +31,7 @@ TESTS = (
     "tests/callbacks/test_surge_lr.py",
     "tests/callbacks/test_surge_lr_lifecycle.py",
     "tests/callbacks/test_batch_size_scheduler.py",
-    "tests/callbacks/test_resumed_runs.py",
+    "tests/callbacks/resuming/test_resumed_runs.py",
     "tests/callbacks/test_several_optimizers.py",
     "tests/callbacks/test_other_callbacks.py",
     "tests/project/test_imports.py",
