@@ -160,6 +160,11 @@ def _check_parameters(optimizer: Optimizer, name: str, *, curvature: bool) -> No
                     f"{name} sums in float64, which device 'mps' does not have: use accelerator='cpu', or "
                     "law='sqrt', which measures nothing."
                 )
+            if parameter.is_complex():
+                raise MisconfigurationException(
+                    f"{name} measures real parameters, got dtype {parameter.dtype}: train "
+                    "torch.view_as_real of them, or pass law='sqrt', which measures nothing."
+                )
             if curvature and torch.finfo(parameter.dtype).eps > torch.finfo(torch.float32).eps:
                 raise MisconfigurationException(
                     f"Expected float32 parameters, got dtype {parameter.dtype}, which cannot hold the "

@@ -354,7 +354,7 @@ class SurgeLRCallback(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the hooks that put the factor on for the update alone."""
-        if trainer.global_step == 0 and self._measurer.budget.trained > 0.0:
+        if trainer.global_step == 0:
             self._reset()
         self._forget_run()
         name, index, behind = type(self).__name__, self.settings.optimizer, self._behind_step

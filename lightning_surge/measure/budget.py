@@ -101,6 +101,10 @@ class ProbeBudget(BudgetState):
         """A probe starts to gather its batches: `probe_every` counts from here."""
         self._steps_since_last, self._is_urgent = 0, urgent
 
+    def miss(self) -> None:
+        """A probe that started had no batch: the next one is due at once."""
+        self._steps_since_last = math.ceil((self.probe_every or 0) * self._spacing)
+
     def widen(self) -> None:
         """Double the spacing after a probe failed; every one that succeeds halves it again."""
         self._spacing *= WIDENING
@@ -140,6 +144,11 @@ class ProbeBudget(BudgetState):
         """Whether a probe of this cost stays within what the whole run may spend."""
         return self.probe_every is not None or self.spent + cost <= self.max_overhead * planned_examples
 
-    def affordable(self, cost: float, planned_examples: float) -> float:
-        """How many probes of this cost a whole run can pay for; 0 if `probe_every` asks for small ones."""
-        return 0.0 if self.probe_every is not None else self.max_overhead * planned_examples / cost
+    def affordable(self, cost: float, planned_examples: float, *, once: float = 0.0) -> float:
+        """How many probes of this cost a whole run can pay for; 0 if `probe_every` asks for small ones.
+
+        The first costs `once` more.
+        """
+        if self.probe_every is not None:
+            return 0.0
+        return (self.max_overhead * planned_examples - once) / cost

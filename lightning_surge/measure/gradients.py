@@ -214,6 +214,12 @@ def add_scaled(total: Sequence[Tensor], gradient: Sequence[Tensor | None], size:
             accumulated.add_(local(grad.detach()), alpha=size)
 
 
+def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """`left . right`."""
+    pairs = (pair for tensors in zip(left, right, strict=True) for pair in blocks(*tensors))
+    return sum(float(torch.dot(a.double(), b.double())) for a, b in pairs)
+
+
 def squared_norm(gradients: Sequence[Tensor | None], shares: Sequence[float] | None = None) -> Tensor:
     """`|g|^2` as a float64 scalar on the device, from gradients of any dtype."""
     found = [(dense(gradient.detach()), i) for i, gradient in enumerate(gradients) if gradient is not None]

@@ -205,6 +205,9 @@ class StashedNorms(GradientNorms):
         for parameter, before in zip(self._parameters if stashed else (), stashed, strict=True):
             if before is None:
                 continue
+            if parameter.grad is not None and before.is_sparse and not parameter.grad.is_sparse:
+                parameter.grad = parameter.grad + before
+                continue
             if parameter.grad is not None:
                 totals.append(before)
                 own.append(parameter.grad)
@@ -263,7 +266,11 @@ class HookedNorms(GradientNorms):
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """Hang a hook on every parameter."""
         self._parameters = parameters
-        self._hooks = [p.register_hook(self._hook(i)) for i, p in enumerate(parameters)]  # type: ignore[no-untyped-call]
+        self._hooks = [
+            parameter.register_hook(self._hook(i))  # type: ignore[no-untyped-call]
+            for i, parameter in enumerate(parameters)
+            if parameter.requires_grad
+        ]
 
     def _hook(self, index: int) -> Any:
         def see(gradient: Tensor) -> None:

@@ -8,31 +8,32 @@ once that cutting a batch does not change what is being measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, nn
 
 from lightning_surge.measure.batches import SplitBatch, TooFewExamplesError, group_evenly
 from lightning_surge.measure.distributed import ALONE, Ranks
-from lightning_surge.measure.gradients import dense
+from lightning_surge.measure.gradients import add_scaled, dense, inner, squared_norm, zeros
 from lightning_surge.measure.measurement import MIN_SLICES, slices_for
 from lightning_surge.measure.replay import Chunk, Piece, RandomState
 
 ComputeLoss = Callable[[Any, int], Tensor]
 """Mean loss of a batch, given the batch and its index."""
 
-# Slices whose mean gradient differs from the whole batch's by more than this share of its squared length,
-# beyond three times what repeating the whole batch with other random numbers changes on average, measure
-# something else. (Random numbers alone make the two equal on average.)
+# Slices whose mean gradient differs from the whole batch's by more than this share of its squared length
+# measure something else, unless random numbers make the difference.
 TOLERATED_MISMATCH = 0.01
-TOLERATED_NOISE = 3.0
-REPEATS = 3
-# Passes of a comparison, of another one without noise, and of a repetition that finds it all the same.
-CHECK_PASSES = 5
+# So many comparisons with other random numbers, which make another difference every time: a sum over the
+# examples, or a loss that couples them, makes the same. Two are enough if that is little of it, or all.
+COMPARISONS = 8
+COMMON = 0.5
+LITTLE, ALL = 0.25, 0.99
+# Passes of one comparison, and of another one without dropout.
+CHECK_PASSES = 4
 
 
 class Agreement(NamedTuple):
@@ -49,44 +50,24 @@ class Agreement(NamedTuple):
     passes: float
 
 
-class Noiseless(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What is drawn inside is the same for every example, and so for batches of any size.
+@contextmanager
+def silenced(module: nn.Module) -> Iterator[None]:
+    """Dropout and the like are off, in all layers but those that keep statistics, and recurrent ones.
 
-    Dropout keeps everything, Gaussian noise is its mean, and a uniform draw is one number for all. It differs
-    from draw to draw, so that what draws until a number is accepted comes to an end. All this acts on the
-    operators that layers, attention and functions come down to; compiled code runs uncompiled.
+    cuDNN computes no gradients of recurrent layers that are not in training.
     """
-
-    UNIFORM: ClassVar = ("rand", "rand_like", "uniform_", "randint", "randint_like", "exponential_")
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._draws = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call an operator, with what makes its result random taken out."""
-        kind = func._schema.name.removeprefix("aten::")
-        names = [argument.name for argument in func._schema.arguments]
-        given: dict[str, Any] = dict(zip(names, args, strict=False)) | (kwargs or {})
-        replaced: dict[str, Any] = dict.fromkeys({"dropout_p", "dropout"}.intersection(names), 0.0)
-        if kind == "native_dropout":
-            replaced["p"] = 0.0
-        elif kind in ("bernoulli", "bernoulli_"):
-            name = "p" if "p" in names else "self"
-            kept = given.get(name, 0.5)
-            replaced[name] = kept.ceil() if isinstance(kept, Tensor) else math.ceil(kept)
-        elif kind in ("normal", "normal_"):
-            replaced["std"] = 0.0 * given.get("std", 1.0)
-        result = func(**given | replaced) if replaced else func(*args, **(kwargs or {}))
-        if kind in ("randn", "randn_like"):
-            result.zero_()
-        elif kind in self.UNIFORM:
-            low, high = given.get("low", given.get("from", 0.0)), given.get("high", given.get("to", 1.0))
-            # Steps of the golden ratio spread them evenly.
-            drawn = low + (high - low) * ((0.5 + self._draws * 0.6180339887) % 1.0)
-            result.fill_(math.floor(drawn) if "high" in names else drawn)
-            self._draws += 1
-        return result
+    layers = [
+        layer
+        for layer in module.modules()
+        if layer.training and not layer._buffers and not isinstance(layer, nn.RNNBase)
+    ]
+    try:
+        for layer in layers:
+            layer.training = False
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 class Prober:
@@ -102,9 +83,11 @@ class Prober:
         split_batch: SplitBatch | None,
         ranks: Ranks = ALONE,
         uses_batch_statistics: Callable[[], bool] = lambda: False,
+        silenced: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.ranks = ranks
         self._uses_batch_statistics = uses_batch_statistics
+        self._silenced = silenced
         self.parameters = parameters
         self._compute_loss = compute_loss
         self._backward = backward
@@ -163,66 +146,68 @@ class Prober:
         """Whether the mean of the slices' gradients is the whole batch's gradient.
 
         It is not where the loss couples the examples of a batch (contrastive losses, batch statistics), or
-        is a sum over them. Dropout and noise make two passes differ too, and would hide that: so if the first
-        comparison fails there is another one without them, unless no gradient is left then. Other random
-        numbers are allowed for, by what repeating the whole batch changes; beside batch statistics no
-        difference is forgiven.
+        is a sum over them. Random numbers make the two differ as well. So where they differ, and there are no
+        batch statistics, they are compared again without dropout, and if they still differ, a few times more
+        with other random numbers: those do not make the same difference twice.
         """
         slices = self.cut(piece, num_slices)
         self.ranks.meet()
         (size,) = self.ranks.total(sum(part.size for part in slices))
         share = piece.size / size if self.ranks.count > 1 else 1.0
 
-        def compared(noise: Callable[[], Any]) -> tuple[list[Tensor | None], float]:
-            with noise():
-                self.replay(piece, share)
-            whole = self._take()
+        def compared() -> tuple[list[Tensor], float]:
+            """What the slices' gradient has more than the batch's, and its square relative to that one's."""
+            self.replay(piece, -share)
+            self.ranks.sum_gradients(self.parameters)
+            length = float(squared_norm([parameter.grad for parameter in self.parameters]))
+            for parameter in self.parameters:
+                if self.ranks.count > 1 and parameter.grad is not None:
+                    parameter.grad /= self.ranks.count  # it is summed again
             for part in slices:
-                with noise():
-                    self.replay(part, part.size / size)
-            return whole, self._relative_difference(whole)
+                self.replay(part, part.size / size)
+            more = self._take()
+            change = float(squared_norm(more))
+            if not math.isfinite(length + change):
+                raise ArithmeticError(
+                    "Expected finite gradients, got some that are not, as where the loss scale overflows"
+                )
+            return more, change / length if length > 0.0 else float(change > 0.0)
 
-        _, mismatch = compared(nullcontext)
-        if not math.isfinite(mismatch):
-            raise ArithmeticError(
-                "Expected finite gradients, got some that are not, as where the loss scale overflows"
-            )
-        if mismatch <= TOLERATED_MISMATCH:
+        if compared()[1] <= TOLERATED_MISMATCH:
             return Agreement(True, True, 2 * size)
-        state, passes = RandomState.capture(), 2.0
-        for noise in (Noiseless, nullcontext):
-            repeats: list[float] = []
-            whole, mismatch = compared(noise)
-            if mismatch > TOLERATED_MISMATCH and not self._uses_batch_statistics():
-                while len(repeats) < REPEATS and repeats != [0.0]:
-                    with noise():
-                        self.replay(piece, share)
-                    repeats.append(self._relative_difference(whole))
-            passes += 2 + len(repeats)
-            # A loss that divides by its noise, or is a multiple of it, has no gradient without.
-            if math.isfinite(mismatch) and any(one is not None and bool(dense(one).any()) for one in whole):
-                break
+        if self._uses_batch_statistics():
+            return Agreement(False, False, 2 * size)
+        state = RandomState.capture()
+        try:
+            with self._silenced():
+                agrees, comparisons = _agree(compared)
+        except Exception:
+            self._silenced = nullcontext  # the next attempt does without
+            raise
         state.restore()
-        forgiven = TOLERATED_NOISE * sum(repeats) / max(len(repeats), 1)
-        return Agreement(mismatch <= TOLERATED_MISMATCH + forgiven, False, passes * size)
+        return Agreement(agrees, False, 2 * (1 + comparisons) * size)
 
-    def _take(self) -> list[Tensor | None]:
+    def _take(self) -> list[Tensor]:
+        """The gradient over all processes, zeros where there is none."""
         self.ranks.sum_gradients(self.parameters)
-        gradients = [parameter.grad for parameter in self.parameters]
+        gradients = [zeros(p) if p.grad is None else dense(p.grad) for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
 
-    def _relative_difference(self, reference: Sequence[Tensor | None]) -> float:
-        """`|g - reference|^2 / |reference|^2` of the gradient at hand, which is dropped."""
-        change, length = 0.0, 0.0
-        for gradient, other in zip(self._take(), reference, strict=True):
-            if other is not None:
-                length += float(torch.linalg.vector_norm(dense(other)).square())
-                difference = other if gradient is None else gradient - other
-                change += float(torch.linalg.vector_norm(dense(difference)).square())
-            elif gradient is not None:
-                change += float(torch.linalg.vector_norm(dense(gradient)).square())
-        if not math.isfinite(change + length):
-            return math.nan
-        return change / length if length > 0.0 else float(change > 0.0)
+
+def _agree(compared: Callable[[], tuple[list[Tensor], float]]) -> tuple[bool, int]:
+    """Whether differences have less than half in common, and how many were needed to tell."""
+    total, mismatch = compared()
+    if mismatch <= TOLERATED_MISMATCH:
+        return True, 1
+    squares, products, count, common = float(squared_norm(total)), 0.0, 1, 1.0
+    while (count < COMPARISONS and LITTLE <= common <= ALL) or count == 1:
+        more, _ = compared()
+        products += inner(more, total)
+        squares += float(squared_norm(more))
+        add_scaled(total, more, 1.0)
+        count += 1
+        # The mean product of two of them over their mean square.
+        common = 2.0 * products / ((count - 1) * squares)
+    return common <= COMMON, count

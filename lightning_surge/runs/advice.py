@@ -33,6 +33,8 @@ LARGEST_MOVE = 4.0
 # Thresholds of the caveats: measurements; relative standard error; factor beyond the measured sizes; share of
 # the largest scheduled learning rate; share of the run since the last measurement.
 FEW_MEASUREMENTS, LARGE_ERROR, FAR_BEYOND, DECAYED, STALE = 5, 0.5, 2.0, 0.1, 0.25
+# What is known to within a factor of 100 at best is not known; of its logarithm.
+UNKNOWN = math.log(100.0)
 # What is divided by.
 POSITIVE = (
     "batch_size",
@@ -141,6 +143,8 @@ def run_state(run: RunLog, *, step: int | None = None, group: str | None = None)
     law = run.law_at(at)
     if law is None:
         measured = run.at("num_measurements", at)
+        if run.at("held_because", at) == Reason.RULE:
+            raise RunLogError("Expected a law that was measured, got a rule: train with law='measured'.")
         few = f"{measured:g} measurements, which do not determine it"
         later = run.law_steps[run.law_steps > at]
         raise RunLogError(
@@ -244,7 +248,7 @@ def _option(state: RunState, size: float, critical: Interval) -> Option:
     # Relative to what was logged.
     level = state.lr_scale / _factor(state, state.batch_size)
     scale, error = level * _factor(state, size), _relative_error(state, size)
-    spread = math.exp(error) if error < 700.0 else math.inf
+    spread = math.exp(error) if error < UNKNOWN else math.inf
     interval = Interval(scale, scale / spread, scale * spread)
     smallest, largest = state.measured
     steps = [_steps_ratio(size, state.batch_size, one) for one in critical]

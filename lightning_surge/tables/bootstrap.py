@@ -21,7 +21,7 @@ from lightning_surge.tables.law_fits import LAWS, FloatArray, LawFit, Optima, fi
 from lightning_surge.tables.optima import Valley
 
 CONFIDENCE = 0.95
-FEWEST = 20  # repetitions behind an interval: the ends of fewer are the largest and the smallest of a handful
+FEWEST_REPETITIONS = 20  # behind an interval: the ends of fewer are the largest and the smallest of a handful
 
 
 class Estimate(NamedTuple):
@@ -47,7 +47,7 @@ class Repetitions(NamedTuple):
 
 def estimate(name: str, value: float, drawn: Sequence[float]) -> Estimate:
     """Interval between the quantiles of repetitions."""
-    if len(drawn) < FEWEST:
+    if len(drawn) < FEWEST_REPETITIONS:
         return Estimate(name, value)
     tail = (1 - CONFIDENCE) / 2
     # Values that occurred, and no mean of two: one of them may be infinite.

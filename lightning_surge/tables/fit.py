@@ -18,12 +18,13 @@ import numpy as np
 
 from lightning_surge.checking.arguments import function, number, optional, whole
 from lightning_surge.laws.base import Law
-from lightning_surge.tables.bootstrap import Estimate, Repetitions, estimate, repeat
+from lightning_surge.tables.bootstrap import FEWEST_REPETITIONS, Estimate, Repetitions, estimate, repeat
 from lightning_surge.tables.law_fits import LAWS, HeldOut, LawFit, Optima, fit_law, hold_out
 from lightning_surge.tables.optima import Valley, valleys
 from lightning_surge.tables.read import Measure, RunTable
 
 FEWEST = 3  # batch sizes with an optimum inside their grid
+NO_INTERVALS = "use 0 for no intervals"
 MAX_SIZES = 200  # batch sizes up to which a table is a grid
 CLOSE = 1e-3  # relative difference of a target from what is written for it
 
@@ -121,7 +122,7 @@ def fit_grid(
         laws: names from `law_fits.LAWS`.
         tuned: whether a learning rate that is the only one of its batch size is the best one, as in tables of
             runs that others have tuned.
-        bootstrap: number of repetitions for the intervals, at least 0.
+        bootstrap: number of repetitions for the intervals, at least 20; 0 for none.
         seed: seed of the repetitions.
         at: batch sizes at which every law is asked for its learning rate, in examples.
         progress: called after each repetition.
@@ -143,7 +144,8 @@ def fit_grid(
     """
     if unknown := [name for name in laws if name not in LAWS]:
         raise ValueError(f"Expected laws among {', '.join(LAWS)}, got {unknown[0]!r}: choose one of them.")
-    bootstrap = whole("bootstrap", bootstrap, "use 0 for no intervals", least=0)
+    bootstrap = whole("bootstrap", bootstrap, NO_INTERVALS, least=0)
+    bootstrap = bootstrap and whole("bootstrap", bootstrap, NO_INTERVALS, least=FEWEST_REPETITIONS)
     seed = whole("seed", seed, "any count from 0 on", least=0)
     optional(function, "progress", progress)
     at = [number("at", size, "count examples per optimizer step") for size in at]

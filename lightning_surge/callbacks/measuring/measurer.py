@@ -25,7 +25,7 @@ from lightning_surge.callbacks.measuring.plan import (
     Probe,
     arrangement,
 )
-from lightning_surge.callbacks.measuring.pooling import Cutting, Pool, Versions
+from lightning_surge.callbacks.measuring.pooling import COMPARED_EXAMPLES, Cutting, Pool, Versions
 from lightning_surge.callbacks.measuring.repeated_loss import LossFn, RepeatedLoss
 from lightning_surge.callbacks.settings import SurgeSettings
 from lightning_surge.checking.arguments import number
@@ -37,15 +37,13 @@ from lightning_surge.measure.direction import Direction
 from lightning_surge.measure.distributed import ALONE, RankError
 from lightning_surge.measure.measurement import Whole
 from lightning_surge.measure.norms import WindowNorms
-from lightning_surge.measure.probing import CHECK_PASSES, Prober
+from lightning_surge.measure.probing import CHECK_PASSES, Prober, silenced
 from lightning_surge.measure.records import Measurement
 from lightning_surge.measure.replay import Chunk, Piece, TraceError
 
 # What the two counts of examples in a checkpoint may differ by: sums of fractions, and skipped steps.
 ROUNDING = 1e-9
 MOST_SKIPPED = 1e3
-# Examples of a batch whose slices are compared with it, where only a part of it is measured.
-COMPARED_EXAMPLES = 16.0
 # Into how many slices at most that part is cut: each tells `tr Sigma` once more.
 MAX_PARTS = 8
 
@@ -117,6 +115,7 @@ class Measurer:
         self._ranks = ALONE
         self._first_window = True
         self._told_of_first = self._told_of_failure = False
+        self._at_hand: Probe | None = None
         # For good: a repeated step leaves traces in training. Norms of windows are still taken.
         self.off = False
         self.budget = self._plan.budget
@@ -148,6 +147,7 @@ class Measurer:
             split_batch=None,
             ranks=self._ranks,
             uses_batch_statistics=self._loss.uses_batch_statistics,
+            silenced=partial(silenced, pl_module),
         )
         self._instruments.begin(optimizer, direction, self._prober)
 
@@ -167,7 +167,9 @@ class Measurer:
     def close_window(self) -> None:
         """The optimizer has stepped, or skipped."""
         self._norms.close()
-        self._at_hand: Probe | None = None
+        if self._at_hand is not None:
+            self.budget.miss()
+            self._at_hand = None
         self._measured: Measurement | None = None
         self._windows_done = False
 
@@ -253,8 +255,7 @@ class Measurer:
             # Directions smaller than the base batch are of no use to the ratio, and mostly zeros where
             # gradients are sparse.
             smallest = max(base or whole, smallest)
-        # If random numbers hide what the comparison is about.
-        check = CHECK_PASSES * (min(size, COMPARED_EXAMPLES) if at_hand else size) * self._ranks.count
+        check = CHECK_PASSES * min(size, COMPARED_EXAMPLES) * self._ranks.count
         return self._plan.next_probe(
             whole,
             base or whole,
@@ -410,11 +411,10 @@ class Measurer:
         self, piece: Piece, probe: Probe, whole: list[Any], factor: float
     ) -> Measurement | None:
         prober, cutting = self._prober, self._cutting
-        if not cutting.checked:
-            part = prober.cut(piece, int(max(piece.size // COMPARED_EXAMPLES, 1)))[0]
-            prober.loss_scale = self._loss.scale_for([Chunk((part,))], piece.size)
-            if not cutting.agrees([part], prober, self.budget):
-                return None
+        compared = piece._replace(size=min(piece.size, COMPARED_EXAMPLES))
+        prober.loss_scale = self._loss.scale_for([Chunk((compared,))], piece.size)
+        if not cutting.agrees([piece], prober, self.budget):
+            return None
         length = max(probe.examples / MAX_PARTS, SMALLEST_SLICE)
         parts, examples = prober.cut(piece, int(piece.size // length)), 0.0
         chunks: list[Chunk] = []

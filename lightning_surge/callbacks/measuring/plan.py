@@ -61,7 +61,7 @@ class Probe(NamedTuple):
 
 def arrangement(kind: Kind, base: float) -> tuple[float, int]:
     """Examples in the chunks that a pool is to be made of, and how many chunks at least."""
-    fewest = 2 * MIN_SLICES if kind is Kind.COORDINATES else MIN_SLICES
+    fewest = CoordinateMeasurement.FEWEST_CHUNKS if kind is Kind.COORDINATES else MIN_SLICES
     return SMALLEST_SLICE if kind is Kind.NORMS else base, fewest
 
 
@@ -161,15 +161,16 @@ class MeasuringPlan:
         question = size, base, smallest, at_hand, kind, batch, check, self._planned
         if question != self._asked:
             # The same at every step of a batch size that stays.
-            self._asked, self._answer = question, self._options(size, base, smallest, at_hand, kind)
-            self._costs = [
-                self._cost(probe) + probe_cost(check * self._cuts(probe, base, batch))
-                for probe in self._answer
-            ]
-            self._tell_of_a_short_run(min(self._costs))
-        changed = self._is_new(size)
-        probe, cost = self._answer[changed], self._costs[changed]
-        urgent = changed
+            def once(probe: Probe) -> float:
+                return probe_cost(check * self._cuts(probe, base, batch))
+
+            self._asked, self._answer = question, self._options(size, base, smallest, at_hand, kind, once)
+            self._costs = [self._cost(probe) + once(probe) for probe in self._answer]
+            self._tell_of_a_short_run(min(self._costs), accumulates_later=size_ahead(self._planned) > size)
+        urgent = changed = self._is_new(size)
+        # Something is better than nothing.
+        least = not self.budget.measurements and not self.budget.has_room(self._costs[0], self._planned)
+        probe, cost = self._answer[changed or least], self._costs[changed or least]
         if not self.budget.measurements and not changed:
             # Before the first change of the batch size, if it is known: pooling takes that long.
             urgent = size_ahead(probe.examples + size) >= CHANGED * size
@@ -179,16 +180,33 @@ class MeasuringPlan:
         self.budget.start(urgent=urgent)
         return probe
 
-    def _options(self, size: float, base: float, smallest: float, at_hand: bool, kind: Kind) -> list[Probe]:
-        """A probe to follow training with, and one for the first step after a change of the batch size."""
-        pooled = Probe(kind, self._settings.probe_examples or self._pooled(size, base, smallest, kind))
+    def _options(
+        self,
+        size: float,
+        base: float,
+        smallest: float,
+        at_hand: bool,
+        kind: Kind,
+        once: Callable[[Probe], float] = lambda _: 0.0,
+    ) -> list[Probe]:
+        """A probe to follow training with, and one for the first step after a change of the batch size.
+
+        The first one costs `once` more.
+        """
+
+        def affordable(probe: Probe) -> float:
+            return self.budget.affordable(self._cost(probe), self._planned, once=once(probe))
+
+        pooled = Probe(
+            kind, self._settings.probe_examples or self._pooled(size, base, smallest, kind, affordable)
+        )
         if not at_hand or self._settings.probe_examples:
             return [pooled, pooled]
         part = min(size / 2.0, POOLED)
         while (
             part >= 4.0
             and self._settings.probe_every is None
-            and self.budget.affordable(probe_cost(part), self._planned) < FEW_PROBES
+            and affordable(Probe(kind, part, at_hand=True)) < FEW_PROBES
         ):
             part /= 2.0
         part = float(math.ceil(part))
@@ -196,14 +214,16 @@ class MeasuringPlan:
         # Pairs of examples per pass: `b (n - b) + b^2 / 2` of a slice, `M^2 / 2` of a pool.
         return [here if size - part / 2.0 > pooled.examples / 2.0 else pooled, here]
 
-    def _pooled(self, size: float, base: float, smallest: float, kind: Kind) -> float:
+    def _pooled(
+        self, size: float, base: float, smallest: float, kind: Kind, affordable: Callable[[Probe], float]
+    ) -> float:
         """A power-of-two multiple of the batch size, for which at least some probes are affordable."""
-        chunks = CoordinateMeasurement.FEWEST_CHUNKS if kind is Kind.COORDINATES else MIN_SLICES
+        _, chunks = arrangement(kind, base)
         examples = size
         while examples < NEARLY * chunks * smallest:
             examples *= 2
         while True:
-            number = self.budget.affordable(self._cost(Probe(kind, 2 * examples)), self._planned)
+            number = affordable(Probe(kind, 2 * examples))
             few = kind is Kind.NORMS and 2 * examples <= POOLED and number >= FEW_PROBES
             many = 2 * examples <= MAX_SLICES * base and number >= ENOUGH_PROBES
             if not (few or many):
@@ -225,18 +245,23 @@ class MeasuringPlan:
             probe.examples, *arrangement(probe.kind, base)
         )
 
-    def _tell_of_a_short_run(self, cost: float) -> None:
+    def _tell_of_a_short_run(self, cost: float, *, accumulates_later: bool) -> None:
         if self._told_of_short_run or not math.isfinite(self._planned) or self._settings.probe_every:
             return
         self._told_of_short_run = True
         total = self._settings.max_overhead * self._planned
         if cost > total and not self.budget.measurements:
+            first = "Before the batch size changes, nothing" if accumulates_later else "Nothing"
+            free = (
+                ""
+                if accumulates_later
+                else ", or accumulate_grad_batches=2, which is measured without passes"
+            )
             rank_zero_info(
-                f"Nothing will be measured: the smallest measurement takes {cost:g} passes, and "
+                f"{first} will be measured: the smallest measurement passes {cost:g} examples, and "
                 f"max_overhead={self._settings.max_overhead:g} of the {self._planned:g} examples of this run "
-                f"affords {total:g}. The factor stays that of square-root scaling. Train longer, pass "
-                f"max_overhead={_rounded_up(cost / self._planned):g}, or accumulate_grad_batches=2, which is "
-                "measured without passes."
+                f"affords {total:g}. The factor stays that of square-root scaling. Train longer, or pass "
+                f"max_overhead={_rounded_up(cost / self._planned):g}{free}."
             )
 
     def has_room(self, probe: Probe) -> bool:

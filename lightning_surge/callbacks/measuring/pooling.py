@@ -15,19 +15,25 @@ from lightning_surge.measure.replay import ChangedBatchError, Piece
 
 # Checkpoints in a row that may interrupt a measurement before the user is told.
 PATIENCE = 3
-# Slices that a batch is compared with.
+# Slices that a part of a batch is compared with, and about how many examples it has.
 COMPARED = 4
+COMPARED_EXAMPLES = 16.0
 
 
 class Versions:
     """Tells whether a pass has changed its batch, which then cannot be passed again."""
 
     def __init__(self, batch: Any = None) -> None:
-        self._versions = [tensor._version for tensor in tensors_in(batch)]
+        self._versions = self._of(batch)
+
+    @staticmethod
+    def _of(batch: Any) -> list[int]:
+        # Inference tensors, which nothing can change in place, have none.
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors_in(batch)]
 
     def check(self, batch: Any) -> bool:
         """True, after the pass."""
-        if self._versions != [tensor._version for tensor in tensors_in(batch)]:
+        if self._versions != self._of(batch):
             raise ChangedBatchError(
                 "Expected a training_step that leaves its batch alone, but it changes a tensor of it in "
                 "place: work on a copy"
@@ -145,14 +151,21 @@ class Cutting:
         if self.checked:
             return self.allowed
         # The cheapest that can be cut: a size may count tokens, and a batch be a single row.
-        # Slices of a single example would be refused by batch statistics.
         by_size = sorted(pieces, key=lambda piece: piece.size)
-        slices = int(min(max(by_size[0].size // 2, 2), COMPARED))
-        piece = next((piece for piece in by_size if len(prober.cut(piece, slices)) > 1), None)
+        piece = next((piece for piece in by_size if len(prober.cut(piece, 2)) > 1), None)
+        parts = int(piece.size // COMPARED_EXAMPLES) if piece is not None else 0
+        while piece is not None and parts > 1:
+            part = prober.cut(piece, parts)[0]
+            if len(prober.cut(part, 2)) > 1:
+                piece = part
+                break
+            parts //= 2
         prober.ranks.meet()
         if not any(prober.ranks.total(float(piece is not None))):
             return True  # nothing was cut
-        found = prober.slices_agree(piece or pieces[0], slices)
+        piece = piece or pieces[0]
+        # Slices of a single example would be refused by batch statistics.
+        found = prober.slices_agree(piece, int(min(max(piece.size // 2, 2), COMPARED)))
         self.checked, self.exact = True, found.exact
         budget.charge(probe_cost(found.passes), measured=False)
         if not found.agrees:

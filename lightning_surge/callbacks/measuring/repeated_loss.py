@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -54,8 +54,8 @@ class RepeatedLoss:
             with self._trainer.precision_plugin.train_step_context():
                 loss: Any = self._loss_fn(self._module, batch)
         else:
-            parameters = inspect.signature(self._module.training_step).parameters
-            arguments = (batch, batch_idx)[: len(parameters)]
+            indexed = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
+            arguments = (batch, batch_idx) if indexed else (batch,)
             if self._ranks.count > 1:
                 # Around the wrapper, whose forward pass would prepare a reduction.
                 with self._trainer.precision_plugin.train_step_context():
