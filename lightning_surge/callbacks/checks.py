@@ -18,7 +18,7 @@ from lightning_surge.callbacks.lightning_host import (
     replicas_of,
     warn,
 )
-from lightning_surge.callbacks.settings import REFERENCE_RULES
+from lightning_surge.callbacks.settings import REFERENCE_RULES, SurgeSettings
 from lightning_surge.measure.direction import SIGN
 from lightning_surge.measure.distributed import Ranks
 from lightning_surge.optimizers.families import decay_follows_lr, optimizer_family
@@ -28,17 +28,11 @@ from lightning_surge.schedules.windows import accumulation_for
 
 
 def check_trainer(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
-    name: str,
-    *,
-    measures: bool,
-    repeats_step: bool,
-    curvature: bool,
+    trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, settings: SurgeSettings, repeats_step: bool
 ) -> None:
     """Refuse a Trainer or module that the callback cannot serve."""
-    probes = curvature or not pl_module.automatic_optimization
-    check_processes(trainer, name, measures=measures, probes=probes)
+    probes = settings.needs_curvature or not pl_module.automatic_optimization
+    check_processes(trainer, name, measures=settings.measures, probes=probes)
     if not pl_module.automatic_optimization and repeats_step:
         raise MisconfigurationException(
             f"{name} cannot repeat the training_step of {type(pl_module).__name__}, which optimizes "
@@ -79,16 +73,10 @@ def served_optimizer(
 
 
 def check_optimizer(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
-    optimizer: Optimizer,
-    name: str,
-    law: str,
-    *,
-    curvature: bool,
+    trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer, name: str, settings: SurgeSettings
 ) -> None:
     """Refuse optimizers that the law does not describe, and name one that is not known."""
-    family = optimizer_family(optimizer)
+    law, curvature, family = settings.law, settings.needs_curvature, optimizer_family(optimizer)
     direction, why = family.direction, family.why
     for index, group in enumerate(optimizer.param_groups):
         if group.get("relative_step", False) or group.get("lr") is None:
@@ -127,7 +115,7 @@ def check_optimizer(
             f"{type(optimizer).__name__}, which {why}: use objective='progress' or "
             "'alignment', without log_peak=True."
         )
-    clips = trainer.gradient_clip_val or overrides(pl_module, "configure_gradient_clipping")
+    clips = trainer.gradient_clip_val or overrides(module, "configure_gradient_clipping")
     if direction.loss_power and clips:
         warn(
             f"law={law!r} takes the steps of {type(optimizer).__name__} to be the gradient's, got clipping: "

@@ -188,13 +188,8 @@ class SurgeLRCallback(Callback):
         self._may_choose_objective = objective is None and law == "measured"
         optional(function, "loss_fn", loss_fn, of="(module, batch)")
         if split_batch is not False:
-            optional(
-                function,
-                "split_batch",
-                split_batch,
-                "None cuts tensors, False never cuts",
-                of="(batch, num_slices)",
-            )
+            remedy = "None cuts tensors, False never cuts"
+            optional(function, "split_batch", split_batch, remedy, of="(batch, num_slices)")
         self._examples_in = BatchCounter(batch_size_fn, type(self).__name__)
         self._loss_fn = loss_fn
         self._split_batch = split_batch
@@ -315,17 +310,10 @@ class SurgeLRCallback(Callback):
         """Check the Trainer and take a place between batch schedules and everything else."""
         if stage != "fit":
             return
-        name, measures = type(self).__name__, self.settings.measures
-        repeats_step = measures and self._loss_fn is None
+        name = type(self).__name__
         check_versions(trainer, name)
-        check_trainer(
-            trainer,
-            pl_module,
-            name,
-            measures=measures,
-            repeats_step=repeats_step,
-            curvature=self.settings.needs_curvature,
-        )
+        repeats_step = self.settings.measures and self._loss_fn is None
+        check_trainer(trainer, pl_module, name, self.settings, repeats_step)
         ours = callbacks_of(trainer, SurgeLRCallback)
         indices = [callback.settings.optimizer for callback in ours]
         if len(indices) > 1 and (None in indices or len(set(indices)) < len(indices)):
@@ -344,8 +332,7 @@ class SurgeLRCallback(Callback):
         """Check the optimizer, before any time is spent on training."""
         name, index = type(self).__name__, self.settings.optimizer
         optimizer = served_optimizer(trainer, pl_module, name, index)
-        curvature = self.settings.needs_curvature
-        check_optimizer(trainer, pl_module, optimizer, name, self.settings.law, curvature=curvature)
+        check_optimizer(trainer, pl_module, optimizer, name, self.settings)
         if self.settings.scale_weight_decay is not True:
             check_weight_decay(optimizer, name, self.settings.scale_weight_decay)
         if self._may_choose_objective:

@@ -49,8 +49,7 @@ class CoordinateMeasurement(Passes):
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
-        super().__init__(parameters, replay, ranks)
-        self._delta = delta
+        super().__init__(parameters, replay, ranks, delta)
         self._scales = scales
         self._sizes = tuple(sizes)
         self._law = law

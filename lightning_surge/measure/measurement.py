@@ -79,10 +79,13 @@ def slices_for(batch_size: float, base_batch_size: float, fewest: int = MIN_SLIC
 class Passes:
     """Computes the gradients of chunks, and counts the examples passed."""
 
-    def __init__(self, parameters: Sequence[Tensor], replay: Replay, ranks: Ranks) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], replay: Replay, ranks: Ranks = ALONE, delta: float = math.nan
+    ) -> None:
         self._parameters = parameters
         self._replay = replay
         self._ranks = ranks
+        self._delta = delta
         self._passes = 0.0
 
     def _pass(self, chunk: Chunk, weight: float = 1.0) -> Chunk:
@@ -173,8 +176,7 @@ class LawMeasurement(Passes):
         direction: Direction = SIGN,
         ranks: Ranks = ALONE,
     ) -> None:
-        super().__init__(parameters, replay, ranks)
-        self._delta = delta
+        super().__init__(parameters, replay, ranks, delta)
         self._stream = ChunkStream(parameters, scales=scales, direction=direction)
         # Of the pairs of chunks: size of the direction, examples it was measured on, curvature.
         self._pairs: list[tuple[float, float, float]] = []
@@ -208,11 +210,7 @@ class LawMeasurement(Passes):
         return realised_slope(self._parameters, direction, self._delta, gradient)
 
     def _secant(
-        self,
-        chunks: Sequence[Chunk],
-        direction: Displacement,
-        slope: float,
-        release: list[Tensor] | None = None,
+        self, chunks: Sequence[Chunk], along: Displacement, slope: float, release: list[Tensor] | None = None
     ) -> float:
         # The replays rewind the random streams; later chunks must not draw the same numbers again.
         random_state = RandomState.capture()
@@ -226,7 +224,7 @@ class LawMeasurement(Passes):
 
         curvature = secant_curvature(
             self._parameters,
-            direction=direction,
+            direction=along,
             slope=slope,
             gradient_at_displaced=gradient_at_displaced,
             delta=self._delta,

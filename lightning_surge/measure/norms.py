@@ -266,11 +266,7 @@ class HookedNorms(GradientNorms):
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """Hang a hook on every parameter."""
         self._parameters = parameters
-        self._hooks = [
-            parameter.register_hook(self._hook(i))  # type: ignore[no-untyped-call]
-            for i, parameter in enumerate(parameters)
-            if parameter.requires_grad
-        ]
+        self._hooks = [p.register_hook(self._hook(i)) for i, p in enumerate(parameters) if p.requires_grad]  # type: ignore[no-untyped-call]
 
     def _hook(self, index: int) -> Any:
         def see(gradient: Tensor) -> None:

@@ -56,14 +56,11 @@ def silenced(module: nn.Module) -> Iterator[None]:
 
     cuDNN computes no gradients of recurrent layers that are not in training.
     """
-    layers = [
-        layer
-        for layer in module.modules()
-        if layer.training and not layer._buffers and not isinstance(layer, nn.RNNBase)
-    ]
+    kept = (layer for layer in module.modules() if not (layer._buffers or isinstance(layer, nn.RNNBase)))
+    layers = [layer for layer in kept if layer.training]
+    for layer in layers:
+        layer.training = False
     try:
-        for layer in layers:
-            layer.training = False
         yield
     finally:
         for layer in layers:

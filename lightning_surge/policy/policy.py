@@ -201,13 +201,14 @@ class Policy:
 
     def _compute_target(self, batch_size: float) -> Decision:
         quotient = batch_size / self.base_batch_size
+        reach = max(quotient, 1.0 / quotient)
         if self.fixed_law is not None:
             predicted = step_ratio(self.fixed_law, batch_size, self.base_batch_size)
-            return self._bounded(predicted, 0.0, predicted, quotient, Reason.RULE)
+            return self._bounded(predicted, 0.0, predicted, reach, Reason.RULE, None)
         held = None if self._held is None else self._held[1]
         if self.law is None:
             root = math.sqrt(quotient)
-            return self._bounded(root, math.inf, root, quotient, Reason.NOTHING_MEASURED, held)
+            return self._bounded(root, math.inf, root, reach, Reason.NOTHING_MEASURED, held)
         try:
             predicted = self._wanted(self.law, batch_size)
             log_predicted = math.log(predicted)
@@ -215,7 +216,7 @@ class Policy:
             predicted, log_predicted = math.nan, math.nan
         if not math.isfinite(log_predicted):
             root = math.sqrt(quotient)
-            return self._bounded(root, math.inf, root, quotient, Reason.NO_LAW_HERE)
+            return self._bounded(root, math.inf, root, reach, Reason.NO_LAW_HERE, None)
         error = self._log_standard_error(batch_size)
         log_sqrt = 0.5 * math.log(quotient)
         weight = log_sqrt**2 / (log_sqrt**2 + error**2) if log_sqrt != 0.0 else 1.0
@@ -224,28 +225,18 @@ class Policy:
             because = Reason.UNCERTAIN
         else:
             because = Reason.UNRESOLVED if self.law.at_edge else Reason.MEASURED
-        return self._bounded(predicted, predicted * error, shrunk, quotient, because, held)
+        return self._bounded(predicted, predicted * error, shrunk, reach, because, held)
 
     def _log_standard_error(self, batch_size: float) -> float:
         if self.law is None or batch_size == self.base_batch_size:
             return 0.0
         scatter = self.law.standard_error(lambda law: math.log(self._wanted(law, batch_size)))
-        return math.hypot(
-            scatter,
-            self.law.extrapolation_error(batch_size),
-            self.law.extrapolation_error(self.base_batch_size),
-        )
+        beyond = map(self.law.extrapolation_error, (batch_size, self.base_batch_size))
+        return math.hypot(scatter, *beyond)
 
     def _bounded(
-        self,
-        predicted: float,
-        error: float,
-        ratio: float,
-        quotient: float,
-        because: Reason,
-        held: Reason | None = None,
+        self, predicted: float, error: float, ratio: float, reach: float, because: Reason, held: Reason | None
     ) -> Decision:
-        reach = max(quotient, 1.0 / quotient)
         low, high = self._bounds or (1.0 / reach, reach)
         if not low <= ratio <= high:
             because = Reason.BOUNDED_ABOVE if ratio > high else Reason.BOUNDED_BELOW

@@ -198,11 +198,7 @@ def _telling(frame: pd.DataFrame, roles: Mapping[str, str], source: str, notes: 
 
 
 def _runs(
-    frame: pd.DataFrame,
-    roles: Mapping[str, str],
-    measure: Measure | None,
-    maximize: bool,
-    said: Sequence[str],
+    frame: pd.DataFrame, roles: Mapping[str, str], measure: Measure | None, maximize: bool, said: list[str]
 ) -> RunTable:
     counted = [role for role in ("steps", "examples") if role in roles]
     if measure is None:

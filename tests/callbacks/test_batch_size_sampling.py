@@ -424,12 +424,7 @@ class TestTwoProcesses:
     RAMP = LinearRamp(2, 40, 10)
 
     def fit(
-        self,
-        model: Noting,
-        path: Path,
-        *data: Any,
-        scheduler: BatchSizeScheduler | None = None,
-        **options: Any,
+        self, model: Noting, path: Path, *data: Any, scheduler: Any = None, **options: Any
     ) -> dict[str, Any]:
         scheduler = scheduler or BatchSizeScheduler(self.RAMP)
 

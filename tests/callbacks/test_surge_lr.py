@@ -1,6 +1,7 @@
 import itertools
 import math
 import random
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, default_collate
 from torchmetrics import MeanSquaredError
 
-from lightning_surge import BatchSizeScheduler, SurgeLRCallback
+from lightning_surge import BatchSizeScheduler, BatchSizeWarmup, SurgeLRCallback
 from lightning_surge.callbacks.logging import law_metrics
 from lightning_surge.laws.base import LinearLaw
 from lightning_surge.measure.budget import ARITHMETIC
@@ -107,13 +108,7 @@ class TestDryRun:
         ],
     )
     def test_is_bit_identical_to_no_callback(
-        self,
-        source: str,
-        batch_size: int,
-        accumulation: int,
-        law: str,
-        batch_norm: bool,
-        make_optimizer: MakeOptimizer,
+        self, source: str, batch_size: int, accumulation: int, law: str, batch_norm: bool, make_optimizer: Any
     ) -> None:
         def run(*callbacks: Callback) -> tuple[Everything, Any, Memory]:
             memory = Memory()
@@ -374,14 +369,27 @@ class TestMeasuring:
         assert after[0] == before[-1] + 1
         assert callback.law_history[before[-1]].step == 64
 
-    def test_a_run_that_affords_none_is_told_so_once(self, caplog: pytest.LogCaptureFixture) -> None:
-        for options, told in (({"max_overhead": 0.01}, 1), ({"max_overhead": 0.5}, 0), ({"law": "sqrt"}, 0)):
+    @pytest.mark.parametrize("scheduler", [None, BatchSizeWarmup(16, 64, 20)])
+    @pytest.mark.parametrize("dropout", [0.0, 0.2])
+    def test_a_run_that_affords_none_is_told_so_once_and_what_would(
+        self, caplog: pytest.LogCaptureFixture, dropout: float, scheduler: Any
+    ) -> None:
+        def measured(base: int, max_overhead: float) -> tuple[int, list[str]]:
             caplog.clear()
+            module, callback = Regression(), SurgeLRCallback(base, max_overhead=max_overhead)
+            module.net.insert(1, nn.Dropout(dropout))
             with caplog.at_level("INFO"):
-                trained(Regression(), regression_data(64, 8), SurgeLRCallback(8, **options), max_epochs=2)
-            said = [text for text in caplog.messages if "Nothing will be measured" in text]
-            assert len(said) == told
-            assert all("of the 128 examples" in text for text in said)
+                trained(module, regression_data(640, 16), *filter(None, [scheduler]), callback)
+            said = [text for text in caplog.messages if "the smallest measurement passes" in text]
+            return len(callback.history), said
+
+        for base in (4, 16):
+            count, (said,) = measured(base, 0.01)
+            assert said.startswith("Nothing") is (count == 0) is (scheduler is None)
+            assert ("accumulate_grad_batches=2" in said) is (scheduler is None)
+            enough = float(re.findall(r"max_overhead=([\d.]+)\b", said)[-1])
+            found = [measured(base, times * enough) for times in (1.0, 1.2, 1.5, 3.0)]
+            assert all(count and not told for count, told in found)
 
 
 class TestArguments:

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor
-from torch.optim import SGD, Optimizer, lr_scheduler
+from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.utils.data import DataLoader, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -224,6 +224,7 @@ class TestErrors:
             ),
             (with_lr(SGD, 0.1), "theorem2", "law='theorem2' .* got SGD: use law='measured'"),
             (with_lr(SGD, 0.1), "theorem3", "law='theorem3' .* got SGD: use law='measured'"),
+            (lambda _: AdamW([torch.zeros(2) * 1j]), "measured", "got dtype torch.complex64: train"),
             (adamw, "measured", r"cannot cut .* got lengths \[3, 8\]: pass split_batch=.*split_batch=False"),
         ],
     )

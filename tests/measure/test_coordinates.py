@@ -32,13 +32,7 @@ class Quadratic:
         self.theta.grad = gradient if self.theta.grad is None else self.theta.grad + gradient
 
     def measure(
-        self,
-        batches: list[Tensor],
-        law: str,
-        *,
-        seed: int = 0,
-        sizes: tuple[float, ...] = (),
-        scale: float = 1.0,
+        self, batches: list[Tensor], law: str, *, seed: int = 0, sizes: tuple = (), scale: float = 1.0
     ) -> Measurement:
         return CoordinateMeasurement(
             [self.theta], replay=self.replay, delta=0.01, scales=[scale], sizes=sizes, law=law, seed=seed

@@ -143,6 +143,10 @@ class TestWindows:
             assert norms.end().item() == pytest.approx(2 * 9.0 + 3 * 4.0)
         assert norms.total().item() == pytest.approx(4 * 9.0 + 3 * 16.0)
         assert unused.grad is None
+        norms.begin([embedding.weight, half, unused.requires_grad_(False)])  # frozen meanwhile
+        embedding.weight.sum().backward()
+        norms.end()
+        assert embedding.weight.grad.to_dense().sum() == 12.0 + 8.0
 
     def test_that_fail_or_ask_twice_for_a_gradient_say_nothing(self) -> None:
         weight = weight_of()

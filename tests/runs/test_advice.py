@@ -166,6 +166,8 @@ class TestRunState:
     def test_a_rule_that_measures_nothing(self):
         with pytest.raises(RunLogError, match="got no measurement: train longer, or raise max_overhead"):
             run_state(as_log(lawless(num_measurements=None)))
+        with pytest.raises(RunLogError, match="got a rule: train with law='measured'"):
+            run_state(as_log(lawless(num_measurements=None, held_because=1.0)))
 
     @pytest.mark.parametrize("name", ["objective", "held_because"])
     def test_codes_of_a_later_version(self, name):

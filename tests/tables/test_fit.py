@@ -320,6 +320,7 @@ class TestTooLittle:
             (grid(MEASURED, sizes=SIZES[:2]), {}, "got 2 of 2: add batch sizes, each with at least 3"),
             (many, {"laws": ["cubic"]}, "Expected laws among measured, .*, got 'cubic': choose"),
             (many, {"bootstrap": -1}, "whole number bootstrap >= 0, got bootstrap=-1: use 0"),
+            (many, {"bootstrap": 19}, "whole number bootstrap >= 20, got bootstrap=19: use 0"),
         ):
             with pytest.raises(ValueError, match=message):
                 fit_grid(table, **arguments)  # type: ignore[arg-type]

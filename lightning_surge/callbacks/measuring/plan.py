@@ -59,6 +59,9 @@ class Probe(NamedTuple):
     at_hand: bool = False
 
 
+Cost = Callable[[Probe], float]
+
+
 def arrangement(kind: Kind, base: float) -> tuple[float, int]:
     """Examples in the chunks that a pool is to be made of, and how many chunks at least."""
     fewest = CoordinateMeasurement.FEWEST_CHUNKS if kind is Kind.COORDINATES else MIN_SLICES
@@ -181,13 +184,7 @@ class MeasuringPlan:
         return probe
 
     def _options(
-        self,
-        size: float,
-        base: float,
-        smallest: float,
-        at_hand: bool,
-        kind: Kind,
-        once: Callable[[Probe], float] = lambda _: 0.0,
+        self, size: float, base: float, smallest: float, at_hand: bool, kind: Kind, once: Cost = lambda _: 0.0
     ) -> list[Probe]:
         """A probe to follow training with, and one for the first step after a change of the batch size.
 
@@ -214,9 +211,7 @@ class MeasuringPlan:
         # Pairs of examples per pass: `b (n - b) + b^2 / 2` of a slice, `M^2 / 2` of a pool.
         return [here if size - part / 2.0 > pooled.examples / 2.0 else pooled, here]
 
-    def _pooled(
-        self, size: float, base: float, smallest: float, kind: Kind, affordable: Callable[[Probe], float]
-    ) -> float:
+    def _pooled(self, size: float, base: float, smallest: float, kind: Kind, affordable: Cost) -> float:
         """A power-of-two multiple of the batch size, for which at least some probes are affordable."""
         _, chunks = arrangement(kind, base)
         examples = size

@@ -153,13 +153,11 @@ class Cutting:
         # The cheapest that can be cut: a size may count tokens, and a batch be a single row.
         by_size = sorted(pieces, key=lambda piece: piece.size)
         piece = next((piece for piece in by_size if len(prober.cut(piece, 2)) > 1), None)
-        parts = int(piece.size // COMPARED_EXAMPLES) if piece is not None else 0
-        while piece is not None and parts > 1:
-            part = prober.cut(piece, parts)[0]
-            if len(prober.cut(part, 2)) > 1:
-                piece = part
+        while piece is not None and piece.size >= 2.0 * COMPARED_EXAMPLES:
+            half = prober.cut(piece, 2)[0]
+            if len(prober.cut(half, 2)) < 2:
                 break
-            parts //= 2
+            piece = half
         prober.ranks.meet()
         if not any(prober.ranks.total(float(piece is not None))):
             return True  # nothing was cut

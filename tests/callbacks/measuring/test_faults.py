@@ -340,12 +340,7 @@ class TestInterrupts:
         ],
     )
     def test_end_the_training_as_if_nothing_had_been_measured(
-        self,
-        inject: Callable[[Injector], None],
-        case: str,
-        stage: str,
-        event: int,
-        error: type[BaseException],
+        self, inject: Callable[[Injector], None], case: str, stage: str, event: int, error: Any
     ) -> None:
         def ended(*callbacks: Callback, tell: Any = None) -> tuple[Drawing, pl.Trainer]:
             module = Drawing(CASES[case].get("optimizer", "adamw"))
@@ -435,10 +430,6 @@ def stretch(trainer: pl.Trainer, *args: Any) -> None:
         trainer.accumulate_grad_batches = 4
 
 
-def not_a_number(module: Any, batch: Any) -> Tensor:
-    return module.last.bias.sum() * torch.nan
-
-
 class TestWarningsAsErrors:
     """As under `python -W error`, which the tests have for a rule: what would be warned of is logged."""
 
@@ -446,8 +437,7 @@ class TestWarningsAsErrors:
         ("callbacks", "message"),
         [
             ([surge(1, loss_fn=lambda module, batch: int("not today"))], "Measuring failed .* 'not today'"),
-            ([surge(1, loss_fn=not_a_number, split_batch=False)], "No law was"),
-            ([surge(1, loss_fn=not_a_number)], "Measuring failed .* Expected finite gradients, got some"),
+            ([surge(1, loss_fn=lambda m, _: m.last.bias.sum() * torch.nan, split_batch=False)], "No law was"),
             ([surge(1, loss_fn=lambda module, batch: module.first(batch[0]).sum())], "couples examples"),
             ([BatchSizeScheduler(ConstantSize(512))], "size=512 needs 64 micro-batches"),
             (

@@ -1,5 +1,6 @@
 """Batches and modules that are hard on a measurement: the run is right, and so is what is measured."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,51 @@ def test_a_step_that_overwrites_its_batch_is_told_and_trains_on(accumulation: in
     # Norms of windows need no second pass.
     assert (callback.history.num_measurements > 0) == (accumulation > 1)
     assert torch.equal(module.weights, plain.weights)
+
+
+def test_tensors_made_in_inference_mode_can_be_in_a_batch() -> None:
+    with torch.inference_mode():
+        loader = batches([16] * 8, lambda x: x.clone())
+    callback = SurgeLRCallback(8, probe_every=1)
+    trained(Linear(torch.clone), loader, callback)
+    assert callback.history.num_measurements >= 4
+
+
+@pytest.mark.parametrize("step", [lambda self, *args: args, lambda self, batch, *, idx=0, **others: (batch,)])
+def test_a_step_gets_what_lightning_gives_it(step: Any) -> None:
+    def training_step(self: Any, *args: Any, **options: Any) -> Tensor:
+        return self.loss(step(self, *args, **options)[0])
+
+    training_step.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]
+    module, callback = (
+        type("S", (Linear,), {"training_step": training_step})(),
+        SurgeLRCallback(8, probe_every=1),
+    )
+    trained(module, batches([16] * 8), callback)
+    assert callback.history.num_measurements >= 4
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize(("every", "spacing"), [(2, 2), (2, 4), (3, 3)])
+def test_batches_without_a_loss_are_not_those_that_are_waited_for(every: int, spacing: int) -> None:
+    class Skips(Linear):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx % every else None
+
+    callback = SurgeLRCallback(8, probe_every=spacing)
+    trained(Skips(), batches([16] * 36), callback)
+    assert callback.history.num_measurements >= 4
+
+
+def test_nothing_is_left_of_a_training_that_failed_in_its_first_step() -> None:
+    fresh, used = (SurgeLRCallback(8, objective="step", probe_every=1) for _ in range(2))
+    broken = Linear(lambda _: 1 / 0)
+    broken.make_optimizer = with_lr(AdamW, 1.0)
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(used).fit(broken, batches([16] * 8))
+    for callback in (fresh, used):
+        trained(Linear(), batches([16] * 8), callback)
+    assert used.law_history[-1].law == fresh.law_history[-1].law
 
 
 @pytest.mark.slow

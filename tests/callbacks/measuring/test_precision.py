@@ -86,12 +86,7 @@ class TestAgainst32Bits:
         ],
     )
     def test_the_first_measurement_is_the_same(
-        self,
-        measure: Measure,
-        precision: str,
-        tolerances: tuple[float, float, float],
-        make_optimizer: MakeOptimizer,
-        live: bool,
+        self, measure: Measure, precision: str, tolerances: Any, make_optimizer: MakeOptimizer, live: bool
     ) -> None:
         # The first step moves nothing, so that both are taken at the same point.
         still = 4 if live else 1

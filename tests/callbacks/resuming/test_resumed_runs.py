@@ -84,11 +84,7 @@ RAMPS: dict[str, BatchSizeRule] = {
 
 
 def run(
-    loader: Callable[[], Any],
-    rule: BatchSizeRule,
-    *callbacks: pl.Callback,
-    resume: Path | None = None,
-    **options: Any,
+    loader: Any, rule: BatchSizeRule, *callbacks: pl.Callback, resume: Path | None = None, **options: Any
 ) -> Net:
     """Train, on other random streams if resumed."""
     model = Net(loader)
