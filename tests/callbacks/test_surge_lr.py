@@ -379,7 +379,7 @@ class TestMeasuring:
             module, callback = Regression(), SurgeLRCallback(base, max_overhead=max_overhead)
             module.net.insert(1, nn.Dropout(dropout))
             with caplog.at_level("INFO"):
-                trained(module, regression_data(640, 16), *filter(None, [scheduler]), callback)
+                trained(module, regression_data(640, 16), *filter(None, [scheduler]), callback, max_epochs=2)
             said = [text for text in caplog.messages if "the smallest measurement passes" in text]
             return len(callback.history), said
 

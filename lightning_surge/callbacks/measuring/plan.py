@@ -171,9 +171,7 @@ class MeasuringPlan:
             self._costs = [self._cost(probe) + once(probe) for probe in self._answer]
             self._tell_of_a_short_run(min(self._costs), accumulates_later=size_ahead(self._planned) > size)
         urgent = changed = self._is_new(size)
-        # Something is better than nothing.
-        least = not self.budget.measurements and not self.budget.has_room(self._costs[0], self._planned)
-        probe, cost = self._answer[changed or least], self._costs[changed or least]
+        probe, cost = self._answer[changed], self._costs[changed]
         if not self.budget.measurements and not changed:
             # Before the first change of the batch size, if it is known: pooling takes that long.
             urgent = size_ahead(probe.examples + size) >= CHANGED * size
