@@ -143,9 +143,10 @@ class NoiseHistory:
         counted = min(sizes) >= SMALLEST and min(measurement.passes, measurement.pairs) >= 0.0
         if not (finite and counted):
             raise ValueError(
-                f"Expected finite gradient statistics and sizes above 0, got |G|^2={statistics.grad_sq:g}, "
-                f"tr Sigma={statistics.trace_cov:g} of {statistics.batch_size:g} examples: this measurement "
-                "is left out. Look whether the loss is a number."
+                "Expected finite gradient statistics and sizes above 0, got "
+                f"batch_size={statistics.batch_size}, grad_sq={statistics.grad_sq}, trace_cov="
+                f"{statistics.trace_cov}, passes={measurement.passes}: this measurement is left out. Look "
+                "whether the loss is a number."
             )
         self._records.append(measurement)
         self.num_measurements += 1
