@@ -236,6 +236,7 @@ class TestProperties:
         assert valley.counts.tolist() == [2.0] * 3
 
 
+@pytest.mark.slow
 class TestStatistics:
     def test_parameters_lie_within_four_standard_errors(self) -> None:
         """Grids with noisy losses, twelve of them: the mean of each log parameter against the truth."""

@@ -70,6 +70,7 @@ class TestChoice:
             assert probe.examples <= max(POOLED if kind is Kind.NORMS else 0.0, 16 * size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "batch", "cut"),
     [
@@ -84,8 +85,7 @@ class TestChoice:
 def test_what_is_charged_was_planned(
     options: dict[str, Any], batch: int, cut: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned: list[float] = []
-    charged: list[float] = []
+    planned, charged = list[float](), list[float]()
     due, charge = ProbeBudget.due, ProbeBudget.charge
 
     def asked(self: ProbeBudget, cost: float, *args: Any, **kwargs: Any) -> bool:
