@@ -28,8 +28,8 @@ digits: $(STAMP)  ## the same for an image model on scikit-learn's digits
 test: $(STAMP)  ## run the tests, doctests included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
-test-fast: $(STAMP)  ## the same without processes, kills, statistics and sweeps
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+test-fast: $(STAMP)  ## the same without processes, kills, statistics, sweeps and benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow" --ignore=tests/benchmarks
 
 test-matrix: $(STAMP)  ## tests that lean on Lightning: oldest and newest versions, every Python: half an hour
 	$(BIN)/python -m benchmarks.matrix
