@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_surge import SurgeLRCallback
 from lightning_surge.callbacks.batch_size_scheduler import BatchSizeScheduler
@@ -36,6 +36,11 @@ def flexible() -> DataLoader[Any]:
 
 def plain(size: int = 100) -> DataLoader[Any]:
     return DataLoader(examples(size), batch_size=4)  # type: ignore[arg-type]
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        return iter(examples(100))
 
 
 class Valley(pl.LightningModule):
@@ -76,6 +81,7 @@ class Still(SGD):
 MECHANISMS = {
     "sampler": (flexible, LinearRamp(2, 60, 8)),
     "accumulation": (plain, GeometricRamp(4, 32, 8)),
+    "stream": (lambda: DataLoader(Stream(), batch_size=4), GeometricRamp(4, 32, 8)),
     "ragged": (ragged, Milestones({0: 4, 3: 16, 6: 32})),
 }
 every_mechanism = pytest.mark.parametrize(("loader", "schedule"), MECHANISMS.values(), ids=list(MECHANISMS))

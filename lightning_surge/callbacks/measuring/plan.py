@@ -169,7 +169,7 @@ class MeasuringPlan:
 
             self._asked, self._answer = question, self._options(size, base, smallest, at_hand, kind, once)
             self._costs = [self._cost(probe) + once(probe) for probe in self._answer]
-            self._tell_of_a_short_run(min(self._costs), accumulates_later=size_ahead(self._planned) > size)
+            self._tell_of_a_short_run(min(self._costs), size, size_ahead)
         urgent = changed = self._is_new(size)
         probe, cost = self._answer[changed], self._costs[changed]
         if not self.budget.measurements and not changed:
@@ -186,7 +186,7 @@ class MeasuringPlan:
     ) -> list[Probe]:
         """A probe to follow training with, and one for the first step after a change of the batch size.
 
-        The first one costs `once` more.
+        The first probe of the run costs `once` more.
         """
 
         def affordable(probe: Probe) -> float:
@@ -238,18 +238,15 @@ class MeasuringPlan:
             probe.examples, *arrangement(probe.kind, base)
         )
 
-    def _tell_of_a_short_run(self, cost: float, *, accumulates_later: bool) -> None:
+    def _tell_of_a_short_run(self, cost: float, size: float, size_ahead: Callable[[float], float]) -> None:
         if self._told_of_short_run or not math.isfinite(self._planned) or self._settings.probe_every:
             return
         self._told_of_short_run = True
         total = self._settings.max_overhead * self._planned
         if cost > total and not self.budget.measurements:
-            first = "Before the batch size changes, nothing" if accumulates_later else "Nothing"
-            free = (
-                ""
-                if accumulates_later
-                else ", or accumulate_grad_batches=2, which is measured without passes"
-            )
+            first, free = "Nothing", ", or accumulate_grad_batches=2, which is measured without passes"
+            if size_ahead(self._planned) > size:
+                first, free = "Before the batch size changes, nothing", ""
             rank_zero_info(
                 f"{first} will be measured: the smallest measurement passes {cost:g} examples, and "
                 f"max_overhead={self._settings.max_overhead:g} of the {self._planned:g} examples of this run "
