@@ -198,8 +198,8 @@ def _agree(compared: Callable[[], tuple[list[Tensor], float]]) -> tuple[bool, in
     total, mismatch = compared()
     if mismatch <= TOLERATED_MISMATCH:
         return True, 1
-    squares, products, count, common = float(squared_norm(total)), 0.0, 1, 1.0
-    while (count < COMPARISONS and LITTLE <= common <= ALL) or count == 1:
+    squares, products, count, common = float(squared_norm(total)), 0.0, 1, COMMON
+    while count < COMPARISONS and LITTLE <= common <= ALL:
         more, _ = compared()
         products += inner(more, total)
         squares += float(squared_norm(more))

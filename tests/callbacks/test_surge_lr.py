@@ -375,9 +375,9 @@ class TestMeasuring:
     def test_a_run_that_affords_none_is_told_so_once_and_what_would(
         self, caplog: pytest.LogCaptureFixture, dropout: float, scheduler: Any
     ) -> None:
-        def measured(max_overhead: float) -> tuple[int, list[str]]:
+        def measured(max_overhead: float, law: Any = "measured") -> tuple[int, list[str]]:
             caplog.clear()
-            module, callback = Regression(), SurgeLRCallback(8, max_overhead=max_overhead)
+            module, callback = Regression(), SurgeLRCallback(8, law, max_overhead=max_overhead)
             module.net.insert(1, nn.Dropout(dropout))
             with caplog.at_level("INFO"):
                 trained(module, regression_data(640, 16), *filter(None, [scheduler]), callback, max_epochs=2)
@@ -387,6 +387,8 @@ class TestMeasuring:
         count, (said,) = measured(0.01)
         assert said.startswith("Nothing") is (count == 0) is (scheduler is None)
         assert ("accumulate_grad_batches=2" in said) is (scheduler is None)
+        assert "of the 1280 examples" in said
+        assert measured(0.01, "sqrt") == (0, [])
         enough = float(re.findall(r"max_overhead=([\d.]+)\b", said)[-1])
         assert all(count and not told for count, told in map(measured, (enough, 1.2 * enough, 3.0 * enough)))
 

@@ -303,8 +303,7 @@ class TestFailures:
         module = Failing(failure)
         # At the base batch size, where the factor is 1 whatever is measured.
         callback = probing(base_batch_size=16, split_batch=split_batch)
-        # A loss that is no number says nothing of slices. Where there are none it is not the measuring's
-        # failure: it is left out, and tried again as usual.
+        # A loss that is no number says nothing of slices; without any it is left out, and tried again.
         failed = split_batch is None or not isinstance(failure, float)
         message = "Measuring failed .* training goes on" if failed else "No law was fitted to a measurement"
         with pytest.warns(UserWarning, match=message):

@@ -243,18 +243,15 @@ class TestSlicesAgree:
     @pytest.mark.slow
     @pytest.mark.parametrize("width", [4, 32])
     @pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.Dropout(0.5), *map(RandomNoise, DRAWS.values())])
-    def test_of_fifty_networks_hardly_a_mean_is_accused_and_most_sums(
-        self, layer: nn.Module, width: int
-    ) -> None:
-        def accused(loss: Callable[..., Tensor]) -> int:
-            found = 0
-            for seed in range(50):
-                torch.manual_seed(seed)
-                model = nn.Sequential(nn.Linear(3, width), layer, nn.Tanh(), nn.Linear(width, 1)).double()
-                agreement = make(loss, model=model)[0].slices_agree(*pieces(16), num_slices=8)
-                found += not agreement.agrees
-            return found
+    def test_of_fifty_networks_no_mean_is_accused(self, layer: nn.Module, width: int) -> None:
+        def accused(loss: Callable[..., Tensor], seed: int) -> bool:
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(3, width), layer, nn.Tanh(), nn.Linear(width, 1)).double()
+            return not make(loss, model=model)[0].slices_agree(*pieces(16), num_slices=8).agrees
 
-        means, sums, couplings = map(accused, (mean_loss, sum_loss, contrastive))
+        losses = mean_loss, sum_loss, contrastive
+        means, sums, couplings = (sum(accused(loss, seed) for seed in range(50)) for loss in losses)
         assert means == 0
-        assert (sums, couplings) == (50, 50) or isinstance(layer, RandomNoise)
+        noise = getattr(layer, "draw", None)
+        assert (sums, couplings) == (50, 50) or noise is not None
+        assert sums >= 45 or noise is not DRAWS["mask"]

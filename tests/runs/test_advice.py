@@ -181,9 +181,8 @@ class TestRunState:
             advise(run_state(as_log(rows(**{name.removeprefix("surge/"): number}))), [30.0, 400.0])
 
     def test_a_size_that_no_batch_has(self):
-        with pytest.raises(
-            RunLogError, match="Expected batch_size to be finite and positive at step 50, got 0:"
-        ):
+        message = "Expected batch_size to be finite and positive at step 50, got 0:"
+        with pytest.raises(RunLogError, match=message):
             run_state(as_log(rows(batch_size=0.0)))
 
     def test_the_code_of_a_retired_objective(self):

@@ -411,10 +411,11 @@ class Measurer:
         self, piece: Piece, probe: Probe, whole: list[Any], factor: float
     ) -> Measurement | None:
         prober, cutting = self._prober, self._cutting
-        compared = piece._replace(size=min(piece.size, COMPARED_EXAMPLES))
-        prober.loss_scale = self._loss.scale_for([Chunk((compared,))], piece.size)
-        if not cutting.agrees([piece], prober, self.budget):
-            return None
+        if not cutting.checked:
+            compared = piece._replace(size=min(piece.size, COMPARED_EXAMPLES))
+            prober.loss_scale = self._loss.scale_for([Chunk((compared,))], piece.size)
+            if not cutting.agrees([piece], prober, self.budget):
+                return None
         length = max(probe.examples / MAX_PARTS, SMALLEST_SLICE)
         parts, examples = prober.cut(piece, int(piece.size // length)), 0.0
         chunks: list[Chunk] = []

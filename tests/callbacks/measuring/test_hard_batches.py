@@ -69,11 +69,8 @@ def test_a_step_gets_what_lightning_gives_it(step: Any) -> None:
         return self.loss(step(self, *args, **options)[0])
 
     training_step.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]
-    module, callback = (
-        type("S", (Linear,), {"training_step": training_step})(),
-        SurgeLRCallback(8, probe_every=1),
-    )
-    trained(module, batches([16] * 8), callback)
+    module: Any = type("Step", (Linear,), {"training_step": training_step})()
+    trained(module, batches([16] * 8), callback := SurgeLRCallback(8, probe_every=1))
     assert callback.history.num_measurements >= 4
 
 
